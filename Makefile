@@ -1,0 +1,117 @@
+# Thin wrappers around `lra`; `make help` lists them. Needs GNU make, bash and Python 3.11 to 3.13, nothing else.
+SHELL := bash
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+
+# set on the command line: make listops ARCH=gru SEED=1
+ARCH := s4d
+RECIPE := auto
+SEED := 0
+TIME :=
+OP :=
+K :=
+ARGS :=
+JOBS := auto
+PYTHON :=
+# recipes read them from the environment, so that no value needs quoting
+export ARCH RECIPE SEED TIME OP K PYTHON
+
+TASKS := listops text retrieval image pathfinder pathx pathfinder64 path256
+VENV := .venv/bin
+RUN := $(VENV)/python -m
+
+.PHONY: help setup $(TASKS) leaderboard profile bench doctor test check fix clean
+
+help: ## list the targets and variables
+	@awk -F ': *## ' '/^[a-z0-9]+: *## / { printf "  %-14s%s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "  variables: ARCH=s4d (any of 'lra list', name/variant, or file.py:Class)  RECIPE=auto  SEED=0  TIME=8m"
+	@echo "             K=name (tests to run)  OP=name (operator to time)  ARGS='more options of the lra command'"
+
+setup: ## create or update .venv (every other target does so by itself)
+listops: ## nested operations on digits, up to 2,000 tokens, 10 classes
+text: ## sentiment of film reviews as bytes, 2 classes
+retrieval: ## whether one paper cites another, two texts as bytes, 2 classes
+image: ## grey CIFAR-10, one pixel after the other, 1,024 tokens, 10 classes
+pathfinder: ## whether two points are joined, 32 x 32 pixels, 2 classes
+pathx: ## the same at 128 x 128 pixels, 16,384 tokens
+pathfinder64: ## the same at 64 x 64 pixels, 4,096 tokens
+path256: ## the same at 256 x 256 pixels, 65,536 tokens
+leaderboard: ## the table of all results
+profile: ## speed, memory and work of ARCH, or of all architectures
+bench: ## time of the operators, or of OP, beside what this machine could do
+doctor: ## which implementations this machine has, and whether each is right
+test: ## run the tests, or those that match K
+check: ## lint, formatting and types (changes nothing), then the conformance checks of ARCH
+fix: ## repair lint and formatting
+clean: ## delete .venv, builds and tool caches; data and results stay
+
+setup: .venv/.stamp
+	@echo "setup: .venv is up to date"
+
+$(TASKS): .venv/.stamp
+	@$(VENV)/lra run $@ "$$ARCH" --recipe "$$RECIPE" --seed "$$SEED" $(if $(TIME),--time-limit "$$TIME") $(ARGS)
+
+leaderboard: .venv/.stamp
+	@$(VENV)/lra leaderboard $(ARGS)
+
+profile: .venv/.stamp
+	@$(VENV)/lra profile $(if $(filter command,$(origin ARCH)),"$$ARCH") $(ARGS)
+
+bench: .venv/.stamp
+	@$(VENV)/lra bench $(if $(OP),"$$OP") $(ARGS)
+
+doctor: .venv/.stamp
+	@$(VENV)/lra doctor $(ARGS)
+
+test: .venv/.stamp
+	@$(RUN) pytest -q -n $(JOBS) $(if $(K),-k "$$K") $(ARGS)
+
+check: .venv/.stamp
+	@$(RUN) ruff check --quiet .
+	@$(RUN) ruff format --check --quiet .
+	@$(RUN) mypy
+	@$(VENV)/lra check "$$ARCH"
+
+fix: .venv/.stamp
+	@$(RUN) ruff check --fix .
+	@$(RUN) ruff format .
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	find lra/ architectures kernels tasks tests -name __pycache__ -prune -exec rm -rf {} +
+
+# the stamp holds the folder it was made in: a moved checkout has an environment that points elsewhere
+ifneq ($(shell test -x $(VENV)/python && cat .venv/.stamp 2>/dev/null),$(CURDIR))
+.PHONY: .venv/.stamp
+endif
+
+USABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+
+.venv/.stamp: pyproject.toml constraints.txt
+	@set -euo pipefail; \
+	usable() { "$$1" -c '$(USABLE)' 2>/dev/null; }; \
+	if ! usable $(VENV)/python || { test -e $@ && test "$$(cat $@)" != "$$(pwd -P)"; }; then \
+	    found=; \
+	    for name in $${PYTHON:-python3 python3.13 python3.12 python3.11 python}; do \
+	        if usable "$$name"; then found=$$name; break; fi; \
+	    done; \
+	    if test -z "$$found"; then \
+	        echo "setup: no usable Python: needs 3.11, 3.12 or 3.13 with venv (on Debian and Ubuntu the package" \
+	            "python3-venv); looked for $${PYTHON:-python3, python3.13, python3.12, python3.11, python} and" \
+	            "python3 is '$$(python3 --version 2>&1 | head -n 1)'. Name another: make setup PYTHON=/path/to/python3.12" >&2; \
+	        exit 1; \
+	    fi; \
+	    echo "setup: making .venv with $$("$$found" --version)"; \
+	    "$$found" -m venv --clear .venv; \
+	fi; \
+	rm -f $@; \
+	echo "setup: installing what pyproject.toml and constraints.txt ask for (a few minutes the first time)"; \
+	if ! $(RUN) pip --disable-pip-version-check install --progress-bar off --no-compile -c constraints.txt -e '.[dev]' 2>&1 \
+	    | tee .venv/setup.log | { grep --line-buffered -oE '^ *(Downloading [^ ]+ \([0-9.]+ [MG]B\)|Installing .*packages)' || true; }; then \
+	    grep -iE '^ *(ERROR|WARNING: Retry)' .venv/setup.log | tail -n 5 >&2 || true; \
+	    echo "setup: pip failed; its output is in .venv/setup.log; 'make setup' tries again" >&2; \
+	    exit 1; \
+	fi; \
+	pwd -P > $@; \
+	echo "setup: done"

@@ -1,0 +1,246 @@
+"""The shared residual stack: an architecture supplies a mixer, the stack supplies everything around it.
+
+    prenorm (default)   x = x + mixer(norm(x));  x = x + ffn(norm(x));  after the last block, norm(x)
+    postnorm            x = norm(x + mixer(x));  x = norm(x + ffn(x))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lra.encoder import Cost, Encoder, Mixer, lengths_of
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {"layer": nn.LayerNorm, "rms": lambda d: nn.RMSNorm(d, eps=1e-6)}
+POSITIONS = ("none", "sinusoidal", "learned")
+FFNS = ("gelu", "relu", "swiglu", "none")
+
+
+@dataclass(frozen=True)
+class Block:
+    """What surrounds a mixer.
+
+    ffn: "gelu" or "relu" (two linear maps), "swiglu" (gated), "none"; expand: hidden width of the ffn over d_model.
+    norm: "layer" or "rms"; prenorm: before each part (else after the sum).
+    positions: added to the input: "none", "sinusoidal" (fixed), "learned" (up to `length`).
+    """
+
+    ffn: str = "gelu"
+    expand: float = 4.0
+    norm: str = "layer"
+    prenorm: bool = True
+    positions: str = "none"
+
+    def __post_init__(self) -> None:
+        for key, allowed in (("ffn", FFNS), ("norm", tuple(NORMS)), ("positions", POSITIONS)):
+            value = getattr(self, key)
+            if value not in allowed:
+                raise ValueError(f"block.{key} is {value!r}; one of {', '.join(allowed)}")
+        if self.expand <= 0:
+            raise ValueError(f"block.expand is {self.expand}; more than 0")
+
+    def updated(self, changes: Mapping[str, Any] | None) -> Block:
+        """This block with some fields changed; an unknown field is a ValueError naming the nearest."""
+        known = [f.name for f in fields(self)]
+        for key in changes or {}:
+            if key not in known:
+                near = get_close_matches(key, known, n=1)
+                raise ValueError(f"unknown block.{key}; {f'did you mean {near[0]!r}?' if near else ', '.join(known)}")
+        return replace(self, **(changes or {}))
+
+
+class FeedForward(nn.Module):
+    """Position-wise: (..., D) -> (..., D). gelu, relu: W2 act(W1 x); swiglu: W2 (silu(W1 x) * W3 x)."""
+
+    def __init__(self, kind: str, d_model: int, expand: float, dropout: float) -> None:
+        super().__init__()
+        self.kind, self.hidden = kind, round(d_model * expand)
+        self.up = nn.Linear(d_model, self.hidden * (2 if kind == "swiglu" else 1))
+        self.down = nn.Linear(self.hidden, d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        if self.kind == "swiglu":
+            gate, h = h.chunk(2, dim=-1)
+            h = F.silu(gate) * h
+        else:
+            h = F.relu(h) if self.kind == "relu" else F.gelu(h)
+        return self.down(self.dropout(h))
+
+    def cost(self, length: int) -> Cost:
+        up = Cost.linear(length, self.up.in_features, self.up.out_features)
+        return up + Cost.linear(length, self.hidden, self.down.out_features) + Cost(other=8.0 * length * self.hidden)
+
+
+class Layer(nn.Module):
+    """One block: mixer and feed-forward, each with its norm and residual."""
+
+    def __init__(self, mixer: Mixer, d_model: int, block: Block, dropout: float) -> None:
+        super().__init__()
+        self.prenorm = block.prenorm
+        self.mixer = mixer
+        self.norm = NORMS[block.norm](d_model)
+        self.ffn = None if block.ffn == "none" else FeedForward(block.ffn, d_model, block.expand, dropout)
+        self.ffn_norm = None if self.ffn is None else NORMS[block.norm](d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def _around(self, x: Tensor, norm: nn.Module, part: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.prenorm:
+            return x + self.dropout(part(norm(x)))
+        return norm(x + self.dropout(part(x)))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        padding = ~mask.unsqueeze(-1)
+        x = self._around(x, self.norm, lambda h: self.mixer(h.masked_fill(padding, 0), mask))
+        if self.ffn is not None and self.ffn_norm is not None:
+            x = self._around(x, self.ffn_norm, self.ffn)
+        return x
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        after: list[Any] = []
+
+        def mix(h: Tensor) -> Tensor:
+            y, new = self.mixer.step(h, state)
+            after.append(new)
+            return y
+
+        x = self._around(x, self.norm, mix)
+        if self.ffn is not None and self.ffn_norm is not None:
+            x = self._around(x, self.ffn_norm, self.ffn)
+        return x, after[0]
+
+
+def flip(x: Tensor, mask: Tensor) -> Tensor:
+    """Reverse the real tokens of each row, leaving padding in place: (B, L, D), (B, L) -> (B, L, D)."""
+    position = torch.arange(x.shape[1], device=x.device)
+    length = lengths_of(mask).unsqueeze(1)
+    index = torch.where(position < length, length - 1 - position, position)
+    return x.gather(1, index.unsqueeze(-1).expand_as(x))
+
+
+class Bidirectional(Mixer):
+    """A causal mixer run both ways. concat: project [ahead, back]; add: sum of two mixers; shared: sum, one mixer."""
+
+    def __init__(self, make: Callable[[], Mixer], d_model: int, combine: str) -> None:
+        super().__init__()
+        self.combine = combine
+        self.ahead = make()
+        self.back = None if combine == "shared" else make()
+        self.project = nn.Linear(2 * d_model, d_model) if combine == "concat" else None
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        ahead = self.ahead(x, mask)
+        back = flip((self.back or self.ahead)(flip(x, mask), mask), mask)
+        return self.project(torch.cat([ahead, back], dim=-1)) if self.project is not None else ahead + back
+
+    def cost(self, length: int) -> Cost:
+        both = self.ahead.cost(length) * 2
+        if self.project is None:
+            return both + Cost(other=float(length))
+        return both + Cost.linear(length, self.project.in_features, self.project.out_features)
+
+    def aux_loss(self) -> Tensor | None:
+        return _sum_losses([self.ahead, self.back])
+
+
+class Stack(Encoder):
+    """Encoder built of `n_layers` residual blocks around the mixers that `make(layer)` returns.
+
+    direction: "causal", or "bidirectional"; mixers with a bidirectional form of their own say `native=True` and build
+    it themselves; the others are run both ways and combined by "concat" (= "bidirectional"), "add" or "shared".
+    block: changes to the class's own `block`, by field name.
+    """
+
+    block: ClassVar[Block] = Block()
+
+    def __init__(
+        self,
+        make: Callable[[int], Mixer],
+        *,
+        d_model: int,
+        n_layers: int,
+        length: int,
+        dropout: float = 0.0,
+        direction: str = "causal",
+        native: bool = False,
+        block: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("d_model", d_model), ("n_layers", n_layers), ("length", length)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; at least 1")
+        allowed = ("causal", "bidirectional") if native else ("causal", "bidirectional", "concat", "add", "shared")
+        if direction not in allowed:
+            raise ValueError(f"direction is {direction!r}; one of {', '.join(allowed)}")
+        self.d_model, self.n_layers, self.length, self.direction = d_model, n_layers, length, direction
+        shape = type(self).block.updated(block)
+        combine = "concat" if direction == "bidirectional" else direction
+
+        def mixer(layer: int) -> Mixer:
+            if native or direction == "causal":
+                return make(layer)
+            return Bidirectional(lambda: make(layer), d_model, combine)
+
+        self.layers = nn.ModuleList(Layer(mixer(i), d_model, shape, dropout) for i in range(n_layers))
+        self.norm = NORMS[shape.norm](d_model) if shape.prenorm else nn.Identity()
+        self.register_buffer("positions", None, persistent=False)
+        if shape.positions == "sinusoidal":
+            self.register_buffer("positions", sinusoidal(length, d_model), persistent=False)
+        elif shape.positions == "learned":
+            self.positions = nn.Parameter(torch.randn(length, d_model) * 0.02)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        if self.positions is not None:
+            if x.shape[1] > len(self.positions):
+                raise ValueError(f"length {x.shape[1]} exceeds the {len(self.positions)} positions this encoder has")
+            x = x + self.positions[: x.shape[1]].to(x.dtype)
+        for layer in self.layers:
+            x = layer(x, mask)
+        return self.norm(x)
+
+    def cost(self, length: int) -> Cost:
+        total = Cost(other=5.0 * length * self.d_model)
+        for layer in self.layers:
+            total = total + layer.mixer.cost(length) + Cost(other=12.0 * length * self.d_model)
+            if layer.ffn is not None:
+                total = total + layer.ffn.cost(length)
+        return total
+
+    def init_state(self, batch: int) -> Any:
+        if not self.causal:
+            raise NotImplementedError(f"{type(self).__name__} has no recurrent mode when {self.direction}")
+        start = torch.zeros((), dtype=torch.int64, device=next(self.parameters()).device)
+        return start, tuple(layer.mixer.init_state(batch) for layer in self.layers)
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        time, before = state
+        if self.positions is not None:
+            x = x + self.positions[time].to(x.dtype)
+        after = []
+        for layer, own in zip(self.layers, before, strict=True):
+            x, own = layer.step(x, own)
+            after.append(own)
+        return self.norm(x), (time + 1, tuple(after))
+
+    def aux_loss(self) -> Tensor | None:
+        return _sum_losses([layer.mixer for layer in self.layers])
+
+
+def sinusoidal(length: int, d_model: int) -> Tensor:
+    """Fixed positions of arXiv:1706.03762 section 3.5, sines in even and cosines in odd channels: (L, D)."""
+    # float64: at position 16,384 float32 angles are off by 1e-3
+    rate = 10000.0 ** (-torch.arange(0, d_model, 2, dtype=torch.float64) / d_model)
+    angle = torch.arange(length).unsqueeze(1) * rate
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :d_model].float()
+
+
+def _sum_losses(parts: list[Any]) -> Tensor | None:
+    losses = [loss for part in parts if part is not None and (loss := part.aux_loss()) is not None]
+    return torch.stack(losses).sum() if losses else None

@@ -1,0 +1,33 @@
+"""Inputs of an operator, for tests and benchmarks alike: each `kernels/<op>/cases.py` holds `CASES: list[Case]`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+KINDS = ("small", "edge", "long", "bench")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of arguments.
+
+    make(generator, dtype, device) -> keyword arguments of the public operator (dtype is the real dtype: complex
+    arguments take the complex dtype that belongs to it).
+    kind: "small" (gradcheck-sized: a few hundred numbers), "edge" (odd lengths, extreme gates, non-contiguous),
+    "long" (accuracy at L = 16,384), "bench" (what `make bench` times).
+    interpreted: whether a small or edge case also runs through Triton's interpreter (False where that takes seconds).
+    """
+
+    name: str
+    kind: str
+    make: Callable[[torch.Generator, torch.dtype, torch.device], dict[str, Any]]
+    interpreted: bool = True
+
+
+def complex_of(dtype: torch.dtype) -> torch.dtype:
+    """complex64 for float32 and narrower, complex128 for float64."""
+    return torch.complex128 if dtype == torch.float64 else torch.complex64

@@ -1,0 +1,225 @@
+"""`linear_scan` in Triton: each program walks one row and one block of channels through time in tiles, scanning within
+a tile by a parallel prefix and carrying one state from tile to tile. One read and one write of every tensor.
+
+Steps beyond the end take the identity map (a = 1, b = 0), so the carry after the last tile is the last real state.
+Accumulation is in float32 (float64 for float64 inputs).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lra.kernels._dispatch import interpreting
+
+
+@triton.jit
+def _join(a1, b1, a2, b2):
+    return a2 * a1, a2 * b1 + b2
+
+
+@triton.jit
+def _join_complex(ar1, ai1, br1, bi1, ar2, ai2, br2, bi2):
+    ar, ai = ar2 * ar1 - ai2 * ai1, ar2 * ai1 + ai2 * ar1
+    return ar, ai, ar2 * br1 - ai2 * bi1 + br2, ar2 * bi1 + ai2 * br1 + bi2
+
+
+@triton.jit
+def _last(x, rows, T: tl.constexpr):
+    return tl.sum(tl.where(rows[:, None] == T - 1, x, 0.0), 0)
+
+
+@triton.jit
+def _forward(
+    a, b, h0, h, length, width, a_row, a_time,
+    REVERSE: tl.constexpr, HAS_H0: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    i, rows = tl.program_id(1).to(tl.int64), tl.arange(0, T)
+    d = tl.program_id(0) * D + tl.arange(0, D)
+    inside = d < width
+    state = tl.zeros([D], ACC)
+    if HAS_H0:
+        state += tl.load(h0 + i * width + d, inside, 0.0).to(ACC)
+    for start in tl.range(0, length, T, num_stages=3):
+        step = start + rows
+        t = length - 1 - step if REVERSE else step
+        mask = (step < length)[:, None] & inside[None, :]
+        at = (i * length + t)[:, None] * width + d[None, :]
+        a_at = (i * a_row + t.to(tl.int64) * a_time)[:, None] + d[None, :]
+        a_t = tl.load(a + a_at, mask, 1.0).to(ACC)
+        b_t = tl.load(b + at, mask, 0.0).to(ACC)
+        decay, inner = tl.associative_scan((a_t, b_t), 0, _join)
+        now = decay * state[None, :] + inner
+        tl.store(h + at, now, mask)
+        state = _last(now, rows, T)
+
+
+@triton.jit
+def _backward(
+    grad, a, h, h0, grad_a, grad_b, grad_h0, length, width, a_row, a_time, SHARED: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_H0: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    i, rows = tl.program_id(1).to(tl.int64), tl.arange(0, T)
+    d = tl.program_id(0) * D + tl.arange(0, D)
+    inside = d < width
+    carry, total = tl.zeros([D], ACC), tl.zeros([D], ACC)
+    for start in tl.range(0, length, T, num_stages=3):
+        step = start + rows
+        t = step if REVERSE else length - 1 - step
+        later = t - 1 if REVERSE else t + 1
+        before = t + 1 if REVERSE else t - 1
+        mask = (step < length)[:, None] & inside[None, :]
+        at = (i * length + t)[:, None] * width + d[None, :]
+        a_at = (i * a_row + later.to(tl.int64) * a_time)[:, None] + d[None, :]
+        a_t = tl.load(a + a_at, mask & (step > 0)[:, None], 1.0).to(ACC)
+        y_t = tl.load(grad + at, mask, 0.0).to(ACC)
+        decay, inner = tl.associative_scan((a_t, y_t), 0, _join)
+        g = decay * carry[None, :] + inner
+        h_at = (i * length + before)[:, None] * width + d[None, :]
+        h_t = tl.load(h + h_at, mask & (step < length - 1)[:, None], 0.0).to(ACC)
+        if HAS_H0:
+            first = (step == length - 1)[:, None] & inside[None, :]
+            h_t += tl.load(h0 + i * width + d[None, :] + 0 * rows[:, None], first, 0.0).to(ACC)
+        tl.store(grad_b + at, g, mask)
+        if SHARED:
+            total += tl.sum(g * h_t, 0)
+        else:
+            tl.store(grad_a + at, g * h_t, mask)
+        carry = _last(g, rows, T)
+    if SHARED:
+        tl.store(grad_a + i * width + d, total, inside)
+    first_at = i * a_row
+    if REVERSE:
+        first_at += (i * 0 + length - 1) * a_time  # i makes it 64 bits wide
+    a_1 = tl.load(a + first_at + d, inside, 0.0).to(ACC)
+    tl.store(grad_h0 + i * width + d, a_1 * carry, inside)
+
+
+@triton.jit
+def _forward_complex(
+    a, b, h0, h, length, width, a_row, a_time,
+    REVERSE: tl.constexpr, HAS_H0: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    i, rows = tl.program_id(1).to(tl.int64), tl.arange(0, T)
+    d = tl.program_id(0) * D + tl.arange(0, D)
+    inside = d < width
+    re, im = tl.zeros([D], ACC), tl.zeros([D], ACC)
+    if HAS_H0:
+        re += tl.load(h0 + 2 * (i * width + d), inside, 0.0)
+        im += tl.load(h0 + 2 * (i * width + d) + 1, inside, 0.0)
+    for start in tl.range(0, length, T, num_stages=3):
+        step = start + rows
+        t = length - 1 - step if REVERSE else step
+        mask = (step < length)[:, None] & inside[None, :]
+        at = 2 * ((i * length + t)[:, None] * width + d[None, :])
+        a_at = 2 * ((i * a_row + t.to(tl.int64) * a_time)[:, None] + d[None, :])
+        ar, ai = tl.load(a + a_at, mask, 1.0), tl.load(a + a_at + 1, mask, 0.0)
+        br, bi = tl.load(b + at, mask, 0.0), tl.load(b + at + 1, mask, 0.0)
+        ar, ai, br, bi = tl.associative_scan((ar, ai, br, bi), 0, _join_complex)
+        now_re = ar * re[None, :] - ai * im[None, :] + br
+        now_im = ar * im[None, :] + ai * re[None, :] + bi
+        tl.store(h + at, now_re, mask)
+        tl.store(h + at + 1, now_im, mask)
+        re, im = _last(now_re, rows, T), _last(now_im, rows, T)
+
+
+@triton.jit
+def _backward_complex(
+    grad, a, h, h0, grad_a, grad_b, grad_h0, length, width, a_row, a_time, SHARED: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_H0: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    i, rows = tl.program_id(1).to(tl.int64), tl.arange(0, T)
+    d = tl.program_id(0) * D + tl.arange(0, D)
+    inside = d < width
+    re, im, total_re, total_im = tl.zeros([D], ACC), tl.zeros([D], ACC), tl.zeros([D], ACC), tl.zeros([D], ACC)
+    for start in tl.range(0, length, T, num_stages=3):
+        step = start + rows
+        t = step if REVERSE else length - 1 - step
+        later = t - 1 if REVERSE else t + 1
+        before = t + 1 if REVERSE else t - 1
+        mask = (step < length)[:, None] & inside[None, :]
+        at = 2 * ((i * length + t)[:, None] * width + d[None, :])
+        a_at = 2 * ((i * a_row + later.to(tl.int64) * a_time)[:, None] + d[None, :])
+        known = mask & (step > 0)[:, None]
+        ar, ai = tl.load(a + a_at, known, 1.0), -tl.load(a + a_at + 1, known, 0.0)
+        yr, yi = tl.load(grad + at, mask, 0.0), tl.load(grad + at + 1, mask, 0.0)
+        ar, ai, yr, yi = tl.associative_scan((ar, ai, yr, yi), 0, _join_complex)
+        gr = ar * re[None, :] - ai * im[None, :] + yr
+        gi = ar * im[None, :] + ai * re[None, :] + yi
+        h_at = 2 * ((i * length + before)[:, None] * width + d[None, :])
+        known = mask & (step < length - 1)[:, None]
+        hr, hi = tl.load(h + h_at, known, 0.0), tl.load(h + h_at + 1, known, 0.0)
+        if HAS_H0:
+            first = (step == length - 1)[:, None] & inside[None, :]
+            h0_at = 2 * (i * width + d[None, :] + 0 * rows[:, None])
+            hr += tl.load(h0 + h0_at, first, 0.0)
+            hi += tl.load(h0 + h0_at + 1, first, 0.0)
+        tl.store(grad_b + at, gr, mask)
+        tl.store(grad_b + at + 1, gi, mask)
+        if SHARED:
+            total_re += tl.sum(gr * hr + gi * hi, 0)
+            total_im += tl.sum(gi * hr - gr * hi, 0)
+        else:
+            tl.store(grad_a + at, gr * hr + gi * hi, mask)
+            tl.store(grad_a + at + 1, gi * hr - gr * hi, mask)
+        re, im = _last(gr, rows, T), _last(gi, rows, T)
+    row = 2 * (i * width + d)
+    if SHARED:
+        tl.store(grad_a + row, total_re, inside)
+        tl.store(grad_a + row + 1, total_im, inside)
+    first_at = i * a_row
+    if REVERSE:
+        first_at += (i * 0 + length - 1) * a_time
+    first = a + 2 * (first_at + d)
+    ar, ai = tl.load(first, inside, 0.0), -tl.load(first + 1, inside, 0.0)
+    tl.store(grad_h0 + row, ar * re - ai * im, inside)
+    tl.store(grad_h0 + row + 1, ar * im + ai * re, inside)
+
+
+def _plain(t: Tensor) -> Tensor:
+    """Contiguous, complex numbers as pairs of real ones."""
+    t = t.detach().contiguous()
+    return torch.view_as_real(t) if t.is_complex() else t
+
+
+def _launch(
+    kernels: tuple[Any, Any], tensors: list[Tensor], a: Tensor, like: Tensor, h0: bool, reverse: bool, **options: bool
+) -> None:
+    """Run the real or the complex kernel over one program per row and block of channels of `like`, (B, L, D)."""
+    batch, length, width = like.shape
+    real, pair = kernels
+    wide = like.dtype in (torch.float64, torch.complex128)
+    block = min(32, triton.next_power_of_2(width))
+    tile = 16 if interpreting() else 64  # the interpreter scans element by element
+    a_row, a_time = (width * a.shape[1] if a.shape[0] > 1 else 0), (width if a.shape[1] > 1 else 0)
+    with torch.cuda.device_of(like):
+        (pair if like.is_complex() else real)[(triton.cdiv(width, block), batch)](
+            *map(_plain, tensors), length, width, a_row, a_time,
+            REVERSE=reverse, HAS_H0=h0, ACC=tl.float64 if wide else tl.float32, T=tile, D=block, num_warps=4,
+            **options,
+        )  # fmt: skip
+
+
+def forward(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:
+    """Arguments as `linear_scan`, all of one dtype."""
+    h = b.new_empty(b.shape)
+    _launch((_forward, _forward_complex), [a, b, b if h0 is None else h0, h], a, b, h0 is not None, reverse)
+    return h
+
+
+def backward(grad: Tensor, a: Tensor, h: Tensor, h0: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a, b and h0."""
+    batch, length, width = h.shape
+    grad_b, grad_h0 = h.new_empty(h.shape), h.new_empty(batch, width)
+    wide = torch.promote_types(a.dtype, torch.float32)
+    shared = a.shape[1] == 1 < length
+    grad_a = h.new_empty(batch, 1 if shared else length, width, dtype=wide if shared or a.shape[0] < batch else a.dtype)
+    tensors = [grad, a, h, h if h0 is None else h0, grad_a, grad_b, grad_h0]
+    _launch((_backward, _backward_complex), tensors, a, h, h0 is not None, reverse, SHARED=a.shape[1] == 1)
+    if a.shape[0] < batch:
+        grad_a = grad_a.sum(0, keepdim=True)
+    return grad_a.to(a.dtype), grad_b, grad_h0

@@ -1,0 +1,148 @@
+"""The encoder contract: what every sequence architecture is, whoever wrote it.
+
+An encoder maps a batch of embedded sequences to a batch of the same shape:
+
+    forward(x: (B, L, D) float, mask: (B, L) bool, True = real token) -> (B, L, D)
+
+Sequences are right-padded: in each row of `mask` the real tokens form a prefix of at least one token. Outputs at real
+positions never depend on what the padding holds or on how much of it there is; outputs at padding are unspecified.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+FAMILIES = ("attention", "convolution", "memory", "mixture", "recurrent", "state-space")
+SCALINGS = ("L", "L log L", "L sqrt L", "L^2")
+DIRECTIONS = ("causal", "bidirectional", "concat", "add", "shared")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Forward work for one sequence in floating-point operations; one multiply-add counts as 2.
+
+    `matmul` is what a dispatcher-level counter sees (matrix products, convolutions); `other` is everything else
+    (FFTs, scans, softmax, norms, element-wise work).
+    """
+
+    matmul: float = 0.0
+    other: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.matmul + self.other
+
+    def __add__(self, more: Cost) -> Cost:
+        return Cost(self.matmul + more.matmul, self.other + more.other)
+
+    def __mul__(self, times: float) -> Cost:
+        return Cost(self.matmul * times, self.other * times)
+
+    __rmul__ = __mul__
+
+    @staticmethod
+    def linear(rows: float, d_in: int, d_out: int, bias: bool = True) -> Cost:
+        """Work of `rows` vectors through a d_in x d_out linear map."""
+        return Cost(2.0 * rows * d_in * d_out, rows * d_out if bias else 0.0)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What an architecture says of itself. Written as literals in the class body: listing reads it without importing.
+
+    title: of the paper; year: of its first version; url: of the paper.
+    family: one of FAMILIES; scaling: growth of work with length L, one of SCALINGS.
+    causal: whether the mathematics only looks back (such a mixer runs bidirectionally through a wrapper).
+    variants: name -> constructor arguments; `s4d/inv` is the constructor of s4d with those arguments preset.
+    exempt: conformance check -> reason. The check is then expected to fail, and failing to fail is an error.
+    """
+
+    title: str
+    year: int
+    url: str
+    family: str
+    scaling: str
+    causal: bool
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    exempt: Mapping[str, str] = field(default_factory=dict)
+
+
+class Encoder(nn.Module, ABC):
+    """Base of every architecture: one public subclass per file in `architectures/`, named after the file.
+
+    Constructors take keyword-only arguments `d_model, n_layers, length, dropout=0.0` and their own, never `**kwargs`.
+    `length` is the longest sequence the encoder will be given.
+    """
+
+    card: ClassVar[Card]
+    d_model: int
+    n_layers: int
+    length: int
+    direction: str = "causal"
+    """How this instance looks at the sequence: one of DIRECTIONS; anything but "causal" sees the future."""
+
+    @property
+    def causal(self) -> bool:
+        return self.direction == "causal"
+
+    @property
+    def optim(self) -> Mapping[str, Mapping[str, float]]:
+        """Optimiser settings by parameter-name pattern (fnmatch): `lr` (at most this rate), `lr_scale` (times the recipe's),
+        `weight_decay`. The first pattern that matches a parameter wins; a pattern that matches none is an error."""
+        return {}
+
+    @abstractmethod
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x: (B, L, D); mask: (B, L) bool, True = real -> (B, L, D)."""
+
+    @abstractmethod
+    def cost(self, length: int) -> Cost:
+        """Analytic forward work for one sequence of `length` tokens, from shapes alone."""
+
+    def init_state(self, batch: int) -> Any:
+        """Recurrent state before the first token: tensors, or nested tuples of them. Raises NotImplementedError if
+        the encoder has no recurrent mode."""
+        raise NotImplementedError(f"{type(self).__name__} has no recurrent mode")
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """One token: x: (B, D), state -> y: (B, D), next state. Equal to `forward` position by position."""
+        raise NotImplementedError(f"{type(self).__name__} has no recurrent mode")
+
+    def aux_loss(self) -> Tensor | None:
+        """What the last forward adds to the loss (router balance, ponder cost); None when nothing."""
+        return None
+
+
+class Mixer(nn.Module, ABC):
+    """A sequence mixer inside a residual block: the part in which tokens meet.
+
+    The block hands it x with zeros at the padding; its outputs at padding are ignored.
+    """
+
+    @abstractmethod
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x: (B, L, D); mask: (B, L) bool -> (B, L, D)."""
+
+    @abstractmethod
+    def cost(self, length: int) -> Cost:
+        """Analytic forward work for one sequence of `length` tokens."""
+
+    def init_state(self, batch: int) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} has no recurrent mode")
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        raise NotImplementedError(f"{type(self).__name__} has no recurrent mode")
+
+    def aux_loss(self) -> Tensor | None:
+        return None
+
+
+def lengths_of(mask: Tensor) -> Tensor:
+    """Real tokens per row of a right-padded mask: (B, L) bool -> (B,) int64."""
+    return mask.sum(dim=1, dtype=torch.int64)

@@ -1,0 +1,263 @@
+"""Work of a module, counted where PyTorch dispatches its operators: what was counted, and what was not.
+
+    counted       matrix products, convolutions, attention, recurrent layers (`matmul`); FFTs, cumulative sums, solves;
+                  operators that registered a formula with torch.utils.flop_counter, as `kernels/` does
+    elementwise   pointwise work, reductions, softmax, norms, data movement: elements touched, no FLOPs assigned
+    uncounted     any other operator that touched data: its work is unknown, and a result lists it
+
+One multiply-add is 2 FLOPs, a complex one 8. A causal or windowed mask does not shrink attention: what is computed
+counts. Attention's backward is twice its forward, recomputation left out, so that no choice of kernel moves the number.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from math import log2, prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
+
+aten = torch.ops.aten
+Shape = tuple[int, ...]
+
+LIGHT = tuple(
+    """
+    *softmax* *norm* *dropout* *pad1d* *pad2d* *pad3d* *pad_nd *pool* *embedding* *_loss* *loss_* *like *relu* *sigmoid*
+    arange eye full zeros ones empty* new_* scalar_tensor rand* normal* uniform* bernoulli* exponential* multinomial
+    cat stack _stack *split* _unsafe_view clone contiguous copy _to_copy *_copy *_copy_ lift* detach* alias set_ resize*
+    repeat* roll flip tril* triu* block_diag diag* index* _unsafe_index* gather* scatter* put* take* where *scatter
+    masked* select* slice* unfold* im2col col2im constant* fill* zero* complex view_as* real imag polar lerp*
+    sort topk kthvalue argsort unique* _unique* searchsorted bucketize bincount hist* nonzero* cummax cummin
+    *median* mode trace dist glu* *_thnn_fused_* softplus* hard* threshold* *elu* std* var* _aminmax isin
+    _local_scalar_dense equal is_* _is_* item _assert* _has* _efficientzerotensor _linalg_check_errors
+    """.split()
+)
+"""Name patterns of aten operators without a pointwise or reduction tag that do a few operations per element at most."""
+
+
+@dataclass(frozen=True)
+class FlopReport:
+    """Work of one call, for the whole batch it was given.
+
+    forward, forward_backward: FLOPs counted, of every kind; matmul: the part of `forward` that is matrix products,
+    convolutions, attention and recurrent layers; operators: operator -> FLOPs, `forward` split up.
+    uncounted: operator -> elements touched, forward and backward; elementwise: elements touched by light operators.
+    device: "meta" where shapes alone were run, else the device of the module, whose control flow reads values.
+    """
+
+    forward: float
+    matmul: float
+    forward_backward: float
+    operators: Mapping[str, float]
+    uncounted: Mapping[str, int]
+    elementwise: int
+    device: str
+
+
+def count(module: nn.Module, *inputs: Any, device: str = "meta") -> FlopReport:
+    """Run `module(*inputs)` and the gradient of its outputs' sum under the counter. `inputs` may be nested tensors.
+
+    The run happens on a copy and on the meta device, so it takes no memory; a module that looks at values, which
+    meta tensors lack, is run where it is (`device=""` asks for that at once).
+    """
+    if device == "meta":
+        try:
+            return _run(module, inputs, "meta")
+        except Exception:  # noqa: BLE001  (whatever a value-reading module raises on meta; a real fault recurs below)
+            pass
+    return _run(module, inputs, "")
+
+
+def encoder_flops(encoder: nn.Module, batch: int, length: int, device: str = "meta") -> FlopReport:
+    """`count` for `batch` full sequences of `length` tokens through an encoder, gradient for its input included."""
+    like = next(encoder.parameters())
+    x = torch.zeros(batch, length, int(encoder.d_model), device=like.device, dtype=like.dtype, requires_grad=True)
+    return count(encoder, x, torch.ones(batch, length, dtype=torch.bool, device=like.device), device=device)
+
+
+def model_flops(model: nn.Module, batch: Any) -> FlopReport:
+    """`count` for one batch of a classifier."""
+    return count(model, batch)
+
+
+def _run(module: nn.Module, inputs: tuple[Any, ...], device: str) -> FlopReport:
+    def move(t: Tensor) -> Tensor:
+        return t.detach().to(device or t.device, copy=True).requires_grad_(t.requires_grad)
+
+    twin, given = _copied(module, move), tree_map_only(Tensor, move, inputs)
+    census, fastpath = _Census(), torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one fused operator that nothing counts
+    try:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad(), census, _counter() as counter:
+            outputs = [t for t in tree_leaves(twin(*given)) if isinstance(t, Tensor) and t.requires_grad]
+            forward = counter.get_flop_counts().get("Global", {})
+            if outputs:
+                torch.stack([t.sum() for t in outputs]).sum().backward()  # type: ignore[no-untyped-call]
+            total = counter.get_total_flops()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+    where = device or str(next((t.device for t in (*twin.parameters(), *tree_leaves(given))), "cpu"))
+    return FlopReport(
+        forward=float(sum(forward.values())),
+        matmul=float(sum(work for op, work in forward.items() if op in MATMUL)),
+        forward_backward=float(total),
+        operators={str(op): float(work) for op, work in forward.items()},
+        uncounted=dict(census.uncounted),
+        elementwise=census.light,
+        device=where,
+    )
+
+
+def _copied(module: nn.Module, move: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A deep copy whose tensors are moved copies: registered ones, and those a layer merely remembers."""
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        for t in tree_leaves(list(vars(part).values())):
+            if isinstance(t, nn.Parameter):
+                memo[id(t)] = nn.Parameter(move(t).detach(), requires_grad=t.requires_grad)
+            elif isinstance(t, Tensor):
+                memo[id(t)] = move(t)
+    return copy.deepcopy(module, memo)
+
+
+class _Census(TorchDispatchMode):
+    """Notices every operator that runs below the counter and has no formula."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.uncounted: Counter[str] = Counter()
+        self.light = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        if packet in flop_registry or packet in FORMULAS or func.is_view:
+            return out
+        size = max((t.numel() for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)), default=0)
+        if _is_light(func):
+            self.light += size
+        elif size:
+            self.uncounted[str(packet)] += size
+        return out
+
+
+def _is_light(func: Any) -> bool:
+    if torch.Tag.pointwise in func.tags or torch.Tag.reduction in func.tags:
+        return True
+    space, name = func.name().split(".")[0].split("::")
+    return space == "prim" or (space == "aten" and any(fnmatch(name, pattern) for pattern in LIGHT))
+
+
+def _counter() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping=FORMULAS)
+
+
+def _counting_complex(op: Any) -> Callable[..., float]:
+    dense = flop_registry[op]
+
+    def formula(*args: Any, out_val: Any = None, **kwargs: Any) -> float:
+        is_complex = any(isinstance(t, Tensor) and t.is_complex() for t in args)
+        return dense(*args, out_val=out_val, **kwargs) * (4 if is_complex else 1)
+
+    formula._get_raw = True  # type: ignore[attr-defined]  # FlopCounterMode's own mark: hand over tensors, not shapes
+    return formula
+
+
+def _product(a: Shape, b: Shape, *_: Any, **__: Any) -> float:
+    """mv, dot, vdot: every element of `a` meets one of `b`."""
+    return 2.0 * prod(a)
+
+
+def _convolution_backward(
+    grad: Shape, x: Shape, weight: Shape, _bias: Any, _stride: Any, _padding: Any, _dilation: Any, transposed: bool,
+    _output_padding: Any, _groups: int, mask: Any, **_: Any,
+) -> float:  # fmt: skip
+    # torch's own formula ignores groups here and overstates a depthwise convolution by the number of channels
+    spatial = x[2:] if transposed else grad[2:]
+    return 2.0 * grad[0] * prod(spatial) * prod(weight) * (bool(mask[0]) + bool(mask[1]))
+
+
+def _attention(q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> float:
+    return float(sdpa_flop_count(q, k, v))
+
+
+def _attention_backward(_grad: Shape, q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> float:
+    return 2.0 * _attention(q, k, v)
+
+
+def _mkldnn_rnn(x: Shape, w: Shape, u: Shape, *_: Any, **__: Any) -> float:
+    return 2.0 * prod(x[:-1]) * (prod(w) + prod(u))
+
+
+def _mkldnn_rnn_backward(x: Shape, w: Shape, u: Shape, *_: Any, **__: Any) -> float:
+    return 2.0 * _mkldnn_rnn(x, w, u)
+
+
+def _cudnn_rnn(x: Shape, weights: list[Shape], *_: Any, **__: Any) -> float:
+    return 2.0 * prod(x[:-1]) * sum(prod(w) for w in weights if len(w) == 2)
+
+
+def _cudnn_rnn_backward(x: Shape, weights: list[Shape], *_: Any, **__: Any) -> float:
+    return 2.0 * _cudnn_rnn(x, weights)
+
+
+def _fft_real(size: Shape, dims: list[int]) -> float:
+    return 2.5 * prod(size) * log2(prod(size[d] for d in dims))
+
+
+def _fft_r2c(x: Shape, dims: list[int], *_: Any, **__: Any) -> float:
+    return _fft_real(x, dims)
+
+
+def _fft_c2r(_x: Shape, dims: list[int], *_: Any, out_shape: Shape, **__: Any) -> float:
+    return _fft_real(out_shape, dims)
+
+
+def _fft_c2c(x: Shape, dims: list[int], *_: Any, **__: Any) -> float:
+    return 2 * _fft_real(x, dims)
+
+
+def _one_each(x: Shape, *_: Any, **__: Any) -> float:
+    return float(prod(x))
+
+
+def _triangular_solve(a: Shape, b: Shape, *_: Any, left: bool = True, **__: Any) -> float:
+    return float(prod(b) * (b[-2] if left else b[-1]))
+
+
+DENSE = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution)
+_HEAVY: dict[Any, Callable[..., float]] = {
+    **{op: _counting_complex(op) for op in DENSE},
+    aten.mv: _product,
+    aten.dot: _product,
+    aten.vdot: _product,
+    aten.convolution_backward: _convolution_backward,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    aten._scaled_dot_product_flash_attention_backward: _attention_backward,
+    aten._scaled_dot_product_efficient_attention_backward: _attention_backward,
+    aten._scaled_dot_product_cudnn_attention_backward: _attention_backward,
+    aten.mkldnn_rnn_layer: _mkldnn_rnn,
+    aten.mkldnn_rnn_layer_backward: _mkldnn_rnn_backward,
+    aten._cudnn_rnn: _cudnn_rnn,
+    aten._cudnn_rnn_backward: _cudnn_rnn_backward,
+}
+FORMULAS: dict[Any, Callable[..., float]] = {
+    **_HEAVY,
+    aten._fft_r2c: _fft_r2c,
+    aten._fft_c2r: _fft_c2r,
+    aten._fft_c2c: _fft_c2c,
+    aten.cumsum: _one_each,
+    aten.cumprod: _one_each,
+    aten.logcumsumexp: _one_each,
+    aten.linalg_solve_triangular: _triangular_solve,
+}
+MATMUL = frozenset(_HEAVY) | frozenset(op for op in flop_registry if str(op).startswith("aten."))

@@ -1,0 +1,42 @@
+"""Peak memory of the work between two points: CUDA's own counter, or the kernel's high-water mark of this process."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import torch
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class Peak:
+    """peak = Peak(device); ... work ...; peak.read() -> bytes above what was in use at the start, and how measured."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self.method, self.start = "cuda max_memory_allocated", 0
+            return
+        try:
+            CLEAR.write_text("5")  # resets the high-water mark of this process
+            self.method, self.start = "process high-water mark above start", _status("VmRSS")
+        except OSError:
+            self.method, self.start = "process lifetime maximum (no reset on this system)", 0
+
+    def read(self) -> dict[str, int | str]:
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+        elif self.start:
+            peak = max(_status("VmHWM") - self.start, 0)
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {"peak_bytes": int(peak), "method": self.method}
+
+
+def _status(key: str) -> int:
+    for line in STATUS.read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"{STATUS} has no {key}")

@@ -1,0 +1,78 @@
+"""The classifier around an encoder: embedding, encoder, pooling over real tokens, head; one or two towers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lra.data import Batch
+from lra.encoder import Cost, Encoder, lengths_of
+from lra.task import Protocol
+
+
+class Classifier(nn.Module):
+    """Batch -> logits (B, classes).
+
+    tokens are embedded by a table, continuous values by a linear map of (byte / 255 - mean) / std. Two towers share
+    every weight and meet in the head as [u, v, u * v, u - v]. Padding is known by the mask alone, never by a value.
+    """
+
+    def __init__(self, encoder: Encoder, protocol: Protocol, classes: int, towers: int, pooling: str) -> None:
+        super().__init__()
+        d = encoder.d_model
+        self.encoder, self.pooling, self.towers = encoder, pooling, towers
+        self.embedding: nn.Module
+        if protocol.vocabulary:
+            self.embedding = nn.Embedding(protocol.vocabulary, d)
+            nn.init.normal_(self.embedding.weight, std=1.0)
+        else:
+            self.embedding = nn.Linear(protocol.channels, d)
+        self.mean, self.std = protocol.scale
+        self.cls = nn.Parameter(torch.randn(d) * 0.02) if pooling == "cls" else None
+        self.head: nn.Module = nn.Linear(d, classes)
+        if towers == 2:
+            self.head = nn.Sequential(nn.Linear(4 * d, d), nn.GELU(), nn.Linear(d, classes))
+
+    def forward(self, batch: Batch) -> Tensor:
+        values, mask = batch.values.flatten(0, 1), batch.mask.flatten(0, 1)
+        pooled = self.pool(*self.encode(values, mask))
+        if self.towers == 2:
+            u, v = pooled.unflatten(0, (-1, 2)).unbind(1)
+            pooled = torch.cat([u, v, u * v, u - v], dim=-1)
+        return self.head(pooled)
+
+    def encode(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """values: (B, L) tokens or (B, L, channels) bytes -> encoded (B, L', D) and its mask; L' = L + 1 with CLS."""
+        if isinstance(self.embedding, nn.Embedding):
+            x = self.embedding(values.int())
+        else:
+            x = self.embedding((values.float() / 255 - self.mean) / self.std)
+        if self.cls is not None:
+            x = torch.cat([self.cls.expand(len(x), 1, -1).to(x.dtype), x], dim=1)
+            mask = F.pad(mask, (1, 0), value=True)
+        return self.encoder(x, mask), mask
+
+    def pool(self, x: Tensor, mask: Tensor) -> Tensor:
+        """(B, L, D), (B, L) -> (B, D) over real tokens only."""
+        if self.pooling == "cls":
+            return x[:, 0]
+        if self.pooling == "last":
+            return x[torch.arange(len(x), device=x.device), lengths_of(mask) - 1]
+        if self.pooling == "max":
+            return x.masked_fill(~mask.unsqueeze(-1), float("-inf")).amax(dim=1)
+        total = x.masked_fill(~mask.unsqueeze(-1), 0).sum(dim=1, dtype=torch.float32)
+        return (total / lengths_of(mask).unsqueeze(-1)).to(x.dtype)
+
+    def cost(self, length: int) -> Cost:
+        """Forward work for one example whose towers hold `length` tokens each. Raises NotImplementedError where the
+        encoder declares no cost."""
+        inside = length + (self.cls is not None)
+        total = self.encoder.cost(inside)
+        if isinstance(self.embedding, nn.Linear):
+            total += Cost.linear(length, self.embedding.in_features, self.embedding.out_features)
+        total *= self.towers
+        for layer in self.head.modules():
+            if isinstance(layer, nn.Linear):
+                total += Cost.linear(1, layer.in_features, layer.out_features)
+        return total

@@ -1,0 +1,191 @@
+"""Names to things: a file in `architectures/` or `tasks/` is its own registration, and nothing is imported to list it.
+
+    architectures.get("s4d")             a file of this project
+    architectures.get("s4d/inv")         a variant its card declares
+    architectures.get("my.package:Net")  any importable class
+    architectures.get("net.py:Net")      a class in a file of the user's own
+    entry-point group `lra.architectures` (or `lra.tasks`) of an installed package: by its entry-point name
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import Any
+
+from lra.errors import UserError, unknown
+
+ROOT = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Constructor:
+    """A class with a variant's arguments preset. Called with keyword arguments only; unknown ones are a UserError."""
+
+    name: str
+    cls: type
+    preset: Mapping[str, Any] = field(default_factory=dict)
+    declared: bool = True
+    """False for a plain module that was wrapped: what it did not declare is reported as not declared."""
+
+    def options(self) -> dict[str, Any]:
+        """The constructor's keyword arguments and their defaults (`inspect.Parameter.empty` where required)."""
+        own = inspect.signature(self.cls).parameters.values()
+        return {p.name: self.preset.get(p.name, p.default) for p in own if p.kind is not p.VAR_POSITIONAL}
+
+    def __call__(self, **arguments: Any) -> Any:
+        known = self.options()
+        for key in arguments:
+            if key not in known:
+                raise unknown("argument", key, known, where=self.name)
+        try:
+            return self.cls(**{**self.preset, **arguments})
+        except ValueError as error:
+            raise UserError(f"{self.name}: {error}") from error
+
+
+class Registry:
+    """One kind of thing: its folder inside `lra/`, its contract class, its entry-point group."""
+
+    def __init__(self, kind: str, folder: str, contract: str) -> None:
+        self.kind, self.folder, self.contract = kind, folder, contract
+
+    @cache  # noqa: B019  (two registries live as long as the process)
+    def _files(self) -> Mapping[str, Path]:
+        found = {p.stem: p for p in sorted((ROOT / self.folder).glob("*.py")) if not p.stem.startswith("_")}
+        return MappingProxyType(found)
+
+    @cache  # noqa: B019
+    def _plugins(self) -> Mapping[str, EntryPoint]:
+        found: dict[str, EntryPoint] = {}
+        for point in entry_points(group=f"lra.{self.folder}"):
+            taken = point.name in found or point.name in self._files()
+            if taken and (point.name in self._files() or found[point.name].value != point.value):
+                raise UserError(f"two {self.kind}s are called {point.name!r}: one comes from {point.value}; rename it")
+            found[point.name] = point
+        return MappingProxyType(found)
+
+    def names(self, variants: bool = False) -> list[str]:
+        """Every registered name, with `name/variant` for declared variants of this project's own files on request."""
+        names = sorted({*self._files(), *self._plugins()})
+        if not variants:
+            return names
+        return [full for name in names for full in (name, *(f"{name}/{v}" for v in self.facts(name)["variants"]))]
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """What a file says of itself (card or class attributes written as literals), read without importing it."""
+        facts: dict[str, Any] = {"name": name, "variants": {}}
+        if name in self._plugins():
+            return facts | {"plugin": self._plugins()[name].value}
+        for node in ast.walk(ast.parse(self._files()[name].read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                facts |= _literals(node)
+        return facts
+
+    def get(self, reference: str) -> Constructor:
+        """The constructor behind a name. Raises UserError with the nearest right name."""
+        if ":" in reference:
+            return self._checked(reference, *_load(reference, self.kind))
+        name, _, variant = reference.partition("/")
+        if name in self._plugins():
+            cls = self._plugins()[name].load()
+        elif name in self._files():
+            module = importlib.import_module(f"lra.{self.folder}.{name}")
+            cls = self._only_class(module)
+        else:
+            raise unknown(self.kind, name, self.names())
+        constructor = self._checked(reference, cls, name)
+        if not variant:
+            return constructor
+        variants = cls.card.variants if hasattr(cls, "card") else {}
+        if variant not in variants:
+            raise unknown(f"variant of {name}", variant, variants)
+        return Constructor(reference, cls, dict(variants[variant]))
+
+    def _only_class(self, module: ModuleType) -> type:
+        contract = self._contract()
+        found = [
+            c for n, c in vars(module).items()
+            if inspect.isclass(c) and issubclass(c, contract) and c.__module__ == module.__name__ and n[0] != "_"
+        ]  # fmt: skip
+        if len(found) != 1:
+            raise UserError(f"{module.__file__} defines {len(found)} public {contract.__name__} classes; exactly one")
+        return found[0]
+
+    def _contract(self) -> type:
+        return getattr(importlib.import_module(f"lra.{self.kind if self.kind == 'task' else 'encoder'}"), self.contract)
+
+    def _checked(self, reference: str, cls: Any, name: str) -> Constructor:
+        contract = self._contract()
+        if inspect.isclass(cls) and issubclass(cls, contract):
+            return Constructor(reference, cls)
+        if self.kind == "architecture":
+            adopt = importlib.import_module("lra.architectures._adopted").adopt
+            try:
+                return Constructor(reference, adopt(cls, name), declared=False)
+            except TypeError as error:
+                raise UserError(f"{reference}: {error}") from error
+        raise UserError(f"{reference} is not a {contract.__name__}")
+
+
+def _literals(node: ast.ClassDef) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for line in node.body:
+        if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
+            target, value = line.targets[0].id, line.value
+            if target == "card" and isinstance(value, ast.Call):
+                found |= {k.arg: ast.literal_eval(k.value) for k in value.keywords if k.arg}
+            elif isinstance(value, ast.Constant):
+                found[target] = value.value
+    return found
+
+
+def _load(reference: str, kind: str) -> tuple[Any, str]:
+    """The object behind `file.py:Name` or `package.module:Name`, and its name."""
+    place, _, attribute = reference.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            module = _module_of(Path(place))
+        else:
+            module = importlib.import_module(place)
+    except FileNotFoundError:
+        raise UserError(f"{kind} {reference}: no file {place}") from None
+    except Exception as error:  # noqa: BLE001  (a stranger's module may raise anything)
+        raise UserError(f"{kind} {reference}: importing {place} failed: {type(error).__name__}: {error}") from error
+    if not hasattr(module, attribute):
+        classes = [n for n, c in vars(module).items() if inspect.isclass(c) and c.__module__ == module.__name__]
+        raise unknown("class", attribute, classes, where=place)
+    return getattr(module, attribute), attribute
+
+
+def _module_of(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    name = f"lra_user_{path.stem}"
+    known = sys.modules.get(name)
+    if known is not None and Path(str(known.__file__)).resolve() == path.resolve():
+        return known
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    if spec is None or spec.loader is None:
+        raise FileNotFoundError(path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+architectures = Registry("architecture", "architectures", "Encoder")
+tasks = Registry("task", "tasks", "Task")

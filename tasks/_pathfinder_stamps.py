@@ -1,0 +1,182 @@
+"""What a Pathfinder drawing is stamped from: paddles in every direction, the masks around them, the choice of the next.
+
+A paddle is a line drawn at twice the resolution and scaled down with a Lanczos filter in 8-bit fixed point, as Pillow
+does both; its mask is the line dilated by a disc before scaling. Held pixel by pixel against the stamps of the original
+generator (github.com/drewlinsley/pathfinder, 7b53886) in all 360 directions. Everything is a whole number, so the
+drawings do not depend on a machine's trigonometry.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from math import ceil, floor, hypot, pi
+from typing import NamedTuple
+
+import numpy as np
+
+SCALE = 2  # resolution of the drawing over that of the image
+FIXED = 22  # fractional bits of a filter weight
+UNIT = 1 << 16  # the largest weight of a candidate
+DEGREES = 360
+
+
+class Stamps(NamedTuple):
+    """Tables for one paddle shape. Directions: 0..359 are whole degrees from -180, then one for each of K candidates.
+
+    paddle, mask: (360 + K, S, S) uint8, centred on the end from which the paddle is drawn; a candidate's is drawn
+    from its head backwards. advance: (360 + K, 2), from one pivot to the next. head: (360, 2), from tail to head;
+    pivot: (360, 2), from head to the first pivot. footprint: (360, F, 2) offsets a seed needs free, footprints: how
+    many of them count. candidate: (K, 2), from pivot to head; weight: (360 + K, K), by the turn it asks for.
+    disc: (M, 2), offsets within the margin of a head. Coordinates are (y, x), int64.
+    """
+
+    paddle: np.ndarray
+    mask: np.ndarray
+    advance: np.ndarray
+    head: np.ndarray
+    pivot: np.ndarray
+    footprint: np.ndarray
+    footprints: np.ndarray
+    candidate: np.ndarray
+    weight: np.ndarray
+    disc: np.ndarray
+
+
+def polar(angle: np.ndarray, radius: float) -> np.ndarray:
+    """(..., 2) displacements (y, x), rounded to 1e-9: the last bits of sin and cos differ between machines."""
+    return np.round(radius * np.stack([np.sin(angle), np.cos(angle)], -1), 9)
+
+
+def degrees() -> np.ndarray:
+    """(360,) radians of the whole degrees from -180."""
+    return np.arange(-180, 180) * pi / 180
+
+
+def rounded_up(displacement: np.ndarray) -> np.ndarray:
+    return np.ceil(displacement).astype(np.int64)
+
+
+def disc(radius: int) -> np.ndarray:
+    """(M, 2) offsets of the lattice points within `radius`."""
+    y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
+    return np.argwhere(y**2 + x**2 <= radius**2) - radius
+
+
+@cache
+def stamps(length: int, thickness: float, margin: int, continuity: float) -> Stamps:
+    """Tables of a paddle of `length` and `thickness` pixels; `margin`: gap to the next paddle, in pixels."""
+    reach = length + margin
+    samples = np.arange(ceil(2 * pi * reach)) / reach
+    candidate = np.unique(np.floor(polar(samples, reach)).astype(np.int64), axis=0)
+    turn = np.arctan2(candidate[:, 0], candidate[:, 1])
+    angle = np.concatenate([degrees(), turn])
+    drawn = np.concatenate([degrees(), turn + pi])
+    pictures = [_paddle(*end, length, ceil(thickness), round(SCALE * thickness), margin)
+                for end in rounded_up(polar(drawn, SCALE * length)).tolist()]  # fmt: skip
+    paddle, mask = (np.stack(p) for p in zip(*pictures, strict=True))
+    apart = np.abs(turn - angle[:, None])
+    bend = np.minimum(np.minimum(apart, 2 * pi - apart) * continuity, pi / 2)
+    footprint, footprints = _footprints(mask[:DEGREES], reach)
+    return Stamps(
+        paddle,
+        mask,
+        rounded_up(polar(angle, length + 2 * margin)),
+        rounded_up(polar(degrees(), length)),
+        rounded_up(-polar(degrees(), reach)),
+        footprint,
+        footprints,
+        candidate,
+        np.rint(UNIT * np.cos(bend) ** 2).astype(np.int64),
+        disc(margin),
+    )
+
+
+def _footprints(masks: np.ndarray, reach: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where a seed's mask is solid, one pixel down and right of where it will be drawn, as in the original."""
+    offsets = [np.argwhere(mask == 255) - masks.shape[1] // 2 + 1 for mask in masks]
+    kept = [o[(np.abs(o) <= reach).all(axis=1)] for o in offsets]
+    table = np.zeros((len(kept), max(len(k) for k in kept), 2), np.int64)
+    for row, k in zip(table, kept, strict=True):
+        row[: len(k)] = k
+    return table, np.array([len(k) for k in kept])
+
+
+@cache
+def _paddle(dy: int, dx: int, length: int, halo: int, width: int, margin: int) -> tuple[np.ndarray, np.ndarray]:
+    """A line from the centre to (dy, dx), and its mask, both scaled down: (S, S) uint8."""
+    half = length + halo + margin
+    fine = np.zeros((2 * SCALE * half + 1,) * 2, np.uint8)
+    centre = SCALE * half
+    if width == 1:
+        _thin_line(fine, centre, dy, dx)
+    else:
+        _wide_line(fine, centre, dy, dx, width)
+    grown = np.zeros_like(fine)
+    ys, xs = np.nonzero(fine)
+    for oy, ox in disc(SCALE * margin):
+        grown[ys + oy, xs + ox] = 255
+    return shrink(fine, 2 * half + 1), shrink(grown, 2 * half + 1)
+
+
+def _thin_line(image: np.ndarray, centre: int, dy: int, dx: int) -> None:
+    """Bresenham's line of one pixel from the centre to (dy, dx)."""
+    long, short = max(abs(dy), abs(dx)), min(abs(dy), abs(dx))
+    sy, sx = (1 if dy > 0 else -1), (1 if dx > 0 else -1)
+    error, aside = 2 * short - long, 0
+    for along in range(long):
+        y, x = (aside, along) if abs(dx) > abs(dy) else (along, aside)
+        image[centre + sy * y, centre + sx * x] = 255
+        if error >= 0:
+            aside += 1
+            error -= 2 * long
+        error += 2 * short
+    image[centre + dy, centre + dx] = 255
+
+
+def _wide_line(image: np.ndarray, centre: int, dy: int, dx: int, width: int) -> None:
+    """A filled quadrilateral around the line from the centre to (dy, dx): corners and spans on whole pixels."""
+    inner, outer = (width - 1) // 2 / hypot(dy, dx), width // 2 / hypot(dy, dx)
+    left, right = _half_in(inner * dy), _half_in(outer * dy)
+    above, below = _half_out(inner * dx), _half_out(outer * dx)
+    corners = [(below, -left), (dy + below, dx - left), (dy - above, dx + right), (-above, right)]
+    sides = list(zip(corners, corners[1:] + corners[:1], strict=True))
+    for y in range(min(y for y, _ in corners), max(y for y, _ in corners) + 1):
+        crossings: list[float] = []
+        for (ya, xa), (yb, xb) in sides:
+            if ya == yb == y:
+                crossings += [xa, xb]
+            elif ya != yb and min(ya, yb) <= y <= max(ya, yb):
+                crossings.append(xa + (xb - xa) * (y - ya) / (yb - ya))
+        first, last = floor(min(crossings) + 0.5), ceil(max(crossings) - 0.5)
+        image[centre + y, centre + first : centre + last + 1] = 255
+
+
+def _half_out(value: float) -> int:
+    """Round to nearest, halves away from zero."""
+    return floor(value + 0.5) if value >= 0 else -floor(0.5 - value)
+
+
+def _half_in(value: float) -> int:
+    """Round to nearest, halves towards zero."""
+    return ceil(value - 0.5) if value >= 0 else -ceil(-value - 0.5)
+
+
+@cache
+def lanczos(source: int, target: int) -> np.ndarray:
+    """(target, source) int64: fixed-point weights of a Lanczos-3 filter from `source` to fewer pixels."""
+    ratio = source / target
+    weights = np.zeros((target, source))
+    for row in range(target):
+        centre = (row + 0.5) * ratio
+        first, last = max(int(centre - 3 * ratio + 0.5), 0), min(int(centre + 3 * ratio + 0.5), source)
+        x = (np.arange(first, last) - centre + 0.5) / ratio
+        raw = np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0)
+        weights[row, first:last] = raw / raw.sum()
+    return np.rint(weights * (1 << FIXED)).astype(np.int64)
+
+
+def shrink(image: np.ndarray, size: int) -> np.ndarray:
+    """Scale a square uint8 image down to (size, size): columns, then rows, each rounded to 8 bits."""
+    weights, half = lanczos(len(image), size), 1 << (FIXED - 1)
+    across = np.clip((image.astype(np.int64) @ weights.T + half) >> FIXED, 0, 255)
+    return np.clip((weights @ across + half) >> FIXED, 0, 255).astype(np.uint8)

@@ -1,0 +1,76 @@
+"""Raw tables: Parquet files in a folder of the user's, else a data set of the Hugging Face Hub at a pinned revision."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lra.task import DataError
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A data set: its id and revision on the hub, and the folder that holds its files below a user's source folder."""
+
+    id: str
+    revision: str
+    folder: str
+    splits: tuple[str, ...] = ("train", "test")
+
+    @property
+    def files(self) -> str:
+        return " and ".join(f"{self.folder}/{split}.parquet" for split in self.splits)
+
+
+def read_table(hub: Hub, split: str, columns: Sequence[str], source: Path | None, task: str) -> list[list[Any]]:
+    """The columns of a split, in the order asked for. Raises DataError when the split cannot be had or lacks one."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if source is None:
+        table, where = _from_hub(hub, split, task), f"{hub.id} at {hub.revision[:12]}"
+    else:
+        path = _file(hub, split, source)
+        where = str(path)
+        try:
+            table = pq.read_table(path)
+        except (pa.ArrowException, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise DataError(f"{path} is not a whole Parquet file ({reason}); fetch it again") from None
+    missing = [column for column in columns if column not in table.column_names]
+    if missing:
+        raise DataError(f"{where} has columns {', '.join(table.column_names)}; {', '.join(missing)} is missing")
+    return [table.column(column).to_pylist() for column in columns]
+
+
+def _file(hub: Hub, split: str, source: Path) -> Path:
+    shard = f"plain_text/{split}-00000-of-00001.parquet"
+    for name in (f"{hub.folder}/{split}.parquet", f"{hub.folder}/{shard}", f"{split}.parquet", shard):
+        if (source / name).is_file():
+            return source / name
+    raise DataError(
+        f"no {hub.folder}/{split}.parquet in {source}; put {hub.files} there, "
+        "or leave out --from and unset LRA_DATA to fetch them from the hub"
+    )
+
+
+def _from_hub(hub: Hub, split: str, task: str) -> Any:
+    advice = f"with {hub.files} in a folder DIR, run `lra data prepare {task} --from DIR`"
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(f"the package datasets, which fetches {hub.id}, is not installed; {advice}") from None
+    # the hub's client announces every retry; what matters is said once, below
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        # undecoded and in Arrow form: an image stays the bytes of its file
+        found = datasets.load_dataset(hub.id, revision=hub.revision, split=split)
+        if "img" in found.column_names:
+            found = found.cast_column("img", datasets.Image(decode=False))
+        return found.with_format("arrow")[:]
+    except Exception as error:  # noqa: BLE001  (hub clients raise a dozen kinds, all meaning that there are no data)
+        reason = str(error).splitlines()[0] if str(error) else "no reason given"
+        raise DataError(f"{hub.id} cannot be fetched ({type(error).__name__}: {reason}); offline, {advice}") from None

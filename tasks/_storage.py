@@ -1,0 +1,116 @@
+"""How a prepared set lies on disk: plain `.npy` files, memory-mapped when read.
+
+    <split>.values.npy, <split>.offsets.npy   the split's own documents, or, where splits share documents,
+    documents.values.npy, documents.offsets.npy   one table for all of them
+    <split>.index.npy, <split>.labels.npy
+    notes.json                                what preparation found and a reader may want to know (optional)
+
+Values are appended through a file, never through a writable memory map: on a full disk a map kills the process.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from lra.task import DataError, Split
+
+SHARED = "documents"
+
+
+class DocumentWriter:
+    """Appends documents end to end to `<name>.values.npy`; on leaving the context, `<name>.offsets.npy` too.
+
+    `name` is a split, or `SHARED` for a table that every split points into. dtype: uint8 or uint16.
+    """
+
+    def __init__(self, folder: Path, name: str, dtype: type[np.unsignedinteger] = np.uint8) -> None:
+        self.folder, self.name, self.dtype = folder, name, np.dtype(dtype)
+        self._lengths: list[np.ndarray] = []
+        self._total = 0
+
+    def __enter__(self) -> DocumentWriter:
+        self._file = (self.folder / f"{self.name}.values.npy").open("wb")
+        self._header()
+        return self
+
+    def _header(self) -> None:
+        # numpy pads the header so that its first dimension can grow in place
+        shape = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self._total,)}
+        np.lib.format.write_array_header_1_0(self._file, shape)
+
+    def append(self, values: np.ndarray, lengths: np.ndarray | None = None) -> None:
+        """values: (total,) of one document, or of several with their `lengths` (documents,)."""
+        values = np.ascontiguousarray(values)
+        if values.dtype != self.dtype:
+            raise TypeError(f"values are {values.dtype}, the writer's are {self.dtype}")
+        lengths = np.array([len(values)]) if lengths is None else np.asarray(lengths)
+        if lengths.sum() != len(values):
+            raise ValueError(f"lengths add up to {lengths.sum()}, values are {len(values)}")
+        self._file.write(values.data)
+        self._lengths.append(lengths.astype(np.int64))
+        self._total += len(values)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._file.seek(0)
+                self._header()
+        finally:
+            self._file.close()
+        if kind is None:
+            offsets = np.concatenate([np.zeros(1, np.int64), *self._lengths]).cumsum()
+            np.save(self.folder / f"{self.name}.offsets.npy", offsets)
+
+
+def write_documents(
+    folder: Path, name: str, documents: Iterable[np.ndarray], dtype: type[np.unsignedinteger] = np.uint8
+) -> None:
+    """Write a table of documents; `name` as in DocumentWriter."""
+    with DocumentWriter(folder, name, dtype) as writer:
+        for document in documents:
+            writer.append(document)
+
+
+def write_examples(folder: Path, split: str, labels: np.ndarray, index: np.ndarray | None = None) -> None:
+    """labels: (n,) whole numbers below 256; index: (n,) or (n, towers), by default document i for example i."""
+    index = np.arange(len(labels)) if index is None else np.asarray(index)
+    if len(index) != len(labels):
+        raise ValueError(f"{len(index)} rows of index for {len(labels)} labels")
+    np.save(folder / f"{split}.index.npy", index.reshape(len(labels), -1).astype(np.int32))
+    np.save(folder / f"{split}.labels.npy", np.asarray(labels).astype(np.uint8))
+
+
+def write_notes(folder: Path, notes: Mapping[str, Any]) -> None:
+    """What preparation found (duplicates dropped, texts that were cut ...), for the manifest's reader."""
+    (folder / "notes.json").write_text(json.dumps(notes, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def open_split(folder: Path, split: str) -> Split:
+    """Map a prepared split. Raises DataError when an array is missing, unreadable or does not fit the others."""
+    name = SHARED if (folder / f"{SHARED}.values.npy").is_file() else split
+    parts = (f"{name}.values", f"{name}.offsets", f"{split}.index", f"{split}.labels")
+    values, offsets, index, labels = (_open(folder / f"{part}.npy") for part in parts)
+    fits = (
+        offsets.ndim == 1 and len(offsets) and offsets[0] == 0 and offsets[-1] == len(values)
+        and index.ndim == 2 and len(index) == len(labels) and labels.ndim == 1
+    )  # fmt: skip
+    if not fits:
+        raise DataError(f"{folder}: the arrays of {split} do not fit together; remove the folder and prepare it again")
+    return Split(values, offsets, index, labels)
+
+
+def _open(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; remove {path.parent} and prepare it again") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise DataError(f"{path} is corrupt ({error}); remove {path.parent} and prepare it again") from None

@@ -1,0 +1,132 @@
+"""ListOps: the value of a nested expression of list operators, arXiv:1804.06028 at the lengths of arXiv:2011.04006.
+
+`strict` is generated from a seed by the published law (tasks/_listops.py). `lra2020` and `s4` read the released
+`basic_{train,val,test}.tsv`, which were drawn from the same law without a seed. Token ids are the same in all three:
+digits are their value, then [MIN [MAX [MED [SM and the bracket that closes them all; `s4` ends each expression with 15.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from lra.task import SPLITS, DataError, Progress, Protocol, Split, Task
+from lra.tasks._listops import CLOSE, EOS, SYMBOLS, Law, evaluate, evaluate_many, expressions
+from lra.tasks._storage import DocumentWriter, open_split, write_examples
+
+IDS = {symbol: number for number, symbol in enumerate(SYMBOLS)} | {"X": CLOSE}
+FILES = {"train": "basic_train.tsv", "validation": "basic_val.tsv", "test": "basic_test.tsv"}
+PLACES = (".", "listops", "listops-1000", "lra_release/listops-1000")
+COUNTS = {"train": 96_000, "validation": 2_000, "test": 2_000}
+RAW = "basic_train.tsv, basic_val.tsv and basic_test.tsv of the LRA release (folder listops-1000)"
+
+
+def released(source: Path | None, split: str) -> Iterator[np.ndarray]:
+    """The expressions of a released file, each checked against its label. Reads "]" and "X", with or without the
+    binary parentheses. Raises DataError naming file and line."""
+    name = FILES[split]
+    if source is None:
+        raise DataError(f"this protocol reads {RAW}; name their folder with --from DIR or LRA_DATA")
+    path = next((source / place / name for place in PLACES if (source / place / name).is_file()), None)
+    if path is None:
+        raise DataError(f"no {name} in {source} or in listops-1000/ below it; this protocol reads {RAW}")
+    with path.open(encoding="utf-8", errors="replace") as file:
+        if file.readline().split() != ["Source", "Target"]:
+            raise DataError(f"{path} line 1: the header is not Source, Target; is this the released file?")
+        for number, line in enumerate(file, start=2):
+            yield _parsed(line, f"{path} line {number}")
+
+
+def _parsed(line: str, where: str) -> np.ndarray:
+    columns = line.rstrip("\r\n").split("\t")
+    if len(columns) != 2 or not columns[1].isdecimal():
+        raise DataError(f"{where}: {len(columns)} columns instead of an expression and a digit; is the file complete?")
+    symbols = columns[0].replace("(", " ").replace(")", " ").split()
+    try:
+        tokens = np.array([IDS[symbol] for symbol in symbols], np.uint8)
+    except KeyError as error:
+        raise DataError(f"{where}: unknown symbol {error}; known: {' '.join(IDS)}") from None
+    value = evaluate(tokens)
+    if value != int(columns[1]):
+        found = "the expression is malformed" if value < 0 else f"the expression is {value}"
+        raise DataError(f"{where}: the label is {columns[1]}, {found}; the file is damaged")
+    return tokens
+
+
+class ListOps(Task):
+    name = "listops"
+    title = "ListOps"
+    classes = 10
+    protocols: ClassVar[Mapping[str, Protocol]] = {
+        "strict": Protocol(
+            "strict",
+            length=2000,
+            vocabulary=15,
+            counts=COUNTS,
+            sha256={
+                "train": "7d39e47dcb855c5739fb97ec8040b39d823e7ef4bcbaed60722edafe81c61457",
+                "validation": "651e20ded2f039c9efa45e60c3c5658ab1c608d7cc64e40e022a3cb180a78cea",
+                "test": "03128e11527706e31f1fea9f522a23248f864cf173bc38411d488fca7e709780",
+            },
+            note="generated from a seed by the published law; 15 symbols, no end mark, no padding id",
+        ),
+        "lra2020": Protocol(
+            "lra2020",
+            length=2000,
+            vocabulary=17,
+            counts=COUNTS,
+            note="released files; brackets kept; ids 15 and 16 (padding, unknown) never seen",
+            raw=RAW,
+        ),
+        "s4": Protocol(
+            "s4",
+            length=2048,
+            vocabulary=18,
+            counts=COUNTS,
+            note="released files; an end mark after each expression; ids 16 and 17 (padding, unknown) never seen",
+            raw=RAW,
+        ),
+    }
+
+    def prepare(
+        self, folder: Path, protocol: Protocol, *, source: Path | None, workers: int, progress: Progress
+    ) -> None:
+        total = sum(protocol.counts[split] for split in SPLITS)
+        made = iter(expressions(Law(), total, workers))
+        done = 0
+        for split in SPLITS:
+            rows = released(source, split) if protocol.raw else islice(made, protocol.counts[split])
+            labels = []
+            with DocumentWriter(folder, split) as writer:
+                for expression in rows:
+                    labels.append(evaluate(expression))
+                    writer.append(np.append(expression, np.uint8(EOS)) if protocol.name == "s4" else expression)
+                    done += 1
+                    if done % 1000 == 0:
+                        progress("reading expressions" if protocol.raw else "generating expressions", done, total)
+            write_examples(folder, split, np.array(labels))
+
+    def load(self, folder: Path, split: str) -> Split:
+        return open_split(folder, split)
+
+    def floors(self, train: Split, test: Split) -> dict[str, float]:
+        """Beside the majority class: the commonest training label of the root operator, and the exact value of the
+        expression cut below depth 1..4 (see `evaluate`), the majority class where nothing is left of it."""
+        floors = super().floors(train, test)
+        common = np.zeros((16, 10), np.int64)
+        np.add.at(common, (train.values[train.offsets[:-1]], train.labels), 1)
+        guess = common.argmax(axis=1)[test.values[test.offsets[:-1]]]
+        floors["root operator"] = float((guess == test.labels).mean())
+        majority = np.bincount(train.labels).argmax()
+        for depth in range(1, 5):
+            value = evaluate_many(test.values, test.offsets, depth)
+            floors[f"depth {depth}"] = float((np.where(value < 0, majority, value) == test.labels).mean())
+        return floors
+
+    def describe(self, split: Split, example: int) -> str:
+        symbols = (SYMBOLS[token] for token in split.document(split.index[example, 0]) if token != EOS)
+        return f"{' '.join(symbols)} = {split.labels[example]}"
