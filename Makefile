@@ -81,7 +81,7 @@ clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 	find lra/ architectures kernels tasks tests -name __pycache__ -prune -exec rm -rf {} +
 
-# the stamp holds the folder it was made in: a moved checkout has an environment that points elsewhere
+# the stamp names the folder it was made in: a moved checkout has an environment that points elsewhere
 ifneq ($(shell test -x $(VENV)/python && cat .venv/.stamp 2>/dev/null),$(CURDIR))
 .PHONY: .venv/.stamp
 endif
@@ -93,12 +93,13 @@ USABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[
 	usable() { "$$1" -c '$(USABLE)' 2>/dev/null; }; \
 	if ! usable $(VENV)/python || { test -e $@ && test "$$(cat $@)" != "$$(pwd -P)"; }; then \
 	    found=; \
-	    for name in $${PYTHON:-python3 python3.13 python3.12 python3.11 python}; do \
+	    if test -n "$$PYTHON"; then set -- "$$PYTHON"; else set -- python3 python3.13 python3.12 python3.11 python; fi; \
+	    for name in "$$@"; do \
 	        if usable "$$name"; then found=$$name; break; fi; \
 	    done; \
 	    if test -z "$$found"; then \
 	        echo "setup: no usable Python: needs 3.11, 3.12 or 3.13 with venv (on Debian and Ubuntu the package" \
-	            "python3-venv); looked for $${PYTHON:-python3, python3.13, python3.12, python3.11, python} and" \
+	            "python3-venv); tried $$*;" \
 	            "python3 is '$$(python3 --version 2>&1 | head -n 1)'. Name another: make setup PYTHON=/path/to/python3.12" >&2; \
 	        exit 1; \
 	    fi; \

@@ -1,5 +1,6 @@
 """The shared residual stack: an architecture supplies a mixer, the stack supplies everything around it.
 
+Each of the blocks is
     prenorm (default)   x = x + mixer(norm(x));  x = x + ffn(norm(x));  after the last block, norm(x)
     postnorm            x = norm(x + mixer(x));  x = norm(x + ffn(x))
 """
@@ -196,18 +197,22 @@ class Stack(Encoder):
         elif shape.positions == "learned":
             self.positions = nn.Parameter(torch.randn(length, d_model) * 0.02)
 
+    @property
+    def blocks(self) -> list[Layer]:
+        return [layer for layer in self.layers if isinstance(layer, Layer)]
+
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         if self.positions is not None:
             if x.shape[1] > len(self.positions):
                 raise ValueError(f"length {x.shape[1]} exceeds the {len(self.positions)} positions this encoder has")
             x = x + self.positions[: x.shape[1]].to(x.dtype)
-        for layer in self.layers:
+        for layer in self.blocks:
             x = layer(x, mask)
         return self.norm(x)
 
     def cost(self, length: int) -> Cost:
         total = Cost(other=5.0 * length * self.d_model)
-        for layer in self.layers:
+        for layer in self.blocks:
             total = total + layer.mixer.cost(length) + Cost(other=12.0 * length * self.d_model)
             if layer.ffn is not None:
                 total = total + layer.ffn.cost(length)
@@ -217,20 +222,20 @@ class Stack(Encoder):
         if not self.causal:
             raise NotImplementedError(f"{type(self).__name__} has no recurrent mode when {self.direction}")
         start = torch.zeros((), dtype=torch.int64, device=next(self.parameters()).device)
-        return start, tuple(layer.mixer.init_state(batch) for layer in self.layers)
+        return start, tuple(layer.mixer.init_state(batch) for layer in self.blocks)
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         time, before = state
         if self.positions is not None:
             x = x + self.positions[time].to(x.dtype)
         after = []
-        for layer, own in zip(self.layers, before, strict=True):
+        for layer, own in zip(self.blocks, before, strict=True):
             x, own = layer.step(x, own)
             after.append(own)
         return self.norm(x), (time + 1, tuple(after))
 
     def aux_loss(self) -> Tensor | None:
-        return _sum_losses([layer.mixer for layer in self.layers])
+        return _sum_losses([layer.mixer for layer in self.blocks])
 
 
 def sinusoidal(length: int, d_model: int) -> Tensor:

@@ -32,18 +32,19 @@ from lra.encoder import Card, Cost, Mixer
 
 
 class GRUMixer(Mixer):
-    """The recurrence over a sequence: (B, L, D) -> (B, L, D). Padding lies after the real tokens, so it needs no mask."""
+    """The recurrence over a sequence: (B, L, D) -> (B, L, D). Padding comes after all real tokens: no mask needed."""
 
     def __init__(self, d_model: int, horizon: int) -> None:
         super().__init__()
-        self.rnn = nn.GRU(d_model, d_model, batch_first=True)  # rows of its weights: r, z, n
-        for w, u in zip(self.rnn.weight_ih_l0.chunk(3), self.rnn.weight_hh_l0.chunk(3), strict=True):
-            nn.init.xavier_uniform_(w)
-            nn.init.orthogonal_(u)
-        nn.init.zeros_(self.rnn.bias_ih_l0)
-        nn.init.zeros_(self.rnn.bias_hh_l0)
+        self.rnn = nn.GRU(d_model, d_model, batch_first=True)
+        w, u, b, c = self.rnn.parameters()  # rows of each: r, z, n
+        for w_gate, u_gate in zip(w.chunk(3), u.chunk(3), strict=True):
+            nn.init.xavier_uniform_(w_gate)
+            nn.init.orthogonal_(u_gate)
+        nn.init.zeros_(b)
+        nn.init.zeros_(c)
         with torch.no_grad():
-            self.rnn.bias_ih_l0.chunk(3)[1].uniform_(1, max(horizon - 1, 1)).log_()
+            b.chunk(3)[1].uniform_(1, max(horizon - 1, 1)).log_()
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         return self.rnn(x)[0]
@@ -53,12 +54,11 @@ class GRUMixer(Mixer):
         return 2 * Cost.linear(length, width, 3 * width) + Cost(other=20.0 * length * width)
 
     def init_state(self, batch: int) -> Tensor:
-        return self.rnn.weight_hh_l0.new_zeros(batch, self.rnn.hidden_size)
+        return next(self.rnn.parameters()).new_zeros(batch, self.rnn.hidden_size)
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """State: h (B, H)."""
-        rnn = self.rnn
-        h = torch.gru_cell(x, state, rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0, rnn.bias_hh_l0)
+        h = torch.gru_cell(x, state, *self.rnn.parameters())
         return h, h
 
 

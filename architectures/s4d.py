@@ -1,7 +1,7 @@
 """S4D: each channel filtered by a linear state space model whose state matrix is diagonal.
 
-Gu, Gupta, Goel and Re 2022, arXiv:2206.11893. N is the state size; of each conjugate pair of modes one is kept, so M =
-N / 2 complex modes a channel, and every sum over them is 2 Re (section 3.2). Per channel, with step size dt = exp(log_dt):
+Gu, Gupta, Goel and Re 2022, arXiv:2206.11893. N is the state size; of each conjugate pair of modes one is kept: M = N/2
+complex modes a channel, and every sum over them is 2 Re. Per channel, with step size dt = exp(log_dt):
 
     A = -exp(log_A_real) + i A_imag                        (H, M)      so that Re A < 0
     zoh         Abar = exp(dt A),                      Bbar = (Abar - 1) / A B
@@ -182,4 +182,5 @@ class S4D(Stack):
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
-        return {f"*.{name}": {"lr": self.ssm_lr, "weight_decay": 0.0} for name in ("log_dt", "log_A_real", "A_imag", "B")}
+        names = ("log_dt", "log_A_real", "A_imag", "B")
+        return {f"*.{name}": {"lr": self.ssm_lr, "weight_decay": 0.0} for name in names}

@@ -55,7 +55,8 @@ class TransformerMixer(Mixer):
             nn.init.xavier_uniform_(weight)
         nn.init.zeros_(self.qkv.bias)
         nn.init.zeros_(self.out.bias)
-        self.register_buffer("slopes", alibi_slopes(n_heads).float() if positions == "alibi" else None, persistent=False)
+        slopes = alibi_slopes(n_heads).float() if positions == "alibi" else None
+        self.register_buffer("slopes", slopes, persistent=False)
 
     def _heads(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (split_heads(part, self.n_heads) for part in self.qkv(x).chunk(3, dim=-1))

@@ -283,7 +283,7 @@ def new_architecture(name: Annotated[str, typer.Argument(help="The registry name
     from lra import template
 
     path = template.architecture(name)
-    console.print(f"wrote {path}\nnow fill in its docstring, card and equations, then: lra check {name}", soft_wrap=True)
+    console.print(f"wrote {path}: fill in its docstring, card and equations, then `lra check {name}`", soft_wrap=True)
 
 
 def _settings(given: list[str] | None) -> dict[str, str]:

@@ -15,12 +15,12 @@ from lra.task import Protocol, Split
 
 class Batch(NamedTuple):
     """values: (B, towers, L) integer tokens, or bytes (B, towers, L, channels) of a continuous protocol;
-    mask: (B, towers, L) bool, True = real; labels: (B,) int64; index: (B,) int64, the examples' places in the split."""
+    mask: (B, towers, L) bool, True = real; labels: (B,) int64; example: (B,) int64, places in the set."""
 
     values: Tensor
     mask: Tensor
     labels: Tensor
-    index: Tensor
+    example: Tensor
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,9 @@ class DeviceSet:
     channels: int
 
     @classmethod
-    def of(cls, split: Split, protocol: Protocol, device: torch.device, examples: np.ndarray | None = None) -> DeviceSet:
+    def of(
+        cls, split: Split, protocol: Protocol, device: torch.device, examples: np.ndarray | None = None
+    ) -> DeviceSet:
         """`split` (or the given `examples` of it) on `device`; documents are cut to the protocol's length."""
         keep = np.arange(len(split)) if examples is None else examples
         index = np.asarray(split.index)[keep].astype(np.int64)

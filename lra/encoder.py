@@ -93,8 +93,8 @@ class Encoder(nn.Module, ABC):
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
-        """Optimiser settings by parameter-name pattern (fnmatch): `lr` (at most this rate), `lr_scale` (times the recipe's),
-        `weight_decay`. The first pattern that matches a parameter wins; a pattern that matches none is an error."""
+        """Optimiser settings by parameter-name pattern (fnmatch): `lr` (at most this rate), `lr_scale` (times the
+        recipe's), `weight_decay`. The first pattern that matches a parameter wins; one matching none is an error."""
         return {}
 
     @abstractmethod

@@ -20,8 +20,10 @@ from lra.errors import UserError
 from lra.statistics import Estimate, estimate
 
 COLUMNS = (
-    "architecture", "accuracy %", "± 95 %", "seeds", "params", "GFLOP", "ex/s", "memory", "minutes", "direction", "note",
+    "architecture", "accuracy %", "± 95 %", "seeds", "params", "GFLOP", "ex/s", "memory", "minutes", "direction",
+    "note",
 )  # fmt: skip
+WORDS = ("architecture", "direction", "note")
 
 
 @dataclass(frozen=True)
@@ -138,15 +140,15 @@ def cells(row: Row) -> list[str]:
 
 def title(group: Group) -> str:
     return (
-        f"{group.task} ({group.protocol}), recipe {group.recipe}, {group.regime}, "
-        f"n = {group.tested:,}, {group.device}"
+        f"{group.task} ({group.protocol}), recipe {group.recipe}, {group.regime}, n = {group.tested:,}, {group.device}"
     )
 
 
 def floors(records: Iterable[dict[str, Any]], group: Group) -> str:
     """The group's floors in one line: what a result has to beat to mean anything."""
     known = {k: v for r in records if group_of(r) == group for k, v in r["floors"].items()}
-    return "floors: " + ", ".join(f"{name} {100 * value:.1f}" for name, value in sorted(known.items(), key=lambda i: i[1]))
+    ordered = sorted(known.items(), key=lambda item: item[1])
+    return "floors: " + ", ".join(f"{name} {100 * value:.1f}" for name, value in ordered)
 
 
 def terminal(records: Sequence[dict[str, Any]], task: str = "") -> list[Table | str]:
@@ -157,7 +159,7 @@ def terminal(records: Sequence[dict[str, Any]], task: str = "") -> list[Table | 
             continue
         table = Table(title=title(group), title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
         for column in COLUMNS[:-1]:
-            table.add_column(column, justify="left" if column in ("architecture", "direction") else "right")
+            table.add_column(column, justify="left" if column in WORDS else "right")
         for row in found:
             table.add_row(*cells(row)[:-1])
         parts += [table, *dict.fromkeys(f"{r.architecture}: {cells(r)[-1]}" for r in found if cells(r)[-1])]
@@ -169,7 +171,7 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
     lines = ["# Leaderboard", "", HEADER, ""]
     for group, found in rows(records).items():
         lines += [f"## {title(group)}", "", "| " + " | ".join(COLUMNS) + " |"]
-        lines.append("|" + "|".join("---" if c in ("architecture", "direction", "note") else "---:" for c in COLUMNS) + "|")
+        lines.append("|" + "|".join("---" if c in WORDS else "---:" for c in COLUMNS) + "|")
         lines += ["| " + " | ".join(_escaped(c) for c in cells(row)) + " |" for row in found]
         lines += ["", floors(records, group), ""]
     return "\n".join(lines)
@@ -188,7 +190,8 @@ def table_csv(records: Sequence[dict[str, Any]]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([
         "task", "protocol", "recipe", "regime", "device", "n", "architecture", "accuracy", "low", "high", "interval",
-        "seeds", "collapsed", "parameters", "flops_forward", "examples_per_second", "peak_bytes", "minutes", "direction",
+        "seeds", "collapsed", "parameters", "flops_forward", "examples_per_second", "peak_bytes", "minutes",
+        "direction",
     ])  # fmt: skip
     for group, found in rows(records).items():
         for r in found:

@@ -176,6 +176,14 @@ def resolve(
     return recipe, origin
 
 
+def from_dict(content: Mapping[str, Any]) -> Recipe:
+    """The recipe that `as_dict` wrote. Raises UserError for what no recipe holds."""
+    sections = {s: _class(s)(**{k: _typed(v, get_type_hints(_class(s))[k], f"{s}.{k}") for k, v in content[s].items()})
+                for s in SECTIONS if s != "encoder"}  # fmt: skip
+    plain = {f.name: content[f.name] for f in fields(Recipe) if f.name not in sections}
+    return Recipe(**plain, **sections)
+
+
 def _layers(
     tables: Mapping[str, Any], path: Path, task: str, architecture: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:

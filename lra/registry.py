@@ -1,10 +1,10 @@
 """Names to things: a file in `architectures/` or `tasks/` is its own registration, and nothing is imported to list it.
 
-    architectures.get("s4d")             a file of this project
-    architectures.get("s4d/inv")         a variant its card declares
-    architectures.get("my.package:Net")  any importable class
-    architectures.get("net.py:Net")      a class in a file of the user's own
-    entry-point group `lra.architectures` (or `lra.tasks`) of an installed package: by its entry-point name
+architectures.get("s4d")             a file of this project
+architectures.get("s4d/inv")         a variant its card declares
+architectures.get("my.package:Net")  any importable class
+architectures.get("net.py:Net")      a class in a file of the user's own
+entry-point group `lra.architectures` (or `lra.tasks`) of an installed package: by its entry-point name
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _load(reference: str, kind: str) -> tuple[Any, str]:
             module = importlib.import_module(place)
     except FileNotFoundError:
         raise UserError(f"{kind} {reference}: no file {place}") from None
-    except Exception as error:  # noqa: BLE001  (a stranger's module may raise anything)
+    except Exception as error:
         raise UserError(f"{kind} {reference}: importing {place} failed: {type(error).__name__}: {error}") from error
     if not hasattr(module, attribute):
         classes = [n for n, c in vars(module).items() if inspect.isclass(c) and c.__module__ == module.__name__]

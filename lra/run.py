@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import pickle
 import shutil
 import time
 import warnings
@@ -21,12 +22,13 @@ import torch
 from rich.console import Console
 
 from lra import flops, memory, recipe, result, statistics, store, terminal
-from lra.data import DeviceSet, Sampler, Steps, Sweep, choose
+from lra.data import Batch, DeviceSet, Sampler, Steps, Sweep, choose
 from lra.errors import UserError
 from lra.model import Classifier
 from lra.recipe import Recipe
 from lra.registry import Constructor, architectures, tasks
 from lra.store import Prepared
+from lra.task import Protocol, Task
 from lra.train import Bar, Interrupted, Meter, Resume, Stop, Training, checkpoints
 
 COLLAPSED = "not above the best blind guess"
@@ -70,17 +72,15 @@ def resolved(request: Request) -> tuple[Recipe, dict[str, str], Constructor]:
     return found, origin, constructor
 
 
-def build(found: Recipe, constructor: Constructor, prepared: Prepared, seed: int) -> Classifier:
+def build(found: Recipe, constructor: Constructor, task: Task, protocol: Protocol, seed: int) -> Classifier:
     """The classifier with the weights `seed` gives it."""
     L.seed_everything(seed, verbose=False)
     shape: dict[str, Any] = {"d_model": found.model.d_model, "n_layers": found.model.n_layers}
     extra = 1 if found.model.pooling == "cls" else 0
     if "direction" in constructor.options():
         shape["direction"] = found.model.direction
-    encoder = constructor(
-        **shape, length=prepared.protocol.length + extra, dropout=found.model.dropout, **found.encoder
-    )
-    return Classifier(encoder, prepared.protocol, prepared.task.classes, prepared.task.towers, found.model.pooling)
+    encoder = constructor(**shape, length=protocol.length + extra, dropout=found.model.dropout, **found.encoder)
+    return Classifier(encoder, protocol, task.classes, task.towers, found.model.pooling)
 
 
 def run(request: Request, console: Console) -> Path:
@@ -88,14 +88,14 @@ def run(request: Request, console: Console) -> Path:
     torch.set_float32_matmul_precision("high")
     found, _, constructor = resolved(request)
     root = result.folder()
-    result.check_writable(root / "runs" / request.task / result.slug(request.architecture))
+    result.check_writable(root / "runs" / tasks.get(request.task).cls.name / result.slug(request.architecture))
     with terminal.bar(console, f"preparing {request.task}") as progress:
         prepared = store.prepared(request.task, found.data.protocol, source=request.source, progress=progress)
-    model = build(found, constructor, prepared, request.seed)
+    model = build(found, constructor, prepared.task, prepared.protocol, request.seed)
     parameters = sum(p.numel() for p in model.parameters())
     console.print(
-        f"[bold]{request.task}[/] ({prepared.protocol.name}) x [bold]{request.architecture}[/], recipe {found.name} "
-        f"[dim]{found.hash[:8]}[/], seed {request.seed}, {parameters:,} parameters, {device().type}"
+        f"[bold]{prepared.task.name}[/] ({prepared.protocol.name}) x [bold]{request.architecture}[/], "
+        f"recipe {found.name} [dim]{found.hash[:8]}[/], seed {request.seed}, {parameters:,} parameters, {device().type}"
     )
     started, clock = datetime.now(UTC), time.perf_counter()
     with _workspace(request, found) as folder:
@@ -103,15 +103,30 @@ def run(request: Request, console: Console) -> Path:
         measured = _test(found, prepared, trained, folder, console)
         record = _record(request, found, prepared, constructor, trained, measured, started, clock)
         path = result.write(record, measured["predictions"], root)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        (folder / "checkpoints" / "last.ckpt").unlink(missing_ok=True)
     return path
+
+
+def restore(folder: Path) -> Classifier:
+    """The trained classifier of a finished run's folder, on the CPU, in evaluation mode. Raises UserError."""
+    checkpoint = folder / "checkpoints" / "best.ckpt"
+    try:
+        found = recipe.from_dict(json.loads((folder / "recipe.json").read_text(encoding="utf-8")))
+        weights = torch.load(checkpoint, weights_only=True, map_location="cpu")["state_dict"]
+    except (OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(f"{folder} does not hold a trained run: {error}") from None
+    task, protocol = store.resolve(found.task, found.data.protocol or None)
+    model = build(found, architectures.get(found.architecture), task, protocol, seed=0)
+    model.load_state_dict({key.removeprefix("model."): value for key, value in weights.items() if key[:6] == "model."})
+    return model.eval()
 
 
 @contextmanager
 def _workspace(request: Request, found: Recipe) -> Iterator[Path]:
     """The folder of a run in progress: recipe, log, checkpoints; held by one process at a time."""
-    name = f"{request.task}-{result.slug(request.architecture)}-{found.name.replace('/', '-')}-{found.hash[:8]}"
-    folder = Path(os.environ.get("LRA_RUNS", "runs")) / f"{name}-s{request.seed}"
+    task, recipe_name = tasks.get(request.task).cls.name, found.name.replace("/", "-")  # type: ignore[attr-defined]
+    name = f"{task}-{result.slug(request.architecture)}-{recipe_name}-{found.hash[:8]}-s{request.seed}"
+    folder = Path(os.environ.get("LRA_RUNS", "runs")) / name
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         try:
@@ -238,7 +253,7 @@ def _record(
     return {
         "schema": result.SCHEMA,
         "id": identity,
-        "task": request.task,
+        "task": prepared.task.name,
         "architecture": request.architecture,
         "protocol": {"name": protocol.name, "length": protocol.length, "encoding": protocol.encoding},
         "recipe": found.as_dict(),
@@ -251,7 +266,7 @@ def _record(
         "collapsed": COLLAPSED if statistics.at_chance(test["accuracy"], test["n"], blind) else "",
         "floors": baseline,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "flops": flops.of_model(model, prepared.task.towers, protocol),
+        "flops": _flops(model, protocol),
         "speed": meter.speed(),
         "memory": trained.memory,
         "wall_seconds": round(time.perf_counter() - clock, 2),
@@ -262,6 +277,29 @@ def _record(
         "command": result.command_line(),
         "started": started.isoformat(timespec="seconds"),
         "predictions": {},
+    }
+
+
+def _flops(model: Classifier, protocol: Protocol) -> dict[str, Any]:
+    """Work for one example whose towers are as long as the protocol allows, counted and by formula."""
+    shape = (1, model.towers, protocol.length)
+    values = torch.zeros(shape if protocol.vocabulary else (*shape, protocol.channels), dtype=torch.uint8)
+    one = torch.zeros(1, dtype=torch.int64)
+    like = next(model.parameters())
+    batch = Batch(*(t.to(like.device) for t in (values, torch.ones(shape, dtype=torch.bool), one, one)))
+    report = flops.model_flops(model, batch)
+    try:
+        analytic: float | None = model.cost(protocol.length).matmul
+    except NotImplementedError:
+        analytic = None
+    return {
+        "length": protocol.length,
+        "forward": report.forward,
+        "forward_backward": report.forward_backward,
+        "matmul": report.matmul,
+        "matmul_by_formula": analytic,
+        "uncounted": sorted(report.uncounted),
+        "convention": "multiply-add = 2; one example",
     }
 
 
@@ -289,4 +327,4 @@ def _quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-__all__ = ["Interrupted", "Request", "build", "floors", "resolved", "run"]
+__all__ = ["Interrupted", "Request", "build", "floors", "resolved", "restore", "run"]

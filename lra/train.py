@@ -48,7 +48,7 @@ class Training(L.LightningModule):
         self.log("validation_loss", loss, batch_size=len(batch.labels))
 
     def predict_step(self, batch: Batch, _: int) -> tuple[Tensor, Tensor]:
-        return batch.index.cpu(), self.model(batch).argmax(dim=-1).cpu()
+        return batch.example.cpu(), self.model(batch).argmax(dim=-1).cpu()
 
     def on_validation_epoch_end(self) -> None:
         self.log("validation_accuracy", self.validation_accuracy, prog_bar=True)
@@ -72,7 +72,9 @@ class Meter(Callback):
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         self._begin = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Batch, _: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Batch, _: int
+    ) -> None:
         last = trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps
         loss = float(outputs["loss"]) if last else 0.0
         self.seconds += time.perf_counter() - self._begin

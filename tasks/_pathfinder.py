@@ -17,15 +17,11 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-from lra.tasks._pathfinder_stamps import DEGREES, FIXED, SCALE, UNIT, Stamps, degrees, lanczos, polar, stamps
+from lra.tasks._pathfinder_growth import OCCUPIED, below, clear, grow, mix
+from lra.tasks._pathfinder_stamps import FIXED, SCALE, degrees, half_width, lanczos, polar, stamps
 
-TRIES = 3  # at placing a paddle before its contour is given up
 DISTRACTOR_TRIES = 5
-RESTARTS = 1_000_000  # of an image before its drawing counts as impossible; 32 pixels take some 400
-GUESSES = 32  # at a free place before all of them are counted
-OCCUPIED = 77  # 0.3 of 255, rounded up: no seed may touch it
-OVERLAP = 459  # 1.8 times 255: two masks that add up to this collide
-DEAD_END = 255 * UNIT // 10_000
+RESTARTS = 1_000_000  # of an image before its drawing counts as impossible; some hundreds are usual
 
 
 @dataclass(frozen=True)
@@ -63,9 +59,9 @@ class Drawing:
 
 
 class Canvas(NamedTuple):
-    """What all images of a drawing share.
+    """What all images of a drawing share; `width` is size plus a pad on both sides.
 
-    second: (360, 2) from the first seed to the second; marker: half the width of the disc in each row, in fine pixels;
+    second: (360, 2) from the first seed to the second; marker: half the width of a disc in each row, in fine pixels;
     filter: (size, 2 * size), scales the fine pixels down. Lights are in hundredths of a marker's.
     """
 
@@ -73,6 +69,8 @@ class Canvas(NamedTuple):
     marker: np.ndarray
     filter: np.ndarray
     size: int
+    pad: int
+    width: int
     padding: int
     border: int
     contour: int
@@ -88,14 +86,18 @@ def generate(drawing: Drawing, seed: int, start: int, stop: int) -> tuple[np.nda
     The first marker is at the start of a contour. The darkest pixel of every image is 0, the brightest 255.
     Raises ValueError when the drawing leaves no room for its contours.
     """
-    n, size, radius = stop - start, drawing.size, SCALE * drawing.marker_radius
+    n, size, radius = stop - start, drawing.size, int(SCALE * drawing.marker_radius)
     images = np.zeros((n, size, size), np.uint8)
     labels, tips = np.zeros(n, np.uint8), np.zeros((n, 2, 2), np.int64)
+    shape = (drawing.paddle_length, drawing.paddle_thickness)
+    pad = half_width(*shape, max(drawing.paddle_margins))
     canvas = Canvas(
         np.rint(polar(degrees(), drawing.seed_distance)).astype(np.int64),
-        np.array([isqrt(int(radius**2) - y**2) for y in range(-int(radius), int(radius) + 1)]),
+        np.array([isqrt(radius**2 - y**2) for y in range(-radius, radius + 1)]),
         lanczos(SCALE * size, size),
         size,
+        pad,
+        size + 2 * pad,
         drawing.padding,
         2 * drawing.seed_distance,
         drawing.contour_length,
@@ -105,226 +107,69 @@ def generate(drawing: Drawing, seed: int, start: int, stop: int) -> tuple[np.nda
         round(100 * drawing.distractor_light),
     )
     for which, margin in enumerate(drawing.paddle_margins):
-        tables = stamps(drawing.paddle_length, drawing.paddle_thickness, margin, drawing.continuity)
+        tables = stamps(*shape, margin, drawing.continuity, canvas.width)
         choice = (np.uint64(seed), start, which, len(drawing.paddle_margins))
-        if not _draw_all(*choice, canvas, tables, images, labels, tips):
+        if not _draw(*choice, canvas, tables, images, labels, tips):
             raise ValueError(f"two contours of {drawing.contour_length} paddles do not fit into {drawing}")
     return images, labels, tips
 
 
 @numba.njit(nogil=True, cache=True)
-def _mix(x):  # type: ignore[no-untyped-def]
-    """The output function of SplitMix64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-@numba.njit(nogil=True, cache=True)
-def _below(stream, n):  # type: ignore[no-untyped-def]
-    """The next whole number of the stream, uniform in 0..n - 1; n below 2**32."""
-    stream[0] += np.uint64(0x9E3779B97F4A7C15)
-    return np.int64((_mix(stream[0]) >> np.uint64(32)) * np.uint64(n) >> np.uint64(32))
-
-
-@numba.njit(nogil=True, cache=True)
-def _draw_all(seed, start, which, choices, canvas, tables, images, labels, tips):  # type: ignore[no-untyped-def]
+def _draw(seed, start, which, choices, canvas, tables, images, labels, tips):  # type: ignore[no-untyped-def]
     """Draw the images whose margin is number `which` of `choices`; False when one cannot be drawn."""
-    size = canvas.size
-    mask, saved = np.empty((size, size), np.uint8), np.empty((size, size), np.uint8)
-    light = np.empty((size, size), np.int32)
+    size, pad, width = canvas.size, canvas.pad, canvas.width
+    mask, saved = np.empty(width**2, np.uint8), np.empty(width**2, np.uint8)
+    light = np.empty((width, width), np.int32)
     stream, cumulative = np.empty(1, np.uint64), np.empty(len(tables.candidate), np.int64)
+    states = np.empty((2, 3), np.int64)
     contours = np.empty((canvas.contour, 2, 3), np.int64)
-    distractor = np.empty((canvas.distractor, 3), np.int64)
+    distractor = np.empty((canvas.distractor, 1, 3), np.int64)
     for i in range(len(labels)):
-        stream[0] = _mix(_mix(seed + np.uint64(1)) + np.uint64(start + i))
-        if _below(stream, choices) != which:
+        stream[0] = mix(mix(seed + np.uint64(1)) + np.uint64(start + i))
+        if below(stream, choices) != which:
             continue
-        labels[i] = _below(stream, 2)
-        restarts = 0
-        while not _two_contours(canvas, tables, stream, mask, cumulative, contours):
+        labels[i] = below(stream, 2)
+        restarts, done = 0, False
+        while not done:
+            clear(canvas, mask)
+            done = grow(canvas, tables, stream, mask, canvas.border, cumulative, states, contours)
             restarts += 1
             if restarts == RESTARTS:
                 return False
         light[:] = 0
-        for step in range(canvas.contour):
-            for contour in range(2):
-                _lighten(light, tables.paddle, contours[step, contour], canvas.contour_light)
+        _lighten(light, tables.paddle, contours, canvas.contour_light)
         for _ in range(canvas.distractors):
             for _ in range(DISTRACTOR_TRIES):
                 saved[:] = mask
-                if _contour(tables, stream, mask, cumulative, distractor):
-                    for step in range(canvas.distractor):
-                        _lighten(light, tables.paddle, distractor[step], canvas.distractor_light)
+                if 100 * (mask < OCCUPIED).sum() < size**2:
+                    break
+                if grow(canvas, tables, stream, mask, 1, cumulative, states, distractor):
+                    _lighten(light, tables.paddle, distractor, canvas.distractor_light)
                     break
                 mask[:] = saved
-        marked = _below(stream, 2)
-        tips[i, 0] = contours[0, marked, 1:]
-        tips[i, 1] = contours[-1, marked if labels[i] else 1 - marked, 1:]
+        marked = below(stream, 2)
+        for axis in range(2):
+            tips[i, 0, axis] = contours[0, marked, 1 + axis] - pad
+            tips[i, 1, axis] = contours[-1, marked if labels[i] else 1 - marked, 1 + axis] - pad
         for tip in range(2):
             _mark(light, canvas, tips[i, tip, 0], tips[i, tip, 1])
-        brightest = light.max()
+        brightest = light[pad : pad + size, pad : pad + size].max()
         for y in range(size):
             for x in range(size):
-                images[i, y, x] = (510 * light[y, x] + brightest) // (2 * brightest)
+                images[i, y, x] = (510 * light[pad + y, pad + x] + brightest) // (2 * brightest)
     return True
 
 
 @numba.njit(nogil=True, cache=True)
-def _two_contours(canvas, tables, stream, mask, cumulative, contours):  # type: ignore[no-untyped-def]
-    """Grow both contours over an empty mask. contours: (n, 2, 3), the stamp, y and x of every paddle."""
-    size, edge = canvas.size, canvas.padding
-    mask[:] = 255
-    mask[edge : size - edge, edge : size - edge] = 0
-    states = np.empty((2, 3), np.int64)
-    if not _seed(tables, stream, mask, canvas.border, contours[0, 0], states[0]):
-        return False
-    for _ in range(TRIES):
-        turn, place = _below(stream, DEGREES), _below(stream, DEGREES)
-        contours[0, 1, 1:] = contours[0, 0, 1:] + canvas.second[place]
-        placed = _set_out(tables, turn, size, contours[0, 1], states[1])
-        if placed:
-            break
-    if not placed:
-        return False
-    for step in range(1, canvas.contour):
-        for which in range(2):
-            last, new = contours[step - 1, which], contours[step, which]
-            if not _extend(tables, stream, mask, cumulative, states[which], last, new):
-                return False
-    _cover(mask, tables.mask, contours[-1, 1])
-    return True
-
-
-@numba.njit(nogil=True, cache=True)
-def _contour(tables, stream, mask, cumulative, paddles):  # type: ignore[no-untyped-def]
-    """Grow one distractor anywhere. paddles: (n, 3)."""
-    free = 0
-    for y in range(len(mask)):
-        for x in range(len(mask)):
-            free += mask[y, x] < OCCUPIED
-    state = np.empty(3, np.int64)
-    if 100 * free < mask.size or not _seed(tables, stream, mask, 1, paddles[0], state):
-        return False
-    for step in range(1, len(paddles)):
-        if not _extend(tables, stream, mask, cumulative, state, paddles[step - 1], paddles[step]):
-            return False
-    _cover(mask, tables.mask, paddles[-1])
-    return True
-
-
-@numba.njit(nogil=True, cache=True)
-def _seed(tables, stream, mask, border, paddle, state):  # type: ignore[no-untyped-def]
-    """A first paddle in a uniform direction at a uniform free place. state: y and x of the pivot, direction."""
-    size = len(mask)
-    low = max(border - len(tables.mask[0]), 0)
-    span = size - 2 * low
-    for _ in range(TRIES):
-        turn = _below(stream, DEGREES)
-        found = False
-        for _ in range(GUESSES):
-            y, x = low + _below(stream, span), low + _below(stream, span)
-            if _fits(tables, turn, mask, border, y, x):
-                found = True
-                break
-        if not found:
-            places = 0
-            for place in range(span * span):
-                places += _fits(tables, turn, mask, border, low + place // span, low + place % span)
-            if places == 0:
-                return False
-            left, place = _below(stream, places), -1
-            while left >= 0:
-                place += 1
-                left -= _fits(tables, turn, mask, border, low + place // span, low + place % span)
-            y, x = low + place // span, low + place % span
-        paddle[1], paddle[2] = y, x
-        if _set_out(tables, turn, size, paddle, state):
-            return True
-    return False
-
-
-@numba.njit(nogil=True, cache=True)
-def _fits(tables, turn, mask, border, y, x):  # type: ignore[no-untyped-def]
-    """Whether a seed's footprint at (y, x) is free; what lies outside the image does not count."""
-    size = len(mask)
-    for f in range(tables.footprints[turn]):
-        v, u = y + tables.footprint[turn, f, 0], x + tables.footprint[turn, f, 1]
-        if 0 <= v < size and 0 <= u < size:
-            framed = min(v, u) < border or max(v, u) >= size - border
-            if framed or mask[v, u] >= OCCUPIED:
-                return False
-    return True
-
-
-@numba.njit(nogil=True, cache=True)
-def _set_out(tables, turn, size, paddle, state):  # type: ignore[no-untyped-def]
-    """Start a contour with its tail at `paddle`; False when its head or its pivot is outside the image."""
-    y, x = paddle[1] + tables.head[turn, 0], paddle[2] + tables.head[turn, 1]
-    paddle[0] = state[2] = turn
-    state[0], state[1] = y + tables.pivot[turn, 0], x + tables.pivot[turn, 1]
-    return 0 <= min(y, x, state[0], state[1]) and max(y, x, state[0], state[1]) < size
-
-
-@numba.njit(nogil=True, cache=True)
-def _extend(tables, stream, mask, cumulative, state, last, new):  # type: ignore[no-untyped-def]
-    """Add a paddle: its head is drawn among the candidates around the next pivot; `last` becomes an obstacle."""
-    size, direction = len(mask), state[2]
-    pivot_y, pivot_x = state[0] + tables.advance[direction, 0], state[1] + tables.advance[direction, 1]
-    total = 0
-    for k in range(len(cumulative)):
-        y, x = pivot_y + tables.candidate[k, 0], pivot_x + tables.candidate[k, 1]
-        if tables.weight[direction, k] and 0 <= min(y, x) and max(y, x) < size:
-            nearest = 0
-            for d in range(len(tables.disc)):
-                v, u = y + tables.disc[d, 0], x + tables.disc[d, 1]
-                if 0 <= min(v, u) and max(v, u) < size:
-                    nearest = max(nearest, np.int64(mask[v, u]))
-                    if nearest == 255:
-                        break
-            total += tables.weight[direction, k] * (255 - nearest)
-        cumulative[k] = total
-    if total < DEAD_END:
-        return False
-    for _ in range(TRIES):
-        draw, k = _below(stream, total), 0
-        while cumulative[k] <= draw:
-            k += 1
-        new[0], new[1], new[2] = DEGREES + k, pivot_y + tables.candidate[k, 0], pivot_x + tables.candidate[k, 1]
-        if not _collides(mask, tables.mask, new):
-            _cover(mask, tables.mask, last)
-            state[0], state[1], state[2] = pivot_y, pivot_x, new[0]
-            return True
-    return False
-
-
-@numba.njit(nogil=True, cache=True)
-def _collides(mask, stamps, paddle):  # type: ignore[no-untyped-def]
-    size, width = len(mask), stamps.shape[1]
-    top, left = paddle[1] - width // 2, paddle[2] - width // 2
-    for y in range(max(top, 0), min(top + width, size)):
-        for x in range(max(left, 0), min(left + width, size)):
-            if np.int64(mask[y, x]) + np.int64(stamps[paddle[0], y - top, x - left]) >= OVERLAP:
-                return True
-    return False
-
-
-@numba.njit(nogil=True, cache=True)
-def _cover(mask, stamps, paddle):  # type: ignore[no-untyped-def]
-    size, width = len(mask), stamps.shape[1]
-    top, left = paddle[1] - width // 2, paddle[2] - width // 2
-    for y in range(max(top, 0), min(top + width, size)):
-        for x in range(max(left, 0), min(left + width, size)):
-            mask[y, x] = max(mask[y, x], stamps[paddle[0], y - top, x - left])
-
-
-@numba.njit(nogil=True, cache=True)
-def _lighten(light, stamps, paddle, strength):  # type: ignore[no-untyped-def]
-    size, width = len(light), stamps.shape[1]
-    top, left = paddle[1] - width // 2, paddle[2] - width // 2
-    for y in range(max(top, 0), min(top + width, size)):
-        for x in range(max(left, 0), min(left + width, size)):
-            light[y, x] = max(light[y, x], strength * np.int32(stamps[paddle[0], y - top, x - left]))
+def _lighten(light, stamps, contours, strength):  # type: ignore[no-untyped-def]
+    """Draw contours where they are brighter than what is there."""
+    side = stamps.shape[1]
+    for paddle in contours.reshape(-1, 3):
+        top, left = paddle[1] - side // 2, paddle[2] - side // 2
+        for y in range(side):
+            for x in range(side):
+                bright = np.int32(strength * np.int64(stamps[paddle[0], y, x]))
+                light[top + y, left + x] = max(light[top + y, left + x], bright)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -347,4 +192,5 @@ def _mark(light, canvas, y, x):  # type: ignore[no-untyped-def]
             total = half
             for fine in range(max(top, 0), min(SCALE * y + radius + 1, SCALE * size)):
                 total += canvas.filter[v, fine] * across[fine - top, column - first]
-            light[v, column] = max(light[v, column], np.int32(100 * min(max(total >> FIXED, 0), 255)))
+            bright = np.int32(100 * min(max(total >> FIXED, 0), 255))
+            light[canvas.pad + v, canvas.pad + column] = max(light[canvas.pad + v, canvas.pad + column], bright)

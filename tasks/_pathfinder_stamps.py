@@ -18,6 +18,7 @@ SCALE = 2  # resolution of the drawing over that of the image
 FIXED = 22  # fractional bits of a filter weight
 UNIT = 1 << 16  # the largest weight of a candidate
 DEGREES = 360
+OVERLAP = 459  # 1.8 times 255: where two masks add up to this, they collide
 
 
 class Stamps(NamedTuple):
@@ -25,9 +26,13 @@ class Stamps(NamedTuple):
 
     paddle, mask: (360 + K, S, S) uint8, centred on the end from which the paddle is drawn; a candidate's is drawn
     from its head backwards. advance: (360 + K, 2), from one pivot to the next. head: (360, 2), from tail to head;
-    pivot: (360, 2), from head to the first pivot. footprint: (360, F, 2) offsets a seed needs free, footprints: how
-    many of them count. candidate: (K, 2), from pivot to head; weight: (360 + K, K), by the turn it asks for.
-    disc: (M, 2), offsets within the margin of a head. Coordinates are (y, x), int64.
+    pivot: (360, 2), from head to the first pivot. candidate: (K, 2), from pivot to head; choice: (360 + K, C), the
+    candidates a direction may take, weight: how gladly, choices: how many they are. footprint: (360, F, 2), offsets
+    a seed needs free, footprints: how many, 0 for a direction no seed takes. Coordinates are (y, x), int64.
+
+    Offsets into a flattened picture of a given width: disc (M,), within the margin of a head; covered (360 + K, A),
+    the pixels of a mask that are not 0, covers: how many, cover: their values; solid (360 + K, B), those that can
+    collide, solidity, solids: their values and how many.
     """
 
     paddle: np.ndarray
@@ -35,11 +40,19 @@ class Stamps(NamedTuple):
     advance: np.ndarray
     head: np.ndarray
     pivot: np.ndarray
+    candidate: np.ndarray
+    choice: np.ndarray
+    weight: np.ndarray
+    choices: np.ndarray
     footprint: np.ndarray
     footprints: np.ndarray
-    candidate: np.ndarray
-    weight: np.ndarray
     disc: np.ndarray
+    covered: np.ndarray
+    cover: np.ndarray
+    covers: np.ndarray
+    solid: np.ndarray
+    solidity: np.ndarray
+    solids: np.ndarray
 
 
 def polar(angle: np.ndarray, radius: float) -> np.ndarray:
@@ -62,20 +75,30 @@ def disc(radius: int) -> np.ndarray:
     return np.argwhere(y**2 + x**2 <= radius**2) - radius
 
 
+def half_width(length: int, thickness: float, margin: int) -> int:
+    """How far a stamp reaches from its centre, in pixels."""
+    return length + ceil(thickness) + margin
+
+
 @cache
-def stamps(length: int, thickness: float, margin: int, continuity: float) -> Stamps:
-    """Tables of a paddle of `length` and `thickness` pixels; `margin`: gap to the next paddle, in pixels."""
+def stamps(length: int, thickness: float, margin: int, continuity: float, width: int) -> Stamps:
+    """Tables of a paddle of `length` and `thickness` pixels, `margin` pixels from the next, for pictures of `width`."""
     reach = length + margin
     samples = np.arange(ceil(2 * pi * reach)) / reach
     candidate = np.unique(np.floor(polar(samples, reach)).astype(np.int64), axis=0)
     turn = np.arctan2(candidate[:, 0], candidate[:, 1])
     angle = np.concatenate([degrees(), turn])
-    drawn = np.concatenate([degrees(), turn + pi])
-    pictures = [_paddle(*end, length, ceil(thickness), round(SCALE * thickness), margin)
-                for end in rounded_up(polar(drawn, SCALE * length)).tolist()]  # fmt: skip
+    ends = rounded_up(polar(np.concatenate([degrees(), turn + pi]), SCALE * length))
+    pictures = [_paddle(*end, length, thickness, margin) for end in ends.tolist()]
     paddle, mask = (np.stack(p) for p in zip(*pictures, strict=True))
     apart = np.abs(turn - angle[:, None])
     bend = np.minimum(np.minimum(apart, 2 * pi - apart) * continuity, pi / 2)
+    gladly = np.rint(UNIT * np.cos(bend) ** 2).astype(np.int64)
+    choice, choices = _ragged([np.flatnonzero(row) for row in gladly])
+    covered, covers = _ragged([_flat(np.argwhere(m), len(m), width) for m in mask])
+    cover, _ = _ragged([m[m > 0] for m in mask])
+    solid, solids = _ragged([_flat(np.argwhere(m >= OVERLAP - 255), len(m), width) for m in mask])
+    solidity, _ = _ragged([m[m >= OVERLAP - 255] for m in mask])
     footprint, footprints = _footprints(mask[:DEGREES], reach)
     return Stamps(
         paddle,
@@ -83,28 +106,55 @@ def stamps(length: int, thickness: float, margin: int, continuity: float) -> Sta
         rounded_up(polar(angle, length + 2 * margin)),
         rounded_up(polar(degrees(), length)),
         rounded_up(-polar(degrees(), reach)),
+        candidate,
+        choice,
+        np.take_along_axis(gladly, choice, axis=1),
+        choices,
         footprint,
         footprints,
-        candidate,
-        np.rint(UNIT * np.cos(bend) ** 2).astype(np.int64),
-        disc(margin),
+        _flat(disc(margin), 1, width),
+        covered,
+        cover.astype(np.uint8),
+        covers,
+        solid,
+        solidity,
+        solids,
     )
 
 
+def _flat(places: np.ndarray, side: int, width: int) -> np.ndarray:
+    """Offsets from the centre of a square of `side` to (n, 2) places in it, in a flattened picture of `width`."""
+    return (places - side // 2) @ np.array([width, 1])
+
+
+def _ragged(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of unequal lengths as one array, filled up with 0, and their lengths."""
+    lengths = np.array([len(row) for row in rows])
+    table = np.zeros((len(rows), lengths.max(), *rows[0].shape[1:]), np.int64)
+    for place, row in zip(table, rows, strict=True):
+        place[: len(row)] = row
+    return table, lengths
+
+
 def _footprints(masks: np.ndarray, reach: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where a seed's mask is solid, one pixel down and right of where it will be drawn, as in the original."""
-    offsets = [np.argwhere(mask == 255) - masks.shape[1] // 2 + 1 for mask in masks]
-    kept = [o[(np.abs(o) <= reach).all(axis=1)] for o in offsets]
-    table = np.zeros((len(kept), max(len(k) for k in kept), 2), np.int64)
-    for row, k in zip(table, kept, strict=True):
-        row[: len(k)] = k
-    return table, np.array([len(k) for k in kept])
+    """Where a seed's mask is solid, one pixel down and right of where it will be drawn, as in the original.
+
+    The original finds no place at all for a direction whose footprint lies wholly outside the image when put on one of
+    its corners: such a direction gets no footprint here.
+    """
+    kept = []
+    for mask in masks:
+        offsets = np.argwhere(mask == 255) - len(mask) // 2 + 1
+        offsets = offsets[(np.abs(offsets) <= reach).all(axis=1)]
+        corners = [(sy * offsets[:, 0] >= 0) & (sx * offsets[:, 1] >= 0) for sy in (1, -1) for sx in (1, -1)]
+        kept.append(offsets if all(inside.any() for inside in corners) else offsets[:0])
+    return _ragged(kept)
 
 
 @cache
-def _paddle(dy: int, dx: int, length: int, halo: int, width: int, margin: int) -> tuple[np.ndarray, np.ndarray]:
+def _paddle(dy: int, dx: int, length: int, thickness: float, margin: int) -> tuple[np.ndarray, np.ndarray]:
     """A line from the centre to (dy, dx), and its mask, both scaled down: (S, S) uint8."""
-    half = length + halo + margin
+    half, width = half_width(length, thickness, margin), round(SCALE * thickness)
     fine = np.zeros((2 * SCALE * half + 1,) * 2, np.uint8)
     centre = SCALE * half
     if width == 1:

@@ -11,10 +11,7 @@ from lra.architectures.gru import GRU, GRUMixer
 
 def equations(mixer: GRUMixer, x: Tensor) -> Tensor:
     """The docstring's equations, one token at a time: (B, L, D) -> (B, L, D)."""
-    w = dict(zip("rzn", mixer.rnn.weight_ih_l0.chunk(3), strict=True))
-    u = dict(zip("rzn", mixer.rnn.weight_hh_l0.chunk(3), strict=True))
-    b = dict(zip("rzn", mixer.rnn.bias_ih_l0.chunk(3), strict=True))
-    c = dict(zip("rzn", mixer.rnn.bias_hh_l0.chunk(3), strict=True))
+    w, u, b, c = (dict(zip("rzn", parameter.chunk(3), strict=True)) for parameter in mixer.rnn.parameters())
     h, outputs = torch.zeros_like(x[:, 0]), []
     for token in x.unbind(1):
         r = torch.sigmoid(token @ w["r"].T + b["r"] + h @ u["r"].T + c["r"])
@@ -63,18 +60,18 @@ def test_bidirectional_sees_only_real_tokens_backwards() -> None:
 
 def test_initialisation() -> None:
     torch.manual_seed(0)
-    rnn = GRUMixer(64, horizon=1000).rnn
-    for u in rnn.weight_hh_l0.chunk(3):
-        torch.testing.assert_close(u @ u.T, torch.eye(64), rtol=0, atol=1e-5)
-    r, z, n = rnn.bias_ih_l0.chunk(3)
+    _, u, b, c = GRUMixer(64, horizon=1000).rnn.parameters()
+    for gate in u.chunk(3):
+        torch.testing.assert_close(gate @ gate.T, torch.eye(64), rtol=0, atol=1e-5)
+    r, z, n = b.chunk(3)
     assert not r.any()
     assert not n.any()
-    assert not rnn.bias_hh_l0.any()
+    assert not c.any()
     memories = 1 + z.exp()  # tokens after which a gate of sigmoid(b_z) has forgotten 1 - 1/e, to first order
     assert memories.min() >= 2
     assert memories.max() <= 1000
     assert 350 < memories.mean() < 650
-    assert not GRUMixer(8, horizon=2).rnn.bias_ih_l0.any()
+    assert not list(GRUMixer(8, horizon=2).rnn.parameters())[2].any()
 
 
 def test_wrong_horizon_is_named() -> None:

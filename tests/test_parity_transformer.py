@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def test_layer_equals_torch_encoder_layer(prenorm: bool, activation: str) -> Non
     ours = Transformer(
         d_model=16, n_layers=1, length=11, positions="none", block={"prenorm": prenorm, "ffn": activation}
     ).double()
-    layer = ours.layers[0]
+    layer: Any = ours.layers[0]
     copy_attention(layer.mixer, theirs.self_attn)
     for own, other in (
         (layer.norm, theirs.norm1), (layer.ffn_norm, theirs.norm2),
@@ -57,8 +58,9 @@ def test_layer_equals_torch_encoder_layer(prenorm: bool, activation: str) -> Non
     (y * w).sum().backward()
     (expected * w).sum().backward()
     torch.testing.assert_close(x.grad, z.grad, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(layer.mixer.qkv.weight.grad, theirs.self_attn.in_proj_weight.grad, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(layer.ffn.up.bias.grad, theirs.linear1.bias.grad, rtol=1e-10, atol=1e-10)
+    own_grads = layer.mixer.qkv.weight.grad, layer.ffn.up.bias.grad
+    their_grads = theirs.self_attn.in_proj_weight.grad, theirs.linear1.bias.grad
+    torch.testing.assert_close(own_grads, their_grads, rtol=1e-10, atol=1e-10)
 
 
 def llama_mixer(g: dict[str, Tensor], positions: str, causal: bool) -> TransformerMixer:
@@ -95,7 +97,8 @@ def test_rope_pairs_halves_as_llama() -> None:
                 torch.testing.assert_close(turned[:, 0], expected[row, :, t], rtol=1e-12, atol=1e-12)
     turned = torch.cat([rope(q[0, :, t : t + 1], int(p)) for t, p in enumerate(g["in.position_ids"][0])], dim=1)
     (turned * g["w"][0]).sum().backward()
-    torch.testing.assert_close(q.grad[0], g["grad.q"][0], rtol=1e-12, atol=1e-12)  # type: ignore[index]
+    assert q.grad is not None
+    torch.testing.assert_close(q.grad[0], g["grad.q"][0], rtol=1e-12, atol=1e-12)
 
 
 def test_rope_interleaved_as_gptj() -> None:
@@ -124,6 +127,7 @@ def test_alibi_slopes_and_causal_attention_as_bloom() -> None:
         torch.testing.assert_close(y[0], g["y"][row, :, pad:], rtol=1e-12, atol=1e-12)
         (y[0] * g["w"][row, :, pad:]).sum().backward()
         for own, name in ((q, "q"), (k, "k"), (v, "v")):
+            assert own.grad is not None
             torch.testing.assert_close(own.grad[0], g[f"grad.{name}"][row, :, pad:], rtol=1e-11, atol=1e-11)
 
 
@@ -156,7 +160,7 @@ def test_masks_combine() -> None:
         expected = mask[:, None, None, :].expand(2, 1, 7, 7)
         for kind in chosen:
             expected = expected & rules[kind]
-        got = attention_mask(mask, **chosen)  # type: ignore[arg-type]
+        got = attention_mask(mask, **chosen)
         assert torch.equal(got, expected | (i == j))
 
 
@@ -192,6 +196,6 @@ def test_variants_are_what_their_names_say() -> None:
         ({"direction": "concat"}, "direction is 'concat'"),
     ],
 )
-def test_wrong_arguments_are_named(wrong: dict[str, object], says: str) -> None:
+def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        Transformer(d_model=16, n_layers=1, length=8, **wrong)  # type: ignore[arg-type]
+        Transformer(d_model=16, n_layers=1, length=8, **wrong)

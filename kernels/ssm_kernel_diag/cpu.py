@@ -105,9 +105,9 @@ def vandermonde_backward(grad: Tensor, x: Tensor, weights: Tensor) -> tuple[Tens
         right = torch.cat([_real(Q, grad.dtype), _real(slope_Q, grad.dtype)], dim=-1)
         sums = torch.bmm(padded.reshape(-1, channels * rows, columns), right).to(torch.float64)
         over_Q, over_slope = torch.view_as_complex(sums.view(-1, channels, rows, 2, states, 2)).unbind(3)
-        dweights[:, h] = 2 * (over_Q * P.unsqueeze(1)).sum(2).transpose(0, 1).conj()
+        dweights[:, h] = 2 * (over_Q * P.unsqueeze(1)).sum(2).transpose(0, 1).conj_physical()
         slopes = (over_Q * slope_P.unsqueeze(1) + over_slope * P.unsqueeze(1)).sum(2)
-        dx[h] = 2 * (slopes * weights[:, h].transpose(0, 1)).sum(1).conj()
+        dx[h] = 2 * (slopes * weights[:, h].transpose(0, 1)).sum(1).conj_physical()
     return dx, dweights
 
 
