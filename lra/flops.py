@@ -67,8 +67,9 @@ class FlopReport:
     device: str
 
 
-def count(module: nn.Module, *inputs: Any, device: str = "meta") -> FlopReport:
+def count(module: nn.Module, *inputs: Any, device: str = "meta", backward: bool = True) -> FlopReport:
     """Run `module(*inputs)` and the gradient of its outputs' sum under the counter. `inputs` may be nested tensors.
+    Without `backward`, forward_backward is forward.
 
     The run happens on a copy and on the meta device, so it takes no memory; a module that looks at values, which
     meta tensors lack, is run where it is (`device=""` asks for that at once).
@@ -76,15 +77,18 @@ def count(module: nn.Module, *inputs: Any, device: str = "meta") -> FlopReport:
     if device == "meta":
         # a module that reads values may raise anything on meta; a real fault recurs below
         with suppress(Exception):
-            return _run(module, inputs, "meta")
-    return _run(module, inputs, "")
+            return _run(module, inputs, "meta", backward)
+    return _run(module, inputs, "", backward)
 
 
-def encoder_flops(encoder: Encoder, batch: int, length: int, device: str = "meta") -> FlopReport:
+def encoder_flops(
+    encoder: Encoder, batch: int, length: int, device: str = "meta", backward: bool = True
+) -> FlopReport:
     """`count` for `batch` full sequences of `length` tokens through an encoder, gradient for its input included."""
     like = next(encoder.parameters())
     x = torch.zeros(batch, length, encoder.d_model, device=like.device, dtype=like.dtype, requires_grad=True)
-    return count(encoder, x, torch.ones(batch, length, dtype=torch.bool, device=like.device), device=device)
+    mask = torch.ones(batch, length, dtype=torch.bool, device=like.device)
+    return count(encoder, x, mask, device=device, backward=backward)
 
 
 def model_flops(model: nn.Module, batch: Any) -> FlopReport:
@@ -92,7 +96,7 @@ def model_flops(model: nn.Module, batch: Any) -> FlopReport:
     return count(model, batch)
 
 
-def _run(module: nn.Module, inputs: tuple[Any, ...], device: str) -> FlopReport:
+def _run(module: nn.Module, inputs: tuple[Any, ...], device: str, backward: bool) -> FlopReport:
     def move(t: Tensor) -> Tensor:
         return t.detach().to(device or t.device, copy=True).requires_grad_(t.requires_grad)
 
@@ -106,7 +110,7 @@ def _run(module: nn.Module, inputs: tuple[Any, ...], device: str) -> FlopReport:
         with torch.random.fork_rng(devices=[]), torch.enable_grad(), census, _counter() as counter:
             outputs = [t for t in tree_leaves(twin(*given)) if isinstance(t, Tensor) and t.requires_grad]
             forward = counter.get_flop_counts().get("Global", {})
-            if outputs:
+            if outputs and backward:
                 torch.stack([t.sum() for t in outputs]).sum().backward()
             total = counter.get_total_flops()
     finally:

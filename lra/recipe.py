@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tomllib
 import types
 from collections.abc import Iterator, Mapping
@@ -82,7 +83,7 @@ class Optim:
     def __post_init__(self) -> None:
         _one_of(self, "schedule", SCHEDULES)
         _at_least(self, 0, "weight_decay", "warmup", "clip")
-        if self.lr <= 0:
+        if not 0 < self.lr < math.inf:
             raise UserError(f"optim.lr is {self.lr}; more than 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"optim.betas is {list(self.betas)}; each from 0 up to, not including, 1")
@@ -250,7 +251,7 @@ def _class(section: str) -> Any:
 
 def _at_least(section: Any, least: float, *keys: str) -> None:
     for key in keys:
-        if not getattr(section, key) >= least:
+        if not least <= getattr(section, key) < math.inf:
             raise UserError(f"{type(section).__name__.lower()}.{key} is {getattr(section, key)}; at least {least}")
 
 

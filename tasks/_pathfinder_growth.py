@@ -1,4 +1,6 @@
-"""How Pathfinder contours grow: seeds, paddles and what they keep clear of, compiled.
+"""How Pathfinder images are drawn: seeds, growing contours and what they keep clear of, compiled.
+
+All compiled code and its constants are in this file, because the compiler's cache watches only a function's own file.
 
 A mask is a flattened square picture, 255 in a frame of `pad` pixels around the image and in the padding inside it, as
 wide as a stamp reaches, so that nothing needs clipping. A paddle is three numbers: its stamp, and the place of its
@@ -10,16 +12,75 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from lra.tasks._pathfinder_stamps import DEGREES, OVERLAP, UNIT
-
+SCALE = 2  # resolution of a drawing over that of its image
+FIXED = 22  # fractional bits of a filter weight
+DEGREES = 360
+UNIT = 1 << 16  # the largest weight of a candidate
 TRIES = 3  # at placing a paddle before its contour is given up
 GUESSES = 32  # at a free place before all of them are counted
 OCCUPIED = 77  # 0.3 of 255, rounded up: no seed may touch it
+OVERLAP = 459  # 1.8 times 255: where two masks add up to this, they collide
 DEAD_END = 255 * UNIT // 10_000
+DISTRACTOR_TRIES = 5
+RESTARTS = 1_000_000  # of an image before its drawing counts as impossible; some hundreds are usual
 
 
 @numba.njit(nogil=True, cache=True)
-def mix(x):  # type: ignore[no-untyped-def]
+def draw(seed, start, which, choices, frame, plan, lights, tables, disc, fine, images, labels, tips):  # type: ignore[no-untyped-def]
+    """Draw the images whose margin is number `which` of `choices`; False when one cannot be drawn.
+
+    frame: size, pad, width of the mask (size and twice the pad), padding. plan: paddles of a contour and of a
+    distractor, number of distractors, border. lights: of contours and of distractors, in hundredths of a marker's.
+    tables: a Stamps. disc, fine: see `_mark`. images, labels, tips: written, as `generate` returns them.
+    """
+    size, pad, width, _ = frame
+    steps, distractor_steps, distractors, border = plan
+    stamps, candidate = tables[0], tables[3]
+    mask, saved = np.empty(width**2, np.uint8), np.empty(width**2, np.uint8)
+    light = np.empty((width, width), np.int32)
+    stream, odds = np.empty(1, np.uint64), np.empty(len(candidate), np.int64)
+    states = np.empty((2, 3), np.int64)
+    contours = np.empty((steps, 2, 3), np.int64)
+    distractor = np.empty((distractor_steps, 1, 3), np.int64)
+    for i in range(len(labels)):
+        stream[0] = _mix(_mix(seed + np.uint64(1)) + np.uint64(start + i))
+        if _below(stream, choices) != which:
+            continue
+        labels[i] = _below(stream, 2)
+        restarts, done = 0, False
+        while not done:
+            _clear(frame, mask)
+            done = _grow(frame, tables, border, stream, mask, states, odds, contours)
+            restarts += 1
+            if restarts == RESTARTS:
+                return False
+        light[:] = 0
+        _lighten(light, stamps, contours, lights[0])
+        for _ in range(distractors):
+            for _ in range(DISTRACTOR_TRIES):
+                saved[:] = mask
+                if 100 * (mask < OCCUPIED).sum() < size**2:
+                    break
+                if _grow(frame, tables, 1, stream, mask, states, odds, distractor):
+                    _lighten(light, stamps, distractor, lights[1])
+                    break
+                mask[:] = saved
+        marked = _below(stream, 2)
+        for axis in range(2):
+            tips[i, 0, axis] = contours[0, marked, 1 + axis] - pad
+            tips[i, 1, axis] = contours[-1, marked if labels[i] else 1 - marked, 1 + axis] - pad
+        image = light[pad : pad + size, pad : pad + size]
+        for tip in range(2):
+            _mark(image, disc, fine, tips[i, tip, 0], tips[i, tip, 1])
+        brightest = image.max()
+        for y in range(size):
+            for x in range(size):
+                images[i, y, x] = (510 * image[y, x] + brightest) // (2 * brightest)
+    return True
+
+
+@numba.njit(nogil=True, cache=True)
+def _mix(x):  # type: ignore[no-untyped-def]
     """The output function of SplitMix64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -27,157 +88,202 @@ def mix(x):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)
-def below(stream, n):  # type: ignore[no-untyped-def]
+def _below(stream, n):  # type: ignore[no-untyped-def]
     """The next whole number of the stream, uniform in 0..n - 1; n below 2**32."""
     stream[0] += np.uint64(0x9E3779B97F4A7C15)
-    return np.int64((mix(stream[0]) >> np.uint64(32)) * np.uint64(n) >> np.uint64(32))
+    return np.int64((_mix(stream[0]) >> np.uint64(32)) * np.uint64(n) >> np.uint64(32))
 
 
 @numba.njit(nogil=True, cache=True)
-def clear(canvas, mask):  # type: ignore[no-untyped-def]
-    """Empty the mask but for its frame. Returns nothing."""
-    width, edge = canvas.width, canvas.pad + canvas.padding
+def _clear(frame, mask):  # type: ignore[no-untyped-def]
+    """Empty the mask but for its frame."""
+    _, pad, width, padding = frame
+    edge = pad + padding
     mask[:] = 255
     for y in range(edge, width - edge):
         mask[y * width + edge : (y + 1) * width - edge] = 0
 
 
 @numba.njit(nogil=True, cache=True)
-def grow(canvas, tables, stream, mask, border, cumulative, states, paddles):  # type: ignore[no-untyped-def]
+def _grow(frame, tables, border, stream, mask, states, odds, paddles):  # type: ignore[no-untyped-def]
     """Grow one contour, or two in turn. paddles: (n, contours, 3), written; False, mask half done, where one is stuck.
 
-    border: kept free of the first seed. states: (contours, 3), cumulative: (K,), scratch. The newest paddle of a
-    contour is no obstacle yet, and the last of the first of two contours never becomes one.
+    border: kept free of the first seed. states: (contours, 3), odds: (K,), scratch. The newest paddle of a contour is
+    no obstacle yet, and the last of the first of two contours never becomes one.
     """
-    contours = paddles.shape[1]
-    if not seed(canvas, tables, stream, mask, border, paddles[0, 0], states[0]):
+    _, _, advance, candidate, turns, choices, _, _, _, _, _, cover, solid, covered, disc = tables
+    width, contours = frame[2], paddles.shape[1]
+    if not _seed(frame, tables, border, stream, mask, states, paddles):
         return False
-    if contours == 2 and not second_seed(canvas, tables, stream, paddles[0], states[1]):
+    if contours == 2 and not _second_seed(frame, tables, stream, states, paddles):
         return False
     for step in range(1, len(paddles)):
         for which in range(contours):
-            last, new = paddles[step - 1, which], paddles[step, which]
-            if not extend(canvas, tables, stream, mask, cumulative, states[which], last, new):
+            direction = states[which, 2]
+            y, x = states[which, 0] + advance[direction, 0], states[which, 1] + advance[direction, 1]
+            if not _weigh(frame, y, x, mask, candidate, turns[direction], choices[direction], disc, odds):
                 return False
-    cover(canvas, tables, mask, paddles[-1, -1])
+            placed = False
+            for _ in range(TRIES):
+                draw, c = _below(stream, odds[choices[direction] - 1]), 0
+                while odds[c] <= draw:
+                    c += 1
+                k = turns[direction, c, 0]
+                head_y, head_x = y + candidate[k, 0], x + candidate[k, 1]
+                if _clear_of(mask, head_y * width + head_x, cover[DEGREES + k], solid[DEGREES + k]):
+                    placed = True
+                    break
+            if not placed:
+                return False
+            last = paddles[step - 1, which, 0]
+            at = paddles[step - 1, which, 1] * width + paddles[step - 1, which, 2]
+            _cover(mask, at, cover[last], covered[last])
+            paddles[step, which, 0], paddles[step, which, 1], paddles[step, which, 2] = DEGREES + k, head_y, head_x
+            states[which, 0], states[which, 1], states[which, 2] = y, x, DEGREES + k
+    last, at = paddles[-1, -1, 0], paddles[-1, -1, 1] * width + paddles[-1, -1, 2]
+    _cover(mask, at, cover[last], covered[last])
     return True
 
 
 @numba.njit(nogil=True, cache=True, forceinline=True)
-def second_seed(canvas, tables, stream, paddles, state):  # type: ignore[no-untyped-def]
-    """Put down the second contour's first paddle at the right distance from the first's."""
-    for _ in range(TRIES):
-        turn, place = below(stream, DEGREES), below(stream, DEGREES)
-        paddles[1, 1] = paddles[0, 1] + canvas.second[place, 0]
-        paddles[1, 2] = paddles[0, 2] + canvas.second[place, 1]
-        if set_out(canvas, tables, turn, paddles[1], state):
-            return True
-    return False
+def _weigh(frame, pivot_y, pivot_x, mask, candidate, turns, choices, disc, odds):  # type: ignore[no-untyped-def]
+    """Running sums of the candidates' odds, weight times how free the mask is around them; False at a dead end."""
+    size, pad, width, _ = frame
+    total = 0
+    for c in range(choices):
+        y, x = pivot_y + candidate[turns[c, 0], 0], pivot_x + candidate[turns[c, 0], 1]
+        if min(y, x) >= pad and max(y, x) < pad + size:
+            nearest, centre = 0, y * width + x
+            for d in range(len(disc)):
+                nearest = max(nearest, np.int64(mask[centre + disc[d]]))
+                if nearest == 255:
+                    break
+            total += turns[c, 1] * (255 - nearest)
+        odds[c] = total
+    return total >= DEAD_END
 
 
 @numba.njit(nogil=True, cache=True, forceinline=True)
-def seed(canvas, tables, stream, mask, border, paddle, state):  # type: ignore[no-untyped-def]
+def _clear_of(mask, centre, cover, solid):  # type: ignore[no-untyped-def]
+    """Whether a paddle collides with nothing."""
+    for c in range(solid):
+        if np.int64(mask[centre + cover[c, 0]]) + cover[c, 1] >= OVERLAP:
+            return False
+    return True
+
+
+@numba.njit(nogil=True, cache=True, forceinline=True)
+def _cover(mask, centre, cover, covered):  # type: ignore[no-untyped-def]
+    """Make a paddle an obstacle."""
+    for c in range(covered):
+        place = centre + cover[c, 0]
+        mask[place] = max(np.int64(mask[place]), cover[c, 1])
+
+
+@numba.njit(nogil=True, cache=True)
+def _seed(frame, tables, border, stream, mask, states, paddles):  # type: ignore[no-untyped-def]
     """Put down a first paddle in a uniform direction at a uniform place among those free, `border` from the edge."""
-    low = max(border - canvas.pad, 0)
-    span = canvas.size - 2 * low
-    low += canvas.pad
+    size, pad, _, _ = frame
+    footprints, counts = tables[9], tables[10]
+    low = max(border - pad, 0)
+    span = size - 2 * low
+    low += pad
     for _ in range(TRIES):
-        turn = below(stream, DEGREES)
-        if tables.footprints[turn] == 0:
+        turn = _below(stream, DEGREES)
+        footprint = footprints[turn, : counts[turn]]
+        if len(footprint) == 0:
             return False
         found = False
         for _ in range(GUESSES):
-            paddle[1], paddle[2] = low + below(stream, span), low + below(stream, span)
-            found = fits(canvas, tables, turn, mask, border, paddle[1], paddle[2])
+            y, x = low + _below(stream, span), low + _below(stream, span)
+            found = _fits(frame, border, mask, footprint, y, x)
             if found:
                 break
         if not found:
             places = 0
             for place in range(span * span):
-                places += fits(canvas, tables, turn, mask, border, low + place // span, low + place % span)
+                places += _fits(frame, border, mask, footprint, low + place // span, low + place % span)
             if places == 0:
                 return False
-            left, place = below(stream, places), -1
+            left, place = _below(stream, places), -1
             while left >= 0:
                 place += 1
-                paddle[1], paddle[2] = low + place // span, low + place % span
-                left -= fits(canvas, tables, turn, mask, border, paddle[1], paddle[2])
-        if set_out(canvas, tables, turn, paddle, state):
+                y, x = low + place // span, low + place % span
+                left -= _fits(frame, border, mask, footprint, y, x)
+        if _set_out(frame, tables, turn, y, x, states, paddles, 0):
             return True
     return False
 
 
 @numba.njit(nogil=True, cache=True, forceinline=True)
-def fits(canvas, tables, turn, mask, border, y, x):  # type: ignore[no-untyped-def]
+def _fits(frame, border, mask, footprint, y, x):  # type: ignore[no-untyped-def]
     """Whether a seed's footprint at (y, x) is free; what lies outside the image does not count."""
-    size, pad = canvas.size, canvas.pad
-    for f in range(tables.footprints[turn]):
-        v, u = y + tables.footprint[turn, f, 0] - pad, x + tables.footprint[turn, f, 1] - pad
-        if min(v, u) >= 0 and max(v, u) < size:
-            framed = min(v, u) < border or max(v, u) >= size - border
-            if framed or mask[(v + pad) * canvas.width + u + pad] >= OCCUPIED:
+    size, pad, width, _ = frame
+    for f in range(len(footprint)):
+        v, u = y + footprint[f, 0], x + footprint[f, 1]
+        low, high = min(v, u) - pad, max(v, u) - pad
+        if low >= 0 and high < size:
+            if low < border or high >= size - border or mask[v * width + u] >= OCCUPIED:
                 return False
     return True
 
 
-@numba.njit(nogil=True, cache=True, forceinline=True)
-def set_out(canvas, tables, turn, paddle, state):  # type: ignore[no-untyped-def]
-    """Start a contour with its tail at `paddle`; False when its head or its pivot is outside the image."""
-    y, x = paddle[1] + tables.head[turn, 0], paddle[2] + tables.head[turn, 1]
-    paddle[0] = state[2] = turn
-    state[0], state[1] = y + tables.pivot[turn, 0], x + tables.pivot[turn, 1]
-    low, high = min(y, x, state[0], state[1]), max(y, x, state[0], state[1])
-    return low >= canvas.pad and high < canvas.pad + canvas.size
-
-
-@numba.njit(nogil=True, cache=True, forceinline=True)
-def extend(canvas, tables, stream, mask, cumulative, state, last, new):  # type: ignore[no-untyped-def]
-    """Add a paddle: its head is drawn among the candidates around the next pivot, and `last` becomes an obstacle.
-
-    A candidate's odds are its weight times how free the mask is around it. cumulative: scratch, (K,).
-    """
-    pad, width, direction = canvas.pad, canvas.width, state[2]
-    pivot_y, pivot_x = state[0] + tables.advance[direction, 0], state[1] + tables.advance[direction, 1]
-    total = 0
-    for c in range(tables.choices[direction]):
-        k = tables.choice[direction, c]
-        y, x = pivot_y + tables.candidate[k, 0], pivot_x + tables.candidate[k, 1]
-        if min(y, x) >= pad and max(y, x) < pad + canvas.size:
-            nearest, centre = np.uint8(0), y * width + x
-            for offset in tables.disc:
-                nearest = max(nearest, mask[centre + offset])
-                if nearest == 255:
-                    break
-            total += tables.weight[direction, c] * (255 - np.int64(nearest))
-        cumulative[c] = total
-    if total < DEAD_END:
-        return False
+@numba.njit(nogil=True, cache=True)
+def _second_seed(frame, tables, stream, states, paddles):  # type: ignore[no-untyped-def]
+    """Put down the second contour's first paddle at its distance from the first's, in a uniform direction."""
+    second = tables[8]
     for _ in range(TRIES):
-        draw, c = below(stream, total), 0
-        while cumulative[c] <= draw:
-            c += 1
-        k = tables.choice[direction, c]
-        new[0], new[1], new[2] = DEGREES + k, pivot_y + tables.candidate[k, 0], pivot_x + tables.candidate[k, 1]
-        if not collides(canvas, tables, mask, new):
-            cover(canvas, tables, mask, last)
-            state[0], state[1], state[2] = pivot_y, pivot_x, new[0]
+        turn, place = _below(stream, DEGREES), _below(stream, DEGREES)
+        y, x = paddles[0, 0, 1] + second[place, 0], paddles[0, 0, 2] + second[place, 1]
+        if _set_out(frame, tables, turn, y, x, states, paddles, 1):
             return True
     return False
 
 
-@numba.njit(nogil=True, cache=True, forceinline=True)
-def collides(canvas, tables, mask, paddle):  # type: ignore[no-untyped-def]
-    stamp, centre = paddle[0], paddle[1] * canvas.width + paddle[2]
-    for s in range(tables.solids[stamp]):
-        if np.int64(mask[centre + tables.solid[stamp, s]]) + tables.solidity[stamp, s] >= OVERLAP:
-            return True
-    return False
+@numba.njit(nogil=True, cache=True)
+def _set_out(frame, tables, turn, y, x, states, paddles, which):  # type: ignore[no-untyped-def]
+    """Start contour `which` with its tail at (y, x); False when its head or its pivot is outside the image."""
+    size, pad, _, _ = frame
+    head, pivot = tables[6], tables[7]
+    head_y, head_x = y + head[turn, 0], x + head[turn, 1]
+    pivot_y, pivot_x = head_y + pivot[turn, 0], head_x + pivot[turn, 1]
+    paddles[0, which, 0], paddles[0, which, 1], paddles[0, which, 2] = turn, y, x
+    states[which, 0], states[which, 1], states[which, 2] = pivot_y, pivot_x, turn
+    low, high = min(head_y, head_x, pivot_y, pivot_x), max(head_y, head_x, pivot_y, pivot_x)
+    return low >= pad and high < pad + size
 
 
-@numba.njit(nogil=True, cache=True, forceinline=True)
-def cover(canvas, tables, mask, paddle):  # type: ignore[no-untyped-def]
-    """Make a paddle an obstacle."""
-    stamp, centre = paddle[0], paddle[1] * canvas.width + paddle[2]
-    for c in range(tables.covers[stamp]):
-        place = centre + tables.covered[stamp, c]
-        mask[place] = max(mask[place], tables.cover[stamp, c])
+@numba.njit(nogil=True, cache=True)
+def _lighten(light, stamps, contours, strength):  # type: ignore[no-untyped-def]
+    """Draw contours where they are brighter than what is there."""
+    side = stamps.shape[1]
+    for paddle in contours.reshape(-1, 3):
+        top, left = paddle[1] - side // 2, paddle[2] - side // 2
+        for y in range(side):
+            for x in range(side):
+                bright = np.int32(strength * np.int64(stamps[paddle[0], y, x]))
+                light[top + y, left + x] = max(light[top + y, left + x], bright)
+
+
+@numba.njit(nogil=True, cache=True)
+def _mark(image, disc, fine, y, x):  # type: ignore[no-untyped-def]
+    """A disc around (y, x), scaled down from fine pixels: along rows, then along columns, each rounded to 8 bits.
+
+    disc: half the disc's width in each row of fine pixels; fine: (size, 2 * size), the filter.
+    """
+    size, radius = len(image), len(disc) // 2
+    reach, half = radius // SCALE + 4, 1 << (FIXED - 1)
+    top, left, right = SCALE * y - radius, max(x - reach, 0), min(x + reach + 1, size)
+    across = np.zeros((2 * radius + 1, right - left), np.int64)
+    for row in range(2 * radius + 1):
+        for u in range(left, right):
+            total = half
+            for f in range(max(SCALE * x - disc[row], 0), min(SCALE * x + disc[row] + 1, SCALE * size)):
+                total += 255 * fine[u, f]
+            across[row, u - left] = min(max(total >> FIXED, 0), 255)
+    for v in range(max(y - reach, 0), min(y + reach + 1, size)):
+        for u in range(left, right):
+            total = half
+            for f in range(max(top, 0), min(SCALE * y + radius + 1, SCALE * size)):
+                total += fine[v, f] * across[f - top, u - left]
+            image[v, u] = max(image[v, u], np.int32(100 * min(max(total >> FIXED, 0), 255)))

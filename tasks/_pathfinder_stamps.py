@@ -14,45 +14,37 @@ from typing import NamedTuple
 
 import numpy as np
 
-SCALE = 2  # resolution of the drawing over that of the image
-FIXED = 22  # fractional bits of a filter weight
-UNIT = 1 << 16  # the largest weight of a candidate
-DEGREES = 360
-OVERLAP = 459  # 1.8 times 255: where two masks add up to this, they collide
+from lra.tasks._pathfinder_growth import DEGREES, FIXED, OVERLAP, SCALE, UNIT
 
 
 class Stamps(NamedTuple):
     """Tables for one paddle shape. Directions: 0..359 are whole degrees from -180, then one for each of K candidates.
 
     paddle, mask: (360 + K, S, S) uint8, centred on the end from which the paddle is drawn; a candidate's is drawn
-    from its head backwards. advance: (360 + K, 2), from one pivot to the next. head: (360, 2), from tail to head;
-    pivot: (360, 2), from head to the first pivot. candidate: (K, 2), from pivot to head; choice: (360 + K, C), the
-    candidates a direction may take, weight: how gladly, choices: how many they are. footprint: (360, F, 2), offsets
-    a seed needs free, footprints: how many, 0 for a direction no seed takes. Coordinates are (y, x), int64.
-
-    Offsets into a flattened picture of a given width: disc (M,), within the margin of a head; covered (360 + K, A),
-    the pixels of a mask that are not 0, covers: how many, cover: their values; solid (360 + K, B), those that can
-    collide, solidity, solids: their values and how many.
+    from its head backwards. advance: (360 + K, 2), from one pivot to the next. candidate: (K, 2), from pivot to head;
+    turns: (360 + K, C, 2), the candidates of a direction and how gladly it takes them; choices: how many they are.
+    head: (360, 2), from tail to head; pivot: (360, 2), from head to the first pivot; second: (360, 2), from the first
+    seed to the second. footprint: (360, F, 2), what a seed needs free; footprints: how many, 0 where no seed goes.
+    cover: (360 + K, A, 2), a mask as offsets in a flattened picture and values, largest first; solid: how many of them
+    can collide; covered: how many there are. disc: (M,), such offsets within the margin of a head. All but the first
+    two are int64, places are (y, x).
     """
 
     paddle: np.ndarray
     mask: np.ndarray
     advance: np.ndarray
+    candidate: np.ndarray
+    turns: np.ndarray
+    choices: np.ndarray
     head: np.ndarray
     pivot: np.ndarray
-    candidate: np.ndarray
-    choice: np.ndarray
-    weight: np.ndarray
-    choices: np.ndarray
+    second: np.ndarray
     footprint: np.ndarray
     footprints: np.ndarray
-    disc: np.ndarray
-    covered: np.ndarray
     cover: np.ndarray
-    covers: np.ndarray
     solid: np.ndarray
-    solidity: np.ndarray
-    solids: np.ndarray
+    covered: np.ndarray
+    disc: np.ndarray
 
 
 def polar(angle: np.ndarray, radius: float) -> np.ndarray:
@@ -81,7 +73,9 @@ def half_width(length: int, thickness: float, margin: int) -> int:
 
 
 @cache
-def stamps(length: int, thickness: float, margin: int, continuity: float, width: int) -> Stamps:
+def stamps(
+    length: int, thickness: float, margin: int, continuity: float, seed_distance: int, width: int
+) -> Stamps:
     """Tables of a paddle of `length` and `thickness` pixels, `margin` pixels from the next, for pictures of `width`."""
     reach = length + margin
     samples = np.arange(ceil(2 * pi * reach)) / reach
@@ -94,37 +88,33 @@ def stamps(length: int, thickness: float, margin: int, continuity: float, width:
     apart = np.abs(turn - angle[:, None])
     bend = np.minimum(np.minimum(apart, 2 * pi - apart) * continuity, pi / 2)
     gladly = np.rint(UNIT * np.cos(bend) ** 2).astype(np.int64)
-    choice, choices = _ragged([np.flatnonzero(row) for row in gladly])
-    covered, covers = _ragged([_flat(np.argwhere(m), len(m), width) for m in mask])
-    cover, _ = _ragged([m[m > 0] for m in mask])
-    solid, solids = _ragged([_flat(np.argwhere(m >= OVERLAP - 255), len(m), width) for m in mask])
-    solidity, _ = _ragged([m[m >= OVERLAP - 255] for m in mask])
+    turns, choices = _ragged([np.stack([np.flatnonzero(row), row[row > 0]], 1) for row in gladly])
     footprint, footprints = _footprints(mask[:DEGREES], reach)
+    cover, covered = _ragged([_cover(m, width) for m in mask])
     return Stamps(
         paddle,
         mask,
         rounded_up(polar(angle, length + 2 * margin)),
+        candidate,
+        turns,
+        choices,
         rounded_up(polar(degrees(), length)),
         rounded_up(-polar(degrees(), reach)),
-        candidate,
-        choice,
-        np.take_along_axis(gladly, choice, axis=1),
-        choices,
+        np.rint(polar(degrees(), seed_distance)).astype(np.int64),
         footprint,
         footprints,
-        _flat(disc(margin), 1, width),
+        cover,
+        (mask >= OVERLAP - 255).sum(axis=(1, 2)),
         covered,
-        cover.astype(np.uint8),
-        covers,
-        solid,
-        solidity,
-        solids,
+        disc(margin) @ [width, 1],
     )
 
 
-def _flat(places: np.ndarray, side: int, width: int) -> np.ndarray:
-    """Offsets from the centre of a square of `side` to (n, 2) places in it, in a flattened picture of `width`."""
-    return (places - side // 2) @ np.array([width, 1])
+def _cover(mask: np.ndarray, width: int) -> np.ndarray:
+    """(A, 2): the pixels of a mask that are not 0, as offsets from its centre and values, the largest first."""
+    offsets = (np.argwhere(mask) - len(mask) // 2) @ [width, 1]
+    values = mask[mask > 0].astype(np.int64)
+    return np.stack([offsets, values], 1)[np.argsort(-values, kind="stable")]
 
 
 def _ragged(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

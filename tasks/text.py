@@ -28,6 +28,7 @@ from lra.tasks._storage import SHARED, open_split, write_documents, write_exampl
 HUB = Hub("stanfordnlp/imdb", "e6281661ce1c48d982bc483cf8a173c1bbeb5d31", "imdb")
 RAW = f"{HUB.files}, or {HUB.id} from the hub"
 HELD_OUT = 1_250
+RAREST = 15
 PAD, UNKNOWN, EOS = range(3)
 PUBLISHED = {"train": 25_000, "validation": 25_000, "test": 25_000}
 
@@ -83,11 +84,9 @@ class Text(Task):
         progress(f"reading {source or HUB.id}", 0, 3)
         train, test = (_read(split, source) for split in ("train", "test"))
         progress("encoding", 1, 3)
-        encode = _characters(train[0], protocol) if protocol.name == "s4" else _bytes
-        documents = [encode(text, protocol) for text in train[0] + test[0]]
-        write_documents(folder, SHARED, documents)
-        labels = np.array(train[1] + test[1])
-        total = len(train[0])
+        texts, labels, total = train[0] + test[0], np.array(train[1] + test[1]), len(train[0])
+        characters = protocol.name == "s4"
+        write_documents(folder, SHARED, _characters(texts, total, protocol) if characters else _bytes(texts, protocol))
         parts = {"train": np.arange(total), "test": np.arange(total, len(labels))}
         if protocol.selection == "test":
             parts["validation"] = parts["test"]
@@ -98,7 +97,7 @@ class Text(Task):
         for split, index in parts.items():
             write_examples(folder, split, labels[index], index)
         progress("looking for near-duplicates", 2, 3)
-        write_notes(folder, _overlap([*train[0], *test[0]], parts))
+        write_notes(folder, _overlap(texts, parts))
         progress("looking for near-duplicates", 3, 3)
 
     def load(self, folder: Path, split: str) -> Split:
@@ -142,10 +141,21 @@ def _characters(texts: list[str], train: int, protocol: Protocol) -> list[np.nda
 
 
 def _overlap(texts: list[str], parts: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Exact and near-duplicates among whole reviews, within and across splits; rows count within their split."""
+    """Identical and similar pairs of whole reviews by the splits they lie in, and the rows of test that have one in
+    train or validation."""
     whole = [np.frombuffer(text.encode(), np.uint8) for text in texts]
-    offsets = np.cumsum([0, *map(len, whole)])
-    pairs = near_duplicates(np.concatenate(whole), offsets)
-    side = np.empty(len(texts), np.int64)
-    names = ("train", "validation", "test") if len(parts["train"]) < HELD_OUT else ("train", "test")
-    return {"pairs": len(pairs)}
+    pairs = near_duplicates(np.concatenate(whole), np.cumsum([0, *map(len, whole)]))
+    side = np.empty(len(texts), object)
+    row = np.empty(len(texts), np.int64)
+    # test last: where it doubles as validation, a review of both is one of test
+    for split in ("train", "validation", "test"):
+        side[parts[split]], row[parts[split]] = split, np.arange(len(parts[split]))
+    found: dict[str, dict[str, int]] = {}
+    leaked = set()
+    for a, b in pairs:
+        kind = found.setdefault(" and ".join(sorted({side[a], side[b]})), {"identical": 0, "similar": 0})
+        kind["identical" if texts[a] == texts[b] else "similar"] += 1
+        for one, other in ((a, b), (b, a)):
+            if side[one] == "test" != side[other]:
+                leaked.add(int(row[one]))
+    return {"duplicate pairs": found, "test rows with a duplicate in train or validation": sorted(leaked)}

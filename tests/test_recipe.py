@@ -1,0 +1,120 @@
+"""Recipes: layers, origins, types, hashes, and clear refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lra import recipe
+from lra.errors import UserError
+from lra.recipe import Optim
+from lra.registry import architectures, tasks
+from lra.run import Request, resolved
+
+FILE = """
+[default.train]
+steps = 10
+evaluate_every = 5
+[task.listops.train]
+steps = 20
+[architecture.s4d.encoder]
+dt_max = 0.2
+[architecture."s4d/inv".encoder]
+dt_max = 0.3
+[cell.listops.s4d.optim]
+lr = 1
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    file = tmp_path / "mine.toml"
+    file.write_text(FILE)
+    return str(file)
+
+
+def test_narrower_layers_win_and_say_so(path: str) -> None:
+    found, origin = recipe.resolve(path, "listops", "s4d/inv", {"train.evaluate_every": "7"})
+    assert (found.name, found.train.steps, found.train.evaluate_every) == ("mine", 20, 7)
+    assert found.encoder == {"dt_max": 0.3}
+    assert found.optim.lr == 1.0
+    assert isinstance(found.optim.lr, float)
+    assert origin["train.steps"] == "mine.toml [task.listops]"
+    assert origin["encoder.dt_max"] == "mine.toml [architecture.s4d/inv]"
+    assert origin["optim.lr"] == "mine.toml [cell.listops.s4d]"
+    assert origin["train.evaluate_every"] == "--set"
+    assert origin["model.d_model"] == "built-in default"
+
+
+def test_another_cell_does_not_see_them(path: str) -> None:
+    found, _ = recipe.resolve(path, "text", "gru")
+    assert (found.train.steps, found.encoder, found.optim) == (10, {}, Optim())
+
+
+def test_the_hash_follows_the_content_and_not_the_name(path: str, tmp_path: Path) -> None:
+    other = tmp_path / "other.toml"
+    other.write_text(FILE)
+    one, _ = recipe.resolve(path, "listops", "s4d")
+    same, _ = recipe.resolve(str(other), "listops", "s4d")
+    changed, _ = recipe.resolve(path, "listops", "s4d", {"optim.lr": "0.5"})
+    assert one.hash == same.hash != changed.hash
+    assert recipe.from_dict(one.as_dict()).hash == one.hash
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("train.step", "5", "did you mean 'train.steps'"),
+        ("trian.steps", "5", "did you mean 'train.steps'"),
+        ("train.steps", "many", "expected int"),
+        ("train.steps", "1.5", "expected int"),
+        ("train.steps", "0", "at least 1"),
+        ("train.steps", "true", "expected int"),
+        ("optim.lr", "-1", "more than 0"),
+        ("optim.lr", "nan", "more than 0"),
+        ("optim.betas", "[0.9]", "a list of 2"),
+        ("optim.betas", "[0.9, 1.5]", "from 0 up to"),
+        ("model.dropout", "1.0", "from 0 up to"),
+        ("model.pooling", "'avg'", "one of mean"),
+        ("steps", "5", "unknown setting"),
+    ],
+)
+def test_a_wrong_setting_is_one_clear_line(setting: str, value: str, message: str, path: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        recipe.resolve(path, "listops", "s4d", {setting: value})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[default.train]\nsteps = ", "not valid TOML"),
+        ("[defualt.train]\nsteps = 1", "did you mean 'default'"),
+        ("[default.trian]\nsteps = 1", "did you mean 'train'"),
+        ("[default]\ntrain = 3", "unknown section"),
+        ("[default.train]\nstep = 1", "did you mean 'train.steps'"),
+        ("\xff", "not valid TOML"),
+    ],
+)
+def test_a_wrong_file_is_one_clear_line(content: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=message):
+        recipe.resolve(str(file), "listops", "s4d")
+
+
+def test_unknown_recipes_and_encoder_keys_get_the_nearest_name() -> None:
+    with pytest.raises(UserError, match="did you mean 'quick'"):
+        recipe.resolve("quik", "listops", "gru")
+    with pytest.raises(UserError, match=r"did you mean 'encoder\.n_heads'"):
+        resolved(Request("listops", "transformer", "quick", settings={"encoder.n_head": "2"}))
+
+
+@pytest.mark.parametrize("name", [n for n in recipe.names() if not n.startswith("paper/")])
+@pytest.mark.parametrize("task", tasks.names())
+@pytest.mark.parametrize("architecture", architectures.names())
+def test_every_recipe_resolves_for_every_cell(name: str, task: str, architecture: str) -> None:
+    found, origin, _ = resolved(Request(task, architecture, name))
+    assert found.train.steps >= found.train.evaluate_every
+    assert all(source for source in origin.values())
