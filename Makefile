@@ -64,8 +64,9 @@ bench: .venv/.stamp
 doctor: .venv/.stamp
 	@$(VENV)/lra doctor $(ARGS)
 
+# the workers fill the processors: more threads in each only get in each other's way
 test: .venv/.stamp
-	@$(RUN) pytest -q -n $(JOBS) $(if $(K),-k "$$K") $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) pytest -q -n $(JOBS) $(if $(K),-k "$$K") $(ARGS)
 
 check: .venv/.stamp
 	@$(RUN) ruff check --quiet .

@@ -131,7 +131,7 @@ class Bidirectional(Mixer):
 
     def __init__(self, make: Callable[[], Mixer], d_model: int, combine: str) -> None:
         super().__init__()
-        self.combine = combine
+        self.d_model = d_model
         self.ahead = make()
         self.back = None if combine == "shared" else make()
         self.project = nn.Linear(2 * d_model, d_model) if combine == "concat" else None
@@ -144,7 +144,7 @@ class Bidirectional(Mixer):
     def cost(self, length: int) -> Cost:
         both = self.ahead.cost(length) * 2
         if self.project is None:
-            return both + Cost(other=float(length))
+            return both + Cost(other=float(length * self.d_model))
         return both + Cost.linear(length, self.project.in_features, self.project.out_features)
 
     def aux_loss(self) -> Tensor | None:

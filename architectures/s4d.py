@@ -109,7 +109,7 @@ class S4DMixer(Mixer):
         return Cost.linear(length, width, 2 * width) + Cost(other=spectral + vandermonde + 20.0 * length * width)
 
     def init_state(self, batch: int) -> Tensor:
-        return torch.zeros(batch, *self.C.shape[1:3], dtype=torch.complex64, device=self.C.device)
+        return torch.zeros(batch, *self.C.shape[1:3], dtype=self.C.dtype.to_complex(), device=self.C.device)
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """State: x_t, (B, H, M) complex. One step is in double precision: rounding Abar would grow with time."""

@@ -81,9 +81,7 @@ def count(module: nn.Module, *inputs: Any, device: str = "meta", backward: bool 
     return _run(module, inputs, "", backward)
 
 
-def encoder_flops(
-    encoder: Encoder, batch: int, length: int, device: str = "meta", backward: bool = True
-) -> FlopReport:
+def encoder_flops(encoder: Encoder, batch: int, length: int, device: str = "meta", backward: bool = True) -> FlopReport:
     """`count` for `batch` full sequences of `length` tokens through an encoder, gradient for its input included."""
     like = next(encoder.parameters())
     x = torch.zeros(batch, length, encoder.d_model, device=like.device, dtype=like.dtype, requires_grad=True)

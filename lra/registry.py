@@ -32,7 +32,7 @@ class Constructor:
     """A class with a variant's arguments preset. Called with keyword arguments only; unknown ones are a UserError."""
 
     name: str
-    cls: type
+    cls: type[Any]
     preset: Mapping[str, Any] = field(default_factory=dict)
     declared: bool = True
     """False for a plain module that was wrapped: what it did not declare is reported as not declared."""
@@ -40,13 +40,17 @@ class Constructor:
     def options(self) -> dict[str, Any]:
         """The constructor's keyword arguments and their defaults (`inspect.Parameter.empty` where required)."""
         own = inspect.signature(self.cls).parameters.values()
-        return {p.name: self.preset.get(p.name, p.default) for p in own if p.kind is not p.VAR_POSITIONAL}
+        named = [p for p in own if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        return {p.name: self.preset.get(p.name, p.default) for p in named}
 
     def __call__(self, **arguments: Any) -> Any:
         known = self.options()
         for key in arguments:
             if key not in known:
                 raise unknown("argument", key, known, where=self.name)
+        missing = [k for k, default in known.items() if default is inspect.Parameter.empty and k not in arguments]
+        if missing:
+            raise UserError(f"{self.name} needs {', '.join(missing)}")
         try:
             return self.cls(**{**self.preset, **arguments})
         except ValueError as error:
@@ -97,7 +101,7 @@ class Registry:
             return self._checked(reference, *_load(reference, self.kind))
         name, _, variant = reference.partition("/")
         if name in self._plugins():
-            cls = self._plugins()[name].load()
+            cls = self._loaded(self._plugins()[name])
         elif name in self._files():
             module = importlib.import_module(f"lra.{self.folder}.{name}")
             cls = self._only_class(module)
@@ -110,6 +114,13 @@ class Registry:
         if variant not in variants:
             raise unknown(f"variant of {name}", variant, variants)
         return Constructor(reference, cls, dict(variants[variant]))
+
+    def _loaded(self, point: EntryPoint) -> Any:
+        try:
+            return point.load()
+        except Exception as error:  # a stranger's package may raise anything
+            said = f"{type(error).__name__}: {error}"
+            raise UserError(f"{self.kind} {point.name!r}: loading {point.value} failed: {said}") from error
 
     def _only_class(self, module: ModuleType) -> type:
         contract = self._contract()

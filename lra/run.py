@@ -124,7 +124,7 @@ def restore(folder: Path) -> Classifier:
 @contextmanager
 def _workspace(request: Request, found: Recipe) -> Iterator[Path]:
     """The folder of a run in progress: recipe, log, checkpoints; held by one process at a time."""
-    task, recipe_name = tasks.get(request.task).cls.name, found.name.replace("/", "-")  # type: ignore[attr-defined]
+    task, recipe_name = tasks.get(request.task).cls.name, found.name.replace("/", "-")
     name = f"{task}-{result.slug(request.architecture)}-{recipe_name}-{found.hash[:8]}-s{request.seed}"
     folder = Path(os.environ.get("LRA_RUNS", "runs")) / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -205,7 +205,10 @@ def _test(found: Recipe, prepared: Prepared, trained: Trained, folder: Path, con
     trained.module.load_state_dict(best["state_dict"])
     scores: dict[str, Any] = {"best_step": int(best["global_step"])}
     here = device()
-    for name, wanted in ((prepared.protocol.selection, 0), ("test", found.data.test_examples)):
+    for name, wanted in (
+        (prepared.protocol.selection, found.data.validation_examples),
+        ("test", found.data.test_examples),
+    ):
         split = prepared.split(name)
         kept = choose(len(split), wanted)
         data = DeviceSet.of(split, prepared.protocol, here, kept)

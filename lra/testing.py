@@ -1,7 +1,7 @@
 """Conformance checks for any encoder, ours or yours: the public face of what `lra check` runs.
 
-    from lra.testing import check
-    assert not [f for f in check("my_layer.py:MyLayer") if f.failed]
+from lra.testing import check
+assert not [f for f in check("my_layer.py:MyLayer") if f.failed]
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from typing import Any
 
 import torch
 from rich.console import Group
+from rich.constrain import Constrain
 from rich.table import Table
 from rich.text import Text
 
-from lra._checks import CHECKS, Broken, NotDeclared, Subject
+from lra._checks import CHECKS
+from lra._subject import Broken, NotDeclared, Subject
+from lra.encoder import Card
 from lra.errors import UserError, unknown
 from lra.registry import Constructor, architectures
 
@@ -30,10 +33,11 @@ PACKAGES = ("site-packages", "dist-packages")
 
 @dataclass(frozen=True)
 class Finding:
-    """One line on one check.
+    """What one check found, in one line.
 
     status: "pass"; "fail"; "exempt" (failed, as the card's exemption says it would); "stale" (passes although the card
-    exempts it); "undeclared" (a wrapped layer does not say what the check compares with: reported, not failed).
+    exempts it; a variant may need fewer exemptions than the card lists); "undeclared" (a wrapped layer does not say
+    what the check compares with: reported, not failed).
     """
 
     check: str
@@ -76,7 +80,9 @@ def check(
 
 
 def _finding(name: str, subject: Subject) -> Finding:
-    reason = dict(getattr(subject.constructor.cls, "card", None) and subject.card.exempt or {}).get(name)
+    card = getattr(subject.constructor.cls, "card", None)
+    reason = card.exempt.get(name) if isinstance(card, Card) else None
+    as_declared = not subject.options and not subject.constructor.preset
     started = time.perf_counter()
     try:
         remark = CHECKS[name](subject)
@@ -89,7 +95,7 @@ def _finding(name: str, subject: Subject) -> Finding:
         status, message = "fail", _said(error)
     if reason is not None and status == "fail":
         status, message = "exempt", reason
-    elif reason is not None and status == "pass":
+    elif reason is not None and status == "pass" and as_declared:
         status, message = "stale", f'the card exempts it ("{reason}"), but it passes: delete the exemption'
     return Finding(name, status, message, time.perf_counter() - started)
 
@@ -106,7 +112,7 @@ def _said(error: Exception) -> str:
 
 def render(findings: list[Finding]) -> Group:
     """The findings as a table of at most 100 columns, and a closing line."""
-    table = Table(box=None, pad_edge=False, width=100)
+    table = Table(box=None, pad_edge=False)
     table.add_column("check", no_wrap=True)
     table.add_column("", no_wrap=True)
     table.add_column("what it means", ratio=1, overflow="fold")
@@ -116,4 +122,4 @@ def render(findings: list[Finding]) -> Group:
         table.add_row(f.check, status, Text(f.message), f"{f.seconds:.1f}")
     counts = {status: sum(f.status == status for f in findings) for status in COLOURS}
     parts = [f"{n} {'not declared' if status == 'undeclared' else status}" for status, n in counts.items() if n]
-    return Group(table, Text(f"{len(findings)} checks: {', '.join(parts)}"))
+    return Group(Constrain(table, 100), Text(f"{len(findings)} checks: {', '.join(parts)}"))

@@ -170,6 +170,7 @@ class Stop(Callback):
     def __init__(self, checkpoint: Path, deadline: float | None) -> None:
         self.checkpoint, self.deadline, self.reason = checkpoint, deadline, ""
         self._before: dict[int, Any] = {}
+        self._first = 0.0
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -177,8 +178,13 @@ class Stop(Callback):
                 self._before[number] = signal.signal(number, self._heard)
 
     def _heard(self, number: int, _: Any) -> None:
-        self.reason = signal.Signals(number).name
-        signal.signal(number, self._before[number])
+        now = time.monotonic()
+        # `timeout` and a shell's Ctrl-C each deliver the same signal twice; only a later one means impatience
+        if self.reason and number == signal.SIGINT and now - self._first > 1:
+            self._restore()
+            raise KeyboardInterrupt
+        if not self.reason:
+            self.reason, self._first = signal.Signals(number).name, now
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

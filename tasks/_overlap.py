@@ -14,8 +14,8 @@ COMMON = 50
 
 
 @numba.njit(cache=True)
-def _sampled(values: np.ndarray, offsets: np.ndarray, shingle: int) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of the sampled windows of every document and the document each came from."""
+def sampled_windows(values: np.ndarray, offsets: np.ndarray, shingle: int) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes of the sampled windows of `shingle` tokens and the document each came from, document by document."""
     base = np.uint64(0x9E3779B97F4A7C15)
     leaving = np.uint64(1)
     for _ in range(shingle):
@@ -71,7 +71,7 @@ def near_duplicates(
     Windows that more than COMMON documents share (boilerplate) count for none of them.
     """
     documents = len(offsets) - 1
-    hashes, owners = _sampled(np.asarray(values), np.asarray(offsets), shingle)
+    hashes, owners = sampled_windows(np.asarray(values), np.asarray(offsets), shingle)
     order = np.lexsort((owners, hashes))
     hashes, owners = hashes[order], owners[order]
     new = np.ones(len(hashes), bool)

@@ -26,7 +26,9 @@ RESTARTS = 1_000_000  # of an image before its drawing counts as impossible; som
 
 
 @numba.njit(nogil=True, cache=True)
-def draw(seed, start, which, choices, frame, plan, lights, tables, disc, fine, images, labels, tips):  # type: ignore[no-untyped-def]
+def draw(  # type: ignore[no-untyped-def]
+    seed, start, which, choices, frame, plan, lights, tables, disc, fine, images, labels, tips
+):
     """Draw the images whose margin is number `which` of `choices`; False when one cannot be drawn.
 
     frame: size, pad, width of the mask (size and twice the pad), padding. plan: paddles of a contour and of a
@@ -35,7 +37,7 @@ def draw(seed, start, which, choices, frame, plan, lights, tables, disc, fine, i
     """
     size, pad, width, _ = frame
     steps, distractor_steps, distractors, border = plan
-    stamps, candidate = tables[0], tables[3]
+    stamps, candidate = tables[0], tables[4]
     mask, saved = np.empty(width**2, np.uint8), np.empty(width**2, np.uint8)
     light = np.empty((width, width), np.int32)
     stream, odds = np.empty(1, np.uint64), np.empty(len(candidate), np.int64)
@@ -54,17 +56,19 @@ def draw(seed, start, which, choices, frame, plan, lights, tables, disc, fine, i
             restarts += 1
             if restarts == RESTARTS:
                 return False
-        light[:] = 0
+        for y in range(width):
+            for x in range(width):
+                light[y, x] = 0
         _lighten(light, stamps, contours, lights[0])
         for _ in range(distractors):
             for _ in range(DISTRACTOR_TRIES):
-                saved[:] = mask
-                if 100 * (mask < OCCUPIED).sum() < size**2:
+                free = _copy(mask, saved)
+                if 100 * free < size**2:
                     break
                 if _grow(frame, tables, 1, stream, mask, states, odds, distractor):
                     _lighten(light, stamps, distractor, lights[1])
                     break
-                mask[:] = saved
+                _copy(saved, mask)
         marked = _below(stream, 2)
         for axis in range(2):
             tips[i, 0, axis] = contours[0, marked, 1 + axis] - pad
@@ -72,7 +76,10 @@ def draw(seed, start, which, choices, frame, plan, lights, tables, disc, fine, i
         image = light[pad : pad + size, pad : pad + size]
         for tip in range(2):
             _mark(image, disc, fine, tips[i, tip, 0], tips[i, tip, 1])
-        brightest = image.max()
+        brightest = 0
+        for y in range(size):
+            for x in range(size):
+                brightest = max(brightest, image[y, x])
         for y in range(size):
             for x in range(size):
                 images[i, y, x] = (510 * image[y, x] + brightest) // (2 * brightest)
@@ -99,9 +106,19 @@ def _clear(frame, mask):  # type: ignore[no-untyped-def]
     """Empty the mask but for its frame."""
     _, pad, width, padding = frame
     edge = pad + padding
-    mask[:] = 255
-    for y in range(edge, width - edge):
-        mask[y * width + edge : (y + 1) * width - edge] = 0
+    for y in range(width):
+        for x in range(width):
+            mask[y * width + x] = 0 if min(y, x) >= edge and max(y, x) < width - edge else 255
+
+
+@numba.njit(nogil=True, cache=True)
+def _copy(mask, to):  # type: ignore[no-untyped-def]
+    """Copy a mask; returns how much of it is free."""
+    free = 0
+    for place in range(len(mask)):
+        to[place] = mask[place]
+        free += mask[place] < OCCUPIED
+    return free
 
 
 @numba.njit(nogil=True, cache=True)
@@ -111,8 +128,9 @@ def _grow(frame, tables, border, stream, mask, states, odds, paddles):  # type: 
     border: kept free of the first seed. states: (contours, 3), odds: (K,), scratch. The newest paddle of a contour is
     no obstacle yet, and the last of the first of two contours never becomes one.
     """
-    _, _, advance, candidate, turns, choices, _, _, _, _, _, cover, solid, covered, disc = tables
-    width, contours = frame[2], paddles.shape[1]
+    _, _, advance, early, candidate, turns, choices, _, _, _, _, _, cover, solid, covered, disc = tables
+    _, pad, width, _ = frame
+    contours = paddles.shape[1]
     if not _seed(frame, tables, border, stream, mask, states, paddles):
         return False
     if contours == 2 and not _second_seed(frame, tables, stream, states, paddles):
@@ -121,12 +139,14 @@ def _grow(frame, tables, border, stream, mask, states, odds, paddles):  # type: 
         for which in range(contours):
             direction = states[which, 2]
             y, x = states[which, 0] + advance[direction, 0], states[which, 1] + advance[direction, 1]
+            y += states[which, 0] - pad < early[direction, 0]
+            x += states[which, 1] - pad < early[direction, 1]
             if not _weigh(frame, y, x, mask, candidate, turns[direction], choices[direction], disc, odds):
                 return False
             placed = False
             for _ in range(TRIES):
-                draw, c = _below(stream, odds[choices[direction] - 1]), 0
-                while odds[c] <= draw:
+                drawn, c = _below(stream, odds[choices[direction] - 1]), 0
+                while odds[c] <= drawn:
                     c += 1
                 k = turns[direction, c, 0]
                 head_y, head_x = y + candidate[k, 0], x + candidate[k, 1]
@@ -166,10 +186,10 @@ def _weigh(frame, pivot_y, pivot_x, mask, candidate, turns, choices, disc, odds)
 @numba.njit(nogil=True, cache=True, forceinline=True)
 def _clear_of(mask, centre, cover, solid):  # type: ignore[no-untyped-def]
     """Whether a paddle collides with nothing."""
+    hits = 0
     for c in range(solid):
-        if np.int64(mask[centre + cover[c, 0]]) + cover[c, 1] >= OVERLAP:
-            return False
-    return True
+        hits += np.int64(mask[centre + cover[c, 0]]) + cover[c, 1] >= OVERLAP
+    return hits == 0
 
 
 @numba.njit(nogil=True, cache=True, forceinline=True)
@@ -184,7 +204,7 @@ def _cover(mask, centre, cover, covered):  # type: ignore[no-untyped-def]
 def _seed(frame, tables, border, stream, mask, states, paddles):  # type: ignore[no-untyped-def]
     """Put down a first paddle in a uniform direction at a uniform place among those free, `border` from the edge."""
     size, pad, _, _ = frame
-    footprints, counts = tables[9], tables[10]
+    footprints, counts = tables[10], tables[11]
     low = max(border - pad, 0)
     span = size - 2 * low
     low += pad
@@ -222,16 +242,16 @@ def _fits(frame, border, mask, footprint, y, x):  # type: ignore[no-untyped-def]
     for f in range(len(footprint)):
         v, u = y + footprint[f, 0], x + footprint[f, 1]
         low, high = min(v, u) - pad, max(v, u) - pad
-        if low >= 0 and high < size:
-            if low < border or high >= size - border or mask[v * width + u] >= OCCUPIED:
-                return False
+        framed = low < border or high >= size - border
+        if low >= 0 and high < size and (framed or mask[v * width + u] >= OCCUPIED):
+            return False
     return True
 
 
 @numba.njit(nogil=True, cache=True)
 def _second_seed(frame, tables, stream, states, paddles):  # type: ignore[no-untyped-def]
     """Put down the second contour's first paddle at its distance from the first's, in a uniform direction."""
-    second = tables[8]
+    second = tables[9]
     for _ in range(TRIES):
         turn, place = _below(stream, DEGREES), _below(stream, DEGREES)
         y, x = paddles[0, 0, 1] + second[place, 0], paddles[0, 0, 2] + second[place, 1]
@@ -244,7 +264,7 @@ def _second_seed(frame, tables, stream, states, paddles):  # type: ignore[no-unt
 def _set_out(frame, tables, turn, y, x, states, paddles, which):  # type: ignore[no-untyped-def]
     """Start contour `which` with its tail at (y, x); False when its head or its pivot is outside the image."""
     size, pad, _, _ = frame
-    head, pivot = tables[6], tables[7]
+    head, pivot = tables[7], tables[8]
     head_y, head_x = y + head[turn, 0], x + head[turn, 1]
     pivot_y, pivot_x = head_y + pivot[turn, 0], head_x + pivot[turn, 1]
     paddles[0, which, 0], paddles[0, which, 1], paddles[0, which, 2] = turn, y, x

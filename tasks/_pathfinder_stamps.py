@@ -21,7 +21,8 @@ class Stamps(NamedTuple):
     """Tables for one paddle shape. Directions: 0..359 are whole degrees from -180, then one for each of K candidates.
 
     paddle, mask: (360 + K, S, S) uint8, centred on the end from which the paddle is drawn; a candidate's is drawn
-    from its head backwards. advance: (360 + K, 2), from one pivot to the next. candidate: (K, 2), from pivot to head;
+    from its head backwards. advance: (360 + K, 2), from one pivot to the next, and early:
+    (360 + K, 2), below which coordinate it is one more. candidate: (K, 2), from pivot to head;
     turns: (360 + K, C, 2), the candidates of a direction and how gladly it takes them; choices: how many they are.
     head: (360, 2), from tail to head; pivot: (360, 2), from head to the first pivot; second: (360, 2), from the first
     seed to the second. footprint: (360, F, 2), what a seed needs free; footprints: how many, 0 where no seed goes.
@@ -33,6 +34,7 @@ class Stamps(NamedTuple):
     paddle: np.ndarray
     mask: np.ndarray
     advance: np.ndarray
+    early: np.ndarray
     candidate: np.ndarray
     turns: np.ndarray
     choices: np.ndarray
@@ -48,7 +50,7 @@ class Stamps(NamedTuple):
 
 
 def polar(angle: np.ndarray, radius: float) -> np.ndarray:
-    """(..., 2) displacements (y, x), rounded to 1e-9: the last bits of sin and cos differ between machines."""
+    """(n, 2) displacements (y, x), rounded to 1e-9: the last bits of sin and cos differ between machines."""
     return np.round(radius * np.stack([np.sin(angle), np.cos(angle)], -1), 9)
 
 
@@ -83,6 +85,7 @@ def stamps(
     turn = np.arctan2(candidate[:, 0], candidate[:, 1])
     angle = np.concatenate([degrees(), turn])
     ends = rounded_up(polar(np.concatenate([degrees(), turn + pi]), SCALE * length))
+    ends[[60, 300], 1] += 1  # twice the cosine of 120 degrees exceeds -1 in the original's floats
     pictures = [_paddle(*end, length, thickness, margin) for end in ends.tolist()]
     paddle, mask = (np.stack(p) for p in zip(*pictures, strict=True))
     apart = np.abs(turn - angle[:, None])
@@ -95,6 +98,7 @@ def stamps(
         paddle,
         mask,
         rounded_up(polar(angle, length + 2 * margin)),
+        _early(angle, length + 2 * margin),
         candidate,
         turns,
         choices,
@@ -108,6 +112,17 @@ def stamps(
         covered,
         disc(margin) @ [width, 1],
     )
+
+
+def _early(angle: np.ndarray, distance: int) -> np.ndarray:
+    """(n, 2): coordinates below this are rounded up to the next, though the displacement is none.
+
+    The sine of pi and the cosine of pi / 2 are not quite 0 in the original's floats, which tells near the top and left
+    border: there a contour that runs along the border is pushed off it by a pixel, every thirtieth paddle at 32 pixels.
+    """
+    small = distance * np.stack([np.sin(angle), np.cos(angle)], -1)
+    near = np.ceil(np.arange(64)[:, None, None] + small) > np.arange(64)[:, None, None]
+    return np.where(polar(angle, distance) == 0, near.sum(axis=0), 0)
 
 
 def _cover(mask: np.ndarray, width: int) -> np.ndarray:

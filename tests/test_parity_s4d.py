@@ -92,7 +92,7 @@ def test_gradients_of_every_parameter_equal_the_recurrence(discretization: str) 
     mixer = mixer_of(discretization=discretization, n_ssm=2)
     x = torch.randn(2, 19, 4, dtype=torch.float64)
     w = torch.randn_like(x)
-    state, steps = mixer.init_state(2).to(torch.complex128), []
+    state, steps = mixer.init_state(2), []
     for token in x.unbind(1):
         y, state = mixer.step(token, state)
         steps.append(y)

@@ -19,7 +19,7 @@ from lra import leaderboard, result, store
 from lra.data import DeviceSet, Sweep
 from lra.errors import UserError
 from lra.registry import tasks
-from lra.run import Request, Stop, restore, run  # type: ignore[attr-defined]
+from lra.run import Request, Stop, restore, run
 
 TINY = f"{Path(__file__).parent / 'tiny_task.py'}:Tiny"
 SMALL = {
@@ -183,4 +183,4 @@ def test_two_seeds_make_one_row_with_an_interval(places: Path) -> None:
     assert not problems
     assert row.seeds == 2
     assert row.accuracy.source == "seeds"
-    assert tasks.get(TINY).cls.name == group.task  # type: ignore[attr-defined]
+    assert tasks.get(TINY).cls.name == group.task

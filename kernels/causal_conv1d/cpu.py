@@ -18,12 +18,13 @@ from lra.kernels._threads import blocks_of, over_rows
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
-def _before_activation(x, weight, bias, t, out):
+def _before_activation(i, t, lo, hi, x, weight, bias, out):
+    """Takes whole arrays: a block of a matrix would not be known to be contiguous, and its loops not vectorised."""
     taps = weight.shape[0]
-    out[:] = bias
+    out[:] = bias[lo:hi]
     for k in range(max(0, taps - 1 - t), taps):
-        tap, source = weight[k], x[t - taps + 1 + k]
-        for d in range(out.size):
+        tap, source = weight[k, lo:hi], x[i, t - taps + 1 + k, lo:hi]
+        for d in range(hi - lo):
             out[d] += tap[d] * source[d]
 
 
@@ -35,7 +36,7 @@ def _forward(start, stop, x, weight, bias, y, blocks, silu):
         lo, hi = width * block // blocks, width * (block + 1) // blocks
         for t in range(length):
             out = y[i, t, lo:hi]
-            _before_activation(x[i, :, lo:hi], weight[:, lo:hi], bias[lo:hi], t, out)
+            _before_activation(i, t, lo, hi, x, weight, bias, out)
             if silu:
                 for d in range(hi - lo):
                     out[d] = out[d] / (1 + exp(-out[d]))
@@ -53,7 +54,7 @@ def _backward(start, stop, grad, x, weight, bias, grad_x, grad_weight, grad_bias
         for t in range(length):
             y_t = grad[i, t, lo:hi]
             if silu:
-                _before_activation(x[i, :, lo:hi], weight[:, lo:hi], bias[lo:hi], t, g)
+                _before_activation(i, t, lo, hi, x, weight, bias, g)
                 for d in range(hi - lo):
                     gate = 1 / (1 + exp(-g[d]))
                     g[d] = y_t[d] * gate * (1 + g[d] * (1 - gate))

@@ -74,7 +74,7 @@ def _reduce(
 
 def _blocks(x: Tensor) -> tuple[tuple[int, int, int], dict[str, object]]:
     batch, length, width = x.shape
-    tile, block = min(64, triton.next_power_of_2(length)), min(64, triton.next_power_of_2(width))
+    tile, block = min(32, triton.next_power_of_2(length)), min(64, triton.next_power_of_2(width))
     wide = tl.float64 if x.dtype == torch.float64 else tl.float32
     return (triton.cdiv(width, block), triton.cdiv(length, tile), batch), {"T": tile, "D": block, "ACC": wide}
 

@@ -64,7 +64,7 @@ def _backward(
     return *grads, grad_state
 
 
-def _state(initial_state: Tensor | None, k: Tensor, v: Tensor) -> Tensor:
+def state_or_zeros(initial_state: Tensor | None, k: Tensor, v: Tensor) -> Tensor:
     dtype = accumulator(v.dtype)
     shape = v.shape[0], v.shape[2], k.shape[3], v.shape[3]
     return v.new_zeros(shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
@@ -77,7 +77,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o and the final state, in float32 or float64. q, k: (B, L, G, K), each of the G groups shared by H / G heads;
     v: (B, L, H, V); log_decay: (B, L, H, 1 or K); initial_state: (B, H, K, V)."""
-    state = _state(initial_state, k, v)
+    state = state_or_zeros(initial_state, k, v)
     if triton:
         from lra.kernels.decay_attention import gpu
 
@@ -101,7 +101,7 @@ def attend_backward(
     chunk: int, scale: float, triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, log_decay and the initial state."""
-    state = _state(initial_state, k, v)
+    state = state_or_zeros(initial_state, k, v)
     if triton:
         from lra.kernels.decay_attention import gpu
 

@@ -36,16 +36,16 @@ class PerHead:
         (..., C, K): the gradients that `log since` and `log until` have from elsewhere."""
         scores = q @ k.mT
         weights = (grad @ v.mT).mul_(self.steps)
-        gathered = self.gather(weights * scores, rows.sum(-1, keepdim=True), columns.sum(-1, keepdim=True))
-        return weights @ k, weights.mT @ q, scores.mul_(self.steps).mT @ grad, gathered
+        rows, columns = rows.sum(-1, keepdim=True), columns.sum(-1, keepdim=True)
+        ones = torch.ones_like(weights[(0,) * (weights.dim() - 2)])
+        log_decay = self.crossing(weights * scores) + ones.triu() @ rows + ones.tril(-1) @ columns
+        return weights @ k, weights.mT @ q, scores.mul_(self.steps).mT @ grad, log_decay
 
     @staticmethod
-    def gather(pairs: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """What passes each step t: pairs (..., C, C) from step j < t, column, to i >= t, row; rows (..., C, 1) from
-        the start to i >= t; columns (..., C, 1) from j < t to the end -> (..., C, 1)."""
+    def crossing(pairs: Tensor) -> Tensor:
+        """For each step t the sum of `pairs`, (..., C, C), over columns j < t and rows i >= t: (..., C, 1)."""
         ones = torch.ones_like(pairs[(0,) * (pairs.dim() - 2)])
-        crossing = (ones.triu() @ pairs).tril_(-1).sum(-1, keepdim=True)
-        return crossing + ones.triu() @ rows + ones.tril(-1) @ columns
+        return (ones.triu() @ pairs).tril_(-1).sum(-1, keepdim=True)
 
 
 def first(x: Tensor, size: int) -> Tensor:

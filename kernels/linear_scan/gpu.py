@@ -194,7 +194,8 @@ def _launch(
     real, pair = kernels
     wide = like.dtype in (torch.float64, torch.complex128)
     block = min(32, triton.next_power_of_2(width))
-    tile = 16 if interpreting() else 64  # the interpreter scans element by element
+    # 256 bytes of steps fill the memory pipeline and leave registers free; the interpreter scans element by element
+    tile = 16 if interpreting() else max(16, min(64, 256 // like.element_size()))
     a_row, a_time = (width * a.shape[1] if a.shape[0] > 1 else 0), (width if a.shape[1] > 1 else 0)
     with torch.cuda.device_of(like):
         (pair if like.is_complex() else real)[(triton.cdiv(width, block), batch)](

@@ -123,7 +123,8 @@ def _backward(
         adjoint, sum_A = grad_last[i, :, lo:hi].copy(), np.empty_like(rates)
         states = np.empty((CHUNK + 1, size, hi - lo), rates.dtype)
         decays = np.empty((CHUNK, size, hi - lo), rates.dtype)
-        x, g, q, to_input, to_delta = np.empty((5, hi - lo), rates.dtype)
+        x, g, q = np.empty_like(skip), np.empty_like(skip), np.empty_like(skip)
+        to_input, to_delta = np.empty_like(skip), np.empty_like(skip)
         for chunk in range(chunks - 1, -1, -1):
             first, end = chunk * CHUNK, min(length, (chunk + 1) * CHUNK)
             states[0] = saved[i, chunk, :, lo:hi]

@@ -1,0 +1,220 @@
+"""`wkv` as a PyTorch operator, with the compiled CPU path. README.md derives the backward.
+
+A thread takes one row and one block of channels through time. Of two exponents the larger one has the factor 1, so that
+each step costs two exponentials. Backward goes forward once more, keeping three numbers per step and channel of its own
+block, then back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from lra.kernels._exp import exp
+from lra.kernels._threads import over_rows
+
+BLOCK = 128  # channels; the running sums of a block stay in the first cache
+NOTHING = -1e38  # exponent of an empty sum
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+def _forward(start, stop, k, v, decay, u, state, o, last, blocks):
+    _, length, width = k.shape
+    for row in range(start, stop):
+        i, block = divmod(row, blocks)
+        lo, hi = width * block // blocks, width * (block + 1) // blocks
+        num, den, top = state[i, 0, lo:hi].copy(), state[i, 1, lo:hi].copy(), state[i, 2, lo:hi].copy()
+        rate, bonus, one = decay[lo:hi], u[lo:hi], k.dtype.type(1)
+        for t in range(length):
+            k_t, v_t, o_t = k[i, t, lo:hi], v[i, t, lo:hi], o[i, t, lo:hi]
+            for d in range(hi - lo):
+                gap = bonus[d] + k_t[d] - top[d]
+                small = exp(-abs(gap))
+                past, now = (small, one) if gap > 0 else (one, small)
+                o_t[d] = (past * num[d] + now * v_t[d]) / (past * den[d] + now)
+            for d in range(hi - lo):
+                decayed = top[d] - rate[d]
+                gap = k_t[d] - decayed
+                small = exp(-abs(gap))
+                past, now = (small, one) if gap > 0 else (one, small)
+                num[d] = past * num[d] + now * v_t[d]
+                den[d] = past * den[d] + now
+                top[d] = max(k_t[d], decayed)
+        last[i, 0, lo:hi], last[i, 1, lo:hi], last[i, 2, lo:hi] = num, den, top
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+def _backward(start, stop, grad_o, grad_last, k, v, decay, u, state, grad_k, grad_v, grad_rate, grad_u, grad_state, blocks):
+    _, length, width = k.shape
+    kept = np.empty((length, 3, -(-width // blocks)), k.dtype)  # output, its gradient and exponent, of one row's block
+    for row in range(start, stop):
+        i, block = divmod(row, blocks)
+        lo, hi = width * block // blocks, width * (block + 1) // blocks
+        num, den, top = state[i, 0, lo:hi].copy(), state[i, 1, lo:hi].copy(), state[i, 2, lo:hi].copy()
+        rate, bonus, one = decay[lo:hi], u[lo:hi], k.dtype.type(1)
+        num_rate, den_rate = np.zeros_like(num), np.zeros_like(num)  # derivatives by the decay rate
+        newest = np.full(hi - lo, -1)  # the step whose key is the largest exponent; -1: the initial state
+        past, now = np.empty_like(num), np.empty_like(num)
+        to_rate, to_u = grad_rate[i, lo:hi], grad_u[i, lo:hi]
+        for t in range(length):
+            k_t, v_t, g_t = k[i, t, lo:hi], v[i, t, lo:hi], grad_o[i, t, lo:hi]
+            to_k, to_v = grad_k[i, t, lo:hi], grad_v[i, t, lo:hi]
+            o_t, pull, largest = kept[t, 0], kept[t, 1], kept[t, 2]
+            # one loop for few arrays: with more, LLVM gives up proving them distinct, and vectorising
+            for d in range(hi - lo):
+                gap = bonus[d] + k_t[d] - top[d]
+                small = exp(-abs(gap))
+                past[d], now[d] = (small, one) if gap > 0 else (one, small)
+                largest[d] = max(bonus[d] + k_t[d], top[d])
+            for d in range(hi - lo):
+                below = past[d] * den[d] + now[d]
+                o_t[d] = (past[d] * num[d] + now[d] * v_t[d]) / below
+                pull[d] = g_t[d] / below
+            for d in range(hi - lo):
+                to_v[d] = now[d] * pull[d]
+                to_k[d] = to_v[d] * (v_t[d] - o_t[d])
+                to_u[d] += to_k[d]
+            for d in range(hi - lo):
+                to_rate[d] += pull[d] * past[d] * (num_rate[d] - o_t[d] * den_rate[d])
+            for d in range(hi - lo):
+                decayed = top[d] - rate[d]
+                gap = k_t[d] - decayed
+                small = exp(-abs(gap))
+                past[d], now[d] = (small, one) if gap > 0 else (one, small)
+                top[d] = max(k_t[d], decayed)
+                newest[d] = t if gap > 0 else newest[d]
+            for d in range(hi - lo):
+                num_rate[d], den_rate[d] = past[d] * (num_rate[d] - num[d]), past[d] * (den_rate[d] - den[d])
+                num[d] = past[d] * num[d] + now[d] * v_t[d]
+                den[d] = past[d] * den[d] + now[d]
+        above, below, exponent = grad_last[i, 0, lo:hi].copy(), grad_last[i, 1, lo:hi].copy(), -top
+        # the state's own exponent, beside its part in the two sums
+        to_top = grad_last[i, 2, lo:hi] - above * num - below * den
+        for d in range(hi - lo):
+            to_rate[d] += above[d] * num_rate[d] + below[d] * den_rate[d] - to_top[d] * (length - 1 - newest[d])
+        for t in range(length - 1, -1, -1):
+            k_t, v_t, to_k, to_v = k[i, t, lo:hi], v[i, t, lo:hi], grad_k[i, t, lo:hi], grad_v[i, t, lo:hi]
+            o_t, pull, largest = kept[t, 0], kept[t, 1], kept[t, 2]
+            for d in range(hi - lo):
+                weight = exp(k_t[d] + exponent[d])
+                to_v[d] += weight * above[d]
+                to_k[d] += weight * (v_t[d] * above[d] + below[d])
+            for d in range(hi - lo):
+                decayed = exponent[d] - rate[d]
+                gap = -largest[d] - decayed
+                small = exp(-abs(gap))
+                past[d], now[d] = (small, one) if gap > 0 else (one, small)
+                exponent[d] = max(-largest[d], decayed)
+            for d in range(hi - lo):
+                above[d] = past[d] * above[d] + now[d] * pull[d]
+                below[d] = past[d] * below[d] - now[d] * pull[d] * o_t[d]
+        for d in range(hi - lo):
+            weight = exp(exponent[d] + state[i, 2, lo + d])
+            grad_state[i, 0, lo + d], grad_state[i, 1, lo + d] = weight * above[d], weight * below[d]
+            to_top0 = weight * (above[d] * state[i, 0, lo + d] + below[d] * state[i, 1, lo + d])
+            if newest[d] < 0:
+                to_top0 += to_top[d]
+            else:
+                grad_k[i, newest[d], lo + d] += to_top[d]
+            grad_state[i, 2, lo + d] = to_top0
+
+
+def _blocks(batch: int, width: int) -> int:
+    """Blocks of channels per row: none wider than BLOCK, and enough of them for every thread."""
+    return min(width, max(-(-width // BLOCK), -(-torch.get_num_threads() // batch)))
+
+
+def _state(initial_state: Tensor | None, k: Tensor) -> Tensor:
+    if initial_state is not None:
+        return initial_state.to(torch.promote_types(k.dtype, torch.float32))
+    state = k.new_zeros(k.shape[0], 3, k.shape[2], dtype=torch.promote_types(k.dtype, torch.float32))
+    state[:, 2] = NOTHING
+    return state
+
+
+def _arrays(dtype: torch.dtype, *tensors: Tensor) -> list[Any]:
+    return [t.detach().to(dtype).contiguous().numpy() for t in tensors]
+
+
+@torch.library.custom_op("lra::wkv", mutates_args=())
+def scan(k: Tensor, v: Tensor, w: Tensor, u: Tensor, initial_state: Tensor | None, triton: bool) -> tuple[Tensor, Tensor]:
+    """o and the final state, in float32 or float64."""
+    state = _state(initial_state, k)
+    if triton:
+        from lra.kernels.wkv import gpu
+
+        return gpu.forward(k, v, w, u, state)
+    o, last = torch.empty(k.shape, dtype=state.dtype), torch.empty_like(state)
+    blocks = _blocks(k.shape[0], k.shape[2])
+    arrays = _arrays(state.dtype, k, v, w.to(state.dtype).exp(), u, state)
+    over_rows(_forward, k.shape[0] * blocks, *arrays, o.numpy(), last.numpy(), blocks)
+    return o.to(v.dtype), last
+
+
+@scan.register_fake
+def _(k: Tensor, v: Tensor, w: Tensor, u: Tensor, initial_state: Tensor | None, triton: bool) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(k.dtype, torch.float32)
+    return v.new_empty(v.shape), k.new_empty((k.shape[0], 3, k.shape[2]), dtype=dtype)
+
+
+@torch.library.custom_op("lra::wkv_backward", mutates_args=())
+def scan_backward(
+    grad_o: Tensor, grad_last: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, initial_state: Tensor | None,
+    triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of k, v, w, u and the initial state."""
+    state = _state(initial_state, k)
+    if triton:
+        from lra.kernels.wkv import gpu
+
+        return gpu.backward(grad_o, grad_last, k, v, w, u, state)
+    rate = w.to(state.dtype).exp()
+    grad_k, grad_v = torch.empty(k.shape, dtype=state.dtype), torch.empty(k.shape, dtype=state.dtype)
+    # sums over every step, in double precision to keep the digits
+    grad_rate, grad_u = torch.zeros(2, k.shape[0], k.shape[2], dtype=torch.float64)
+    grad_state, blocks = torch.empty_like(state), _blocks(k.shape[0], k.shape[2])
+    over_rows(
+        _backward, k.shape[0] * blocks, *_arrays(state.dtype, grad_o, grad_last, k, v, rate, u, state),
+        *(t.numpy() for t in (grad_k, grad_v, grad_rate, grad_u, grad_state)), blocks,
+    )  # fmt: skip
+    grad_w = grad_rate.sum(0) * rate
+    return grad_k.to(k.dtype), grad_v.to(v.dtype), grad_w.to(w.dtype), grad_u.sum(0).to(u.dtype), grad_state
+
+
+@scan_backward.register_fake
+def _(
+    grad_o: Tensor, grad_last: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, initial_state: Tensor | None,
+    triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    like = (k, v, w, u, grad_last)
+    return tuple(x.new_empty(x.shape) for x in like)  # type: ignore[return-value]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.triton = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, grad: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
+    initial_state = ctx.saved_tensors[-1]
+    *grads, grad_initial = scan_backward(grad, grad_last, *ctx.saved_tensors, ctx.triton)
+    return *grads, None if initial_state is None else grad_initial.to(initial_state.dtype), None
+
+
+scan.register_autograd(_differentiate, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.lra.wkv, get_raw=True)
+def _flops(k: Tensor, *_: Any, **__: Any) -> int:
+    """Per step and channel: 8 for the output, 8 for the sums, 2 exponentials counted as one operation each."""
+    return 18 * k.numel()
+
+
+@register_flop_formula(torch.ops.lra.wkv_backward, get_raw=True)
+def _backward_flops(grad: Tensor, *_: Any, **__: Any) -> int:
+    return 50 * grad.numel()

@@ -1,0 +1,101 @@
+"""The LRA release archive: downloaded with resume, and read member by member without unpacking it."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import re
+import shutil
+import tarfile
+import zlib
+from collections.abc import Iterator
+from email.message import Message
+from http.client import HTTPException
+from pathlib import Path, PurePosixPath
+from typing import IO
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+from lra.task import DataError, Progress
+
+URL = "https://storage.googleapis.com/long-range-arena/lra_release.gz"
+NAMES = ("lra_release.gz", "lra_release.tar.gz")
+SPARE = 1 << 30
+BLOCK = 1 << 20
+
+
+def members(archive: Path, wanted: dict[str, str]) -> Iterator[tuple[str, IO[bytes]]]:
+    """Each wanted member as it comes by: its key and its contents. wanted: file name -> key.
+
+    Reading stops after the last one. Raises DataError when the archive is damaged or lacks one.
+    """
+    left = dict(wanted)
+    try:
+        with tarfile.open(archive, mode="r|gz") as tar:
+            for member in tar:
+                key = left.pop(PurePosixPath(member.name).name, None) if member.isfile() else None
+                contents = None if key is None else tar.extractfile(member)
+                if key is not None and contents is not None:
+                    yield key, contents
+                if not left:
+                    return
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise DataError(f"{archive} is truncated or damaged ({error}); remove it and fetch it again") from None
+    raise DataError(f"{archive} does not hold {', '.join(left)}; is it the LRA release?")
+
+
+def download(path: Path, advice: str, progress: Progress) -> None:
+    """Fetch the release into `path`; what an earlier call left there is continued.
+
+    The byte count and the disk it needs are reported before the first byte. Raises DataError when the server cannot be
+    reached, the disk is too small, the transfer breaks off (what came is kept) or the server's MD5 is not met.
+    """
+    have = path.stat().st_size if path.exists() else 0
+    try:
+        with urlopen(Request(URL, headers={"Range": f"bytes={have}-"}), timeout=60) as reply:
+            if reply.status != 206:
+                have = 0
+            total = have + int(reply.headers.get("Content-Length") or 0)
+            _room(path.parent, total - have)
+            what = f"downloading {NAMES[0]}, {total / 1e9:.1f} GB, to {path.parent}"
+            with path.open("ab" if have else "wb") as file:
+                progress(what, have, total)
+                while block := reply.read(BLOCK):
+                    file.write(block)
+                    have += len(block)
+                    progress(what, have, total)
+            headers = reply.headers
+    except HTTPError as error:
+        if error.code != 416:
+            raise DataError(f"{URL} is refused ({error.code} {error.reason}); {advice}") from None
+        # nothing is left to fetch: an earlier call was interrupted after the last byte
+        total, headers = have, error.headers
+    except (URLError, HTTPException, TimeoutError, ConnectionError) as error:
+        kept = f"; {have:,} bytes are kept and continued by the next call" if have else ""
+        raise DataError(f"{URL} cannot be fetched ({error}){kept}; offline, {advice}") from None
+    if have < total:
+        raise DataError(f"the download broke off at {have:,} of {total:,} bytes; run the same command to continue it")
+    _check(path, headers, progress)
+
+
+def _room(folder: Path, more: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < more + SPARE:
+        raise DataError(
+            f"{folder} has {free / 1e9:.1f} GB free and the download needs {(more + SPARE) / 1e9:.1f} GB; "
+            "point LRA_CACHE at a larger disk"
+        )
+
+
+def _check(path: Path, headers: Message, progress: Progress) -> None:
+    """Compare with the MD5 the server states for the whole object, where it states one."""
+    stated = re.search(r"md5=([A-Za-z0-9+/=]+)", ",".join(headers.get_all("x-goog-hash") or []))
+    if stated is None:
+        return
+    progress("checking the download", 0, 0)
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "md5").digest()
+    if found != base64.b64decode(stated[1]):
+        path.unlink()
+        raise DataError(f"the download from {URL} is damaged (wrong MD5) and was removed; run the same command again")

@@ -1,0 +1,127 @@
+"""The released Pathfinder images: folders of PNG files with one line of metadata each.
+
+    curv_contour_length_14/metadata/<k>.npy   plain text in spite of its name: folder, file, number, label, settings
+    curv_contour_length_14/imgs/<k>/sample_<i>.png
+
+A copy made with the original generator holds arrays of strings under the same names; those are read too. Pickled
+arrays are refused: unpickling runs whatever the file says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from lra.task import SPLITS, DataError, Progress, Protocol
+from lra.tasks._storage import DocumentWriter, write_examples, write_notes
+
+LEVEL = "curv_contour_length_14"
+CHUNK = 1000
+
+
+def write_released(
+    folder: Path, protocol: Protocol, size: int, source: Path | None, workers: int, progress: Progress
+) -> None:
+    """Prepare the released set below `source`. Files of no bytes are left out and noted, as everybody does.
+
+    `s4` splits as torch's random_split with seed 42 does, any other protocol in the order of the metadata files, 80, 10
+    and 10 %. Raises DataError for what is missing or damaged.
+    """
+    root = _find(source, size)
+    samples, empty = _samples(root)
+    parts = _split(len(samples), at_random=protocol.name == "s4")
+    done = 0
+    with ThreadPoolExecutor(workers) as pool:
+        for split, rows in parts.items():
+            with DocumentWriter(folder, split) as writer:
+                for start in range(0, len(rows), CHUNK):
+                    chunk = rows[start : start + CHUNK]
+                    images = list(pool.map(partial(_pixels, size=size), [samples[row][0] for row in chunk]))
+                    writer.append(np.concatenate(images), np.full(len(images), size * size))
+                    done += len(chunk)
+                    progress(f"reading {root}", done, len(samples))
+            write_examples(folder, split, np.array([samples[row][1] for row in rows]))
+    write_notes(folder, {"files without bytes, left out": empty})
+
+
+def _find(source: Path | None, size: int) -> Path:
+    wanted = f"the folder pathfinder{size} of the LRA release with {LEVEL}/metadata and {LEVEL}/imgs"
+    if source is None:
+        raise DataError(f"this protocol reads {wanted}; name the folder it is in with --from DIR or LRA_DATA")
+    places = ("lra_release/lra_release", "lra_release", ".")
+    roots = [source / place / f"pathfinder{size}" / LEVEL for place in places]
+    if source.name == LEVEL:
+        roots.append(source)
+    elif source.name == f"pathfinder{size}":
+        roots.append(source / LEVEL)
+    for root in roots:
+        if (root / "metadata").is_dir():
+            return root
+    raise DataError(f"no pathfinder{size}/{LEVEL}/metadata in {source}; this protocol reads {wanted}")
+
+
+def _samples(root: Path) -> tuple[list[tuple[Path, int]], list[str]]:
+    """Images and labels in the order of the metadata, and the names of those without bytes."""
+    files = sorted((p for p in (root / "metadata").glob("*.npy") if p.stem.isdecimal()), key=lambda p: int(p.stem))
+    if not files:
+        raise DataError(f"{root / 'metadata'} holds no numbered .npy files; unpack the archive again")
+    samples, empty = [], []
+    for file in files:
+        for number, fields in enumerate(_rows(file), start=1):
+            name = PurePosixPath(fields[0], fields[1]) if len(fields) > 3 else None
+            if name is None or fields[3] not in ("0", "1") or name.is_absolute() or ".." in name.parts:
+                raise DataError(f"{file} row {number} is not a folder, a file, a number and a label 0 or 1: {fields}")
+            path = root / name
+            if not path.is_file():
+                raise DataError(f"{file} row {number} names {path}, which is missing; unpack the archive again")
+            if path.stat().st_size:
+                samples.append((path, int(fields[3])))
+            else:
+                empty.append(str(name))
+    return samples, empty
+
+
+def _rows(file: Path) -> Iterator[list[str]]:
+    content = file.read_bytes()
+    if content.startswith(b"\x93NUMPY"):
+        try:
+            table = np.load(file, allow_pickle=False)
+        except ValueError as error:
+            raise DataError(
+                f"{file} is not a plain array of strings ({error}); pickled files are not opened, save it as text"
+            ) from None
+        yield from np.atleast_2d(table).astype(str).tolist()
+        return
+    try:
+        lines = content.decode("ascii").splitlines()
+    except UnicodeDecodeError:
+        raise DataError(f"{file} is neither text nor an array of strings; unpack the archive again") from None
+    yield from (line.split() for line in lines)
+
+
+def _pixels(path: Path, size: int) -> np.ndarray:
+    """The grey levels of an image, row by row: (size * size,) uint8."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("L"))
+    except (OSError, SyntaxError) as error:
+        raise DataError(f"{path} is not a whole image ({error}); unpack the archive again") from None
+    if pixels.shape != (size, size):
+        raise DataError(f"{path} is {pixels.shape[1]} x {pixels.shape[0]} pixels, not {size} x {size}")
+    return pixels.ravel()
+
+
+def _split(count: int, at_random: bool) -> dict[str, np.ndarray]:
+    if not at_random:
+        return dict(zip(SPLITS, np.split(np.arange(count), [count * 8 // 10, count * 9 // 10]), strict=True))
+    import torch
+
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(42)).numpy()
+    tenth = count // 10
+    return dict(zip(SPLITS, np.split(order, [count - 2 * tenth, count - tenth]), strict=True))

@@ -1,0 +1,194 @@
+"""What the Pathfinder tasks have in common: protocols, preparation and floors; a task adds its size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from lra.task import SPLITS, DataError, Progress, Protocol, Split, Task
+from lra.tasks._floors import MOST, bag_of_tokens, logistic
+from lra.tasks._pathfinder import Drawing, generate, lra_drawing
+from lra.tasks._pathfinder_release import LEVEL, write_released
+from lra.tasks._storage import DocumentWriter, open_split, write_examples
+
+COUNTS = {"train": 160_000, "validation": 20_000, "test": 20_000}
+CONTOURS = {"strict-contour6": 6, "strict-contour9": 9}
+PART = 500
+CELLS = 16
+
+
+def protocols(size: int, sha256: Mapping[int, tuple[str, str, str]]) -> dict[str, Protocol]:
+    """The protocols of a size. sha256: contour length -> checksums of train, validation and test."""
+    length = size * size
+    frozen = {contour: dict(zip(SPLITS, sums, strict=True)) for contour, sums in sha256.items()}
+    raw = f"pathfinder{size}/{LEVEL} of the LRA release"
+    tokens = "generated from a seed, contours of {} paddles; the token is the grey level, black (0) is no padding"
+    found = [
+        Protocol(
+            "strict", length, vocabulary=256, counts=COUNTS, sha256=frozen.get(14, {}), note=tokens.format("14 (hard)")
+        ),
+        Protocol(
+            "strict-continuous",
+            length,
+            channels=1,
+            scale=(0.5, 0.5),
+            counts=COUNTS,
+            sha256=frozen.get(14, {}),
+            note="the images of strict, grey levels centred to -1..1",
+        ),
+        *(
+            Protocol(
+                name, length, vocabulary=256, counts=COUNTS, sha256=frozen.get(contour, {}), note=tokens.format(contour)
+            )
+            for name, contour in CONTOURS.items()
+        ),
+        Protocol(
+            "lra2020",
+            length,
+            vocabulary=256,
+            counts=COUNTS,
+            note="released images, the token is the grey level; first 80 %, next and last 10 % in the order of the "
+            "metadata files (the published code took them in an order of TensorFlow Datasets, so members differ)",
+            raw=raw,
+        ),
+        Protocol(
+            "s4",
+            length,
+            channels=1,
+            counts=COUNTS,
+            note="released images, grey levels in 0..1; random_split with seed 42, as published",
+            raw=raw,
+        ),
+    ]
+    return {protocol.name: protocol for protocol in found}
+
+
+def seed_of(drawing: Drawing) -> int:
+    """The seed of a generated set: every size and difficulty has its own, so that their labels are independent."""
+    return 1000 * drawing.size + drawing.contour_length
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of images of one split, kept as a file until the split is written."""
+
+    split: str
+    start: int
+    stop: int
+    path: Path
+
+
+class PathfinderTask(Task):
+    """size: pixels to a side."""
+
+    size: ClassVar[int]
+    resumable = True
+
+    def prepare(
+        self, folder: Path, protocol: Protocol, *, source: Path | None, workers: int, progress: Progress
+    ) -> None:
+        """Generate the images, or read them where the protocol is of the released ones.
+
+        Interrupted, it leaves the parts that are whole in `folder`, and goes on from there the next time.
+        """
+        if protocol.raw:
+            write_released(folder, protocol, self.size, source, workers, progress)
+            return
+        drawing = lra_drawing(self.size, CONTOURS.get(protocol.name, 14))
+        parts = _parts(folder, protocol.counts)
+        _draw_parts(parts, drawing, workers, progress)
+        for split in SPLITS:
+            labels = []
+            with DocumentWriter(folder, split) as writer:
+                for part in (p for p in parts if p.split == split):
+                    rows = np.load(part.path, allow_pickle=False)
+                    labels.append(rows[:, 0])
+                    writer.append(rows[:, 1:].ravel(), np.full(len(rows), self.size**2))
+                    part.path.unlink()
+            write_examples(folder, split, np.concatenate(labels))
+        for left in folder.glob("*.part*"):
+            left.unlink()
+
+    def load(self, folder: Path, split: str) -> Split:
+        return open_split(folder, split)
+
+    def floors(self, train: Split, test: Split) -> dict[str, float]:
+        """Beside the majority class and a bag of tokens: what the middle of the image gives away, where the start of
+        the first contour lies. Logistic regression on its central half, averaged to 16 x 16, fitted to at most 20,000
+        examples spread evenly over `train`."""
+        rows = np.linspace(0, len(train) - 1, min(MOST, len(train))).astype(np.int64)
+        weight, bias = logistic(self._centre(train, rows), np.asarray(train.labels)[rows], self.classes)
+        guess = (self._centre(test, np.arange(len(test))) @ weight + bias).argmax(axis=1)
+        return super().floors(train, test) | {
+            "bag of tokens": bag_of_tokens(train, test, self.classes),
+            "centre crop": float((guess == np.asarray(test.labels)).mean()),
+        }
+
+    def _centre(self, split: Split, rows: np.ndarray) -> np.ndarray:
+        quarter, cell = self.size // 4, self.size // (2 * CELLS)
+        found = np.empty((len(rows), CELLS * CELLS))
+        for i, row in enumerate(rows):
+            middle = self.picture(split, row)[quarter : self.size - quarter, quarter : self.size - quarter]
+            found[i] = middle.reshape(CELLS, cell, CELLS, cell).mean(axis=(1, 3)).ravel() / 255
+        return found
+
+    def picture(self, split: Split, example: int) -> np.ndarray:
+        """An example as an image: (size, size) uint8."""
+        return np.asarray(split.document(split.index[example, 0])).reshape(self.size, self.size)
+
+    def describe(self, split: Split, example: int) -> str:
+        image = self.picture(split, example)
+        joined = ("on two contours", "on one contour")[split.labels[example]]
+        ink = f"{(image > 0).mean():.0%} of pixels not black, mean {image.mean():.1f} of 255"
+        return f"{split.labels[example]}, markers {joined}, {self.size} x {self.size} pixels, {ink}"
+
+
+def _parts(folder: Path, counts: Mapping[str, int]) -> list[Part]:
+    parts, first = [], 0
+    for split in SPLITS:
+        last = first + counts[split]
+        starts = range(first, last, PART)
+        parts += [Part(split, s, min(s + PART, last), folder / f"images-{s:06d}.part") for s in starts]
+        first = last
+    return parts
+
+
+def _draw_parts(parts: list[Part], drawing: Drawing, workers: int, progress: Progress) -> None:
+    """Draw the parts that are not there yet, one per worker at a time."""
+    missing = [part for part in parts if not _is_whole(part, drawing.size)]
+    total = parts[-1].stop
+    done = total - sum(part.stop - part.start for part in missing)
+    progress("drawing images", done, total)
+    pool = ThreadPoolExecutor(workers)
+    try:
+        waiting = {pool.submit(_draw_part, part, drawing): part for part in missing}
+        for future in as_completed(waiting):
+            future.result()
+            done += waiting[future].stop - waiting[future].start
+            progress("drawing images", done, total)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _draw_part(part: Part, drawing: Drawing) -> None:
+    """A file with a row per image, its label and then its pixels."""
+    try:
+        images, labels, _ = generate(drawing, seed_of(drawing), part.start, part.stop)
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    unfinished = part.path.with_suffix(".part-unfinished")
+    with unfinished.open("wb") as file:
+        np.save(file, np.concatenate([labels[:, None], images.reshape(len(images), -1)], axis=1))
+    unfinished.replace(part.path)
+
+
+def _is_whole(part: Part, size: int) -> bool:
+    try:
+        return np.load(part.path, mmap_mode="r", allow_pickle=False).shape == (part.stop - part.start, size**2 + 1)
+    except (OSError, ValueError, EOFError):
+        return False

@@ -1,0 +1,172 @@
+"""Image: CIFAR-10 (Krizhevsky 2009) as a sequence of pixels, row by row (task: arXiv:2011.04006).
+
+Grey is ITU-R 601 luma in integers, (19595 R + 38470 G + 7471 B + 2^15) >> 16, which is what torchvision's Grayscale
+gives; `lra2020` alone uses TensorFlow's rgb_to_grayscale (0.2989, 0.587, 0.114 in float32, times 255.5, truncated),
+as its code did. Black is a pixel like any other, never padding.
+
+    strict          grey, continuous, normalised    validation: of each class the 500 training images with the lowest
+    strict-tokens   grey, 256 token ids             SHA-256 of their RGB bytes; the same split in all three
+    strict-colour   three channels, continuous
+    lra2020         grey, 256 token ids             validation: the last 5,000 training images
+    s4              grey, continuous, normalised    validation: torch's random_split with seed 42
+
+Images keep the order of the official files. Image bytes may be PNG, WebP or anything else Pillow reads without loss.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from lra.task import DataError, Progress, Protocol, Split, Task
+from lra.tasks._floors import bag_of_tokens
+from lra.tasks._source import Hub, read_table
+from lra.tasks._storage import DocumentWriter, open_split, write_examples
+
+HUB = Hub("uoft-cs/cifar10", "0b2714987fa478483af9968de7c934580d0bb9a2", "cifar10")
+RAW = f"{HUB.files}, or {HUB.id} from the hub"
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+COUNTS = {"train": 45_000, "validation": 5_000, "test": 10_000}
+GREY = (122.6 / 255, 61 / 255)
+COLOUR = (0.4734, 0.2516)
+
+
+class Image(Task):
+    name = "image"
+    title = "Image"
+    classes = 10
+    protocols: ClassVar[Mapping[str, Protocol]] = {
+        "strict": Protocol(
+            "strict",
+            length=1024,
+            channels=1,
+            scale=GREY,
+            counts=COUNTS,
+            note="grey, continuous; validation carved from train by content hash",
+            raw=RAW,
+        ),
+        "strict-tokens": Protocol(
+            "strict-tokens",
+            length=1024,
+            vocabulary=256,
+            counts=COUNTS,
+            note="grey, one token per pixel; the split of strict",
+            raw=RAW,
+        ),
+        "strict-colour": Protocol(
+            "strict-colour",
+            length=1024,
+            channels=3,
+            scale=COLOUR,
+            counts=COUNTS,
+            note="colour, not comparable with grey; mean and deviation over all training pixels and channels; "
+            "the split of strict",
+            raw=RAW,
+        ),
+        "lra2020": Protocol(
+            "lra2020",
+            length=1024,
+            vocabulary=256,
+            counts=COUNTS,
+            note="grey by TensorFlow's formula, tokens; validation is the last 10 % of the official order (the "
+            "published code took it in the order of TensorFlow Datasets, so its members differ); black is not masked "
+            "as padding",
+            raw=RAW,
+        ),
+        "s4": Protocol(
+            "s4",
+            length=1024,
+            channels=1,
+            scale=GREY,
+            counts=COUNTS,
+            note="grey, continuous, normalised by 122.6 and 61; validation by random_split, seed 42, as published",
+            raw=RAW,
+        ),
+    }
+
+    def prepare(
+        self, folder: Path, protocol: Protocol, *, source: Path | None, workers: int, progress: Progress
+    ) -> None:
+        images, labels = _read("train", source, workers, progress)
+        held = _held_out(images, labels, protocol)
+        kept = np.setdiff1d(np.arange(len(labels)), held)
+        parts = [("train", images[kept], labels[kept]), ("validation", images[held], labels[held])]
+        for split, pixels, classes in (*parts, ("test", *_read("test", source, workers, progress))):
+            values = _encode(pixels, protocol).reshape(len(classes), -1)
+            with DocumentWriter(folder, split) as writer:
+                writer.append(values.ravel(), np.full(len(values), values.shape[1]))
+            write_examples(folder, split, classes)
+
+    def load(self, folder: Path, split: str) -> Split:
+        return open_split(folder, split)
+
+    def floors(self, train: Split, test: Split) -> dict[str, float]:
+        return super().floors(train, test) | {"bag of tokens": bag_of_tokens(train, test, self.classes)}
+
+    def describe(self, split: Split, example: int) -> str:
+        pixels = np.asarray(split.document(split.index[example, 0]))
+        kind = "grey" if len(pixels) == 1024 else "colour"
+        return f"{CLASSES[split.labels[example]]}, 32 x 32 {kind} pixels, mean {pixels.mean():.0f} of 255"
+
+
+def _read(split: str, source: Path | None, workers: int, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
+    """RGB images (n, 32, 32, 3) uint8 and labels (n,) in the official order."""
+    progress(f"reading {split} from {source or HUB.id}", 0, 0)
+    files, labels = read_table(HUB, split, ("img", "label"), source, "image")
+    images = np.empty((len(files), 32, 32, 3), np.uint8)
+    with ThreadPoolExecutor(workers) as pool:
+        for row, image in enumerate(pool.map(_decode, files)):
+            if isinstance(image, str):
+                raise DataError(f"image {row} of {split} {image}; fetch the files again")
+            images[row] = image
+            if row % 1000 == 999:
+                progress(f"decoding {split}", row + 1, len(files))
+    if not set(labels) <= set(range(10)):
+        raise DataError(f"{split} of {HUB.id} holds labels other than 0 to 9; fetch the files again")
+    return images, np.array(labels)
+
+
+def _decode(file: Mapping[str, bytes]) -> np.ndarray | str:
+    """A 32 x 32 x 3 image, or what is wrong with it."""
+    from PIL import Image as Pillow
+
+    try:
+        with Pillow.open(io.BytesIO(file["bytes"])) as image:
+            pixels = np.asarray(image.convert("RGB"))
+    except (OSError, TypeError, KeyError) as error:
+        return f"cannot be decoded ({error})"
+    return pixels if pixels.shape == (32, 32, 3) else f"is {pixels.shape[1]} x {pixels.shape[0]} pixels, not 32 x 32"
+
+
+def _held_out(images: np.ndarray, labels: np.ndarray, protocol: Protocol) -> np.ndarray:
+    """The rows of the training images that are validation, in ascending order."""
+    count = protocol.counts["validation"]
+    if protocol.name == "lra2020":
+        return np.arange(len(labels) - count, len(labels))
+    if protocol.name == "s4":
+        import torch
+
+        shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(42)).numpy()
+        return np.sort(shuffled[len(labels) - count :])
+    hashes = np.array([hashlib.sha256(image.tobytes()).hexdigest() for image in images])
+    order = np.argsort(hashes, kind="stable")
+    return np.sort(np.concatenate([order[labels[order] == label][: count // 10] for label in range(10)]))
+
+
+def _encode(images: np.ndarray, protocol: Protocol) -> np.ndarray:
+    """(n, 32, 32, 3) -> (n, 32, 32[, 3]) uint8."""
+    if protocol.channels == 3:
+        return images
+    if protocol.name == "lra2020":
+        # element by element: a matrix product rounds differently from machine to machine
+        r, g, b = (images[..., channel] * np.float32(1 / 255) for channel in range(3))
+        grey = r * np.float32(0.2989) + g * np.float32(0.587) + b * np.float32(0.114)
+        return (grey * np.float32(255.5)).astype(np.uint8)
+    red, green, blue = (images[..., channel].astype(np.uint32) for channel in range(3))
+    return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).astype(np.uint8)

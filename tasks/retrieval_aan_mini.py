@@ -1,0 +1,34 @@
+"""Retrieval stand-in: 1,665 papers of the ACL Anthology and 20,946 of their citation pairs.
+
+The question is that of `retrieval` (does one paper cite the other?) on about a tenth of its data, for work without the
+LRA release. The pairs are not LRA's, so no result here compares with a published one; hence a task of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from lra.task import Progress, Protocol
+from lra.tasks._retrieval import Pairs, write_collection
+
+
+class RetrievalAanMini(Pairs):
+    name = "retrieval_aan_mini"
+    title = "Retrieval (AAN mini)"
+    protocols: ClassVar[Mapping[str, Protocol]] = {
+        "strict": Protocol(
+            "strict",
+            length=4000,
+            vocabulary=256,
+            counts={"train": 16_756, "validation": 2_095, "test": 2_095},
+            note="bytes, 4,000 per document; not comparable with published Retrieval",
+            raw="aan_mini.docs.parquet and aan_mini.{train,eval,test}.pairs.tsv.gz",
+        )
+    }
+
+    def prepare(
+        self, folder: Path, protocol: Protocol, *, source: Path | None, workers: int, progress: Progress
+    ) -> None:
+        write_collection(folder, "aan_mini", protocol.length, source, self.name, progress)

@@ -1,0 +1,388 @@
+"""Encoders broken on purpose. `breaks` names the one check that each must fail; `Good` passes all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lra.encoder import Card, Cost, Encoder
+
+CARD = {"title": "A leaky mean", "year": 2000, "url": "https://example.org/paper", "family": "recurrent"}
+
+
+class Good(Encoder):
+    """x = x + m with m_t = a m_(t-1) + (1 - a) (W_2 gelu(W_1 norm(x_t) + b_1) + b_2), in each layer."""
+
+    breaks: ClassVar[str] = ""
+    card = Card(**CARD, scaling="L", causal=True)
+
+    def __init__(self, *, d_model: int, n_layers: int, length: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.d_model, self.n_layers, self.length = d_model, n_layers, length
+        self.norms = nn.ModuleList(nn.LayerNorm(d_model) for _ in range(n_layers))
+        self.maps = nn.ModuleList(
+            nn.Sequential(nn.Linear(d_model, 4 * d_model), nn.GELU(), nn.Linear(4 * d_model, d_model))
+            for _ in range(n_layers)
+        )
+        self.rates = nn.Parameter(torch.randn(n_layers, d_model))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        for layer, (norm, inner) in enumerate(zip(self.norms, self.maps, strict=True)):
+            a, h, mean = self.rates[layer].sigmoid(), inner(norm(x)), []
+            for token in h.unbind(1):
+                mean.append((1 - a) * token if not mean else a * mean[-1] + (1 - a) * token)
+            x = x + torch.stack(mean, dim=1)
+        return self.finish(x)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """What forward and step both end with: (..., D) -> (..., D)."""
+        return x
+
+    def cost(self, length: int) -> Cost:
+        d = self.d_model
+        return self.n_layers * (Cost.linear(length, d, 4 * d) + Cost.linear(length, 4 * d, d))
+
+    def init_state(self, batch: int) -> Any:
+        return (self.rates.new_zeros(batch, self.d_model),) * self.n_layers
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        after = []
+        for layer, (norm, inner, mean) in enumerate(zip(self.norms, self.maps, state, strict=True)):
+            a = self.rates[layer].sigmoid()
+            after.append(a * mean + (1 - a) * inner(norm(x)))
+            x = x + after[-1]
+        return self.finish(x), tuple(after)
+
+
+class TakesAnything(Good):
+    breaks = "signature"
+
+    def __init__(self, *, d_model: int, n_layers: int, length: int, dropout: float = 0.0, **more: Any) -> None:
+        super().__init__(d_model=d_model, n_layers=n_layers, length=length)
+
+
+class Positional(Good):
+    breaks = "signature"
+
+    def __init__(self, d_model: int, n_layers: int, length: int, dropout: float = 0.0) -> None:
+        super().__init__(d_model=d_model, n_layers=n_layers, length=length)
+
+
+class NoDropout(Good):
+    breaks = "signature"
+
+    def __init__(self, *, d_model: int, n_layers: int, length: int) -> None:
+        super().__init__(d_model=d_model, n_layers=n_layers, length=length)
+
+
+class ForgetsItsLength(Good):
+    breaks = "signature"
+
+    def __init__(self, *, d_model: int, n_layers: int, length: int, dropout: float = 0.0) -> None:
+        super().__init__(d_model=d_model, n_layers=n_layers, length=length)
+        self.length = 512
+
+
+class BadUrl(Good):
+    breaks = "card"
+    card = Card(**{**CARD, "url": "arxiv 2000.00001"}, scaling="L", causal=True)
+
+
+class BadFamily(Good):
+    breaks = "card"
+    card = Card(**{**CARD, "family": "convoluted"}, scaling="L", causal=True)
+
+
+class UnknownExemption(Good):
+    breaks = "card"
+    card = Card(**CARD, scaling="L", causal=True, exempt={"paddin": "reads it"})
+
+
+class BrokenVariant(Good):
+    breaks = "card"
+    card = Card(**CARD, scaling="L", causal=True, variants={"wide": {"widht": 4}})
+
+
+class LosesTheTimeAxis(Good):
+    breaks = "shape"
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return super().forward(x, mask).squeeze(1)
+
+
+class NotFiniteForOneToken(Good):
+    breaks = "shape"
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return super().forward(x, mask) * (0 * torch.log(torch.tensor(x.shape[1] - 1.0)) + 1)
+
+
+class ReadsPadding(Good):
+    breaks = "padding"
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        held = x.masked_fill(mask.unsqueeze(-1), 0).abs().amax(dim=1, keepdim=True)
+        return super().forward(x, mask) + held
+
+
+class CountsPadding(Good):
+    breaks = "padding_length"
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return super().forward(x, mask) * mask.to(x.dtype).mean(dim=1)[:, None, None]
+
+
+class BatchNorm(Good):
+    breaks = "batch"
+
+    def __init__(self, *, d_model: int, n_layers: int, length: int, dropout: float = 0.0) -> None:
+        super().__init__(d_model=d_model, n_layers=n_layers, length=length)
+        self.last = nn.BatchNorm1d(d_model)
+
+    def finish(self, x: Tensor) -> Tensor:
+        return self.last(x.flatten(0, -2)).view_as(x)
+
+
+class KnowsItsRow(Good):
+    breaks = "batch"
+
+    def finish(self, x: Tensor) -> Tensor:
+        row = torch.arange(len(x), dtype=x.dtype)
+        return x + 0.1 * row.view(-1, *[1] * (x.dim() - 1))
+
+
+class DeadParameter(Good):
+    breaks = "gradients"
+
+    def __init__(self, *, d_model: int, n_layers: int, length: int, dropout: float = 0.0) -> None:
+        super().__init__(d_model=d_model, n_layers=n_layers, length=length)
+        self.unused = nn.Parameter(torch.randn(d_model))
+
+
+class WildGradient(Good):
+    """The square root of something that is zero: its slope is infinite, and infinity times zero is NaN."""
+
+    breaks = "gradients"
+
+    def finish(self, x: Tensor) -> Tensor:
+        return x + 0 * (self.rates[0] - self.rates[0].detach()).abs().sqrt() * x.detach() if self.wild(x) else x
+
+    def wild(self, x: Tensor) -> bool:
+        # in the other checks that take gradients, precision and trains, x is single
+        return x.dtype == torch.float64
+
+
+class PeeksAhead(Good):
+    breaks = "causal"
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        ahead = (x * mask.unsqueeze(-1))[:, 1:]
+        return super().forward(x, mask) + torch.cat([ahead, torch.zeros_like(x[:, :1])], dim=1)
+
+    def init_state(self, batch: int) -> Any:
+        raise NotImplementedError
+
+
+class NeverLooksAhead(Good):
+    breaks = "causal"
+    direction = "bidirectional"
+
+
+class Directed(Good):
+    """A second direction: the embedding of the next token is added."""
+
+    refused: ClassVar[str] = ""
+
+    def __init__(
+        self, *, d_model: int, n_layers: int, length: int, dropout: float = 0.0, direction: str = "causal"
+    ) -> None:
+        if direction == self.refused or direction not in ("causal", "bidirectional"):
+            raise ValueError(f"direction is {direction!r}")
+        super().__init__(d_model=d_model, n_layers=n_layers, length=length)
+        self.direction = direction
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = super().forward(x, mask)
+        return y if self.causal else y + self.ahead(x, mask)
+
+    def ahead(self, x: Tensor, mask: Tensor) -> Tensor:
+        return torch.cat([(x * mask.unsqueeze(-1))[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
+
+    def init_state(self, batch: int) -> Any:
+        if not self.causal:
+            raise NotImplementedError
+        return super().init_state(batch)
+
+
+class RefusesCausal(Directed):
+    breaks = "causal"
+    refused = "causal"
+
+    def __init__(
+        self, *, d_model: int, n_layers: int, length: int, dropout: float = 0.0, direction: str = "bidirectional"
+    ) -> None:
+        super().__init__(d_model=d_model, n_layers=n_layers, length=length, direction=direction)
+
+
+class OneWayOnly(Directed):
+    breaks = "causal"
+
+    def ahead(self, x: Tensor, mask: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+class LeaksOnTheWayBack(Directed):
+    """Right by default, wrong in the other direction."""
+
+    breaks = "padding"
+
+    def ahead(self, x: Tensor, mask: Tensor) -> Tensor:
+        return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
+
+
+class StepsDifferently(Good):
+    breaks = "step"
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        return super().step(x, tuple(2 * mean for mean in state))
+
+
+class DoubledCost(Good):
+    breaks = "cost"
+
+    def cost(self, length: int) -> Cost:
+        return 2 * super().cost(length)
+
+
+class ForgottenWork(Good):
+    """Its products are declared, its Fourier transform, which is most of the work, is not."""
+
+    breaks = "cost"
+
+    def finish(self, x: Tensor) -> Tensor:
+        waves = torch.fft.rfft(x.detach().repeat(1, 512) if x.dim() == 2 else x.detach().repeat(1, 1, 512)).real
+        return x + 0 * waves[..., : x.shape[-1]]
+
+
+class OverstatedGrowth(Good):
+    breaks = "cost"
+    card = Card(**CARD, scaling="L^2", causal=True)
+
+
+class UnsavedBuffer(Good):
+    breaks = "save"
+
+    def __init__(self, *, d_model: int, n_layers: int, length: int, dropout: float = 0.0) -> None:
+        super().__init__(d_model=d_model, n_layers=n_layers, length=length)
+        self.register_buffer("shift", torch.randn(d_model), persistent=False)
+
+    def finish(self, x: Tensor) -> Tensor:
+        return x + self.shift
+
+
+class CannotBeCopied(Good):
+    breaks = "save"
+
+    def finish(self, x: Tensor) -> Tensor:
+        return x * getattr(self, "scale", 1.0)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CannotBeCopied:
+        twin = type(self)(d_model=self.d_model, n_layers=self.n_layers, length=self.length)
+        twin.load_state_dict(self.state_dict())
+        twin.scale = 2.0  # type: ignore[assignment]
+        return twin
+
+
+class LosesBits(Good):
+    breaks = "precision"
+
+    def finish(self, x: Tensor) -> Tensor:
+        small = torch.is_autocast_enabled("cpu")
+        return ((x.bfloat16() if small else x) + 300) - 300
+
+
+class Overflows(Good):
+    breaks = "precision"
+
+    def finish(self, x: Tensor) -> Tensor:
+        large = (x.half() if torch.is_autocast_enabled("cpu") else x) * 1e5
+        return large / 1e5
+
+
+class IdlePattern(Good):
+    breaks = "optim"
+
+    @property
+    def optim(self) -> Mapping[str, Mapping[str, float]]:
+        return {"*.log_dt": {"lr": 1e-3}}
+
+
+class ShadowedPattern(Good):
+    breaks = "optim"
+
+    @property
+    def optim(self) -> Mapping[str, Mapping[str, float]]:
+        return {"*": {"weight_decay": 0.0}, "rates": {"lr": 1e-3}}
+
+
+class MisspeltSetting(Good):
+    breaks = "optim"
+
+    @property
+    def optim(self) -> Mapping[str, Mapping[str, float]]:
+        return {"rates": {"learning_rate": 1e-3}}
+
+
+class _Uphill(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return -grads[0]
+
+
+class LearnsBackwards(Good):
+    breaks = "trains"
+
+    def finish(self, x: Tensor) -> Tensor:
+        return _Uphill.apply(x)
+
+
+class OwnRandomness(Good):
+    breaks = "seed"
+
+    def __init__(self, *, d_model: int, n_layers: int, length: int, dropout: float = 0.0) -> None:
+        super().__init__(d_model=d_model, n_layers=n_layers, length=length)
+        self.rates = nn.Parameter(torch.from_numpy(np.random.default_rng().normal(size=(n_layers, d_model))).float())
+
+
+class OwnNoise(Good):
+    """Noise of numpy's own, too small to move any output that is compared up to rounding."""
+
+    breaks = "seed"
+
+    def finish(self, x: Tensor) -> Tensor:
+        return x + torch.from_numpy(1e-11 * np.random.default_rng().normal(size=x.shape)).to(x.dtype)
+
+
+class StaleExemption(Good):
+    breaks = "padding"
+    card = Card(**CARD, scaling="L", causal=True, exempt={"padding": "it reads the padding"})
+
+
+class HonestExemption(ReadsPadding):
+    breaks = ""
+    card = Card(**CARD, scaling="L", causal=True, exempt={"padding": "it reads the padding"})
+
+
+class CannotBeBuilt(Good):
+    breaks = "signature"
+
+    def __init__(self, *, d_model: int, n_layers: int, length: int, dropout: float = 0.0) -> None:
+        raise RuntimeError("no such thing")
