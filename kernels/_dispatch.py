@@ -3,6 +3,8 @@
     reference   the definition: a loop or a dense product, any dtype and device, differentiated by PyTorch
     cpu         the fast path for CPU tensors (plain torch or Numba); `portable` ones run on any device
     gpu         Triton, for CUDA tensors (and for CPU tensors under TRITON_INTERPRET=1)
+
+An operator asked for "auto" takes the last of these that can run where its tensors are.
 """
 
 from __future__ import annotations

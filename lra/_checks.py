@@ -91,8 +91,8 @@ def card(subject: Subject) -> None:
     if ":" not in subject.constructor.name:
         try:
             architectures.facts(subject.constructor.name.partition("/")[0])
-        except ValueError as error:
-            raise Broken(f"the card is read without importing the file, so it holds literals only: {error}") from None
+        except UserError as error:
+            raise Broken(str(error)) from None
     for variant, preset in own.variants.items():
         try:
             replace(subject, constructor=replace(subject.constructor, preset=preset)).encoder()

@@ -201,6 +201,69 @@ def check(architecture: Architecture) -> None:
         raise typer.Exit(1)
 
 
+@app.command()
+@_guarded
+def doctor(
+    op: Annotated[str, typer.Argument(help="One operator; all by default.")] = "",
+    fresh: Annotated[bool, typer.Option(help="Check again what is known already.")] = False,
+) -> None:
+    """Which implementations of each operator are here, and whether each is right on this machine."""
+    from lra import doctor as kit
+    from lra import parity
+    from lra.errors import unknown
+    from lra.run import device
+
+    if op and op not in parity.operators():
+        raise unknown("operator", op, parity.operators())
+    table = Table(pad_edge=False)
+    for column in ("operator", "implementation", "status", "error", "detail"):
+        table.add_column(column, overflow="fold")
+    with console.status("checking") as status:
+        ops = [op] if op else parity.operators()
+        found = kit.examine(ops, device(), fresh=fresh, seen=lambda name: status.update(f"checking {name}"))
+    for d in found:
+        colour = {"right": "green", "wrong": "red"}.get(d.status, "dim")
+        error = "" if d.status == "absent" else f"{d.error:.1e}"
+        table.add_row(d.op, d.implementation, f"[{colour}]{d.status}[/]", error, escape(d.detail))
+    console.print(table)
+    if any(d.status == "wrong" for d in found):
+        raise typer.Exit(1)
+
+
+@app.command()
+@_guarded
+def bench(
+    op: Annotated[str, typer.Argument(help="One operator; all by default.")] = "",
+    budget: Annotated[float, typer.Option(min=0.1, help="Seconds for each measurement.")] = 5.0,
+) -> None:
+    """Time of each operator beside what this machine could do; written to results/bench/ when all are measured."""
+    from lra import bench as kit
+    from lra import parity, result
+    from lra.run import device
+
+    here = device()
+    with console.status("measuring the machine") as status:
+        machine, measured = kit.bench(
+            [op] if op else parity.operators(), here, budget=budget, seen=lambda name: status.update(f"timing {name}")
+        )
+        lines = list(measured)
+    table = Table(
+        title=f"{machine.bandwidth / 1e9:.1f} GB/s, {machine.rate / 1e9:.0f} GFLOP/s, {here.type}",
+        title_justify="left", pad_edge=False,
+    )  # fmt: skip
+    for column in ("operator", "case", "by", "pass", "ms", "GB/s", "GFLOP/s", "x floor"):
+        table.add_column(column, justify="left" if column in ("operator", "case", "by", "pass") else "right")
+    for x in lines:
+        s = x.timing.median
+        table.add_row(
+            x.op, x.case, x.implementation, x.passes, f"{1e3 * s:.2f}", f"{x.bytes / s / 1e9:.1f}",
+            f"{x.flops / s / 1e9:.1f}", f"{s / x.floor:.1f}",
+        )  # fmt: skip
+    console.print(table)
+    if not op:
+        console.print(f"wrote {kit.write(lines, here, result.folder())}", soft_wrap=True)
+
+
 @data.command("list")
 @_guarded
 def data_list() -> None:

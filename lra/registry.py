@@ -86,13 +86,22 @@ class Registry:
         return [full for name in names for full in (name, *(f"{name}/{v}" for v in self.facts(name)["variants"]))]
 
     def facts(self, name: str) -> dict[str, Any]:
-        """What a file says of itself (card or class attributes written as literals), read without importing it."""
+        """What a file says of itself (card or class attributes written as literals), read without importing it.
+        Raises UserError for a name without variant that does not exist, and a file that cannot be read this way."""
         facts: dict[str, Any] = {"name": name, "variants": {}}
         if name in self._plugins():
             return facts | {"plugin": self._plugins()[name].value}
-        for node in ast.walk(ast.parse(self._files()[name].read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ClassDef):
-                facts |= _literals(node)
+        if name not in self._files():
+            raise unknown(self.kind, name, self.names())
+        path = self._files()[name]
+        try:
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ClassDef):
+                    facts |= _literals(node)
+        except (SyntaxError, ValueError) as error:
+            raise UserError(
+                f"{path} cannot be read without importing it, a card holds literals only: {error}"
+            ) from None
         return facts
 
     def get(self, reference: str) -> Constructor:

@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from lra import flops, memory, recipe, result, statistics, store, terminal
+from lra import doctor, flops, memory, recipe, result, statistics, store, terminal
 from lra.data import Batch, DeviceSet, Sampler, Steps, Sweep, choose
 from lra.errors import UserError
+from lra.kernels import _dispatch
 from lra.model import Classifier
 from lra.recipe import Recipe
 from lra.registry import Constructor, architectures, tasks
@@ -97,11 +98,13 @@ def run(request: Request, console: Console) -> Path:
         f"[bold]{prepared.task.name}[/] ({prepared.protocol.name}) x [bold]{request.architecture}[/], "
         f"recipe {found.name} [dim]{found.hash[:8]}[/], seed {request.seed}, {parameters:,} parameters, {device().type}"
     )
+    refused = _gate(model, prepared)
     started, clock = datetime.now(UTC), time.perf_counter()
     with _workspace(request, found) as folder:
         trained = _train(request, found, prepared, model, folder, console)
         measured = _test(found, prepared, trained, folder, console)
         record = _record(request, found, prepared, constructor, trained, measured, started, clock)
+        record["refused_implementations"] = refused
         path = result.write(record, measured["predictions"], root)
         (folder / "checkpoints" / "last.ckpt").unlink(missing_ok=True)
     return path
@@ -274,7 +277,7 @@ def _record(
         "memory": trained.memory,
         "wall_seconds": round(time.perf_counter() - clock, 2),
         "resumed": trained.resumed,
-        "implementations": _implementations(),
+        "implementations": _dispatch.used(),
         "data": {"checksum": prepared.checksum, "counts": prepared.manifest["counts"]},
         "environment": result.environment() | {"device": device().type, "precision": trained.trainer.precision},
         "command": result.command_line(),
@@ -306,10 +309,17 @@ def _flops(model: Classifier, protocol: Protocol) -> dict[str, Any]:
     }
 
 
-def _implementations() -> dict[str, list[str]]:
-    from lra.kernels._dispatch import used
-
-    return used()
+def _gate(model: Classifier, prepared: Prepared) -> list[str]:
+    """Check the operators this model uses on this machine before a run counts; one line for each that is refused."""
+    split = prepared.split("train")
+    two = DeviceSet.of(split, prepared.protocol, next(model.parameters()).device, np.arange(min(2, len(split))))
+    _dispatch.forget_used()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        model.eval()(two.batch(np.arange(len(two))))
+    model.train()
+    lines = doctor.gate(_dispatch.used(), device())
+    _dispatch.forget_used()
+    return lines
 
 
 @contextmanager

@@ -126,9 +126,7 @@ def prepared(
     return done
 
 
-def verify(
-    task: str | Task, protocol: str | Protocol | None = None, *, progress: Progress | None = None
-) -> list[str]:
+def verify(task: str | Task, protocol: str | Protocol | None = None, *, progress: Progress | None = None) -> list[str]:
     """What is wrong with a prepared set, one line each, every byte read; empty when nothing is."""
     owner, frozen = resolve(task, protocol)
     report = progress or silent
@@ -223,7 +221,7 @@ def _explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is not None and folder.parent not in Path(os.fsdecode(error.filename)).parents:
+        if error.filename is not None and not Path(os.fsdecode(error.filename)).is_relative_to(cache_root()):
             raise DataError(f"cannot open {os.fsdecode(error.filename)}: {error.strerror}") from error
         advice = "point LRA_CACHE at a folder you can write to"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -3,9 +3,8 @@
 Two contours of equal length are grown in lock-step, each paddle turning little from the last and keeping clear of what
 is drawn; shorter distractors follow. Two discs mark the start of one contour and the end of the same contour (label 1)
 or of the other (label 0). Rebuilt from the rules of the original (github.com/drewlinsley/pathfinder, 7b53886), quirks
-included: at 32 pixels distractors are brighter than contours, which are brighter than the discs, and most directions
-never start a contour. Departures: every image has a random stream of its own, so image i is the same for any number of
-workers, and whole numbers stand where the original rounds floats.
+included: at 32 pixels distractors are brighter than contours, and most directions never start one. Departures: every
+image has a random stream of its own, so image i is the same for any number of workers; odds are in steps of 2^-16.
 """
 
 from __future__ import annotations
@@ -120,17 +119,17 @@ def generate(drawing: Drawing, seed: int, start: int, stop: int) -> tuple[np.nda
     images = np.zeros((n, size, size), np.uint8)
     labels, tips = np.zeros(n, np.uint8), np.zeros((n, 2, 2), np.int64)
     shape = (drawing.paddle_length, drawing.paddle_thickness)
-    pad = half_width(*shape, max(drawing.paddle_margins))
+    # a tail may lie a pixel outside the image, because heads are rounded up
+    pad = half_width(*shape, max(drawing.paddle_margins)) + 1
     frame = (size, pad, size + 2 * pad, drawing.padding)
-    plan = (drawing.contour_length, drawing.distractor_length, drawing.distractors, 2 * drawing.seed_distance)
+    plan = (drawing.contour_length, drawing.distractor_length, drawing.distractors, 2 * drawing.seed_distance, 1)
     lights = (round(100 * drawing.contour_light), round(100 * drawing.distractor_light))
     disc = np.array([isqrt(radius**2 - y**2) for y in range(-radius, radius + 1)])
     fine = lanczos(SCALE * size, size)
     for which, margin in enumerate(drawing.paddle_margins):
         tables = stamps(*shape, margin, drawing.continuity, drawing.seed_distance, frame[2])
-        # copies, because threads that count references to the same arrays slow each other down
-        own = tuple(table.copy() for table in tables)
         choice = (np.uint64(seed), start, which, len(drawing.paddle_margins))
-        if not draw(*choice, frame, plan, lights, own, disc, fine, images, labels, tips):
+        picture = (tables.paddle.copy(), lights, disc, fine)
+        if not draw(*choice, frame, plan, tables.seeding(), tables.growing(), *picture, images, labels, tips):
             raise ValueError(f"two contours of {drawing.contour_length} paddles do not fit into {drawing}")
     return images, labels, tips

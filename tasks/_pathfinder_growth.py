@@ -22,25 +22,24 @@ OCCUPIED = 77  # 0.3 of 255, rounded up: no seed may touch it
 OVERLAP = 459  # 1.8 times 255: where two masks add up to this, they collide
 DEAD_END = 255 * UNIT // 10_000
 DISTRACTOR_TRIES = 5
-RESTARTS = 1_000_000  # of an image before its drawing counts as impossible; some hundreds are usual
+RESTARTS = 200_000  # of an image before its drawing counts as impossible; hundreds to thousands are usual
 
 
 @numba.njit(nogil=True, cache=True)
 def draw(  # type: ignore[no-untyped-def]
-    seed, start, which, choices, frame, plan, lights, tables, disc, fine, images, labels, tips
+    seed, start, which, choices, frame, plan, seeding, growing, stamps, lights, disc, fine, images, labels, tips
 ):
     """Draw the images whose margin is number `which` of `choices`; False when one cannot be drawn.
 
     frame: size, pad, width of the mask (size and twice the pad), padding. plan: paddles of a contour and of a
-    distractor, number of distractors, border. lights: of contours and of distractors, in hundredths of a marker's.
-    tables: a Stamps. disc, fine: see `_mark`. images, labels, tips: written, as `generate` returns them.
+    distractor, number of distractors, border of either. seeding, growing, stamps: of a Stamps. lights: of contours and of
+    distractors, in hundredths of a disc's. disc, fine: see `_mark`. images, labels, tips: written, see `generate`.
     """
     size, pad, width, _ = frame
-    steps, distractor_steps, distractors, border = plan
-    stamps, candidate = tables[0], tables[4]
+    steps, distractor_steps, distractors, border, distractor_border = plan
     mask, saved = np.empty(width**2, np.uint8), np.empty(width**2, np.uint8)
     light = np.empty((width, width), np.int32)
-    stream, odds = np.empty(1, np.uint64), np.empty(len(candidate), np.int64)
+    stream, odds = np.empty(1, np.uint64), np.empty(len(growing[2]), np.int64)
     states = np.empty((2, 3), np.int64)
     contours = np.empty((steps, 2, 3), np.int64)
     distractor = np.empty((distractor_steps, 1, 3), np.int64)
@@ -48,11 +47,11 @@ def draw(  # type: ignore[no-untyped-def]
         stream[0] = _mix(_mix(seed + np.uint64(1)) + np.uint64(start + i))
         if _below(stream, choices) != which:
             continue
-        labels[i] = _below(stream, 2)
+        labels[i] = _below(stream, contours.shape[1])
         restarts, done = 0, False
         while not done:
             _clear(frame, mask)
-            done = _grow(frame, tables, border, stream, mask, states, odds, contours)
+            done = _grow(frame, seeding, growing, border, stream, mask, states, odds, contours)
             restarts += 1
             if restarts == RESTARTS:
                 return False
@@ -65,11 +64,11 @@ def draw(  # type: ignore[no-untyped-def]
                 free = _copy(mask, saved)
                 if 100 * free < size**2:
                     break
-                if _grow(frame, tables, 1, stream, mask, states, odds, distractor):
+                if _grow(frame, seeding, growing, distractor_border, stream, mask, states, odds, distractor):
                     _lighten(light, stamps, distractor, lights[1])
                     break
                 _copy(saved, mask)
-        marked = _below(stream, 2)
+        marked = _below(stream, contours.shape[1])
         for axis in range(2):
             tips[i, 0, axis] = contours[0, marked, 1 + axis] - pad
             tips[i, 1, axis] = contours[-1, marked if labels[i] else 1 - marked, 1 + axis] - pad
@@ -122,18 +121,18 @@ def _copy(mask, to):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)
-def _grow(frame, tables, border, stream, mask, states, odds, paddles):  # type: ignore[no-untyped-def]
+def _grow(frame, seeding, growing, border, stream, mask, states, odds, paddles):  # type: ignore[no-untyped-def]
     """Grow one contour, or two in turn. paddles: (n, contours, 3), written; False, mask half done, where one is stuck.
 
     border: kept free of the first seed. states: (contours, 3), odds: (K,), scratch. The newest paddle of a contour is
     no obstacle yet, and the last of the first of two contours never becomes one.
     """
-    _, _, advance, early, candidate, turns, choices, _, _, _, _, _, cover, solid, covered, disc = tables
+    advance, early, candidate, turns, choices, cover, solid, covered, disc = growing
     _, pad, width, _ = frame
     contours = paddles.shape[1]
-    if not _seed(frame, tables, border, stream, mask, states, paddles):
+    if not _seed(frame, seeding, border, stream, mask, states, paddles):
         return False
-    if contours == 2 and not _second_seed(frame, tables, stream, states, paddles):
+    if contours == 2 and not _second_seed(frame, seeding, stream, states, paddles):
         return False
     for step in range(1, len(paddles)):
         for which in range(contours):
@@ -175,7 +174,9 @@ def _weigh(frame, pivot_y, pivot_x, mask, candidate, turns, choices, disc, odds)
         if min(y, x) >= pad and max(y, x) < pad + size:
             nearest, centre = 0, y * width + x
             for d in range(len(disc)):
-                nearest = max(nearest, np.int64(mask[centre + disc[d]]))
+                taken = np.int64(mask[centre + disc[d]])
+                if taken > nearest:
+                    nearest = taken
                 if nearest == 255:
                     break
             total += turns[c, 1] * (255 - nearest)
@@ -201,15 +202,15 @@ def _cover(mask, centre, cover, covered):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)
-def _seed(frame, tables, border, stream, mask, states, paddles):  # type: ignore[no-untyped-def]
+def _seed(frame, seeding, border, stream, mask, states, paddles):  # type: ignore[no-untyped-def]
     """Put down a first paddle in a uniform direction at a uniform place among those free, `border` from the edge."""
     size, pad, _, _ = frame
-    footprints, counts = tables[10], tables[11]
+    _, _, _, footprints, counts = seeding
     low = max(border - pad, 0)
     span = size - 2 * low
     low += pad
     for _ in range(TRIES):
-        turn = _below(stream, DEGREES)
+        turn = _below(stream, len(counts))
         footprint = footprints[turn, : counts[turn]]
         if len(footprint) == 0:
             return False
@@ -230,7 +231,7 @@ def _seed(frame, tables, border, stream, mask, states, paddles):  # type: ignore
                 place += 1
                 y, x = low + place // span, low + place % span
                 left -= _fits(frame, border, mask, footprint, y, x)
-        if _set_out(frame, tables, turn, y, x, states, paddles, 0):
+        if _set_out(frame, seeding, turn, y, x, states[0], paddles[0, 0]):
             return True
     return False
 
@@ -249,26 +250,26 @@ def _fits(frame, border, mask, footprint, y, x):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)
-def _second_seed(frame, tables, stream, states, paddles):  # type: ignore[no-untyped-def]
+def _second_seed(frame, seeding, stream, states, paddles):  # type: ignore[no-untyped-def]
     """Put down the second contour's first paddle at its distance from the first's, in a uniform direction."""
-    second = tables[9]
+    _, _, second, _, _ = seeding
     for _ in range(TRIES):
-        turn, place = _below(stream, DEGREES), _below(stream, DEGREES)
+        turn, place = _below(stream, len(second)), _below(stream, len(second))
         y, x = paddles[0, 0, 1] + second[place, 0], paddles[0, 0, 2] + second[place, 1]
-        if _set_out(frame, tables, turn, y, x, states, paddles, 1):
+        if _set_out(frame, seeding, turn, y, x, states[1], paddles[0, 1]):
             return True
     return False
 
 
 @numba.njit(nogil=True, cache=True)
-def _set_out(frame, tables, turn, y, x, states, paddles, which):  # type: ignore[no-untyped-def]
-    """Start contour `which` with its tail at (y, x); False when its head or its pivot is outside the image."""
+def _set_out(frame, seeding, turn, y, x, state, paddle):  # type: ignore[no-untyped-def]
+    """Start a contour with its tail at (y, x); False when its head or its pivot is outside the image."""
     size, pad, _, _ = frame
-    head, pivot = tables[7], tables[8]
+    head, pivot, _, _, _ = seeding
     head_y, head_x = y + head[turn, 0], x + head[turn, 1]
     pivot_y, pivot_x = head_y + pivot[turn, 0], head_x + pivot[turn, 1]
-    paddles[0, which, 0], paddles[0, which, 1], paddles[0, which, 2] = turn, y, x
-    states[which, 0], states[which, 1], states[which, 2] = pivot_y, pivot_x, turn
+    paddle[0], paddle[1], paddle[2] = turn, y, x
+    state[0], state[1], state[2] = pivot_y, pivot_x, turn
     low, high = min(head_y, head_x, pivot_y, pivot_x), max(head_y, head_x, pivot_y, pivot_x)
     return low >= pad and high < pad + size
 

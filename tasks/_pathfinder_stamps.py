@@ -48,6 +48,15 @@ class Stamps(NamedTuple):
     covered: np.ndarray
     disc: np.ndarray
 
+    def seeding(self) -> tuple[np.ndarray, ...]:
+        """Copies of the tables that start a contour. Threads that count references to one array slow each other."""
+        return tuple(table.copy() for table in (self.head, self.pivot, self.second, self.footprint, self.footprints))
+
+    def growing(self) -> tuple[np.ndarray, ...]:
+        """Copies of the tables that continue a contour."""
+        ways = (self.advance, self.early, self.candidate, self.turns, self.choices)
+        return tuple(table.copy() for table in (*ways, self.cover, self.solid, self.covered, self.disc))
+
 
 def polar(angle: np.ndarray, radius: float) -> np.ndarray:
     """(n, 2) displacements (y, x), rounded to 1e-9: the last bits of sin and cos differ between machines."""

@@ -48,6 +48,11 @@ class Image(Task):
             channels=1,
             scale=GREY,
             counts=COUNTS,
+            sha256={
+                "train": "6e1aea490e0b157ebde9486cf33ce31647a4c7497cf1a2ddd475c90cd4a59630",
+                "validation": "63af6d031be7605e43cbc63d9b89f319e24a18ef0d42b03d2be94258b2c6d52c",
+                "test": "2a8c90ad0bf37c4d57d5ff3705a5e6978c08785c8696cd449b9445a6f2f672f5",
+            },
             note="grey, continuous; validation carved from train by content hash",
             raw=RAW,
         ),
@@ -56,6 +61,11 @@ class Image(Task):
             length=1024,
             vocabulary=256,
             counts=COUNTS,
+            sha256={
+                "train": "6e1aea490e0b157ebde9486cf33ce31647a4c7497cf1a2ddd475c90cd4a59630",
+                "validation": "63af6d031be7605e43cbc63d9b89f319e24a18ef0d42b03d2be94258b2c6d52c",
+                "test": "2a8c90ad0bf37c4d57d5ff3705a5e6978c08785c8696cd449b9445a6f2f672f5",
+            },
             note="grey, one token per pixel; the split of strict",
             raw=RAW,
         ),
@@ -65,6 +75,11 @@ class Image(Task):
             channels=3,
             scale=COLOUR,
             counts=COUNTS,
+            sha256={
+                "train": "30a7adcdeab31de8f3d4bf47bf1e8821ac0899dbc5c425bb03f6fb84f1198d96",
+                "validation": "d051aa5d6251b9c981c0921c225a1808e2bcb0e6f8b1e597b09afeb44cdcd96d",
+                "test": "b806475cb913818a89f7111bede2e694a282be94ef9b2c53278c8dfbf29e61c5",
+            },
             note="colour, not comparable with grey; mean and deviation over all training pixels and channels; "
             "the split of strict",
             raw=RAW,
@@ -74,6 +89,11 @@ class Image(Task):
             length=1024,
             vocabulary=256,
             counts=COUNTS,
+            sha256={
+                "train": "afa6520d55b96d70864163eb5587f6f0d5aa467f40bbaa67403b519111020632",
+                "validation": "b5973610339bda4b2880c95a69ac20505b0b86e2f746cae17033a721ac7e80b4",
+                "test": "234f6c01993129a60709c8863385587ebc652a7349247832e03be59e968f4109",
+            },
             note="grey by TensorFlow's formula, tokens; validation is the last 10 % of the official order (the "
             "published code took it in the order of TensorFlow Datasets, so its members differ); black is not masked "
             "as padding",
@@ -85,6 +105,11 @@ class Image(Task):
             channels=1,
             scale=GREY,
             counts=COUNTS,
+            sha256={
+                "train": "2054828c6cf53d96dfd8d16226a1373e216d70ab84ac977fa0f48abfd5a4038e",
+                "validation": "4b3af8c8a7fe74a3c97b8e74769ebd24dddb667a8884d998389f3d0f65a6ca74",
+                "test": "2a8c90ad0bf37c4d57d5ff3705a5e6978c08785c8696cd449b9445a6f2f672f5",
+            },
             note="grey, continuous, normalised by 122.6 and 61; validation by random_split, seed 42, as published",
             raw=RAW,
         ),

@@ -15,6 +15,7 @@ from typing import ClassVar
 import numpy as np
 
 from lra.task import SPLITS, DataError, Progress, Protocol, Split, Task
+from lra.tasks._floors import bag_of_tokens
 from lra.tasks._listops import CLOSE, EOS, SYMBOLS, Law, evaluate, evaluate_many, expressions
 from lra.tasks._storage import DocumentWriter, open_split, write_examples
 
@@ -114,9 +115,9 @@ class ListOps(Task):
         return open_split(folder, split)
 
     def floors(self, train: Split, test: Split) -> dict[str, float]:
-        """Beside the majority class: the commonest training label of the root operator, and the exact value of the
-        expression cut below depth 1..4 (see `evaluate`), the majority class where nothing is left of it."""
-        floors = super().floors(train, test)
+        """Beside majority class and bag of tokens: the commonest training label of the root operator, and the exact
+        value of the expression cut below depth 1..4 (see `evaluate`), the majority class where nothing is left."""
+        floors = super().floors(train, test) | {"bag of tokens": bag_of_tokens(train, test, self.classes)}
         common = np.zeros((16, 10), np.int64)
         np.add.at(common, (train.values[train.offsets[:-1]], train.labels), 1)
         guess = common.argmax(axis=1)[test.values[test.offsets[:-1]]]

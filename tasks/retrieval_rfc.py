@@ -23,6 +23,11 @@ class RetrievalRfc(Pairs):
             length=4000,
             vocabulary=256,
             counts={"train": 144_803, "validation": 18_100, "test": 18_101},
+            sha256={
+                "train": "d3f2993329161c1e2c46b1819b97d7676d9d4b04528a8d1a62aa701272eca4ce",
+                "validation": "60ec23e9589647f6270e22eba3f8a0539cefebb4b13a79e34792cec9774e5fd2",
+                "test": "64a50d7aa3f8fcd79aeb90fe58915c2c1d8aea4c89d48c6c68bbae5b1f155608",
+            },
             note="bytes, 4,000 per document; not comparable with published Retrieval",
             raw="rfc.docs.parquet and rfc.{train,eval,test}.pairs.tsv.gz",
         )

@@ -25,7 +25,6 @@ from lra.tasks._storage import SHARED, open_split, write_documents, write_exampl
 
 HUB = Hub("stanfordnlp/imdb", "e6281661ce1c48d982bc483cf8a173c1bbeb5d31", "imdb")
 RAW = f"{HUB.files}, or {HUB.id} from the hub"
-HELD_OUT = 1_250
 PAD, UNKNOWN, EOS = range(3)
 # what occurs at least 15 times in the first 4,095 characters of the training reviews, the commonest first
 CHARACTERS = (
@@ -47,6 +46,11 @@ class Text(Task):
             length=4096,
             vocabulary=256,
             counts={"train": 22_500, "validation": 2_500, "test": 25_000},
+            sha256={
+                "train": "38497c7693341f914e74d8d730caf52fe47d87c74bc8a5c23b4dd1146df60921",
+                "validation": "d3d12ed52165025ce8843333390d611163504bd9425cce1aabc8750a2c1efdce",
+                "test": "d2ba5342523230e262e09f73cd1078d73b1c8ccc1d4a199573b905abc3231ee5",
+            },
             note="bytes; validation carved from train by content hash, test opened once",
             raw=RAW,
         ),
@@ -56,6 +60,11 @@ class Text(Task):
             vocabulary=257,
             selection="test",
             counts=PUBLISHED,
+            sha256={
+                "train": "ff5c2e3896880e0fd2df8185c9c366d27ba0f7519b83b95a2b2e0fae4fee9933",
+                "validation": "aa7152bbada145dd5753e12247b81e951c072ac0cfcf5873f1831e41e7447bc1",
+                "test": "aa7152bbada145dd5753e12247b81e951c072ac0cfcf5873f1831e41e7447bc1",
+            },
             note="bytes (id 256, padding, is never seen), cut at 1,000 as in the released configuration; "
             "the test split doubles as validation, as published",
             raw=RAW,
@@ -66,6 +75,11 @@ class Text(Task):
             vocabulary=257,
             selection="test",
             counts=PUBLISHED,
+            sha256={
+                "train": "fa54fe57f31aa9de31c28796d3b156d96068b45f48bb58a62b2c0027e0d8839c",
+                "validation": "dc0cfc7c3822500b0cec9873684660b0b6c3ceadc479ce1624e7ccc1e93e0b00",
+                "test": "dc0cfc7c3822500b0cec9873684660b0b6c3ceadc479ce1624e7ccc1e93e0b00",
+            },
             note="as lra2020 but cut at 4,000, the longest of the four lengths of which the paper reports the best",
             raw=RAW,
         ),
@@ -75,6 +89,11 @@ class Text(Task):
             vocabulary=135,
             selection="test",
             counts=PUBLISHED,
+            sha256={
+                "train": "4ddbfdcf1cceb4101937f10cc2ec5451febbf388cea95a54feb7c83cbafa9bbb",
+                "validation": "9f8cf06ae1bae3074461022bd106ad1c459285b7bb58487b6b0e9eec91685489",
+                "test": "9f8cf06ae1bae3074461022bd106ad1c459285b7bb58487b6b0e9eec91685489",
+            },
             note="Unicode characters that occur at least 15 times in train, after padding, unknown and end mark: 134 "
             "ids in this revision of the data (the published code, on an older one, counts 135); cut at 4,095, then "
             "an end mark; the test split doubles as validation, as published",
@@ -95,7 +114,8 @@ class Text(Task):
         if protocol.selection == "test":
             parts["validation"] = parts["test"]
         else:
-            held = np.concatenate([np.flatnonzero(labels[:total] == label)[:HELD_OUT] for label in range(2)])
+            each = protocol.counts["validation"] // 2
+            held = np.concatenate([np.flatnonzero(labels[:total] == label)[:each] for label in range(2)])
             parts["validation"] = np.sort(held)
             parts["train"] = np.setdiff1d(parts["train"], held)
         for split, index in parts.items():

@@ -52,6 +52,8 @@ class Inputs:
             self.global_seen = (positions >= 0) & seen.gather(1, self.globals)
             self.global_k, self.global_v = (self.at_globals(x).transpose(1, 2) for x in (k, v))
         self.near = self.blocks((seen & ~self.is_global)[..., None, None])
+        self.hides = mask is not None or positions is not None or self.length % pattern.block > 0
+        self.last: tuple[tuple[int, int, int], Tensor] | None = None
         self.extra = (0 if positions is None else positions.shape[1]) + (
             0 if random_blocks is None else random_blocks.shape[2] * pattern.block
         )
@@ -79,33 +81,41 @@ class Inputs:
     def tiles(self) -> Iterator[Tile]:
         return tiles(self.batch, self.q.shape[2], self.pattern, self.extra, BUDGET)
 
+    def band_bias(self, tile: Tile) -> Tensor:
+        """(b or 1, 1, T, K). Tiles far from both ends are alike: the last one is kept."""
+        shape = (tile.queries.stop - tile.queries.start, tile.keys.start - tile.queries.start, tile.keys.stop - tile.queries.start)
+        if self.last is None or self.last[0] != shape:
+            self.last = shape, self.bias(band(tile, self.pattern, self.device))[None, None]
+        return self.last[1]
+
     def bias(self, seen: Tensor) -> Tensor:
         return torch.zeros(seen.shape, dtype=self.work, device=self.device).masked_fill_(~seen, HIDDEN)
 
     def score(self, tile: Tile) -> Scored:
         q = self.rows(tile.cut(self.q, tile.queries)) * self.scale
         k, v = (self.rows(tile.cut(x, tile.keys)) for x in (self.k, self.v))
-        near = self.near[tile.batch, :, tile.first :: tile.dilation][:, :, tile.keys].flatten(2)
-        seen = band(tile, self.pattern, self.device) & near.unsqueeze(2)
+        bias = self.band_bias(tile)
+        if self.hides:
+            near = self.near[tile.batch, :, tile.first :: tile.dilation][:, :, tile.keys].flatten(2)
+            bias = bias + self.bias(near).unsqueeze(2)
         if self.positions is not None:
             at = self.globals[tile.batch, None, None]
-            known = self.global_seen[tile.batch, None, None].expand(-1, 1, q.shape[1], -1)
+            known = self.global_seen[tile.batch, None, None]
             if self.pattern.causal:
                 known = known & (at <= tile.places(tile.queries, self.pattern.block, self.device).unsqueeze(1))
-            seen = torch.cat([seen, known], dim=-1)
+            bias = torch.cat([bias, self.bias(known).expand(-1, 1, q.shape[1], -1)], dim=-1)
             k, v = (
                 torch.cat([x, g[tile.batch, tile.heads].flatten(0, 1)], dim=1)
                 for x, g in ((k, self.global_k), (v, self.global_v))
             )
-        heads = q.shape[0] // seen.shape[0]
-        scores = self.bias(seen).expand(-1, heads, -1, -1).clone(memory_format=torch.contiguous_format).flatten(0, 1)
-        scores.baddbmm_(q, k.mT)
+        shape = (tile.batch.stop - tile.batch.start, tile.heads.stop - tile.heads.start, -1, -1)
+        scores = bias.expand(shape).clone(memory_format=torch.contiguous_format).flatten(0, 1).baddbmm_(q, k.mT)
         if self.random_blocks is None:
             return Scored(q, k, v, None, None, scores)
         far_k, far_v, far_seen = self.far(tile)
         far = torch.bmm(q.reshape(len(far_k), self.pattern.block, -1), far_k.mT)
         far += self.bias(far_seen)
-        return Scored(q, k, v, far_k, far_v, torch.cat([scores, far.view(*q.shape[:2], -1)], dim=-1))
+        return Scored(q, k, v, far_k, far_v, torch.cat([scores, far.reshape(*q.shape[:2], -1)], dim=-1))
 
     def far_index(self, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
         """Index of the random blocks of a tile into (B, H, blocks): heads (h, 1, 1), blocks (h, n, r); whether used."""
@@ -119,7 +129,7 @@ class Inputs:
     def far(self, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values (n T / block, R, .) of the random blocks, and who sees them (n T / block, block, R)."""
         heads, chosen, use = self.far_index(tile)
-        block, rows = self.pattern.block, self.batch if tile.batch.stop is None else tile.batch.stop - tile.batch.start
+        block, rows = self.pattern.block, tile.batch.stop - tile.batch.start
         k, v = (x[tile.batch][:, heads, chosen].to(self.work) for x in (self.k, self.v))
         near = self.near[tile.batch, 0, :, :, 0][:, chosen]
         seen = (near & use[None, ..., None]).flatten(3).unsqueeze(-2).expand(-1, -1, -1, block, -1)
@@ -188,10 +198,9 @@ def global_forward(x: Inputs, out: Tensor, lse: Tensor) -> None:
             target[rows][b, at] = value.unflatten(0, (-1, x.heads)).transpose(1, 2)[b, g]
 
 
-def _score_gradient(s: Tensor, lse: Tensor, delta: Tensor, dweights: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights exp(s - lse), made in place of s, and d loss / d s = weights (d loss / d weights - delta)."""
-    weights = s.sub_(lse).exp_()
-    return weights, dweights.sub_(delta).mul_(weights)
+def _score_gradient(weights: Tensor, delta: Tensor, dweights: Tensor) -> Tensor:
+    """d loss / d score = weights (d loss / d weights - delta), in place of dweights."""
+    return dweights.sub_(delta).mul_(weights)
 
 
 def backward(x: Inputs, dout: Tensor, lse: Tensor, delta: Tensor, grads: tuple[Tensor, ...]) -> None:
@@ -207,9 +216,11 @@ def backward(x: Inputs, dout: Tensor, lse: Tensor, delta: Tensor, grads: tuple[T
         keys = s.k.shape[1]
         dweights = torch.bmm(g, s.v.mT)
         if s.far_v is not None:
-            far = torch.bmm(g.view(len(s.far_v), block, -1), s.far_v.mT)
-            dweights = torch.cat([dweights, far.view(*g.shape[:2], -1)], dim=-1)
-        weights, dscores = _score_gradient(s.scores, log_sum, d, dweights)
+            far = torch.bmm(g.reshape(len(s.far_v), block, -1), s.far_v.mT)
+            dweights = torch.cat([dweights, far.reshape(*g.shape[:2], -1)], dim=-1)
+        # scores of the whole row, or of what another kernel left; exp of hidden scores is slow on a CPU, softmax is not
+        weights = s.scores.softmax(-1) if x.pattern.band else s.scores.sub_(log_sum).exp_()
+        dscores = _score_gradient(weights, d, dweights)
         tile_dq = torch.bmm(dscores[..., :keys], s.k)
         tile_dk, tile_dv = torch.bmm(dscores[..., :keys].mT, s.q), torch.bmm(weights[..., :keys].mT, g)
         if s.far_k is not None:
@@ -219,10 +230,10 @@ def backward(x: Inputs, dout: Tensor, lse: Tensor, delta: Tensor, grads: tuple[T
             index = (torch.arange(x.batch, device=x.device)[tile.batch, None, None, None], heads, chosen)
             for target, value in (
                 (dk, torch.bmm(near_s.mT, s.q.reshape(len(s.far_k), block, -1))),
-                (dv, torch.bmm(near_w.mT, g.view(len(s.far_k), block, -1))),
+                (dv, torch.bmm(near_w.mT, g.reshape(len(s.far_k), block, -1))),
             ):
                 shape = (index[0].shape[0], *chosen.shape, *target.shape[3:])
-                target.index_put_(index, value.view(shape), accumulate=True)
+                target.index_put_(index, value.reshape(shape), accumulate=True)
         share = tile.cut(dq, tile.queries)
         share += tile_dq.mul_(x.scale).reshape(share.shape)
         for target, value, apart in ((dk, tile_dk, "global_dk"), (dv, tile_dv, "global_dv")):
@@ -231,7 +242,7 @@ def backward(x: Inputs, dout: Tensor, lse: Tensor, delta: Tensor, grads: tuple[T
             share += value[:, :stretch].reshape(share.shape)
             if x.positions is not None:
                 total = (global_dk if apart == "global_dk" else global_dv)[tile.batch, tile.heads]
-                total += value[:, stretch:].view(total.shape)
+                total += value[:, stretch:].reshape(total.shape)
     if x.positions is not None:
         _add_at_globals(x, grads[1], global_dk.transpose(1, 2), slice(None))
         _add_at_globals(x, grads[2], global_dv.transpose(1, 2), slice(None))
@@ -244,7 +255,7 @@ def _add_at_globals(x: Inputs, target: Tensor, value: Tensor, rows: slice) -> No
     target[rows][b, x.globals[rows][b, g]] += value[b, g]
 
 
-def global_backward(x: Inputs, dout: Tensor, lse: Tensor, delta: Tensor, grads: tuple[Tensor, ...]) -> None:
+def global_backward(x: Inputs, dout: Tensor, delta: Tensor, grads: tuple[Tensor, ...]) -> None:
     """Add the share of the rows of global tokens."""
     dq, dk, dv = grads
     assert x.positions is not None
@@ -252,13 +263,12 @@ def global_backward(x: Inputs, dout: Tensor, lse: Tensor, delta: Tensor, grads: 
         q, k, v, scores = x.every_key(rows)
         each = x.globals[rows, :, None, None]
         real = (x.positions[rows] >= 0)[:, :, None, None]
-        g, log_sum, d = (
+        g, d = (
             (t[rows].gather(1, each.expand(-1, -1, x.heads, t.shape[-1])) * real).transpose(1, 2).flatten(0, 1)
-            for t in (dout, lse, delta)
+            for t in (dout, delta)
         )
-        # a row that only fills up has dout = delta = 0 but some other row's scores: keep its weights finite
-        log_sum = torch.where(real.expand(-1, -1, x.heads, 1).transpose(1, 2).flatten(0, 1), log_sum, -HIDDEN)
-        weights, dscores = _score_gradient(scores, log_sum, d, torch.bmm(g, v.mT))
+        weights = scores.softmax(-1)
+        dscores = _score_gradient(weights, d, torch.bmm(g, v.mT))
         back = [torch.bmm(dscores, k).mul_(x.scale), torch.bmm(dscores.mT, q), torch.bmm(weights.mT, g)]
         rows_dq, all_dk, all_dv = (t.unflatten(0, (-1, x.heads)).transpose(1, 2) for t in back)
         _add_at_globals(x, dq, rows_dq, rows)
@@ -288,10 +298,10 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     pattern = Pattern(behind, ahead, dilation, block, causal, band=not gpu)
     x = Inputs(q, k, v, mask, positions, random_blocks, pattern, scale)
-    dout = dout.to(x.work)
+    # rows that see nothing stand still; the log-sum-exp that makes exp(score - lse) 0 in them
+    empty = lse < HIDDEN / 2
+    dout, lse = dout.to(x.work).masked_fill(empty, 0), lse.masked_fill(empty, -HIDDEN)
     delta = (dout * out.to(x.work)).sum(-1, keepdim=True)
-    # rows that see nothing: exp(score - lse) is to be 0, not 1
-    lse = lse.masked_fill(lse < HIDDEN / 2, -HIDDEN)
     missing = -x.length % block
     dout, lse, delta = (pad(t, (0, 0, 0, 0, 0, missing)) if missing else t for t in (dout, lse, delta))
     grads = tuple(x.zeros(t.shape[-1]) for t in (q, k, v))
@@ -300,7 +310,7 @@ def attend_backward(
     else:
         chosen = pad(x.is_global, (0, missing))[..., None, None]
         backward(x, dout.masked_fill(chosen, 0), lse, delta.masked_fill(chosen, 0), grads)
-        global_backward(x, dout, lse, delta, grads)
+        global_backward(x, dout, delta, grads)
     dq, dk, dv = (g[:, : x.length].to(t.dtype).contiguous() for g, t in zip(grads, (q, k, v), strict=True))
     return dq, dk, dv
 

@@ -75,12 +75,12 @@ def tiles(batch: int, blocks: int, pattern: Pattern, extra: int, budget: int) ->
 
 
 def band(tile: Tile, pattern: Pattern, device: torch.device) -> Tensor:
-    """Which keys of the tile are in the band of which of its queries: (T, K) bool."""
-    i = tile.places(tile.queries, pattern.block, device).unsqueeze(1)
-    j = tile.places(tile.keys, pattern.block, device)
-    d = (j // pattern.block - i // pattern.block) // tile.dilation
+    """Which keys of the tile are in the band of which of its queries: (T, K) bool. Depends on its shape alone."""
+    i, j = (torch.arange(b.start * pattern.block, b.stop * pattern.block, device=device) for b in (tile.queries, tile.keys))
+    d = j // pattern.block - (i // pattern.block).unsqueeze(1)
     near = (d >= -pattern.behind) & (d <= pattern.ahead)
-    return near & (j <= i) if pattern.causal else near
+    # a lane keeps the order of the sequence
+    return near & (j <= i.unsqueeze(1)) if pattern.causal else near
 
 
 def distinct(random_blocks: Tensor, pattern: Pattern) -> Tensor:

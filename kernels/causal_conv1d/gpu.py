@@ -103,7 +103,8 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu:
     grad_bias = x.new_empty(tiles, width, dtype=wide)
     with torch.cuda.device_of(x):
         _reduce[grid](
-            grad, x, weight, weight if bias is None else bias.contiguous(), inner, grad_weight, grad_bias, length, width,
+            grad, x, weight, weight if bias is None else bias.contiguous(), inner, grad_weight, grad_bias,
+            length, width,
             SILU=silu, HAS_BIAS=bias is not None, K=taps, **blocks,
         )  # fmt: skip
         _convolve[grid](

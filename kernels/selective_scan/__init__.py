@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import reduce
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +17,20 @@ __all__ = ["selective_scan"]
 DETERMINISTIC = True
 PORTABLE = False
 HAS_GPU = True
+
+
+@overload
+def selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., z: Tensor | None = ...,
+    *, h0: Tensor | None = ..., return_state: Literal[False] = ..., impl: str = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def selective_scan(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = ..., z: Tensor | None = ...,
+    *, h0: Tensor | None = ..., return_state: Literal[True], impl: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def selective_scan(

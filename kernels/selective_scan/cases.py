@@ -44,8 +44,9 @@ def _inputs(batch: int, length: int, width: int, size: int, *, options: str = ""
 def _strided(generator: Generator, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """u and delta as halves of one projection, B and C likewise, z as the transpose of a (B, D, L) tensor."""
     given = _inputs(2, 9, 6, 4, options="Dz")(generator, dtype, device)
-    halves = {name: given[name][..., :3] for name in ("u", "delta")}
-    return given | halves | {
+    return given | {
+        "u": given["u"][..., :3],
+        "delta": given["delta"][..., :3],
         "A": given["A"][::2, ::2],
         "B": given["B"][..., :2],
         "C": given["B"][..., 2:],

@@ -134,7 +134,8 @@ def _backward(
                 s = t - first
                 u_t, delta_t = u[i, t, lo:hi], delta[i, t, lo:hi]
                 if z.size:
-                    _gate(grad_y[i, t, lo:hi], u_t, skip, z[i, t, lo:hi], C[i, t], states[s + 1], g, grad_z[i, t, lo:hi])
+                    y_t, z_t, to_z = grad_y[i, t, lo:hi], z[i, t, lo:hi], grad_z[i, t, lo:hi]
+                    _gate(y_t, u_t, skip, z_t, C[i, t], states[s + 1], g, to_z)
                 else:
                     g[:] = grad_y[i, t, lo:hi]
                 for d in range(hi - lo):

@@ -1,0 +1,344 @@
+"""The cache of prepared sets: atomic, checked, locked, and clear about what is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from lra import store
+from lra.errors import UserError
+from lra.task import SPLITS, DataError, Progress, Protocol, Split, Task
+from lra.tasks._storage import SHARED, DocumentWriter, open_split, write_documents, write_examples, write_notes
+
+COUNTS = {"train": 5, "validation": 2, "test": 3}
+
+
+class Digits(Task):
+    """Documents of one to five digits, written as a task would; counts how often it is asked to."""
+
+    name = "digits"
+    title = "digits"
+    classes = 2
+    protocols: ClassVar[Mapping[str, Protocol]] = {
+        "strict": Protocol("strict", length=5, vocabulary=10, counts=COUNTS),
+        "files": Protocol("files", length=5, vocabulary=10, counts=COUNTS, raw="digits.txt"),
+    }
+
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+        self.failure: BaseException | None = None
+
+    def prepare(
+        self, folder: Path, protocol: Protocol, *, source: Path | None, workers: int, progress: Progress
+    ) -> None:
+        self.calls.append(sorted(p.name for p in folder.iterdir()))
+        for split in SPLITS:
+            count = protocol.counts[split]
+            write_documents(folder, split, [np.arange(1 + i % 5, dtype=np.uint8) for i in range(count)])
+            if self.failure is not None:
+                raise self.failure
+            write_examples(folder, split, np.arange(count) % 2)
+        write_notes(folder, {"seen": "nothing"})
+
+    def load(self, folder: Path, split: str) -> Split:
+        return open_split(folder, split)
+
+    def describe(self, split: Split, example: int) -> str:
+        return str(split.document(example))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LRA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("LRA_DATA", raising=False)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def task(cache: Path) -> Digits:
+    return Digits()
+
+
+def left_over(cache: Path) -> list[str]:
+    return [p.name for p in (cache / "digits").iterdir() if not p.name.endswith(".lock")]
+
+
+def protocol_with(**changes: object) -> Protocol:
+    return dataclasses.replace(Digits.protocols["strict"], **changes)  # type: ignore[arg-type]
+
+
+def test_a_set_is_prepared_once_and_described_by_its_manifest(task: Digits, cache: Path) -> None:
+    first, second = store.prepared(task), store.prepared(task)
+    assert len(task.calls) == 1
+    assert first.folder == cache / "digits" / "strict"
+    assert left_over(cache) == ["strict"]
+    assert first.manifest == second.manifest == json.loads((first.folder / "manifest.json").read_text())
+    assert first.manifest["counts"] == COUNTS
+    assert first.manifest["source"] == "generated"
+    assert first.checksum == second.checksum
+    assert first.notes == {"seen": "nothing"}
+    assert {s: len(first.split(s)) for s in SPLITS} == COUNTS
+    assert [len(first.split("test").document(i)) for i in range(3)] == [1, 2, 3]
+    assert store.verify(task) == []
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("bug"), KeyboardInterrupt(), DataError("bad row")])
+def test_a_preparation_that_fails_leaves_nothing(task: Digits, cache: Path, failure: BaseException) -> None:
+    task.failure = failure
+    with pytest.raises(type(failure)):
+        store.prepared(task)
+    assert left_over(cache) == []
+    assert store.find(task) is None
+    task.failure = None
+    assert len(store.prepared(task).split("train")) == 5
+
+
+def test_a_resumable_preparation_finds_its_folder_again(
+    task: Digits, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Digits, "resumable", True)
+    task.failure = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        store.prepared(task)
+    assert store.find(task) is None
+    task.failure = None
+    store.prepared(task)
+    assert task.calls == [[], ["train.offsets.npy", "train.values.npy"]]
+    assert left_over(cache) == ["strict"]
+
+
+def test_a_full_disk_is_one_clear_line(task: Digits, cache: Path) -> None:
+    task.failure = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(DataError, match=r"No space left on device; free some space or point LRA_CACHE at another disk"):
+        store.prepared(task)
+    assert left_over(cache) == []
+
+
+def test_a_raw_file_that_cannot_be_opened_is_named(task: Digits, cache: Path) -> None:
+    task.failure = PermissionError(errno.EACCES, "Permission denied", "/data/imdb/train.parquet")
+    with pytest.raises(DataError, match=r"cannot open /data/imdb/train.parquet: Permission denied"):
+        store.prepared(task)
+
+
+def test_an_unwritable_cache_is_one_clear_line(task: Digits, cache: Path) -> None:
+    cache.write_text("a file where a folder should be")
+    with pytest.raises(DataError, match=r"cannot write .*point LRA_CACHE at a folder you can write to"):
+        store.prepared(task)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"counts": COUNTS | {"test": 4}, "sha256": {}}, "test has 3 examples, not 4"),
+        ({"sha256": {"train": "", "test": "0" * 64}}, "test has SHA-256 .*, not 0000000000000000"),
+    ],
+)
+def test_data_that_depart_from_the_protocol_are_refused(
+    task: Digits, cache: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], message: str
+) -> None:
+    real = Digits.prepare
+    frozen = Digits.protocols["strict"]
+    # the task writes what it always writes; the constants ask for something else
+    monkeypatch.setattr(Digits, "prepare", lambda self, folder, protocol, **k: real(self, folder, frozen, **k))
+    with pytest.raises(DataError, match=message):
+        store.prepared(task, protocol_with(**changes))
+    assert left_over(cache) == []
+
+
+def test_constants_that_match_are_accepted(task: Digits) -> None:
+    sums = store.prepared(task).manifest["sha256"]
+    assert store.prepared(task, protocol_with(name="frozen", sha256=sums)).manifest["sha256"] == sums
+
+
+def test_a_truncated_file_is_noticed_on_opening(task: Digits) -> None:
+    path = store.prepared(task).folder / "train.values.npy"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"train.values.npy holds .* bytes instead of .*; remove .* and run `lra data"):
+        store.prepared(task)
+    assert "train.values.npy" in store.verify(task)[0]
+
+
+def test_a_missing_file_is_noticed_on_opening(task: Digits) -> None:
+    (store.prepared(task).folder / "test.labels.npy").unlink()
+    with pytest.raises(DataError, match=r"test.labels.npy is missing; remove .* and run `lra data prepare digits`"):
+        store.find(task)
+
+
+def test_a_flipped_byte_is_found_by_verify(task: Digits) -> None:
+    path = store.prepared(task).folder / "train.values.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    problems = store.verify(task)
+    assert len(problems) == 1
+    assert "train.values.npy: its SHA-256 is not the one in the manifest" in problems[0]
+
+
+def test_a_forged_manifest_is_found_by_verify(task: Digits) -> None:
+    path = store.prepared(task).folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["sha256"]["test"] = "0" * 64
+    path.write_text(json.dumps(manifest))
+    assert [problem.split(":")[1].split(";")[0] for problem in store.verify(task)] == [
+        " sha256 of test does not match the arrays"
+    ]
+
+
+@pytest.mark.parametrize(("content", "message"), [("{", "cannot be read"), ("{}", "lacks format, task"), ("[]", "lacks")])
+def test_a_damaged_manifest_is_one_clear_line(task: Digits, content: str, message: str) -> None:
+    (store.prepared(task).folder / "manifest.json").write_text(content)
+    with pytest.raises(DataError, match=message):
+        store.prepared(task)
+
+
+def test_verify_says_what_is_not_prepared(task: Digits) -> None:
+    assert store.verify(task, "files") == [
+        "digits under 'files' is not prepared: run `lra data prepare digits --protocol files`"
+    ]
+
+
+def test_a_newer_version_or_other_constants_prepare_anew(task: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.prepared(task)
+    monkeypatch.setattr(Digits, "version", 2)
+    assert store.find(task) is None
+    assert store.prepared(task).manifest["version"] == 2
+    store.prepared(task, protocol_with(note="worded differently"))
+    assert len(task.calls) == 2
+    assert len(store.prepared(task, protocol_with(counts=COUNTS | {"train": 6})).split("train")) == 6
+    assert len(task.calls) == 3
+
+
+def test_another_process_at_work_is_waited_for(task: Digits, cache: Path) -> None:
+    (cache / "digits").mkdir(parents=True)
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
+    lock = str(cache / "digits" / ".strict.lock")
+    child = subprocess.Popen([sys.executable, "-c", hold, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdin is not None
+    assert child.stdout is not None
+    child.stdout.readline()
+    said = []
+
+    def report(what: str, done: int, total: int) -> None:
+        said.append(what)
+        if what.startswith("waiting"):
+            child.communicate(b"\n", timeout=30)
+
+    assert len(store.prepared(task, progress=report).split("train")) == 5
+    assert said[0] == "waiting for another process that prepares this set"
+
+
+def test_a_set_that_appears_while_waiting_is_used(task: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, answers = store.find, iter([None])
+    store.prepared(task)
+    monkeypatch.setattr(store, "find", lambda *a: next(answers, "again") and real(*a))
+    assert len(store.prepared(task).split("train")) == 5
+    assert len(task.calls) == 1
+
+
+def test_source_is_the_option_then_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LRA_DATA", raising=False)
+    assert store.source_folder() is None
+    monkeypatch.setenv("LRA_DATA", str(tmp_path))
+    assert store.source_folder() == tmp_path
+    (tmp_path / "mine").mkdir()
+    assert store.source_folder(tmp_path / "mine") == tmp_path / "mine"
+    monkeypatch.setenv("LRA_DATA", str(tmp_path / "absent"))
+    with pytest.raises(DataError, match="LRA_DATA is .*absent, which is not a folder"):
+        store.source_folder()
+    with pytest.raises(DataError, match="--from is nowhere, which is not a folder"):
+        store.source_folder("nowhere")
+
+
+def test_a_generated_task_refuses_a_source(task: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match="generated here and reads no files; leave out --from"):
+        store.prepared(task, source=tmp_path)
+    monkeypatch.setenv("LRA_DATA", str(tmp_path / "absent"))
+    assert len(store.prepared(task).split("train")) == 5
+
+
+def test_unfrozen_data_from_another_folder_are_not_passed_off(task: Digits, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    assert store.prepared(task, "files", source=one).manifest["source"] == str(one)
+    assert len(store.prepared(task, "files", source=one).split("test")) == 3
+    with pytest.raises(DataError, match=r"was prepared from .*one; to prepare it from .*two, remove"):
+        store.prepared(task, "files", source=two)
+
+
+def test_an_unknown_protocol_is_answered_with_the_nearest(task: Digits) -> None:
+    with pytest.raises(UserError, match="unknown protocol of digits 'strickt'; did you mean 'strict'"):
+        store.prepared(task, "strickt")
+
+
+def test_the_checksum_covers_every_array() -> None:
+    split = Split(
+        np.array([1, 2, 3], np.uint8), np.array([0, 1, 3]), np.array([[0], [1]], np.int32), np.array([0, 1], np.uint8)
+    )
+
+    def variants() -> Iterator[Split]:
+        yield split
+        yield dataclasses.replace(split, values=np.array([1, 2, 4], np.uint8))
+        yield dataclasses.replace(split, values=split.values.astype(np.uint16))
+        yield dataclasses.replace(split, offsets=np.array([0, 2, 3]))
+        yield dataclasses.replace(split, index=np.array([[1], [0]], np.int32))
+        yield dataclasses.replace(split, labels=np.array([1, 1], np.uint8))
+
+    assert len({store.split_checksum(v) for v in variants()}) == 6
+    assert store.split_checksum(split) == store.split_checksum(
+        dataclasses.replace(split, offsets=split.offsets.astype(">i8"))
+    )
+
+
+def test_documents_written_in_pieces_read_back(tmp_path: Path) -> None:
+    with DocumentWriter(tmp_path, SHARED, np.uint16) as writer:
+        writer.append(np.array([1, 2, 300], np.uint16))
+        writer.append(np.array([4, 5, 6], np.uint16), np.array([2, 1]))
+    write_examples(tmp_path, "test", np.array([1, 0]), np.array([[0, 2], [1, 1]]))
+    split = open_split(tmp_path, "test")
+    assert [split.document(d).tolist() for d in range(3)] == [[1, 2, 300], [4, 5], [6]]
+    assert split.index.tolist() == [[0, 2], [1, 1]]
+    assert split.index.dtype == np.int32
+    assert split.labels.dtype == np.uint8
+    assert isinstance(split.values, np.memmap)
+
+
+def test_the_writer_refuses_what_does_not_fit(tmp_path: Path) -> None:
+    with DocumentWriter(tmp_path, "train") as writer:
+        with pytest.raises(TypeError, match="values are int64, the writer's are uint8"):
+            writer.append(np.array([1]))
+        with pytest.raises(ValueError, match="lengths add up to 3, values are 2"):
+            writer.append(np.zeros(2, np.uint8), np.array([3]))
+    with pytest.raises(ValueError, match="1 rows of index for 2 labels"):
+        write_examples(tmp_path, "train", np.zeros(2), np.zeros(1))
+
+
+def test_arrays_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
+    write_documents(tmp_path, "train", [np.zeros(3, np.uint8)])
+    write_examples(tmp_path, "train", np.zeros(1))
+    np.save(tmp_path / "train.offsets.npy", np.array([0, 4]))
+    with pytest.raises(DataError, match="the arrays of train do not fit together"):
+        open_split(tmp_path, "train")
+    (tmp_path / "train.labels.npy").write_bytes(b"not an array")
+    with pytest.raises(DataError, match=r"train.labels.npy is corrupt"):
+        open_split(tmp_path, "train")
+    (tmp_path / "train.labels.npy").unlink()
+    with pytest.raises(DataError, match=r"train.labels.npy is missing"):
+        open_split(tmp_path, "train")
+
+
+def test_pickled_arrays_are_never_loaded(tmp_path: Path) -> None:
+    write_documents(tmp_path, "train", [np.zeros(3, np.uint8)])
+    write_examples(tmp_path, "train", np.zeros(1))
+    np.save(tmp_path / "train.labels.npy", np.array([{}], object), allow_pickle=True)
+    with pytest.raises(DataError, match=r"train.labels.npy is corrupt"):
+        open_split(tmp_path, "train")
