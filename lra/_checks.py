@@ -36,6 +36,7 @@ from lra._subject import (
 from lra.encoder import DIRECTIONS, FAMILIES, SCALINGS, Card, Encoder
 from lra.errors import UserError, unknown
 from lra.flops import encoder_flops
+from lra.optim import KEYS
 from lra.registry import architectures
 
 EXACT = 1e-8
@@ -44,7 +45,6 @@ NEAR = 0.03
 """Largest RMS difference between bfloat16 autocast and float32, over the RMS of the output."""
 GROWTH = {"L": (0.99, 1.002), "L log L": (1.002, 1.09), "L sqrt L": (1.2, 1.55), "L^2": (1.7, 2.01)}
 """Range of log2 cost(2 L) / cost(L) at L = 2^18, where work that grows slower may still take its share."""
-SETTINGS = ("lr", "lr_scale", "weight_decay")
 
 
 def signature(subject: Subject) -> None:
@@ -300,8 +300,8 @@ def optim(subject: Subject) -> None:
     winners = {next((p for p in patterns if fnmatchcase(name, p)), None) for name in names}
     for pattern, settings in patterns.items():
         for key, value in settings.items():
-            if key not in SETTINGS:
-                raise Broken(f"optim[{pattern!r}]: {unknown('setting', key, SETTINGS)}")
+            if key not in KEYS:
+                raise Broken(f"optim[{pattern!r}]: {unknown('setting', key, KEYS)}")
             if not (math.isfinite(value) and value >= 0):
                 raise Broken(f"optim[{pattern!r}] sets {key} to {value}; a number of at least 0")
         if not any(fnmatchcase(name, pattern) for name in names):

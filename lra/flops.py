@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -188,7 +188,11 @@ def _is_light(func: Any) -> bool:
 
 
 def _counter() -> FlopCounterMode:
-    return FlopCounterMode(display=False, custom_mapping=FORMULAS)
+    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+    # its own registry is a copy, and kernels register their formulas when they first run
+    own = {op: counter.flop_registry[op] for op in FORMULAS}
+    counter.flop_registry = ChainMap(own, flop_registry)  # type: ignore[assignment]
+    return counter
 
 
 def _counting_complex(op: Any) -> Callable[..., float]:

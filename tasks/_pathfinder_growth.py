@@ -32,12 +32,13 @@ def draw(  # type: ignore[no-untyped-def]
     """Draw the images whose margin is number `which` of `choices`; False when one cannot be drawn.
 
     frame: size, pad, width of the mask (size and twice the pad), padding. plan: paddles of a contour and of a
-    distractor, number of distractors, border of either. seeding, growing, stamps: of a Stamps. lights: of contours and of
-    distractors, in hundredths of a disc's. disc, fine: see `_mark`. images, labels, tips: written, see `generate`.
+    distractor, number of distractors, border of either. seeding, growing, stamps: of a Stamps. lights: of contours
+    and of distractors, in hundredths of a disc's. disc, fine: see `_mark`. images, labels, tips: written.
     """
     size, pad, width, _ = frame
     steps, distractor_steps, distractors, border, distractor_border = plan
-    mask, saved = np.empty(width**2, np.uint8), np.empty(width**2, np.uint8)
+    mask, saved, empty = np.empty(width**2, np.uint8), np.empty(width**2, np.uint8), np.empty(width**2, np.uint8)
+    _frame(frame, empty)
     light = np.empty((width, width), np.int32)
     stream, odds = np.empty(1, np.uint64), np.empty(len(growing[2]), np.int64)
     states = np.empty((2, 3), np.int64)
@@ -50,7 +51,7 @@ def draw(  # type: ignore[no-untyped-def]
         labels[i] = _below(stream, contours.shape[1])
         restarts, done = 0, False
         while not done:
-            _clear(frame, mask)
+            _copy(empty, mask)
             done = _grow(frame, seeding, growing, border, stream, mask, states, odds, contours)
             restarts += 1
             if restarts == RESTARTS:
@@ -101,13 +102,13 @@ def _below(stream, n):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)
-def _clear(frame, mask):  # type: ignore[no-untyped-def]
-    """Empty the mask but for its frame."""
+def _frame(frame, mask):  # type: ignore[no-untyped-def]
+    """Draw the frame of an empty mask."""
     _, pad, width, padding = frame
-    edge = pad + padding
     for y in range(width):
         for x in range(width):
-            mask[y * width + x] = 0 if min(y, x) >= edge and max(y, x) < width - edge else 255
+            inside = min(y, x) >= pad + padding and max(y, x) < width - pad - padding
+            mask[y * width + x] = 0 if inside else 255
 
 
 @numba.njit(nogil=True, cache=True)

@@ -84,7 +84,7 @@ def write_examples(folder: Path, split: str, labels: np.ndarray, index: np.ndarr
     index = np.arange(len(labels)) if index is None else np.asarray(index)
     if len(index) != len(labels):
         raise ValueError(f"{len(index)} rows of index for {len(labels)} labels")
-    np.save(folder / f"{split}.index.npy", index.reshape(len(labels), -1).astype(np.int32))
+    np.save(folder / f"{split}.index.npy", (index[:, None] if index.ndim == 1 else index).astype(np.int32))
     np.save(folder / f"{split}.labels.npy", np.asarray(labels).astype(np.uint8))
 
 

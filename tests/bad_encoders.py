@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,14 +12,16 @@ from torch import Tensor, nn
 
 from lra.encoder import Card, Cost, Encoder
 
-CARD = {"title": "A leaky mean", "year": 2000, "url": "https://example.org/paper", "family": "recurrent"}
+CARD = Card(
+    title="A leaky mean", year=2000, url="https://example.org/paper", family="recurrent", scaling="L", causal=True
+)
 
 
 class Good(Encoder):
     """x = x + m with m_t = a m_(t-1) + (1 - a) (W_2 gelu(W_1 norm(x_t) + b_1) + b_2), in each layer."""
 
     breaks: ClassVar[str] = ""
-    card = Card(**CARD, scaling="L", causal=True)
+    card = CARD
 
     def __init__(self, *, d_model: int, n_layers: int, length: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -32,10 +35,10 @@ class Good(Encoder):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         for layer, (norm, inner) in enumerate(zip(self.norms, self.maps, strict=True)):
-            a, h, mean = self.rates[layer].sigmoid(), inner(norm(x)), []
-            for token in h.unbind(1):
-                mean.append((1 - a) * token if not mean else a * mean[-1] + (1 - a) * token)
-            x = x + torch.stack(mean, dim=1)
+            a, mean = self.rates[layer].sigmoid(), [torch.zeros_like(x[:, 0])]
+            for token in inner(norm(x)).unbind(1):
+                mean.append(a * mean[-1] + (1 - a) * token)
+            x = x + torch.stack(mean[1:], dim=1)
         return self.finish(x)
 
     def finish(self, x: Tensor) -> Tensor:
@@ -89,22 +92,22 @@ class ForgetsItsLength(Good):
 
 class BadUrl(Good):
     breaks = "card"
-    card = Card(**{**CARD, "url": "arxiv 2000.00001"}, scaling="L", causal=True)
+    card = replace(CARD, url="arxiv 2000.00001")
 
 
 class BadFamily(Good):
     breaks = "card"
-    card = Card(**{**CARD, "family": "convoluted"}, scaling="L", causal=True)
+    card = replace(CARD, family="convoluted")
 
 
 class UnknownExemption(Good):
     breaks = "card"
-    card = Card(**CARD, scaling="L", causal=True, exempt={"paddin": "reads it"})
+    card = replace(CARD, exempt={"paddin": "reads it"})
 
 
 class BrokenVariant(Good):
     breaks = "card"
-    card = Card(**CARD, scaling="L", causal=True, variants={"wide": {"widht": 4}})
+    card = replace(CARD, variants={"wide": {"widht": 4}})
 
 
 class LosesTheTimeAxis(Good):
@@ -270,11 +273,12 @@ class ForgottenWork(Good):
 
 class OverstatedGrowth(Good):
     breaks = "cost"
-    card = Card(**CARD, scaling="L^2", causal=True)
+    card = replace(CARD, scaling="L^2")
 
 
 class UnsavedBuffer(Good):
     breaks = "save"
+    shift: Tensor
 
     def __init__(self, *, d_model: int, n_layers: int, length: int, dropout: float = 0.0) -> None:
         super().__init__(d_model=d_model, n_layers=n_layers, length=length)
@@ -373,12 +377,12 @@ class OwnNoise(Good):
 
 class StaleExemption(Good):
     breaks = "padding"
-    card = Card(**CARD, scaling="L", causal=True, exempt={"padding": "it reads the padding"})
+    card = replace(CARD, exempt={"padding": "it reads the padding"})
 
 
 class HonestExemption(ReadsPadding):
     breaks = ""
-    card = Card(**CARD, scaling="L", causal=True, exempt={"padding": "it reads the padding"})
+    card = replace(CARD, exempt={"padding": "it reads the padding"})
 
 
 class CannotBeBuilt(Good):

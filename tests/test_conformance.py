@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import io
 from pathlib import Path
 
 import bad_encoders
 import pytest
+import torch
+from rich.console import Console
 
 from lra._subject import Subject, reloaded
 from lra.encoder import Encoder
+from lra.errors import UserError
 from lra.registry import architectures
-from lra.testing import CHECKS, check
+from lra.testing import CHECKS, Finding, check, meaning, render
 
 HERE = Path(__file__).parent
 NAMES = architectures.names(variants=True)
@@ -59,3 +63,55 @@ def test_broken_encoders_in_a_fresh_process() -> None:
 
 def test_every_check_is_bitten() -> None:
     assert {getattr(bad_encoders, name).breaks for name in BROKEN} - {""} == set(CHECKS)
+
+
+def test_exemptions_are_strict() -> None:
+    [honest] = check(named("HonestExemption"), only=["padding"])
+    assert (honest.status, honest.message, honest.failed) == ("exempt", "it reads the padding", False)
+    [stale] = check(named("StaleExemption"), only=["padding"])
+    assert (stale.status, stale.failed) == ("stale", True)
+    assert "delete the exemption" in stale.message
+    # with other arguments than the card speaks of, an exemption may well not be needed
+    [other] = check(named("StaleExemption"), only=["padding"], options={"n_layers": 1})
+    assert other.status == "pass"
+
+
+def test_messages_say_what_is_wrong() -> None:
+    for name, said in (
+        ("ReadsPadding", "your layer reads padded positions; take the argument `mask`"),
+        ("DeadParameter", "1 of 14 parameters get no gradient: unused"),
+        ("LeaksOnTheWayBack", "with direction='bidirectional' outputs at real positions changed by"),
+        ("StepsDifferently", "at token 1 (float64)"),
+        ("DoubledCost", "cost(32).matmul is 524,288, 2 times what was counted: 262,144 in products"),
+        ("UnknownExemption", "unknown check 'paddin'; did you mean 'padding'?"),
+        ("TakesAnything", "argument more is variadic keyword"),
+        ("CannotBeBuilt", "it cannot be built: raised RuntimeError: no such thing (bad_encoders.py:"),
+    ):
+        breaks = getattr(bad_encoders, name).breaks
+        [message] = [f.message for f in check(named(name), only=[breaks]) if f.failed]
+        assert said in message
+
+
+def test_only_checks_that_exist() -> None:
+    with pytest.raises(UserError, match="unknown check 'pading'; did you mean 'padding'"):
+        check("gru", only=["pading"])
+
+
+def test_checks_leave_the_random_state_alone() -> None:
+    before = torch.get_rng_state()
+    check(named("Good"), only=["shape", "trains"])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("columns", [80, 100, 200])
+def test_the_table_fits(columns: int) -> None:
+    findings = [Finding(name, "pass", meaning(name), 0.1) for name in CHECKS]
+    findings += [Finding("padding", "fail", "word " * 60, 1.0), Finding("cost", "undeclared", "x" * 150, 12.0)]
+    console = Console(width=columns, file=io.StringIO(), record=True)
+    console.print(render(findings))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= min(columns, 100)
+    assert lines[-1].startswith(f"{len(findings)} checks: {len(CHECKS)} pass, 1 fail, 1 not declared")
+    assert all(any(line.split()[:1] == [name] for line in lines) for name in CHECKS)
+    if columns >= 100:
+        assert all(any(meaning(name) in line for line in lines) for name in CHECKS), "one line for what passes"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import log2
+from math import log2, prod
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 
 from lra.flops import count, encoder_flops, model_flops
 from lra.registry import architectures
@@ -72,7 +73,7 @@ def test_fused_attention_modules_are_not_missed(device: str) -> None:
 
 @EVERYWHERE
 @pytest.mark.parametrize(("kind", "gates"), [(nn.RNN, 1), (nn.GRU, 3), (nn.LSTM, 4)])
-def test_recurrent_layers(device: str, kind: type[nn.RNNBase], gates: int) -> None:
+def test_recurrent_layers(device: str, kind: type[nn.RNN | nn.GRU | nn.LSTM], gates: int) -> None:
     report = count(kind(D, D, batch_first=True), x(), device=device)
     assert report.matmul == report.forward == 2 * B * L * gates * 2 * D * D
     assert report.forward_backward == 3 * report.forward
@@ -88,15 +89,20 @@ def test_recurrent_layers(device: str, kind: type[nn.RNNBase], gates: int) -> No
         (nn.RNN, {"bias": False}),
     ],
 )
-def test_recurrent_layers_counted_in_bulk_as_step_by_step(kind: type[nn.RNNBase], options: dict[str, Any]) -> None:
+def test_recurrent_layers_counted_in_bulk_as_step_by_step(
+    kind: type[nn.RNN | nn.GRU | nn.LSTM], options: dict[str, Any]
+) -> None:
     """PyTorch's own counter on the meta device walks through the time steps."""
     with FlopCounterMode(display=False) as steps:
         wanted = kind(D, 24, device="meta", **options)(torch.empty(7, 5, D, device="meta"))
-    shapes: list[Any] = []
-    report = count(Call(lambda rnn, v: shapes.append(rnn(v)) or shapes[-1][0], kind(D, 24, **options)), x(7, 5, D))
-    assert report.forward == steps.get_total_flops() > 0
-    flat = torch.utils._pytree.tree_leaves
-    assert [t.shape for t in flat(shapes[-1])] == [t.shape for t in flat(wanted)]
+    found: list[Any] = []
+
+    def run(rnn: nn.Module, v: Tensor) -> Tensor:
+        found[:] = tree_leaves(rnn(v))
+        return found[0]
+
+    assert count(Call(run, kind(D, 24, **options)), x(7, 5, D)).forward == steps.get_total_flops() > 0
+    assert [t.shape for t in found] == [t.shape for t in tree_leaves(wanted)]
 
 
 @EVERYWHERE
@@ -148,9 +154,20 @@ def test_custom_operators() -> None:
     def _(v: Tensor) -> Tensor:
         return v @ v.mT
 
-    report = count(Call(lambda v: unknown(v)), x(B, D, D).detach())
+    inputs = x(B, D, D).detach()
+    report = count(Call(lambda v: unknown(v)), inputs)
     assert report.forward == 0
     assert report.uncounted == {"lra_test.unknown": B * D * D}
+
+    def late(v: Tensor) -> Tensor:
+        # as a kernel does whose module is imported by its first call
+        if torch.ops.lra_test.unknown not in flop_registry:
+            register_flop_formula(torch.ops.lra_test.unknown)(lambda shape, **_: 2 * D * prod(shape))
+        return unknown(v)
+
+    report = count(Call(late), inputs)
+    assert report.operators == {"lra_test.unknown": 2 * B * D**3}
+    assert (report.matmul, report.uncounted) == (0, {})
 
 
 def test_light_work_is_not_called_uncounted() -> None:
@@ -167,6 +184,8 @@ def test_light_work_is_not_called_uncounted() -> None:
 
 class Remembers(nn.Module):
     """Looks at values, which meta tensors lack, and keeps a tensor that has a history."""
+
+    calls: Tensor
 
     def __init__(self) -> None:
         super().__init__()

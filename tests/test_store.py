@@ -193,7 +193,9 @@ def test_a_forged_manifest_is_found_by_verify(task: Digits) -> None:
     ]
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "cannot be read"), ("{}", "lacks format, task"), ("[]", "lacks")])
+@pytest.mark.parametrize(
+    ("content", "message"), [("{", "cannot be read"), ("{}", "lacks format, task"), ("[]", "lacks")]
+)
 def test_a_damaged_manifest_is_one_clear_line(task: Digits, content: str, message: str) -> None:
     (store.prepared(task).folder / "manifest.json").write_text(content)
     with pytest.raises(DataError, match=message):
@@ -252,7 +254,7 @@ def test_source_is_the_option_then_the_variable(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "mine").mkdir()
     assert store.source_folder(tmp_path / "mine") == tmp_path / "mine"
     monkeypatch.setenv("LRA_DATA", str(tmp_path / "absent"))
-    with pytest.raises(DataError, match="LRA_DATA is .*absent, which is not a folder"):
+    with pytest.raises(DataError, match=r"LRA_DATA is .*absent, which is not a folder"):
         store.source_folder()
     with pytest.raises(DataError, match="--from is nowhere, which is not a folder"):
         store.source_folder("nowhere")

@@ -81,7 +81,9 @@ def band_attention(
         random_blocks = random_blocks.long()
     scale = size**-0.5 if scale is None else scale
     positions = _globals(n_global, global_mask, batch, device)
-    chosen = choose(op, impl, device, portable=PORTABLE, has_gpu=HAS_GPU)
+    # the Triton kernels compute in float32; double precision stays in torch
+    double = torch.float64 in (q.dtype, k.dtype, v.dtype)
+    chosen = choose(op, impl, device, portable=PORTABLE, has_gpu=HAS_GPU and not double)
     if chosen == "reference":
         from lra.kernels.band_attention.reference import reference
 
@@ -89,8 +91,6 @@ def band_attention(
             q, k, v, mask, (behind, ahead), steps, n_global, random_blocks,
             global_mask=global_mask, block=block, causal=causal, scale=scale,
         )  # fmt: skip
-    if chosen == "gpu":
-        import lra.kernels.band_attention.gpu  # noqa: F401  (its kernels are what the operator then runs)
     from lra.kernels.band_attention.cpu import attend
 
     # a window beyond the sequence is the sequence

@@ -76,8 +76,9 @@ def tiles(batch: int, blocks: int, pattern: Pattern, extra: int, budget: int) ->
 
 def band(tile: Tile, pattern: Pattern, device: torch.device) -> Tensor:
     """Which keys of the tile are in the band of which of its queries: (T, K) bool. Depends on its shape alone."""
-    i, j = (torch.arange(b.start * pattern.block, b.stop * pattern.block, device=device) for b in (tile.queries, tile.keys))
-    d = j // pattern.block - (i // pattern.block).unsqueeze(1)
+    block = pattern.block
+    i, j = (torch.arange(b.start * block, b.stop * block, device=device) for b in (tile.queries, tile.keys))
+    d = j // block - (i // block).unsqueeze(1)
     near = (d >= -pattern.behind) & (d <= pattern.ahead)
     # a lane keeps the order of the sequence
     return near & (j <= i.unsqueeze(1)) if pattern.causal else near

@@ -28,9 +28,9 @@ def ssm_kernel_diag(
     N counts stored eigenvalues: one of each conjugate pair, hence the 2 Re (S4D). A model without pairs (DSS) takes
     Re alone: halve its C. An input vector B belongs in C, as the product C B.
 
-    A: (H, N) complex; C: (channels, H, N) complex; dt: (H,) real -> K: (channels, H, length) in the dtype of dt. Powers are
-    formed in float64 whatever the dtypes (rounding Abar to float32 would cost l times its error), the sum over n runs
-    in float32, or in float64 where any argument is in double precision.
+    A: (H, N) complex; C: (channels, H, N) complex; dt: (H,) real -> K: (channels, H, length) in the dtype of dt.
+    Powers are formed in float64 whatever the dtypes (rounding Abar to float32 would cost l times its error), the sum
+    over n runs in float32, or in float64 where any argument is in double precision.
     Differentiable in A, C and dt; deterministic. Cost: 4 channels H N length operations as matrix products over two
     levels of powers; memory H N sqrt(length) at most, in blocks of channels, forward and backward.
     Raises ValueError for a wrong rank, shape, dtype, device, length or discretization.
@@ -44,7 +44,9 @@ def ssm_kernel_diag(
     check(fits, op, "dt", f"{tuple(dt.shape)} {dt.dtype}", f"({A.shape[0]},) real")
     check(length >= 1, op, "length", length, "at least 1")
     check(discretization in DISCRETIZATIONS, op, "discretization", repr(discretization), ", ".join(DISCRETIZATIONS))
-    chosen = choose(op, impl, device, portable=PORTABLE, has_gpu=HAS_GPU)
+    # the Triton kernels compute in float32; double precision stays in torch
+    double = any(t.dtype in (torch.float64, torch.complex128) for t in (A, C, dt))
+    chosen = choose(op, impl, device, portable=PORTABLE, has_gpu=HAS_GPU and not double)
     if chosen == "reference":
         from lra.kernels.ssm_kernel_diag.reference import reference
 
@@ -52,6 +54,5 @@ def ssm_kernel_diag(
     from lra.kernels.ssm_kernel_diag.cpu import discretized, vandermonde
 
     powers, weights = discretized(A, C, dt, discretization)
-    double = any(t.dtype in (torch.float64, torch.complex128) for t in (A, C, dt))
-    kernel = vandermonde(powers, weights, length, torch.float64 if double else torch.float32)
-    return kernel.to(dt.dtype)
+    dtype = torch.float64 if double else torch.float32
+    return vandermonde(powers, weights, length, dtype, chosen == "gpu").to(dt.dtype)

@@ -71,9 +71,13 @@ def _blocks(weights: Tensor, rows: int, columns: int) -> Iterator[slice]:
 
 
 @torch.library.custom_op("lra::ssm_kernel_diag", mutates_args=())
-def vandermonde(x: Tensor, weights: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+def vandermonde(x: Tensor, weights: Tensor, length: int, dtype: torch.dtype, gpu: bool) -> Tensor:
     """2 Re sum_n weights_n x_n^l: x: (H, N), weights: (channels, H, N), complex128 -> (channels, H, length)."""
-    channels, width, states = weights.shape
+    channels, width, _ = weights.shape
+    if gpu:
+        from lra.kernels.ssm_kernel_diag import gpu as kernels
+
+        return kernels.forward(x, weights, length)
     rows, columns = _split(channels, length)
     kernel = torch.empty(channels, width, length, dtype=dtype, device=x.device)
     for h in _blocks(weights, rows, columns):
@@ -86,13 +90,17 @@ def vandermonde(x: Tensor, weights: Tensor, length: int, dtype: torch.dtype) -> 
 
 
 @torch.library.custom_op("lra::ssm_kernel_diag_backward", mutates_args=())
-def vandermonde_backward(grad: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def vandermonde_backward(grad: Tensor, x: Tensor, weights: Tensor, gpu: bool) -> tuple[Tensor, Tensor]:
     """Gradients of x and weights, complex128.
 
     sum_j grad_ij Q_j and sum_j grad_ij Q'_j (the derivative j x^(j-1)) are one matrix product; what is left is a sum
     over i, with P'_i = i M x^(i M - 1) = i M P_(i-1) Q_(M-1).
     """
-    channels, width, states = weights.shape
+    if gpu:
+        from lra.kernels.ssm_kernel_diag import gpu as kernels
+
+        return kernels.backward(grad, x, weights)
+    channels, _, states = weights.shape
     length = grad.shape[-1]
     rows, columns = _split(channels, length)
     dx, dweights = torch.empty_like(x), torch.empty_like(weights)
@@ -112,21 +120,22 @@ def vandermonde_backward(grad: Tensor, x: Tensor, weights: Tensor) -> tuple[Tens
 
 
 @vandermonde.register_fake
-def _(x: Tensor, weights: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+def _(x: Tensor, weights: Tensor, length: int, dtype: torch.dtype, gpu: bool) -> Tensor:
     return torch.empty(*weights.shape[:2], length, dtype=dtype, device=x.device)
 
 
 @vandermonde_backward.register_fake
-def _(grad: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, x: Tensor, weights: Tensor, gpu: bool) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(weights)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
+    ctx.gpu = inputs[4]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *vandermonde_backward(grad, *ctx.saved_tensors), None, None
+    return *vandermonde_backward(grad, *ctx.saved_tensors, ctx.gpu), None, None, None
 
 
 vandermonde.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,89 @@
+"""`lra data`: prepare, verify and look at the data of a task."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from lra.cli_common import ProtocolName, Source, TaskName, console, errors, guarded
+from lra.registry import tasks
+
+data = typer.Typer(no_args_is_help=True, help="Prepare, verify and look at the data of a task.")
+
+
+@data.command("list")
+@guarded
+def data_list() -> None:
+    """Every task and protocol, and whether it is prepared here."""
+    from lra import store
+
+    table = Table(pad_edge=False)
+    for column in ("task", "protocol", "length", "input", "prepared", "note"):
+        table.add_column(column, overflow="fold")
+    for name in tasks.names():
+        task = tasks.get(name)()
+        for protocol in task.protocols.values():
+            there = store.find(task, protocol)
+            table.add_row(
+                name, protocol.name, str(protocol.length), protocol.encoding, "yes" if there else "", protocol.note
+            )
+    console.print(table)
+
+
+@data.command()
+@guarded
+def prepare(
+    task: TaskName,
+    protocol: ProtocolName = "",
+    source: Source = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes or threads; all CPUs by default.")] = None,
+) -> None:
+    """Prepare a task's data, or say that they are there."""
+    from lra import store, terminal
+
+    with terminal.bar(console, f"preparing {task}") as progress:
+        found = store.prepared(task, protocol or None, source=source, workers=workers, progress=progress)
+    for split, count in found.manifest["counts"].items():
+        console.print(f"{split:<11} {count:>9,}  {found.manifest['sha256'][split]}", soft_wrap=True)
+    console.print(f"in {found.folder}", soft_wrap=True)
+
+
+@data.command()
+@guarded
+def verify(task: TaskName, protocol: ProtocolName = "") -> None:
+    """Re-read every prepared byte and compare with the checksums; exit code 2 when something is wrong."""
+    from lra import store, terminal
+
+    with terminal.bar(console, f"verifying {task}") as progress:
+        problems = store.verify(task, protocol or None, progress=progress)
+    if problems:
+        for problem in problems:
+            errors.print(f"[red]error:[/] {escape(problem)}", soft_wrap=True)
+        raise typer.Exit(2)
+    console.print(f"{task}: every byte is as its manifest and its protocol say")
+
+
+@data.command("show")
+@guarded
+def show_examples(
+    task: TaskName,
+    protocol: ProtocolName = "",
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
+    count: Annotated[int, typer.Option(min=1, max=64)] = 4,
+    source: Source = None,
+) -> None:
+    """A few examples, for the eye."""
+    from lra import store, terminal
+    from lra.errors import unknown
+    from lra.task import SPLITS
+
+    if split not in SPLITS:
+        raise unknown("split", split, SPLITS)
+    with terminal.bar(console, f"preparing {task}") as progress:
+        found = store.prepared(task, protocol or None, source=source, progress=progress)
+    opened = found.split(split)
+    for example in range(min(count, len(opened))):
+        console.print(escape(found.task.describe(opened, example)), soft_wrap=True)
