@@ -8,7 +8,7 @@ acts after the recurrent product. Per token, with h: (B, H) and H = D:
     n = tanh(W_n x + b_n + r * (U_n h + c_n))              candidate
     h = z * h + (1 - z) * n                                the output, (B, H)
 
-Initialisation: U_r, U_z, U_n each orthogonal (appendix of the paper, after Saxe et al.); W Xavier uniform, because the
+Initialisation: U_r, U_z, U_n each orthogonal (as in the paper, after Saxe et al.); W Xavier uniform, because the
 paper's Gaussian of 0.01 starves a deep stack; b_z = log(u), u uniform in [1, horizon - 1], the chrono rule of
 arXiv:1804.11188: the gates start with memories from one token to `horizon`; other biases 0.
 

@@ -145,7 +145,18 @@ class Resume(Callback):
 
 
 class Bar(RichProgressBar):
-    """Lightning's rich bar without the version number, which says nothing."""
+    """Lightning's rich bar in this suite's words, which counts steps and not epochs."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "training"
+
+    @property
+    def validation_description(self) -> str:
+        return "validation"
+
+    @property
+    def predict_description(self) -> str:
+        return "scoring"
 
     def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
         return {k: v for k, v in super().get_metrics(trainer, module).items() if k != "v_num"}

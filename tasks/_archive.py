@@ -10,10 +10,11 @@ import shutil
 import tarfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from email.message import Message
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, cast
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
@@ -25,24 +26,41 @@ SPARE = 1 << 30
 BLOCK = 1 << 20
 
 
-def members(archive: Path, wanted: dict[str, str]) -> Iterator[tuple[str, IO[bytes]]]:
-    """Each wanted member as it comes by: its key and its contents. wanted: file name -> key.
+def members(archive: Path, wanted: dict[str, str]) -> Iterator[tuple[str, Iterator[bytes]]]:
+    """Each wanted member as it comes by: its key and its lines. wanted: file name -> key.
 
     Reading stops after the last one. Raises DataError when the archive is damaged or lacks one.
     """
     left = dict(wanted)
+    # not tarfile's own gzip: it takes the end of a truncated archive for the end of the archive
+    with _intact(archive), _unzipped(archive) as file, tarfile.open(fileobj=file, mode="r|") as tar:
+        for member in tar:
+            key = left.pop(PurePosixPath(member.name).name, None) if member.isfile() else None
+            contents = None if key is None else tar.extractfile(member)
+            if key is not None and contents is not None:
+                yield key, _lines(contents, archive)
+            if not left:
+                return
+    raise DataError(f"{archive} does not hold {', '.join(left)}; is it the LRA release?")
+
+
+def _lines(contents: IO[bytes], archive: Path) -> Iterator[bytes]:
+    with _intact(archive):
+        yield from contents
+
+
+@contextmanager
+def _intact(archive: Path) -> Iterator[None]:
     try:
-        with tarfile.open(archive, mode="r|gz") as tar:
-            for member in tar:
-                key = left.pop(PurePosixPath(member.name).name, None) if member.isfile() else None
-                contents = None if key is None else tar.extractfile(member)
-                if key is not None and contents is not None:
-                    yield key, contents
-                if not left:
-                    return
+        yield
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise DataError(f"{archive} is truncated or damaged ({error}); remove it and fetch it again") from None
-    raise DataError(f"{archive} does not hold {', '.join(left)}; is it the LRA release?")
+
+
+def _unzipped(archive: Path) -> IO[bytes]:
+    with archive.open("rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+    return cast(IO[bytes], gzip.open(archive)) if zipped else archive.open("rb")
 
 
 def download(path: Path, advice: str, progress: Progress) -> None:

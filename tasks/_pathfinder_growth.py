@@ -173,7 +173,7 @@ def _weigh(frame, pivot_y, pivot_x, mask, candidate, turns, choices, disc, odds)
     for c in range(choices):
         y, x = pivot_y + candidate[turns[c, 0], 0], pivot_x + candidate[turns[c, 0], 1]
         if min(y, x) >= pad and max(y, x) < pad + size:
-            nearest, centre = 0, y * width + x
+            nearest, centre = np.int64(0), y * width + x
             for d in range(len(disc)):
                 taken = np.int64(mask[centre + disc[d]])
                 if taken > nearest:

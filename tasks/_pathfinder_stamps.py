@@ -1,7 +1,7 @@
 """What a Pathfinder drawing is stamped from: paddles in every direction, the masks around them, the choice of the next.
 
 A paddle is a line drawn at twice the resolution and scaled down with a Lanczos filter in 8-bit fixed point, as Pillow
-does both; its mask is the line dilated by a disc before scaling. Held pixel by pixel against the stamps of the original
+does both; its mask is the line dilated by a disc before scaling. Equal pixel by pixel to the stamps of the original
 generator (github.com/drewlinsley/pathfinder, 7b53886) in all 360 directions. Everything is a whole number, so the
 drawings do not depend on a machine's trigonometry.
 """
@@ -21,14 +21,13 @@ class Stamps(NamedTuple):
     """Tables for one paddle shape. Directions: 0..359 are whole degrees from -180, then one for each of K candidates.
 
     paddle, mask: (360 + K, S, S) uint8, centred on the end from which the paddle is drawn; a candidate's is drawn
-    from its head backwards. advance: (360 + K, 2), from one pivot to the next, and early:
-    (360 + K, 2), below which coordinate it is one more. candidate: (K, 2), from pivot to head;
-    turns: (360 + K, C, 2), the candidates of a direction and how gladly it takes them; choices: how many they are.
-    head: (360, 2), from tail to head; pivot: (360, 2), from head to the first pivot; second: (360, 2), from the first
-    seed to the second. footprint: (360, F, 2), what a seed needs free; footprints: how many, 0 where no seed goes.
-    cover: (360 + K, A, 2), a mask as offsets in a flattened picture and values, largest first; solid: how many of them
-    can collide; covered: how many there are. disc: (M,), such offsets within the margin of a head. All but the first
-    two are int64, places are (y, x).
+    from its head backwards. advance: (360 + K, 2), from one pivot to the next; early: (360 + K, 2), below which
+    coordinate it is one more. candidate: (K, 2), from pivot to head; turns: (360 + K, C, 2), the candidates a
+    direction may take and how gladly; choices: how many they are. head: (360, 2), from tail to head; pivot: (360, 2),
+    from head to the first pivot; second: (360, 2), from the first seed to the second. footprint: (360, F, 2), what a
+    seed needs free; footprints: how many, 0 where no seed goes. cover: (360 + K, A, 2), a mask as offsets in a
+    flattened picture and values, largest first; solid: how many of them can collide; covered: how many there are.
+    disc: (M,), such offsets within the margin of a head. All but the first two are int64, places are (y, x).
     """
 
     paddle: np.ndarray

@@ -14,7 +14,7 @@ from lra.task import Protocol, Split
 CPU = torch.device("cpu")
 
 
-def ragged(lengths: list[int], towers: int = 1, channels: int = 1, dtype: type = np.uint8) -> Split:
+def ragged(lengths: list[int], towers: int = 1, channels: int = 1, dtype: type[np.unsignedinteger] = np.uint8) -> Split:
     values = np.arange(sum(lengths) * channels).astype(dtype)
     offsets = np.concatenate([[0], np.cumsum(lengths)]) * channels
     n = len(lengths) // towers
@@ -24,7 +24,7 @@ def ragged(lengths: list[int], towers: int = 1, channels: int = 1, dtype: type =
 
 @pytest.mark.parametrize("towers", [1, 2])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_a_batch_holds_each_document_then_padding(towers: int, dtype: type) -> None:
+def test_a_batch_holds_each_document_then_padding(towers: int, dtype: type[np.unsignedinteger]) -> None:
     split = ragged([3, 5, 1, 7, 2, 4], towers, dtype=dtype)
     data = DeviceSet.of(split, Protocol("p", length=6, vocabulary=300), CPU)
     batch = data.batch(np.array([1, 0]))

@@ -112,13 +112,13 @@ def test_strict_holds_out_by_content_alike_in_every_encoding(raw: Path) -> None:
 
 def test_lra2020_holds_out_the_last_and_s4_those_of_random_split(raw: Path) -> None:
     import torch
-    from torch.utils.data import random_split
+    from torch.utils.data import TensorDataset, random_split
 
     from_file = store.prepared(Image(), small("lra2020"), source=raw)
     assert from_file.split("validation").labels.tolist() == [i % 10 for i in range(40, 60)]
-    drawn: list[int] = list(range(60))
-    _, held = random_split(drawn, [40, 20], generator=torch.Generator().manual_seed(42))  # type: ignore[arg-type]
-    assert rows(store.prepared(Image(), small("s4"), source=raw), "validation") == sorted(held.indices)
+    drawn = TensorDataset(torch.arange(60))
+    held = random_split(drawn, [40, 20], generator=torch.Generator().manual_seed(42))[1].indices
+    assert rows(store.prepared(Image(), small("s4"), source=raw), "validation") == sorted(held)
 
 
 def test_any_number_of_workers_gives_the_same(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:

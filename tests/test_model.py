@@ -54,7 +54,8 @@ def test_pooling_looks_at_real_tokens_only(pooling: str) -> None:
     x, mask = model.encode(given.values.flatten(0, 1), given.mask.flatten(0, 1))
     pooled = model.pool(x, mask)
     assert pooled.abs().max() < 100, "padding was pooled"
-    table = model.embedding.weight  # type: ignore[union-attr]
+    assert isinstance(model.embedding, nn.Embedding)
+    table = model.embedding.weight
     row = [table[int(v)] for v in given.values[1, 0, :2]]
     expected = {"mean": (row[0] + row[1]) / 2, "max": torch.maximum(*row), "last": row[1], "cls": model.cls}[pooling]
     torch.testing.assert_close(pooled[1], expected)
@@ -100,7 +101,7 @@ def groups(patterns: Mapping[str, Mapping[str, float]], lr: float = 0.01) -> dic
     found = optim.parameter_groups(model, encoder, Optim(lr=lr, weight_decay=0.1))
     assert sorted(id(p) for g in found for p in g["params"]) == sorted(id(p) for p in model.parameters())
     by = {id(p): (g["lr"], g["weight_decay"]) for g in found for p in g["params"]}
-    return {0: by[id(encoder.log_dt)], 1: by[id(encoder.scale)], 2: by[id(model.head.bias)]}  # type: ignore[index]
+    return {0: by[id(encoder.log_dt)], 1: by[id(encoder.scale)], 2: by[id(model.head.bias)]}
 
 
 def test_groups_follow_the_encoder_and_decay_matrices_only() -> None:

@@ -18,7 +18,7 @@ from lra.tasks._pathfinder_task import seed_of
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "pathfinder_original.npz", allow_pickle=False)
 SHAPES = [(32, 1), (64, 1), (128, 2), (128, 3), (256, 3)]
-FIRST = {}
+FIRST: dict[tuple[int, int], str] = {}
 
 
 def tables(size: int, margin: int) -> tuple[Stamps, tuple[int, int, int, int]]:

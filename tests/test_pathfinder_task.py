@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import TensorDataset, random_split
 
 from lra import registry, store
 from lra.task import SPLITS, DataError, Protocol, Split, silent
@@ -179,9 +180,9 @@ def test_released_images_are_read_in_the_order_of_their_metadata(
 def test_s4_splits_as_torch_does(tmp_path: Path, tree: Tree) -> None:
     raw = tree()
     splits = prepare(tmp_path / "set", released("s4"), raw / "lra_release" / "pathfinder32")
-    parts = torch.utils.data.random_split(range(23), [19, 2, 2], torch.Generator().manual_seed(42))  # type: ignore[arg-type]
+    parts = random_split(TensorDataset(torch.arange(23)), [19, 2, 2], torch.Generator().manual_seed(42))
     for split, part in zip(splits.values(), parts, strict=True):
-        for example, row in enumerate(part):
+        for example, row in enumerate(part.indices):
             np.testing.assert_array_equal(split.document(split.index[example, 0]), order(raw)[row][0])
 
 

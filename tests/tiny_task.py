@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -16,7 +17,7 @@ class Tiny(Task):
     name = "tiny"
     title = "first-token recall"
     classes = 4
-    protocols = {"strict": Protocol("strict", length=24, vocabulary=4, counts=COUNTS)}
+    protocols: ClassVar = {"strict": Protocol("strict", length=24, vocabulary=4, counts=COUNTS)}
 
     def prepare(
         self, folder: Path, protocol: Protocol, *, source: Path | None, workers: int, progress: Progress

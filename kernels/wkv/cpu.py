@@ -1,8 +1,9 @@
 """`wkv` as a PyTorch operator, with the compiled CPU path. README.md derives the backward.
 
 A thread takes one row and one block of channels through time. Of two exponents the larger one has the factor 1, so that
-each step costs two exponentials. Backward goes forward once more, keeping three numbers per step and channel of its own
-block, then back.
+each step costs two exponentials. Exponents are in float64 (a rounding of the rate would add up over its memory), sums
+in the accumulating dtype. Backward goes forward once more, keeping three numbers per step and channel of its own block,
+then back.
 """
 
 from __future__ import annotations
@@ -28,49 +29,64 @@ def _forward(start, stop, k, v, decay, u, state, o, last, blocks):
     for row in range(start, stop):
         i, block = divmod(row, blocks)
         lo, hi = width * block // blocks, width * (block + 1) // blocks
-        num, den, top = state[i, 0, lo:hi].copy(), state[i, 1, lo:hi].copy(), state[i, 2, lo:hi].copy()
-        rate, bonus, one = decay[lo:hi], u[lo:hi], k.dtype.type(1)
+        num, den = state[i, 0, lo:hi].copy(), state[i, 1, lo:hi].copy()
+        top, rate, bonus, one = state[i, 2, lo:hi].astype(np.float64), decay[lo:hi], u[lo:hi], k.dtype.type(1)
+        gap = np.empty_like(num)
         for t in range(length):
             k_t, v_t, o_t = k[i, t, lo:hi], v[i, t, lo:hi], o[i, t, lo:hi]
             for d in range(hi - lo):
-                gap = bonus[d] + k_t[d] - top[d]
-                small = exp(-abs(gap))
-                past, now = (small, one) if gap > 0 else (one, small)
+                gap[d] = bonus[d] + k_t[d] - top[d]
+            for d in range(hi - lo):
+                small = exp(-abs(gap[d]))
+                past, now = (small, one) if gap[d] > 0 else (one, small)
                 o_t[d] = (past * num[d] + now * v_t[d]) / (past * den[d] + now)
             for d in range(hi - lo):
                 decayed = top[d] - rate[d]
-                gap = k_t[d] - decayed
-                small = exp(-abs(gap))
-                past, now = (small, one) if gap > 0 else (one, small)
+                gap[d] = k_t[d] - decayed
+                top[d] = max(k_t[d], decayed)
+            for d in range(hi - lo):
+                small = exp(-abs(gap[d]))
+                past, now = (small, one) if gap[d] > 0 else (one, small)
                 num[d] = past * num[d] + now * v_t[d]
                 den[d] = past * den[d] + now
-                top[d] = max(k_t[d], decayed)
         last[i, 0, lo:hi], last[i, 1, lo:hi], last[i, 2, lo:hi] = num, den, top
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
-def _backward(start, stop, grad_o, grad_last, k, v, decay, u, state, grad_k, grad_v, grad_rate, grad_u, grad_state, blocks):
+def _shares(gap, past, now):
+    """Factors of the old sums and the new term, the new one's exponent being larger by `gap`."""
+    one = gap.dtype.type(1)
+    for d in range(gap.size):
+        small = exp(-abs(gap[d]))
+        past[d], now[d] = (small, one) if gap[d] > 0 else (one, small)
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+def _backward(
+    start, stop, grad_o, grad_last, k, v, decay, u, state, grad_k, grad_v, grad_rate, grad_u, grad_state, blocks
+):
     _, length, width = k.shape
-    kept = np.empty((length, 3, -(-width // blocks)), k.dtype)  # output, its gradient and exponent, of one row's block
+    # of one row's block at a time: the output, the gradient of its numerator, and the exponent of both
+    kept, exponents = np.empty((length, 2, -(-width // blocks)), k.dtype), np.empty((length, -(-width // blocks)))
     for row in range(start, stop):
         i, block = divmod(row, blocks)
         lo, hi = width * block // blocks, width * (block + 1) // blocks
-        num, den, top = state[i, 0, lo:hi].copy(), state[i, 1, lo:hi].copy(), state[i, 2, lo:hi].copy()
-        rate, bonus, one = decay[lo:hi], u[lo:hi], k.dtype.type(1)
+        num, den = state[i, 0, lo:hi].copy(), state[i, 1, lo:hi].copy()
+        top, rate, bonus = state[i, 2, lo:hi].astype(np.float64), decay[lo:hi], u[lo:hi]
         num_rate, den_rate = np.zeros_like(num), np.zeros_like(num)  # derivatives by the decay rate
-        newest = np.full(hi - lo, -1)  # the step whose key is the largest exponent; -1: the initial state
-        past, now = np.empty_like(num), np.empty_like(num)
+        newest = np.full(hi - lo, -1)  # the step whose key is the state's exponent; -1: the initial state
+        gap, past, now = np.empty_like(num), np.empty_like(num), np.empty_like(num)
         to_rate, to_u = grad_rate[i, lo:hi], grad_u[i, lo:hi]
         for t in range(length):
             k_t, v_t, g_t = k[i, t, lo:hi], v[i, t, lo:hi], grad_o[i, t, lo:hi]
             to_k, to_v = grad_k[i, t, lo:hi], grad_v[i, t, lo:hi]
-            o_t, pull, largest = kept[t, 0], kept[t, 1], kept[t, 2]
+            o_t, pull, largest = kept[t, 0], kept[t, 1], exponents[t]
             # one loop for few arrays: with more, LLVM gives up proving them distinct, and vectorising
             for d in range(hi - lo):
-                gap = bonus[d] + k_t[d] - top[d]
-                small = exp(-abs(gap))
-                past[d], now[d] = (small, one) if gap > 0 else (one, small)
-                largest[d] = max(bonus[d] + k_t[d], top[d])
+                shifted = bonus[d] + k_t[d]
+                gap[d] = shifted - top[d]
+                largest[d] = max(shifted, top[d])
+            _shares(gap, past, now)
             for d in range(hi - lo):
                 below = past[d] * den[d] + now[d]
                 o_t[d] = (past[d] * num[d] + now[d] * v_t[d]) / below
@@ -83,11 +99,10 @@ def _backward(start, stop, grad_o, grad_last, k, v, decay, u, state, grad_k, gra
                 to_rate[d] += pull[d] * past[d] * (num_rate[d] - o_t[d] * den_rate[d])
             for d in range(hi - lo):
                 decayed = top[d] - rate[d]
-                gap = k_t[d] - decayed
-                small = exp(-abs(gap))
-                past[d], now[d] = (small, one) if gap > 0 else (one, small)
+                gap[d] = k_t[d] - decayed
                 top[d] = max(k_t[d], decayed)
-                newest[d] = t if gap > 0 else newest[d]
+                newest[d] = t if k_t[d] > decayed else newest[d]
+            _shares(gap, past, now)
             for d in range(hi - lo):
                 num_rate[d], den_rate[d] = past[d] * (num_rate[d] - num[d]), past[d] * (den_rate[d] - den[d])
                 num[d] = past[d] * num[d] + now[d] * v_t[d]
@@ -99,22 +114,24 @@ def _backward(start, stop, grad_o, grad_last, k, v, decay, u, state, grad_k, gra
             to_rate[d] += above[d] * num_rate[d] + below[d] * den_rate[d] - to_top[d] * (length - 1 - newest[d])
         for t in range(length - 1, -1, -1):
             k_t, v_t, to_k, to_v = k[i, t, lo:hi], v[i, t, lo:hi], grad_k[i, t, lo:hi], grad_v[i, t, lo:hi]
-            o_t, pull, largest = kept[t, 0], kept[t, 1], kept[t, 2]
+            o_t, pull, largest = kept[t, 0], kept[t, 1], exponents[t]
             for d in range(hi - lo):
-                weight = exp(k_t[d] + exponent[d])
+                gap[d] = k_t[d] + exponent[d]
+            for d in range(hi - lo):
+                weight = exp(gap[d])
                 to_v[d] += weight * above[d]
                 to_k[d] += weight * (v_t[d] * above[d] + below[d])
             for d in range(hi - lo):
                 decayed = exponent[d] - rate[d]
-                gap = -largest[d] - decayed
-                small = exp(-abs(gap))
-                past[d], now[d] = (small, one) if gap > 0 else (one, small)
+                gap[d] = -largest[d] - decayed
                 exponent[d] = max(-largest[d], decayed)
+            _shares(gap, past, now)
             for d in range(hi - lo):
                 above[d] = past[d] * above[d] + now[d] * pull[d]
                 below[d] = past[d] * below[d] - now[d] * pull[d] * o_t[d]
         for d in range(hi - lo):
-            weight = exp(exponent[d] + state[i, 2, lo + d])
+            gap[d] = exponent[d] + state[i, 2, lo + d]
+            weight = exp(gap[d])
             grad_state[i, 0, lo + d], grad_state[i, 1, lo + d] = weight * above[d], weight * below[d]
             to_top0 = weight * (above[d] * state[i, 0, lo + d] + below[d] * state[i, 1, lo + d])
             if newest[d] < 0:
@@ -137,8 +154,11 @@ def _state(initial_state: Tensor | None, k: Tensor) -> Tensor:
     return state
 
 
-def _arrays(dtype: torch.dtype, *tensors: Tensor) -> list[Any]:
-    return [t.detach().to(dtype).contiguous().numpy() for t in tensors]
+def _arrays(k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, *grads: Tensor) -> list[Any]:
+    """Gradients first, then k, v, the decay rate, u and the state."""
+    arrays = [t.detach().to(state.dtype).contiguous().numpy() for t in (*grads, k, v, state)]
+    exponents = [t.detach().double().contiguous().numpy() for t in (w.double().exp(), u)]
+    return [*arrays[:-1], *exponents, arrays[-1]]
 
 
 @torch.library.custom_op("lra::wkv", mutates_args=())
@@ -151,8 +171,7 @@ def scan(k: Tensor, v: Tensor, w: Tensor, u: Tensor, initial_state: Tensor | Non
         return gpu.forward(k, v, w, u, state)
     o, last = torch.empty(k.shape, dtype=state.dtype), torch.empty_like(state)
     blocks = _blocks(k.shape[0], k.shape[2])
-    arrays = _arrays(state.dtype, k, v, w.to(state.dtype).exp(), u, state)
-    over_rows(_forward, k.shape[0] * blocks, *arrays, o.numpy(), last.numpy(), blocks)
+    over_rows(_forward, k.shape[0] * blocks, *_arrays(k, v, w, u, state), o.numpy(), last.numpy(), blocks)
     return o.to(v.dtype), last
 
 
@@ -173,16 +192,15 @@ def scan_backward(
         from lra.kernels.wkv import gpu
 
         return gpu.backward(grad_o, grad_last, k, v, w, u, state)
-    rate = w.to(state.dtype).exp()
     grad_k, grad_v = torch.empty(k.shape, dtype=state.dtype), torch.empty(k.shape, dtype=state.dtype)
     # sums over every step, in double precision to keep the digits
     grad_rate, grad_u = torch.zeros(2, k.shape[0], k.shape[2], dtype=torch.float64)
     grad_state, blocks = torch.empty_like(state), _blocks(k.shape[0], k.shape[2])
     over_rows(
-        _backward, k.shape[0] * blocks, *_arrays(state.dtype, grad_o, grad_last, k, v, rate, u, state),
+        _backward, k.shape[0] * blocks, *_arrays(k, v, w, u, state, grad_o, grad_last),
         *(t.numpy() for t in (grad_k, grad_v, grad_rate, grad_u, grad_state)), blocks,
     )  # fmt: skip
-    grad_w = grad_rate.sum(0) * rate
+    grad_w = grad_rate.sum(0) * w.double().exp()
     return grad_k.to(k.dtype), grad_v.to(v.dtype), grad_w.to(w.dtype), grad_u.sum(0).to(u.dtype), grad_state
 
 

@@ -1,7 +1,8 @@
 """`wkv` in Triton: each program takes one row and one block of channels through time, its sums in registers. Backward
 goes forward once more, leaving three numbers per step and channel for the way back.
 
-Accumulation is in float32 (float64 for float64 inputs).
+Exponents are in float64 (a rounding of the rate would add up over its memory), sums in float32 (float64 for float64
+inputs).
 """
 
 from __future__ import annotations
@@ -13,31 +14,31 @@ from torch import Tensor
 
 
 @triton.jit
-def _balance(a, b):
-    """The larger of two exponents, and what e^a and e^b are in units of its exponential."""
+def _balance(a, b, ACC: tl.constexpr):
+    """The larger of two float64 exponents, and what e^a and e^b are in units of its exponential."""
     largest = tl.maximum(a, b)
-    return largest, tl.exp(a - largest), tl.exp(b - largest)
+    return largest, tl.exp((a - largest).to(ACC)), tl.exp((b - largest).to(ACC))
 
 
 @triton.jit
 def _sums(state, i, d, width, inside, ACC: tl.constexpr):
     num = tl.load(state + (3 * i) * width + d, inside, 0.0).to(ACC)
     den = tl.load(state + (3 * i + 1) * width + d, inside, 1.0).to(ACC)
-    return num, den, tl.load(state + (3 * i + 2) * width + d, inside, 0.0).to(ACC)
+    return num, den, tl.load(state + (3 * i + 2) * width + d, inside, 0.0).to(tl.float64)
 
 
 @triton.jit
 def _forward(k, v, decay, bonus, state, o, last, length, width, ACC: tl.constexpr, D: tl.constexpr):
     i, d = tl.program_id(1).to(tl.int64), tl.program_id(0) * D + tl.arange(0, D)
     inside = d < width
-    rate, u = tl.load(decay + d, inside, 0.0).to(ACC), tl.load(bonus + d, inside, 0.0).to(ACC)
+    rate, u = tl.load(decay + d, inside, 0.0), tl.load(bonus + d, inside, 0.0).to(tl.float64)
     num, den, top = _sums(state, i, d, width, inside, ACC)
     for t in tl.range(0, length, num_stages=4):
         at = (i * length + t) * width + d
         k_t, v_t = tl.load(k + at, inside, 0.0).to(ACC), tl.load(v + at, inside, 0.0).to(ACC)
-        _, past, now = _balance(top, u + k_t)
+        _, past, now = _balance(top, u + k_t, ACC)
         tl.store(o + at, (past * num + now * v_t) / (past * den + now), inside)
-        top, past, now = _balance(top - rate, k_t)
+        top, past, now = _balance(top - rate, k_t.to(tl.float64), ACC)
         num, den = past * num + now * v_t, past * den + now
     tl.store(last + (3 * i) * width + d, num, inside)
     tl.store(last + (3 * i + 1) * width + d, den, inside)
@@ -46,12 +47,12 @@ def _forward(k, v, decay, bonus, state, o, last, length, width, ACC: tl.constexp
 
 @triton.jit
 def _backward(
-    grad_o, grad_last, k, v, decay, bonus, state, grad_k, grad_v, grad_rate, grad_u, grad_state, kept, length, width,
-    ACC: tl.constexpr, D: tl.constexpr,
+    grad_o, grad_last, k, v, decay, bonus, state, grad_k, grad_v, grad_rate, grad_u, grad_state, outputs, pulls,
+    exponents, length, width, ACC: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     i, d = tl.program_id(1).to(tl.int64), tl.program_id(0) * D + tl.arange(0, D)
     inside = d < width
-    rate, u = tl.load(decay + d, inside, 0.0).to(ACC), tl.load(bonus + d, inside, 0.0).to(ACC)
+    rate, u = tl.load(decay + d, inside, 0.0), tl.load(bonus + d, inside, 0.0).to(tl.float64)
     num0, den0, top0 = _sums(state, i, d, width, inside, ACC)
     num, den, top = num0, den0, top0
     num_rate, den_rate = tl.zeros([D], ACC), tl.zeros([D], ACC)
@@ -62,18 +63,18 @@ def _backward(
         at = (i * length + t) * width + d
         k_t, v_t = tl.load(k + at, inside, 0.0).to(ACC), tl.load(v + at, inside, 0.0).to(ACC)
         g_t = tl.load(grad_o + at, inside, 0.0).to(ACC)
-        largest, past, now = _balance(top, u + k_t)
+        largest, past, now = _balance(top, u + k_t, ACC)
         below = past * den + now
         o_t, pull = (past * num + now * v_t) / below, g_t / below
         to_v = now * pull
         to_k = to_v * (v_t - o_t)
         to_u += to_k
         to_rate += pull * past * (num_rate - o_t * den_rate)
-        tl.store(kept + (3 * (i * length + t)) * width + d, o_t, inside)
-        tl.store(kept + (3 * (i * length + t) + 1) * width + d, pull, inside)
-        tl.store(kept + (3 * (i * length + t) + 2) * width + d, largest, inside)
+        tl.store(outputs + at, o_t, inside)
+        tl.store(pulls + at, pull, inside)
+        tl.store(exponents + at, largest, inside)
         newest = tl.where(k_t > top - rate, t, newest)
-        top, past, now = _balance(top - rate, k_t)
+        top, past, now = _balance(top - rate, k_t.to(tl.float64), ACC)
         num_rate, den_rate = past * (num_rate - num), past * (den_rate - den)
         num, den = past * num + now * v_t, past * den + now
     above = tl.load(grad_last + (3 * i) * width + d, inside, 0.0).to(ACC)
@@ -81,23 +82,23 @@ def _backward(
     to_top = tl.load(grad_last + (3 * i + 2) * width + d, inside, 0.0).to(ACC) - above * num - below * den
     to_rate += above * num_rate + below * den_rate - to_top * (length - 1 - newest)
     exponent = -top
+    tl.debug_barrier()  # a narrow block is held by several threads at once: what one kept another may read
     for back in tl.range(0, length, num_stages=4):
         t = length - 1 - back
         at = (i * length + t) * width + d
         k_t, v_t = tl.load(k + at, inside, 0.0).to(ACC), tl.load(v + at, inside, 0.0).to(ACC)
-        o_t = tl.load(kept + (3 * (i * length + t)) * width + d, inside, 0.0)
-        pull = tl.load(kept + (3 * (i * length + t) + 1) * width + d, inside, 0.0)
-        largest = tl.load(kept + (3 * (i * length + t) + 2) * width + d, inside, 0.0)
+        o_t, pull = tl.load(outputs + at, inside, 0.0), tl.load(pulls + at, inside, 0.0)
+        largest = tl.load(exponents + at, inside, 0.0)
         # what the step gave its own output, computed as on the way forward
-        to_v = tl.exp(u + k_t - largest) * pull
+        to_v = tl.exp((u + k_t - largest).to(ACC)) * pull
         to_k = to_v * (v_t - o_t)
-        weight = tl.exp(k_t + exponent)
+        weight = tl.exp((k_t + exponent).to(ACC))
         tl.store(grad_v + at, to_v + weight * above, inside)
         to_k += weight * (v_t * above + below) + tl.where(newest == t, to_top, 0.0)
         tl.store(grad_k + at, to_k, inside)
-        exponent, past, now = _balance(exponent - rate, -largest)
+        exponent, past, now = _balance(exponent - rate, -largest, ACC)
         above, below = past * above + now * pull, past * below - now * pull * o_t
-    weight = tl.exp(exponent + top0)
+    weight = tl.exp((exponent + top0).to(ACC))
     to_top = tl.where(newest < 0, to_top, 0.0) + weight * (above * num0 + below * den0)
     tl.store(grad_state + (3 * i) * width + d, weight * above, inside)
     tl.store(grad_state + (3 * i + 1) * width + d, weight * below, inside)
@@ -120,7 +121,7 @@ def forward(k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> tuple[
     o, last = torch.empty_like(v), torch.empty_like(state)
     grid, options = _plan(state)
     with torch.cuda.device_of(k):
-        _forward[grid](k, v, w.to(state.dtype).exp(), u, state, o, last, k.shape[1], k.shape[2], **options)
+        _forward[grid](k, v, w.double().exp(), u, state, o, last, k.shape[1], k.shape[2], **options)
     return o, last
 
 
@@ -129,15 +130,15 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of k, v, w, u and the initial state."""
     grad_o, grad_last, k, v, u, state = (x.detach().contiguous() for x in (grad_o, grad_last, k, v, u, state))
-    rate = w.to(state.dtype).exp()
+    rate = w.double().exp()
     batch, length, width = k.shape
     grad_k, grad_v, grad_state = torch.empty_like(k), torch.empty_like(v), torch.empty_like(state)
     grad_rate, grad_u = k.new_empty(2, batch, width, dtype=torch.float64)
-    kept = state.new_empty(batch, length, 3, width)
+    kept = torch.empty_like(k, dtype=state.dtype), torch.empty_like(k, dtype=state.dtype), torch.empty_like(k, dtype=torch.float64)
     grid, options = _plan(state)
     with torch.cuda.device_of(k):
         _backward[grid](
-            grad_o, grad_last, k, v, rate, u, state, grad_k, grad_v, grad_rate, grad_u, grad_state, kept, length,
+            grad_o, grad_last, k, v, rate, u, state, grad_k, grad_v, grad_rate, grad_u, grad_state, *kept, length,
             width, **options,
         )  # fmt: skip
     grad_w = grad_rate.sum(0) * rate
