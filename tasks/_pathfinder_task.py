@@ -17,6 +17,7 @@ from lra.tasks._pathfinder_release import LEVEL, write_released
 from lra.tasks._storage import DocumentWriter, open_split, write_examples
 
 COUNTS = {"train": 160_000, "validation": 20_000, "test": 20_000}
+SMALL = {"train": 8_000, "validation": 1_000, "test": 2_000}
 CONTOURS = {"strict-contour6": 6, "strict-contour9": 9}
 PART = 500
 CELLS = 16
@@ -46,6 +47,14 @@ def protocols(size: int, sha256: Mapping[int, tuple[str, str, str]]) -> dict[str
                 name, length, vocabulary=256, counts=COUNTS, sha256=frozen.get(contour, {}), note=tokens.format(contour)
             )
             for name, contour in CONTOURS.items()
+        ),
+        Protocol(
+            "strict-small",
+            length,
+            vocabulary=256,
+            # a few seconds' drawing at 32 pixels, about a minute at 128
+            counts=SMALL if size <= 32 else {name: count // 4 for name, count in SMALL.items()},
+            note="the law of strict on a set small enough for a first look; never ranked with it",
         ),
         Protocol(
             "lra2020",

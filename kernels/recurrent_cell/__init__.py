@@ -1,0 +1,100 @@
+"""Recurrent networks whose state passes through a nonlinearity at every step, as one loop over time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lra.kernels._dispatch import check, check_tensors, choose
+from lra.kernels.recurrent_cell.operator import run
+from lra.kernels.recurrent_cell.reference import reference
+
+__all__ = ["recurrent_cell"]
+
+DETERMINISTIC = True
+PORTABLE = False
+HAS_GPU = False
+
+GATES = {
+    "elman": 1, "elman_relu": 1, "indrnn": 1, "lstm": 4, "lstm_coupled": 3, "gru": 3, "gru_coupled": 2,
+    "gru_reset_first": 3, "mgu": 2, "rhn": 2,
+}  # fmt: skip
+
+
+def recurrent_cell(
+    x_gates: Tensor,
+    U: Tensor,
+    b: Tensor | None,
+    cell: str,
+    h0: Tensor | None = None,
+    *,
+    c0: Tensor | None = None,
+    peephole: Tensor | None = None,
+    return_state: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, ...]:
+    """h_t = cell(x_t, h_{t-1}) for t = 1..L, with h_0 = `h0` (zeros where None).
+
+    x_gates: (B, L, G * H), what the input adds to each of G gates (one matrix product over all steps, made before);
+    U: (G * H, H), recurrent weights, gates stacked in the order given below; b: (G * H,) or None, added to U h.
+
+    elman            h = tanh(x + U h + b)                                                                   G = 1
+    elman_relu       h = relu(x + U h + b)                                                                   G = 1
+    indrnn           h = relu(x + U * h + b), U: (H,)                                                        G = 1
+    lstm             i, f, o = sigmoid, g = tanh of x + U h + b;  c = f * c + i * g;  h = o * tanh(c)        G = 4, i f g o
+    lstm_coupled     the same with f = 1 - i                                                                 G = 3, i g o
+    gru              r, z = sigmoid(x + U h + b);  n = tanh(x + r * (U h + b));  h = z * h + (1 - z) * n     G = 3, r z n
+    gru_coupled      the same with r = 1 - z                                                                 G = 2, z n
+    gru_reset_first  gru with n = tanh(x + U (r * h) + b)                                                    G = 3, r z n
+    mgu              f = sigmoid(x + U h + b);  n = tanh(x + U (f * h) + b);  h = (1 - f) * h + f * n        G = 2, f n
+    rhn              D times: t = sigmoid, a = tanh of U_d h + b_d (+ x for d = 1);  h = t * a + (1 - t) * h
+                     U: (D * 2 * H, H), b: (D * 2 * H,), of each layer first a, then t                       G = 2, a t
+
+    c0: (B, H), first c of an lstm. peephole: (3, H) for lstm, (2, H) for lstm_coupled: p_i, p_f (not where coupled) and
+    p_o; i and f then also see p * c of the step before, o sees p_o * c of its own step (Gers and Schmidhuber 2000).
+    All of one device; dtypes promote; bfloat16 and float16 run in float32.
+    Returns h: (B, L, H); with `return_state` also the last h (B, H) and, of an lstm, the last c (B, H).
+
+    lstm and gru are those of torch.nn with `x_gates` = x W_ih^T + b_ih. Deterministic. Work 2 B L U.numel(), one step
+    after the other; the backward keeps at most 5 numbers per step and unit (rhn: 2 D) beside h.
+    Raises ValueError on an unknown cell, a wrong rank, shape, dtype or mix of devices, and on length 0.
+    """
+    op = "recurrent_cell"
+    check(cell in GATES, op, "cell", repr(cell), f"one of {', '.join(GATES)}")
+    device = check_tensors(op, x_gates=x_gates, U=U, b=b, h0=h0, c0=c0, peephole=peephole)
+    gates, is_lstm = GATES[cell], cell.startswith("lstm")
+    fits = x_gates.ndim == 3 and x_gates.shape[1] > 0 and x_gates.shape[2] % gates == 0 and x_gates.numel() > 0
+    check(fits, op, "x_gates", tuple(x_gates.shape), f"(B, L, {gates} * H) with L > 0 for {cell}")
+    batch, width = len(x_gates), x_gates.shape[2] // gates
+    if cell == "indrnn":
+        check(U.shape == (width,), op, "U", tuple(U.shape), f"({width},)")
+    elif cell == "rhn":
+        fits = U.ndim == 2 and len(U) > 0 and len(U) % (2 * width) == 0 and U.shape[1] == width
+        check(fits, op, "U", tuple(U.shape), f"(depth * {2 * width}, {width})")
+    else:
+        check(U.shape == (gates * width, width), op, "U", tuple(U.shape), f"({gates * width}, {width})")
+    peeps = (gates - 1, width) if is_lstm else None
+    for name, tensor, shape in (
+        ("b", b, U.shape[:1]), ("h0", h0, (batch, width)), ("c0", c0, (batch, width) if is_lstm else None),
+        ("peephole", peephole, peeps),
+    ):  # fmt: skip
+        fits = tensor is None or tensor.shape == shape
+        check(fits, op, name, tensor is None or tuple(tensor.shape), str(tuple(shape)) if shape else f"None for {cell}")
+    chosen = choose(op, impl, device, portable=PORTABLE, has_gpu=HAS_GPU)
+    dtype = x_gates.dtype
+    for tensor in (U, b, h0, c0, peephole):
+        dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
+
+    def filled(tensor: Tensor | None, *shape: int) -> Tensor:
+        return x_gates.new_zeros(shape, dtype=dtype) if tensor is None else tensor.to(dtype)
+
+    x, u, bias, h0 = x_gates.to(dtype), U.to(dtype), filled(b, len(U)), filled(h0, batch, width)
+    c0, peephole = (filled(c0, batch, width), filled(peephole, gates - 1, width)) if is_lstm else (None, None)
+    if chosen == "reference":
+        return reference(x, u, bias, cell, h0, c0=c0, peephole=peephole, return_state=return_state)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, u, bias, h0, c0, peephole))
+    nothing = x.new_empty(0)
+    h, c, _ = run(x, u, bias, h0, nothing if c0 is None else c0, nothing if peephole is None else peephole, cell, keep)
+    if not return_state:
+        return h
+    return (h, h[:, -1], c) if is_lstm else (h, h[:, -1])

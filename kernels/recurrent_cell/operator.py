@@ -81,60 +81,92 @@ def run_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, U, b, h0, c0 and peephole."""
     batch, length, width = h.shape
-    dtype = kept.dtype
-    U, h0, c0, h = (t.detach().to(dtype).contiguous() for t in (U, h0, c0, h))
-    grad_x = torch.empty(batch, length, len(U) // width if U.ndim == 2 else 1, width, dtype=dtype)
-    grad_h0, grad_c0, grad_peephole = torch.empty_like(h0), torch.zeros_like(c0), torch.zeros(peephole.shape, dtype=dtype)
-    grad_h_, h_, h0_, kept_, to_x, to_h0 = (_array(t, dtype) for t in (grad_h, h, h0, kept, grad_x, grad_h0))
+    dtype, given = kept.dtype, h.dtype
+    U, h0, c0, h, peephole = (t.detach().to(dtype).contiguous() for t in (U, h0, c0, h, peephole))
+    delta = torch.empty(batch, length, len(U) // width, width, dtype=dtype)  # by pre-activation
+    grad_h0, grad_c0, grad_p = torch.empty_like(h0), torch.empty_like(c0), torch.empty_like(peephole)
+    y, kept_, h_, h0_ = _array(grad_h, dtype), kept.detach().numpy(), h.numpy(), h0.numpy()
+    written = delta.numpy(), grad_h0.numpy()
     before = torch.cat((h0.unsqueeze(1), h[:, :-1]), dim=1)
     if cell == "indrnn":
         # a sum over every step: in double precision, to keep the digits
-        grad_u = torch.zeros(batch, width, dtype=torch.float64)
-        over_rows(cpu.indrnn_backward, batch, grad_h_, h_, U.numpy(), h0_, to_x, to_h0, grad_u.numpy())
-        to_b = grad_x.sum((0, 1, 2))
-        return grad_x[:, :, 0], grad_u.sum(0).to(dtype), to_b, grad_h0, grad_c0, grad_peephole
-    if cell in ("elman", "elman_relu"):
-        over_rows(cpu.elman_backward, batch, grad_h_, h_, pack(U).numpy(), to_x, to_h0, cell == "elman_relu")
+        sums = torch.zeros(batch, width, dtype=torch.float64)
+        over_rows(cpu.indrnn_backward, batch, y, h_, U.numpy(), h0_, *written, sums.numpy())
+    elif cell in ("elman", "elman_relu"):
+        over_rows(cpu.elman_backward, batch, y, h_, pack(U).numpy(), *written, cell == "elman_relu")
     elif cell in ("lstm", "lstm_coupled"):
-        c0_, peephole_ = c0.numpy(), _array(peephole, dtype)
-        over_rows(
-            cpu.lstm_backward, batch, grad_h_, _array(grad_c, dtype), kept_, pack(U).numpy(), peephole_, c0_, to_x,
-            to_h0, grad_c0.numpy(),
-        )  # fmt: skip
-        c_before = torch.cat((c0.unsqueeze(1), kept[:, :-1, 4]), dim=1)
-        grad_peephole[:-1] = torch.einsum("blgh,blh->gh", grad_x[:, :, : len(peephole) - 1], c_before)
-        grad_peephole[-1] = torch.einsum("blh,blh->h", grad_x[:, :, -1], kept[:, :, 4])
+        of_cell = _array(grad_c, dtype), kept_, pack(U).numpy(), peephole.numpy(), c0.numpy()
+        over_rows(cpu.lstm_backward, batch, y, *of_cell, *written, grad_c0.numpy())
+        c = torch.cat((c0.unsqueeze(1), kept[:, :, 4]), dim=1)
+        grad_p[:-1] = torch.einsum("blgh,blh->gh", delta[:, :, : len(peephole) - 1], c[:, :-1])
+        grad_p[-1] = torch.einsum("blh,blh->h", delta[:, :, -1], c[:, 1:])
     elif cell in ("gru", "gru_coupled"):
-        over_rows(cpu.gru_backward, batch, grad_h_, h_, kept_, pack(U).numpy(), h0_, to_x, to_h0)
+        over_rows(cpu.gru_backward, batch, y, h_, kept_, pack(U).numpy(), h0_, *written)
     elif cell == "rhn":
         layers = torch.stack([pack(u) for u in U.split(2 * width)])
-        over_rows(cpu.rhn_backward, batch, grad_h_, h_, kept_, layers.numpy(), h0_, to_x, to_h0)
+        over_rows(cpu.rhn_backward, batch, y, h_, kept_, layers.numpy(), h0_, *written)
     else:
-        gates, candidate = pack(U[:-width]).numpy(), pack(U[-width:]).numpy()
-        over_rows(cpu.reset_first_backward, batch, grad_h_, h_, kept_, gates, candidate, h0_, to_x, to_h0)
-    grad_U, grad_b = _of_weights(grad_x, before, kept, cell)
-    inputs = 2 if cell == "rhn" else grad_x.shape[2]
-    return grad_x[:, :, :inputs].reshape(batch, length, -1), grad_U, grad_b, grad_h0, grad_c0, grad_peephole
+        gates, candidate = (pack(u).numpy() for u in (U[:-width], U[-width:]))
+        over_rows(cpu.reset_first_backward, batch, y, h_, kept_, gates, candidate, h0_, *written)
+    grad_x = (delta[:, :, :2] if cell == "rhn" else delta).flatten(2).contiguous()
+    if cell == "indrnn":
+        grad_U, grad_b = sums.sum(0), delta.sum((0, 1, 2))
+    else:
+        grad_U, grad_b = _of_weights(delta, before, kept, cell)
+    return tuple(t.to(given) for t in (grad_x, grad_U, grad_b, grad_h0, grad_c0, grad_p))  # type: ignore[return-value]
 
 
 def _of_weights(delta: Tensor, before: Tensor, kept: Tensor, cell: str) -> tuple[Tensor, Tensor]:
     """Gradients of U and b from those of the pre-activations (B, L, G, H) and the states (B, L, H) before each step."""
-    _, _, gates, width = delta.shape
-    seen = [before] * gates
+    to_product, seen = list(delta.unbind(2)), [before] * delta.shape[2]
     if cell in ("gru", "gru_coupled"):
-        # the candidate's product is scaled by r after U and b
-        delta = delta.clone()
-        delta[:, :, -1] *= kept[:, :, 0]
+        to_product[-1] = to_product[-1] * kept[:, :, 0]  # r scales the candidate's product
     elif cell in ("gru_reset_first", "mgu"):
         seen[-1] = kept[:, :, 0] * before
     elif cell == "rhn":
-        for layer in range(1, gates // 2):
+        for layer in range(1, len(seen) // 2):
             candidate, transform = kept[:, :, 2 * layer - 2], kept[:, :, 2 * layer - 1]
             before = before + transform * (candidate - before)
             seen[2 * layer] = seen[2 * layer + 1] = before
-    grad_U = torch.empty(gates, width, width, dtype=delta.dtype)
-    groups = [list(group) for group in _runs(seen)]
-    for first, last in groups:
-        part = delta[:, :, first:last].reshape(-1, (last - first) * width)
-        grad_U[first:last] = (part.T @ seen[first].reshape(-1, width)).view(-1, width, width)
-    return grad_U.flatten(0, 1), delta.sum((0, 1)).flatten()
+    parts = [(g.flatten(0, 1), v.flatten(0, 1)) for g, v in zip(to_product, seen, strict=True)]
+    return torch.cat([g.T @ v for g, v in parts]), torch.cat([g.sum(0) for g, _ in parts])
+
+
+@run_backward.register_fake
+def _(
+    grad_h: Tensor, grad_c: Tensor, U: Tensor, h0: Tensor, c0: Tensor, peephole: Tensor, h: Tensor, kept: Tensor,
+    cell: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    gates = 2 if cell == "rhn" else len(U) // h.shape[2]
+    grad_x = h.new_empty(len(h), h.shape[1], gates * h.shape[2])
+    of_rest = (h.new_empty(t.shape) for t in (U, U[..., 0] if U.ndim == 2 else U, h0, c0, peephole))
+    return grad_x, *of_rest  # type: ignore[return-value]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, U, _, h0, c0, peephole, ctx.cell, _ = inputs
+    h, _, kept = output
+    # nobody differentiates `kept`: no zeros of its size
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(U, h0, c0, peephole, h, kept)
+
+
+def _differentiate(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    U, h0, c0, peephole, h, kept = ctx.saved_tensors
+    grad_h = torch.zeros_like(h) if grad_h is None else grad_h
+    grad_c = torch.zeros_like(c0) if grad_c is None else grad_c
+    return *run_backward(grad_h, grad_c, U, h0, c0, peephole, h, kept, ctx.cell), None, None
+
+
+run.register_autograd(_differentiate, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.lra.recurrent_cell, get_raw=True)
+def _flops(x: Tensor, U: Tensor, *_: Any, **__: Any) -> int:
+    """The products with U, as PyTorch counts its own recurrent layers; 4 per element where U is diagonal."""
+    return (2 if U.ndim == 2 else 4) * x.shape[0] * x.shape[1] * U.numel()
+
+
+@register_flop_formula(torch.ops.lra.recurrent_cell_backward, get_raw=True)
+def _backward_flops(grad: Tensor, grad_c: Tensor, U: Tensor, *_: Any, **__: Any) -> int:
+    return 4 * grad.shape[0] * grad.shape[1] * U.numel()

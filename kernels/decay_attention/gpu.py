@@ -1,0 +1,336 @@
+"""`decay_attention` in Triton, in chunks of 16 to 64 steps: one kernel carries the state from chunk to chunk and leaves
+what each chunk finds; the others take all chunks at once. Decays per channel of the key are in gpu_channel.py.
+
+Backward keeps the states and their gradients at the chunk boundaries, (B, H, chunks, K, V) in float32 each, while it
+runs. Products accumulate in float32: exactly for float32 inputs, from TF32 operands for narrower ones. Running sums of
+log decays are in float64, so that their differences keep their digits. Steps beyond the end have zero keys and decay 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lra.kernels.decay_attention.chunks import chunk_size, per_group
+
+NO_MEMORY = tl.constexpr(-1000.0)
+
+
+@triton.jit
+def tile(x, b, h, t, c, length, heads, width):
+    """Steps t and columns c of x[b, :, h], in float32; x: (B, L, heads, width)."""
+    at = ((b * length + t)[:, None] * heads + h) * width + c[None, :]
+    return tl.load(x + at, (t < length)[:, None] & (c < width)[None, :], 0.0).to(tl.float32)
+
+
+@triton.jit
+def put(x, b, h, t, c, length, heads, width, value):
+    at = ((b * length + t)[:, None] * heads + h) * width + c[None, :]
+    tl.store(x + at, value, (t < length)[:, None] & (c < width)[None, :])
+
+
+@triton.jit
+def matrix(x, i, r, c, rows, columns):
+    """Rows r and columns c of x[i]; x: (n, rows, columns)."""
+    return tl.load(
+        x + (i * rows + r[:, None]) * columns + c[None, :], (r < rows)[:, None] & (c < columns)[None, :], 0.0
+    )
+
+
+@triton.jit
+def put_matrix(x, i, r, c, rows, columns, value):
+    known = (r < rows)[:, None] & (c < columns)[None, :]
+    tl.store(x + (i * rows + r[:, None]) * columns + c[None, :], value, known)
+
+
+@triton.jit
+def running(g, b, h, t, length, heads):
+    """Log decays per head (B, L, heads): running sum through each of the steps t, and the sum of all, in float64."""
+    step = tl.load(g + (b * length + t) * heads + h, t < length, 0.0).to(tl.float64)
+    step = tl.maximum(step, NO_MEMORY)
+    return tl.cumsum(step, 0), tl.sum(step, 0)
+
+
+@triton.jit
+def factors(total, rows):
+    """Decay from step j, column, to step i >= j, row; 0 above the diagonal."""
+    lower = rows[:, None] >= rows[None, :]
+    return tl.where(lower, tl.exp(tl.where(lower, total[:, None] - total[None, :], 0.0).to(tl.float32)), 0.0)
+
+
+@triton.jit
+def channels(g, b, h, t, c, length, heads, width, rows, T: tl.constexpr):
+    """Sums of log decays per channel: from the first of the T steps t through each, after each to the last, of all."""
+    step = tile(g, b, h, t, c, length, heads, width)
+    at = ((b * length + t + 1)[:, None] * heads + h) * width + c[None, :]
+    known = (t + 1 < length)[:, None] & (rows < T - 1)[:, None] & (c < width)[None, :]
+    after = tl.load(g + at, known, 0.0).to(tl.float32)
+    return tl.cumsum(step, 0), tl.cumsum(after, 0, reverse=True), tl.sum(step, 0)
+
+
+@triton.jit
+def passing(pairs, at_rows, at_columns, rows, PRECISION: tl.constexpr):
+    """What passes each step: pairs from j < t, column, to i >= t, row; at_rows i >= t, at_columns j < t."""
+    upper = rows[None, :] >= rows[:, None]
+    crossing = tl.dot(tl.where(upper, 1.0, 0.0), pairs, input_precision=PRECISION)
+    crossing = tl.sum(tl.where(rows[None, :] < rows[:, None], crossing, 0.0), 1)
+    return crossing + tl.sum(tl.where(upper, at_rows[None, :], 0.0), 1) + tl.sum(
+        tl.where(upper, 0.0, at_columns[None, :]), 1
+    )
+
+
+@triton.jit
+def _states(
+    x, y, g, state, found, last, scale, length, heads, groups, keys, values, chunks, CHANNEL: tl.constexpr,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr, T: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    i, rows = tl.program_id(2).to(tl.int64), tl.arange(0, T)
+    b, h = i // heads, i % heads
+    group = h // (heads // groups)
+    c, d = tl.program_id(1) * K + tl.arange(0, K), tl.program_id(0) * V + tl.arange(0, V)
+    S = matrix(state, i, c, d, keys, values)
+    for step in range(0, chunks):
+        n = chunks - 1 - step if REVERSE else step
+        t = n * T + rows
+        put_matrix(found, i * chunks + n, c, d, keys, values, S)
+        x_t, y_t = tile(x, b, group, t, c, length, groups, keys), tile(y, b, h, t, d, length, heads, values)
+        if CHANNEL:
+            since, until, through = channels(g, b, h, t, c, length, heads, keys, rows, T)
+            x_t *= tl.exp(since if REVERSE else until)
+            S *= tl.exp(through)[:, None]
+        else:
+            total, whole = running(g, b, h, t, length, heads)
+            y_t *= tl.exp((total if REVERSE else whole - total).to(tl.float32))[:, None]
+            S *= tl.exp(whole.to(tl.float32))
+        S += tl.dot(tl.trans(x_t * scale), y_t, input_precision=PRECISION)
+    put_matrix(last, i, c, d, keys, values, S)
+
+
+@triton.jit
+def _outputs(
+    q, k, v, g, scores, found, o, scale, length, heads, groups, keys, values, chunks, CHANNEL: tl.constexpr,
+    PRECISION: tl.constexpr, T: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    i, n, rows = tl.program_id(2).to(tl.int64), tl.program_id(1), tl.arange(0, T)
+    b, h, t = i // heads, i % heads, n * T + rows
+    group, d = h // (heads // groups), tl.program_id(0) * V + tl.arange(0, V)
+    out, inner = tl.zeros([T, V], tl.float32), tl.zeros([T, T], tl.float32)
+    for first in range(0, keys, K):
+        c = first + tl.arange(0, K)
+        q_t = tile(q, b, group, t, c, length, groups, keys) * scale
+        if CHANNEL:
+            since, _, _ = channels(g, b, h, t, c, length, heads, keys, rows, T)
+            q_t *= tl.exp(since)
+        else:
+            k_t = tile(k, b, group, t, c, length, groups, keys)
+            inner += tl.dot(q_t, tl.trans(k_t), input_precision=PRECISION)
+        out += tl.dot(q_t, matrix(found, i * chunks + n, c, d, keys, values), input_precision=PRECISION)
+    if CHANNEL:
+        inner = matrix(scores, i * chunks + n, rows, rows, T, T)
+    else:
+        total, _ = running(g, b, h, t, length, heads)
+        inner *= factors(total, rows)
+        out *= tl.exp(total.to(tl.float32))[:, None]
+    out += tl.dot(inner, tile(v, b, h, t, d, length, heads, values), input_precision=PRECISION)
+    put(o, b, h, t, d, length, heads, values, out)
+
+
+@triton.jit
+def _values_backward(
+    grad, q, k, g, scores, left, grad_v, scale, length, heads, groups, keys, values, chunks, CHANNEL: tl.constexpr,
+    INSIDE_ONLY: tl.constexpr, PRECISION: tl.constexpr, T: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    """Gradient of v; INSIDE_ONLY: without what reaches it through the state the chunk leaves."""
+    i, n, rows = tl.program_id(2).to(tl.int64), tl.program_id(1), tl.arange(0, T)
+    b, h, t = i // heads, i % heads, n * T + rows
+    group, d = h // (heads // groups), tl.program_id(0) * V + tl.arange(0, V)
+    out, inner = tl.zeros([T, V], tl.float32), tl.zeros([T, T], tl.float32)
+    for first in range(0, keys, K):
+        c = first + tl.arange(0, K)
+        k_t = tile(k, b, group, t, c, length, groups, keys)
+        if CHANNEL:
+            _, until, _ = channels(g, b, h, t, c, length, heads, keys, rows, T)
+            k_t *= tl.exp(until)
+        else:
+            q_t = tile(q, b, group, t, c, length, groups, keys) * scale
+            inner += tl.dot(q_t, tl.trans(k_t), input_precision=PRECISION)
+        if not INSIDE_ONLY:
+            out += tl.dot(k_t, matrix(left, i * chunks + n, c, d, keys, values), input_precision=PRECISION)
+    if CHANNEL:
+        inner = matrix(scores, i * chunks + n, rows, rows, T, T)
+    else:
+        total, whole = running(g, b, h, t, length, heads)
+        inner *= factors(total, rows)
+        out *= tl.exp((whole - total).to(tl.float32))[:, None]
+    grad_t = tile(grad, b, h, t, d, length, heads, values)
+    out += tl.dot(tl.trans(inner), grad_t, input_precision=PRECISION)
+    put(grad_v, b, h, t, d, length, heads, values, out)
+
+
+@triton.jit
+def _keys_backward(
+    grad, q, k, v, g, found, left, grad_q, grad_k, grad_g, scale, length, heads, groups, keys, values, chunks,
+    PRECISION: tl.constexpr, T: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    """Gradients of q and k, per head, and of the log decays per head."""
+    i, n, rows = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.arange(0, T)
+    b, h, t = i // heads, i % heads, n * T + rows
+    group = h // (heads // groups)
+    total, whole = running(g, b, h, t, length, heads)
+    since, until = tl.exp(total.to(tl.float32)), tl.exp((whole - total).to(tl.float32))
+    steps = factors(total, rows)
+    scores, weights = tl.zeros([T, T], tl.float32), tl.zeros([T, T], tl.float32)
+    for first in range(0, keys, K):
+        c = first + tl.arange(0, K)
+        q_t, k_t = tile(q, b, group, t, c, length, groups, keys), tile(k, b, group, t, c, length, groups, keys)
+        scores += tl.dot(q_t, tl.trans(k_t), input_precision=PRECISION)
+    for first in range(0, values, V):
+        d = first + tl.arange(0, V)
+        grad_t, v_t = tile(grad, b, h, t, d, length, heads, values), tile(v, b, h, t, d, length, heads, values)
+        weights += tl.dot(grad_t, tl.trans(v_t), input_precision=PRECISION)
+    weights *= steps * scale
+    at_rows, at_columns, through = tl.zeros([T], tl.float32), tl.zeros([T], tl.float32), 0.0
+    for first in range(0, keys, K):
+        c = first + tl.arange(0, K)
+        q_t, k_t = tile(q, b, group, t, c, length, groups, keys), tile(k, b, group, t, c, length, groups, keys)
+        from_state, to_state = tl.zeros([T, K], tl.float32), tl.zeros([T, K], tl.float32)
+        for start in range(0, values, V):
+            d = start + tl.arange(0, V)
+            grad_t, v_t = tile(grad, b, h, t, d, length, heads, values), tile(v, b, h, t, d, length, heads, values)
+            S, dS = (
+                matrix(found, i * chunks + n, c, d, keys, values),
+                matrix(left, i * chunks + n, c, d, keys, values),
+            )
+            from_state += tl.dot(grad_t, tl.trans(S), input_precision=PRECISION)
+            to_state += tl.dot(v_t, tl.trans(dS), input_precision=PRECISION)
+            through += tl.sum(S * dS)
+        from_state *= (since * scale)[:, None]
+        to_state *= until[:, None]
+        at_rows += tl.sum(from_state * q_t, 1)
+        at_columns += tl.sum(to_state * k_t, 1)
+        q_grad = from_state + tl.dot(weights, k_t, input_precision=PRECISION)
+        k_grad = to_state + tl.dot(tl.trans(weights), q_t, input_precision=PRECISION)
+        put(grad_q, b, h, t, c, length, heads, keys, q_grad)
+        put(grad_k, b, h, t, c, length, heads, keys, k_grad)
+    g_grad = passing(weights * scores, at_rows, at_columns, rows, PRECISION) + through * tl.exp(whole.to(tl.float32))
+    tl.store(grad_g + (b * length + t) * heads + h, g_grad, t < length)
+
+
+class Plan:
+    """Block sizes and shapes of one call."""
+
+    def __init__(self, q: Tensor, v: Tensor, chunk: int, channel: bool) -> None:
+        self.batch, self.length, self.heads, self.values = v.shape
+        self.groups, self.keys, self.channel = q.shape[2], q.shape[3], channel
+        self.size = max(16, min(64, chunk_size(chunk, self.length)))
+        self.chunks = triton.cdiv(self.length, self.size)
+        self.key_block = max(16, min(64, triton.next_power_of_2(self.keys)))
+        self.value_block = max(16, min(64, triton.next_power_of_2(self.values)))
+        self.precision = "ieee" if v.dtype == torch.float32 else "tf32"
+        self.rows = self.batch * self.heads
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return self.length, self.heads, self.groups, self.keys, self.values, self.chunks
+
+    @property
+    def blocks(self) -> dict[str, Any]:
+        return {"PRECISION": self.precision, "T": self.size, "K": self.key_block, "V": self.value_block, "num_warps": 4}
+
+    @property
+    def by_value(self) -> tuple[int, int, int]:
+        return triton.cdiv(self.values, self.value_block), self.chunks, self.rows
+
+    def boundaries(self, v: Tensor) -> Tensor:
+        """Room for a state per chunk."""
+        return v.new_empty(self.rows, self.chunks, self.keys, self.values, dtype=torch.float32)
+
+    def squares(self, v: Tensor) -> Tensor:
+        """Room for a number per pair of steps of a chunk."""
+        return v.new_zeros(self.rows, self.chunks, self.size, self.size, dtype=torch.float32)
+
+    def states(
+        self, x: Tensor, y: Tensor, g: Tensor, state: Tensor, scale: float = 1.0, reverse: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The states the chunks find, and the last one; reverse: their gradients, from queries x and gradients y."""
+        found, last = self.boundaries(y), torch.empty_like(state)
+        grid = triton.cdiv(self.values, self.value_block), triton.cdiv(self.keys, self.key_block), self.rows
+        _states[grid](
+            x, y, g, state, found, last, scale, *self.sizes, CHANNEL=self.channel, REVERSE=reverse, **self.blocks
+        )
+        return found, last
+
+    def outputs(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, scores: Tensor, found: Tensor, scale: float, o: Tensor
+    ) -> Tensor:
+        _outputs[self.by_value](
+            q, k, v, g, scores, found, o, scale, *self.sizes, CHANNEL=self.channel, **self.blocks
+        )
+        return o
+
+    def values_backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, g: Tensor, scores: Tensor, left: Tensor | None, scale: float,
+        grad_v: Tensor,
+    ) -> Tensor:  # fmt: skip
+        _values_backward[self.by_value](
+            grad, q, k, g, scores, grad if left is None else left, grad_v, scale, *self.sizes, CHANNEL=self.channel,
+            INSIDE_ONLY=left is None, **self.blocks,
+        )  # fmt: skip
+        return grad_v
+
+    def keys_backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, found: Tensor, left: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q and k, per head, in float32 where a group sums several, and of g."""
+        dtype = q.dtype if self.groups == self.heads else torch.float32
+        shape = self.batch, self.length, self.heads, self.keys
+        grad_q, grad_k = q.new_empty(shape, dtype=dtype), q.new_empty(shape, dtype=dtype)
+        grad_g = torch.empty_like(g)
+        _keys_backward[(self.chunks, self.rows)](
+            grad, q, k, v, g, found, left, grad_q, grad_k, grad_g, scale, *self.sizes, **self.blocks
+        )
+        return grad_q, grad_k, grad_g
+
+
+def plain(*tensors: Tensor) -> list[Tensor]:
+    return [t.detach().contiguous() for t in tensors]
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, chunk: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Arguments as `decay_attention`, log_decay (B, L, H, 1 or K), the state in float32."""
+    from lra.kernels.decay_attention import gpu_channel
+
+    q, k, v, g, state = plain(q, k, v, log_decay, state)
+    plan = Plan(q, v, chunk, g.shape[-1] > 1)
+    with torch.cuda.device_of(v):
+        found, last = plan.states(k, v, g, state)
+        scores = gpu_channel.scores(plan, q, k, g, scale) if plan.channel else v
+        return plan.outputs(q, k, v, g, scores, found, scale, torch.empty_like(v)), last
+
+
+def backward(
+    grad: Tensor, grad_state: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, chunk: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v, log_decay and the initial state."""
+    from lra.kernels.decay_attention import gpu_channel
+
+    grad, grad_state, q, k, v, g, state = plain(grad, grad_state, q, k, v, log_decay, state)
+    plan = Plan(q, v, chunk, g.shape[-1] > 1)
+    with torch.cuda.device_of(v):
+        found, _ = plan.states(k, v, g, state)
+        left, grad_state = plan.states(q, grad, g, grad_state, scale, reverse=True)
+        scores = gpu_channel.scores(plan, q, k, g, scale) if plan.channel else v
+        grad_v = plan.values_backward(grad, q, k, g, scores, left, scale, torch.empty_like(v))
+        if plan.channel:
+            grad_q, grad_k, grad_g = gpu_channel.keys_backward(plan, grad, q, k, v, g, found, left, scale)
+        else:
+            grad_q, grad_k, grad_g = plan.keys_backward(grad, q, k, v, g, found, left, scale)
+    grad_q, grad_k = (per_group(x.transpose(1, 2), plan.groups).transpose(1, 2).to(q.dtype) for x in (grad_q, grad_k))
+    return grad_q.contiguous(), grad_k.contiguous(), grad_v, grad_g, grad_state
