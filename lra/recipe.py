@@ -7,7 +7,7 @@ A recipe file holds tables that apply ever more narrowly; a later one overrides 
     [architecture.s4d.encoder]          for one architecture (and, as "s4d/inv", for one variant)
     [cell.listops.s4d.optim]            for one architecture on one task
 
-and `--set train.steps=500` overrides them all. Unknown keys and values of the wrong type are errors.
+A table may also hold a `note` for people, and `--set train.steps=500` overrides them all. Unknown keys and values of the wrong type are errors.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A resolved recipe: what a run does, apart from its seed."""
+    """A resolved recipe: what a run does, apart from its seed. note: what to expect of it, told before it starts."""
 
     name: str
     task: str
@@ -115,14 +115,15 @@ class Recipe:
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
     regime: str = "scratch"
+    note: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(asdict(self)))
 
     @property
     def hash(self) -> str:
-        """SHA-256 of everything but the name, as canonical JSON."""
-        content = {k: v for k, v in self.as_dict().items() if k != "name"}
+        """SHA-256 of everything but name and note, as canonical JSON."""
+        content = {k: v for k, v in self.as_dict().items() if k not in ("name", "note")}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -154,8 +155,12 @@ def resolve(
         raise UserError(f"{path}: not valid TOML: {error}") from error
     values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     origin = {f"{s}.{f.name}": "built-in default" for s in SECTIONS if s != "encoder" for f in fields(_class(s))}
+    note = ""
     for where, table in _layers(tables, path, task, architecture):
         for section, entries in table.items():
+            if section == "note" and isinstance(entries, str):
+                note = entries
+                continue
             if section not in SECTIONS or not isinstance(entries, dict):
                 raise unknown("section", section, SECTIONS, where=f"{path.name} [{where}]")
             for key, value in _flat(entries):
@@ -172,6 +177,7 @@ def resolve(
         task=task,
         architecture=architecture,
         encoder=values["encoder"],
+        note=note,
         **{s: _class(s)(**values[s]) for s in SECTIONS if s != "encoder"},
     )
     return recipe, origin

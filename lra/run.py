@@ -98,6 +98,8 @@ def run(request: Request, console: Console) -> Path:
         f"[bold]{prepared.task.name}[/] ({prepared.protocol.name}) x [bold]{request.architecture}[/], "
         f"recipe {found.name} [dim]{found.hash[:8]}[/], seed {request.seed}, {parameters:,} parameters, {device().type}"
     )
+    if found.note:
+        console.print(f"[yellow]{found.note}[/]")
     refused = _gate(model, prepared)
     started, clock = datetime.now(UTC), time.perf_counter()
     with _workspace(request, found) as folder:

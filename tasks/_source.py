@@ -66,11 +66,8 @@ def _from_hub(hub: Hub, split: str, task: str) -> Any:
     # the hub's client announces every retry; what matters is said once, below
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        # undecoded and in Arrow form: an image stays the bytes of its file
-        found = datasets.load_dataset(hub.id, revision=hub.revision, split=split)
-        if "img" in found.column_names:
-            found = found.cast_column("img", datasets.Image(decode=False))
-        return found.with_format("arrow")[:]
+        # in Arrow form nothing is decoded: an image stays the bytes of its file
+        return datasets.load_dataset(hub.id, revision=hub.revision, split=split).with_format("arrow")[:]
     except Exception as error:  # noqa: BLE001  (hub clients raise a dozen kinds, all meaning that there are no data)
         reason = str(error).splitlines()[0] if str(error) else "no reason given"
         raise DataError(f"{hub.id} cannot be fetched ({type(error).__name__}: {reason}); offline, {advice}") from None

@@ -24,12 +24,12 @@ def test_as_long_a_kernel_as_sequence() -> None:
     """All 16,384 taps in float32, against NumPy's direct sums in float64: output and gradients of u and k."""
     length = 16384
     rng = np.random.default_rng(0)
-    u, behind, ahead, g = (rng.standard_normal(length).astype(np.float32) for _ in range(4))
-    x = torch.from_numpy(u)[None, :, None].requires_grad_()
-    k = torch.from_numpy(np.stack([behind, ahead]))[:, None].requires_grad_()
+    given = rng.standard_normal((4, length)).astype(np.float32)
+    x = torch.from_numpy(given[0])[None, :, None].requires_grad_()
+    k = torch.from_numpy(given[1:3])[:, None].requires_grad_()
     y = fft_conv(x, k, bidirectional=True)
-    du, dk = torch.autograd.grad(y, (x, k), torch.from_numpy(g)[None, :, None])
-    u, behind, ahead, g = (a.astype(np.float64) for a in (u, behind, ahead, g))
+    du, dk = torch.autograd.grad(y, (x, k), torch.from_numpy(given[3])[None, :, None])
+    u, behind, ahead, g = (a.astype(np.float64) for a in given)
     both = np.concatenate([ahead[-2::-1], behind])  # offsets -(length - 1) .. length - 1
     assert relative(y.detach()[0, :, 0], np.convolve(u, both)[length - 1 : 2 * length - 1]) < 1e-5
     assert relative(du[0, :, 0], np.convolve(g, both[::-1])[length - 1 : 2 * length - 1]) < 1e-5
@@ -81,9 +81,9 @@ def test_only_the_inputs_are_kept_for_the_backward_pass() -> None:
         kept.append(tensor)
         return tensor
 
-    given = [torch.randn(s, requires_grad=True) for s in ((2, 50, 3), (3, 50), (3,))]
+    u, k, D = given = [torch.randn(s, requires_grad=True) for s in ((2, 50, 3), (3, 50), (3,))]
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        fft_conv(*given)
+        fft_conv(u, k, D)
     assert {t.data_ptr() for t in kept} <= {t.data_ptr() for t in given}
 
 

@@ -34,7 +34,7 @@ def close(found: Tensor, wanted: Tensor, atol: float = 1e-11) -> None:
     torch.testing.assert_close(found, wanted, rtol=0.0, atol=atol)
 
 
-def over_channels(z: dict[str, Tensor]) -> dict[str, Tensor]:
+def over_channels(z: dict[str, Tensor]) -> dict[str, Any]:
     """A, P, B of every channel: S systems are dealt out in turn, channel h has number h mod S."""
     C, systems = z["param.C"], z["mid.Lambda"].shape[0]
     found = {"A": z["mid.Lambda"], "B": z["param.B"][0]} | ({"P": z["param.P"]} if "param.P" in z else {})
@@ -79,7 +79,7 @@ def test_minimal_s4d(impl: str) -> None:
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ["dss_exp", "dss_exp_bidirectional"])
 def test_dss(name: str, impl: str) -> None:
-    """No conjugate pairs: half of the weights. W (e^z - 1) / Lambda is a weight on the bare powers of e^z, where z has a
+    """No conjugate pairs: half of the weights. W (e^z - 1) / Lambda is a weight on the bare powers of e^z; z has a
     step of its own for its imaginary part."""
     z = golden(name)
     Lambda = torch.complex(-z["param.Lambda_log_neg_re"].exp(), z["param.Lambda_im"])
@@ -117,6 +117,7 @@ def test_zero_order_hold_at_a_zero_eigenvalue() -> None:
     close(kernel, torch.full((1, 1, 5), 0.2, dtype=torch.float64))
     kernel.sum().backward()
     # d/dA of dt phi(dt A) exp(l dt A) at 0 is dt^2 (1/2 + l); its conjugate, twice, summed over l
+    assert A.grad is not None
     close(A.grad[0, 0].real, torch.tensor(2 * 0.01 * (5 * 0.5 + 10), dtype=torch.float64))
 
 
@@ -162,7 +163,10 @@ def test_the_powers_are_never_laid_out() -> None:
     [
         ({"discretization": "euler"}, "discretization is 'euler'; expected zoh, bilinear, none"),
         ({"length": 0}, "length is 0; expected at least 1"),
-        ({"C": torch.zeros(1, 2, 4, dtype=torch.complex64)}, r"C is \(1, 2, 4\) .*; expected \(channels, 2, 3\) complex"),
+        (
+            {"C": torch.zeros(1, 2, 4, dtype=torch.complex64)},
+            r"C is \(1, 2, 4\) .*; expected \(channels, 2, 3\) complex",
+        ),
         ({"A": torch.zeros(2, 3)}, r"A is \(2, 3\) torch.float32; expected \(H, N\) complex"),
     ],
 )

@@ -78,6 +78,9 @@ def band_attention(
         fits = integer and random_blocks.shape[:-1] == (heads, -(-length // block))
         got = f"{tuple(random_blocks.shape)} {random_blocks.dtype}"
         check(fits, op, "random_blocks", got, f"({heads}, {-(-length // block)}, r) integer")
+        if device.type == "cpu" and not torch.compiler.is_compiling() and random_blocks.numel():
+            last, count = int(random_blocks.max()), -(-length // block)
+            check(last < count, op, "random_blocks", f"up to {last}", f"numbers below {count}")
         random_blocks = random_blocks.long()
     scale = size**-0.5 if scale is None else scale
     positions = _globals(n_global, global_mask, batch, device)

@@ -57,9 +57,7 @@ def reference(
     batch, length, heads, size = q.shape
     window = (window, window) if isinstance(window, int) else window
     steps = [dilation] * heads if isinstance(dilation, int) else dilation
-    sees = allowed(
-        mask, batch, length, window, steps, n_global, random_blocks, global_mask, block, causal, q.device
-    )
+    sees = allowed(mask, batch, length, window, steps, n_global, random_blocks, global_mask, block, causal, q.device)
     scores = torch.einsum("bihe,bjhe->bhij", q, k.to(q.dtype)) * (size**-0.5 if scale is None else scale)
     # a row without keys stays out of the softmax, whose gradient would be nan there
     nothing = ~sees.any(-1, keepdim=True)

@@ -14,6 +14,7 @@ __all__ = ["decay_attention"]
 DETERMINISTIC = True
 PORTABLE = True
 HAS_GPU = True
+WIDEST = 256
 
 
 def decay_attention(
@@ -61,7 +62,9 @@ def decay_attention(
         check(t is None or not t.is_complex(), op, name, t is None or t.dtype, "a real dtype")
     check(chunk >= 1, op, "chunk", chunk, "at least 1")
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    chosen = choose(op, impl, device, portable=PORTABLE, has_gpu=HAS_GPU and dtype != torch.float64)
+    # on a GPU one program holds a whole key where decays are per channel
+    has_gpu = HAS_GPU and dtype != torch.float64 and (log_decay.dim() < 4 or keys <= WIDEST)
+    chosen = choose(op, impl, device, portable=PORTABLE, has_gpu=has_gpu)
     if chosen == "reference":
         return reference(
             q, k, v, log_decay, scale=scale, initial_state=initial_state, return_state=return_state

@@ -18,7 +18,7 @@ def _inputs(
     log_gate: tuple[float, ...] = (), **more: Any,
 ) -> Make:  # fmt: skip
     """Random inputs. decay: "head" (H,), "step" (B, L, H) or "channel" (B, L, H, K); log_gate: every third log decay
-    takes the next of these values instead of a random one."""
+    takes the next of these values instead of a random one, or every one where there is one value."""
 
     def make(generator: Generator, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
         drawn = torch.promote_types(dtype, torch.float32)
@@ -29,8 +29,8 @@ def _inputs(
         shape = {"head": (heads,), "step": (batch, length, heads), "channel": (batch, length, heads, keys)}[decay]
         log_decay = torch.nn.functional.logsigmoid(normal(*shape) + 2)
         if log_gate:
-            flat = log_decay.view(-1)
-            flat[::3] = torch.tensor(log_gate, dtype=drawn, device=device).repeat(flat.numel())[: len(flat[::3])]
+            chosen = log_decay.view(-1)[:: 3 if len(log_gate) > 1 else 1]
+            chosen.copy_(torch.tensor(log_gate, dtype=drawn, device=device).repeat(len(chosen))[: len(chosen)])
         given = {
             "q": normal(batch, length, heads, keys).to(dtype),
             "k": normal(batch, length, heads, keys).to(dtype),
@@ -68,7 +68,9 @@ CASES = [
     Case("chunk 24", "edge", _inputs(2, 70, 2, 3, 5, "head", chunk=24)),
     Case("extreme gates", "edge", _inputs(1, 70, 2, 4, 3, log_gate=EXTREME, state=True)),
     Case("extreme gates channel", "edge", _inputs(1, 70, 1, 4, 3, "channel", log_gate=EXTREME, state=True)),
-    Case("all gates 0", "edge", _inputs(1, 33, 1, 3, 2, log_gate=(0.0,))),
+    Case("no decay", "edge", _inputs(1, 33, 1, 3, 2, log_gate=(0.0,))),
+    Case("wide", "edge", _inputs(1, 20, 1, 80, 70, state=True)),
+    Case("wide channel", "edge", _inputs(1, 20, 1, 80, 70, "channel", state=True)),
     Case("strided", "edge", _strided),
     Case("length 16384", "long", _inputs(1, 16384, 1, 4, 3)),
     Case("length 16384 channel", "long", _inputs(1, 16384, 1, 4, 3, "channel")),

@@ -1,5 +1,5 @@
 """`decay_attention` in Triton, in chunks of 16 to 64 steps: one kernel carries the state from chunk to chunk and leaves
-what each chunk finds; the others take all chunks at once. Decays per channel of the key are in gpu_channel.py.
+what each chunk finds; the others take all chunks at once. What only decays per channel need is in channel/gpu.py.
 
 Backward keeps the states and their gradients at the chunk boundaries, (B, H, chunks, K, V) in float32 each, while it
 runs. Products accumulate in float32: exactly for float32 inputs, from TF32 operands for narrower ones. Running sums of
@@ -290,8 +290,9 @@ class Plan:
         shape = self.batch, self.length, self.heads, self.keys
         grad_q, grad_k = q.new_empty(shape, dtype=dtype), q.new_empty(shape, dtype=dtype)
         grad_g = torch.empty_like(g)
+        # the most tiles at once of all these kernels: twice the warps, half the registers each
         _keys_backward[(self.chunks, self.rows)](
-            grad, q, k, v, g, found, left, grad_q, grad_k, grad_g, scale, *self.sizes, **self.blocks
+            grad, q, k, v, g, found, left, grad_q, grad_k, grad_g, scale, *self.sizes, **self.blocks | {"num_warps": 8}
         )
         return grad_q, grad_k, grad_g
 
@@ -304,13 +305,13 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, chunk: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Arguments as `decay_attention`, log_decay (B, L, H, 1 or K), the state in float32."""
-    from lra.kernels.decay_attention import gpu_channel
+    from lra.kernels.decay_attention.channel import gpu as channel
 
     q, k, v, g, state = plain(q, k, v, log_decay, state)
     plan = Plan(q, v, chunk, g.shape[-1] > 1)
     with torch.cuda.device_of(v):
         found, last = plan.states(k, v, g, state)
-        scores = gpu_channel.scores(plan, q, k, g, scale) if plan.channel else v
+        scores = channel.scores(plan, q, k, g, scale) if plan.channel else v
         return plan.outputs(q, k, v, g, scores, found, scale, torch.empty_like(v)), last
 
 
@@ -319,17 +320,17 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, log_decay and the initial state."""
-    from lra.kernels.decay_attention import gpu_channel
+    from lra.kernels.decay_attention.channel import gpu as channel
 
     grad, grad_state, q, k, v, g, state = plain(grad, grad_state, q, k, v, log_decay, state)
     plan = Plan(q, v, chunk, g.shape[-1] > 1)
     with torch.cuda.device_of(v):
         found, _ = plan.states(k, v, g, state)
         left, grad_state = plan.states(q, grad, g, grad_state, scale, reverse=True)
-        scores = gpu_channel.scores(plan, q, k, g, scale) if plan.channel else v
+        scores = channel.scores(plan, q, k, g, scale) if plan.channel else v
         grad_v = plan.values_backward(grad, q, k, g, scores, left, scale, torch.empty_like(v))
         if plan.channel:
-            grad_q, grad_k, grad_g = gpu_channel.keys_backward(plan, grad, q, k, v, g, found, left, scale)
+            grad_q, grad_k, grad_g = channel.keys_backward(plan, grad, q, k, v, g, found, left, scale)
         else:
             grad_q, grad_k, grad_g = plan.keys_backward(grad, q, k, v, g, found, left, scale)
     grad_q, grad_k = (per_group(x.transpose(1, 2), plan.groups).transpose(1, 2).to(q.dtype) for x in (grad_q, grad_k))

@@ -14,6 +14,7 @@ __all__ = ["delta_rule"]
 DETERMINISTIC = True
 PORTABLE = True
 HAS_GPU = True
+WIDEST = 256
 
 
 def delta_rule(
@@ -62,11 +63,14 @@ def delta_rule(
         check(t is None or not t.is_complex(), op, name, t is None or t.dtype, "a real dtype")
     check(chunk >= 1, op, "chunk", chunk, "at least 1")
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    chosen = choose(op, impl, device, portable=PORTABLE, has_gpu=HAS_GPU and dtype != torch.float64)
+    # on a GPU one program holds a whole key
+    has_gpu = HAS_GPU and dtype != torch.float64 and keys <= WIDEST
+    chosen = choose(op, impl, device, portable=PORTABLE, has_gpu=has_gpu)
     scale = keys**-0.5 if scale is None else scale
     if chosen == "reference":
-        options: dict[str, Tensor | None] = {"initial_state": initial_state}
-        return reference(q, k, v, beta, log_decay, scale=scale, return_state=return_state, **options)
+        return reference(
+            q, k, v, beta, log_decay, scale=scale, initial_state=initial_state, return_state=return_state
+        )
     accumulate = torch.promote_types(dtype, torch.float32)
     rate = beta.to(accumulate).unsqueeze(-1)
     decay = torch.zeros_like(rate) if log_decay is None else log_decay.to(accumulate).unsqueeze(-1)

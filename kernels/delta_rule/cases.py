@@ -27,9 +27,9 @@ def _inputs(
             return torch.randn(shape, generator=generator, dtype=drawn, device=device)
 
         def mixed(x: Tensor, values: tuple[float, ...]) -> Tensor:
-            flat = x.view(-1)
+            chosen = x.view(-1)[::3]
             if values:
-                flat[::3] = torch.tensor(values, dtype=drawn, device=device).repeat(flat.numel())[: len(flat[::3])]
+                chosen.copy_(torch.tensor(values, dtype=drawn, device=device).repeat(len(chosen))[: len(chosen)])
             return x.to(dtype)
 
         given = {
@@ -75,6 +75,7 @@ CASES = [
         _inputs(1, 70, 2, 4, 3, rates=(0.0, 1.0), log_gates=(-float("inf"), 0.0, -87.0, -700.0), state=True),
     ),
     Case("one key", "edge", _one_key),
+    Case("wide", "edge", _inputs(1, 20, 1, 80, 70, state=True)),
     Case("strided", "edge", _strided),
     Case("length 16384", "long", _inputs(1, 16384, 1, 4, 3)),
     Case("B8 L2048 H4 K64 V64", "bench", _inputs(8, 2048, 4, 64, 64)),

@@ -111,9 +111,7 @@ def _(u: Tensor, k: Tensor, D: Tensor | None, bidirectional: bool) -> Tensor:
 
 
 @convolve_backward.register_fake
-def _(
-    grad: Tensor, u: Tensor, k: Tensor, D: Tensor | None, bidirectional: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, u: Tensor, k: Tensor, D: Tensor | None, bidirectional: bool) -> tuple[Tensor, Tensor, Tensor]:
     du = torch.empty_like(u, memory_format=torch.contiguous_format)
     return du, torch.zeros_like(k), u.new_empty(0) if D is None else torch.empty_like(D)
 

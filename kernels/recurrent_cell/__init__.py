@@ -89,12 +89,13 @@ def recurrent_cell(
         return x_gates.new_zeros(shape, dtype=dtype) if tensor is None else tensor.to(dtype)
 
     x, u, bias, h0 = x_gates.to(dtype), U.to(dtype), filled(b, len(U)), filled(h0, batch, width)
-    c0, peephole = (filled(c0, batch, width), filled(peephole, gates - 1, width)) if is_lstm else (None, None)
     if chosen == "reference":
         return reference(x, u, bias, cell, h0, c0=c0, peephole=peephole, return_state=return_state)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, u, bias, h0, c0, peephole))
-    nothing = x.new_empty(0)
-    h, c, _ = run(x, u, bias, h0, nothing if c0 is None else c0, nothing if peephole is None else peephole, cell, keep)
+    # the operator takes empty tensors for what a cell does not have
+    c0 = filled(c0, batch, width) if is_lstm else x.new_empty(0)
+    peephole = filled(peephole, 0)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, u, bias, h0, c0, peephole))
+    h, c, _ = run(x, u, bias, h0, c0, peephole, cell, keep)
     if not return_state:
         return h
     return (h, h[:, -1], c) if is_lstm else (h, h[:, -1])

@@ -34,6 +34,12 @@ def _array(t: Tensor, dtype: torch.dtype) -> Any:
     return t.detach().to(dtype).contiguous().numpy()
 
 
+def _peepholes(peephole: Tensor, U: Tensor) -> Tensor:
+    """Those given, or zeros."""
+    width = U.shape[1]
+    return peephole.to(U.dtype).contiguous() if peephole.numel() else U.new_zeros(len(U) // width - 1, width)
+
+
 @torch.library.custom_op("lra::recurrent_cell", mutates_args=())
 def run(
     x: Tensor, U: Tensor, b: Tensor, h0: Tensor, c0: Tensor, peephole: Tensor, cell: str, keep: bool
@@ -53,8 +59,8 @@ def run(
     elif cell == "indrnn":
         over_rows(cpu.indrnn_forward, batch, x_, _array(U, dtype), b_, h0_, h_)
     elif cell in ("lstm", "lstm_coupled"):
-        c0_, peephole_ = _array(c0, dtype), _array(peephole, dtype)
-        over_rows(cpu.lstm_forward, batch, x_, pack(U.T).numpy(), b_, peephole_, h0_, c0_, h_, c_last.numpy(), room_)
+        p, c0_ = _peepholes(peephole, U).numpy(), _array(c0, dtype)
+        over_rows(cpu.lstm_forward, batch, x_, pack(U.T).numpy(), b_, p, h0_, c0_, h_, c_last.numpy(), room_)
     elif cell in ("gru", "gru_coupled"):
         over_rows(cpu.gru_forward, batch, x_, pack(U.T).numpy(), b_, h0_, h_, room_)
     elif cell == "rhn":
@@ -95,11 +101,13 @@ def run_backward(
     elif cell in ("elman", "elman_relu"):
         over_rows(cpu.elman_backward, batch, y, h_, pack(U).numpy(), *written, cell == "elman_relu")
     elif cell in ("lstm", "lstm_coupled"):
-        of_cell = _array(grad_c, dtype), kept_, pack(U).numpy(), peephole.numpy(), c0.numpy()
+        of_cell = _array(grad_c, dtype), kept_, pack(U).numpy(), _peepholes(peephole, U).numpy(), c0.numpy()
         over_rows(cpu.lstm_backward, batch, y, *of_cell, *written, grad_c0.numpy())
-        c = torch.cat((c0.unsqueeze(1), kept[:, :, 4]), dim=1)
-        grad_p[:-1] = torch.einsum("blgh,blh->gh", delta[:, :, : len(peephole) - 1], c[:, :-1])
-        grad_p[-1] = torch.einsum("blh,blh->h", delta[:, :, -1], c[:, 1:])
+        if peephole.numel():
+            c = torch.cat((c0.unsqueeze(1), kept[:, :, 4]), dim=1)
+            for row, gate in enumerate((0, 1, -1) if len(peephole) == 3 else (0, -1)):
+                seen = c[:, 1:] if gate == -1 else c[:, :-1]
+                grad_p[row] = (delta[:, :, gate] * seen).sum((0, 1))
     elif cell in ("gru", "gru_coupled"):
         over_rows(cpu.gru_backward, batch, y, h_, kept_, pack(U).numpy(), h0_, *written)
     elif cell == "rhn":

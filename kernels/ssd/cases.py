@@ -28,8 +28,8 @@ def _inputs(
 
         dt = torch.nn.functional.softplus(normal(batch, length, heads) - 3)
         if steps:
-            flat = dt.view(-1)
-            flat[::3] = torch.tensor(steps, dtype=drawn, device=device).repeat(flat.numel())[: len(flat[::3])]
+            chosen = dt.view(-1)[::3]
+            chosen.copy_(torch.tensor(steps, dtype=drawn, device=device).repeat(len(chosen))[: len(chosen)])
         given = {
             "x": normal(batch, length, heads, width).to(dtype),
             "dt": dt.to(dtype),

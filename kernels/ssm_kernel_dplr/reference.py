@@ -20,9 +20,7 @@ def state_matrix(A: Tensor, P: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
     return eye - half, eye + half
 
 
-def reference(
-    A: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, transformed: bool = False
-) -> Tensor:
+def reference(A: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, transformed: bool = False) -> Tensor:
     """K_l = C Abar^l Bbar: arguments of `ssm_kernel_dplr`."""
     backward, forward = state_matrix(A, P, dt)
     A_bar = torch.linalg.solve(backward, forward)
