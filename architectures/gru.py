@@ -22,13 +22,15 @@ Checked against: a float64 loop over the equations above, outputs and gradients.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lra.architectures._stack import Stack
 from lra.encoder import Card, Cost, Mixer
+from lra.kernels.recurrent_cell import recurrent_cell
 
 
 class GRUMixer(Mixer):
@@ -47,7 +49,11 @@ class GRUMixer(Mixer):
             b.chunk(3)[1].uniform_(1, max(horizon - 1, 1)).log_()
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return self.rnn(x)[0]
+        # cuDNN's loop is the fast one on a GPU; on a CPU PyTorch dispatches several small operators per token
+        if x.device.type == "cuda":
+            return self.rnn(x)[0]
+        w, u, b, c = self.rnn.parameters()
+        return cast(Tensor, recurrent_cell(F.linear(x, w, b), u, c, "gru"))
 
     def cost(self, length: int) -> Cost:
         width = self.rnn.hidden_size

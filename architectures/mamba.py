@@ -10,8 +10,8 @@ Gu and Dao 2023, arXiv:2312.00752. With E = expand D, N the state size and R the
     y = W_out((C h + d u) silu(z))                         (B, L, D)
 
 Initialisation (section 3.6 and the released code): A = -1, ..., -N in every channel (S4D-Real); dt at x = 0 uniform in
-the logarithm between dt_min and dt_max, at least 1e-4; W_dt uniform within R^-1/2, which keeps the variance of r; d = 1;
-W_out divided by sqrt(n_layers), one residual a layer; the rest PyTorch's own. A_log and d learn without weight decay.
+the logarithm between dt_min and dt_max, at least 1e-4; W_dt uniform within R^-1/2; d = 1; W_out divided by
+sqrt(n_layers), as there is one residual a layer; the rest PyTorch's own. A_log and d learn without weight decay.
 
 Departures: none known in the mixer. A block is the mixer alone, with RMS norm, as in the paper; `bias` adds biases to
 W_in and W_out, which the released code offers and leaves out.
@@ -50,8 +50,8 @@ class MambaMixer(Mixer):
         width = expand * d_model
         self.sizes = (dt_rank, state_size, state_size)
         self.into = nn.Linear(d_model, 2 * width, bias=bias)  # rows: u, z
-        conv = nn.Conv1d(width, width, d_conv, groups=width)  # for its initialisation
-        self.conv_weight, self.conv_bias = nn.Parameter(conv.weight.detach().squeeze(1)), conv.bias
+        self.conv_weight = nn.Parameter(torch.empty(width, d_conv).uniform_(-(d_conv**-0.5), d_conv**-0.5))
+        self.conv_bias = nn.Parameter(torch.empty(width).uniform_(-(d_conv**-0.5), d_conv**-0.5))
         self.select = nn.Linear(width, sum(self.sizes), bias=False)  # rows: r, B, C
         self.dt_weight = nn.Parameter(torch.empty(width, dt_rank).uniform_(-(dt_rank**-0.5), dt_rank**-0.5))
         dt = torch.exp(math.log(dt_min) + torch.rand(width) * math.log(dt_max / dt_min)).clamp(min=1e-4)

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lra.cli_common import Architecture, ProtocolName, RecipeName, Settings, Source, TaskName, console, errors, guarded
-from lra.cli_data import data
+from lra.cli_data import audit, data
 from lra.cli_measure import bench, doctor, profile
 from lra.errors import UserError
 from lra.registry import architectures, tasks
@@ -164,7 +164,7 @@ def new_architecture(name: Annotated[str, typer.Argument(help="The registry name
     console.print(f"wrote {path}: fill in its docstring, card and equations, then `lra check {name}`", soft_wrap=True)
 
 
-for command in (profile, bench, doctor):
+for command in (audit, profile, bench, doctor):
     app.command()(command)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lra.cli_common import ProtocolName, Source, TaskName, console, errors, guarded
+from lra.errors import UserError
 from lra.registry import tasks
 
 data = typer.Typer(no_args_is_help=True, help="Prepare, verify and look at the data of a task.")
@@ -19,6 +21,7 @@ data = typer.Typer(no_args_is_help=True, help="Prepare, verify and look at the d
 def data_list() -> None:
     """Every task and protocol, and whether it is prepared here."""
     from lra import store
+    from lra.task import DataError
 
     table = Table(pad_edge=False)
     for column in ("task", "protocol", "length", "input", "prepared", "note"):
@@ -26,10 +29,11 @@ def data_list() -> None:
     for name in tasks.names():
         task = tasks.get(name)()
         for protocol in task.protocols.values():
-            there = store.find(task, protocol)
-            table.add_row(
-                name, protocol.name, str(protocol.length), protocol.encoding, "yes" if there else "", protocol.note
-            )
+            try:
+                there = "yes" if store.find(task, protocol) else ""
+            except DataError:
+                there = "damaged"
+            table.add_row(name, protocol.name, str(protocol.length), protocol.encoding, there, protocol.note)
     console.print(table)
 
 
@@ -73,6 +77,7 @@ def show_examples(
     protocol: ProtocolName = "",
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
     count: Annotated[int, typer.Option(min=1, max=64)] = 4,
+    png: Annotated[Path | None, typer.Option(help="Draw the examples of an image task to this file.")] = None,
     source: Source = None,
 ) -> None:
     """A few examples, for the eye."""
@@ -87,3 +92,36 @@ def show_examples(
     opened = found.split(split)
     for example in range(min(count, len(opened))):
         console.print(escape(found.task.describe(opened, example)), soft_wrap=True)
+    if png is not None:
+        if not hasattr(found.task, "picture"):
+            raise UserError(f"--png: examples of {task} are no images")
+        pictures = [found.task.picture(opened, i) for i in range(min(count, len(opened)))]
+        terminal.contact_sheet(pictures, png)
+        console.print(f"wrote {png}", soft_wrap=True)
+
+
+@guarded
+def audit(task: TaskName, protocol: ProtocolName = "", source: Source = None) -> None:
+    """Label balance, lengths, and examples that more than one split holds."""
+    from lra import audit as kit
+    from lra import store, terminal
+
+    with terminal.bar(console, f"preparing {task}") as progress:
+        found = store.prepared(task, protocol or None, source=source, progress=progress)
+    with console.status("reading every example"):
+        facts = kit.audit(found)
+    table = Table(title=f"{task} ({found.protocol.name})", title_justify="left", pad_edge=False)
+    for column in ("split", "examples", "min", "median", "mean", "max", "repeated", "labels %"):
+        table.add_column(column, justify="left" if column in ("split", "labels %") else "right")
+    for s in facts.splits:
+        low, median, mean, high = s.lengths
+        shares = " ".join(f"{100 * share:.1f}" for share in s.labels)
+        table.add_row(
+            s.split, f"{s.count:,}", f"{low:,}", f"{median:,.0f}", f"{mean:,.0f}", f"{high:,}", str(s.repeated), shares
+        )
+    console.print(table)
+    for (first, second), count in facts.overlap.items():
+        console.print(f"{count:,} examples of {second} are in {first} too, byte for byte")
+    for key, value in found.notes.items():
+        text = f"{len(value):,}" if isinstance(value, list) else str(value)
+        console.print(f"{escape(key)}: {escape(text)}", soft_wrap=True)

@@ -7,7 +7,8 @@ A recipe file holds tables that apply ever more narrowly; a later one overrides 
     [architecture.s4d.encoder]          for one architecture (and, as "s4d/inv", for one variant)
     [cell.listops.s4d.optim]            for one architecture on one task
 
-A table may also hold a `note` for people, and `--set train.steps=500` overrides them all. Unknown keys and values of the wrong type are errors.
+A table may also hold a `note` for people, and `--set train.steps=500` overrides them all. Unknown keys and values of
+the wrong type are errors.
 """
 
 from __future__ import annotations

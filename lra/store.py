@@ -133,7 +133,7 @@ def verify(task: str | Task, protocol: str | Protocol | None = None, *, progress
     try:
         found = find(owner, frozen)
         if found is None:
-            return [f"{owner.name} under {frozen.name!r} is not prepared: run {_command(owner, frozen)}"]
+            return [f"{owner.name} under {frozen.name!r} is not prepared: run `{owner.command(frozen)}`"]
         files = found.manifest["files"]
         changed = []
         for number, (name, facts) in enumerate(files.items()):
@@ -168,13 +168,8 @@ def _identity(task: Task, protocol: Protocol) -> dict[str, Any]:
     return {"format": FORMAT, "task": task.name, "version": task.version, "protocol": json.loads(json.dumps(fields))}
 
 
-def _command(task: Task, protocol: Protocol) -> str:
-    default = protocol.name == next(iter(task.protocols), None)
-    return f"`lra data prepare {task.name}{'' if default else f' --protocol {protocol.name}'}`"
-
-
 def _remedy(task: Task, protocol: Protocol, folder: Path) -> str:
-    return f"remove {folder} and run {_command(task, protocol)}"
+    return f"remove {folder} and run `{task.command(protocol)}`"
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -224,9 +219,11 @@ def _explained(folder: Path) -> Iterator[None]:
         if error.filename is not None and not Path(os.fsdecode(error.filename)).is_relative_to(cache_root()):
             raise DataError(f"cannot open {os.fsdecode(error.filename)}: {error.strerror}") from error
         advice = "point LRA_CACHE at a folder you can write to"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        # numpy reports a short write without an error number
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, None):
             advice = "free some space or point LRA_CACHE at another disk, and run the command again"
-        raise DataError(f"cannot write below {folder.parent}: {error.strerror or error}; {advice}") from error
+        reason = error.strerror or f"no space left ({error})"
+        raise DataError(f"cannot write below {folder.parent}: {reason}; {advice}") from error
 
 
 def _prepare(

@@ -95,6 +95,11 @@ class Task(ABC):
     version: ClassVar[int] = 1
     resumable: ClassVar[bool] = False
 
+    def command(self, protocol: Protocol) -> str:
+        """The shell command that prepares this task under `protocol`."""
+        default = protocol.name == next(iter(self.protocols))
+        return f"lra data prepare {self.name}{'' if default else f' --protocol {protocol.name}'}"
+
     @abstractmethod
     def prepare(
         self, folder: Path, protocol: Protocol, *, source: Path | None, workers: int, progress: Progress

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
@@ -34,3 +36,20 @@ def bar(console: Console, title: str) -> Iterator[task.Progress]:
             progress.update(rows[what], completed=done, total=total or None)  # type: ignore[arg-type]
 
         yield draw
+
+
+def contact_sheet(pictures: list[np.ndarray], path: Path, columns: int = 8, scale_to: int = 160) -> None:
+    """Draw images (H, W) or (H, W, 3) uint8, of one size, side by side to a PNG."""
+    from PIL import Image
+
+    from lra.result import atomic
+
+    times = max(1, scale_to // pictures[0].shape[0])
+    large = [np.repeat(np.repeat(p, times, axis=0), times, axis=1) for p in pictures]
+    framed = [np.pad(p, [(2, 2), (2, 2), (0, 0)][: p.ndim], constant_values=128) for p in large]
+    blank = np.zeros_like(framed[0])
+    framed += [blank] * (-len(framed) % min(columns, len(framed)))
+    width = min(columns, len(framed))
+    rows = [np.concatenate(framed[i : i + width], axis=1) for i in range(0, len(framed), width)]
+    with atomic(path) as temporary:
+        Image.fromarray(np.concatenate(rows)).save(temporary, format="PNG")

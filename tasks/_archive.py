@@ -91,7 +91,8 @@ def download(path: Path, advice: str, progress: Progress) -> None:
         total, headers = have, error.headers
     except (URLError, HTTPException, TimeoutError, ConnectionError) as error:
         kept = f"; {have:,} bytes are kept and continued by the next call" if have else ""
-        raise DataError(f"{URL} cannot be fetched ({error}){kept}; offline, {advice}") from None
+        reason = getattr(error, "reason", error)
+        raise DataError(f"{URL} cannot be fetched ({reason}){kept}; offline, {advice}") from None
     if have < total:
         raise DataError(f"the download broke off at {have:,} of {total:,} bytes; run the same command to continue it")
     _check(path, headers, progress)

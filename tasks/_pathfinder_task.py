@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,57 +23,60 @@ PART = 500
 CELLS = 16
 
 
-def protocols(size: int, sha256: Mapping[int, tuple[str, str, str]]) -> dict[str, Protocol]:
-    """The protocols of a size. sha256: contour length -> checksums of train, validation and test.
+def protocols(size: int, sha256: Mapping[str, tuple[str, str, str]]) -> dict[str, Protocol]:
+    """The protocols of a size. sha256: protocol -> checksums of train, validation and test.
 
-    Contours of 14 are the arena's task; others have a protocol where they have an entry.
+    Contours of 14 are the arena's task; shorter ones have a protocol where they have checksums.
     """
     length = size * size
-    frozen = {contour: dict(zip(SPLITS, sums, strict=True)) for contour, sums in sha256.items()}
+    frozen = {name: dict(zip(SPLITS, sums, strict=True)) for name, sums in sha256.items()}
     raw = f"pathfinder{size}/{LEVEL} of the LRA release"
     tokens = "generated from a seed, contours of {} paddles; the token is the grey level, black (0) is no padding"
+    strict = Protocol(
+        "strict",
+        length,
+        vocabulary=256,
+        counts=COUNTS,
+        sha256=frozen.get("strict", {}),
+        note=tokens.format("14 (hard)"),
+    )
     found = [
-        Protocol(
-            "strict", length, vocabulary=256, counts=COUNTS, sha256=frozen.get(14, {}), note=tokens.format("14 (hard)")
-        ),
-        Protocol(
-            "strict-continuous",
-            length,
+        strict,
+        replace(
+            strict,
+            name="strict-continuous",
+            vocabulary=0,
             channels=1,
             scale=(0.5, 0.5),
-            counts=COUNTS,
-            sha256=frozen.get(14, {}),
             note="the images of strict, grey levels centred to -1..1",
         ),
         *(
-            Protocol(
-                name, length, vocabulary=256, counts=COUNTS, sha256=frozen.get(contour, {}), note=tokens.format(contour)
-            )
+            replace(strict, name=name, sha256=frozen[name], note=tokens.format(contour))
             for name, contour in CONTOURS.items()
-            if contour in frozen
+            if name in frozen
         ),
-        Protocol(
-            "strict-small",
-            length,
-            vocabulary=256,
+        replace(
+            strict,
+            name="strict-small",
             # a few seconds' drawing at 32 pixels, about a minute at 128
             counts=SMALL if size <= 32 else {name: count // 4 for name, count in SMALL.items()},
+            sha256=frozen.get("strict-small", {}),
             note="the law of strict on a set small enough for a first look; never ranked with it",
         ),
-        Protocol(
-            "lra2020",
-            length,
-            vocabulary=256,
-            counts=COUNTS,
+        replace(
+            strict,
+            name="lra2020",
+            sha256={},
             note="released images, the token is the grey level; first 80 %, next and last 10 % in the order of the "
             "metadata files (the published code took them in an order of TensorFlow Datasets, so members differ)",
             raw=raw,
         ),
-        Protocol(
-            "s4",
-            length,
+        replace(
+            strict,
+            name="s4",
+            vocabulary=0,
             channels=1,
-            counts=COUNTS,
+            sha256={},
             note="released images, grey levels in 0..1; random_split with seed 42, as published",
             raw=raw,
         ),

@@ -83,7 +83,9 @@ def write_pairs(
     write_notes(folder, notes)
 
 
-def write_collection(folder: Path, name: str, length: int, source: Path | None, task: str, progress: Progress) -> None:
+def write_collection(
+    folder: Path, name: str, length: int, source: Path | None, command: str, progress: Progress
+) -> None:
     """Prepare `<name>.docs.parquet` (id, text) and `<name>.{train,eval,test}.pairs.tsv.gz` (label, id, id)."""
     import pyarrow.parquet as pq
 
@@ -91,10 +93,8 @@ def write_collection(folder: Path, name: str, length: int, source: Path | None, 
     places = [] if source is None else [source, source / "retrieval"]
     where = next((place for place in places if all((place / file).is_file() for file in wanted)), None)
     if where is None:
-        raise DataError(
-            f"{'no source folder is given' if source is None else f'{source} lacks some of them'}: {task} reads "
-            f"{', '.join(wanted)}; with these in a folder DIR, run `lra data prepare {task} --from DIR`"
-        )
+        lack = "no source folder is given" if source is None else f"{source} lacks some of the files"
+        raise DataError(f"{lack}: with {', '.join(wanted)} in a folder DIR, run `{command} --from DIR`")
     progress(f"reading {where}", 0, 0)
     try:
         table = pq.read_table(where / wanted[0], columns=["id", "text"])

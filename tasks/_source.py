@@ -25,13 +25,16 @@ class Hub:
         return " and ".join(f"{self.folder}/{split}.parquet" for split in self.splits)
 
 
-def read_table(hub: Hub, split: str, columns: Sequence[str], source: Path | None, task: str) -> list[list[Any]]:
-    """The columns of a split, in the order asked for. Raises DataError when the split cannot be had or lacks one."""
+def read_table(hub: Hub, split: str, columns: Sequence[str], source: Path | None, command: str) -> list[list[Any]]:
+    """The columns of a split, in the order asked for. command: what prepares the task, for messages.
+
+    Raises DataError when the split cannot be had or lacks a column.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if source is None:
-        table, where = _from_hub(hub, split, task), f"{hub.id} at {hub.revision[:12]}"
+        table, where = _from_hub(hub, split, command), f"{hub.id} at {hub.revision[:12]}"
     else:
         path = _file(hub, split, source)
         where = str(path)
@@ -57,8 +60,8 @@ def _file(hub: Hub, split: str, source: Path) -> Path:
     )
 
 
-def _from_hub(hub: Hub, split: str, task: str) -> Any:
-    advice = f"with {hub.files} in a folder DIR, run `lra data prepare {task} --from DIR`"
+def _from_hub(hub: Hub, split: str, command: str) -> Any:
+    advice = f"with {hub.files} in a folder DIR, run `{command} --from DIR`"
     try:
         import datasets
     except ImportError:

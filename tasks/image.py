@@ -118,11 +118,12 @@ class Image(Task):
     def prepare(
         self, folder: Path, protocol: Protocol, *, source: Path | None, workers: int, progress: Progress
     ) -> None:
-        images, labels = _read("train", source, workers, progress)
+        command = self.command(protocol)
+        images, labels = _read("train", source, command, workers, progress)
         held = _held_out(images, labels, protocol)
         kept = np.setdiff1d(np.arange(len(labels)), held)
         parts = [("train", images[kept], labels[kept]), ("validation", images[held], labels[held])]
-        for split, pixels, classes in (*parts, ("test", *_read("test", source, workers, progress))):
+        for split, pixels, classes in (*parts, ("test", *_read("test", source, command, workers, progress))):
             values = _encode(pixels, protocol).reshape(len(classes), -1)
             with DocumentWriter(folder, split) as writer:
                 writer.append(values.ravel(), np.full(len(values), values.shape[1]))
@@ -140,10 +141,12 @@ class Image(Task):
         return f"{CLASSES[split.labels[example]]}, 32 x 32 {kind} pixels, mean {pixels.mean():.0f} of 255"
 
 
-def _read(split: str, source: Path | None, workers: int, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
+def _read(
+    split: str, source: Path | None, command: str, workers: int, progress: Progress
+) -> tuple[np.ndarray, np.ndarray]:
     """RGB images (n, 32, 32, 3) uint8 and labels (n,) in the official order."""
     progress(f"reading {split} from {source or HUB.id}", 0, 0)
-    files, labels = read_table(HUB, split, ("img", "label"), source, "image")
+    files, labels = read_table(HUB, split, ("img", "label"), source, command)
     images = np.empty((len(files), 32, 32, 3), np.uint8)
     with ThreadPoolExecutor(workers) as pool:
         for row, image in enumerate(pool.map(_decode, files)):

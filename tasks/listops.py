@@ -26,15 +26,15 @@ COUNTS = {"train": 96_000, "validation": 2_000, "test": 2_000}
 RAW = "basic_train.tsv, basic_val.tsv and basic_test.tsv of the LRA release (folder listops-1000)"
 
 
-def released(source: Path | None, split: str) -> Iterator[np.ndarray]:
+def released(source: Path | None, split: str, command: str) -> Iterator[np.ndarray]:
     """The expressions of a released file, each checked against its label. Reads "]" and "X", with or without the
     binary parentheses. Raises DataError naming file and line."""
     name = FILES[split]
     if source is None:
-        raise DataError(f"this protocol reads {RAW}; name their folder with --from DIR or LRA_DATA")
+        raise DataError(f"{RAW} are needed; with these in a folder DIR, run `{command} --from DIR`")
     path = next((source / place / name for place in PLACES if (source / place / name).is_file()), None)
     if path is None:
-        raise DataError(f"no {name} in {source} or in listops-1000/ below it; this protocol reads {RAW}")
+        raise DataError(f"no {name} in {source} or in listops-1000/ below it; {RAW} are needed")
     with path.open(encoding="utf-8", errors="replace") as file:
         if file.readline().split() != ["Source", "Target"]:
             raise DataError(f"{path} line 1: the header is not Source, Target; is this the released file?")
@@ -100,7 +100,11 @@ class ListOps(Task):
         made = iter(expressions(Law(), total, workers))
         done = 0
         for split in SPLITS:
-            rows = released(source, split) if protocol.raw else islice(made, protocol.counts[split])
+            rows = (
+                released(source, split, self.command(protocol))
+                if protocol.raw
+                else islice(made, protocol.counts[split])
+            )
             labels = []
             with DocumentWriter(folder, split) as writer:
                 for expression in rows:

@@ -27,7 +27,6 @@ FILES = {f"new_aan_pairs.{part}.tsv": split for split, part in PARTS.items()}
 PLACES = (".", "retrieval", "aan", "tsv_data", "lra_release/tsv_data", "lra_release/lra_release/tsv_data")
 COUNTS = {"train": 147_086, "validation": 18_090, "test": 17_437}
 RAW = f"{', '.join(FILES)} of the LRA release, or its archive {NAMES[0]} (7.7 GB)"
-ADVICE = f"with {' or '.join((*FILES, NAMES[0]))} in a folder DIR, run `lra data prepare retrieval --from DIR`"
 
 
 class Retrieval(Pairs):
@@ -64,7 +63,11 @@ class Retrieval(Pairs):
         archive = None
         if source is None:
             archive = folder / NAMES[0]
-            download(archive, ADVICE, progress)
+            download(
+                archive,
+                f"with {', '.join(FILES)} or {NAMES[0]} in a folder DIR, run `{self.command(protocol)} --from DIR`",
+                progress,
+            )
         rows: dict[str, list[Row]] = {}
         for split, where, lines in _files(source, archive):
             progress(f"reading {split} pairs", len(rows), len(FILES))

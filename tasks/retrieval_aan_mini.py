@@ -36,4 +36,4 @@ class RetrievalAanMini(Pairs):
     def prepare(
         self, folder: Path, protocol: Protocol, *, source: Path | None, workers: int, progress: Progress
     ) -> None:
-        write_collection(folder, "aan_mini", protocol.length, source, self.name, progress)
+        write_collection(folder, "aan_mini", protocol.length, source, self.command(protocol), progress)

@@ -36,4 +36,4 @@ class RetrievalRfc(Pairs):
     def prepare(
         self, folder: Path, protocol: Protocol, *, source: Path | None, workers: int, progress: Progress
     ) -> None:
-        write_collection(folder, "rfc", protocol.length, source, self.name, progress)
+        write_collection(folder, "rfc", protocol.length, source, self.command(protocol), progress)

@@ -105,7 +105,7 @@ class Text(Task):
         self, folder: Path, protocol: Protocol, *, source: Path | None, workers: int, progress: Progress
     ) -> None:
         progress(f"reading {source or HUB.id}", 0, 3)
-        train, test = (_read(split, source) for split in ("train", "test"))
+        train, test = (_read(split, source, self.command(protocol)) for split in ("train", "test"))
         progress("encoding", 1, 3)
         texts, labels, total = train[0] + test[0], np.array(train[1] + test[1]), len(train[0])
         encode = _characters if protocol.name == "s4" else _bytes
@@ -139,9 +139,9 @@ class Text(Task):
         return f"{('negative', 'positive')[split.labels[example]]}, {len(document):,} tokens: {text}"
 
 
-def _read(split: str, source: Path | None) -> tuple[list[str], list[int]]:
+def _read(split: str, source: Path | None, command: str) -> tuple[list[str], list[int]]:
     """Texts and labels of an official split in the order of the texts' SHA-256."""
-    texts, labels = read_table(HUB, split, ("text", "label"), source, "text")
+    texts, labels = read_table(HUB, split, ("text", "label"), source, command)
     if not texts or not all(isinstance(t, str) and t for t in texts) or not set(labels) <= {0, 1}:
         raise DataError(f"{split} of {HUB.id} holds empty texts or labels other than 0 and 1; fetch it again")
     order = sorted(range(len(texts)), key=lambda i: (hashlib.sha256(texts[i].encode()).digest(), labels[i]))

@@ -173,7 +173,7 @@ def test_the_real_test_images_are_the_frozen_ones() -> None:
     from lra.tasks.image import _encode, _read
 
     folder = raw_data("cifar10/test.parquet")
-    images, labels = _read("test", folder, 2, lambda *_: None)
+    images, labels = _read("test", folder, "", 2, lambda *_: None)
     for protocol in Image.protocols.values():
         values = _encode(images, protocol).reshape(10_000, -1)
         split = Split(

@@ -42,8 +42,8 @@ def test_retention(impl: str) -> None:
     names = ("q", "k", "v")
     inputs = leaves(z, *names)
     log_decay = torch.log1p(-(2.0 ** (-5.0 - torch.arange(inputs[0].shape[1], dtype=torch.float64))))
-    o = decay_attention(*(x.transpose(1, 2) for x in inputs), log_decay, chunk=4, impl=impl)
-    assert isinstance(o, Tensor)
+    q, k, v = (x.transpose(1, 2) for x in inputs)
+    o = decay_attention(q, k, v, log_decay, chunk=4, impl=impl)
     close(o.transpose(1, 2), z["y"])
     close_gradients(o.transpose(1, 2), z, inputs, *names)
 
@@ -53,7 +53,8 @@ def test_gated_linear_attention(impl: str) -> None:
     z = golden("gla")
     names = ("q", "k", "v", "gk", "initial_state")
     inputs = leaves(z, *names)
-    o, state = decay_attention(*inputs[:4], chunk=8, initial_state=inputs[4], return_state=True, impl=impl)
+    q, k, v, gate, h0 = inputs
+    o, state = decay_attention(q, k, v, gate, chunk=8, h0=h0, return_state=True, impl=impl)
     close(o, z["y"])
     close(state, z["mid.final_state"])
     close_gradients(o, z, inputs, *names)
@@ -110,7 +111,7 @@ def test_a_sequence_may_be_cut_anywhere(drawn: Drawn, per: str) -> None:
         for start, stop in zip((0, *cuts), (*cuts, 50), strict=True):
             q, k, v, g = (x[:, start:stop] for x in inputs)
             decay = g.mean(-1) if per == "head" else g
-            o, state = decay_attention(q, k, v, decay, 8, initial_state=state, return_state=True)
+            o, state = decay_attention(q, k, v, decay, 8, h0=state, return_state=True)
             outputs.append(o)
         assert state is not None
         return torch.cat(outputs, dim=1), state
@@ -118,7 +119,8 @@ def test_a_sequence_may_be_cut_anywhere(drawn: Drawn, per: str) -> None:
     whole, parts = run(), run(1, 20)
     for a, b in zip(whole, parts, strict=True):
         close(b, a)
-    for a, b in zip(*(torch.autograd.grad(sum(t.sin().sum() for t in x), inputs) for x in (whole, parts)), strict=True):
+    grads = (torch.autograd.grad(x[0].sin().sum() + x[1].sin().sum(), inputs) for x in (whole, parts))
+    for a, b in zip(*grads, strict=True):
         close(b, a)
 
 
@@ -134,7 +136,7 @@ def test_a_gate_of_zero_forgets_everything(drawn: Drawn, per: str) -> None:
     decay = g.mean(-1) if per == "head" else g.clone()
     decay[:, 21] = -torch.inf
     found = decay_attention(q, k, v, decay)
-    wanted = decay_attention(*(x[:, 21:] for x in (q, k, v, decay)))
+    wanted = decay_attention(q[:, 21:], k[:, 21:], v[:, 21:], decay[:, 21:])
     torch.testing.assert_close(found[:, 21:], wanted)
 
 
@@ -145,7 +147,7 @@ def test_a_strong_decay_costs_the_steps_behind_it_no_digits(drawn: Drawn, per: s
     decay = g.mean(-1) if per == "head" else g.clone()
     decay[:, 3] = -700.0
     found = decay_attention(q, k, v, decay).double()
-    wanted = decay_attention(*(x.double() for x in (q, k, v, decay)))
+    wanted = decay_attention(q.double(), k.double(), v.double(), decay.double())
     assert (found - wanted).abs().max() < 2e-6 * wanted.abs().max()
 
 

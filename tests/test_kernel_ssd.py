@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,8 @@ def test_mamba2(impl: str) -> None:
         z = {key: torch.from_numpy(file[key]) for key in file.files}
     names = ("x", "dt", "A", "B", "C", "initial_state")
     inputs = [z[f"in.{name}"].requires_grad_() for name in names]
-    y, state = ssd(*inputs[:5], int(z["cfg.chunk"]), initial_state=inputs[5], return_state=True, impl=impl)
+    x, dt, A, B, C, h0 = inputs
+    y, state = ssd(x, dt, A, B, C, int(z["cfg.chunk"]), h0=h0, return_state=True, impl=impl)
     for key in ("y", "mid.y_recurrent"):
         close(y, z[key])
     for key in ("mid.final_state", "mid.final_state_recurrent"):
@@ -36,7 +38,7 @@ def test_mamba2(impl: str) -> None:
 
 
 @pytest.fixture
-def inputs() -> dict[str, Tensor]:
+def inputs() -> dict[str, Any]:
     """B 2, L 40, H 4 in two groups, P 3, N 5."""
     generator = torch.Generator().manual_seed(0)
 
@@ -48,7 +50,7 @@ def inputs() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("chunk", [1, 12, 16, 64])
-def test_a_group_serves_neighbouring_heads(inputs: dict[str, Tensor], chunk: int) -> None:
+def test_a_group_serves_neighbouring_heads(inputs: dict[str, Any], chunk: int) -> None:
     """Heads 0 and 1 read group 0, heads 2 and 3 group 1, whatever the chunk."""
     per_head = {name: inputs[name].repeat_interleave(2, 2) for name in ("B", "C")}
     close(ssd(**inputs, chunk=chunk), ssd(**inputs | per_head))
@@ -57,18 +59,18 @@ def test_a_group_serves_neighbouring_heads(inputs: dict[str, Tensor], chunk: int
     close(alone, ssd(**inputs)[:, :, :2])
 
 
-def test_it_is_decayed_attention(inputs: dict[str, Tensor]) -> None:
+def test_it_is_decayed_attention(inputs: dict[str, Any]) -> None:
     x, dt, A, B, C = (inputs[name] for name in ("x", "dt", "A", "B", "C"))
     q, k = (t.repeat_interleave(2, 2) for t in (C, B))
     close(ssd(**inputs), decay_attention(q, k, x * dt[..., None], dt * A, scale=1.0))
 
 
-def test_a_sequence_may_be_cut_anywhere(inputs: dict[str, Tensor]) -> None:
+def test_a_sequence_may_be_cut_anywhere(inputs: dict[str, Any]) -> None:
     whole, last = ssd(**inputs, return_state=True)
 
     def part(start: int, stop: int, state: Tensor | None) -> tuple[Tensor, Tensor]:
         given = {name: t if name == "A" else t[:, start:stop] for name, t in inputs.items()}
-        return ssd(**given, initial_state=state, return_state=True)
+        return ssd(**given, h0=state, return_state=True)
 
     first, state = part(0, 17, None)
     second, end = part(17, 40, state)
@@ -76,13 +78,13 @@ def test_a_sequence_may_be_cut_anywhere(inputs: dict[str, Tensor]) -> None:
     close(end, last)
 
 
-def test_a_step_of_zero_changes_nothing(inputs: dict[str, Tensor]) -> None:
+def test_a_step_of_zero_changes_nothing(inputs: dict[str, Any]) -> None:
     """dt = 0 neither decays the state nor writes to it: padding in the middle leaves the rest as it is."""
     gaps = {name: t if name == "A" else t.repeat_interleave(2, 1) for name, t in inputs.items()}
     gaps["dt"][:, 1::2] = 0
     close(ssd(**gaps)[:, ::2], ssd(**inputs))
 
 
-def test_groups_must_divide_the_heads(inputs: dict[str, Tensor]) -> None:
+def test_groups_must_divide_the_heads(inputs: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"ssd: B is .*; expected .*G dividing 4"):
         ssd(**inputs | {"B": inputs["B"].repeat(1, 1, 2, 1)[:, :, :3]})

@@ -339,7 +339,9 @@ def test_damaged_files_are_refused_with_their_line(cache: Path, old: str, new: s
 
 
 def test_missing_files_and_short_files_are_refused(cache: Path) -> None:
-    with pytest.raises(DataError, match=r"this protocol reads basic_train.tsv, .* --from DIR or LRA_DATA"):
+    with pytest.raises(
+        DataError, match=r"basic_train.tsv, .* are needed; .* `lra data prepare listops --protocol lra2020 --from DIR`"
+    ):
         store.prepared("listops", "lra2020")
     release(cache / "raw", str)
     with pytest.raises(DataError, match=r"train has 2 examples, not 96,000"):

@@ -115,7 +115,7 @@ def test_start_is_uniform_over_the_ring_and_keeps_variance() -> None:
     assert decay.abs().min() >= 0.5 * (1 - 1e-5)
     assert decay.abs().max() <= 0.9 * (1 + 1e-5)
     assert abs(decay.abs().square().mean().item() - (0.25 + 0.81) / 2) < 0.01  # uniform over the area
-    assert 0 < decay.angle().min()
+    assert decay.angle().min() > 0
     assert decay.angle().max() <= 1
     assert abs(decay.angle().mean().item() - 0.5) < 0.02
     # white input of variance 1: a state has variance gamma^2 |B|^2 / (1 - |lambda|^2), 1 on average

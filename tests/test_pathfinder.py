@@ -92,6 +92,26 @@ def test_a_seed_has_as_many_free_places_as_in_the_original(size: int) -> None:
         assert free == GOLDEN[f"seed_free_{size}"][row]
 
 
+@pytest.mark.parametrize(("size", "margin"), [(32, 1), (128, 2)])
+def test_all_paddles_but_the_last_of_the_first_contour_are_obstacles(size: int, margin: int) -> None:
+    own, frame = tables(size, margin)
+    _, pad, width, padding = frame
+    empty, mask = np.empty(width**2, np.uint8), np.empty(width**2, np.uint8)
+    growth._frame(frame, empty)
+    contours, states = np.zeros((14, 2, 3), np.int64), np.zeros((2, 3), np.int64)
+    stream, odds = np.array([1], np.uint64), np.zeros(len(own.candidate), np.int64)
+    border, grown = 2 * lra_drawing(size).seed_distance, False
+    while not grown:
+        growth._copy(empty, mask)
+        grown = growth._grow(frame, own.seeding(), own.growing(), border, stream, mask, states, odds, contours)
+    expected = np.pad(np.zeros((size - 2 * padding,) * 2, np.uint8), pad + padding, constant_values=255)
+    half = own.mask.shape[1] // 2
+    for stamp, y, x in [*contours[:-1].reshape(-1, 3), contours[-1, 1]]:
+        place = expected[y - half : y + half + 1, x - half : x + half + 1]
+        np.maximum(place, own.mask[stamp], out=place)
+    np.testing.assert_array_equal(mask.reshape(width, width), expected)
+
+
 @pytest.mark.parametrize(("size", "count"), [(32, 1500), (128, 150)])
 def test_images_have_the_statistics_of_the_originals(size: int, count: int) -> None:
     name = f"pathfinder_reference/pathfinder{size}_hard_refgen.npz"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from lra import recipe
 from lra.errors import UserError
@@ -118,3 +119,17 @@ def test_every_recipe_resolves_for_every_cell(name: str, task: str, architecture
     found, origin, _ = resolved(Request(task, architecture, name))
     assert found.train.steps >= found.train.evaluate_every
     assert all(source for source in origin.values())
+
+
+@pytest.mark.parametrize("name", architectures.names())
+def test_matched_recipes_stay_within_110_percent_of_the_transformer(name: str) -> None:
+    sizes = {}
+    for architecture in ("transformer", name):
+        found, _, constructor = resolved(Request("image", architecture, "matched"))
+        shape = {"d_model": found.model.d_model, "n_layers": found.model.n_layers, "length": 1024}
+        if "direction" in constructor.options():
+            shape["direction"] = found.model.direction  # type: ignore[assignment]
+        with torch.device("meta"):
+            encoder = constructor(**shape, **found.encoder)
+        sizes[architecture] = sum(p.numel() for p in encoder.parameters())
+    assert sizes[name] <= 1.1 * sizes["transformer"]

@@ -257,7 +257,7 @@ def test_a_refusing_or_absent_server_is_answered_with_the_command(
     place: Path, server: type[Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.status = 403
-    command = r"new_aan_pairs.train.tsv or .* or lra_release.gz in a folder DIR, run `lra data prepare retrieval --from"
+    command = r"new_aan_pairs.train.tsv, .* or lra_release.gz in a folder DIR, run `lra data prepare retrieval --from"
     with pytest.raises(DataError, match=r"is refused \(403 Forbidden\); with " + command):
         store.prepared(Retrieval(), small())
     monkeypatch.setattr(_archive, "URL", "http://127.0.0.1:9/lra_release.gz")
@@ -316,7 +316,10 @@ def test_a_stand_in_is_read_and_its_floors_see_shared_words(
 
 def test_a_bad_stand_in_is_one_clear_line(place: Path) -> None:
     folder = collection(place / "raw", "rfc")
-    with pytest.raises(DataError, match=r"no source folder is given: retrieval_rfc reads rfc.docs.parquet, .* --from"):
+    with pytest.raises(
+        DataError,
+        match=r"no source folder is given: with rfc.docs.parquet, .* run `lra data prepare retrieval_rfc --from",
+    ):
         store.prepared("retrieval_rfc")
     path = folder / "rfc.eval.pairs.tsv.gz"
     for content, message in (
@@ -332,7 +335,7 @@ def test_a_bad_stand_in_is_one_clear_line(place: Path) -> None:
     with pytest.raises(DataError, match=r"rfc.docs.parquet cannot be read"):
         store.prepared("retrieval_rfc", source=folder)
     path.unlink()
-    with pytest.raises(DataError, match=r"raw lacks some of them: retrieval_rfc reads"):
+    with pytest.raises(DataError, match=r"raw lacks some of the files: with rfc.docs"):
         store.prepared("retrieval_rfc", source=folder)
 
 

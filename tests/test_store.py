@@ -116,9 +116,14 @@ def test_a_resumable_preparation_finds_its_folder_again(
     assert left_over(cache) == ["strict"]
 
 
-def test_a_full_disk_is_one_clear_line(task: Digits, cache: Path) -> None:
-    task.failure = OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(DataError, match=r"No space left on device; free some space or point LRA_CACHE at another disk"):
+@pytest.mark.parametrize(
+    "failure",
+    [OSError(errno.ENOSPC, "No space left on device"), OSError("96001 requested and 53744 written")],
+    ids=["write", "numpy"],
+)
+def test_a_full_disk_is_one_clear_line(task: Digits, cache: Path, failure: OSError) -> None:
+    task.failure = failure
+    with pytest.raises(DataError, match=r"(?i)no space left.*; free some space or point LRA_CACHE at another disk"):
         store.prepared(task)
     assert left_over(cache) == []
 

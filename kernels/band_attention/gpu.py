@@ -176,7 +176,7 @@ def _launch(q: Tensor, v: Tensor, pattern: Pattern, scale: float) -> tuple[tuple
     batch, length, heads, size = q.shape
     blocks = -(-length // pattern.block)
     wide = max(size, v.shape[-1]) > 64 or q.dtype == torch.float32
-    tile = 16 if interpreting() else 32 if wide else 64
+    tile = 32 if interpreting() or wide else 64
     # the longest list of tiles of any head: its lanes, each rounded up
     tiles = max(d * triton.cdiv(-(-blocks // d) * pattern.block, tile) for d in pattern.dilation)
     sizes = (length, heads, blocks, pattern.behind, pattern.ahead, scale, size, v.shape[-1])

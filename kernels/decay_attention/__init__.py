@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,20 @@ HAS_GPU = True
 WIDEST = 256
 
 
+@overload
+def decay_attention(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, chunk: int = ..., *, scale: float | None = ...,
+    h0: Tensor | None = ..., return_state: Literal[False] = ..., impl: str = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def decay_attention(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, chunk: int = ..., *, scale: float | None = ...,
+    h0: Tensor | None = ..., return_state: Literal[True], impl: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
 def decay_attention(
     q: Tensor,
     k: Tensor,
@@ -25,11 +41,11 @@ def decay_attention(
     chunk: int = 64,
     *,
     scale: float | None = None,
-    initial_state: Tensor | None = None,
+    h0: Tensor | None = None,
     return_state: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T,   o_t = scale S_t^T q_t,   S_0 = `initial_state` or zeros.
+    """S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T,   o_t = scale S_t^T q_t,   S_0 = `h0` or zeros.
 
     q, k: (B, L, H, K); v: (B, L, H, V); real, bfloat16 and float16 accumulate in float32.
     log_decay: <= 0 (-inf forgets everything), one of
@@ -41,13 +57,13 @@ def decay_attention(
     The current step counts undecayed: o_t reads k_t v_t^T itself.
 
     Returns o: (B, L, H, V) in the dtype of v; with `return_state` also S_L: (B, H, K, V), in the dtype of
-    `initial_state`, or float32 (float64 for float64 inputs) without one.
+    `h0`, or float32 (float64 for float64 inputs) without one.
 
     Deterministic. Work about 4 B L H (chunk (K + V) / 2 + K V), memory linear in L: nothing of size L K V is stored.
     Raises ValueError on a wrong rank, shape, dtype or mix of devices, on length 0, and on chunk < 1.
     """
     op = "decay_attention"
-    device = check_tensors(op, q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state)
+    device = check_tensors(op, q=q, k=k, v=v, log_decay=log_decay, h0=h0)
     check(q.dim() == 4 and 0 not in q.shape, op, "q", tuple(q.shape), "(B, L, H, K), nothing empty")
     batch, length, heads, keys = q.shape
     check(k.shape == q.shape, op, "k", tuple(k.shape), f"{tuple(q.shape)}, as q")
@@ -56,9 +72,9 @@ def decay_attention(
     shapes = (heads,), (batch, length, heads), (batch, length, heads, keys)
     check(log_decay.shape in shapes, op, "log_decay", tuple(log_decay.shape), " or ".join(map(str, shapes)))
     state_shape = batch, heads, keys, v.shape[3]
-    if initial_state is not None:
-        check(initial_state.shape == state_shape, op, "initial_state", tuple(initial_state.shape), str(state_shape))
-    for name, t in {"q": q, "k": k, "v": v, "log_decay": log_decay, "initial_state": initial_state}.items():
+    if h0 is not None:
+        check(h0.shape == state_shape, op, "h0", tuple(h0.shape), str(state_shape))
+    for name, t in {"q": q, "k": k, "v": v, "log_decay": log_decay, "h0": h0}.items():
         check(t is None or not t.is_complex(), op, name, t is None or t.dtype, "a real dtype")
     check(chunk >= 1, op, "chunk", chunk, "at least 1")
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
@@ -66,9 +82,7 @@ def decay_attention(
     has_gpu = HAS_GPU and dtype != torch.float64 and (log_decay.dim() < 4 or keys <= WIDEST)
     chosen = choose(op, impl, device, portable=PORTABLE, has_gpu=has_gpu)
     if chosen == "reference":
-        return reference(
-            q, k, v, log_decay, scale=scale, initial_state=initial_state, return_state=return_state
-        )
+        return reference(q, k, v, log_decay, scale=scale, h0=h0, return_state=return_state)
     # in float32 before it is spread over steps, so that its gradient is summed in float32
     decay = log_decay.to(torch.promote_types(dtype, torch.float32))
     if decay.dim() == 1:
@@ -76,8 +90,8 @@ def decay_attention(
     if decay.dim() == 3:
         decay = decay.unsqueeze(-1)
     scale = keys**-0.5 if scale is None else scale
-    o, state = attend(q.to(dtype), k.to(dtype), v.to(dtype), decay, initial_state, chunk, scale, chosen == "gpu")
+    o, state = attend(q.to(dtype), k.to(dtype), v.to(dtype), decay, h0, chunk, scale, chosen == "gpu")
     o = o.to(v.dtype)
     if not return_state:
         return o
-    return o, state if initial_state is None else state.to(initial_state.dtype)
+    return o, state if h0 is None else state.to(h0.dtype)

@@ -38,7 +38,7 @@ def _inputs(
             "log_decay": log_decay.to(dtype),
         }
         if state:
-            given["initial_state"] = normal(batch, heads, keys, values).to(dtype)
+            given["h0"] = normal(batch, heads, keys, values).to(dtype)
         return given | more
 
     return make

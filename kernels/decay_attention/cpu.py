@@ -37,7 +37,7 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     batch, length, heads, width = v.shape
-    groups, size = q.shape[2], chunk_size(chunk, length)
+    size = chunk_size(chunk, length)
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, log_decay)]
     starts = []
     plan = pieces(batch * heads, length, size, max(width, k.shape[-1]))
@@ -64,31 +64,31 @@ def _backward(
     return *grads, grad_state
 
 
-def state_or_zeros(initial_state: Tensor | None, k: Tensor, v: Tensor) -> Tensor:
+def state_or_zeros(h0: Tensor | None, k: Tensor, v: Tensor) -> Tensor:
     dtype = accumulator(v.dtype)
     shape = v.shape[0], v.shape[2], k.shape[3], v.shape[3]
-    return v.new_zeros(shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    return v.new_zeros(shape, dtype=dtype) if h0 is None else h0.to(dtype)
 
 
 @torch.library.custom_op("lra::decay_attention", mutates_args=())
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None, chunk: int, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, h0: Tensor | None, chunk: int, scale: float,
     triton: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o and the final state, in float32 or float64. q, k: (B, L, G, K), each of the G groups shared by H / G heads;
-    v: (B, L, H, V); log_decay: (B, L, H, 1 or K); initial_state: (B, H, K, V)."""
-    state = state_or_zeros(initial_state, k, v)
+    v: (B, L, H, V); log_decay: (B, L, H, 1 or K); h0: (B, H, K, V)."""
+    state = state_or_zeros(h0, k, v)
     if triton:
-        from lra.kernels.decay_attention import gpu
+        from lra.kernels.decay_attention.gpu import forward
 
-        return gpu.forward(q, k, v, log_decay, state, chunk, scale)
+        return forward(q, k, v, log_decay, state, chunk, scale)
     with torch.autocast(v.device.type, enabled=False):
         return _forward(q, k, v, log_decay, state, chunk, scale)
 
 
 @attend.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None, chunk: int, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, h0: Tensor | None, chunk: int, scale: float,
     triton: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     shape = v.shape[0], v.shape[2], k.shape[3], v.shape[3]
@@ -97,15 +97,15 @@ def _(
 
 @torch.library.custom_op("lra::decay_attention_backward", mutates_args=())
 def attend_backward(
-    grad: Tensor, grad_state: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None,
+    grad: Tensor, grad_state: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, h0: Tensor | None,
     chunk: int, scale: float, triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, log_decay and the initial state."""
-    state = state_or_zeros(initial_state, k, v)
+    state = state_or_zeros(h0, k, v)
     if triton:
-        from lra.kernels.decay_attention import gpu
+        from lra.kernels.decay_attention.gpu import backward
 
-        return gpu.backward(grad, grad_state, q, k, v, log_decay, state, chunk, scale)
+        return backward(grad, grad_state, q, k, v, log_decay, state, chunk, scale)
     with torch.autocast(v.device.type, enabled=False):
         grads = _backward(grad, grad_state, q, k, v, log_decay, state, chunk, scale)
     return grads[0], grads[1], grads[2], grads[3], grads[4]
@@ -113,7 +113,7 @@ def attend_backward(
 
 @attend_backward.register_fake
 def _(
-    grad: Tensor, grad_state: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None,
+    grad: Tensor, grad_state: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, h0: Tensor | None,
     chunk: int, scale: float, triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     like = (q, k, v, log_decay, grad_state)
@@ -126,12 +126,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, grad: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, initial_state = ctx.saved_tensors
-    *grads, grad_initial = attend_backward(
-        grad, grad_state, *tensors, initial_state, ctx.chunk, ctx.scale, ctx.triton
-    )
-    if initial_state is not None:
-        grads.append(grad_initial.to(initial_state.dtype))
+    *tensors, h0 = ctx.saved_tensors
+    *grads, grad_h0 = attend_backward(grad, grad_state, *tensors, h0, ctx.chunk, ctx.scale, ctx.triton)
+    if h0 is not None:
+        grads.append(grad_h0.to(h0.dtype))
     return *grads, *[None] * (8 - len(grads))
 
 
@@ -146,14 +144,16 @@ def chunked_flops(k: Tensor, v: Tensor, chunk: int, chunked: float, carried: flo
 
 
 @register_flop_formula(torch.ops.lra.decay_attention, get_raw=True)
-def _flops(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, chunk: int, *_: Any, **__: Any) -> int:
+def _flops(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, chunk: int, *_: Any, **__: Any
+) -> int:
     # channel-wise decays visit half of each square of steps
     return chunked_flops(k, v, chunk, 1.0 if log_decay.shape[-1] == 1 else 0.5, 2)
 
 
 @register_flop_formula(torch.ops.lra.decay_attention_backward, get_raw=True)
 def _backward_flops(
-    grad: Tensor, grad_state: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, chunk: int,
-    *_: Any, **__: Any,
+    grad: Tensor, grad_state: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None,
+    chunk: int, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     return chunked_flops(k, v, chunk, 2.5 if log_decay.shape[-1] == 1 else 1.25, 5)

@@ -78,8 +78,10 @@ def passing(pairs, at_rows, at_columns, rows, PRECISION: tl.constexpr):
     upper = rows[None, :] >= rows[:, None]
     crossing = tl.dot(tl.where(upper, 1.0, 0.0), pairs, input_precision=PRECISION)
     crossing = tl.sum(tl.where(rows[None, :] < rows[:, None], crossing, 0.0), 1)
-    return crossing + tl.sum(tl.where(upper, at_rows[None, :], 0.0), 1) + tl.sum(
-        tl.where(upper, 0.0, at_columns[None, :]), 1
+    return (
+        crossing
+        + tl.sum(tl.where(upper, at_rows[None, :], 0.0), 1)
+        + tl.sum(tl.where(upper, 0.0, at_columns[None, :]), 1)
     )
 
 
@@ -267,9 +269,7 @@ class Plan:
     def outputs(
         self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, scores: Tensor, found: Tensor, scale: float, o: Tensor
     ) -> Tensor:
-        _outputs[self.by_value](
-            q, k, v, g, scores, found, o, scale, *self.sizes, CHANNEL=self.channel, **self.blocks
-        )
+        _outputs[self.by_value](q, k, v, g, scores, found, o, scale, *self.sizes, CHANNEL=self.channel, **self.blocks)
         return o
 
     def values_backward(

@@ -14,7 +14,7 @@ def reference(
     chunk: int = 64,
     *,
     scale: float | None = None,
-    initial_state: Tensor | None = None,
+    h0: Tensor | None = None,
     return_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t; `chunk` has no influence."""
@@ -24,7 +24,7 @@ def reference(
         log_decay = log_decay.expand(batch, length, heads)
     if log_decay.dim() == 3:
         log_decay = log_decay.unsqueeze(-1).expand(k.shape)
-    state = v.new_zeros(batch, heads, width, v.shape[-1]) if initial_state is None else initial_state
+    state = v.new_zeros(batch, heads, width, v.shape[-1]) if h0 is None else h0
     outputs = []
     for q_t, k_t, v_t, decay in zip(*(x.unbind(1) for x in (q, k, v, log_decay.exp())), strict=True):
         state = decay.unsqueeze(-1) * state + k_t.unsqueeze(-1) * v_t.unsqueeze(-2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,22 @@ HAS_GPU = True
 WIDEST = 256
 
 
+@overload
+def delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None = ..., chunk: int = ..., *,
+    scale: float | None = ...,
+    h0: Tensor | None = ..., return_state: Literal[False] = ..., impl: str = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None = ..., chunk: int = ..., *,
+    scale: float | None = ...,
+    h0: Tensor | None = ..., return_state: Literal[True], impl: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
 def delta_rule(
     q: Tensor,
     k: Tensor,
@@ -26,12 +44,12 @@ def delta_rule(
     chunk: int = 64,
     *,
     scale: float | None = None,
-    initial_state: Tensor | None = None,
+    h0: Tensor | None = None,
     return_state: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """S' = exp(log_decay_t) S_{t-1},   S_t = S' + beta_t k_t (v_t - S'^T k_t)^T,   o_t = scale S_t^T q_t,
-    S_0 = `initial_state` or zeros.
+    S_0 = `h0` or zeros.
 
     DeltaNet (Yang et al. 2024) where log_decay is None, Gated DeltaNet (Yang, Kautz and Hatamizadeh 2024) with it.
 
@@ -42,20 +60,20 @@ def delta_rule(
     chunk: steps per chunk, rounded up to a power of two; changes speed and memory, not the result.
 
     Returns o: (B, L, H, V) in the dtype of v; with `return_state` also S_L: (B, H, K, V), in the dtype of
-    `initial_state`, or float32 (float64 for float64 inputs) without one.
+    `h0`, or float32 (float64 for float64 inputs) without one.
 
     Deterministic. Work about 4 B L H (chunk (K + V) + 3/2 K V), memory linear in L: nothing of size L K V is stored.
     Raises ValueError on a wrong rank, shape, dtype or mix of devices, on length 0, and on chunk < 1.
     """
     op = "delta_rule"
-    given = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay, "initial_state": initial_state}
+    given = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay, "h0": h0}
     device = check_tensors(op, **given)
     check(q.dim() == 4 and 0 not in q.shape, op, "q", tuple(q.shape), "(B, L, H, K), nothing empty")
     batch, length, heads, keys = q.shape
     check(k.shape == q.shape, op, "k", tuple(k.shape), f"{tuple(q.shape)}, as q")
     fits = v.dim() == 4 and v.shape[:3] == q.shape[:3] and v.shape[3] > 0
     check(fits, op, "v", tuple(v.shape), f"({batch}, {length}, {heads}, V), as q")
-    shapes = {"beta": q.shape[:3], "log_decay": q.shape[:3], "initial_state": (batch, heads, keys, v.shape[3])}
+    shapes = {"beta": q.shape[:3], "log_decay": q.shape[:3], "h0": (batch, heads, keys, v.shape[3])}
     for name, shape in shapes.items():
         t = given[name]
         check(t is None or t.shape == shape, op, name, t is None or tuple(t.shape), str(tuple(shape)))
@@ -68,14 +86,12 @@ def delta_rule(
     chosen = choose(op, impl, device, portable=PORTABLE, has_gpu=has_gpu)
     scale = keys**-0.5 if scale is None else scale
     if chosen == "reference":
-        return reference(
-            q, k, v, beta, log_decay, scale=scale, initial_state=initial_state, return_state=return_state
-        )
+        return reference(q, k, v, beta, log_decay, scale=scale, h0=h0, return_state=return_state)
     accumulate = torch.promote_types(dtype, torch.float32)
     rate = beta.to(accumulate).unsqueeze(-1)
     decay = torch.zeros_like(rate) if log_decay is None else log_decay.to(accumulate).unsqueeze(-1)
-    o, state = write(q.to(dtype), k.to(dtype), v.to(dtype), rate, decay, initial_state, chunk, scale, chosen == "gpu")
+    o, state = write(q.to(dtype), k.to(dtype), v.to(dtype), rate, decay, h0, chunk, scale, chosen == "gpu")
     o = o.to(v.dtype)
     if not return_state:
         return o
-    return o, state if initial_state is None else state.to(initial_state.dtype)
+    return o, state if h0 is None else state.to(h0.dtype)

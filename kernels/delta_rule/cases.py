@@ -41,7 +41,7 @@ def _inputs(
         if gated:
             given["log_decay"] = mixed(F.logsigmoid(normal(batch, length, heads) + 3), log_gates)
         if state:
-            given["initial_state"] = normal(batch, heads, keys, values).to(dtype)
+            given["h0"] = normal(batch, heads, keys, values).to(dtype)
         return given | more
 
     return make

@@ -56,8 +56,8 @@ class Errors:
         return found, written, state
 
     def walk_back(self, written: Tensor, update: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """From the gradients of the errors and states through the outputs, and that of the last state: the gradient of
-        the state each chunk leaves, and that of the first; adds to `written` what reaches the errors from the states."""
+        """Gradients of the states the chunks leave, and of the first state. written, update: those of the errors and of
+        the states found, through the outputs; state: of the last. Adds what the states give the errors to `written`."""
         left = torch.empty_like(update)
         for c in reversed(range(update.shape[2])):
             left[:, :, c] = state
@@ -124,23 +124,23 @@ def _backward(
 
 @torch.library.custom_op("lra::delta_rule", mutates_args=())
 def write(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, initial_state: Tensor | None, chunk: int,
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, h0: Tensor | None, chunk: int,
     scale: float, triton: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o and the final state, in float32 or float64. q, k: (B, L, H, K); v: (B, L, H, V); beta, log_decay:
-    (B, L, H, 1); initial_state: (B, H, K, V)."""
-    state = state_or_zeros(initial_state, k, v)
+    (B, L, H, 1); h0: (B, H, K, V)."""
+    state = state_or_zeros(h0, k, v)
     if triton:
-        from lra.kernels.delta_rule import gpu
+        from lra.kernels.delta_rule.gpu import forward
 
-        return gpu.forward(q, k, v, beta, log_decay, state, chunk, scale)
+        return forward(q, k, v, beta, log_decay, state, chunk, scale)
     with torch.autocast(v.device.type, enabled=False):
         return _forward(q, k, v, beta, log_decay, state, chunk, scale)
 
 
 @write.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, initial_state: Tensor | None, chunk: int,
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, h0: Tensor | None, chunk: int,
     scale: float, triton: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     shape = v.shape[0], v.shape[2], k.shape[3], v.shape[3]
@@ -150,14 +150,14 @@ def _(
 @torch.library.custom_op("lra::delta_rule_backward", mutates_args=())
 def write_backward(
     grad: Tensor, grad_state: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor,
-    initial_state: Tensor | None, chunk: int, scale: float, triton: bool,
+    h0: Tensor | None, chunk: int, scale: float, triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, beta, log_decay and the initial state."""
-    state = state_or_zeros(initial_state, k, v)
+    state = state_or_zeros(h0, k, v)
     if triton:
-        from lra.kernels.delta_rule import gpu
+        from lra.kernels.delta_rule.gpu import backward
 
-        return gpu.backward(grad, grad_state, q, k, v, beta, log_decay, state, chunk, scale)
+        return backward(grad, grad_state, q, k, v, beta, log_decay, state, chunk, scale)
     with torch.autocast(v.device.type, enabled=False):
         grads = _backward(grad, grad_state, q, k, v, beta, log_decay, state, chunk, scale)
     return grads[0], grads[1], grads[2], grads[3], grads[4], grads[5]
@@ -166,7 +166,7 @@ def write_backward(
 @write_backward.register_fake
 def _(
     grad: Tensor, grad_state: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor,
-    initial_state: Tensor | None, chunk: int, scale: float, triton: bool,
+    h0: Tensor | None, chunk: int, scale: float, triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     like = (q, k, v, beta, log_decay, grad_state)
     return tuple(x.new_empty(x.shape) for x in like)  # type: ignore[return-value]
@@ -178,9 +178,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, grad: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
-    initial_state = ctx.saved_tensors[-1]
-    *grads, grad_initial = write_backward(grad, grad_state, *ctx.saved_tensors, ctx.chunk, ctx.scale, ctx.triton)
-    of_state = None if initial_state is None else grad_initial.to(initial_state.dtype)
+    h0 = ctx.saved_tensors[-1]
+    *grads, grad_h0 = write_backward(grad, grad_state, *ctx.saved_tensors, ctx.chunk, ctx.scale, ctx.triton)
+    of_state = None if h0 is None else grad_h0.to(h0.dtype)
     return *grads, of_state, None, None, None
 
 
@@ -188,7 +188,9 @@ write.register_autograd(_differentiate, setup_context=_save)
 
 
 @register_flop_formula(torch.ops.lra.delta_rule, get_raw=True)
-def _flops(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, state: Any, chunk: int, *_: Any, **__: Any) -> int:
+def _flops(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, state: Any, chunk: int, *_: Any, **__: Any
+) -> int:
     """Over decayed attention: k k^T and a triangular solve of K + V columns, W S, and U decayed into the state."""
     return chunked_flops(k, v, chunk, 2.0, 3)
 

@@ -158,9 +158,7 @@ class _Walked:
             k, v, beta, g, self.inverse, own, self.seen, *self.sizes, T=plan.size, K=plan.key_block,
             V=plan.value_block, num_warps=8,
         )  # fmt: skip
-        _walk[self.grid](
-            k, g, own, self.seen, state, self.found, self.written, self.last, *self.sizes, **self.whole
-        )
+        _walk[self.grid](k, g, own, self.seen, state, self.found, self.written, self.last, *self.sizes, **self.whole)
 
 
 def forward(

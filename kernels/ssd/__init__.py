@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,20 @@ PORTABLE = True
 HAS_GPU = True
 
 
+@overload
+def ssd(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: int = ..., *,
+    h0: Tensor | None = ..., return_state: Literal[False] = ..., impl: str = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def ssd(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: int = ..., *,
+    h0: Tensor | None = ..., return_state: Literal[True], impl: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
 def ssd(
     x: Tensor,
     dt: Tensor,
@@ -24,11 +40,11 @@ def ssd(
     C: Tensor,
     chunk: int = 64,
     *,
-    initial_state: Tensor | None = None,
+    h0: Tensor | None = None,
     return_state: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,   y_t = h_t C_t,   h_0 = `initial_state` or zeros.
+    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,   y_t = h_t C_t,   h_0 = `h0` or zeros.
 
     x: (B, L, H, P); dt: (B, L, H), positive step sizes (softplus already taken); A: (H,), negative; B, C: (B, L, G, N),
     each of the G groups shared by H / G heads. Real; bfloat16 and float16 accumulate in float32. Without the skip
@@ -36,7 +52,7 @@ def ssd(
     chunk: steps per chunk, rounded up to a power of two; changes speed and memory, not the result.
 
     Returns y: (B, L, H, P) in the dtype of x; with `return_state` also h_L: (B, H, P, N), in the dtype of
-    `initial_state`, or float32 (float64 for float64 inputs) without one.
+    `h0`, or float32 (float64 for float64 inputs) without one.
 
     It is decayed attention with C as query, B as key, dt x as value and log decay dt A, and runs on the operator of
     `decay_attention` (CPU and Triton).
@@ -45,7 +61,7 @@ def ssd(
     Raises ValueError on a wrong rank, shape, dtype or mix of devices, on length 0, and on chunk < 1.
     """
     op = "ssd"
-    device = check_tensors(op, x=x, dt=dt, A=A, B=B, C=C, initial_state=initial_state)
+    device = check_tensors(op, x=x, dt=dt, A=A, B=B, C=C, h0=h0)
     check(x.dim() == 4 and 0 not in x.shape, op, "x", tuple(x.shape), "(B, L, H, P), nothing empty")
     batch, length, heads, width = x.shape
     check(dt.shape == x.shape[:3], op, "dt", tuple(dt.shape), f"{(batch, length, heads)}, as x")
@@ -53,24 +69,22 @@ def ssd(
     fits = B.dim() == 4 and B.shape[:2] == x.shape[:2] and 0 not in B.shape and heads % B.shape[2] == 0
     check(fits, op, "B", tuple(B.shape), f"({batch}, {length}, G, N) with G dividing {heads}")
     check(C.shape == B.shape, op, "C", tuple(C.shape), f"{tuple(B.shape)}, as B")
-    if initial_state is not None:
+    if h0 is not None:
         shape = batch, heads, width, B.shape[3]
-        check(initial_state.shape == shape, op, "initial_state", tuple(initial_state.shape), str(shape))
-    for name, t in {"x": x, "dt": dt, "A": A, "B": B, "C": C, "initial_state": initial_state}.items():
+        check(h0.shape == shape, op, "h0", tuple(h0.shape), str(shape))
+    for name, t in {"x": x, "dt": dt, "A": A, "B": B, "C": C, "h0": h0}.items():
         check(t is None or not t.is_complex(), op, name, t is None or t.dtype, "a real dtype")
     check(chunk >= 1, op, "chunk", chunk, "at least 1")
     dtype = torch.promote_types(torch.promote_types(B.dtype, C.dtype), x.dtype)
     chosen = choose(op, impl, device, portable=PORTABLE, has_gpu=HAS_GPU and dtype != torch.float64)
     if chosen == "reference":
-        return reference(x, dt, A, B, C, initial_state=initial_state, return_state=return_state)
+        return reference(x, dt, A, B, C, h0=h0, return_state=return_state)
     accumulate = torch.promote_types(dtype, torch.float32)
     log_decay = dt.to(accumulate) * A.to(accumulate)
     value = (x * dt.unsqueeze(-1)).to(dtype)
-    state = None if initial_state is None else initial_state.mT
-    y, last = attend(
-        C.to(dtype), B.to(dtype), value, log_decay.unsqueeze(-1), state, chunk, 1.0, chosen == "gpu"
-    )
+    state = None if h0 is None else h0.mT
+    y, last = attend(C.to(dtype), B.to(dtype), value, log_decay.unsqueeze(-1), state, chunk, 1.0, chosen == "gpu")
     y = y.to(x.dtype)
     if not return_state:
         return y
-    return y, last.mT if initial_state is None else last.mT.to(initial_state.dtype)
+    return y, last.mT if h0 is None else last.mT.to(h0.dtype)

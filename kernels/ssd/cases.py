@@ -38,7 +38,7 @@ def _inputs(
             "C": normal(batch, length, groups, states).to(dtype),
         }
         if state:
-            given["initial_state"] = normal(batch, heads, width, states).to(dtype)
+            given["h0"] = normal(batch, heads, width, states).to(dtype)
         return given | more
 
     return make

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -16,13 +18,27 @@ PORTABLE = False
 HAS_GPU = True
 
 
+@overload
+def wkv(
+    k: Tensor, v: Tensor, w: Tensor, u: Tensor, *,
+    h0: Tensor | None = ..., return_state: Literal[False] = ..., impl: str = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def wkv(
+    k: Tensor, v: Tensor, w: Tensor, u: Tensor, *,
+    h0: Tensor | None = ..., return_state: Literal[True], impl: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
 def wkv(
     k: Tensor,
     v: Tensor,
     w: Tensor,
     u: Tensor,
     *,
-    initial_state: Tensor | None = None,
+    h0: Tensor | None = None,
     return_state: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -31,31 +47,31 @@ def wkv(
     k, v: (B, L, D); w, u: (D,). Real; bfloat16 and float16 accumulate in float32. w is the logarithm of the decay rate,
     `time_decay` in the published code: a step multiplies by e^{-e^w}. The token before the current one is not decayed,
     and the bonus u takes the place of the decay for the current one.
-    initial_state: (B, 3, D), the sums' numerator and denominator divided by e^{top}, and the exponent top; top = -1e38
+    h0: (B, 3, D), the sums' numerator and denominator divided by e^{top}, and the exponent top; top = -1e38
     says nothing came before.
 
     Returns o: (B, L, D) in the dtype of v; with `return_state` also the state after the last step: (B, 3, D), in the
-    dtype of `initial_state`, or float32 (float64 for float64 inputs) without one.
+    dtype of `h0`, or float32 (float64 for float64 inputs) without one.
 
     Deterministic. Work 18 B L D, two exponentials per step and channel; nothing but the output is stored.
     Raises ValueError on a wrong rank, shape, dtype or mix of devices, and on length 0.
     """
     op = "wkv"
-    device = check_tensors(op, k=k, v=v, w=w, u=u, initial_state=initial_state)
+    device = check_tensors(op, k=k, v=v, w=w, u=u, h0=h0)
     check(k.dim() == 3 and 0 not in k.shape, op, "k", tuple(k.shape), "(B, L, D), nothing empty")
     batch, _, width = k.shape
-    shapes = {"v": k.shape, "w": (width,), "u": (width,), "initial_state": (batch, 3, width)}
-    for name, t in {"k": k, "v": v, "w": w, "u": u, "initial_state": initial_state}.items():
+    shapes = {"v": k.shape, "w": (width,), "u": (width,), "h0": (batch, 3, width)}
+    for name, t in {"k": k, "v": v, "w": w, "u": u, "h0": h0}.items():
         if t is None:
             continue
         check(not t.is_complex(), op, name, t.dtype, "a real dtype")
         check(t.shape == shapes.get(name, k.shape), op, name, tuple(t.shape), str(tuple(shapes.get(name, k.shape))))
     chosen = choose(op, impl, device, portable=PORTABLE, has_gpu=HAS_GPU)
     if chosen == "reference":
-        return reference(k, v, w, u, initial_state=initial_state, return_state=return_state)
+        return reference(k, v, w, u, h0=h0, return_state=return_state)
     dtype = torch.promote_types(k.dtype, v.dtype)
-    o, state = scan(k.to(dtype), v.to(dtype), w, u, initial_state, chosen == "gpu")
+    o, state = scan(k.to(dtype), v.to(dtype), w, u, h0, chosen == "gpu")
     o = o.to(v.dtype)
     if not return_state:
         return o
-    return o, state if initial_state is None else state.to(initial_state.dtype)
+    return o, state if h0 is None else state.to(h0.dtype)

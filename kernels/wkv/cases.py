@@ -33,7 +33,7 @@ def _inputs(
         if state:
             found = normal(batch, 3, width)
             found[:, 1] = found[:, 1].abs() + 0.5  # a denominator is positive
-            given["initial_state"] = found.to(dtype)
+            given["h0"] = found.to(dtype)
         return given | more
 
     return make

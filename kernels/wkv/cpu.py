@@ -146,9 +146,9 @@ def _blocks(batch: int, width: int) -> int:
     return min(width, max(-(-width // BLOCK), -(-torch.get_num_threads() // batch)))
 
 
-def _state(initial_state: Tensor | None, k: Tensor) -> Tensor:
-    if initial_state is not None:
-        return initial_state.to(torch.promote_types(k.dtype, torch.float32))
+def _state(h0: Tensor | None, k: Tensor) -> Tensor:
+    if h0 is not None:
+        return h0.to(torch.promote_types(k.dtype, torch.float32))
     state = k.new_zeros(k.shape[0], 3, k.shape[2], dtype=torch.promote_types(k.dtype, torch.float32))
     state[:, 2] = NOTHING
     return state
@@ -162,9 +162,9 @@ def _arrays(k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, *grads: T
 
 
 @torch.library.custom_op("lra::wkv", mutates_args=())
-def scan(k: Tensor, v: Tensor, w: Tensor, u: Tensor, initial_state: Tensor | None, triton: bool) -> tuple[Tensor, Tensor]:
+def scan(k: Tensor, v: Tensor, w: Tensor, u: Tensor, h0: Tensor | None, triton: bool) -> tuple[Tensor, Tensor]:
     """o and the final state, in float32 or float64."""
-    state = _state(initial_state, k)
+    state = _state(h0, k)
     if triton:
         from lra.kernels.wkv import gpu
 
@@ -176,18 +176,18 @@ def scan(k: Tensor, v: Tensor, w: Tensor, u: Tensor, initial_state: Tensor | Non
 
 
 @scan.register_fake
-def _(k: Tensor, v: Tensor, w: Tensor, u: Tensor, initial_state: Tensor | None, triton: bool) -> tuple[Tensor, Tensor]:
+def _(k: Tensor, v: Tensor, w: Tensor, u: Tensor, h0: Tensor | None, triton: bool) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(k.dtype, torch.float32)
     return v.new_empty(v.shape), k.new_empty((k.shape[0], 3, k.shape[2]), dtype=dtype)
 
 
 @torch.library.custom_op("lra::wkv_backward", mutates_args=())
 def scan_backward(
-    grad_o: Tensor, grad_last: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, initial_state: Tensor | None,
+    grad_o: Tensor, grad_last: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, h0: Tensor | None,
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of k, v, w, u and the initial state."""
-    state = _state(initial_state, k)
+    state = _state(h0, k)
     if triton:
         from lra.kernels.wkv import gpu
 
@@ -206,7 +206,7 @@ def scan_backward(
 
 @scan_backward.register_fake
 def _(
-    grad_o: Tensor, grad_last: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, initial_state: Tensor | None,
+    grad_o: Tensor, grad_last: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, h0: Tensor | None,
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     like = (k, v, w, u, grad_last)
@@ -219,9 +219,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, grad: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
-    initial_state = ctx.saved_tensors[-1]
-    *grads, grad_initial = scan_backward(grad, grad_last, *ctx.saved_tensors, ctx.triton)
-    return *grads, None if initial_state is None else grad_initial.to(initial_state.dtype), None
+    h0 = ctx.saved_tensors[-1]
+    *grads, grad_h0 = scan_backward(grad, grad_last, *ctx.saved_tensors, ctx.triton)
+    return *grads, None if h0 is None else grad_h0.to(h0.dtype), None
 
 
 scan.register_autograd(_differentiate, setup_context=_save)

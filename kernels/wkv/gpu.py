@@ -134,7 +134,7 @@ def backward(
     batch, length, width = k.shape
     grad_k, grad_v, grad_state = torch.empty_like(k), torch.empty_like(v), torch.empty_like(state)
     grad_rate, grad_u = k.new_empty(2, batch, width, dtype=torch.float64)
-    kept = torch.empty_like(k, dtype=state.dtype), torch.empty_like(k, dtype=state.dtype), torch.empty_like(k, dtype=torch.float64)
+    kept = [torch.empty_like(k, dtype=dtype) for dtype in (state.dtype, state.dtype, torch.float64)]
     grid, options = _plan(state)
     with torch.cuda.device_of(k):
         _backward[grid](

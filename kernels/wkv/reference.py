@@ -12,16 +12,16 @@ def reference(
     w: Tensor,
     u: Tensor,
     *,
-    initial_state: Tensor | None = None,
+    h0: Tensor | None = None,
     return_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """o_t = (e^{top} num + e^{u + k_t} v_t) / (e^{top} den + e^{u + k_t}); then num and den decay by e^{-e^w} and take
     e^{k_t} v_t and e^{k_t} in."""
-    if initial_state is None:
+    if h0 is None:
         num = den = torch.zeros_like(v[:, 0])
         top = torch.full_like(num, -1e38)
     else:
-        num, den, top = initial_state.unbind(1)
+        num, den, top = h0.unbind(1)
     outputs = []
     for k_t, v_t in zip(k.unbind(1), v.unbind(1), strict=True):
         largest = torch.maximum(top, u + k_t)

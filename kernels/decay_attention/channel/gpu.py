@@ -78,7 +78,7 @@ def _inside_backward(
     i, n, block = tl.program_id(2).to(tl.int64), tl.program_id(1), tl.program_id(0)
     b, h, rows, c = i // heads, i % heads, tl.arange(0, R), tl.arange(0, K)
     t = n * T + block * R + rows
-    q_t, k_t = tile(q, b, h, t, c, length, heads, keys), tile(k, b, h, t, c, length, heads, keys)
+    q_t = tile(q, b, h, t, c, length, heads, keys)
     since, until, _ = channels(g, b, h, t, c, length, heads, keys, rows, R)
     q_grad, k_grad = tl.zeros([R, K], tl.float32), tl.zeros([R, K], tl.float32)
     gap = tl.zeros([K], tl.float32)
@@ -138,7 +138,8 @@ def _finish(
     to_state *= tl.exp(until)
     q_grad, k_grad = tile(grad_q, b, h, t, c, length, heads, keys), tile(grad_k, b, h, t, c, length, heads, keys)
     at_rows, at_columns = (q_grad + from_state) * q_t - k_grad * k_t, to_state * k_t
-    g_grad = tl.cumsum(at_rows, 0, reverse=True) + tl.cumsum(at_columns, 0) - at_columns + (passing * tl.exp(through))[None, :]
+    g_grad = tl.cumsum(at_rows, 0, reverse=True) + tl.cumsum(at_columns, 0) - at_columns
+    g_grad += (passing * tl.exp(through))[None, :]
     own = (own * scale)[:, None]
     put(grad_q, b, h, t, c, length, heads, keys, q_grad + from_state + own * k_t)
     put(grad_k, b, h, t, c, length, heads, keys, k_grad + to_state + own * q_t)
