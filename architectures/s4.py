@@ -9,8 +9,8 @@ complex modes a channel, and P^* x over all of them is 2 Re(P^H x). Per channel,
     x_t = Abar x_{t-1} + Bbar u_t,   y_t = C x_t + D u_t = (K * u)_t + D u_t
     out = GLU(W gelu(y) + b)                                 (B, L, D)  value half times sigmoid(gate half)
 
-The parameter is Ct = C (I - Abar^length), as in algorithm 1: the kernel at `length` taps needs no power of Abar then. It
-is computed at that length and cut to the sequence's. Bidirectional: a second Ct gives a second kernel of the same
+The parameter is Ct = C (I - Abar^length), as in algorithm 1: the kernel at `length` taps needs no power of Abar then.
+It is computed at that length and cut to the sequence's. Bidirectional: a second Ct gives a second kernel of the same
 modes; it looks ahead and leaves out the current token.
 
 Initialisation, exactly S = V* HiPPO V for a unitary V of eigenvectors, B = V* B_HiPPO, P = V* P_HiPPO:

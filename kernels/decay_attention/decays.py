@@ -7,6 +7,8 @@ passes its step: differences of running sums would lose digits.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -19,13 +21,16 @@ class PerHead:
     """log decays (..., C, 1). The decay between any two steps is a matrix, from differences of a float64 sum."""
 
     def __init__(self, log_decay: Tensor) -> None:
-        total = log_decay.double().clamp_min(NO_MEMORY).cumsum(-2)
-        self.since = total.exp().to(log_decay.dtype)
-        self.until = (total[..., -1:, :] - total).exp().to(log_decay.dtype)
-        steps = log_decay.new_empty(*log_decay.shape[:-1], log_decay.shape[-2])
-        torch.sub(total, total.mT, out=steps)
-        self.steps = steps.exp_().tril_()
-        """(..., C, C): from step j, column, to step i >= j, row."""
+        self.total = log_decay.double().clamp_min(NO_MEMORY).cumsum(-2)
+        self.since = self.total.exp().to(log_decay.dtype)
+        self.until = (self.total[..., -1:, :] - self.total).exp().to(log_decay.dtype)
+
+    @cached_property
+    def steps(self) -> Tensor:
+        """(..., C, C): the decay from step j, column, to step i >= j, row; 0 above the diagonal."""
+        steps = self.since.new_empty(*self.since.shape[:-1], self.since.shape[-2])
+        torch.sub(self.total, self.total.mT, out=steps)
+        return steps.exp_().tril_()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """What the steps of a chunk give each other: q, k (..., C, K), v (..., C, V) -> (..., C, V)."""

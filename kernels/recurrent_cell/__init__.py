@@ -36,19 +36,20 @@ def recurrent_cell(
     """h_t = cell(x_t, h_{t-1}) for t = 1..L, with h_0 = `h0` (zeros where None).
 
     x_gates: (B, L, G * H), what the input adds to each of G gates (one matrix product over all steps, made before);
-    U: (G * H, H), recurrent weights, gates stacked in the order given below; b: (G * H,) or None, added to U h.
+    U: (G * H, H), recurrent weights, gates stacked in the order given below; b: (G * H,) or None, beside U h.
 
-    elman            h = tanh(x + U h + b)                                                                   G = 1
-    elman_relu       h = relu(x + U h + b)                                                                   G = 1
-    indrnn           h = relu(x + U * h + b), U: (H,)                                                        G = 1
-    lstm             i, f, o = sigmoid, g = tanh of x + U h + b;  c = f * c + i * g;  h = o * tanh(c)        G = 4, i f g o
-    lstm_coupled     the same with f = 1 - i                                                                 G = 3, i g o
-    gru              r, z = sigmoid(x + U h + b);  n = tanh(x + r * (U h + b));  h = z * h + (1 - z) * n     G = 3, r z n
-    gru_coupled      the same with r = 1 - z                                                                 G = 2, z n
-    gru_reset_first  gru with n = tanh(x + U (r * h) + b)                                                    G = 3, r z n
-    mgu              f = sigmoid(x + U h + b);  n = tanh(x + U (f * h) + b);  h = (1 - f) * h + f * n        G = 2, f n
-    rhn              D times: t = sigmoid, a = tanh of U_d h + b_d (+ x for d = 1);  h = t * a + (1 - t) * h
-                     U: (D * 2 * H, H), b: (D * 2 * H,), of each layer first a, then t                       G = 2, a t
+    cell (gates in order)     equations of one step
+    elman                     h = tanh(x + U h + b)
+    elman_relu                h = relu(x + U h + b)
+    indrnn                    h = relu(x + U * h + b), U: (H,)
+    lstm (i f g o)            i, f, o = sigmoid, g = tanh of x + U h + b;  c = f * c + i * g;  h = o * tanh(c)
+    lstm_coupled (i g o)      the same with f = 1 - i
+    gru (r z n)               r, z = sigmoid(x + U h + b);  n = tanh(x + r * (U h + b));  h = z * h + (1 - z) * n
+    gru_coupled (z n)         the same with r = 1 - z
+    gru_reset_first (r z n)   gru with n = tanh(x + U (r * h) + b)
+    mgu (f n)                 f = sigmoid(x + U h + b);  n = tanh(x + U (f * h) + b);  h = (1 - f) * h + f * n
+    rhn (a t)                 depth times: a = tanh, t = sigmoid of U_d h + b_d (+ x if d = 1);  h = t * a + (1 - t) * h
+                              U: (depth * 2 * H, H), b: (depth * 2 * H,), layer after layer
 
     c0: (B, H), first c of an lstm. peephole: (3, H) for lstm, (2, H) for lstm_coupled: p_i, p_f (not where coupled) and
     p_o; i and f then also see p * c of the step before, o sees p_o * c of its own step (Gers and Schmidhuber 2000).

@@ -1,8 +1,9 @@
 """Compiled time loops of `recurrent_cell`: a thread takes blocks of rows of the batch through time, forward and back.
 
-Gates are split off: x is (B, L, G, H), b (G, H). `kept` (B, L, number, H) holds what the backward needs: lstm i, f, g, o
-and c; gru r, z, n and U_n h + b_n; cells that reset first r, z and n; rhn candidate and transform of each layer. With a
-time dimension of 1, every step overwrites it. Weights come packed (`product.pack`), transposed for the way forward.
+Gates have their own dimension: x is (B, L, G, H), b (G, H). `kept` (B, L, number, H) holds what the backward needs:
+lstm i, f, g, o and c; gru r, z, n and U_n h + b_n; cells that reset first r, z and n; rhn candidate and transform of
+each layer. With a time dimension of 1, every step overwrites it. Weights come packed (`product.pack`), transposed for
+the way forward.
 
 One short loop per result: with more arrays in one loop, LLVM gives up proving them distinct, and vectorising.
 """
@@ -75,9 +76,9 @@ def indrnn_forward(start, stop, x, u, b, h0, h):
 
 
 @compiled
-def indrnn_backward(start, stop, grad, h, u, h0, grad_x, grad_h0, grad_u):
+def indrnn_backward(start, stop, grad, h, u, h0, grad_x, grad_h0, grad_u, grad_b):
     for i in range(start, stop):
-        carry, to_u = np.zeros_like(u), grad_u[i]
+        carry, to_u, to_b = np.zeros_like(u), grad_u[i], grad_b[i]
         for t in range(h.shape[1] - 1, -1, -1):
             y, h_t, to_x = grad[i, t], h[i, t], grad_x[i, t, 0]
             before = h[i, t - 1] if t else h0[i]
@@ -87,6 +88,8 @@ def indrnn_backward(start, stop, grad, h, u, h0, grad_x, grad_h0, grad_u):
                 carry[d] = to_x[d] * u[d]
             for d in range(h.shape[2]):
                 to_u[d] += to_x[d] * before[d]
+            for d in range(h.shape[2]):
+                to_b[d] += to_x[d]
         grad_h0[i] = carry
 
 
@@ -278,12 +281,13 @@ def reset_first_backward(start, stop, grad, h, kept, packed, packed_n, h0, grad_
     one = kept.dtype.type(1)
     for lo in range(start, stop, BLOCK):
         rows = min(BLOCK, stop - lo)
-        back, inner, delta = _products(rows, packed), _products(rows, packed_n), np.empty((rows, gates - 1, width), kept.dtype)
+        back, inner = _products(rows, packed), _products(rows, packed_n)
+        delta = np.empty((rows, gates - 1, width), kept.dtype)
         to_state, to_candidate = np.zeros((rows, width), kept.dtype), np.empty((rows, width), kept.dtype)
         for t in range(length - 1, -1, -1):
             for row in range(rows):
-                y, after, keep, to_h, to_n = grad[lo + row, t], back[row], kept[lo + row, t], to_state[row], to_candidate[row]
-                z, n = keep[1], keep[2]
+                y, after, to_h, to_n = grad[lo + row, t], back[row], to_state[row], to_candidate[row]
+                z, n = kept[lo + row, t, 1], kept[lo + row, t, 2]
                 for d in range(width):
                     to_h[d] += y[d] + after[d]
                 for d in range(width):
@@ -357,9 +361,7 @@ def rhn_backward(start, stop, grad, h, kept, packed, h0, deltas, grad_h0):
                     for d in range(width):
                         to_candidate[d] = to_h[d] * transform[d] * (one - candidate[d] * candidate[d])
                     for d in range(width):
-                        to_transform[d] = (
-                            to_h[d] * (candidate[d] - before[d]) * transform[d] * (one - transform[d])
-                        )
+                        to_transform[d] = to_h[d] * (candidate[d] - before[d]) * transform[d] * (one - transform[d])
                     for d in range(width):
                         to_h[d] *= one - transform[d]
                     deltas[lo + r, t, 2 * layer : 2 * layer + 2] = delta[r]

@@ -93,11 +93,10 @@ def run_backward(
     grad_h0, grad_c0, grad_p = torch.empty_like(h0), torch.empty_like(c0), torch.empty_like(peephole)
     y, kept_, h_, h0_ = _array(grad_h, dtype), kept.detach().numpy(), h.numpy(), h0.numpy()
     written = delta.numpy(), grad_h0.numpy()
-    before = torch.cat((h0.unsqueeze(1), h[:, :-1]), dim=1)
     if cell == "indrnn":
-        # a sum over every step: in double precision, to keep the digits
-        sums = torch.zeros(batch, width, dtype=torch.float64)
-        over_rows(cpu.indrnn_backward, batch, y, h_, U.numpy(), h0_, *written, sums.numpy())
+        # sums over every step: in double precision, to keep the digits
+        to_u, to_b = torch.zeros(2, batch, width, dtype=torch.float64)
+        over_rows(cpu.indrnn_backward, batch, y, h_, U.numpy(), h0_, *written, to_u.numpy(), to_b.numpy())
     elif cell in ("elman", "elman_relu"):
         over_rows(cpu.elman_backward, batch, y, h_, pack(U).numpy(), *written, cell == "elman_relu")
     elif cell in ("lstm", "lstm_coupled"):
@@ -118,14 +117,15 @@ def run_backward(
         over_rows(cpu.reset_first_backward, batch, y, h_, kept_, gates, candidate, h0_, *written)
     grad_x = (delta[:, :, :2] if cell == "rhn" else delta).flatten(2).contiguous()
     if cell == "indrnn":
-        grad_U, grad_b = sums.sum(0), delta.sum((0, 1, 2))
+        grad_U, grad_b = to_u.sum(0), to_b.sum(0)
     else:
-        grad_U, grad_b = _of_weights(delta, before, kept, cell)
+        grad_U, grad_b = _of_weights(delta, h0, h, kept, cell)
     return tuple(t.to(given) for t in (grad_x, grad_U, grad_b, grad_h0, grad_c0, grad_p))  # type: ignore[return-value]
 
 
-def _of_weights(delta: Tensor, before: Tensor, kept: Tensor, cell: str) -> tuple[Tensor, Tensor]:
-    """Gradients of U and b from those of the pre-activations (B, L, G, H) and the states (B, L, H) before each step."""
+def _of_weights(delta: Tensor, h0: Tensor, h: Tensor, kept: Tensor, cell: str) -> tuple[Tensor, Tensor]:
+    """Gradients of U and b from those of the pre-activations, `delta` (B, L, G, H)."""
+    before = torch.cat((h0.unsqueeze(1), h[:, :-1]), dim=1)
     to_product, seen = list(delta.unbind(2)), [before] * delta.shape[2]
     if cell in ("gru", "gru_coupled"):
         to_product[-1] = to_product[-1] * kept[:, :, 0]  # r scales the candidate's product
