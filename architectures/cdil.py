@@ -86,6 +86,8 @@ class CDIL(Encoder):
         causal=False,
     )
 
+    levels: Any
+
     def __init__(
         self,
         *,

@@ -65,6 +65,8 @@ class CausalConv(nn.Module):
 class TCNLevel(nn.Module):
     """x -> relu(x + relu(c_2(relu(c_1(x))))), and nothing for the end of the network."""
 
+    convs: Any
+
     def __init__(self, d_model: int, kernel: int, dilation: int, dropout: float) -> None:
         super().__init__()
         self.convs = nn.ModuleList(CausalConv(d_model, d_model, kernel, dilation) for _ in range(2))
@@ -124,6 +126,9 @@ class GatedLevel(nn.Module):
 
 class TCNMixer(Mixer):
     """All levels: (B, L, D) -> (B, L, D). Padding comes after all real tokens: no mask needed."""
+
+    levels: Any
+    head: Any
 
     def __init__(self, d_model: int, levels: int, kernel: int, gated: bool, dropout: float) -> None:
         super().__init__()

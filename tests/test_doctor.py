@@ -129,7 +129,7 @@ def test_timing_warms_up_and_repeats() -> None:
 
 
 def test_a_profile_cell_holds_work_speed_and_memory() -> None:
-    cell = profiler.Cell("gru", length=32, batch=2, d_model=16, n_layers=1, direction="causal", budget=0.05)
+    cell = profiler.Cell("transformer", length=32, batch=2, d_model=16, n_layers=1, direction="causal", budget=0.05)
     found = profiler.measure_cell(cell, CPU)
     assert found["flops"]["matmul"] == pytest.approx(found["flops"]["matmul_by_formula"], rel=0.01)
     assert found["memory"]["parameters"] == 4 * found["parameters"]

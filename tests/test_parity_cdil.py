@@ -71,7 +71,7 @@ def test_every_output_sees_every_token(length: int, kernel: int) -> None:
     torch.manual_seed(0)
     encoder = CDIL(d_model=8, n_layers=1, length=length, kernel=kernel).double()
     for level in encoder.levels:
-        torch.nn.init.constant_(level.conv.bias, 5.0)  # no relu shuts a path
+        torch.nn.init.constant_(level.get_parameter("conv.bias"), 5.0)  # no relu shuts a path
     x = torch.randn(1, length, 8, dtype=torch.float64, requires_grad=True)
     for t in (0, length // 3):
         (grad,) = torch.autograd.grad(encoder(x, torch.ones(1, length, dtype=torch.bool))[0, t].sum(), x)
