@@ -2,8 +2,9 @@
 what each chunk finds; the others take all chunks at once. What only decays per channel need is in channel/gpu.py.
 
 Backward keeps the states and their gradients at the chunk boundaries, (B, H, chunks, K, V) in float32 each, while it
-runs. Products accumulate in float32: exactly for float32 inputs, from TF32 operands for narrower ones. Running sums of
-log decays are in float64, so that their differences keep their digits. Steps beyond the end have zero keys and decay 1.
+runs. Products accumulate in float32, from float32 operands (as three TF32 products) for float32 inputs, from TF32
+operands for narrower ones. Running sums of log decays are in float64, so that their differences keep their digits.
+Steps beyond the end have zero keys and decay 1.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def _outputs(
         c = first + tl.arange(0, K)
         q_t = tile(q, b, group, t, c, length, groups, keys) * scale
         if CHANNEL:
-            since, _, _ = channels(g, b, h, t, c, length, heads, keys, rows, T)
+            since, _after, _sum = channels(g, b, h, t, c, length, heads, keys, rows, T)
             q_t *= tl.exp(since)
         else:
             k_t = tile(k, b, group, t, c, length, groups, keys)
@@ -155,7 +156,7 @@ def _values_backward(
         c = first + tl.arange(0, K)
         k_t = tile(k, b, group, t, c, length, groups, keys)
         if CHANNEL:
-            _, until, _ = channels(g, b, h, t, c, length, heads, keys, rows, T)
+            _before, until, _sum = channels(g, b, h, t, c, length, heads, keys, rows, T)
             k_t *= tl.exp(until)
         else:
             q_t = tile(q, b, group, t, c, length, groups, keys) * scale
@@ -230,9 +231,13 @@ class Plan:
         self.groups, self.keys, self.channel = q.shape[2], q.shape[3], channel
         self.size = max(16, min(64, chunk_size(chunk, self.length)))
         self.chunks = triton.cdiv(self.length, self.size)
-        self.key_block = max(16, min(64, triton.next_power_of_2(self.keys)))
-        self.value_block = max(16, min(64, triton.next_power_of_2(self.values)))
-        self.precision = "ieee" if v.dtype == torch.float32 else "tf32"
+        # float32 from three TF32 products each, which take twice the registers; before Ampere there is no TF32
+        old = v.is_cuda and torch.cuda.get_device_capability(v.device) < (8, 0)
+        self.exact = "ieee" if old else "tf32x3"
+        self.precision = self.exact if old or v.dtype == torch.float32 else "tf32"
+        widest = 64 if self.precision == "tf32" else 32
+        self.key_block = max(16, min(widest, triton.next_power_of_2(self.keys)))
+        self.value_block = max(16, min(widest, triton.next_power_of_2(self.values)))
         self.rows = self.batch * self.heads
 
     @property
@@ -241,7 +246,10 @@ class Plan:
 
     @property
     def blocks(self) -> dict[str, Any]:
-        return {"PRECISION": self.precision, "T": self.size, "K": self.key_block, "V": self.value_block, "num_warps": 4}
+        return {
+            "PRECISION": self.precision, "T": self.size, "K": self.key_block, "V": self.value_block, "num_warps": 4,
+            "num_stages": 1,
+        }  # fmt: skip
 
     @property
     def by_value(self) -> tuple[int, int, int]:
@@ -262,8 +270,9 @@ class Plan:
         found, last = self.boundaries(y), torch.empty_like(state)
         grid = triton.cdiv(self.values, self.value_block), triton.cdiv(self.keys, self.key_block), self.rows
         _states[grid](
-            x, y, g, state, found, last, scale, *self.sizes, CHANNEL=self.channel, REVERSE=reverse, **self.blocks
-        )
+            x, y, g, state, found, last, scale, *self.sizes, CHANNEL=self.channel, REVERSE=reverse,
+            **self.blocks | {"num_stages": 2},
+        )  # fmt: skip
         return found, last
 
     def outputs(

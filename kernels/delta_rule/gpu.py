@@ -22,8 +22,8 @@ def _rates(beta, b, h, t, length, heads):
 
 @triton.jit
 def _systems(
-    k, v, beta, g, inverse, own, seen, length, heads, keys, values, chunks, T: tl.constexpr, K: tl.constexpr,
-    V: tl.constexpr,
+    k, v, beta, g, inverse, own, seen, length, heads, keys, values, chunks, PRECISION: tl.constexpr, T: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """(I + T)^{-1}, and with it U_0 (`own`) and W (`seen`)."""
     i, n, rows = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.arange(0, T)
@@ -33,7 +33,7 @@ def _systems(
     alike = tl.zeros([T, T], tl.float32)
     for first in range(0, keys, K):
         k_t = tile(k, b, h, t, first + tl.arange(0, K), length, heads, keys)
-        alike += tl.dot(k_t, tl.trans(k_t), input_precision="ieee")
+        alike += tl.dot(k_t, tl.trans(k_t), input_precision=PRECISION)
     system = tl.where(rows[:, None] > rows[None, :], rate[:, None] * alike * factors(total, rows), 0.0)
     solved = tl.where(rows[:, None] == rows[None, :], 1.0, 0.0)
     for row in range(1, T):
@@ -44,12 +44,12 @@ def _systems(
     for first in range(0, values, V):
         d = first + tl.arange(0, V)
         v_t = tile(v, b, h, t, d, length, heads, values) * rate[:, None]
-        put(own, b, h, t, d, length, heads, values, tl.dot(solved, v_t, input_precision="ieee"))
+        put(own, b, h, t, d, length, heads, values, tl.dot(solved, v_t, input_precision=PRECISION))
     rate *= tl.exp(total.to(tl.float32))
     for first in range(0, keys, K):
         c = first + tl.arange(0, K)
         k_t = tile(k, b, h, t, c, length, heads, keys) * rate[:, None]
-        put(seen, b, h, t, c, length, heads, keys, tl.dot(solved, k_t, input_precision="ieee"))
+        put(seen, b, h, t, c, length, heads, keys, tl.dot(solved, k_t, input_precision=PRECISION))
 
 
 @triton.jit
@@ -102,41 +102,54 @@ def _walk_back(
 @triton.jit
 def _systems_backward(
     k, v, beta, g, inverse, written, found, grad_written, grad_k, grad_v, grad_beta, grad_g, length, heads, keys,
-    values, chunks, PRECISION: tl.constexpr, T: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    values, chunks, EXACT: tl.constexpr, PRECISION: tl.constexpr, T: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of v and beta, and the part of those of k and g that passes the systems, added to what is there."""
+    """Gradients of v and beta, and the part of those of k and g that passes the systems, added to what is there.
+    Overwrites the gradient of the errors by that of the right-hand sides."""
     i, n, rows = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.arange(0, T)
-    b, h, t, c = i // heads, i % heads, n * T + rows, tl.arange(0, K)
+    b, h, t = i // heads, i % heads, n * T + rows
     rate = _rates(beta, b, h, t, length, heads)
     total, _ = running(g, b, h, t, length, heads)
-    since, steps = tl.exp(total.to(tl.float32)), factors(total, rows)
-    k_t = tile(k, b, h, t, c, length, heads, keys)
+    since = tl.exp(total.to(tl.float32))
     solved = tl.trans(matrix(inverse, i * chunks + n, rows, rows, T, T))
-    to_system, from_state = tl.zeros([T, T], tl.float32), tl.zeros([T, K], tl.float32)
-    to_rate = tl.zeros([T], tl.float32)
+    to_system, alike = tl.zeros([T, T], tl.float32), tl.zeros([T, T], tl.float32)
+    to_rate, at_rows = tl.zeros([T], tl.float32), tl.zeros([T], tl.float32)
     for first in range(0, values, V):
         d = first + tl.arange(0, V)
-        S = matrix(found, i * chunks + n, c, d, keys, values)
         error_grad = tile(grad_written, b, h, t, d, length, heads, values)
-        right = tl.dot(solved, error_grad, input_precision="ieee")
-        seen = tl.dot(k_t, S, input_precision=PRECISION) * since[:, None]
-        to_rate += tl.sum(right * (tile(v, b, h, t, d, length, heads, values) - seen), 1)
+        right = tl.dot(solved, error_grad, input_precision=EXACT)
         error = tile(written, b, h, t, d, length, heads, values)
         to_system -= tl.dot(right, tl.trans(error), input_precision=PRECISION)
-        from_state -= tl.dot(right, tl.trans(S), input_precision=PRECISION)
+        to_rate += tl.sum(right * tile(v, b, h, t, d, length, heads, values), 1)
+        put(grad_written, b, h, t, d, length, heads, values, right)
         put(grad_v, b, h, t, d, length, heads, values, right * rate[:, None])
-    to_system = tl.where(rows[:, None] > rows[None, :], to_system, 0.0) * steps
-    from_state *= (since * rate)[:, None]
-    alike = tl.dot(k_t, tl.trans(k_t), input_precision="ieee")
+    tl.debug_barrier()  # other threads read back what was put into grad_written
+    for first in range(0, keys, K):
+        k_t = tile(k, b, h, t, first + tl.arange(0, K), length, heads, keys)
+        alike += tl.dot(k_t, tl.trans(k_t), input_precision=EXACT)
+    to_system = tl.where(rows[:, None] > rows[None, :], to_system, 0.0) * factors(total, rows)
     to_rate += tl.sum(to_system * alike, 1)
     to_system *= rate[:, None]
-    k_grad = tile(grad_k, b, h, t, c, length, heads, keys) + from_state
-    k_grad += tl.dot(to_system + tl.trans(to_system), k_t, input_precision=PRECISION)
-    put(grad_k, b, h, t, c, length, heads, keys, k_grad)
+    both = to_system + tl.trans(to_system)
+    for first in range(0, keys, K):
+        c = first + tl.arange(0, K)
+        k_t, from_state = tile(k, b, h, t, c, length, heads, keys), tl.zeros([T, K], tl.float32)
+        for start in range(0, values, V):
+            d = start + tl.arange(0, V)
+            right = tile(grad_written, b, h, t, d, length, heads, values)
+            S = matrix(found, i * chunks + n, c, d, keys, values)
+            from_state -= tl.dot(right, tl.trans(S), input_precision=PRECISION)
+        from_state *= since[:, None]
+        passed = tl.sum(from_state * k_t, 1)
+        to_rate += passed
+        at_rows += passed * rate
+        k_grad = tile(grad_k, b, h, t, c, length, heads, keys) + from_state * rate[:, None]
+        k_grad += tl.dot(both, k_t, input_precision=PRECISION)
+        put(grad_k, b, h, t, c, length, heads, keys, k_grad)
     at = (b * length + t) * heads + h
     tl.store(grad_beta + at, to_rate, t < length)
-    passed = passing(to_system * alike, tl.sum(from_state * k_t, 1), tl.zeros([T], tl.float32), rows, PRECISION)
-    tl.store(grad_g + at, tl.load(grad_g + at, t < length, 0.0) + passed, t < length)
+    g_grad = passing(to_system * alike, at_rows, tl.zeros([T], tl.float32), rows, PRECISION)
+    tl.store(grad_g + at, tl.load(grad_g + at, t < length, 0.0) + g_grad, t < length)
 
 
 class _Walked:
@@ -148,15 +161,15 @@ class _Walked:
         # a walk needs the whole key at once; narrow values, to have more of them side by side
         self.whole = {
             "PRECISION": plan.precision, "T": plan.size, "K": max(16, triton.next_power_of_2(plan.keys)),
-            "V": min(32, plan.value_block), "num_warps": 8,
+            "V": max(16, min(32, plan.value_block // 2)), "num_warps": 8, "num_stages": 1,
         }  # fmt: skip
         self.grid = triton.cdiv(plan.values, self.whole["V"]), plan.rows
         self.inverse = plan.squares(v)
         self.seen, own = torch.empty_like(k, dtype=torch.float32), torch.empty_like(v, dtype=torch.float32)
         self.found, self.written, self.last = plan.boundaries(v), torch.empty_like(own), torch.empty_like(state)
         _systems[(plan.chunks, plan.rows)](
-            k, v, beta, g, self.inverse, own, self.seen, *self.sizes, T=plan.size, K=plan.key_block,
-            V=plan.value_block, num_warps=8,
+            k, v, beta, g, self.inverse, own, self.seen, *self.sizes, PRECISION=plan.exact, T=plan.size,
+            K=plan.key_block, V=plan.value_block, num_warps=8, num_stages=1,
         )  # fmt: skip
         _walk[self.grid](k, g, own, self.seen, state, self.found, self.written, self.last, *self.sizes, **self.whole)
 
@@ -191,6 +204,6 @@ def backward(
         grad_v, grad_beta = torch.empty_like(v), torch.empty_like(beta)
         _systems_backward[(plan.chunks, plan.rows)](
             k, v, beta, g, walked.inverse, written, found, grad_written, grad_k, grad_v, grad_beta, grad_g,
-            *walked.sizes, **walked.whole,
+            *walked.sizes, EXACT=plan.exact, **plan.blocks | {"num_warps": 8},
         )  # fmt: skip
     return grad_q, grad_k, grad_v, grad_beta, grad_g, first

@@ -13,7 +13,8 @@ __all__ = ["recurrent_cell"]
 
 DETERMINISTIC = True
 PORTABLE = False
-HAS_GPU = False
+HAS_GPU = True
+WIDEST_ON_GPU = 128  # units per layer that the Triton kernel holds; wider dense cells take the reference there
 
 GATES = {
     "elman": 1, "elman_relu": 1, "indrnn": 1, "lstm": 4, "lstm_coupled": 3, "gru": 3, "gru_coupled": 2,
@@ -81,10 +82,11 @@ def recurrent_cell(
     ):  # fmt: skip
         fits = tensor is None or tensor.shape == shape
         check(fits, op, name, tensor is None or tuple(tensor.shape), str(tuple(shape)) if shape else f"None for {cell}")
-    chosen = choose(op, impl, device, portable=PORTABLE, has_gpu=HAS_GPU)
     dtype = x_gates.dtype
     for tensor in (U, b, h0, c0, peephole):
         dtype = dtype if tensor is None else torch.promote_types(dtype, tensor.dtype)
+    on_gpu = dtype != torch.float64 and (cell == "indrnn" or width <= WIDEST_ON_GPU)
+    chosen = choose(op, impl, device, portable=PORTABLE, has_gpu=HAS_GPU and on_gpu)
 
     def filled(tensor: Tensor | None, *shape: int) -> Tensor:
         return x_gates.new_zeros(shape, dtype=dtype) if tensor is None else tensor.to(dtype)
@@ -96,7 +98,7 @@ def recurrent_cell(
     c0 = filled(c0, batch, width) if is_lstm else x.new_empty(0)
     peephole = filled(peephole, 0)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, u, bias, h0, c0, peephole))
-    h, c, _ = run(x, u, bias, h0, c0, peephole, cell, keep)
+    h, c, _ = run(x, u, bias, h0, c0, peephole, cell, keep, chosen == "gpu")
     if not return_state:
         return h
     return (h, h[:, -1], c) if is_lstm else (h, h[:, -1])

@@ -30,51 +30,89 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _array(t: Tensor, dtype: torch.dtype) -> Any:
-    return t.detach().to(dtype).contiguous().numpy()
-
-
 def _peepholes(peephole: Tensor, U: Tensor) -> Tensor:
     """Those given, or zeros."""
-    width = U.shape[1]
-    return peephole.to(U.dtype).contiguous() if peephole.numel() else U.new_zeros(len(U) // width - 1, width)
+    if peephole.numel() or U.ndim == 1:
+        return peephole.detach().to(U.dtype).contiguous()
+    return U.new_zeros(len(U) // U.shape[1] - 1, U.shape[1])
+
+
+def _forward_on_cpu(
+    x: Tensor, U: Tensor, b: Tensor, peephole: Tensor, h0: Tensor, c0: Tensor, h: Tensor, c_last: Tensor, kept: Tensor,
+    cell: str,
+) -> None:  # fmt: skip
+    width = h.shape[2]
+    given = x.numpy(), pack(U.T).numpy() if U.ndim == 2 else U.numpy(), b.numpy()
+    over = h0.numpy(), h.numpy()
+    if cell in ("elman", "elman_relu"):
+        over_rows(cpu.elman_forward, len(x), *given, *over, cell == "elman_relu")
+    elif cell == "indrnn":
+        over_rows(cpu.indrnn_forward, len(x), *given, *over)
+    elif cell in ("lstm", "lstm_coupled"):
+        of_cell = peephole.numpy(), h0.numpy(), c0.numpy(), h.numpy(), c_last.numpy()
+        over_rows(cpu.lstm_forward, len(x), *given, *of_cell, kept.numpy())
+    elif cell in ("gru", "gru_coupled"):
+        over_rows(cpu.gru_forward, len(x), *given, *over, kept.numpy())
+    elif cell == "rhn":
+        layers = torch.stack([pack(u.T) for u in U.split(2 * width)])
+        over_rows(cpu.rhn_forward, len(x), given[0], layers.numpy(), given[2], *over, kept.numpy())
+    else:
+        gates, candidate = (pack(u.T).numpy() for u in (U[:-width], U[-width:]))
+        over_rows(cpu.reset_first_forward, len(x), given[0], gates, candidate, given[2], *over, kept.numpy())
+
+
+def _backward_on_cpu(
+    y: Tensor, grad_c: Tensor, U: Tensor, peephole: Tensor, h0: Tensor, c0: Tensor, h: Tensor, kept: Tensor,
+    delta: Tensor, grad_h0: Tensor, grad_c0: Tensor, sums: Tensor, cell: str,
+) -> None:  # fmt: skip
+    batch, _, width = h.shape
+    states, written = (h.numpy(), kept.numpy()), (delta.numpy(), grad_h0.numpy())
+    if cell == "indrnn":
+        over_rows(cpu.indrnn_backward, batch, y.numpy(), h.numpy(), U.numpy(), h0.numpy(), *written, *sums.numpy())
+    elif cell in ("elman", "elman_relu"):
+        over_rows(cpu.elman_backward, batch, y.numpy(), h.numpy(), pack(U).numpy(), *written, cell == "elman_relu")
+    elif cell in ("lstm", "lstm_coupled"):
+        of_cell = grad_c.numpy(), kept.numpy(), pack(U).numpy(), peephole.numpy(), c0.numpy()
+        over_rows(cpu.lstm_backward, batch, y.numpy(), *of_cell, *written, grad_c0.numpy())
+    elif cell in ("gru", "gru_coupled"):
+        over_rows(cpu.gru_backward, batch, y.numpy(), *states, pack(U).numpy(), h0.numpy(), *written)
+    elif cell == "rhn":
+        layers = torch.stack([pack(u) for u in U.split(2 * width)])
+        over_rows(cpu.rhn_backward, batch, y.numpy(), *states, layers.numpy(), h0.numpy(), *written)
+    else:
+        gates, candidate = (pack(u).numpy() for u in (U[:-width], U[-width:]))
+        over_rows(cpu.reset_first_backward, batch, y.numpy(), *states, gates, candidate, h0.numpy(), *written)
+
+
+def _plain(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.detach().to(dtype).contiguous() for t in tensors)
 
 
 @torch.library.custom_op("lra::recurrent_cell", mutates_args=())
 def run(
-    x: Tensor, U: Tensor, b: Tensor, h0: Tensor, c0: Tensor, peephole: Tensor, cell: str, keep: bool
+    x: Tensor, U: Tensor, b: Tensor, h0: Tensor, c0: Tensor, peephole: Tensor, cell: str, keep: bool, triton: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """h, the last c of an lstm (else empty), and what the backward needs (without `keep`: nothing)."""
     batch, length, _ = x.shape
-    width, dtype = h0.shape[1], _wide(x.dtype)
-    h, c_last = torch.empty(batch, length, width, dtype=dtype), torch.empty(c0.shape, dtype=dtype)
-    kept = torch.empty(_kept_shape(x, U, h0, cell, keep), dtype=dtype)
+    width, dtype, given = h0.shape[1], _wide(x.dtype), x.dtype
+    kept = x.new_empty(_kept_shape(x, U, h0, cell, keep), dtype=dtype)
     # what is not kept has room for one step
-    room = kept if keep else torch.empty(batch, 1, *kept.shape[2:], dtype=dtype)
-    U = U.detach().to(dtype)
-    x_, b_ = _array(x, dtype).reshape(batch, length, -1, width), _array(b, dtype).reshape(-1, width)
-    h0_, h_, room_ = _array(h0, dtype), h.numpy(), room.numpy()
-    if cell in ("elman", "elman_relu"):
-        over_rows(cpu.elman_forward, batch, x_, pack(U.T).numpy(), b_, h0_, h_, cell == "elman_relu")
-    elif cell == "indrnn":
-        over_rows(cpu.indrnn_forward, batch, x_, _array(U, dtype), b_, h0_, h_)
-    elif cell in ("lstm", "lstm_coupled"):
-        p, c0_ = _peepholes(peephole, U).numpy(), _array(c0, dtype)
-        over_rows(cpu.lstm_forward, batch, x_, pack(U.T).numpy(), b_, p, h0_, c0_, h_, c_last.numpy(), room_)
-    elif cell in ("gru", "gru_coupled"):
-        over_rows(cpu.gru_forward, batch, x_, pack(U.T).numpy(), b_, h0_, h_, room_)
-    elif cell == "rhn":
-        layers = torch.stack([pack(u.T) for u in U.split(2 * width)])
-        over_rows(cpu.rhn_forward, batch, x_, layers.numpy(), b_, h0_, h_, room_)
+    room = kept if keep else kept.new_empty(batch, 1, *kept.shape[2:])
+    x, U, b, h0, c0 = _plain(dtype, x, U, b, h0, c0)
+    h, c_last = x.new_empty(batch, length, width), torch.empty_like(c0)
+    arguments = x.view(batch, length, -1, width), U, b.view(-1, width), _peepholes(peephole, U), h0, c0, h, c_last, room
+    if triton:
+        from lra.kernels.recurrent_cell import gpu
+
+        gpu.forward(*arguments, cell)
     else:
-        gates, candidate = (pack(u.T).numpy() for u in (U[:-width], U[-width:]))
-        over_rows(cpu.reset_first_forward, batch, x_, gates, candidate, b_, h0_, h_, room_)
-    return h.to(x.dtype), c_last.to(x.dtype), kept
+        _forward_on_cpu(*arguments, cell)
+    return h.to(given), c_last.to(given), kept
 
 
 @run.register_fake
 def _(
-    x: Tensor, U: Tensor, b: Tensor, h0: Tensor, c0: Tensor, peephole: Tensor, cell: str, keep: bool
+    x: Tensor, U: Tensor, b: Tensor, h0: Tensor, c0: Tensor, peephole: Tensor, cell: str, keep: bool, triton: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     kept = x.new_empty(_kept_shape(x, U, h0, cell, keep), dtype=_wide(x.dtype))
     return x.new_empty(len(x), x.shape[1], h0.shape[1]), x.new_empty(c0.shape), kept
@@ -83,43 +121,31 @@ def _(
 @torch.library.custom_op("lra::recurrent_cell_backward", mutates_args=())
 def run_backward(
     grad_h: Tensor, grad_c: Tensor, U: Tensor, h0: Tensor, c0: Tensor, peephole: Tensor, h: Tensor, kept: Tensor,
-    cell: str,
+    cell: str, triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, U, b, h0, c0 and peephole."""
     batch, length, width = h.shape
-    dtype, given = kept.dtype, h.dtype
-    U, h0, c0, h, peephole = (t.detach().to(dtype).contiguous() for t in (U, h0, c0, h, peephole))
-    delta = torch.empty(batch, length, len(U) // width, width, dtype=dtype)  # by pre-activation
-    grad_h0, grad_c0, grad_p = torch.empty_like(h0), torch.empty_like(c0), torch.empty_like(peephole)
-    y, kept_, h_, h0_ = _array(grad_h, dtype), kept.detach().numpy(), h.numpy(), h0.numpy()
-    written = delta.numpy(), grad_h0.numpy()
-    if cell == "indrnn":
-        # sums over every step: in double precision, to keep the digits
-        to_u, to_b = torch.zeros(2, batch, width, dtype=torch.float64)
-        over_rows(cpu.indrnn_backward, batch, y, h_, U.numpy(), h0_, *written, to_u.numpy(), to_b.numpy())
-    elif cell in ("elman", "elman_relu"):
-        over_rows(cpu.elman_backward, batch, y, h_, pack(U).numpy(), *written, cell == "elman_relu")
-    elif cell in ("lstm", "lstm_coupled"):
-        of_cell = _array(grad_c, dtype), kept_, pack(U).numpy(), _peepholes(peephole, U).numpy(), c0.numpy()
-        over_rows(cpu.lstm_backward, batch, y, *of_cell, *written, grad_c0.numpy())
-        if peephole.numel():
-            c = torch.cat((c0.unsqueeze(1), kept[:, :, 4]), dim=1)
-            for row, gate in enumerate((0, 1, -1) if len(peephole) == 3 else (0, -1)):
-                seen = c[:, 1:] if gate == -1 else c[:, :-1]
-                grad_p[row] = (delta[:, :, gate] * seen).sum((0, 1))
-    elif cell in ("gru", "gru_coupled"):
-        over_rows(cpu.gru_backward, batch, y, h_, kept_, pack(U).numpy(), h0_, *written)
-    elif cell == "rhn":
-        layers = torch.stack([pack(u) for u in U.split(2 * width)])
-        over_rows(cpu.rhn_backward, batch, y, h_, kept_, layers.numpy(), h0_, *written)
+    given = h.dtype
+    grad_h, grad_c, U, h0, c0, h, kept = _plain(kept.dtype, grad_h, grad_c, U, h0, c0, h, kept)
+    delta = h.new_empty(batch, length, len(U) // width, width)  # the gradient by every pre-activation
+    grad_h0, grad_c0 = torch.empty_like(h0), torch.empty_like(c0)
+    grad_p = h.new_empty(peephole.shape)
+    # sums over every step: in double precision, to keep the digits
+    sums = h.new_zeros(2, batch if cell == "indrnn" else 0, width, dtype=torch.float64)
+    arguments = grad_h, grad_c, U, _peepholes(peephole, U), h0, c0, h, kept, delta, grad_h0, grad_c0, sums
+    if triton:
+        from lra.kernels.recurrent_cell import gpu
+
+        gpu.backward(*arguments, cell)
     else:
-        gates, candidate = (pack(u).numpy() for u in (U[:-width], U[-width:]))
-        over_rows(cpu.reset_first_backward, batch, y, h_, kept_, gates, candidate, h0_, *written)
+        _backward_on_cpu(*arguments, cell)
+    if peephole.numel():
+        c = torch.cat((c0.unsqueeze(1), kept[:, :, 4]), dim=1)
+        for row, gate in enumerate((0, 1, -1) if len(peephole) == 3 else (0, -1)):
+            seen = c[:, 1:] if gate == -1 else c[:, :-1]
+            grad_p[row] = (delta[:, :, gate] * seen).sum((0, 1))
     grad_x = (delta[:, :, :2] if cell == "rhn" else delta).flatten(2).contiguous()
-    if cell == "indrnn":
-        grad_U, grad_b = to_u.sum(0), to_b.sum(0)
-    else:
-        grad_U, grad_b = _of_weights(delta, h0, h, kept, cell)
+    grad_U, grad_b = (sums[0].sum(0), sums[1].sum(0)) if cell == "indrnn" else _of_weights(delta, h0, h, kept, cell)
     return tuple(t.to(given) for t in (grad_x, grad_U, grad_b, grad_h0, grad_c0, grad_p))  # type: ignore[return-value]
 
 
@@ -143,7 +169,7 @@ def _of_weights(delta: Tensor, h0: Tensor, h: Tensor, kept: Tensor, cell: str) -
 @run_backward.register_fake
 def _(
     grad_h: Tensor, grad_c: Tensor, U: Tensor, h0: Tensor, c0: Tensor, peephole: Tensor, h: Tensor, kept: Tensor,
-    cell: str,
+    cell: str, triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     gates = 2 if cell == "rhn" else len(U) // h.shape[2]
     grad_x = h.new_empty(len(h), h.shape[1], gates * h.shape[2])
@@ -152,7 +178,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, U, _, h0, c0, peephole, ctx.cell, _ = inputs
+    _, U, _, h0, c0, peephole, ctx.cell, _, ctx.triton = inputs
     h, _, kept = output
     # nobody differentiates `kept`: no zeros of its size
     ctx.set_materialize_grads(False)
@@ -163,7 +189,8 @@ def _differentiate(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None, _: Te
     U, h0, c0, peephole, h, kept = ctx.saved_tensors
     grad_h = torch.zeros_like(h) if grad_h is None else grad_h
     grad_c = torch.zeros_like(c0) if grad_c is None else grad_c
-    return *run_backward(grad_h, grad_c, U, h0, c0, peephole, h, kept, ctx.cell), None, None
+    grads = run_backward(grad_h, grad_c, U, h0, c0, peephole, h, kept, ctx.cell, ctx.triton)
+    return *grads, None, None, None
 
 
 run.register_autograd(_differentiate, setup_context=_save)

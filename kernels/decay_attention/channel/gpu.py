@@ -38,13 +38,13 @@ def _scores(
     b, h, rows, c = i // heads, i % heads, tl.arange(0, R), tl.arange(0, K)
     t = n * T + block * R + rows
     q_t = tile(q, b, h, t, c, length, heads, keys) * scale
-    since, _, _ = channels(g, b, h, t, c, length, heads, keys, rows, R)
+    since, _after, _sum = channels(g, b, h, t, c, length, heads, keys, rows, R)
     late, gap = q_t * tl.exp(since), tl.zeros([K], tl.float32)
     out = scores + ((i * chunks + n) * T + block * R + rows[:, None]) * T
     for back in range(0, block):
         other = block - 1 - back
         s = n * T + other * R + rows
-        _, until, whole = channels(g, b, h, s, c, length, heads, keys, rows, R)
+        _before, until, whole = channels(g, b, h, s, c, length, heads, keys, rows, R)
         early = tile(k, b, h, s, c, length, heads, keys) * tl.exp(until + gap[None, :])
         tl.store(out + (other * R + rows)[None, :], tl.dot(late, tl.trans(early), input_precision=PRECISION))
         gap += whole
@@ -79,12 +79,12 @@ def _inside_backward(
     b, h, rows, c = i // heads, i % heads, tl.arange(0, R), tl.arange(0, K)
     t = n * T + block * R + rows
     q_t = tile(q, b, h, t, c, length, heads, keys)
-    since, until, _ = channels(g, b, h, t, c, length, heads, keys, rows, R)
+    since, until, _sum = channels(g, b, h, t, c, length, heads, keys, rows, R)
     q_grad, k_grad = tl.zeros([R, K], tl.float32), tl.zeros([R, K], tl.float32)
     gap = tl.zeros([K], tl.float32)
     for back in range(0, block):
         s = n * T + (block - 1 - back) * R + rows
-        _, other, whole = channels(g, b, h, s, c, length, heads, keys, rows, R)
+        _before, other, whole = channels(g, b, h, s, c, length, heads, keys, rows, R)
         early = tile(k, b, h, s, c, length, heads, keys) * tl.exp(other + gap[None, :])
         weights = _weights(grad, v, b, h, t, s, length, heads, values, PRECISION, R, V)
         q_grad += tl.dot(weights, early, input_precision=PRECISION)
@@ -93,7 +93,7 @@ def _inside_backward(
     gap = tl.zeros([K], tl.float32)
     for later in range(block + 1, T // R):
         s = n * T + later * R + rows
-        other, _, whole = channels(g, b, h, s, c, length, heads, keys, rows, R)
+        other, _after, whole = channels(g, b, h, s, c, length, heads, keys, rows, R)
         late = tile(q, b, h, s, c, length, heads, keys) * tl.exp(other + gap[None, :])
         weights = _weights(grad, v, b, h, s, t, length, heads, values, PRECISION, R, V)
         k_grad += tl.dot(tl.trans(weights), late, input_precision=PRECISION)
@@ -155,7 +155,7 @@ def scores(plan: Plan, q: Tensor, k: Tensor, g: Tensor, scale: float) -> Tensor:
     out = plan.squares(q)
     _scores[(plan.size // BLOCK, plan.chunks, plan.rows)](
         q, k, g, out, scale, plan.length, plan.heads, plan.keys, plan.chunks, PRECISION=plan.precision, T=plan.size,
-        R=BLOCK, K=_whole_key(plan), num_warps=4,
+        R=BLOCK, K=_whole_key(plan), num_warps=4, num_stages=1,
     )  # fmt: skip
     return out
 
@@ -168,9 +168,10 @@ def keys_backward(
     _inside_backward[(plan.size // BLOCK, plan.chunks, plan.rows)](
         grad, q, k, v, g, grad_q, grad_k, scale, plan.length, plan.heads, plan.keys, plan.values,
         PRECISION=plan.precision, T=plan.size, R=BLOCK, K=_whole_key(plan), V=plan.value_block, num_warps=4,
+        num_stages=1,
     )  # fmt: skip
     _finish[(triton.cdiv(plan.keys, plan.key_block), plan.chunks, plan.rows)](
         grad, q, k, v, g, found, left, grad_q, grad_k, grad_g, scale, plan.length, plan.heads, plan.keys, plan.values,
-        plan.chunks, **plan.blocks,
+        plan.chunks, **plan.blocks | {"num_warps": 8},
     )  # fmt: skip
     return grad_q, grad_k, grad_g
