@@ -293,7 +293,9 @@ def backward(
     with torch.cuda.device_of(h):
         if cell == "indrnn":
             block = min(128, triton.next_power_of_2(width))
-            _diagonal_backward[triton.cdiv(width, block), batch](grad, U, h0, h, delta, grad_h0, *sums, length, width, D=block, num_warps=4)
+            _diagonal_backward[triton.cdiv(width, block), batch](
+                grad, U, h0, h, delta, grad_h0, *sums, length, width, D=block, num_warps=4
+            )
             return
         grid, options = _options(cell, delta.shape[2], batch, width)
         _backward[grid](
