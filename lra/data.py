@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,7 +27,10 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class DeviceSet:
-    """A split resident on a device. `lengths` (n, towers) stays on the host, so that batching never waits for it."""
+    """A split for batches on `device`: resident there, or on the host where it does not fit (`fits`).
+
+    `lengths` (n, towers) stays on the host, so that batching never waits for it.
+    """
 
     values: Tensor
     offsets: Tensor
@@ -33,12 +38,13 @@ class DeviceSet:
     labels: Tensor
     lengths: np.ndarray
     channels: int
+    device: torch.device
 
     @classmethod
     def of(
         cls, split: Split, protocol: Protocol, device: torch.device, examples: np.ndarray | None = None
     ) -> DeviceSet:
-        """`split` (or the given `examples` of it) on `device`; documents are cut to the protocol's length."""
+        """`split` (or the given `examples` of it) for `device`; documents are cut to the protocol's length."""
         keep = np.arange(len(split)) if examples is None else examples
         index = np.asarray(split.index)[keep].astype(np.int64)
         used, local = np.unique(index, return_inverse=True)
@@ -53,31 +59,40 @@ class DeviceSet:
         if values.dtype == np.uint16:
             values = values.astype(np.int32)
         local = local.reshape(index.shape)
-        return cls(
-            torch.from_numpy(values).to(device),
-            torch.from_numpy(offsets).to(device),
-            torch.from_numpy(local).to(device),
-            torch.from_numpy(np.asarray(split.labels)[keep].astype(np.int64)).to(device),
-            sizes[local] // channels,
-            channels if protocol.channels else 0,
-        )
+        labels = np.asarray(split.labels)[keep].astype(np.int64)
+        home = device if fits(values.nbytes, device) else torch.device("cpu")
+        held = (torch.from_numpy(array).to(home) for array in (values, offsets, local, labels))
+        return cls(*held, sizes[local] // channels, channels if protocol.channels else 0, device)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def resident(self) -> bool:
+        return self.values.device.type == self.device.type
+
     def batch(self, examples: np.ndarray) -> Batch:
         """The given examples, right-padded to the longest among them."""
-        device, channels = self.values.device, max(self.channels, 1)
+        home, channels = self.values.device, max(self.channels, 1)
         length = int(self.lengths[examples].max())
-        index = torch.from_numpy(np.ascontiguousarray(examples)).to(device, non_blocking=True)
+        index = torch.from_numpy(np.ascontiguousarray(examples)).to(home, non_blocking=True)
         documents = self.documents[index]
         start, stop = self.offsets[documents], self.offsets[documents + 1]
-        place = start.unsqueeze(-1) + torch.arange(length * channels, device=device)
+        place = start.unsqueeze(-1) + torch.arange(length * channels, device=home)
         real = place < stop.unsqueeze(-1)
         values = self.values[place.clamp_(max=len(self.values) - 1)].masked_fill_(~real, 0)
         if self.channels:
             values, real = values.unflatten(-1, (length, channels)), real[..., ::channels]
-        return Batch(values, real, self.labels[index], index)
+        found = Batch(values, real, self.labels[index], index)
+        if self.resident:
+            return found
+        pin = self.device.type == "cuda"
+        return Batch(*((part.pin_memory() if pin else part).to(self.device, non_blocking=True) for part in found))
+
+
+def fits(size: int, device: torch.device) -> bool:
+    """Whether `size` bytes may live on `device`: a quarter of its free memory leaves room to train."""
+    return device.type != "cuda" or size <= torch.cuda.mem_get_info(device)[0] // 4
 
 
 def choose(count: int, wanted: int) -> np.ndarray | None:
@@ -134,8 +149,8 @@ class Steps:
         return self.total
 
     def __iter__(self) -> Iterator[Batch]:
-        for step in range(self.first, self.total):
-            yield self.data.batch(self.sampler.batch(step))
+        plan = (self.sampler.batch(step) for step in range(self.first, self.total))
+        return _ahead(self.data, plan)
 
 
 class Sweep:
@@ -150,4 +165,19 @@ class Sweep:
         return len(self.plan)
 
     def __iter__(self) -> Iterator[Batch]:
-        return (self.data.batch(examples) for examples in self.plan)
+        return _ahead(self.data, iter(self.plan))
+
+
+def _ahead(data: DeviceSet, plan: Iterator[np.ndarray]) -> Iterator[Batch]:
+    """The planned batches. Those of a set held elsewhere are made while the device works on the one before."""
+    if data.resident:
+        yield from (data.batch(examples) for examples in plan)
+        return
+    with ThreadPoolExecutor(1) as worker:
+        coming: deque[Future[Batch]] = deque()
+        for examples in plan:
+            coming.append(worker.submit(data.batch, examples))
+            if len(coming) > 1:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()

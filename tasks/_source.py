@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import urllib.error
+import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,13 +66,28 @@ def _from_hub(hub: Hub, split: str, command: str) -> Any:
     advice = f"with {hub.files} in a folder DIR, run `{command} --from DIR`"
     try:
         import datasets
+        from huggingface_hub import constants
     except ImportError:
         raise DataError(f"the package datasets, which fetches {hub.id}, is not installed; {advice}") from None
     # the hub's client announces every retry; what matters is said once, below
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if not _reachable(constants.ENDPOINT):
+        # the client would try for half a minute; what it has in its own cache it still gives
+        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
     try:
         # in Arrow form nothing is decoded: an image stays the bytes of its file
         return datasets.load_dataset(hub.id, revision=hub.revision, split=split).with_format("arrow")[:]
     except Exception as error:  # noqa: BLE001  (hub clients raise a dozen kinds, all meaning that there are no data)
         reason = str(error).splitlines()[0] if str(error) else "no reason given"
         raise DataError(f"{hub.id} cannot be fetched ({type(error).__name__}: {reason}); offline, {advice}") from None
+
+
+def _reachable(endpoint: str) -> bool:
+    """Whether anything answers there, in one try. Proxies of the environment are used."""
+    try:
+        urllib.request.urlopen(endpoint, timeout=10).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True

@@ -96,6 +96,20 @@ def test_steps_start_where_they_are_told() -> None:
     assert len(every) == 7
 
 
+def test_a_set_that_does_not_fit_stays_on_the_host_and_its_batches_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    split, protocol = ragged([3, 9, 1, 7, 2]), Protocol("p", length=9, vocabulary=99)
+    here = [batch for data in [DeviceSet.of(split, protocol, CPU)] for batch in Sweep(data, 2)]
+    monkeypatch.setattr("lra.data.fits", lambda size, device: device.type == "cpu")
+    away = DeviceSet.of(split, protocol, torch.device("meta"))
+    assert not away.resident
+    assert away.values.device == CPU
+    sent = list(Sweep(away, 2))
+    assert {part.device.type for batch in sent for part in batch} == {"meta"}
+    assert [batch.values.shape for batch in sent] == [batch.values.shape for batch in here]
+    steps = Steps(away, Sampler(away.lengths, 2, 0), total=3)
+    assert len(list(steps)) == 3
+
+
 def test_a_sweep_shows_every_example_once() -> None:
     data = DeviceSet.of(ragged([3, 9, 1, 7, 2]), Protocol("p", length=9, vocabulary=99), CPU)
     batches = list(Sweep(data, 2))

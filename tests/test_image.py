@@ -16,6 +16,7 @@ from raw_data import raw_data
 
 from lra import store
 from lra.task import DataError, Protocol
+from lra.tasks import _source
 from lra.tasks.image import Image
 
 SIZES = {"train": 60, "test": 20}
@@ -138,6 +139,7 @@ def test_the_hub_is_asked_for_undecoded_images(raw: Path, monkeypatch: pytest.Mo
         return datasets.Dataset.from_dict(table.to_pydict(), features=features)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(_source, "_reachable", lambda _: True)
     found = store.prepared(Image(), small("strict"))
     assert asked[0] == ("uoft-cs/cifar10", "0b2714987fa478483af9968de7c934580d0bb9a2", "train")
     assert np.array_equal(pixels(found, "test"), grey(pictures("test")))

@@ -15,6 +15,7 @@ from raw_data import raw_data
 
 from lra import store
 from lra.task import DataError, Protocol
+from lra.tasks import _source
 from lra.tasks._overlap import near_duplicates
 from lra.tasks.text import CHARACTERS, EOS, IDS, UNKNOWN, Text
 
@@ -138,6 +139,7 @@ def test_the_hub_gives_the_same_bytes_as_a_folder(raw: Path, monkeypatch: pytest
         return datasets.Dataset.from_dict(dict(zip(("text", "label"), reviews(split), strict=True)))
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(_source, "_reachable", lambda _: True)
     from_hub = store.prepared(Text(), small("strict"))
     revision = "e6281661ce1c48d982bc483cf8a173c1bbeb5d31"
     assert asked == [("stanfordnlp/imdb", revision, "train"), ("stanfordnlp/imdb", revision, "test")]
@@ -147,11 +149,17 @@ def test_the_hub_gives_the_same_bytes_as_a_folder(raw: Path, monkeypatch: pytest
 
 def test_without_network_the_command_is_given(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
+    huggingface_hub = pytest.importorskip("huggingface_hub")
 
     def load(*_: object, **__: object) -> None:
+        assert datasets.config.HF_HUB_OFFLINE, "the client would try again and again"
         raise ConnectionError("Couldn't reach the Hub\nwith details")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    # a port of this machine on which nothing listens
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(DataError) as caught:
         store.prepared("text")
     assert str(caught.value) == (
