@@ -20,10 +20,10 @@ TASKS := listops text retrieval image pathfinder pathx pathfinder64 path256
 VENV := .venv/bin
 RUN := $(VENV)/python -m
 
-.PHONY: help setup $(TASKS) leaderboard profile bench doctor test check fix clean
+.PHONY: help setup $(TASKS) leaderboard profile bench doctor gpu test test-gpu check fix clean
 
 help: ## list the targets and variables
-	@awk -F ': *## ' '/^[a-z0-9]+: *## / { printf "  %-14s%s\n", $$1, $$2 }' Makefile
+	@awk -F ': *## ' '/^[a-z0-9-]+: *## / { printf "  %-14s%s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "  variables: ARCH=s4d (any of 'lra list', name/variant, or file.py:Class)  RECIPE=auto  SEED=0  TIME=8m"
 	@echo "             K=name (tests to run)  OP=name (operator to time)  ARGS='more options of the lra command'"
@@ -41,6 +41,8 @@ leaderboard: ## the table of all results
 profile: ## speed, memory and work of ARCH, or of all architectures
 bench: ## time of the operators, or of OP, beside what this machine could do
 doctor: ## which implementations this machine has, and whether each is right
+gpu: ## on a machine with a GPU and its own packages, no .venv: operator tests, bench, doctor and profile in 9 minutes
+test-gpu: ## the operator tests that need a GPU, likewise
 test: ## run the tests, or those that match K
 check: ## lint, formatting and types (changes nothing), then the conformance checks of ARCH
 fix: ## repair lint and formatting
@@ -63,6 +65,13 @@ bench: .venv/.stamp
 
 doctor: .venv/.stamp
 	@$(VENV)/lra doctor $(ARGS)
+
+# an accelerator machine has its own torch and no network
+gpu:
+	@PYTHONPATH=. $(or $(PYTHON),python3) -m lra.measure $(ARGS)
+
+test-gpu:
+	@PYTHONPATH=. $(or $(PYTHON),python3) -m pytest -q -m gpu $(if $(K),-k "$$K") tests $(ARGS)
 
 # the workers fill the processors: more threads in each only get in each other's way
 test: .venv/.stamp
