@@ -22,8 +22,6 @@ from lra.tasks.pathx import PathX
 FEW = {"train": 12, "validation": 5, "test": 4}
 SMALL = replace(Pathfinder.protocols["strict"], counts=FEW, sha256={})
 LEVEL = "curv_contour_length_14"
-UNFROZEN = {("pathfinder64", "strict"), ("pathx", "strict")}
-"""Sets not yet drawn whole: what holds their bytes is `strict-small`, and the first images of every split."""
 
 
 @pytest.fixture(autouse=True)
@@ -41,10 +39,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-# not yet drawn in full anywhere; until they are frozen a result records the checksums it measured
-UNFROZEN = {(name, kind) for name in ("pathfinder64", "pathx") for kind in ("strict", "strict-continuous")}
-
-
 @pytest.mark.parametrize("name", ["pathfinder", "pathfinder64", "pathx", "path256"])
 def test_every_size_declares_tokens_and_pixels_and_freezes_what_it_generates(name: str) -> None:
     found = registry.tasks.get(name)()
@@ -55,8 +49,7 @@ def test_every_size_declares_tokens_and_pixels_and_freezes_what_it_generates(nam
     for protocol in found.protocols.values():
         assert protocol.length == found.size**2
         assert protocol.name == "strict-small" or list(protocol.counts.values()) == [160_000, 20_000, 20_000]
-        open_ended = protocol.raw or (name, protocol.name) in UNFROZEN
-        assert [len(protocol.sha256.get(split, "")) for split in SPLITS] == [0 if open_ended else 64] * 3
+        assert [len(protocol.sha256.get(split, "")) for split in SPLITS] == [0 if protocol.raw else 64] * 3
 
 
 def test_splits_follow_one_another_and_any_number_of_workers_writes_the_same_bytes(tmp_path: Path) -> None:
