@@ -70,6 +70,37 @@ def verify(task: TaskName, protocol: ProtocolName = "") -> None:
     console.print(f"{task}: every byte is as its manifest and its protocol say")
 
 
+@data.command()
+@guarded
+def pack(
+    task: TaskName,
+    protocol: ProtocolName = "",
+    to: Annotated[Path | None, typer.Option(help="The file to write; TASK-PROTOCOL.tar.xz by default.")] = None,
+    source: Source = None,
+) -> None:
+    """Write a prepared set to one compressed file, for a machine without network."""
+    from lra import pack as kit
+    from lra import store, terminal
+
+    with terminal.bar(console, f"packing {task}") as progress:
+        found = store.prepared(task, protocol or None, source=source, progress=progress)
+        path = to or Path(f"{found.task.name}-{found.protocol.name}.tar.xz")
+        size = kit.pack(found, path, progress)
+    console.print(f"wrote {path}, {size / 2**20:.1f} MiB", soft_wrap=True)
+
+
+@data.command()
+@guarded
+def unpack(file: Annotated[Path, typer.Argument(help="What `lra data pack` wrote.")]) -> None:
+    """Take a packed set into the cache, every byte checked."""
+    from lra import pack as kit
+    from lra import terminal
+
+    with terminal.bar(console, f"unpacking {file.name}") as progress:
+        found = kit.unpack(file, progress)
+    console.print(f"{found.task.name} ({found.protocol.name}) in {found.folder}", soft_wrap=True)
+
+
 @data.command("show")
 @guarded
 def show_examples(

@@ -61,8 +61,12 @@ class DeviceSet:
         local = local.reshape(index.shape)
         labels = np.asarray(split.labels)[keep].astype(np.int64)
         home = device if fits(values.nbytes, device) else torch.device("cpu")
-        held = (torch.from_numpy(array).to(home) for array in (values, offsets, local, labels))
-        return cls(*held, sizes[local] // channels, channels if protocol.channels else 0, device)
+
+        def held(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(home)
+
+        lengths, width = sizes[local] // channels, channels if protocol.channels else 0
+        return cls(held(values), held(offsets), held(local), held(labels), lengths, width, device)
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -1,0 +1,126 @@
+"""Packs: a set travels whole, and nothing else gets in."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+from tiny_task import Tiny
+
+from lra import pack as kit
+from lra import registry, store
+from lra.store import MANIFEST, Prepared
+from lra.task import DataError
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepared:
+    monkeypatch.setenv("LRA_CACHE", str(tmp_path / "cache"))
+    names, get = registry.tasks.names(), registry.tasks.get
+    monkeypatch.setattr(registry.tasks, "names", lambda: [*names, "tiny"])
+    monkeypatch.setattr(registry.tasks, "get", lambda name: Tiny if name == "tiny" else get(name))
+    return store.prepared(Tiny())
+
+
+@pytest.fixture
+def packed(prepared: Prepared, tmp_path: Path) -> Path:
+    kit.pack(prepared, tmp_path / "tiny.tar.xz")
+    return tmp_path / "tiny.tar.xz"
+
+
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LRA_CACHE", str(tmp_path / "other"))
+    return tmp_path / "other"
+
+
+def members(path: Path) -> list[tuple[tarfile.TarInfo, bytes]]:
+    with tarfile.open(path) as archive:
+        return [(entry, archive.extractfile(entry).read()) for entry in archive]  # type: ignore[union-attr]
+
+
+def write(path: Path, entries: list[tuple[tarfile.TarInfo, bytes]]) -> Path:
+    with tarfile.open(path, "w:xz") as archive:
+        for entry, content in entries:
+            entry.size = len(content) if entry.isreg() else 0
+            archive.addfile(entry, io.BytesIO(content))
+    return path
+
+
+def test_a_set_arrives_as_it_left(
+    prepared: Prepared, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = elsewhere(tmp_path, monkeypatch)
+    assert kit.unpack(packed).checksum == prepared.checksum
+    for name in prepared.manifest["files"]:
+        assert (cache / "tiny" / "strict" / name).read_bytes() == (prepared.folder / name).read_bytes()
+    assert store.verify(Tiny()) == []
+    assert sorted(p.name for p in (cache / "tiny").iterdir()) == [".strict.lock", "strict"]
+    assert "cache" not in (cache / "tiny" / "strict" / MANIFEST).read_text()
+
+
+def test_a_changed_file_is_not_packed(prepared: Prepared, tmp_path: Path) -> None:
+    path = prepared.folder / "train.labels.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"\7")
+    with pytest.raises(DataError, match=r"train.labels.npy: its SHA-256"):
+        kit.pack(prepared, tmp_path / "bad.tar.xz")
+    assert not (tmp_path / "bad.tar.xz").exists()
+
+
+def link(entries: list[tuple[tarfile.TarInfo, bytes]]) -> list[tuple[tarfile.TarInfo, bytes]]:
+    entry = entries[1][0]
+    entry.type, entry.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    return entries
+
+
+def renamed(entries: list[tuple[tarfile.TarInfo, bytes]], name: str) -> list[tuple[tarfile.TarInfo, bytes]]:
+    manifest = json.loads(entries[0][1])
+    manifest["files"][name] = manifest["files"].pop(entries[1][0].name)
+    entries[1][0].name = name
+    return [(entries[0][0], json.dumps(manifest).encode()), *entries[1:]]
+
+
+def told(entries: list[tuple[tarfile.TarInfo, bytes]], key: str, value: object) -> list[tuple[tarfile.TarInfo, bytes]]:
+    return [(entries[0][0], json.dumps(json.loads(entries[0][1]) | {key: value}).encode()), *entries[1:]]
+
+
+SPOILT = {
+    "a link": (link, "which its manifest does not describe"),
+    "a name above": (lambda e: renamed(e, "../out.npy"), "which its manifest does not describe"),
+    "an absolute name": (lambda e: renamed(e, "/tmp/out.npy"), "which its manifest does not describe"),
+    "twice the same": (lambda e: [*e, e[-1]], "which its manifest does not describe"),
+    "one missing": (lambda e: e[:-1], "lacks "),
+    "another byte": (lambda e: [*e[:-1], (e[-1][0], e[-1][1][:-1] + b"\7")], "is not as its manifest says"),
+    "no manifest": (lambda e: e[1:], "does not begin with a manifest.json"),
+    "another task": (lambda e: told(e, "task", "os:system"), "'os:system', which is not registered"),
+    "another version": (lambda e: told(e, "version", 99), "another version .version differ"),
+    "other counts": (lambda e: told(e, "counts", {}), "is not the set it says it is"),
+    "no files": (lambda e: told(e, "files", 3), "is not a pack of this version"),
+}
+
+
+@pytest.mark.parametrize("fault", SPOILT)
+def test_what_is_not_whole_and_plain_is_refused(
+    packed: Path, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil, said = SPOILT[fault]
+    bad = write(tmp_path / "bad.tar.xz", spoil(members(packed)))
+    cache = elsewhere(tmp_path, monkeypatch)
+    with pytest.raises(DataError, match=said) as caught:
+        kit.unpack(bad)
+    assert "\n" not in str(caught.value)
+    assert not [p for p in cache.rglob("*") if p.is_file() and not p.name.endswith(".lock")]
+    assert not (tmp_path / "out.npy").exists()
+
+
+def test_a_torn_or_foreign_file_is_named(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = packed.read_bytes()
+    elsewhere(tmp_path, monkeypatch)
+    for content in (whole[: len(whole) // 2], b"", b"text", whole[:-40] + bytes(40)):
+        packed.write_bytes(content)
+        with pytest.raises(DataError, match="not a pack of this version, or not a whole one"):
+            kit.unpack(packed)
+    with pytest.raises(DataError, match="there is no file"):
+        kit.unpack(tmp_path / "absent")
