@@ -154,5 +154,18 @@ def audit(task: TaskName, protocol: ProtocolName = "", source: Source = None) ->
     for (first, second), count in facts.overlap.items():
         console.print(f"{count:,} examples of {second} are in {first} too, byte for byte")
     for key, value in found.notes.items():
+        if isinstance(value, dict) and all(isinstance(row, dict) for row in value.values()):
+            _print_rows(key, value)
+            continue
         text = f"{len(value):,}" if isinstance(value, list) else str(value)
         console.print(f"{escape(key)}: {escape(text)}", soft_wrap=True)
+
+
+def _print_rows(title: str, rows: dict[str, dict[str, object]]) -> None:
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    table = Table(title=escape(title), title_justify="left", pad_edge=False)
+    for column in ("", *columns):
+        table.add_column(escape(column), justify="right" if column else "left")
+    for name, row in rows.items():
+        table.add_row(escape(name), *(escape(str(row.get(column, ""))) for column in columns))
+    console.print(table)
