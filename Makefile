@@ -20,7 +20,7 @@ TASKS := listops text retrieval image pathfinder pathx pathfinder64 path256
 VENV := .venv/bin
 RUN := $(VENV)/python -m
 
-.PHONY: help setup $(TASKS) leaderboard profile bench doctor gpu test test-gpu check fix clean
+.PHONY: help setup $(TASKS) leaderboard report profile bench doctor gpu test test-gpu test-faults test-oldest test-newest check fix clean
 
 help: ## list the targets and variables
 	@awk -F ': *## ' '/^[a-z0-9-]+: *## / { printf "  %-14s%s\n", $$1, $$2 }' Makefile
@@ -38,12 +38,16 @@ pathx: ## the same at 128 x 128 pixels, 16,384 tokens
 pathfinder64: ## the same at 64 x 64 pixels, 4,096 tokens
 path256: ## the same at 256 x 256 pixels, 65,536 tokens
 leaderboard: ## the table of all results
+report: ## one HTML file with every result, figure and piece of evidence
 profile: ## speed, memory and work of ARCH, or of all architectures
 bench: ## time of the operators, or of OP, beside what this machine could do
 doctor: ## which implementations this machine has, and whether each is right
 gpu: ## on a machine with a GPU and its own packages, no .venv: operator tests, bench, doctor and profile in 9 minutes
 test-gpu: ## the operator tests that need a GPU, likewise
 test: ## run the tests, or those that match K
+test-faults: ## kill, fill, corrupt and fuzz everything, 20 minutes; `make test` holds a short form
+test-oldest: ## the tests with the oldest packages that pyproject.toml accepts, in an environment of their own
+test-newest: ## the tests with the newest packages there are, likewise
 check: ## lint, formatting and types (changes nothing), then the conformance checks of ARCH
 fix: ## repair lint and formatting
 clean: ## delete .venv, builds and tool caches; data and results stay
@@ -56,6 +60,9 @@ $(TASKS): .venv/.stamp
 
 leaderboard: .venv/.stamp
 	@$(VENV)/lra leaderboard $(ARGS)
+
+report: .venv/.stamp
+	@$(VENV)/lra report $(ARGS)
 
 profile: .venv/.stamp
 	@$(VENV)/lra profile $(if $(filter command,$(origin ARCH)),"$$ARCH") $(ARGS)
@@ -77,6 +84,24 @@ test-gpu:
 test: .venv/.stamp
 	@OMP_NUM_THREADS=1 $(RUN) pytest -q -n $(JOBS) $(if $(K),-k "$$K") $(ARGS)
 
+test-faults: .venv/.stamp
+	@LRA_FAULTS=full OMP_NUM_THREADS=1 $(RUN) pytest -q -n $(JOBS) --dist loadgroup $(if $(K),-k "$$K") tests/faults $(ARGS)
+
+# PIP='--index-url ...' names where a CPU build of torch is found
+OLDEST := import re, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+    print(*(re.sub(r">=([\d.]+)", r"==\1", d) for d in p["dependencies"] + p["optional-dependencies"]["dev"]), sep="\n")
+
+test-oldest: .venv/.stamp
+	@$(VENV)/python -m venv --clear .cache/oldest
+	@$(VENV)/python -c '$(OLDEST)' > .cache/oldest/constraints.txt
+	@.cache/oldest/bin/python -m pip install -q -c .cache/oldest/constraints.txt $(PIP) -e '.[dev]'
+	@OMP_NUM_THREADS=1 .cache/oldest/bin/python -m pytest -q -n $(JOBS) $(if $(K),-k "$$K") $(ARGS)
+
+test-newest: .venv/.stamp
+	@$(VENV)/python -m venv --clear .cache/newest
+	@.cache/newest/bin/python -m pip install -q $(PIP) -e '.[dev]'
+	@OMP_NUM_THREADS=1 .cache/newest/bin/python -m pytest -q -n $(JOBS) $(if $(K),-k "$$K") $(ARGS)
+
 check: .venv/.stamp
 	@$(RUN) ruff check --quiet .
 	@$(RUN) ruff format --check --quiet .
@@ -88,7 +113,7 @@ fix: .venv/.stamp
 	@$(RUN) ruff format .
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv .cache/oldest .cache/newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 	find lra/ architectures kernels tasks tests -name __pycache__ -prune -exec rm -rf {} +
 
 # the stamp names the folder it was made in: a moved checkout has an environment that points elsewhere

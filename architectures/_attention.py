@@ -1,16 +1,138 @@
-"""What attention files share: masks from one helper, rotary and ALiBi positions, and the fused softmax path.
+"""What attention files share: the mixer around a pattern, masks from one helper, rotary and ALiBi positions, and the
+fused softmax path.
 
 Heads are laid out (B, H, L, d). Masks are boolean, True = may look; `mask` is always the right-padding mask (B, L).
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lra.encoder import Cost, Mixer
+from lra.kernels.band_attention import band_attention
+
+POSITIONS = ("sinusoidal", "learned", "rope", "alibi", "none")
 
 SPARE = 8
 """Features added to a head to carry the padding: one is used, eight keep fused kernels aligned."""
+
+
+def checked_width(d_model: int, n_heads: int, qkv_dim: int | None, positions: str) -> int:
+    """Width of all heads together: `qkv_dim`, or d_model unless given. Raises ValueError where heads or positions do
+    not fit it."""
+    width = d_model if qkv_dim is None else qkv_dim
+    if n_heads < 1 or width < 1 or width % n_heads:
+        raise ValueError(f"n_heads is {n_heads}; a divisor of the attention's width {width}")
+    if positions not in POSITIONS:
+        raise ValueError(f"positions is {positions!r}; one of {', '.join(POSITIONS)}")
+    if positions == "rope" and width // n_heads % 2:
+        raise ValueError(f"positions 'rope' turns pairs of features; a head has {width // n_heads}, an odd number")
+    return width
+
+
+def added_positions(positions: str) -> str:
+    """Those of POSITIONS that the stack adds to its input; rope and alibi act inside the attention."""
+    return positions if positions in ("sinusoidal", "learned") else "none"
+
+
+def at_least(least: int, **numbers: int) -> None:
+    """ValueError for the first of the named numbers that is below `least`."""
+    for name, value in numbers.items():
+        if value < least:
+            raise ValueError(f"{name} is {value}; at least {least}")
+
+
+def banded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *pattern: Any, **options: Any) -> Tensor:
+    """`band_attention` with its pattern and options, over heads laid out (B, H, L, d)."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return band_attention(q, k, v, mask, *pattern, **options).transpose(1, 2)
+
+
+class AttentionMixer(Mixer):
+    """Multi-head attention over a pattern that `attend` computes: (B, L, D) -> (B, L, D).
+
+    width: of all query heads together; n_kv_heads: of keys and values, each shared by n_heads / n_kv_heads consecutive
+    query heads. Initialisation: Xavier uniform for each of W_q, W_k, W_v, W_o and zero biases, as tensor2tensor and
+    the LRA code do, so that Q K' / sqrt(d) has unit variance for normalised inputs and the softmax starts soft.
+    """
+
+    slopes: Tensor | None
+
+    def __init__(
+        self, d_model: int, n_heads: int, width: int, positions: str, causal: bool, n_kv_heads: int | None = None
+    ) -> None:
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.causal = n_heads, n_kv_heads or n_heads, causal
+        self.head, self.rotary = width // n_heads, positions == "rope"
+        self.widths = width, self.n_kv_heads * self.head, self.n_kv_heads * self.head
+        self.qkv = nn.Linear(d_model, sum(self.widths))
+        self.out = nn.Linear(width, d_model)
+        for weight in (*self.qkv.weight.split(self.widths), self.out.weight):
+            nn.init.xavier_uniform_(weight)
+        nn.init.zeros_(self.qkv.bias)
+        nn.init.zeros_(self.out.bias)
+        slopes = alibi_slopes(n_heads).float() if positions == "alibi" else None
+        self.register_buffer("slopes", slopes, persistent=False)
+
+    @abstractmethod
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """q: (B, H, L, d); k, v: (B, n_kv_heads, L, d); mask: (B, L) -> (B, H, L, d)."""
+
+    @abstractmethod
+    def pairs(self, length: int) -> float:
+        """Pairs of query and key computed for one sequence, over all heads."""
+
+    def heads(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L, D), the first of whose tokens stands at `start` -> queries, keys and values by head."""
+        counts = (self.n_heads, self.n_kv_heads, self.n_kv_heads)
+        parts = self.qkv(x).split(self.widths, dim=-1)
+        q, k, v = (split_heads(part, count) for part, count in zip(parts, counts, strict=True))
+        return (rope(q, start), rope(k, start), v) if self.rotary else (q, k, v)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        return self.out(merge_heads(self.attend(q, k, v, mask)))
+
+    def cost(self, length: int) -> Cost:
+        d_model, pairs = self.out.out_features, self.pairs(length)
+        linear = Cost.linear(length, d_model, sum(self.widths)) + Cost.linear(length, self.widths[0], d_model)
+        turning = 6.0 * length * sum(self.widths[:2]) if self.rotary else 0.0
+        return linear + Cost(4.0 * self.head * pairs, (5.0 if self.slopes is None else 8.0) * pairs + turning)
+
+    def sees(self, i: int, j: Tensor) -> Tensor | None:
+        """Recurrent mode: which keys at positions j: (t,), none after i, query i sees, (H or 1, t) bool; None: all."""
+        return None
+
+    def oldest(self, i: int) -> int:
+        """Recurrent mode: the first position that a query at i or later may look at."""
+        return 0
+
+    def init_state(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        empty = self.out.weight.new_zeros(batch, self.n_kv_heads, 0, self.head)
+        return empty, empty, torch.zeros((), dtype=torch.int64, device=empty.device)
+
+    def step(self, x: Tensor, state: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """State: keys and values that may still be looked at, two (B, n_kv_heads, t, d), and the time."""
+        time = int(state[2])
+        q, k, v = self.heads(x.unsqueeze(1), time)
+        keys, values = torch.cat([state[0], k], dim=2), torch.cat([state[1], v], dim=2)
+        j = torch.arange(time + 1 - keys.shape[2], time + 1, device=x.device)
+        seen, bias = self.sees(time, j), None
+        if seen is not None or self.slopes is not None:
+            ago = 0 if self.slopes is None else self.slopes[:, None] * (time - j)
+            bias = q.new_zeros(self.n_heads, len(j)) - ago
+            bias = bias if seen is None else bias.masked_fill(~seen, -torch.inf)
+            bias = bias.to(q.dtype).unflatten(0, (self.n_kv_heads, -1))[None]
+        # queries that share a key head are rows of one product
+        q = q.flatten(1).unflatten(1, (self.n_kv_heads, -1, self.head))
+        y = F.scaled_dot_product_attention(q, keys, values, bias)
+        gone = max(0, self.oldest(time + 1) - int(j[0]))
+        return self.out(y.flatten(1)), (keys[:, :, gone:], values[:, :, gone:], state[2] + 1)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -7,8 +7,9 @@ Each of the blocks is
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any, ClassVar
 
@@ -16,19 +17,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._moe import MIXTURES, Experts
+from lra.architectures._norm import BatchNorm, normalised
 from lra.encoder import Cost, Encoder, Mixer, lengths_of
 
-NORMS: dict[str, Callable[[int], nn.Module]] = {"layer": nn.LayerNorm, "rms": lambda d: nn.RMSNorm(d, eps=1e-6)}
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "layer": nn.LayerNorm, "rms": lambda d: nn.RMSNorm(d, eps=1e-6), "batch": BatchNorm,
+}  # fmt: skip
 POSITIONS = ("none", "sinusoidal", "learned")
-FFNS = ("gelu", "relu", "swiglu", "none")
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+FFNS = (*ACTIVATIONS, "swiglu", "none", *MIXTURES)
 
 
 @dataclass(frozen=True)
 class Block:
     """What surrounds a mixer.
 
-    ffn: "gelu" or "relu" (two linear maps), "swiglu" (gated), "none"; expand: hidden width of the ffn over d_model.
-    norm: "layer" or "rms"; prenorm: before each part (else after the sum).
+    ffn: "gelu", "relu" or "silu" (two linear maps), "swiglu" (gated), "none", or a mixture of experts,
+    "moe" or "switch"; expand: its hidden width, or that of each expert, over d_model.
+    experts: options of the mixture, the keyword arguments of NoisyTopK or Switch in `_moe.py`.
+    norm: "layer", "rms", or "batch" (in training over the real tokens of the whole batch); prenorm: before each part
+    (else after the sum).
     positions: added to the input: "none", "sinusoidal" (fixed), "learned" (up to `length`).
     """
 
@@ -37,6 +46,7 @@ class Block:
     norm: str = "layer"
     prenorm: bool = True
     positions: str = "none"
+    experts: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for key, allowed in (("ffn", FFNS), ("norm", tuple(NORMS)), ("positions", POSITIONS)):
@@ -45,19 +55,34 @@ class Block:
                 raise ValueError(f"block.{key} is {value!r}; one of {', '.join(allowed)}")
         if self.expand <= 0:
             raise ValueError(f"block.expand is {self.expand}; more than 0")
+        options = _options(MIXTURES[self.ffn]) if self.ffn in MIXTURES else []
+        for key in self.experts:
+            if not options:
+                raise ValueError(f"block.experts has {key!r}, but block.ffn is {self.ffn!r}; {' or '.join(MIXTURES)}")
+            if key not in options:
+                raise ValueError(f"unknown block.experts.{key}; {_hint(key, options)}")
 
     def updated(self, changes: Mapping[str, Any] | None) -> Block:
         """This block with some fields changed; an unknown field is a ValueError naming the nearest."""
         known = [f.name for f in fields(self)]
         for key in changes or {}:
             if key not in known:
-                near = get_close_matches(key, known, n=1)
-                raise ValueError(f"unknown block.{key}; {f'did you mean {near[0]!r}?' if near else ', '.join(known)}")
+                raise ValueError(f"unknown block.{key}; {_hint(key, known)}")
         return replace(self, **(changes or {}))
 
 
+def _options(mixture: type[Experts]) -> list[str]:
+    parameters = inspect.signature(mixture).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+
+
+def _hint(key: str, known: list[str]) -> str:
+    near = get_close_matches(key, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else ", ".join(known)
+
+
 class FeedForward(nn.Module):
-    """Position-wise: (..., D) -> (..., D). gelu, relu: W2 act(W1 x); swiglu: W2 (silu(W1 x) * W3 x)."""
+    """Position-wise: (..., D) -> (..., D). gelu, relu, silu: W2 act(W1 x); swiglu: W2 (silu(W1 x) * W3 x)."""
 
     def __init__(self, kind: str, d_model: int, expand: float, dropout: float) -> None:
         super().__init__()
@@ -66,18 +91,27 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(self.hidden, d_model)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         h = self.up(x)
         if self.kind == "swiglu":
             gate, h = h.chunk(2, dim=-1)
             h = F.silu(gate) * h
         else:
-            h = F.relu(h) if self.kind == "relu" else F.gelu(h)
+            h = ACTIVATIONS[self.kind](h)
         return self.down(self.dropout(h))
 
     def cost(self, length: int) -> Cost:
         up = Cost.linear(length, self.up.in_features, self.up.out_features)
         return up + Cost.linear(length, self.hidden, self.down.out_features) + Cost(other=8.0 * length * self.hidden)
+
+
+def feed_forward(block: Block, d_model: int, dropout: float) -> FeedForward | Experts | None:
+    """The part after the mixer that `block` names; a mixture of experts has no dropout inside."""
+    if block.ffn == "none":
+        return None
+    if block.ffn in MIXTURES:
+        return MIXTURES[block.ffn](d_model, block.expand, **block.experts)
+    return FeedForward(block.ffn, d_model, block.expand, dropout)
 
 
 class Layer(nn.Module):
@@ -88,20 +122,23 @@ class Layer(nn.Module):
         self.prenorm = block.prenorm
         self.mixer = mixer
         self.norm = NORMS[block.norm](d_model)
-        self.ffn = None if block.ffn == "none" else FeedForward(block.ffn, d_model, block.expand, dropout)
+        self.ffn = feed_forward(block, d_model, dropout)
         self.ffn_norm = None if self.ffn is None else NORMS[block.norm](d_model)
         self.dropout = nn.Dropout(dropout)
 
-    def _around(self, x: Tensor, norm: nn.Module, part: Callable[[Tensor], Tensor]) -> Tensor:
+    def _around(
+        self, x: Tensor, norm: nn.Module, part: Callable[[Tensor], Tensor], mask: Tensor | None = None
+    ) -> Tensor:
         if self.prenorm:
-            return x + self.dropout(part(norm(x)))
-        return norm(x + self.dropout(part(x)))
+            return x + self.dropout(part(normalised(norm, x, mask)))
+        return normalised(norm, x + self.dropout(part(x)), mask)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         padding = ~mask.unsqueeze(-1)
-        x = self._around(x, self.norm, lambda h: self.mixer(h.masked_fill(padding, 0), mask))
-        if self.ffn is not None and self.ffn_norm is not None:
-            x = self._around(x, self.ffn_norm, self.ffn)
+        x = self._around(x, self.norm, lambda h: self.mixer(h.masked_fill(padding, 0), mask), mask)
+        ffn = self.ffn
+        if ffn is not None and self.ffn_norm is not None:
+            x = self._around(x, self.ffn_norm, lambda h: ffn(h, mask), mask)
         return x
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -208,7 +245,7 @@ class Stack(Encoder):
             x = x + self.positions[: x.shape[1]].to(x.dtype)
         for layer in self.blocks:
             x = layer(x, mask)
-        return self.norm(x)
+        return normalised(self.norm, x, mask)
 
     def cost(self, length: int) -> Cost:
         total = Cost(other=5.0 * length * self.d_model)
@@ -221,6 +258,8 @@ class Stack(Encoder):
     def init_state(self, batch: int) -> Any:
         if not self.causal:
             raise NotImplementedError(f"{type(self).__name__} has no recurrent mode when {self.direction}")
+        if any(isinstance(layer.ffn, Experts) and layer.ffn.capacity for layer in self.blocks):
+            raise NotImplementedError("no recurrent mode with a capacity: what an expert takes depends on the length")
         start = torch.zeros((), dtype=torch.int64, device=next(self.parameters()).device)
         return start, tuple(layer.mixer.init_state(batch) for layer in self.blocks)
 
@@ -235,7 +274,16 @@ class Stack(Encoder):
         return self.norm(x), (time + 1, tuple(after))
 
     def aux_loss(self) -> Tensor | None:
-        return _sum_losses([layer.mixer for layer in self.blocks])
+        experts = [layer.ffn for layer in self.blocks if isinstance(layer.ffn, Experts)]
+        return _sum_losses([*(layer.mixer for layer in self.blocks), *experts])
+
+    def diagnostics(self) -> dict[str, float]:
+        """Of each mixture of experts, as `ffn<layer>.dropped` and `ffn<layer>.load_<expert>`: shares of its choices."""
+        found: dict[str, float] = {}
+        for i, layer in enumerate(self.blocks):
+            if isinstance(layer.ffn, Experts):
+                found |= {f"ffn{i}.{name}": value for name, value in layer.ffn.diagnostics().items()}
+        return found
 
 
 def sinusoidal(length: int, d_model: int) -> Tensor:

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lra.architectures._init import chrono
 from lra.architectures._precision import wide
 from lra.architectures._stack import Stack
 from lra.encoder import Card, Cost, Mixer
@@ -45,8 +46,7 @@ class MinGRUMixer(Mixer):
         self.width = round(expand * d_model)
         self.project = nn.Linear(d_model, 2 * self.width)  # rows: candidate, gate
         self.out = nn.Linear(self.width, d_model) if self.width != d_model else None
-        with torch.no_grad():
-            self.project.bias[self.width :].uniform_(1, max(horizon - 1, 1)).log_().neg_()
+        chrono(self.project.bias.data[self.width :], horizon).neg_()
 
     def _terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """1 - z and z n, each (..., H)."""

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._init import chrono
 from lra.architectures._precision import wide
 from lra.architectures._stack import Stack
 from lra.encoder import Card, Cost, Mixer
@@ -48,10 +49,8 @@ class MinLSTMMixer(Mixer):
         self.width = round(expand * d_model)
         self.project = nn.Linear(d_model, 3 * self.width)  # rows: candidate, forget gate, input gate
         self.out = nn.Linear(self.width, d_model) if self.width != d_model else None
-        with torch.no_grad():
-            _, forget, enter = self.project.bias.chunk(3)
-            forget.uniform_(1, max(horizon - 1, 1)).log_()
-            enter.copy_(-forget)
+        _, forget, enter = self.project.bias.data.chunk(3)
+        enter.copy_(-chrono(forget, horizon))
 
     def _terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """f' and i' n, each (..., H)."""

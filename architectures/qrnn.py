@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._init import chrono
 from lra.architectures._precision import wide
 from lra.architectures._stack import Stack
 from lra.encoder import Card, Cost, Mixer
@@ -46,11 +47,11 @@ class QRNNMixer(Mixer):
         super().__init__()
         self.pooling, self.zoneout = pooling, zoneout
         self.conv = nn.Conv1d(d_model, (1 + len(pooling)) * d_model, window)  # rows: Z, F, O, I
-        with torch.no_grad():
-            assert self.conv.bias is not None
-            forget = self.conv.bias.view(-1, d_model)[1].uniform_(1, max(horizon - 1, 1)).log_()
-            if pooling == "ifo":
-                self.conv.bias.view(-1, d_model)[3] = -forget
+        assert self.conv.bias is not None
+        biases = self.conv.bias.data.view(-1, d_model)
+        forget = chrono(biases[1], horizon)
+        if pooling == "ifo":
+            biases[3] = -forget
 
     def _terms(self, gates: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """f, what enters c, and o where there is one, each (..., D), of the convolution's (..., G D)."""

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._hippo import legs_modes
 from lra.architectures._stack import Block, Stack
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.fft_conv import fft_conv
@@ -51,10 +52,7 @@ def modes(init: str, state_size: int) -> tuple[Tensor, Tensor, Tensor]:
     if init == "fout":
         B = torch.where(n == 0, 0.5**0.5, 1.0).to(torch.complex128)
         return torch.complex(torch.zeros_like(n), math.pi * n), B, B
-    # HiPPO-LegS is (skew - 1/2) - p p' with p = b / sqrt(2)
-    b = torch.sqrt(2 * torch.arange(state_size, dtype=torch.float64) + 1)
-    skew = (torch.outer(b, b).triu(1) - torch.outer(b, b).tril(-1)) / 2
-    frequency, basis = torch.linalg.eigh(-1j * skew)
+    frequency, basis, b = legs_modes(state_size)
     kept = frequency > 0
     B = (basis.mH @ b.to(basis.dtype))[kept]
     return torch.complex(torch.full_like(n, -0.5), frequency[kept]), B * 0.5**0.5, B

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._hippo import legs_modes
 from lra.architectures._stack import Block, Stack
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.fft_conv import fft_conv
@@ -54,10 +55,7 @@ def modes(init: str, state_size: int) -> tuple[Tensor, Tensor]:
         return torch.complex(half, math.pi * n), torch.ones_like(n)
     if init == "inv":
         return torch.complex(half, state_size / math.pi * (state_size / (2 * n + 1) - 1)), torch.ones_like(n)
-    # HiPPO-LegS is (skew - 1/2) - p p' with p = b / sqrt(2): its normal part without p p' has a unitary eigenbasis
-    b = torch.sqrt(2 * torch.arange(state_size, dtype=torch.float64) + 1)
-    skew = (torch.outer(b, b).triu(1) - torch.outer(b, b).tril(-1)) / 2
-    frequency, basis = torch.linalg.eigh(-1j * skew)
+    frequency, basis, b = legs_modes(state_size)
     kept = frequency > 0
     return torch.complex(half, frequency[kept]), (basis.mH @ b.to(basis.dtype)).abs()[kept] / 2
 

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._hippo import legs_modes
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
 from lra.encoder import Card, Cost, Mixer
@@ -48,9 +49,7 @@ ACTIVATIONS = ("half_glu1", "half_glu2")
 def hippo_block(size: int) -> tuple[Tensor, Tensor]:
     """Eigenvalues (size / 2,) of the normal part of HiPPO-LegS with negative imaginary part, ascending, and their
     eigenvectors (size, size / 2): complex128."""
-    b = torch.sqrt(2 * torch.arange(size, dtype=torch.float64) + 1)
-    skew = (torch.outer(b, b).triu(1) - torch.outer(b, b).tril(-1)) / 2
-    frequency, basis = torch.linalg.eigh(-1j * skew)
+    frequency, basis, _ = legs_modes(size)
     kept = frequency < 0
     return torch.complex(torch.full_like(frequency[kept], -0.5), frequency[kept]), basis[:, kept]
 

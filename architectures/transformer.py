@@ -27,69 +27,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from lra.architectures._attention import SPARE, alibi_slopes, attend, merge_heads, rope, split_heads
+from lra.architectures._attention import SPARE, AttentionMixer, added_positions, attend, checked_width
 from lra.architectures._stack import Stack
-from lra.encoder import Card, Cost, Mixer
-
-POSITIONS = ("sinusoidal", "learned", "rope", "alibi", "none")
+from lra.encoder import Card, Cost
 
 
-class TransformerMixer(Mixer):
+class TransformerMixer(AttentionMixer):
     """Multi-head softmax attention: (B, L, D) -> (B, L, D). `positions` of POSITIONS; only rope and alibi act here."""
-
-    slopes: Tensor | None
 
     def __init__(
         self, d_model: int, n_heads: int, qkv_dim: int, positions: str, causal: bool, dropout: float = 0.0
     ) -> None:
-        super().__init__()
-        self.n_heads, self.causal, self.dropout = n_heads, causal, dropout
-        self.rotary = positions == "rope"
-        self.qkv = nn.Linear(d_model, 3 * qkv_dim)
-        self.out = nn.Linear(qkv_dim, d_model)
-        for weight in (*self.qkv.weight.chunk(3), self.out.weight):
-            nn.init.xavier_uniform_(weight)
-        nn.init.zeros_(self.qkv.bias)
-        nn.init.zeros_(self.out.bias)
-        slopes = alibi_slopes(n_heads).float() if positions == "alibi" else None
-        self.register_buffer("slopes", slopes, persistent=False)
+        super().__init__(d_model, n_heads, qkv_dim, positions, causal)
+        self.dropout = dropout
 
-    def _heads(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (split_heads(part, self.n_heads) for part in self.qkv(x).chunk(3, dim=-1))
-        return (rope(q, start), rope(k, start), v) if self.rotary else (q, k, v)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        q, k, v = self._heads(x, 0)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        return self.out(merge_heads(attend(q, k, v, mask, causal=self.causal, slopes=self.slopes, dropout=dropout)))
+        return attend(q, k, v, mask, causal=self.causal, slopes=self.slopes, dropout=dropout)
+
+    def pairs(self, length: int) -> float:
+        return float(self.n_heads * length**2)
 
     def cost(self, length: int) -> Cost:
-        width, d_model = self.out.in_features, self.out.out_features
-        linear = Cost.linear(length, d_model, 3 * width) + Cost.linear(length, width, d_model)
-        turning = 12.0 * length * width if self.rotary else 0.0
-        softmax = (5.0 if self.slopes is None else 8.0) * self.n_heads * length**2
-        spare = 0 if self.slopes is None or self.causal else SPARE * self.n_heads
-        return linear + Cost(4.0 * length**2 * (width + spare), softmax + turning)
-
-    def init_state(self, batch: int) -> tuple[Tensor, Tensor]:
-        empty = self.out.weight.new_zeros(batch, self.n_heads, 0, self.out.in_features // self.n_heads)
-        return empty, empty
-
-    def step(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """State: keys and values so far, two (B, H, t, d)."""
-        time = state[0].shape[2]
-        q, k, v = self._heads(x.unsqueeze(1), time)
-        keys, values = torch.cat([state[0], k], dim=2), torch.cat([state[1], v], dim=2)
-        bias = None
-        if self.slopes is not None:
-            ago = torch.arange(time, -1, -1, device=x.device)
-            bias = (-self.slopes[:, None, None] * ago).to(q.dtype)[None]
-        y = F.scaled_dot_product_attention(q, keys, values, bias)
-        return self.out(merge_heads(y)).squeeze(1), (keys, values)
+        spare = 0 if self.slopes is None or self.causal else SPARE
+        return super().cost(length) + Cost(4.0 * self.pairs(length) * spare)
 
 
 class Transformer(Stack):
@@ -127,16 +90,9 @@ class Transformer(Stack):
         attention_dropout: float = 0.0,
         block: Mapping[str, Any] | None = None,
     ) -> None:
-        width = d_model if qkv_dim is None else qkv_dim
-        if n_heads < 1 or width < 1 or width % n_heads:
-            raise ValueError(f"n_heads is {n_heads}; a divisor of the attention's width {width}")
-        if positions not in POSITIONS:
-            raise ValueError(f"positions is {positions!r}; one of {', '.join(POSITIONS)}")
-        if positions == "rope" and width // n_heads % 2:
-            raise ValueError(f"positions 'rope' turns pairs of features; a head has {width // n_heads}, an odd number")
-        added = positions if positions in ("sinusoidal", "learned") else "none"
+        width = checked_width(d_model, n_heads, qkv_dim, positions)
         super().__init__(
             lambda _: TransformerMixer(d_model, n_heads, width, positions, direction == "causal", attention_dropout),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block={"positions": added, **(block or {})},
+            direction=direction, native=True, block={"positions": added_positions(positions), **(block or {})},
         )  # fmt: skip

@@ -246,11 +246,11 @@ def cost(subject: Subject) -> None:
         for length in (32, 64, 128):
             _agrees(encoder, length, how)
         if subject.constructor.declared:
-            lowest, highest = GROWTH[subject.card.scaling]
+            lowest, highest = GROWTH[encoder.scaling]
             growth = math.log2(encoder.cost(2**19).total / encoder.cost(2**18).total)
             if not lowest <= growth <= highest:
                 times = f"doubling the length multiplies cost by {2**growth:.3g}"
-                raise Broken(f"{how}the card says work grows as {subject.card.scaling}, but {times}")
+                raise Broken(f"{how}work is declared to grow as {encoder.scaling}, but {times}")
 
 
 def _agrees(encoder: Encoder, length: int, how: str) -> None:

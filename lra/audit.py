@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 
+from lra.overlap import fingerprints, shared
 from lra.store import Prepared
-from lra.task import SPLITS, Split
+from lra.task import SPLITS
 
 
 @dataclass(frozen=True)
@@ -37,23 +37,11 @@ def audit(prepared: Prepared) -> Audit:
     facts, seen = [], {}
     for name in SPLITS:
         split = prepared.split(name)
-        prints = _prints(split)
+        prints = fingerprints(split)
         seen[name] = prints
         sizes = np.diff(split.offsets)[np.asarray(split.index)].sum(axis=1)
         share = np.bincount(split.labels, minlength=prepared.task.classes) / max(len(split), 1)
         lengths = (int(sizes.min()), float(np.median(sizes)), float(sizes.mean()), int(sizes.max()))
         facts.append(SplitFacts(name, len(split), tuple(share.tolist()), lengths, len(prints) - len(set(prints))))
-    overlap = {(a, b): _shared(seen[a], seen[b]) for a, b in combinations(SPLITS, 2)}
+    overlap = {(a, b): shared(seen[a], seen[b]) for a, b in combinations(SPLITS, 2)}
     return Audit(tuple(facts), overlap)
-
-
-def _shared(first: list[bytes], second: list[bytes]) -> int:
-    known = set(first)
-    return sum(mark in known for mark in second)
-
-
-def _prints(split: Split) -> list[bytes]:
-    """A fingerprint per example, of its documents in order."""
-    used = np.unique(split.index)
-    of = {int(d): hashlib.sha256(split.document(int(d)).tobytes()).digest() for d in used}
-    return [b"".join(of[int(d)] for d in row) for row in np.asarray(split.index)]

@@ -2,18 +2,20 @@
 
 Floors are measured in the same run: the bandwidth of an element-wise sum and the rate of a square matrix product. An
 operator's own floor is the larger of its bytes (arguments, outputs, and gradients where there are any) over that
-bandwidth and its FLOPs over that rate.
+bandwidth and its FLOPs over that rate; other packages are held against the same floor. All that do the same work are
+timed in turns.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib
 import io
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +27,24 @@ from lra import parity, result
 from lra.errors import UserError, unknown
 from lra.kernels._case import Case
 from lra.kernels._dispatch import choose
-from lra.timing import Timing, measure
+from lra.peers import Contender, peers
+from lra.timing import Timing, measure, together
 
 FIELDS = (
-    "op", "case", "implementation", "pass", "seconds", "low", "high", "repeats", "bytes", "flops", "floor_seconds",
-    "device", "torch", "commit", "date",
+    "op", "case", "implementation", "dtype", "pass", "seconds", "low", "high", "repeats", "bytes", "flops",
+    "floor_seconds", "device", "torch", "commit", "date",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Line:
-    """One measurement. passes: "forward" or "forward+backward"; floor: seconds the machine would need at least."""
+    """One measurement. passes: "forward" or "forward+backward"; bytes and flops: the operator's own, whoever does it;
+    floor: seconds the machine would need at least."""
 
     op: str
     case: str
     implementation: str
+    dtype: str
     passes: str
     timing: Timing
     bytes: int
@@ -68,90 +73,86 @@ class Machine:
 def bench(
     ops: Iterable[str], device: torch.device, *, budget: float = 10.0, seen: Callable[[str], None] = lambda _: None
 ) -> tuple[Machine, Iterator[Line]]:
-    """The machine, and the measurements one by one. Raises UserError for an unknown operator."""
+    """The machine, and the measurements case by case; budget: seconds for each of them.
+
+    Raises UserError for an unknown operator.
+    """
     chosen = list(ops)
     for op in chosen:
         if op not in parity.operators():
             raise unknown("operator", op, parity.operators())
     machine = Machine.measured(device)
+    dtypes = (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,)
+    todo = [(op, case, dtype) for op in chosen for case in parity.cases_of(op, "bench") for dtype in dtypes]
 
     def lines() -> Iterator[Line]:
-        for op in chosen:
-            for case in parity.cases_of(op, "bench"):
-                seen(f"{op} {case.name}")
-                yield from _case(op, case, device, machine, budget)
+        for number, (op, case, dtype) in enumerate(todo, start=1):
+            seen(f"{number} of {len(todo)}: {op} {case.name}")
+            yield from _case(op, case, dtype, device, machine, budget)
 
     return machine, lines()
 
 
-def _case(op: str, case: Case, device: torch.device, machine: Machine, budget: float) -> Iterator[Line]:
+def _case(
+    op: str, case: Case, dtype: torch.dtype, device: torch.device, machine: Machine, budget: float
+) -> Iterator[Line]:
     module = importlib.import_module(f"lra.kernels.{op}")
-    arguments = parity.arguments_of(case, torch.float32, device)
-    own = "gpu" if device.type == "cuda" else "cpu"
-    for name in dict.fromkeys((own, "cpu")):
-        try:
+    arguments = parity.arguments_of(case, dtype, device)
+    own: list[Contender] = []
+    for name in dict.fromkeys(("gpu" if device.type == "cuda" else "cpu", "cpu")):
+        # a path may take this operator but not these arguments: the call itself says so
+        with contextlib.suppress(ValueError):
             choose(op, name, device, portable=module.PORTABLE, has_gpu=module.HAS_GPU)
-        except ValueError:
-            continue
-        yield from _both(
-            op, case.name, name, _bound(parity.operator(op), impl=name), arguments, device, machine, budget
+            own.append(Contender(name, _bound(parity.operator(op), impl=name), arguments))
+            _forward(own[-1])()
+    contenders = [*own, *(c for c in peers(op, arguments, own[0].name) if _runs(op, c))]
+    size = sum(t.nbytes for t in [*arguments.values(), *_forward(own[0])()] if isinstance(t, Tensor))
+    for passes, work, moved in (("forward", _forward, size), ("forward+backward", _both, 3 * size)):
+        with FlopCounterMode(display=False) as counter:
+            work(own[0])()
+        flops = float(counter.get_total_flops())
+        floor = max(moved / machine.bandwidth, flops / machine.rate)
+        calls = {c.name: work(c) for c in contenders if c.backward or passes == "forward"}
+        for name, timing in together(calls, device, budget=budget).items():
+            yield Line(op, case.name, name, str(dtype)[6:], passes, timing, moved, flops, floor)
+
+
+def _runs(op: str, contender: Contender) -> bool:
+    """Whether another package's operator takes these arguments; if not, that is said, and it is left out."""
+    try:
+        _forward(contender)()
+    except Exception as error:  # noqa: BLE001  (whatever it raises is not ours to mend)
+        reason = (str(error).splitlines() or [""])[0]
+        warnings.warn(
+            f"{op}: {contender.name} left out: {type(error).__name__}: {reason}", RuntimeWarning, stacklevel=2
         )
-    for name, call in peers(op):
-        yield from _both(op, case.name, name, call, arguments, device, machine, budget)
+        return False
+    return True
 
 
 def _bound(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     return lambda **arguments: function(**arguments, **options)
 
 
-def _both(
-    op: str, case: str, name: str, call: Callable[..., Any], arguments: dict[str, Any], device: torch.device,
-    machine: Machine, budget: float,
-) -> Iterator[Line]:  # fmt: skip
-    names = parity.differentiable(arguments)
-    tracked = arguments | {n: arguments[n].detach().requires_grad_() for n in names}
-
-    def forward() -> list[Tensor]:
+def _forward(contender: Contender) -> Callable[[], list[Tensor]]:
+    def work() -> list[Tensor]:
         with torch.no_grad():
-            return parity.outputs_of(call(**arguments))
+            return parity.outputs_of(contender.call(**contender.arguments))
 
-    def both() -> None:
-        outputs = [t for t in parity.outputs_of(call(**tracked)) if t.requires_grad]
-        torch.autograd.grad(
-            outputs, [tracked[n] for n in names], [torch.ones_like(t) for t in outputs], allow_unused=True
-        )
-
-    size = sum(t.nbytes for t in [*arguments.values(), *forward()] if isinstance(t, Tensor))
-    for passes, work, moved in (("forward", forward, size), ("forward+backward", both, 3 * size)):
-        with FlopCounterMode(display=False) as counter:
-            work()
-        flops = float(counter.get_total_flops())
-        floor = max(moved / machine.bandwidth, flops / machine.rate)
-        yield Line(op, case, name, passes, measure(work, device, budget=budget), moved, flops, floor)
+    return work
 
 
-def peers(op: str) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """The same operation by other packages, where they are installed, taking our arguments."""
-    if op == "linear_scan" and find_spec("mambapy"):
-        pscan = importlib.import_module("mambapy.pscan").pscan
+def _both(contender: Contender) -> Callable[[], object]:
+    names = parity.differentiable(contender.arguments)
+    cotangents: list[Tensor] = []  # made in the first call: they are no part of the work
+    tracked = contender.arguments | {n: contender.arguments[n].detach().requires_grad_() for n in names}
 
-        def mambapy(a: Tensor, b: Tensor, **_: Any) -> Tensor:
-            # (B, L, D, N) there; it writes into its arguments
-            return pscan(a.unsqueeze(-1).clone(), b.unsqueeze(-1).clone()).squeeze(-1)
+    def work() -> object:
+        outputs = [t for t in parity.outputs_of(contender.call(**tracked)) if t.requires_grad]
+        cotangents.extend(torch.ones_like(t) for t in outputs[len(cotangents) :])
+        return torch.autograd.grad(outputs, [tracked[n] for n in names], cotangents, allow_unused=True)
 
-        yield "mambapy", mambapy
-    if op == "selective_scan" and find_spec("mambapy"):
-        pscan = importlib.import_module("mambapy.pscan").pscan
-
-        def scan(
-            u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, **_: Any
-        ) -> Tensor:
-            step = torch.exp(delta.unsqueeze(-1) * A)
-            h = pscan(step, (delta * u).unsqueeze(-1) * B.unsqueeze(2))
-            y = (h @ C.unsqueeze(-1)).squeeze(-1)
-            return y if D is None else y + D * u
-
-        yield "mambapy", scan
+    return work
 
 
 def table_csv(lines: Iterable[Line], device: torch.device) -> str:
@@ -165,7 +166,7 @@ def table_csv(lines: Iterable[Line], device: torch.device) -> str:
     for x in lines:
         times = [f"{s:.6g}" for s in (x.timing.median, x.timing.low, x.timing.high)]
         writer.writerow(
-            [x.op, x.case, x.implementation, x.passes, *times, x.timing.repeats, x.bytes, f"{x.flops:.0f}",
+            [x.op, x.case, x.implementation, x.dtype, x.passes, *times, x.timing.repeats, x.bytes, f"{x.flops:.0f}",
              f"{x.floor:.6g}", *tail]
         )  # fmt: skip
     return out.getvalue()

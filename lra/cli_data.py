@@ -52,7 +52,7 @@ def prepare(
         found = store.prepared(task, protocol or None, source=source, workers=workers, progress=progress)
     for split, count in found.manifest["counts"].items():
         console.print(f"{split:<11} {count:>9,}  {found.manifest['sha256'][split]}", soft_wrap=True)
-    console.print(f"in {found.folder}", soft_wrap=True)
+    console.print(f"in {escape(str(found.folder))}", soft_wrap=True)
 
 
 @data.command()
@@ -86,7 +86,7 @@ def pack(
         found = store.prepared(task, protocol or None, source=source, progress=progress)
         path = to or Path(f"{found.task.name}-{found.protocol.name}.tar.xz")
         size = kit.pack(found, path, progress)
-    console.print(f"wrote {path}, {size / 2**20:.1f} MiB", soft_wrap=True)
+    console.print(f"wrote {escape(str(path))}, {size / 2**20:.1f} MiB", soft_wrap=True)
 
 
 @data.command()
@@ -128,7 +128,7 @@ def show_examples(
             raise UserError(f"--png: examples of {task} are no images")
         pictures = [found.task.picture(opened, i) for i in range(min(count, len(opened)))]
         terminal.contact_sheet(pictures, png)
-        console.print(f"wrote {png}", soft_wrap=True)
+        console.print(f"wrote {escape(str(png))}", soft_wrap=True)
 
 
 @guarded

@@ -1,4 +1,4 @@
-"""`lra doctor`, `lra bench`, `lra profile`: is it right on this machine, and how fast."""
+"""`lra doctor`, `lra bench`: are the operators right on this machine, and how fast."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from lra.cli_common import console, guarded
-from lra.errors import UserError
-from lra.registry import architectures
 
 
 @guarded
@@ -44,7 +42,7 @@ def doctor(
 @guarded
 def bench(
     op: Annotated[str, typer.Argument(help="One operator; all by default.")] = "",
-    budget: Annotated[float, typer.Option(min=0.1, help="Seconds for each measurement.")] = 5.0,
+    budget: Annotated[float, typer.Option(min=0.1, help="Seconds for each measurement.")] = 1.5,
 ) -> None:
     """Time of each operator beside what this machine could do; written to results/bench/ when all are measured."""
     from lra import bench as kit
@@ -65,70 +63,11 @@ def bench(
         table.add_column(column, justify="left" if column in ("operator", "case", "by", "pass") else "right")
     for x in lines:
         s = x.timing.median
+        by = x.implementation if here.type == "cpu" else f"{x.implementation}, {x.dtype}"
         table.add_row(
-            x.op, x.case, x.implementation, x.passes, f"{1e3 * s:.2f}", f"{x.bytes / s / 1e9:.1f}",
+            x.op, x.case, by, x.passes, f"{1e3 * s:.2f}", f"{x.bytes / s / 1e9:.1f}",
             f"{x.flops / s / 1e9:.1f}", f"{s / x.floor:.1f}",
         )  # fmt: skip
     console.print(table)
     if not op:
         console.print(f"wrote {kit.write(lines, here, result.folder())}", soft_wrap=True)
-
-
-@guarded
-def profile(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[ARCH]...", help="All by default.")] = None,
-    lengths: Annotated[str, typer.Option(help="Comma-separated.")] = "1024,4096",
-    batch: Annotated[int, typer.Option(min=1)] = 1,
-    d_model: Annotated[int, typer.Option(min=1)] = 128,
-    layers: Annotated[int, typer.Option(min=1)] = 4,
-    direction: Annotated[str, typer.Option(help="causal or bidirectional.")] = "bidirectional",
-    budget: Annotated[float, typer.Option(min=0.1, help="Seconds for each timing.")] = 3.0,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is on file.")] = False,
-) -> None:
-    """Work, speed and memory of encoders, each cell in a fresh process; written to results/profile/ as it goes."""
-    if not all(part.isdigit() and int(part) > 0 for part in lengths.split(",")):
-        raise UserError(f"--lengths is {lengths!r}; expected whole numbers and commas, for example 1024,4096")
-    for name in names or []:
-        architectures.get(name)
-    from lra import profiler, result
-
-    chosen = [
-        profiler.Cell(name, int(length), batch, d_model, layers, direction, budget)
-        for name in names or architectures.names()
-        for length in lengths.split(",")
-    ]
-    shape = f"batch {batch}, d_model {d_model}, {layers} layers, {direction}"
-    table = Table(title=f"training step at {shape}", title_justify="left", pad_edge=False)
-    for column in (
-        "architecture",
-        "L",
-        "params",
-        "GFLOP",
-        "by formula",
-        "forward ms",
-        "step ms",
-        "tokens/s",
-        "peak MiB",
-    ):
-        table.add_column(column, justify="left" if column == "architecture" else "right", no_wrap=True)
-    with console.status("starting") as status:
-        for number, record in enumerate(
-            profiler.profile(
-                chosen, result.folder(), fresh=fresh,
-                seen=lambda cell: status.update(f"{cell.architecture} at {cell.length:,}"),
-            )
-        ):  # fmt: skip
-            cell = chosen[number]
-            if "failed" in record:
-                table.add_row(cell.architecture, str(cell.length), escape(record["failed"]))
-                continue
-            work, seconds = record["flops"], record["seconds"]
-            formula = work["matmul_by_formula"]
-            table.add_row(
-                cell.architecture, str(cell.length), f"{record['parameters']:,}", f"{work['forward'] / 1e9:.3g}",
-                "not declared" if formula is None else f"{100 * formula / max(work['matmul'], 1):.1f} %",
-                f"{1e3 * seconds['forward']['median']:.1f}", f"{1e3 * seconds['train']['median']:.1f}",
-                f"{record['tokens_per_second']:,.0f}", f"{record['memory']['peak_bytes'] / 2**20:,.0f}",
-            )  # fmt: skip
-    console.print(table)
-    console.print("GFLOP: forward, one sequence, multiply-add = 2; by formula: analytic over counted matrix work")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lra.errors import UserError
 from lra.task import Protocol, Split
 
 
@@ -112,13 +113,15 @@ class Sampler:
 
     Each epoch is a permutation cut into windows of `window` batches; inside a window examples are ordered by length,
     so that little is spent on padding, and the batches of the epoch are then shuffled. The tail that fills no batch
-    is left out of that epoch.
+    is left out of that epoch. Over the first `grow_steps` steps the longest example grows from `grow_from` tokens.
     """
 
     lengths: np.ndarray
     batch_size: int
     seed: int
     window: int = 50
+    grow_from: int = 0
+    grow_steps: int = 0
     _epoch: int = -1
 
     @property
@@ -126,10 +129,23 @@ class Sampler:
         return max(len(self.lengths) // self.batch_size, 1)
 
     def batch(self, step: int) -> np.ndarray:
+        if step < self.grow_steps:
+            return self._short(step)
         epoch, place = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             self._epoch, self._plan = epoch, self._plan_of(epoch)
         return self._plan[place]
+
+    def _short(self, step: int) -> np.ndarray:
+        longest = self.lengths.max(axis=1)
+        limit = self.grow_from + (longest.max() - self.grow_from) * step / self.grow_steps
+        allowed, size = np.flatnonzero(longest <= limit), min(self.batch_size, len(longest))
+        if len(allowed) < size:
+            fitting = int(np.sort(longest)[size - 1])
+            raise UserError(
+                f"{len(allowed)} examples have at most {limit:.0f} tokens; train.curriculum_length >= {fitting}"
+            )
+        return np.random.default_rng([self.seed, step, 1]).choice(allowed, size, replace=False)
 
     def _plan_of(self, epoch: int) -> np.ndarray:
         random = np.random.default_rng([self.seed, epoch])
@@ -143,26 +159,46 @@ class Sampler:
         return random.permutation(order.reshape(self.per_epoch, size))
 
 
-class Steps:
-    """The training batches of steps `first` to `total`, as the iterable a trainer reads; `first` moves on resuming."""
+@dataclass(frozen=True)
+class Share:
+    """Which part of every batch this process works on: `rank` of `world`."""
 
-    def __init__(self, data: DeviceSet, sampler: Sampler, total: int) -> None:
+    rank: int = 0
+    world: int = 1
+
+
+class Steps:
+    """The training batches of steps `first` to `total`, as the iterable a trainer reads; `first` moves on resuming.
+
+    A step's batch comes in `parts` equal parts, of each of which this process has its share.
+    """
+
+    def __init__(
+        self, data: DeviceSet, sampler: Sampler, total: int, parts: int = 1, share: Share | None = None
+    ) -> None:
         self.data, self.sampler, self.total, self.first = data, sampler, total, 0
+        self.parts, self.share = parts, share or Share()
 
     def __len__(self) -> int:
-        return self.total
+        return self.total * self.parts
 
     def __iter__(self) -> Iterator[Batch]:
-        plan = (self.sampler.batch(step) for step in range(self.first, self.total))
-        return _ahead(self.data, plan)
+        return _ahead(self.data, self._plan())
+
+    def _plan(self) -> Iterator[np.ndarray]:
+        for step in range(self.first, self.total):
+            examples = self.sampler.batch(step)[self.share.rank :: self.share.world]
+            yield from (examples[part :: self.parts] for part in range(self.parts))
 
 
 class Sweep:
-    """Every example once, in order of length, for evaluation; the last batch may be smaller."""
+    """Every example once, in order of length, for evaluation; the last batch may be smaller. Several processes have
+    every example once between them."""
 
-    def __init__(self, data: DeviceSet, batch_size: int) -> None:
+    def __init__(self, data: DeviceSet, batch_size: int, share: Share | None = None) -> None:
         self.data = data
-        order = np.argsort(data.lengths.max(axis=1), kind="stable")
+        rank, world = (share.rank, share.world) if share else (0, 1)
+        order = np.argsort(data.lengths.max(axis=1), kind="stable")[rank::world]
         self.plan = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
     def __len__(self) -> int:

@@ -11,6 +11,7 @@ import json
 import platform
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -98,7 +99,8 @@ def _cached() -> dict[str, list[dict[str, Any]]]:
 
 
 def _remember(key: str, diagnoses: list[dict[str, Any]]) -> None:
-    with result.atomic(_place()) as temporary:
+    # a cache that cannot be written to costs the next run the time of the check
+    with suppress(OSError), result.atomic(_place()) as temporary:
         temporary.write_text(json.dumps(_cached() | {key: diagnoses}), encoding="utf-8")
 
 

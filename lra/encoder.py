@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 FAMILIES = ("attention", "convolution", "memory", "mixture", "recurrent", "state-space")
 SCALINGS = ("L", "L log L", "L sqrt L", "L^2")
@@ -92,6 +93,11 @@ class Encoder(nn.Module, ABC):
         return self.direction == "causal"
 
     @property
+    def scaling(self) -> str:
+        """Growth of work with length as this instance is built: the card's, unless an argument changes it."""
+        return self.card.scaling
+
+    @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
         """Optimiser settings by parameter-name pattern (fnmatch): `lr` (at most this rate), `lr_scale` (times the
         recipe's), `weight_decay`. The first pattern that matches a parameter wins; one matching none is an error."""
@@ -114,9 +120,26 @@ class Encoder(nn.Module, ABC):
         """One token: x: (B, D), state -> y: (B, D), next state. Equal to `forward` position by position."""
         raise NotImplementedError(f"{type(self).__name__} has no recurrent mode")
 
+    def state_bytes(self, tokens: int = 0) -> int:
+        """Bytes of recurrent state that one more sequence of a batch takes after `tokens` tokens; what sequences share,
+        such as discrete matrices, does not count. Raises NotImplementedError without a recurrent mode."""
+        sizes = []
+        for batch in (1, 2):
+            state = self.init_state(batch)
+            with torch.no_grad():
+                for _ in range(tokens):
+                    _, state = self.step(next(self.parameters()).new_zeros(batch, self.d_model), state)
+            sizes.append(sum(t.nbytes for t in tree_leaves(state) if isinstance(t, Tensor)))
+        return sizes[1] - sizes[0]
+
     def aux_loss(self) -> Tensor | None:
         """What the last forward adds to the loss (router balance, ponder cost); None when nothing."""
         return None
+
+    def diagnostics(self) -> dict[str, float]:
+        """What to log beside the loss (share of dropped tokens, load of each expert), over the forwards since it was
+        last asked: asking starts anew, so that one asks before an evaluation and after it. {} when nothing."""
+        return {}
 
 
 class Mixer(nn.Module, ABC):

@@ -5,8 +5,9 @@
     elementwise   pointwise work, reductions, softmax, norms, data movement: elements touched, no FLOPs assigned
     uncounted     any other operator that touched data: its work is unknown, and a result lists it
 
-One multiply-add is 2 FLOPs, a complex one 8. A causal or windowed mask does not shrink attention: what is computed
-counts. Attention's backward is twice its forward, recomputation left out, so that no choice of kernel moves the number.
+One multiply-add is 2 FLOPs, a complex one 8. A causal mask does not shrink attention: what is computed counts; what it
+throws away is left out of `algorithmic` alone. Our own operators count the pairs their pattern names. Attention's
+backward is twice its forward, recomputation left out, so that no choice of kernel moves the number.
 """
 
 from __future__ import annotations
@@ -18,20 +19,19 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
-from math import log2, prod
+from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from lra.encoder import Encoder
-
-aten = torch.ops.aten
-Shape = tuple[int, ...]
+from lra.flop_formulas import FORMULAS, MATMUL
 
 LIGHT = re.compile(
     r""".*(softmax|norm|dropout|pool|embedding|sigmoid|relu|elu|median|_loss|loss_|split|detach|scatter).*
@@ -42,7 +42,7 @@ LIGHT = re.compile(
     | clone | contiguous | copy | _to_copy | alias | set | roll | flip | rot90 | block_diag | where | im2col | col2im
     | constant | complex | real | imag | polar | _conj_physical | sort | topk | kthvalue | argsort | searchsorted
     | bucketize | bincount | cummax | cummin | mode | trace | dist | _aminmax | isin | equal | item
-    | _efficientzerotensor | _linalg_check_errors""",
+    | _efficientzerotensor | _linalg_check_errors | floor_divide""",
     re.VERBOSE,
 )
 """Names of aten operators without a pointwise or reduction tag that do a few operations per element at most."""
@@ -53,7 +53,8 @@ class FlopReport:
     """Work of one call, for the whole batch it was given.
 
     forward, forward_backward: FLOPs counted, of every kind; matmul: the part of `forward` that is matrix products,
-    convolutions, attention and recurrent layers; operators: operator -> FLOPs, `forward` split up.
+    convolutions, attention and recurrent layers; operators: operator -> FLOPs, `forward` split up; algorithmic:
+    `forward` without the scores that a causal flag discards; tree: dotted module -> FLOPs of its forward.
     uncounted: operator -> elements touched, forward and backward; elementwise: elements touched by light operators.
     device: "meta" where shapes alone were run, else the device of the module, whose control flow reads values.
     """
@@ -65,6 +66,16 @@ class FlopReport:
     uncounted: Mapping[str, int]
     elementwise: int
     device: str
+    algorithmic: float
+    tree: Mapping[str, float]
+
+    def counterpart(self, declared: float) -> float:
+        """What a declared number of FLOPs in matrix products (`Cost.matmul`) has to equal: `matmul`, and the work of
+        those of our own operators that were declared with it. A recurrent cell is a product to its architecture, a
+        scan is not, and the dispatcher cannot know: of all choices of operators, the nearest one."""
+        own = [work for op, work in self.operators.items() if op.startswith("lra.")]
+        sums = [self.matmul + sum(part) for n in range(len(own) + 1) for part in combinations(own, n)]
+        return min(sums, key=lambda found: abs(found - declared))
 
 
 def count(module: nn.Module, *inputs: Any, device: str = "meta", backward: bool = True) -> FlopReport:
@@ -102,12 +113,14 @@ def _run(module: nn.Module, inputs: tuple[Any, ...], device: str, backward: bool
     for part in twin.modules():
         if isinstance(part, nn.RNNBase):
             part.forward = partial(_in_bulk, part, part.forward)
-    census, fastpath = _Census(), torch.backends.mha.get_fastpath_enabled()
+    census, discarded, fastpath = _Census(), _Discarded(), torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one fused operator that nothing counts
     try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), census, _counter() as counter:
-            outputs = [t for t in tree_leaves(twin(*given)) if isinstance(t, Tensor) and t.requires_grad]
-            forward = counter.get_flop_counts().get("Global", {})
+        with torch.random.fork_rng(devices=[]), torch.enable_grad(), census, _counter(_Path(twin)) as counter:
+            with discarded:
+                outputs = [t for t in tree_leaves(twin(*given)) if isinstance(t, Tensor) and t.requires_grad]
+            tree = {name: float(sum(work.values())) for name, work in counter.get_flop_counts().items()}
+            forward = dict(counter.get_flop_counts().get("Global", {}))
             if outputs and backward:
                 torch.stack([t.sum() for t in outputs]).sum().backward()
             total = counter.get_total_flops()
@@ -122,6 +135,8 @@ def _run(module: nn.Module, inputs: tuple[Any, ...], device: str, backward: bool
         uncounted=dict(census.uncounted),
         elementwise=census.light,
         device=where,
+        algorithmic=float(sum(forward.values())) - discarded.work,
+        tree=tree,
     )
 
 
@@ -158,6 +173,21 @@ def _in_bulk(rnn: nn.RNNBase, forward: Callable[..., Any], x: Any, state: Any = 
     return y, tuple(last) if rnn.mode == "LSTM" else last[0]
 
 
+class _Discarded(TorchFunctionMode):
+    """Adds up the work of scores and weighted sums that attention does for pairs its causal flag then hides."""
+
+    work = 0.0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and (kwargs.get("is_causal") or (len(args) > 5 and args[5])):
+            q, k, v = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(("query", "key", "value")))
+            rows, columns = q.shape[-2], k.shape[-2]
+            kept = sum(min(i + 1, columns) for i in range(rows))
+            self.work += 2.0 * q.shape[:-2].numel() * (rows * columns - kept) * (q.shape[-1] + v.shape[-1])
+        return func(*args, **kwargs)
+
+
 class _Census(TorchDispatchMode):
     """Notices every operator that runs below the counter and has no formula."""
 
@@ -187,117 +217,41 @@ def _is_light(func: Any) -> bool:
     return space == "prim" or (space == "aten" and LIGHT.fullmatch(name.rstrip("_")) is not None)
 
 
-def _counter() -> FlopCounterMode:
+class _Path:
+    """Where in the module tree the forward is. FlopCounterMode's own tracker also hooks every gradient, which a
+    reversible layer, whose backward takes gradients itself, does not survive."""
+
+    def __init__(self, root: nn.Module) -> None:
+        top = type(root).__name__
+        self.names = {id(part): f"{top}.{name}".rstrip(".") for name, part in root.named_modules()}
+        self.stack: list[str] = []
+
+    @property
+    def parents(self) -> set[str]:
+        return {"Global", *self.stack}
+
+    def _enter(self, module: nn.Module, _: Any) -> None:
+        if id(module) in self.names:
+            self.stack.append(self.names[id(module)])
+
+    def _leave(self, module: nn.Module, _: Any, __: Any) -> None:
+        if id(module) in self.names:
+            self.stack.pop()
+
+    def __enter__(self) -> None:
+        before = nn.modules.module.register_module_forward_pre_hook(self._enter)
+        after = nn.modules.module.register_module_forward_hook(self._leave, always_call=True)
+        self.hooks = (before, after)
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def _counter(path: _Path) -> FlopCounterMode:
     counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+    counter.mod_tracker = path  # type: ignore[assignment]
     # its own registry is a copy, and kernels register their formulas when they first run
     own = {op: counter.flop_registry[op] for op in FORMULAS}
     counter.flop_registry = ChainMap(own, flop_registry)  # type: ignore[assignment]
     return counter
-
-
-def _counting_complex(op: Any) -> Callable[..., float]:
-    dense = flop_registry[op]
-
-    def formula(*args: Any, out_val: Any = None, **kwargs: Any) -> float:
-        is_complex = any(isinstance(t, Tensor) and t.is_complex() for t in args)
-        return dense(*args, out_val=out_val, **kwargs) * (4 if is_complex else 1)
-
-    formula._get_raw = True  # type: ignore[attr-defined]  # FlopCounterMode's own mark: hand over tensors, not shapes
-    return formula
-
-
-def _product(a: Shape, b: Shape, *_: Any, **__: Any) -> float:
-    """mv, dot, vdot: every element of `a` meets one of `b`."""
-    return 2.0 * prod(a)
-
-
-def _grouped_mm(a: Shape, b: Shape, *_: Any, **__: Any) -> float:
-    return 2.0 * prod(a[1:] if len(a) > len(b) else a) * b[-1]
-
-
-def _convolution_backward(
-    grad: Shape, x: Shape, weight: Shape, _bias: Any, _stride: Any, _padding: Any, _dilation: Any, transposed: bool,
-    _output_padding: Any, _groups: int, mask: Any, **_: Any,
-) -> float:  # fmt: skip
-    # torch's own formula ignores groups here and overstates a depthwise convolution by the number of channels
-    spatial = x[2:] if transposed else grad[2:]
-    return 2.0 * grad[0] * prod(spatial) * prod(weight) * (bool(mask[0]) + bool(mask[1]))
-
-
-def _attention(q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> float:
-    return float(sdpa_flop_count(q, k, v))
-
-
-def _attention_backward(_grad: Shape, q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> float:
-    return 2.0 * _attention(q, k, v)
-
-
-def _mkldnn_rnn(x: Shape, w: Shape, u: Shape, *_: Any, **__: Any) -> float:
-    return 2.0 * prod(x[:-1]) * (prod(w) + prod(u))
-
-
-def _mkldnn_rnn_backward(x: Shape, w: Shape, u: Shape, *_: Any, **__: Any) -> float:
-    return 2.0 * _mkldnn_rnn(x, w, u)
-
-
-def _cudnn_rnn(x: Shape, weights: list[Shape], *_: Any, **__: Any) -> float:
-    return 2.0 * prod(x[:-1]) * sum(prod(w) for w in weights if len(w) == 2)
-
-
-def _cudnn_rnn_backward(x: Shape, weights: list[Shape], *_: Any, **__: Any) -> float:
-    return 2.0 * _cudnn_rnn(x, weights)
-
-
-def _fft_real(size: Shape, dims: list[int]) -> float:
-    return 2.5 * prod(size) * log2(prod(size[d] for d in dims))
-
-
-def _fft_r2c(x: Shape, dims: list[int], *_: Any, **__: Any) -> float:
-    return _fft_real(x, dims)
-
-
-def _fft_c2r(_x: Shape, dims: list[int], *_: Any, out_shape: Shape, **__: Any) -> float:
-    return _fft_real(out_shape, dims)
-
-
-def _fft_c2c(x: Shape, dims: list[int], *_: Any, **__: Any) -> float:
-    return 2 * _fft_real(x, dims)
-
-
-def _one_each(x: Shape, *_: Any, **__: Any) -> float:
-    return float(prod(x))
-
-
-def _triangular_solve(a: Shape, b: Shape, *_: Any, left: bool = True, **__: Any) -> float:
-    return float(prod(b) * (b[-2] if left else b[-1]))
-
-
-DENSE = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution)
-_HEAVY: dict[Any, Callable[..., float]] = {
-    **{op: _counting_complex(op) for op in DENSE},
-    aten.mv: _product,
-    aten.dot: _product,
-    aten.vdot: _product,
-    aten._grouped_mm: _grouped_mm,
-    aten.convolution_backward: _convolution_backward,
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-    aten._scaled_dot_product_flash_attention_backward: _attention_backward,
-    aten._scaled_dot_product_efficient_attention_backward: _attention_backward,
-    aten._scaled_dot_product_cudnn_attention_backward: _attention_backward,
-    aten.mkldnn_rnn_layer: _mkldnn_rnn,
-    aten.mkldnn_rnn_layer_backward: _mkldnn_rnn_backward,
-    aten._cudnn_rnn: _cudnn_rnn,
-    aten._cudnn_rnn_backward: _cudnn_rnn_backward,
-}
-FORMULAS: dict[Any, Callable[..., float]] = {
-    **_HEAVY,
-    aten._fft_r2c: _fft_r2c,
-    aten._fft_c2r: _fft_c2r,
-    aten._fft_c2c: _fft_c2c,
-    aten.cumsum: _one_each,
-    aten.cumprod: _one_each,
-    aten.logcumsumexp: _one_each,
-    aten.linalg_solve_triangular: _triangular_solve,
-}
-MATMUL = frozenset(_HEAVY) | frozenset(op for op in flop_registry if str(op).startswith("aten."))

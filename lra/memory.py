@@ -21,21 +21,24 @@ class Peak:
             return
         try:
             CLEAR.write_text("5")  # resets the high-water mark of this process
-            self.method, self.start = "process high-water mark above start", _status("VmRSS")
+            self.method, self.start = "process high-water mark above start", status("VmRSS")
         except OSError:
             self.method, self.start = "process lifetime maximum (no reset on this system)", 0
 
     def read(self) -> dict[str, int | str]:
         if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.device)
-        elif self.start:
-            peak = max(_status("VmHWM") - self.start, 0)
+            reserved = int(torch.cuda.max_memory_reserved(self.device))
+            peak = int(torch.cuda.max_memory_allocated(self.device))
+            return {"peak_bytes": peak, "reserved_bytes": reserved, "method": self.method}
+        if self.start:
+            peak = max(status("VmHWM") - self.start, 0)
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {"peak_bytes": int(peak), "method": self.method}
 
 
-def _status(key: str) -> int:
+def status(key: str) -> int:
+    """A size of this process in bytes: VmRSS, VmHWM, VmSize. Raises OSError where the system does not tell."""
     for line in STATUS.read_text().splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024

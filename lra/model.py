@@ -44,10 +44,16 @@ class Classifier(nn.Module):
 
     def encode(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """values: (B, L) tokens or (B, L, channels) bytes -> encoded (B, L', D) and its mask; L' = L + 1 with CLS."""
+        return self.encode_embedded(self.embed(values), mask)
+
+    def embed(self, values: Tensor) -> Tensor:
+        """values: (B, L) tokens or (B, L, channels) bytes -> (B, L, D)."""
         if isinstance(self.embedding, nn.Embedding):
-            x = self.embedding(values.int())
-        else:
-            x = self.embedding((values.float() / 255 - self.mean) / self.std)
+            return self.embedding(values.int())
+        return self.embedding((values.float() / 255 - self.mean) / self.std)
+
+    def encode_embedded(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """x: (B, L, D) -> encoded (B, L', D) and its mask."""
         if self.cls is not None:
             x = torch.cat([self.cls.expand(len(x), 1, -1).to(x.dtype), x], dim=1)
             mask = F.pad(mask, (1, 0), value=True)

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import IO
 
 from lra import registry, store
+from lra.manifest import MANIFEST, hash_file, write_manifest
 from lra.result import atomic
-from lra.store import MANIFEST, Prepared
+from lra.store import Prepared
 from lra.task import DataError, Progress, silent
 
 CHUNK = 1 << 20
@@ -35,7 +36,7 @@ def pack(found: Prepared, target: Path, progress: Progress = silent) -> int:
         for name, facts in found.manifest["files"].items():
             progress(f"packing {name}", done, whole)
             path = found.folder / name
-            if store._hash_file(path) != facts["sha256"]:
+            if hash_file(path) != facts["sha256"]:
                 raise DataError(f"{path}: its SHA-256 is not the one in the manifest; remove {found.folder}")
             entry = tarfile.TarInfo(name)
             entry.size = facts["bytes"]
@@ -89,7 +90,7 @@ def _unpack(archive: tarfile.TarFile, source: Path, progress: Progress) -> Prepa
                 progress(f"unpacking {entry.name}", done, whole)
                 with open(work / entry.name, "wb") as file:
                     shutil.copyfileobj(_opened(archive, entry), file, CHUNK)
-                if store._hash_file(work / entry.name) != facts["sha256"]:
+                if hash_file(work / entry.name) != facts["sha256"]:
                     raise DataError(f"{source}: {entry.name} is not as its manifest says; pack it again")
                 done += entry.size
             if left:
@@ -98,7 +99,7 @@ def _unpack(archive: tarfile.TarFile, source: Path, progress: Progress) -> Prepa
             problems = store._departures(task, protocol, counts, sums)
             if problems or counts != manifest["counts"] or sums != manifest["sha256"]:
                 raise DataError(f"{source} is not the set it says it is {'; '.join(problems)}".rstrip())
-            (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            write_manifest(work, manifest)
             store._swap(work, folder)
         finally:
             with contextlib.suppress(OSError):

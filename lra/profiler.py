@@ -1,34 +1,43 @@
 """Efficiency of an encoder, cell by cell: work, speed and memory at one length, each cell in a fresh process.
 
-A cell is one file, `<results>/profile/<device>/<architecture>-d<D>-n<layers>-b<B>-l<L>.json`, so a report that was
-interrupted goes on where it was. Peak memory on a CPU is the process's own high-water mark above what the imported
-libraries and the built model take; on CUDA it is what the allocator counted.
+A cell is one file, `<results>/profile/<device>/<architecture>-d<D>-n<layers>-b<B>-l<L>-<direction>.json`, so a report
+that was interrupted goes on where it was. Memory is what one training step needs in all: on CUDA what the allocator
+counted; on a CPU the process's high-water mark above where it stood, after a short step that loads and compiles
+everything, plus the parameters and the optimiser's state that were there by then.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
-import math
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import resource
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from lra import flops, memory, result
-from lra.errors import UserError
+from lra import flops, memory, result, timing
+from lra.bench import Machine
+from lra.data import Batch
+from lra.encoder import Encoder
+from lra.model import Classifier
 from lra.registry import architectures
+from lra.task import Protocol
 from lra.timing import Timing, measure
 
-LENGTHS = (1024, 4096)
+BYTES, CLASSES, SHORT = 256, 2, 64
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured: an architecture at one shape. budget: seconds for each timing."""
+    """What is measured: an architecture at one shape. task: "" for the encoder alone, "bytes" for a classifier of
+    byte sequences into two classes around it; budget: seconds for each timing."""
 
     architecture: str
     length: int
@@ -37,9 +46,11 @@ class Cell:
     n_layers: int = 4
     direction: str = "bidirectional"
     budget: float = 3.0
+    task: str = ""
 
     def path(self, root: Path, device: str) -> Path:
-        shape = f"d{self.d_model}-n{self.n_layers}-b{self.batch}-l{self.length}-{self.direction}"
+        task = f"-{self.task}" if self.task else ""
+        shape = f"d{self.d_model}-n{self.n_layers}-b{self.batch}-l{self.length}-{self.direction}{task}"
         return root / "profile" / device / f"{result.slug(self.architecture)}-{shape}.json"
 
 
@@ -47,39 +58,51 @@ def profile(
     cells: Iterable[Cell], root: Path, *, timeout: float = 300.0, fresh: bool = False,
     seen: Callable[[Cell], None] = lambda _: None,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """Measure each cell in a process of its own, or take it from its file; a cell that fails says why and is kept."""
+    """Measure each cell in a process of its own, or take it from its file; a cell that fails says why and is kept, and
+    longer ones of its architecture are not tried."""
     here = "cuda" if torch.cuda.is_available() else "cpu"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "lra.profiler"])
+    machine, threads = None, torch.get_num_threads()
+    failed: dict[tuple[object, ...], int] = {}
     for cell in cells:
         seen(cell)
         path = cell.path(root, here)
-        if not fresh and path.is_file():
-            kept = _read(path)
-            if kept is not None and kept["cell"] == asdict(cell):
-                yield kept
-                continue
-        record = {
-            "cell": asdict(cell),
-            **_in_process(context, cell, here, timeout),
-            "environment": result.environment(),
-        }
-        with result.atomic(path) as temporary:
-            temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        yield record
+        line = (cell.architecture, cell.batch, cell.d_model, cell.n_layers, cell.direction, cell.task)
+        kept = None if fresh else _read(path)
+        if kept is not None and kept["cell"] == asdict(cell) and kept["environment"].get("threads") == threads:
+            found = kept
+        elif failed.get(line, cell.length) < cell.length:
+            found = {"cell": asdict(cell), "failed": f"not tried: failed at {failed[line]:,}"}
+            yield found | {"environment": result.environment()}
+            continue
+        else:
+            machine = machine or Machine.measured(torch.device(here))
+            measured = in_process(measure_cell, cell, here, timeout)
+            if "failed" not in measured:
+                measured |= {"machine": asdict(machine), "mfu": measured["flops_per_second"] / machine.rate}
+            found = {"cell": asdict(cell), **measured, "environment": result.environment()}
+            with result.atomic(path) as temporary:
+                temporary.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        if "failed" in found:
+            failed[line] = min(failed.get(line, cell.length), cell.length)
+        yield found
 
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) and "cell" in content else None
+        return content if isinstance(content, dict) and {"cell", "environment"} <= set(content) else None
     except (OSError, ValueError):
         return None
 
 
-def _in_process(context: Any, cell: Cell, device: str, timeout: float) -> dict[str, Any]:
+def in_process(
+    work: Callable[[Cell, torch.device], dict[str, Any]], cell: Cell, device: str, timeout: float, limit: int = 0
+) -> dict[str, Any]:
+    """work(cell, device) in a fresh process, or {"failed": why}. limit: bytes it may take in all, 0 for no limit."""
+    context: Any = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "lra.profiler"])
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(theirs, cell, device))
+    process = context.Process(target=_child, args=(theirs, work, cell, device, limit))
     process.start()
     theirs.close()
     try:
@@ -96,9 +119,13 @@ def _in_process(context: Any, cell: Cell, device: str, timeout: float) -> dict[s
         process.join()
 
 
-def _child(pipe: Any, cell: Cell, device: str) -> None:
+def _child(pipe: Any, work: Callable[..., dict[str, Any]], cell: Cell, device: str, limit: int) -> None:
+    if limit and device == "cpu":
+        resource.setrlimit(resource.RLIMIT_AS, (limit + memory.status("VmSize"),) * 2)
+    elif limit:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.mem_get_info()[1]))
     try:
-        pipe.send(measure_cell(cell, torch.device(device)))
+        pipe.send(work(cell, torch.device(device)))
     except (torch.OutOfMemoryError, MemoryError):
         pipe.send({"failed": "out of memory"})
     except Exception as error:  # noqa: BLE001  (one cell never ends the report)
@@ -107,81 +134,124 @@ def _child(pipe: Any, cell: Cell, device: str) -> None:
         pipe.send({"failed": failed})
 
 
+class Subject:
+    """A model of a cell, its optimiser and what it is fed."""
+
+    def __init__(self, cell: Cell, device: torch.device) -> None:
+        torch.manual_seed(0)
+        constructor = architectures.get(cell.architecture)
+        shape: dict[str, Any] = {"d_model": cell.d_model, "n_layers": cell.n_layers, "length": cell.length}
+        if "direction" in constructor.options():
+            shape["direction"] = cell.direction
+        self.cell, self.device = cell, device
+        self.encoder: Encoder = constructor(**shape).to(device)
+        self.model: nn.Module = self.encoder
+        if cell.task:
+            protocol = Protocol("bytes", cell.length, vocabulary=BYTES)
+            self.model = Classifier(self.encoder, protocol, CLASSES, 1, "mean").to(device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
+
+    def inputs(self, length: int) -> tuple[Any, ...]:
+        cell, device = self.cell, self.device
+        mask = torch.ones(cell.batch, length, dtype=torch.bool, device=device)
+        if not cell.task:
+            return torch.randn(cell.batch, length, cell.d_model, device=device), mask
+        values = torch.randint(BYTES, (cell.batch, 1, length), device=device, dtype=torch.uint8)
+        labels = torch.arange(cell.batch, device=device)
+        return (Batch(values, mask.unsqueeze(1), labels % CLASSES, labels),)
+
+    def train(self, given: tuple[Any, ...]) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        found = self.model(*given)
+        loss = F.cross_entropy(found, given[0].labels) if self.cell.task else found.float().square().mean()
+        extra = self.encoder.aux_loss()
+        (loss if extra is None else loss + extra).backward()
+        self.optimizer.step()
+
+
+def measure_memory(cell: Cell, device: torch.device) -> dict[str, Any]:
+    """Bytes a training step takes in this process, which has to be fresh, and what for."""
+    return _memory(Subject(cell, device))
+
+
+def _memory(subject: Subject) -> dict[str, Any]:
+    # compiles, loads libraries and fills the optimiser's state, at a length that takes no memory to speak of
+    subject.train(subject.inputs(min(SHORT, subject.cell.length)))
+    subject.optimizer.zero_grad(set_to_none=True)
+    given = subject.inputs(subject.cell.length)
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    state = (v for s in subject.optimizer.state.values() for v in s.values() if isinstance(v, Tensor))
+    sizes = {"parameters": _bytes(subject.model.parameters()), "optimiser": _bytes(state)}
+    peak = memory.Peak(subject.device)
+    subject.train(given)
+    used = peak.read()
+    sizes["gradients"] = _bytes(p.grad for p in subject.model.parameters())
+    if str(used["method"]).startswith("process high-water"):
+        used["peak_bytes"] = int(used["peak_bytes"]) + sizes["parameters"] + sizes["optimiser"]
+    return used | sizes | {"activations": max(int(used["peak_bytes"]) - sum(sizes.values()), 0)}
+
+
 def measure_cell(cell: Cell, device: torch.device) -> dict[str, Any]:
     """Work, speed and memory of one cell in this process."""
-    torch.manual_seed(0)
-    constructor = architectures.get(cell.architecture)
-    shape: dict[str, Any] = {"d_model": cell.d_model, "n_layers": cell.n_layers, "length": cell.length}
-    if "direction" in constructor.options():
-        shape["direction"] = cell.direction
-    encoder = constructor(**shape).to(device)
-    work = flops.encoder_flops(encoder, 1, cell.length)
+    subject = Subject(cell, device)
+    sizes = _memory(subject)
+    given = subject.inputs(cell.length)
+    one = first_of(given)
+    work = flops.count(subject.model, *one)
     try:
-        formula: float | None = encoder.cost(cell.length).matmul
+        declared: float | None = subject.model.cost(cell.length).matmul  # type: ignore[operator]
     except NotImplementedError:
-        formula = None
-    x = torch.randn(cell.batch, cell.length, cell.d_model, device=device)
-    mask = torch.ones(cell.batch, cell.length, dtype=torch.bool, device=device)
-    optimizer = torch.optim.AdamW(encoder.parameters())
+        declared = None
 
     def forward() -> None:
         with torch.no_grad():
-            encoder(x, mask)
+            subject.model(*given)
 
-    def train() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        loss = encoder(x, mask).float().square().mean()
-        extra = encoder.aux_loss()
-        (loss if extra is None else loss + extra).backward()
-        optimizer.step()
-
-    # the first step compiles and fills the optimiser's state, which is not what a step needs
-    train()
-    peak = memory.Peak(device)
-    train()
-    used = peak.read()
-    sizes = {"parameters": _bytes(encoder.parameters()), "gradients": _bytes(p.grad for p in encoder.parameters())}
-    sizes["optimiser"] = _bytes(v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor))
     timed = {
         "forward": measure(forward, device, budget=cell.budget),
-        "train": measure(train, device, budget=cell.budget),
+        "train": measure(lambda: subject.train(given), device, budget=cell.budget),
     }
-    decode = _decode(encoder, cell, device)
+    if (decode := _decode(subject)) is not None:
+        timed["step"] = decode
+    step = timed["train"].median
     return {
-        "parameters": sum(p.numel() for p in encoder.parameters()),
+        "parameters": sum(p.numel() for p in subject.model.parameters()),
         "flops": {
-            "forward": work.forward, "forward_backward": work.forward_backward, "matmul": work.matmul,
-            "matmul_by_formula": formula, "uncounted": sorted(work.uncounted),
+            "forward": work.forward, "algorithmic": work.algorithmic, "forward_backward": work.forward_backward,
+            "matmul_counted": work.matmul if declared is None else work.counterpart(declared),
+            "matmul_by_formula": declared, "uncounted": sorted(work.uncounted), "counted_on": work.device,
         },
-        "seconds": {name: asdict(t) for name, t in timed.items()} | ({"step": asdict(decode)} if decode else {}),
-        "memory": used | sizes,
-        "tokens_per_second": cell.batch * cell.length / timed["train"].median,
+        "seconds": {name: asdict(t) for name, t in timed.items()},
+        "memory": sizes,
+        "tokens_per_second": cell.batch * cell.length / step,
+        "examples_per_second": cell.batch / step,
+        "flops_per_second": cell.batch * work.forward_backward / step,
+        "conditions": timing.conditions(device),
     }  # fmt: skip
 
 
-def _decode(encoder: nn.Module, cell: Cell, device: torch.device) -> Timing | None:
+def first_of(given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The first example of a batch; an encoder's input with a gradient, as it has inside a model."""
+    if isinstance(given[0], Batch):
+        return (Batch(*(t[:1] for t in given[0])),)
+    return given[0][:1].clone().requires_grad_(), given[1][:1]
+
+
+def _decode(subject: Subject) -> Timing | None:
     """Time of one recurrent step, where this instance has any."""
     try:
-        state = encoder.init_state(cell.batch)  # type: ignore[operator]
+        state = subject.encoder.init_state(subject.cell.batch)
     except NotImplementedError:
         return None
-    token = torch.randn(cell.batch, cell.d_model, device=device)
+    token = torch.randn(subject.cell.batch, subject.cell.d_model, device=subject.device)
 
     def step() -> None:
         with torch.no_grad():
-            encoder.step(token, state)  # type: ignore[operator]
+            subject.encoder.step(token, state)
 
-    return measure(step, device, budget=cell.budget / 3)
+    return measure(step, subject.device, budget=subject.cell.budget / 3)
 
 
 def _bytes(tensors: Iterable[Tensor | None]) -> int:
     return sum(t.nbytes for t in tensors if t is not None)
-
-
-def exponent(lengths: Sequence[int], values: Sequence[float]) -> float:
-    """Slope of log(value) over log(length), by least squares. Raises UserError for fewer than two lengths."""
-    if len(lengths) < 2:
-        raise UserError("growth needs at least two lengths")
-    xs, ys = [math.log(n) for n in lengths], [math.log(v) for v in values]
-    mx, my = sum(xs) / len(xs), sum(ys) / len(ys)
-    return sum((x - mx) * (y - my) for x, y in zip(xs, ys, strict=True)) / sum((x - mx) ** 2 for x in xs)

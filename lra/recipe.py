@@ -7,8 +7,8 @@ A recipe file holds tables that apply ever more narrowly; a later one overrides 
     [architecture.s4d.encoder]          for one architecture (and, as "s4d/inv", for one variant)
     [cell.listops.s4d.optim]            for one architecture on one task
 
-A table may also hold a `note` for people, and `--set train.steps=500` overrides them all. Unknown keys and values of
-the wrong type are errors.
+A table may also hold a `note` for people and an `expected` table (lra.sections.Expected), and `--set train.steps=500`
+overrides them all. Unknown keys and values of the wrong type are errors.
 """
 
 from __future__ import annotations
@@ -17,90 +17,17 @@ import hashlib
 import json
 import math
 import tomllib
-import types
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from lra.errors import UserError, unknown
+from lra.sections import SECTIONS as TYPED
+from lra.sections import Data, Expected, Model, Optim, Pretrain, Train, identity
 
 FOLDER = Path(__file__).parent / "recipes"
-SECTIONS = ("data", "model", "encoder", "optim", "train")
-POOLINGS = ("mean", "max", "last", "cls")
-SCHEDULES = ("constant", "linear", "cosine", "rsqrt")
-PRECISIONS = ("auto", "32", "bf16")
-
-
-@dataclass(frozen=True)
-class Data:
-    """protocol: of the task ("" = its first); *_examples: how many are used (0 = all); batch_size: per step.
-
-    validation_examples limits the evaluations that choose the checkpoint; the test set is always scored whole unless
-    test_examples says otherwise, and the result says so.
-    """
-
-    protocol: str = ""
-    batch_size: int = 32
-    evaluation_batch_size: int = 64
-    train_examples: int = 0
-    validation_examples: int = 0
-    test_examples: int = 0
-
-    def __post_init__(self) -> None:
-        _at_least(self, 1, "batch_size", "evaluation_batch_size")
-        _at_least(self, 0, "train_examples", "validation_examples", "test_examples")
-
-
-@dataclass(frozen=True)
-class Model:
-    """Width, depth and surroundings of the encoder; direction: "causal" or "bidirectional" (see lra.encoder)."""
-
-    d_model: int = 64
-    n_layers: int = 2
-    dropout: float = 0.0
-    pooling: str = "mean"
-    direction: str = "bidirectional"
-
-    def __post_init__(self) -> None:
-        _at_least(self, 1, "d_model", "n_layers")
-        _one_of(self, "pooling", POOLINGS)
-        _one_of(self, "direction", ("causal", "bidirectional", "concat", "add", "shared"))
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"model.dropout is {self.dropout}; from 0 up to, not including, 1")
-
-
-@dataclass(frozen=True)
-class Optim:
-    """AdamW; weight_decay acts on matrices only; clip: largest gradient norm (0 = no clipping); warmup: in steps."""
-
-    lr: float = 1e-3
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    schedule: str = "cosine"
-    warmup: int = 0
-    clip: float = 1.0
-
-    def __post_init__(self) -> None:
-        _one_of(self, "schedule", SCHEDULES)
-        _at_least(self, 0, "weight_decay", "warmup", "clip")
-        if not 0 < self.lr < math.inf:
-            raise UserError(f"optim.lr is {self.lr}; more than 0")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"optim.betas is {list(self.betas)}; each from 0 up to, not including, 1")
-
-
-@dataclass(frozen=True)
-class Train:
-    """steps: optimiser steps; evaluate_every: steps between validations; precision: auto = bf16 on CUDA, else 32."""
-
-    steps: int = 1000
-    evaluate_every: int = 250
-    precision: str = "auto"
-
-    def __post_init__(self) -> None:
-        _at_least(self, 1, "steps", "evaluate_every")
-        _one_of(self, "precision", PRECISIONS)
+SECTIONS = ("data", "model", "encoder", "optim", "train", "pretrain")
 
 
 @dataclass(frozen=True)
@@ -115,17 +42,26 @@ class Recipe:
     encoder: Mapping[str, Any] = field(default_factory=dict)
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
+    pretrain: Pretrain = field(default_factory=Pretrain)
     regime: str = "scratch"
     note: str = ""
+    expected: Expected = field(default_factory=Expected)
 
     def as_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(asdict(self)))
 
     @property
     def hash(self) -> str:
-        """SHA-256 of everything but name and note, as canonical JSON."""
-        content = {k: v for k, v in self.as_dict().items() if k not in ("name", "note")}
+        """SHA-256 of everything but name, note and expectation, as canonical JSON."""
+        content = {k: v for k, v in self.as_dict().items() if k not in ("name", "note", *TYPED)}
+        parts = {s: identity(getattr(self, s)) for s in TYPED if s != "expected"}
+        content |= {s: part for s, part in parts.items() if part}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def trained_as(self, regime: str) -> Recipe:
+        """The same settings under --pretrain: "none", "mlm" or "causal". Raises UserError."""
+        changed = replace(self, pretrain=replace(self.pretrain, objective=regime))
+        return replace(changed, regime="scratch" if regime == "none" else f"self-pretrained ({regime})")
 
 
 def names() -> list[str]:
@@ -133,13 +69,18 @@ def names() -> list[str]:
 
 
 def path_of(name: str, architecture: str) -> Path:
-    """The file of a recipe: a name in `recipes/`, "paper" (= paper/<architecture>), or a path ending in .toml."""
+    """The file of a recipe: a name in `recipes/`, a path ending in .toml, or "paper": paper/<architecture>-<variant>
+    where a variant has a file of its own, else paper/<architecture>."""
     if name.endswith(".toml"):
         if not Path(name).is_file():
             raise UserError(f"no recipe file {name}")
         return Path(name)
     if name == "paper":
-        name = f"paper/{architecture.partition('/')[0]}"
+        own = f"paper/{architecture.replace('/', '-')}"
+        name = own if own in names() else f"paper/{architecture.partition('/')[0]}"
+        if name not in names():
+            known = ", ".join(n.removeprefix("paper/") for n in names() if n.startswith("paper/"))
+            raise UserError(f"no published settings of {architecture} are on file; there are: {known}")
     if name not in names():
         raise unknown("recipe", name, names())
     return FOLDER / f"{name}.toml"
@@ -152,18 +93,18 @@ def resolve(
     path = path_of(name, architecture)
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid TOML: {error}") from error
-    values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
-    origin = {f"{s}.{f.name}": "built-in default" for s in SECTIONS if s != "encoder" for f in fields(_class(s))}
+    values: dict[str, dict[str, Any]] = {section: {} for section in (*SECTIONS, "expected")}
+    origin = {f"{s}.{f.name}": "built-in default" for s in SECTIONS if s != "encoder" for f in fields(TYPED[s])}
     note = ""
     for where, table in _layers(tables, path, task, architecture):
         for section, entries in table.items():
             if section == "note" and isinstance(entries, str):
                 note = entries
                 continue
-            if section not in SECTIONS or not isinstance(entries, dict):
-                raise unknown("section", section, SECTIONS, where=f"{path.name} [{where}]")
+            if section not in values or not isinstance(entries, dict):
+                raise unknown("section", section, values, where=f"{path.name} [{where}]")
             for key, value in _flat(entries):
                 _put(values, section, key, value, f"{path.name} [{where}]")
                 origin[f"{section}.{key}"] = f"{path.name} [{where}]"
@@ -179,16 +120,21 @@ def resolve(
         architecture=architecture,
         encoder=values["encoder"],
         note=note,
-        **{s: _class(s)(**values[s]) for s in SECTIONS if s != "encoder"},
+        **{s: TYPED[s](**values[s]) for s in TYPED},
     )
-    return recipe, origin
+    return recipe.trained_as(recipe.pretrain.objective), origin
 
 
 def from_dict(content: Mapping[str, Any]) -> Recipe:
-    """The recipe that `as_dict` wrote. Raises UserError for what no recipe holds."""
-    sections = {s: _class(s)(**{k: _typed(v, get_type_hints(_class(s))[k], f"{s}.{k}") for k, v in content[s].items()})
-                for s in SECTIONS if s != "encoder"}  # fmt: skip
-    plain = {f.name: content[f.name] for f in fields(Recipe) if f.name not in sections}
+    """The recipe that `as_dict` wrote, by this version or an earlier one. Raises UserError for what no recipe holds."""
+    sections = {}
+    try:
+        for name, kind in TYPED.items():
+            hints = get_type_hints(kind)
+            sections[name] = kind(**{k: _typed(v, hints[k], f"{name}.{k}") for k, v in content.get(name, {}).items()})
+        plain = {f.name: content[f.name] for f in fields(Recipe) if f.name not in sections}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"not a recipe of this version: {type(error).__name__}: {error}") from None
     return Recipe(**plain, **sections)
 
 
@@ -199,12 +145,15 @@ def _layers(
         if key not in ("default", "task", "architecture", "cell"):
             raise unknown("table", key, ("default", "task", "architecture", "cell"), where=path.name)
     base = architecture.partition("/")[0]
-    yield "default", tables.get("default", {})
-    yield f"task.{task}", tables.get("task", {}).get(task, {})
-    for name in dict.fromkeys((base, architecture)):
-        yield f"architecture.{name}", tables.get("architecture", {}).get(name, {})
-    for name in dict.fromkeys((base, architecture)):
-        yield f"cell.{task}.{name}", tables.get("cell", {}).get(task, {}).get(name, {})
+    names = list(dict.fromkeys((base, architecture)))
+    inside = [("default",), ("task", task), *(("architecture", n) for n in names), *(("cell", task, n) for n in names)]
+    for parts in inside:
+        found: Any = tables
+        for part in parts:
+            found = found.get(part, {})
+            if not isinstance(found, dict):
+                raise UserError(f"{path.name}: {'.'.join(parts)} is {found!r:.60}; a table")
+        yield ".".join(parts), found
 
 
 def _flat(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -217,18 +166,37 @@ def _flat(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 def _put(values: dict[str, dict[str, Any]], section: str, key: str, value: Any, where: str) -> None:
     if section == "encoder":
-        *parents, last = key.split(".")
-        place = values["encoder"]
-        for parent in parents:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, dict):
-                raise UserError(f"encoder.{parent} is both a value and a table ({where})")
-        place[last] = value
+        _nest(values["encoder"], key, value, "encoder", where)
         return
-    hints = get_type_hints(_class(section))
-    if key not in hints:
+    hints = get_type_hints(TYPED[section])
+    head, _, rest = key.partition(".")
+    if rest and get_origin(hints.get(head)) is Mapping:
+        _nest(values[section].setdefault(head, {}), rest, value, f"{section}.{head}", where)
+    elif key not in hints:
         raise unknown("key", f"{section}.{key}", [f"{section}.{k}" for k in hints], where=where)
-    values[section][key] = _typed(value, hints[key], f"{section}.{key} ({where})")
+    else:
+        values[section][key] = _typed(value, hints[key], f"{section}.{key} ({where})")
+
+
+def _nest(place: dict[str, Any], key: str, value: Any, inside: str, where: str) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        place, inside = place.setdefault(parent, {}), f"{inside}.{parent}"
+        if not isinstance(place, dict):
+            raise UserError(f"{inside} is both a value and a table ({where})")
+    place[last] = _plain(value, f"{inside}.{last} ({where})")
+
+
+def _plain(value: Any, where: str) -> Any:
+    """What JSON can hold and a constructor may be given."""
+    if isinstance(value, list):
+        return [_plain(part, where) for part in value]
+    if isinstance(value, dict):
+        return {key: _plain(part, where) for key, part in value.items()}
+    fine = isinstance(value, str) or (isinstance(value, int | float) and math.isfinite(value) and abs(value) < 2**63)
+    if not fine:
+        raise UserError(f"{where} is {value!r:.60}; a finite number, a text, true, false, or a list of these")
+    return value
 
 
 def _typed(value: Any, kind: Any, where: str) -> Any:
@@ -237,32 +205,21 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
         if not isinstance(value, list) or len(value) != len(parts):
             raise UserError(f"{where} is {value!r}; a list of {len(parts)} numbers")
         return tuple(_typed(v, k, where) for v, k in zip(value, parts, strict=True))
+    if get_origin(kind) is Mapping:
+        if not isinstance(value, dict):
+            raise UserError(f"{where} is {value!r}; expected a table")
+        return value
     if kind is float and type(value) is int:
-        return float(value)
+        return float(_plain(value, where))
     if type(value) is not kind:
-        raise UserError(f"{where} is {value!r}; expected {kind.__name__}")
-    return value
+        raise UserError(f"{where} is {value!r:.60}; expected {kind.__name__}")
+    # a float that is none is the section's to refuse: it says the range
+    return value if kind is float else _plain(value, where)
 
 
 def _parsed(text: str) -> Any:
     """A --set value: TOML where it is valid TOML, a plain string otherwise."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
-
-
-def _class(section: str) -> Any:
-    return types.MappingProxyType({"data": Data, "model": Model, "optim": Optim, "train": Train})[section]
-
-
-def _at_least(section: Any, least: float, *keys: str) -> None:
-    for key in keys:
-        if not least <= getattr(section, key) < math.inf:
-            raise UserError(f"{type(section).__name__.lower()}.{key} is {getattr(section, key)}; at least {least}")
-
-
-def _one_of(section: Any, key: str, allowed: tuple[str, ...]) -> None:
-    if getattr(section, key) not in allowed:
-        name = f"{type(section).__name__.lower()}.{key}"
-        raise UserError(f"{name} is {getattr(section, key)!r}; one of {', '.join(allowed)}")

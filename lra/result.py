@@ -6,12 +6,14 @@ Layout: <results>/runs/<task>/<architecture>/<id>.json and <id>.npz. The id hold
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import platform
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -22,14 +24,11 @@ from typing import Any
 import numpy as np
 
 from lra.errors import UserError
+from lra.schema import SCHEMA as SCHEMA
+from lra.schema import check as check
 
-SCHEMA = 1
-REQUIRED = {
-    "schema": int, "id": str, "task": str, "architecture": str, "protocol": dict, "recipe": dict, "recipe_hash": str,
-    "seed": int, "regime": str, "direction": str, "test": dict, "validation": dict, "floors": dict, "parameters": int,
-    "flops": dict, "speed": dict, "memory": dict, "implementations": dict, "data": dict, "environment": dict,
-    "command": str, "started": str, "predictions": dict,
-}  # fmt: skip
+LARGEST = 16 * 2**20
+"""Bytes of a record, and of its predictions once decompressed."""
 PACKAGES = ("torch", "lightning", "torchmetrics", "numba", "numpy", "triton", "datasets", "lra-suite")
 
 
@@ -42,21 +41,53 @@ def folder() -> Path:
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary sibling to write; it becomes `path` when the block succeeds and vanishes when it does not."""
+def atomic(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
+    """A temporary sibling to write; it becomes `path` when the block succeeds and vanishes when it does not.
+
+    exclusive: FileExistsError where `path` exists by then. A killed process leaves a hidden `.partial` nobody reads.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".partial")
     os.close(handle)
     try:
         yield Path(name)
         with open(name, "rb+") as written:
             os.fsync(written.fileno())
         os.chmod(name, 0o644)
-        os.replace(name, path)
+        if exclusive:
+            _publish(name, path)
+        else:
+            os.replace(name, path)
+        _sync_folder(path.parent)
     except BaseException:
         with suppress(FileNotFoundError):
             os.unlink(name)
         raise
+
+
+def _publish(name: str, path: Path) -> None:
+    """Rename without replacing what is there."""
+    try:
+        os.link(name, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        # a file system without hard links
+        if path.exists():
+            raise FileExistsError(path) from None
+        os.replace(name, path)
+    else:
+        os.unlink(name)
+
+
+def _sync_folder(folder: Path) -> None:
+    # a rename outlives a power cut only once its folder is on disk; some file systems refuse
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def check_writable(where: Path) -> None:
@@ -72,62 +103,112 @@ def check_writable(where: Path) -> None:
 
 
 def write(record: dict[str, Any], predictions: dict[str, np.ndarray], root: Path) -> Path:
-    """Write predictions, then the record that names their checksum. Returns the path of the JSON file."""
-    place = root / "runs" / record["task"] / slug(record["architecture"])
-    data = place / f"{record['id']}.npz"
-    with atomic(data) as temporary:
-        np.savez_compressed(temporary, **predictions)  # type: ignore[arg-type]
-    digest = hashlib.sha256(data.read_bytes()).hexdigest()
-    record = record | {"predictions": {"file": data.name, "sha256": digest}}
-    problem = check(record)
-    if problem:
+    """Write predictions, then the record that names their checksum. Returns the path of the JSON file.
+
+    Nothing that exists is replaced: where the id is taken, by another process or a clock set back, the record gets the
+    next free one. Raises UserError where the files cannot be written.
+    """
+    place = root / "runs" / safe(record["task"]) / slug(record["architecture"])
+    content = io.BytesIO()
+    np.savez_compressed(content, **predictions)  # type: ignore[arg-type]
+    first = safe(record["id"], 180)
+    record = record | {"id": first, "predictions": {"file": f"{first}.npz", "sha256": _sha256(content.getvalue())}}
+    if problem := check(record):
         raise ValueError(f"refusing to write an invalid result: {problem}")
-    path = place / f"{record['id']}.json"
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
-    return path
+    try:
+        for identity in (first, *(f"{first}-{n}" for n in range(2, 1000))):
+            data, path = place / f"{identity}.npz", place / f"{identity}.json"
+            if path.exists():
+                continue
+            try:
+                with atomic(data, exclusive=True) as temporary:
+                    temporary.write_bytes(content.getvalue())
+            except FileExistsError:
+                continue
+            record |= {"id": identity, "predictions": record["predictions"] | {"file": data.name}}
+            _write_json(path, record, data)
+            return path
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(
+            f"cannot write the result to {place}: {reason}; the trained weights are kept: make room or set "
+            "LRA_RESULTS, and run the same command with --resume"
+        ) from error
+    raise UserError(f"{place} holds a thousand results called {first}; move some away")
+
+
+def _write_json(path: Path, record: dict[str, Any], data: Path) -> None:
+    try:
+        with atomic(path, exclusive=True) as temporary:
+            sealed = record | {"seal": _seal(record)}
+            temporary.write_text(json.dumps(sealed, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError:
+        with suppress(OSError):
+            data.unlink()
+        raise
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A record, checked. Raises UserError naming the file and what is wrong with it."""
+    """A record, checked, without its seal. Raises UserError naming the file and what is wrong with it."""
     try:
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"it holds more than {LARGEST:,} bytes")
         record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_nan)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a result file: {error}") from None
     problem = check(record)
     if problem:
         raise UserError(f"{path}: {problem}")
-    data = path.with_name(Path(record["predictions"]["file"]).name)
-    if not data.is_file():
-        raise UserError(f"{path}: its predictions {data.name} are missing")
-    if hashlib.sha256(data.read_bytes()).hexdigest() != record["predictions"]["sha256"]:
-        raise UserError(f"{path}: its predictions {data.name} do not have the recorded checksum")
+    # records of before the seal have none
+    if record.pop("seal", None) not in (None, _seal(record)):
+        raise UserError(f"{path}: it was changed after it was written")
+    name = Path(record["predictions"]["file"]).name
+    data = path.with_name(name) if name else path
+    if data == path or not data.is_file():
+        raise UserError(f"{path}: its predictions {name} are missing")
+    try:
+        content = data.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: its predictions {name} cannot be read: {error.strerror}") from None
+    if _sha256(content) != record["predictions"]["sha256"]:
+        raise UserError(f"{path}: its predictions {name} do not have the recorded checksum")
+    if problem := _unsound(content):
+        raise UserError(f"{path}: its predictions {name} are not plain arrays: {problem}")
     return record
 
 
-def check(record: Any) -> str:
-    """What is wrong with a record; empty when nothing is."""
-    if not isinstance(record, dict):
-        return "not a JSON object"
-    if record.get("schema") != SCHEMA:
-        return f"schema is {record.get('schema')!r}; this version reads {SCHEMA}"
-    for key, kind in REQUIRED.items():
-        if key not in record:
-            return f"{key} is missing"
-        if not isinstance(record[key], kind):
-            return f"{key} is a {type(record[key]).__name__}; expected {kind.__name__}"
-    accuracy, count = record["test"].get("accuracy"), record["test"].get("n")
-    if not isinstance(accuracy, float) or not 0 <= accuracy <= 1:
-        return f"test.accuracy is {accuracy!r}; a number from 0 to 1"
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        return f"test.n is {count!r}; a positive integer"
+def _seal(record: dict[str, Any]) -> str:
+    return _sha256(json.dumps({k: v for k, v in record.items() if k != "seal"}, sort_keys=True).encode())
+
+
+def _unsound(content: bytes) -> str:
+    """Why these bytes are no .npz of plain arrays; empty when they are."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if sum(member.file_size for member in archive.infolist()) > LARGEST:
+                return f"they decompress to more than {LARGEST:,} bytes"
+            if archive.testzip() is not None:
+                return "wrong CRC"
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            for key in arrays.files:
+                if not isinstance(arrays[key], np.ndarray):
+                    return f"{key} is no array"
+    except Exception as error:  # noqa: BLE001  (zipfile and numpy raise whatever the bytes lead them to)
+        return f"{type(error).__name__}: {error}"
     return ""
+
+
+def safe(name: str, limit: int = 120) -> str:
+    """A file name that stays in its folder: letters, digits, `-_.`, no leading dot, at most `limit` bytes of UTF-8."""
+    kept = "".join(c if c.isalnum() or c in "-_." else "_" for c in name).lstrip(".") or "_"
+    if len(kept.encode()) <= limit:
+        return kept
+    return f"{kept.encode()[: limit - 20].decode(errors='ignore')}-{_sha256(name.encode(errors='surrogatepass'))[:12]}"
 
 
 def slug(architecture: str) -> str:
     """A folder name for an architecture as addressed: `s4d/inv` -> `s4d-inv`, `my/net.py:Net` -> `Net`."""
-    name = architecture.rpartition(":")[2].replace("/", "-")
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name).lstrip(".") or "_"
+    return safe(architecture.rpartition(":")[2].replace("/", "-"))
 
 
 def environment() -> dict[str, Any]:
@@ -180,6 +261,10 @@ def command_line() -> str:
     import shlex
 
     return shlex.join(["lra", *sys.argv[1:]])
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _no_nan(name: str) -> Any:

@@ -1,8 +1,9 @@
 """The cache of prepared sets: `<cache>/<task>/<protocol>/`, one folder of arrays with a manifest.
 
 A set is prepared in a sibling folder under a lock, checked against the constants of its protocol, given its manifest
-last and renamed into place, so a half-finished preparation is never used and two processes wait for each other. The
-cache is `LRA_CACHE`, by default `~/.cache/lra`. Raw files are looked for in `source`, else in `LRA_DATA`.
+last and renamed into place, so a half-finished preparation is never used and two processes wait for each other. Before
+a set is used, its files are compared with the checksums of the manifest. The cache is `LRA_CACHE`, by default
+`~/.cache/lra`. Raw files are looked for in `source`, else in `LRA_DATA`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,16 @@ import numpy as np
 
 from lra import __version__, registry
 from lra.errors import unknown
+from lra.manifest import MANIFEST, hash_file, read_manifest, write_manifest
+from lra.overlap import fingerprints, shared
+from lra.result import safe
 from lra.task import SPLITS, DataError, Progress, Protocol, Split, Task, silent
 
 FORMAT = 1
-MANIFEST = "manifest.json"
+OVERLAP, COMPARED = 0.05, 1000
+"""Largest share of a split that may be in an earlier one (released sets do hold a few texts twice), and the smallest
+split of which a share means anything."""
+_known_intact: set[tuple[Any, ...]] = set()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +59,12 @@ class Prepared:
     def notes(self) -> dict[str, Any]:
         """What preparation found and wrote down, such as near-duplicates across splits."""
         path = self.folder / "notes.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except (OSError, ValueError, RecursionError) as error:
+            raise DataError(
+                f"{path} cannot be read ({error}); {_remedy(self.task, self.protocol, self.folder)}"
+            ) from None
 
 
 def cache_root() -> Path:
@@ -72,7 +85,11 @@ def source_folder(source: str | os.PathLike[str] | None = None) -> Path | None:
 def resolve(task: str | Task, protocol: str | Protocol | None = None) -> tuple[Task, Protocol]:
     """A task and one of its protocols (by default the first). Raises UserError with the nearest right name."""
     found: Task = registry.tasks.get(task)() if isinstance(task, str) else task
+    if safe(found.name) != found.name:
+        raise DataError(f"a task is called {found.name!r}, which is no name for a folder; letters, digits and -_. only")
     if isinstance(protocol, Protocol):
+        if safe(protocol.name) != protocol.name:
+            raise DataError(f"a protocol is called {protocol.name!r}, which is no name for a folder")
         return found, protocol
     name = protocol or next(iter(found.protocols))
     if name not in found.protocols:
@@ -86,7 +103,7 @@ def find(task: str | Task, protocol: str | Protocol | None = None) -> Prepared |
     folder = cache_root() / owner.name / frozen.name
     if not folder.is_dir():
         return None
-    manifest = _manifest(folder)
+    manifest = read_manifest(folder)
     if any(manifest[key] != value for key, value in _identity(owner, frozen).items()):
         return None
     for name, facts in manifest["files"].items():
@@ -115,10 +132,10 @@ def prepared(
         raise DataError(f"{owner.name} under {frozen.name!r} is generated here and reads no files; leave out --from")
     folder, report = cache_root() / owner.name / frozen.name, progress or silent
     if found := find(owner, frozen):
-        return _same_source(found, source)
+        return _same_source(_intact(found, report), source)
     with _locked(folder, report):
         if found := find(owner, frozen):
-            return _same_source(found, source)
+            return _same_source(_intact(found, report), source)
         _prepare(owner, frozen, folder, source_folder(source) if frozen.raw else None, workers or _cpus(), report)
     done = find(owner, frozen)
     if done is None:
@@ -134,14 +151,8 @@ def verify(task: str | Task, protocol: str | Protocol | None = None, *, progress
         found = find(owner, frozen)
         if found is None:
             return [f"{owner.name} under {frozen.name!r} is not prepared: run `{owner.command(frozen)}`"]
-        files = found.manifest["files"]
-        changed = []
-        for number, (name, facts) in enumerate(files.items()):
-            report("hashing files", number, len(files))
-            if _hash_file(found.folder / name) != facts["sha256"]:
-                changed.append(name)
         remedy = _remedy(owner, frozen, found.folder)
-        if changed:
+        if changed := _changed(found, report):
             return [f"{found.folder / name}: its SHA-256 is not the one in the manifest; {remedy}" for name in changed]
         counts, sums = _measure(owner, found.folder, report)
         wrong = [f"counts of {s}" for s in SPLITS if found.manifest["counts"].get(s) != counts[s]]
@@ -172,18 +183,26 @@ def _remedy(task: Task, protocol: Protocol, folder: Path) -> str:
     return f"remove {folder} and run `{task.command(protocol)}`"
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    advice = f"remove {folder} and prepare it again"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); {advice}") from None
-    keys = ("format", "task", "version", "protocol", "source", "lra", "counts", "sha256", "files")
-    missing = [key for key in keys if not isinstance(manifest, dict) or key not in manifest]
-    if missing:
-        raise DataError(f"{path} lacks {', '.join(missing)}; {advice}")
-    return manifest
+def _intact(found: Prepared, progress: Progress) -> Prepared:
+    """The set, every file compared with its checksum: once per process for as long as no file is touched."""
+    states = [(found.folder / name).stat() for name in found.manifest["files"]]
+    mark = (str(found.folder), *((s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in states))
+    if mark not in _known_intact:
+        if changed := _changed(found, progress):
+            what = f"{', '.join(changed)} changed since {'it was' if len(changed) == 1 else 'they were'} written"
+            raise DataError(f"{found.folder}: {what}; {_remedy(found.task, found.protocol, found.folder)}")
+        _known_intact.add(mark)
+    return found
+
+
+def _changed(found: Prepared, progress: Progress) -> list[str]:
+    """The files that do not have the checksum of the manifest."""
+    files, wrong = found.manifest["files"], []
+    for number, (name, facts) in enumerate(files.items()):
+        progress("checking files", number, len(files))
+        if hash_file(found.folder / name) != facts["sha256"]:
+            wrong.append(name)
+    return wrong
 
 
 def _same_source(found: Prepared, source: str | os.PathLike[str] | None) -> Prepared:
@@ -238,16 +257,19 @@ def _prepare(
             if left != work or not task.resumable:
                 shutil.rmtree(left)
         work.mkdir(exist_ok=True)
+        for left in (work / MANIFEST, *work.glob(".*.partial")):
+            left.unlink(missing_ok=True)
         try:
             task.prepare(work, protocol, source=source, workers=workers, progress=progress)
             counts, sums = _measure(task, work, progress)
-            if problems := _departures(task, protocol, counts, sums):
+            problems = _departures(task, protocol, counts, sums) or _overlaps(task, protocol, work, progress)
+            if problems:
                 shutil.rmtree(work, ignore_errors=True)
                 where = f"the files in {source} are not" if protocol.raw else "this machine did not generate"
                 raise DataError(f"{where} the data this protocol froze: {'; '.join(problems)}")
             files = {
-                p.name: {"bytes": p.stat().st_size, "sha256": _hash_file(p)} for p in sorted(work.iterdir())
-            }  # fmt: skip
+                p.name: {"bytes": p.stat().st_size, "sha256": hash_file(p, sync=True)} for p in sorted(work.iterdir())
+            }
             manifest = identity | {
                 "source": str(source) if protocol.raw else "generated",
                 "lra": __version__,
@@ -255,7 +277,7 @@ def _prepare(
                 "sha256": sums,
                 "files": files,
             }
-            (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            write_manifest(work, manifest)
             _swap(work, folder)
         except BaseException:
             if not task.resumable:
@@ -297,10 +319,24 @@ def _departures(task: Task, protocol: Protocol, counts: dict[str, int], sums: di
     ]
 
 
+def _overlaps(task: Task, protocol: Protocol, folder: Path, progress: Progress) -> list[str]:
+    """Pairs of splits that share more than a twentieth of the second, byte for byte: then one was taken for the other.
+
+    Where a protocol selects on the test split, as some published ones do, validation is the test split.
+    """
+    if all(protocol.sha256.get(split) for split in SPLITS):
+        # frozen bytes were looked at when they were frozen
+        return []
+    progress("comparing splits", 0, 0)
+    marks = {split: fingerprints(task.load(folder, split)) for split in SPLITS}
+    pairs = [("train", "test")] if protocol.selection == "test" else list(combinations(SPLITS, 2))
+    found = [(a, b, shared(marks[a], marks[b]), len(marks[b])) for a, b in pairs]
+    return [
+        f"{task.name} under {protocol.name!r}: {count:,} of the {total:,} examples of {b} are in {a} too"
+        for a, b, count, total in found
+        if total >= COMPARED and count > total * OVERLAP
+    ]
+
+
 def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -24,21 +24,45 @@ URL = "https://storage.googleapis.com/long-range-arena/lra_release.gz"
 NAMES = ("lra_release.gz", "lra_release.tar.gz")
 SPARE = 1 << 30
 BLOCK = 1 << 20
+LONGEST_LINE = 1 << 26
+LONGEST_HEADER = 1 << 20
+MOST = 1 << 37
+"""Bytes that may come out of an archive; the release is 33 GB."""
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose extended header, which tarfile reads into memory, is refused when it is no header's size."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        extended = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
+                    tarfile.SOLARIS_XHDTYPE)  # fmt: skip
+        if self.type in extended and self.size > LONGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {self.size:,} bytes")
+        return super()._proc_member(archive)  # type: ignore[misc]
 
 
 def members(archive: Path, wanted: dict[str, str]) -> Iterator[tuple[str, Iterator[bytes]]]:
     """Each wanted member as it comes by: its key and its lines. wanted: file name -> key.
 
-    Reading stops after the last one. Raises DataError when the archive is damaged or lacks one.
+    Reading stops after the last one. Nothing is unpacked. Raises DataError when the archive is damaged or lacks one,
+    or is none that its makers packed: absolute names, names with "..", links for the wanted files, bombs.
     """
     left = dict(wanted)
     # not tarfile's own gzip: it takes the end of a truncated archive for the end of the archive
-    with _intact(archive), _unzipped(archive) as file, tarfile.open(fileobj=file, mode="r|") as tar:
+    with _intact(archive), _unzipped(archive) as file, tarfile.open(fileobj=file, mode="r|", tarinfo=_Member) as tar:
+        total = 0
         for member in tar:
-            key = left.pop(PurePosixPath(member.name).name, None) if member.isfile() else None
-            contents = None if key is None else tar.extractfile(member)
-            if key is not None and contents is not None:
-                yield key, _lines(contents, archive)
+            total += member.size
+            name = PurePosixPath(member.name)
+            if name.is_absolute() or ".." in name.parts or total > MOST:
+                why = f"{total:,} bytes" if total > MOST else f"a member called {member.name[:100]!r}"
+                raise DataError(f"{archive} holds {why}; that is not the LRA release")
+            if name.name not in left or member.isdir():
+                continue
+            contents = tar.extractfile(member) if member.isfile() else None
+            if contents is None:
+                raise DataError(f"{archive}: {member.name} is no plain file; that is not the LRA release")
+            yield left.pop(name.name), _lines(contents, archive)
             if not left:
                 return
     raise DataError(f"{archive} does not hold {', '.join(left)}; is it the LRA release?")
@@ -46,14 +70,19 @@ def members(archive: Path, wanted: dict[str, str]) -> Iterator[tuple[str, Iterat
 
 def _lines(contents: IO[bytes], archive: Path) -> Iterator[bytes]:
     with _intact(archive):
-        yield from contents
+        while line := contents.readline(LONGEST_LINE):
+            if len(line) == LONGEST_LINE:
+                raise DataError(
+                    f"{archive} holds a line of more than {LONGEST_LINE:,} bytes; that is not the LRA release"
+                )
+            yield line
 
 
 @contextmanager
 def _intact(archive: Path) -> Iterator[None]:
     try:
         yield
-    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+    except (tarfile.TarError, OSError, zlib.error, EOFError, ValueError, OverflowError, RecursionError) as error:
         raise DataError(f"{archive} is truncated or damaged ({error}); remove it and fetch it again") from None
 
 

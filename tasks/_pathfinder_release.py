@@ -90,7 +90,7 @@ def _rows(file: Path) -> Iterator[list[str]]:
     if content.startswith(b"\x93NUMPY"):
         try:
             table = np.load(file, allow_pickle=False)
-        except ValueError as error:
+        except Exception as error:  # noqa: BLE001  (numpy parses the header as Python and raises whatever that raises)
             raise DataError(
                 f"{file} is not a plain array of strings ({error}); pickled files are not opened, save it as text"
             ) from None
@@ -108,13 +108,13 @@ def _pixels(path: Path, size: int) -> np.ndarray:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("L"))
-    except (OSError, SyntaxError) as error:
+        # the size stands in the header: an image that would fill the memory is never decoded
+        with Image.open(path, formats=("PNG",)) as image:
+            if image.size != (size, size):
+                raise DataError(f"{path} is {image.size[0]} x {image.size[1]} pixels, not {size} x {size}")
+            return np.asarray(image.convert("L")).ravel()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{path} is not a whole image ({error}); unpack the archive again") from None
-    if pixels.shape != (size, size):
-        raise DataError(f"{path} is {pixels.shape[1]} x {pixels.shape[0]} pixels, not {size} x {size}")
-    return pixels.ravel()
 
 
 def _split(count: int, at_random: bool) -> dict[str, np.ndarray]:

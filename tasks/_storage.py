@@ -98,9 +98,13 @@ def open_split(folder: Path, split: str) -> Split:
     name = SHARED if (folder / f"{SHARED}.values.npy").is_file() else split
     parts = (f"{name}.values", f"{name}.offsets", f"{split}.index", f"{split}.labels")
     values, offsets, index, labels = (_open(folder / f"{part}.npy") for part in parts)
+    kinds = (values.dtype.name, offsets.dtype.name, index.dtype.name, labels.dtype.name)
     fits = (
-        offsets.ndim == 1 and len(offsets) and offsets[0] == 0 and offsets[-1] == len(values)
+        kinds in (("uint8", "int64", "int32", "uint8"), ("uint16", "int64", "int32", "uint8")) and values.ndim == 1
+        and offsets.ndim == 1 and len(offsets) and offsets[0] == 0 and offsets[-1] == len(values)
+        and (np.diff(offsets) >= 0).all()
         and index.ndim == 2 and len(index) == len(labels) and labels.ndim == 1
+        and index.min(initial=0) >= 0 and index.max(initial=-1) < len(offsets) - 1
     )  # fmt: skip
     if not fits:
         raise DataError(f"{folder}: the arrays of {split} do not fit together; remove the folder and prepare it again")
@@ -112,5 +116,5 @@ def _open(path: Path) -> np.ndarray:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"{path} is missing; remove {path.parent} and prepare it again") from None
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # noqa: BLE001  (numpy parses the header as Python and raises whatever that raises)
         raise DataError(f"{path} is corrupt ({error}); remove {path.parent} and prepare it again") from None

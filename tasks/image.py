@@ -166,10 +166,11 @@ def _decode(file: Mapping[str, bytes]) -> np.ndarray | str:
 
     try:
         with Pillow.open(io.BytesIO(file["bytes"])) as image:
-            pixels = np.asarray(image.convert("RGB"))
-    except (OSError, TypeError, KeyError) as error:
+            if image.size != (32, 32):
+                return f"is {image.size[0]} x {image.size[1]} pixels, not 32 x 32"
+            return np.asarray(image.convert("RGB"))
+    except (OSError, TypeError, KeyError, SyntaxError, ValueError, Pillow.DecompressionBombError) as error:
         return f"cannot be decoded ({error})"
-    return pixels if pixels.shape == (32, 32, 3) else f"is {pixels.shape[1]} x {pixels.shape[0]} pixels, not 32 x 32"
 
 
 def _held_out(images: np.ndarray, labels: np.ndarray, protocol: Protocol) -> np.ndarray:

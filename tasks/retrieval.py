@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -120,7 +121,13 @@ def _encode(text: bytes, protocol: Protocol, where: str) -> np.ndarray:
         return as_characters(text, protocol.length)
     if protocol.name == "strict" and text[:2] in (b"b'", b'b"'):
         try:
-            text = ast.literal_eval(text.decode("ascii"))
-        except (ValueError, SyntaxError):
-            raise DataError(f"{where}: a text starts as a Python literal and is none; is the file complete?") from None
+            with warnings.catch_warnings():
+                # an escape that Python does not know stands for itself
+                warnings.simplefilter("ignore")
+                found = ast.literal_eval(text.decode("ascii"))
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            found = None
+        if not isinstance(found, bytes):
+            raise DataError(f"{where}: a text starts as a Python literal and is none; is the file complete?")
+        text = found
     return as_bytes(text, protocol.length)

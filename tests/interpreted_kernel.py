@@ -10,7 +10,8 @@ import json
 import sys
 
 import torch
-from test_kernels import cases_of, errors_of
+
+from lra.parity import cases_of, errors_of
 
 
 def main(op: str) -> None:

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lra.kernels.band_attention import band_attention, cpu
+from lra.kernels.band_attention.reference import allowed
+from lra.kernels.band_attention.tiles import pairs
 
 GOLDEN = Path(__file__).parent / "golden"
 IMPLEMENTATIONS = ["reference", "cpu"]
@@ -126,6 +128,63 @@ def test_local_attention(name: str, window: int | tuple[int, int] | None, whole:
         close(found.transpose(1, 2), z[f"grad.{n}"])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": (3, 2), "n_global": 1, "global_mask": torch.arange(30) == torch.tensor([[7], [2]])},
+        {"window": 1, "block": 4, "dilation": [2, 1], "random_blocks": torch.arange(32).view(2, 8, 2) * 5 % 8},
+        {"window": (3, 0), "n_global": 2, "causal": True},
+        {"window": (1, 0), "block": 4, "random_blocks": torch.arange(32).view(2, 8, 2) * 5 % 8, "causal": True},
+        {"window": 2, "n_global": 3, "mutual": False},
+    ],
+    ids=["globals", "random blocks", "causal globals", "causal random blocks", "one-way globals"],
+)
+def test_slopes(options: dict[str, Any]) -> None:
+    """ALiBi in every part of the pattern: q . k - slope |i - j|, outputs and gradients."""
+    torch.manual_seed(0)
+    q, k, v = given = [torch.randn(2, 30, 2, 4, dtype=torch.float64).requires_grad_() for _ in range(3)]
+    real = torch.arange(30) < torch.tensor([[30], [19]])
+    weight = torch.randn(2, 30, 2, 4, dtype=torch.float64)
+    found = {}
+    for impl in IMPLEMENTATIONS:
+        y = band_attention(q, k, v, real, slopes=torch.tensor([0.5, 0.1]).double(), impl=impl, **options)
+        found[impl] = [y, *torch.autograd.grad(y, given, weight)]
+    for one, two in zip(*found.values(), strict=True):
+        close(one, two)
+    plain = band_attention(q, k, v, real, **options)
+    assert (plain - found["cpu"][0]).abs().max() > 0.1
+
+
+def test_slopes_are_those_of_the_definition() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 9, 2, 4, dtype=torch.float64)
+    slopes, i = torch.tensor([0.5, 0.1], dtype=torch.float64), torch.arange(9)
+    bias = -slopes[:, None, None] * (i - i[:, None]).abs()
+    wanted = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias[None])
+    close(band_attention(q, k, v, None, 9, slopes=slopes).transpose(1, 2), wanted)
+
+
+@pytest.mark.parametrize("options", [{"window": 3}, {"window": 1, "n_global": 2}], ids=str)
+def test_autocast_leaves_the_products_alone(options: dict[str, Any]) -> None:
+    """Half-precision inputs, single-precision arithmetic: forward and backward."""
+    torch.manual_seed(0)
+    q, k, v = given = [torch.randn(1, 30, 2, 16).bfloat16().requires_grad_() for _ in range(3)]
+    found = {}
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = band_attention(q, k, v, None, **options)
+            found[enabled] = [y, *torch.autograd.grad(y, given, torch.ones_like(y))]
+    assert all(torch.equal(one, two) for one, two in zip(*found.values(), strict=True))
+
+
+def test_pairs_are_counted() -> None:
+    """The number of pairs the pattern lets in, where its parts do not overlap."""
+    for behind, ahead, dilation in ((2, 0, [1]), (1, 3, [1, 2]), (40, 40, [3])):
+        sees = allowed(None, 1, 30, (behind, ahead), dilation, 0, None, None, 1, False, True, torch.device("cpu"))
+        assert pairs(30, behind, ahead, dilation, 0, 0, 1) == sees.sum()
+    assert pairs(30, 0, 0, [1, 1], 3, 2, 5) == 2 * (30 * 5 + 30 * 3 + 30 * 2 * 5)
+
+
 def test_rows_of_a_long_sequence() -> None:
     """L = 16,384, window 512, float32: a few rows and the gradients they cause, against those rows alone in float64."""
     length, window = 16384, 512
@@ -182,12 +241,12 @@ def test_memory_is_linear_in_the_length() -> None:
     """No tensor of L x L or L x window x head size numbers, forward or backward."""
     length, window, size = 4096, 64, 8
     q, k, v = torch.randn(3, 1, length, 1, size)
-    pattern = (window, window, [1], 1, False, 1.0, False)
+    pattern = (window, window, [1], 1, False, True, 1.0, False)
     forward: Callable[..., tuple[Tensor, Tensor]] = cpu.attend._init_fn
     backward: Callable[..., tuple[Tensor, ...]] = cpu.attend_backward._init_fn
     with Largest() as largest:
-        out, lse = forward(q, k, v, None, None, None, *pattern)
-        backward(torch.ones_like(out), out, lse, q, k, v, None, None, None, *pattern)
+        out, lse = forward(q, k, v, None, None, None, None, *pattern)
+        backward(torch.ones_like(out), out, lse, q, k, v, None, None, None, None, *pattern)
     assert largest.numbers < 4 * length * size
 
 
@@ -202,6 +261,7 @@ def test_memory_is_linear_in_the_length() -> None:
         ({"mask": torch.ones(1, 8)}, r"mask is \(1, 8\) torch.float32 on cpu; expected \(1, 8\) torch.bool on cpu"),
         ({"random_blocks": torch.zeros(2, 8, 1)}, r"random_blocks is .*; expected \(2, 8, r\) integer"),
         ({"random_blocks": torch.full((2, 8, 1), 8)}, "random_blocks is up to 8; expected numbers below 8"),
+        ({"slopes": torch.zeros(3)}, r"slopes is \(3,\) torch.float32 on cpu; expected \(2,\) on cpu"),
         ({"v": torch.zeros(1, 7, 2, 4)}, r"v is \(1, 7, 2, 4\); expected \(1, 8, 2, V\)"),
     ],
 )

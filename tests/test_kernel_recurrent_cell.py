@@ -55,6 +55,29 @@ def test_lstm_variants(name: str, impl: str) -> None:
 
 
 @both
+@pytest.mark.parametrize("name", ["lstm_layernorm_haste", "lstm_layernorm_torchscript"])
+def test_lstm_with_layer_norm(name: str, impl: str) -> None:
+    """Carrying c as Ba et al. 2016 do (its source orders gates i, g, f, o), and carrying the normalised c."""
+    z = golden(name)
+    x = z["x"].requires_grad_()
+    if name.endswith("haste"):
+        order = torch.arange(20).view(4, 5)[[0, 2, 1, 3]].flatten()
+        w, u = (z[f"param.{kernel}"].T[order] for kernel in ("kernel", "recurrent_kernel"))
+        gains, b = z["param.gamma"][:, order], z["param.bias"][order]
+        offset, cell, of_c = None, "lstm_layernorm", [z["param.gamma_h"], z["param.beta_h"]]
+    else:
+        w, u, b = z["param.weight_ih"], z["param.weight_hh"], z["param.layernorm_h.bias"]
+        gains = torch.stack([z["param.layernorm_i.weight"], z["param.layernorm_h.weight"]])
+        offset, cell = z["param.layernorm_i.bias"], "lstm_layernorm_carried"
+        of_c = [z["param.layernorm_c.weight"], z["param.layernorm_c.bias"]]
+    state = recurrent_cell(
+        F.layer_norm(F.linear(x, w), (20,), gains[0], offset), u, b, cell, z["h0"],
+        c0=z["c0"], norm=torch.stack([*gains[1].view(4, 5), *of_c]), return_state=True, impl=impl,
+    )  # fmt: skip
+    meets(z, x, state)  # type: ignore[arg-type]
+
+
+@both
 def test_indrnn(impl: str) -> None:
     z = golden("indrnn")
     x = z["x"].requires_grad_()
@@ -125,7 +148,8 @@ def test_a_coupled_gate_is_the_negated_one(cell: str, free: str) -> None:
 def arguments(cell: str) -> dict[str, Any]:
     gates, width = GATES[cell], 5
     U = torch.rand(width) if cell == "indrnn" else torch.randn(gates * width * (2 if cell == "rhn" else 1), width)
-    return {"x_gates": torch.randn(3, 30, gates * width), "U": U, "b": torch.randn(len(U)), "cell": cell}
+    given = {"x_gates": torch.randn(3, 30, gates * width), "U": U, "b": torch.randn(len(U)), "cell": cell}
+    return given | ({"norm": 1 + 0.3 * torch.randn(6, width)} if cell.startswith("lstm_layernorm") else {})
 
 
 @pytest.mark.parametrize("cell", GATES)
@@ -200,6 +224,16 @@ def test_activations_keep_their_digits() -> None:
         ({"h0": torch.zeros(1, 3, 5)}, r"h0 is \(1, 3, 5\); expected \(3, 5\)"),
         ({"c0": torch.zeros(3, 5)}, r"c0 is \(3, 5\); expected None for gru"),
         ({"peephole": torch.zeros(2, 5)}, r"peephole is \(2, 5\); expected None for gru"),
+        ({"norm": torch.zeros(6, 5)}, r"norm is \(6, 5\); expected None for gru"),
+        ({"x_gates": torch.zeros(3, 30, 20), "cell": "lstm_layernorm"}, r"U is \(15, 5\); expected \(20, 5\)"),
+        (
+            {"x_gates": torch.zeros(3, 30, 20), "U": torch.zeros(20, 5), "b": None, "cell": "lstm_layernorm"},
+            r"norm is None; expected \(6, 5\) for lstm_layernorm",
+        ),
+        (
+            {"x_gates": torch.zeros(3, 30, 4), "cell": "lstm_layernorm"},
+            r"x_gates is .*; expected \(B, L, 4 \* H\) with H > 1 for",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(changes: dict[str, Any], message: str) -> None:

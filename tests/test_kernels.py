@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import zlib
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -25,9 +24,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lra.kernels import _dispatch
 from lra.kernels._case import KINDS, Case
+from lra.parity import (
+    TOLERANCE,
+    arguments_of,
+    cases_of,
+    differentiable,
+    errors_of,
+    operator,
+    operators,
+    outputs_of,
+    relative_error,
+    run,
+    wide,
+)
 
 KERNELS = Path(__file__).parents[1] / "kernels"
-FOLDERS = sorted(folder.parent.name for folder in KERNELS.glob("*/__init__.py"))
+FOLDERS = operators()
 
 
 def loads(op: str) -> bool:
@@ -39,87 +51,10 @@ def loads(op: str) -> bool:
 
 
 OPS = [op for op in FOLDERS if loads(op)]
-# RMS(error) / RMS(reference), the reference computed in float64 from the same rounded inputs
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}
-CPU = torch.device("cpu")
-
-
-def cases_of(op: str, *kinds: str) -> list[Case]:
-    return [case for case in import_module(f"lra.kernels.{op}.cases").CASES if case.kind in kinds]
 
 
 def every_case(*kinds: str) -> list[Any]:
     return [pytest.param(op, case, id=f"{op}-{case.name}") for op in OPS for case in cases_of(op, *kinds)]
-
-
-def operator(op: str) -> Callable[..., Any]:
-    public: Callable[..., Any] = getattr(import_module(f"lra.kernels.{op}"), op)
-    return public
-
-
-def arguments_of(case: Case, dtype: torch.dtype, device: torch.device = CPU) -> dict[str, Any]:
-    """The case's arguments, drawn from a seed of its own."""
-    generator = torch.Generator(device).manual_seed(zlib.crc32(case.name.encode()))
-    return case.make(generator, dtype, device)
-
-
-def wide(value: Any) -> Any:
-    """A floating or complex tensor in double precision; anything else as it is."""
-    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
-        return value
-    return value.to(torch.promote_types(value.dtype, torch.float64))
-
-
-def differentiable(arguments: dict[str, Any]) -> list[str]:
-    return [k for k, v in arguments.items() if isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex())]
-
-
-def outputs_of(result: Any) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else [t for t in result if t is not None]
-
-
-def run(function: Callable[..., Any], arguments: dict[str, Any], **options: Any) -> dict[str, Tensor]:
-    """Outputs, and gradients of every differentiable argument for one seeded random cotangent per output."""
-    arguments = dict(arguments)
-    names = differentiable(arguments)
-    for name in names:
-        arguments[name] = arguments[name].detach().requires_grad_()
-    outputs = outputs_of(function(**arguments, **options))
-    found = {f"output {i}": t.detach() for i, t in enumerate(outputs)}
-    generator = torch.Generator().manual_seed(0)
-    pairs = []
-    for t in outputs:
-        cotangent = torch.randn(t.shape, generator=generator, dtype=wide(t).dtype)
-        # rounded to single precision, so that runs in float32 and float64 are handed the same numbers
-        cotangent = cotangent.to(torch.complex64 if t.is_complex() else torch.bfloat16).to(t.device, t.dtype)
-        if t.requires_grad:
-            pairs.append((t, cotangent))
-    grads = torch.autograd.grad(
-        [t for t, _ in pairs], [arguments[n] for n in names], [c for _, c in pairs], materialize_grads=True
-    )
-    return found | {f"gradient of {name}": g for name, g in zip(names, grads, strict=True)}
-
-
-def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """RMS(found - wanted) / RMS(wanted); what lies below the smallest normal number of `found` counts as 0."""
-    assert found.shape == wanted.shape
-    error = (wide(found) - wanted).abs().square().mean().sqrt().item()
-    scale = wanted.abs().square().mean().sqrt().item()
-    return 0.0 if error < torch.finfo(found.dtype).tiny else error / max(scale, 1e-300)
-
-
-def errors_of(
-    op: str, case: Case, dtype: torch.dtype, device: torch.device = CPU, *, impl: str = "cpu"
-) -> dict[str, float]:
-    """Error of each output and gradient of one implementation against the definition in double precision."""
-    arguments = arguments_of(case, dtype, device)
-    reference = import_module(f"lra.kernels.{op}.reference").reference
-    wanted = run(reference, {name: wide(value) for name, value in arguments.items()})
-    found = run(operator(op), arguments, impl=impl)
-    for name in wanted:
-        if name == "output 0":
-            assert found[name].dtype == dtype or found[name].is_complex(), f"{name} came back as {found[name].dtype}"
-    return {name: relative_error(found[name], wanted[name]) for name in wanted}
 
 
 def assert_close(errors: dict[str, float], tolerance: float) -> None:

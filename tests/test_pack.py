@@ -12,7 +12,8 @@ from tiny_task import Tiny
 
 from lra import pack as kit
 from lra import registry, store
-from lra.store import MANIFEST, Prepared
+from lra.manifest import MANIFEST
+from lra.store import Prepared
 from lra.task import DataError
 
 

@@ -1,4 +1,4 @@
-"""gru against a float64 loop over its equations, and the properties of its initialisation."""
+"""gru against torch.nn and a float64 loop over its equations, and the properties of its initialisation."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from lra.architectures.gru import GRU, GRUMixer
 
 def equations(mixer: GRUMixer, x: Tensor) -> Tensor:
     """The docstring's equations, one token at a time: (B, L, D) -> (B, L, D)."""
-    w, u, b, c = (dict(zip("rzn", parameter.chunk(3), strict=True)) for parameter in mixer.rnn.parameters())
+    gates = "zn" if mixer.cell == "gru_coupled" else "rzn"
+    weights = (mixer.input.weight, mixer.U, mixer.input.bias, mixer.c)
+    w, u, b, c = (dict(zip(gates, parameter.chunk(len(gates)), strict=True)) for parameter in weights)
     h, outputs = torch.zeros_like(x[:, 0]), []
     for token in x.unbind(1):
-        r = torch.sigmoid(token @ w["r"].T + b["r"] + h @ u["r"].T + c["r"])
         z = torch.sigmoid(token @ w["z"].T + b["z"] + h @ u["z"].T + c["z"])
+        r = torch.sigmoid(token @ w["r"].T + b["r"] + h @ u["r"].T + c["r"]) if "r" in w else 1 - z
         n = torch.tanh(token @ w["n"].T + b["n"] + r * (h @ u["n"].T + c["n"]))
         h = z * h + (1 - z) * n
         outputs.append(h)
     return torch.stack(outputs, dim=1)
 
 
-def test_mixer_equals_its_equations() -> None:
+@pytest.mark.parametrize("coupled", [False, True])
+def test_mixer_equals_its_equations(coupled: bool) -> None:
     torch.manual_seed(0)
-    mixer = GRUMixer(6, horizon=20).double()
+    mixer = GRUMixer(6, horizon=20, coupled=coupled).double()
     for parameter in mixer.parameters():
         torch.nn.init.normal_(parameter, std=0.7)
     x = torch.randn(2, 13, 6, dtype=torch.float64, requires_grad=True)
@@ -38,9 +41,27 @@ def test_mixer_equals_its_equations() -> None:
         torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-10)
 
 
-def test_step_equals_forward_over_2048_tokens() -> None:
+def test_plain_cell_equals_torch() -> None:
     torch.manual_seed(0)
-    mixer = GRUMixer(8, horizon=2048).eval()
+    mixer, theirs = GRUMixer(6, horizon=20).double(), torch.nn.GRU(6, 6, batch_first=True).double()
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter, std=0.7)
+    own = (mixer.input.weight, mixer.U, mixer.input.bias, mixer.c)
+    with torch.no_grad():
+        for parameter, value in zip(theirs.parameters(), own, strict=True):
+            parameter.copy_(value)
+    x = torch.randn(2, 13, 6, dtype=torch.float64)
+    y, expected = mixer(x, torch.ones(2, 13, dtype=torch.bool)), theirs(x)[0]
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    grads = [torch.autograd.grad(out.square().sum(), w) for out, w in ((y, own), (expected, [*theirs.parameters()]))]
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_step_equals_forward_over_2048_tokens(coupled: bool) -> None:
+    torch.manual_seed(0)
+    mixer = GRUMixer(8, horizon=2048, coupled=coupled).eval()
     x = torch.randn(1, 2048, 8)
     state, steps = mixer.init_state(1), []
     with torch.no_grad():
@@ -60,18 +81,19 @@ def test_bidirectional_sees_only_real_tokens_backwards() -> None:
 
 def test_initialisation() -> None:
     torch.manual_seed(0)
-    _, u, b, c = GRUMixer(64, horizon=1000).rnn.parameters()
-    for gate in u.chunk(3):
+    mixer = GRUMixer(64, horizon=1000)
+    for gate in mixer.U.chunk(3):
         torch.testing.assert_close(gate @ gate.T, torch.eye(64), rtol=0, atol=1e-5)
-    r, z, n = b.chunk(3)
+    r, z, n = mixer.input.bias.chunk(3)
     assert not r.any()
     assert not n.any()
-    assert not c.any()
+    assert not mixer.c.any()
     memories = 1 + z.exp()  # tokens after which a gate of sigmoid(b_z) has forgotten 1 - 1/e, to first order
     assert memories.min() >= 2
     assert memories.max() <= 1000
     assert 350 < memories.mean() < 650
-    assert not list(GRUMixer(8, horizon=2).rnn.parameters())[2].any()
+    assert not GRUMixer(8, horizon=2).input.bias.any()
+    assert GRUMixer(8, horizon=100, coupled=True).input.bias.chunk(2)[0].all()
 
 
 def test_wrong_horizon_is_named() -> None:

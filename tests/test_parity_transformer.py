@@ -169,7 +169,7 @@ def test_attention_starts_soft() -> None:
     torch.manual_seed(0)
     for d_model in (64, 256):
         mixer = TransformerMixer(d_model, 4, d_model, "none", causal=False)
-        q, k, _ = mixer._heads(torch.randn(1, 512, d_model), 0)
+        q, k, _ = mixer.heads(torch.randn(1, 512, d_model))
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
         assert 0.8 < scores.std() < 1.2
         assert not mixer.qkv.bias.any()

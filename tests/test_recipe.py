@@ -78,6 +78,15 @@ def test_the_hash_follows_the_content_and_not_the_name(path: str, tmp_path: Path
         ("model.dropout", "1.0", "from 0 up to"),
         ("model.pooling", "'avg'", "one of mean"),
         ("steps", "5", "unknown setting"),
+        ("optim.name", "adamx", "one of adamw"),
+        ("optim.ema", "1.0", "from 0 up to"),
+        ("optim.decay", "some", "one of matrices, all"),
+        ("train.accumulate", "0", "at least 1"),
+        ("train.checkpointing", "1", "expected bool"),
+        ("train.curriculum_length", "64", "go together"),
+        ("pretrain.objective", "mml", "one of none, mlm, causal"),
+        ("pretrain.mask", "0.0", "between 0 and 1"),
+        ("expected.accuracy", "0.5", "unknown setting"),
     ],
 )
 def test_a_wrong_setting_is_one_clear_line(setting: str, value: str, message: str, path: str) -> None:
@@ -131,3 +140,34 @@ def test_matched_recipes_stay_within_110_percent_of_the_transformer(name: str) -
         encoder = constructor(**shape, **found.encoder)
         sizes[architecture] = sum(p.numel() for p in encoder.parameters())
     assert sizes[name] <= 1.1 * sizes["transformer"]
+
+
+def test_committed_results_keep_their_recipe_identity() -> None:
+    from lra import result
+
+    # results live beside the package in a checkout, whatever LRA_RESULTS says while tests run
+    files = sorted((Path(recipe.__file__).parents[1] / "results" / "runs").rglob("*.json"))
+    for file in files:
+        record = result.read(file)
+        assert recipe.from_dict(record["recipe"]).hash == record["recipe_hash"], file.name
+    assert files
+
+
+def test_pretraining_settings_count_only_when_there_is_pretraining(path: str) -> None:
+    plain, _ = recipe.resolve(path, "listops", "s4d")
+    idle, _ = recipe.resolve(path, "listops", "s4d", {"pretrain.steps": "7"})
+    used, _ = recipe.resolve(path, "listops", "s4d", {"pretrain.steps": "7", "pretrain.objective": "mlm"})
+    assert plain.hash == idle.hash != used.hash
+    assert (plain.regime, used.regime) == ("scratch", "self-pretrained (mlm)")
+    assert recipe.from_dict(used.as_dict()).hash == used.hash
+
+
+def test_expectations_are_read_and_are_no_part_of_the_identity(path: str, tmp_path: Path) -> None:
+    more = tmp_path / "more.toml"
+    more.write_text(FILE + '[task.listops.expected]\naccuracy = 0.5\nsource = "a paper"\nepoch = 3\nby = 0.3\n')
+    found, _ = recipe.resolve(str(more), "listops", "s4d")
+    assert (found.expected.accuracy, found.expected.epoch, found.expected.by) == (0.5, 3, 0.3)
+    assert found.hash == recipe.resolve(path, "listops", "s4d")[0].hash
+    more.write_text(FILE + "[task.listops.expected]\naccuracy = 50.0\n")
+    with pytest.raises(UserError, match="from 0 to 1"):
+        recipe.resolve(str(more), "listops", "s4d")

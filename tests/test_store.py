@@ -9,13 +9,14 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
 from lra import store
 from lra.errors import UserError
+from lra.manifest import write_manifest
 from lra.task import SPLITS, DataError, Progress, Protocol, Split, Task
 from lra.tasks._storage import SHARED, DocumentWriter, open_split, write_documents, write_examples, write_notes
 
@@ -43,11 +44,16 @@ class Digits(Task):
         self.calls.append(sorted(p.name for p in folder.iterdir()))
         for split in SPLITS:
             count = protocol.counts[split]
-            write_documents(folder, split, [np.arange(1 + i % 5, dtype=np.uint8) for i in range(count)])
+            write_documents(folder, split, [self.document(split, i) for i in range(count)])
             if self.failure is not None:
                 raise self.failure
             write_examples(folder, split, np.arange(count) % 2)
         write_notes(folder, {"seen": "nothing"})
+
+    @staticmethod
+    def document(split: str, i: int) -> np.ndarray:
+        """One to five digits, that of the split first."""
+        return np.append(np.uint8(SPLITS.index(split)), np.arange(i % 5, dtype=np.uint8))
 
     def load(self, folder: Path, split: str) -> Split:
         return open_split(folder, split)
@@ -81,7 +87,8 @@ def test_a_set_is_prepared_once_and_described_by_its_manifest(task: Digits, cach
     assert len(task.calls) == 1
     assert first.folder == cache / "digits" / "strict"
     assert left_over(cache) == ["strict"]
-    assert first.manifest == second.manifest == json.loads((first.folder / "manifest.json").read_text())
+    written = json.loads((first.folder / "manifest.json").read_text())
+    assert first.manifest == second.manifest == {k: v for k, v in written.items() if k != "seal"}
     assert first.manifest["counts"] == COUNTS
     assert first.manifest["source"] == "generated"
     assert first.checksum == second.checksum
@@ -188,14 +195,101 @@ def test_a_flipped_byte_is_found_by_verify(task: Digits) -> None:
     assert "train.values.npy: its SHA-256 is not the one in the manifest" in problems[0]
 
 
-def test_a_forged_manifest_is_found_by_verify(task: Digits) -> None:
-    path = store.prepared(task).folder / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["sha256"]["test"] = "0" * 64
-    path.write_text(json.dumps(manifest))
+def edit_manifest(folder: Path, resealed: bool, **changes: Any) -> None:
+    path = folder / "manifest.json"
+    content = {k: v for k, v in json.loads(path.read_text()).items() if k != "seal" or not resealed} | changes
+    if resealed:
+        write_manifest(folder, content)
+    else:
+        path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("key", ["counts", "sha256"])
+def test_a_forged_manifest_is_found_by_verify(task: Digits, key: str) -> None:
+    found = store.prepared(task)
+    edit_manifest(found.folder, True, **{key: found.manifest[key] | {"test": "0" * 64 if key == "sha256" else 4}})
     assert [problem.split(":")[1].split(";")[0] for problem in store.verify(task)] == [
-        " sha256 of test does not match the arrays"
+        f" {key} of test does not match the arrays"
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "resealed"),
+    [
+        ({"counts": COUNTS | {"test": 4}}, False), ({"source": "elsewhere"}, False), ({"more": 1}, False),
+        ({"files": {"../../x": {"bytes": 1, "sha256": ""}}}, True), ({"files": {"x": {"bytes": 1}}}, True),
+        ({"files": []}, True), ({"counts": {"train": 5}}, True), ({"sha256": "x"}, True),
+    ],
+)  # fmt: skip
+def test_a_changed_manifest_is_refused(task: Digits, changes: dict[str, Any], resealed: bool) -> None:
+    edit_manifest(store.prepared(task).folder, resealed, **changes)
+    with pytest.raises(DataError, match=r"manifest.json (was changed after|is not laid out).*; remove .*prepare it ag"):
+        store.prepared(task)
+
+
+def test_a_manifest_of_before_the_seal_is_read(task: Digits) -> None:
+    folder = store.prepared(task).folder
+    content = json.loads((folder / "manifest.json").read_text())
+    del content["seal"]
+    (folder / "manifest.json").write_text(json.dumps(content))
+    assert store.prepared(task).manifest == content
+    (folder / "manifest.json").write_text(json.dumps(content | {"seel": "x"}))
+    with pytest.raises(DataError, match="was changed after it was written"):
+        store.prepared(task)
+
+
+def test_a_changed_file_is_never_used(task: Digits) -> None:
+    path = store.prepared(task).folder / "train.values.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"train.values.npy changed since it was written; remove .* and run `lra data"):
+        store.prepared(task)
+
+
+def test_an_interrupted_preparation_that_had_its_manifest_is_finished(
+    task: Digits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Digits, "resumable", True)
+    real, kills = store._swap, iter([KeyboardInterrupt])
+
+    def swap(work: Path, folder: Path) -> None:
+        for kill in kills:
+            (work / ".manifest.json.x.partial").write_text("half")
+            raise kill
+        real(work, folder)
+
+    monkeypatch.setattr(store, "_swap", swap)
+    with pytest.raises(KeyboardInterrupt):
+        store.prepared(task)
+    found = store.prepared(task)
+    assert [name for name in task.calls[1] if name.startswith((".", "manifest"))] == []
+    assert store.verify(task) == []
+    assert not [name for name in found.manifest["files"] if name.startswith((".", "manifest"))]
+
+
+@pytest.mark.parametrize("name", ["../up", ".hidden", "a/b", "", "x" * 300])
+def test_no_task_or_protocol_leaves_the_cache(task: Digits, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    with pytest.raises(DataError, match="no name for a folder"):
+        store.prepared(task, protocol_with(name=name))
+    monkeypatch.setattr(Digits, "name", name)
+    with pytest.raises(DataError, match="no name for a folder"):
+        store.prepared(task)
+
+
+def test_splits_that_overlap_are_refused(task: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "COMPARED", 2)
+    monkeypatch.setattr(Digits, "document", staticmethod(lambda split, i: np.full(1 + i % 5, 7, np.uint8)))
+    with pytest.raises(DataError, match="2 of the 2 examples of validation are in train too"):
+        store.prepared(task)
+    # the published text protocols select on the test split itself
+    monkeypatch.setattr(
+        Digits, "document",
+        staticmethod(lambda split, i: np.array([i + 1, 0 if split == "train" else 1], np.uint8)),
+    )  # fmt: skip
+    assert store.prepared(task, protocol_with(name="published", selection="test")).folder.is_dir()
+    with pytest.raises(DataError, match="2 of the 3 examples of test are in validation too"):
+        store.prepared(task, protocol_with(name="own"))
 
 
 @pytest.mark.parametrize(

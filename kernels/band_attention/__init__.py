@@ -29,13 +29,15 @@ def band_attention(
     global_mask: Tensor | None = None,
     block: int = 1,
     causal: bool = False,
+    mutual: bool = True,
+    slopes: Tensor | None = None,
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """o_i = sum_j softmax_j(scale q_i . k_j) v_j over the keys j that i sees: `mask[j]` holds, and any one of
+    """o_i = sum_j softmax_j(scale q_i . k_j - slope |i - j|) v_j over the keys j that i sees: `mask[j]` and any one of
 
     band     d = floor(j / block) - floor(i / block) is a multiple of `dilation`, -behind <= d / dilation <= ahead
-    global   j or i is a global token: everyone sees it, and it sees everyone
+    global   j or i is a global token: everyone sees it, and it sees everyone (the latter only if `mutual`)
     random   floor(j / block) is among random_blocks[head, floor(i / block)]
 
     and, when `causal`, j <= i. A key counts once however many of these let it in. A row that sees nothing is 0.
@@ -44,7 +46,8 @@ def band_attention(
     of a published configuration is both sides together: pass half. `block` > 1 makes window and dilation count in whole
     blocks (BigBird's three blocks: window 1; block-local attention: window 0).
     dilation: one int, or one per head. n_global: the first tokens are global; global_mask: (B, L) bool, further ones.
-    random_blocks: (H, ceil(L / block), r) integer, -1 for none. scale: 1 / sqrt(head size) unless given.
+    random_blocks: (H, ceil(L / block), r) integer, -1 for none. slopes: (H,) of ALiBi, no gradient; on a GPU they take
+    the plain torch path. scale: 1 / sqrt(head size) unless given.
 
     q, k: (B, L, H, E); v: (B, L, H, V); mask: (B, L) bool, True = real key, or None -> o: (B, L, H, V) in the dtype of
     q. Only keys are masked: rows of padding hold what a query there would see. Half precision is computed in float32.
@@ -82,24 +85,29 @@ def band_attention(
             last, count = int(random_blocks.max()), -(-length // block)
             check(last < count, op, "random_blocks", f"up to {last}", f"numbers below {count}")
         random_blocks = random_blocks.long()
+    if slopes is not None:
+        fits = slopes.shape == (heads,) and slopes.is_floating_point() and slopes.device == device
+        check(fits, op, "slopes", f"{tuple(slopes.shape)} {slopes.dtype} on {slopes.device}", f"({heads},) on {device}")
     scale = size**-0.5 if scale is None else scale
     positions = _globals(n_global, global_mask, batch, device)
-    # the Triton kernels compute in float32; double precision stays in torch
-    double = torch.float64 in (q.dtype, k.dtype, v.dtype)
-    chosen = choose(op, impl, device, portable=PORTABLE, has_gpu=HAS_GPU and not double)
+    # the Triton kernels compute in float32 and know no slopes
+    plain = slopes is not None or torch.float64 in (q.dtype, k.dtype, v.dtype)
+    chosen = choose(op, impl, device, portable=PORTABLE, has_gpu=HAS_GPU and not plain)
     if chosen == "reference":
         from lra.kernels.band_attention.reference import reference
 
         return reference(
             q, k, v, mask, (behind, ahead), steps, n_global, random_blocks,
-            global_mask=global_mask, block=block, causal=causal, scale=scale,
+            global_mask=global_mask, block=block, causal=causal, mutual=mutual, slopes=slopes, scale=scale,
         )  # fmt: skip
     from lra.kernels.band_attention.cpu import attend
 
     # a window beyond the sequence is the sequence
     behind, ahead = min(behind, length), min(ahead, length)
-    arguments = (mask, positions, random_blocks, behind, ahead, steps, block, causal, scale, chosen == "gpu")
-    return attend(q, k, v, *arguments)[0]
+    pattern = (behind, ahead, steps, block, causal, mutual)
+    # autocast would take the products to half precision
+    with torch.autocast(device.type, enabled=False):
+        return attend(q, k, v, mask, positions, random_blocks, slopes, *pattern, scale, chosen == "gpu")[0]
 
 
 def _globals(first: int, mask: Tensor | None, batch: int, device: torch.device) -> Tensor | None:

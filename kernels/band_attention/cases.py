@@ -70,6 +70,7 @@ CASES = [
     Case("length 1000", "edge", _inputs(1, 1000, 2, 8, 40, lengths=(900,)), interpreted=False),
     Case("window beyond the sequence", "edge", _inputs(2, 30, 2, 4, 100, dilation=2)),
     Case("causal globals", "edge", _inputs(2, 30, 2, 4, 3, n_global=1, marked=True, causal=True, lengths=(30, 9))),
+    Case("one-way globals", "edge", _inputs(2, 30, 2, 4, 3, n_global=1, marked=True, mutual=False)),
     Case("causal blocks", "edge", _inputs(2, 30, 2, 4, (1, 0), block=4, random=2, causal=True)),
     Case("dilated blocks", "edge", _inputs(1, 50, 2, 4, 1, block=4, random=1, dilation=[2, 1])),
     Case("only its own block", "edge", _inputs(2, 33, 2, 4, 0, block=8, lengths=(33, 20))),

@@ -16,17 +16,18 @@ from torch.utils.flop_counter import register_flop_formula
 
 from lra.kernels.band_attention.passes import backward, forward, global_backward, global_forward
 from lra.kernels.band_attention.scores import Inputs
-from lra.kernels.band_attention.tiles import HIDDEN, Pattern
+from lra.kernels.band_attention.tiles import HIDDEN, Pattern, pairs
 
 
 @torch.library.custom_op("lra::band_attention", mutates_args=())
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, positions: Tensor | None, random_blocks: Tensor | None,
-    behind: int, ahead: int, dilation: Sequence[int], block: int, causal: bool, scale: float, gpu: bool,
+    slopes: Tensor | None, behind: int, ahead: int, dilation: Sequence[int], block: int, causal: bool, mutual: bool,
+    scale: float, gpu: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output (B, L, H, V) and log-sum-exp (B, L, H, 1) of the scores. positions: (B, G), -1 after the last."""
     pattern = Pattern(behind, ahead, dilation, block, causal, band=not gpu)
-    x = Inputs(q, k, v, mask, positions, random_blocks, pattern, scale)
+    x = Inputs(q, k, v, mask, positions, random_blocks, slopes, pattern, scale)
     if gpu:
         from lra.kernels.band_attention.gpu import band_forward
 
@@ -35,7 +36,7 @@ def attend(
             out, lse = _joined(out, lse, *(t[:, : x.length] for t in forward(x)))
     else:
         out, lse = forward(x)
-    if positions is not None:
+    if positions is not None and mutual:
         global_forward(x, out, lse)
     return out[:, : x.length].to(q.dtype).contiguous(), lse[:, : x.length].contiguous()
 
@@ -50,11 +51,11 @@ def _joined(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[T
 @torch.library.custom_op("lra::band_attention_backward", mutates_args=())
 def attend_backward(
     dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
-    positions: Tensor | None, random_blocks: Tensor | None, behind: int, ahead: int, dilation: Sequence[int],
-    block: int, causal: bool, scale: float, gpu: bool,
+    positions: Tensor | None, random_blocks: Tensor | None, slopes: Tensor | None, behind: int, ahead: int,
+    dilation: Sequence[int], block: int, causal: bool, mutual: bool, scale: float, gpu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     pattern = Pattern(behind, ahead, dilation, block, causal, band=not gpu)
-    x = Inputs(q, k, v, mask, positions, random_blocks, pattern, scale)
+    x = Inputs(q, k, v, mask, positions, random_blocks, slopes, pattern, scale)
     # rows that see nothing stand still; the log-sum-exp that makes exp(score - lse) 0 in them
     empty = lse < HIDDEN / 2
     dout, lse = dout.to(x.work).masked_fill(empty, 0), lse.masked_fill(empty, -HIDDEN)
@@ -62,7 +63,7 @@ def attend_backward(
     if gpu:
         from lra.kernels.band_attention.gpu import band_backward
 
-        alone = x.is_global[..., None, None]
+        alone = x.is_global[..., None, None] & mutual
         given = dout.masked_fill(alone, 0), lse, delta.masked_fill(alone, 0)
         band_grads = band_backward(*given, q, k, v, x.seen & ~x.is_global, pattern, scale)
         if not x.extra:
@@ -74,7 +75,7 @@ def attend_backward(
     if gpu:
         for total, part in zip(grads, band_grads, strict=True):
             total[:, : x.length] += part
-    if positions is None:
+    if positions is None or not mutual:
         backward(x, dout, lse, delta, grads)
     else:
         chosen = pad(x.is_global, (0, missing))[..., None, None]
@@ -100,48 +101,41 @@ def _(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*output, *inputs[:6])
-    ctx.options = inputs[6:]
+    ctx.save_for_backward(*output, *inputs[:7])
+    ctx.options = inputs[7:]
 
 
 def _backward(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     out, lse, *inputs = ctx.saved_tensors
-    return *attend_backward(dout, out, lse, *inputs, *ctx.options), *[None] * 10
+    with torch.autocast(dout.device.type, enabled=False):
+        grads = attend_backward(dout, out, lse, *inputs, *ctx.options)
+    return *grads, *[None] * 12
 
 
 attend.register_autograd(_backward, setup_context=_setup)
 
 
-def _pairs(q: Any, positions: Any, random_blocks: Any, behind: int, ahead: int, dilation: Any, block: int) -> int:
-    """Pairs of query and key inside the pattern, as if every token were real and no two of its parts overlapped."""
-    batch, length, _, _ = q
-    total, blocks = 0, -(-length // block)
-    for step in dilation:
-        for first in range(min(step, blocks)):
-            lane = -(-(blocks - first) // step)
-            clipped = sum(side * (side + 1) // 2 for side in (min(behind, lane - 1), min(ahead, lane - 1)))
-            total += lane * (1 + min(behind, lane - 1) + min(ahead, lane - 1)) - clipped
-    total *= block * block
-    if positions is not None:
-        total += 2 * positions[1] * length * len(dilation)
-    if random_blocks is not None:
-        total += random_blocks[0] * length * random_blocks[2] * block
-    return batch * total
+def _pairs(
+    q: Any, positions: Any, random_blocks: Any, behind: int, ahead: int, dilation: Any, block: int, mutual: bool
+) -> int:
+    named = 0 if positions is None else positions[1]
+    far = 0 if random_blocks is None else random_blocks[2]
+    return q[0] * pairs(q[1], behind, ahead, dilation, named * (2 if mutual else 1), far, block)
 
 
 @register_flop_formula(torch.ops.lra.band_attention)
 def _flops(
-    q: Any, k: Any, v: Any, mask: Any, positions: Any, random_blocks: Any, behind: int, ahead: int, dilation: Any,
-    block: int, *_: Any, **__: Any,
+    q: Any, k: Any, v: Any, mask: Any, positions: Any, random_blocks: Any, slopes: Any, behind: int, ahead: int,
+    dilation: Any, block: int, causal: bool, mutual: bool, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
-    return 2 * (q[-1] + v[-1]) * _pairs(q, positions, random_blocks, behind, ahead, dilation, block)
+    return 2 * (q[-1] + v[-1]) * _pairs(q, positions, random_blocks, behind, ahead, dilation, block, mutual)
 
 
 @register_flop_formula(torch.ops.lra.band_attention_backward)
 def _flops_backward(
-    dout: Any, out: Any, lse: Any, q: Any, k: Any, v: Any, mask: Any, positions: Any, random_blocks: Any, behind: int,
-    ahead: int, dilation: Any, block: int, *_: Any, **__: Any,
+    dout: Any, out: Any, lse: Any, q: Any, k: Any, v: Any, mask: Any, positions: Any, random_blocks: Any, slopes: Any,
+    behind: int, ahead: int, dilation: Any, block: int, causal: bool, mutual: bool, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     """Scores again, then the gradients of weights, q, k and v."""
-    pairs = _pairs(q, positions, random_blocks, behind, ahead, dilation, block)
-    return 2 * (3 * q[-1] + 2 * v[-1]) * pairs
+    count = _pairs(q, positions, random_blocks, behind, ahead, dilation, block, mutual)
+    return 2 * (3 * q[-1] + 2 * v[-1]) * count

@@ -19,6 +19,7 @@ def allowed(
     global_mask: Tensor | None,
     block: int,
     causal: bool,
+    mutual: bool,
     device: torch.device,
 ) -> Tensor:
     """Which key each query sees: (B, H, L, L) bool."""
@@ -32,7 +33,9 @@ def allowed(
     is_global = (position < n_global).expand(batch, length)
     if global_mask is not None:
         is_global = is_global | global_mask
-    sees = sees | is_global[:, None, :, None] | is_global[:, None, None, :]
+    sees = sees | is_global[:, None, None, :]
+    if mutual:
+        sees = sees | is_global[:, None, :, None]
     if causal:
         sees = sees & (position <= position.unsqueeze(1))
     return sees if mask is None else sees & mask[:, None, None, :]
@@ -51,14 +54,20 @@ def reference(
     global_mask: Tensor | None = None,
     block: int = 1,
     causal: bool = False,
+    mutual: bool = True,
+    slopes: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """Arguments of `band_attention`."""
     batch, length, heads, size = q.shape
     window = (window, window) if isinstance(window, int) else window
     steps = [dilation] * heads if isinstance(dilation, int) else dilation
-    sees = allowed(mask, batch, length, window, steps, n_global, random_blocks, global_mask, block, causal, q.device)
+    globals_, ways = (n_global, random_blocks, global_mask), (block, causal, mutual)
+    sees = allowed(mask, batch, length, window, steps, *globals_, *ways, q.device)
     scores = torch.einsum("bihe,bjhe->bhij", q, k.to(q.dtype)) * (size**-0.5 if scale is None else scale)
+    if slopes is not None:
+        position = torch.arange(length, device=q.device)
+        scores = scores - slopes.to(scores.dtype)[:, None, None] * (position - position[:, None]).abs()
     # a row without keys stays out of the softmax, whose gradient would be nan there
     nothing = ~sees.any(-1, keepdim=True)
     weights = scores.masked_fill(~sees & ~nothing, -torch.inf).softmax(-1).masked_fill(nothing, 0)

@@ -30,11 +30,12 @@ class Inputs:
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, positions: Tensor | None,
-        random_blocks: Tensor | None, pattern: Pattern, scale: float,
+        random_blocks: Tensor | None, slopes: Tensor | None, pattern: Pattern, scale: float,
     ) -> None:  # fmt: skip
         self.batch, self.length, self.heads = q.shape[:3]
         self.pattern, self.scale, self.random_blocks, self.device = pattern, scale, random_blocks, q.device
         self.work = torch.float64 if torch.float64 in (q.dtype, k.dtype, v.dtype) else torch.float32
+        self.slopes = None if slopes is None else slopes.to(self.work).view(-1, 1, 1)
         self.budget = BUDGET if q.device.type == "cpu" else BUDGET << 5
         self.flat = q, k, v
         self.q, self.k, self.v = self.blocks(q), self.blocks(k), self.blocks(v)
@@ -49,7 +50,7 @@ class Inputs:
             self.global_k, self.global_v = (self.at_globals(x).transpose(1, 2) for x in (k, v))
         self.near = self.blocks((seen & ~self.is_global)[..., None, None])
         self.hides = mask is not None or positions is not None or self.length % pattern.block > 0
-        self.last: tuple[tuple[int, int, int], Tensor] | None = None
+        self.last: tuple[tuple[int, ...], Tensor] | None = None
         self.extra = (0 if positions is None else positions.shape[1]) + (
             0 if random_blocks is None else random_blocks.shape[2] * pattern.block
         )
@@ -78,12 +79,19 @@ class Inputs:
         return tiles(self.batch, self.q.shape[2], self.pattern, self.extra, self.budget)
 
     def band_bias(self, tile: Tile) -> Tensor:
-        """(b or 1, 1, T, K). Tiles far from both ends are alike: the last one is kept."""
+        """(1, 1 or h, T, K). Tiles far from both ends are alike: the last one is kept."""
         start = tile.queries.start
-        shape = tile.queries.stop - start, tile.keys.start - start, tile.keys.stop - start
+        heads = () if self.slopes is None else (tile.dilation, tile.heads.start)
+        shape = tile.queries.stop - start, tile.keys.start - start, tile.keys.stop - start, *heads
         if self.last is None or self.last[0] != shape:
-            self.last = shape, self.bias(band(tile, self.pattern, self.device))[None, None]
+            bias = self.bias(band(tile, self.pattern, self.device))
+            i, j = (tile.places(b, self.pattern.block, self.device) for b in (tile.queries, tile.keys))
+            self.last = shape, self.fading(bias[None], i.unsqueeze(1) - j, tile.heads)[None]
         return self.last[1]
+
+    def fading(self, bias: Tensor, distance: Tensor, heads: slice) -> Tensor:
+        """bias - slope |distance|, both (..., 1, T, K) -> (..., h, T, K); `bias` itself without slopes."""
+        return bias if self.slopes is None else bias - self.slopes[heads] * distance.abs()
 
     def bias(self, seen: Tensor) -> Tensor:
         return torch.zeros(seen.shape, dtype=self.work, device=self.device).masked_fill_(~seen, HIDDEN)
@@ -98,9 +106,12 @@ class Inputs:
         if self.positions is not None:
             at = self.globals[tile.batch, None, None]
             known = self.global_seen[tile.batch, None, None]
+            i = tile.places(tile.queries, self.pattern.block, self.device).unsqueeze(1)
             if self.pattern.causal:
-                known = known & (at <= tile.places(tile.queries, self.pattern.block, self.device).unsqueeze(1))
-            bias = torch.cat([bias, self.bias(known).expand(-1, 1, q.shape[1], -1)], dim=-1)
+                known = known & (at <= i)
+            named = self.fading(self.bias(known), i - at, tile.heads).expand(-1, -1, q.shape[1], -1)
+            rows, heads = max(len(bias), len(named)), max(bias.shape[1], named.shape[1])
+            bias = torch.cat([t.expand(rows, heads, -1, -1) for t in (bias, named)], dim=-1)
             k, v = (
                 torch.cat([x, g[tile.batch, tile.heads].flatten(0, 1)], dim=1)
                 for x, g in ((k, self.global_k), (v, self.global_v))
@@ -109,9 +120,9 @@ class Inputs:
         scores = bias.expand(shape).clone(memory_format=torch.contiguous_format).flatten(0, 1).baddbmm_(q, k.mT)
         if self.random_blocks is None:
             return Scored(q, k, v, None, None, scores)
-        far_k, far_v, far_seen = self.far(tile)
+        far_k, far_v, far_bias = self.far(tile)
         far = torch.bmm(q.reshape(len(far_k), self.pattern.block, -1), far_k.mT)
-        far += self.bias(far_seen)
+        far += far_bias
         return Scored(q, k, v, far_k, far_v, torch.cat([scores, far.reshape(*q.shape[:2], -1)], dim=-1))
 
     def far_index(self, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,20 +135,23 @@ class Inputs:
         return heads[:, None, None], chosen.clamp(min=0), self.use[tile.heads][:, rows]
 
     def far(self, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values (n T / block, R, .) of the random blocks, and who sees them (n T / block, block, R)."""
+        """Keys and values (n T / block, R, .) of the random blocks, and their bias (n T / block, block, R)."""
         heads, chosen, use = self.far_index(tile)
         block, rows = self.pattern.block, tile.batch.stop - tile.batch.start
         k, v = (x[tile.batch][:, heads, chosen].to(self.work) for x in (self.k, self.v))
         near = self.near[tile.batch, 0, :, :, 0][:, chosen]
         seen = (near & use[None, ..., None]).flatten(3).unsqueeze(-2).expand(-1, -1, -1, block, -1)
+        inside = torch.arange(block, device=self.device)
+        j = (chosen.unsqueeze(-1) * block + inside).flatten(2).unsqueeze(-2)
+        i = tile.places(tile.queries, block, self.device).view(1, -1, block, 1)
         if self.pattern.causal:
-            inside = torch.arange(block, device=self.device)
-            j = (chosen.unsqueeze(-1) * block + inside).flatten(2).unsqueeze(-2)
-            i = tile.places(tile.queries, block, self.device).view(1, -1, block, 1)
             seen = seen & (j <= i)
+        bias = self.bias(seen)
+        if self.slopes is not None:
+            bias = bias - self.slopes[tile.heads].unsqueeze(-1) * (i - j).abs()
         count = rows * chosen.shape[0] * chosen.shape[1]
         k, v = (x.reshape(count, -1, x.shape[-1]) for x in (k, v))
-        return k, v, seen.reshape(count, block, -1)
+        return k, v, bias.reshape(count, block, -1)
 
     def every_key(self, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries of the global tokens (n, G, E), scaled, all keys and values (n, L, .), and their scores (n, G, L)."""
@@ -145,10 +159,11 @@ class Inputs:
         q = q.gather(2, self.globals[rows, None, :, None].expand(-1, self.heads, -1, q.shape[-1]))
         q, k, v = (x.flatten(0, 1).to(self.work) for x in (q * self.scale, k, v))
         seen = self.seen[rows, None, None].expand(-1, 1, self.globals.shape[1], -1)
+        ahead = torch.arange(self.length, device=self.device) - self.globals[rows, None, :, None]
         if self.pattern.causal:
-            position = torch.arange(self.length, device=self.device)
-            seen = seen & (position <= self.globals[rows, None, :, None])
-        bias = self.bias(seen).expand(-1, self.heads, -1, -1).clone(memory_format=torch.contiguous_format)
+            seen = seen & (ahead <= 0)
+        bias = self.fading(self.bias(seen), ahead, slice(None)).expand(-1, self.heads, -1, -1)
+        bias = bias.clone(memory_format=torch.contiguous_format)
         return q, k, v, bias.flatten(0, 1).baddbmm_(q, k.mT)
 
     def global_rows(self) -> Iterator[slice]:

@@ -92,3 +92,15 @@ def distinct(random_blocks: Tensor, pattern: Pattern) -> Tensor:
     step = torch.tensor(pattern.dilation, device=random_blocks.device).view(-1, 1, 1)
     d = random_blocks - torch.arange(random_blocks.shape[1], device=random_blocks.device).view(-1, 1)
     return named & ~((d % step == 0) & (d >= -pattern.behind * step) & (d <= pattern.ahead * step))
+
+
+def pairs(length: int, behind: int, ahead: int, dilation: Sequence[int], named: int, random: int, block: int) -> int:
+    """Pairs of query and key of one sequence, over all heads, as if every token were real and no two parts of the
+    pattern overlapped. named: rows and columns of global tokens; random: blocks per row of blocks."""
+    total, blocks = 0, -(-length // block)
+    for step in dilation:
+        for first in range(min(step, blocks)):
+            lane = -(-(blocks - first) // step)
+            clipped = sum(side * (side + 1) // 2 for side in (min(behind, lane - 1), min(ahead, lane - 1)))
+            total += lane * (1 + min(behind, lane - 1) + min(ahead, lane - 1)) - clipped
+    return total * block * block + len(dilation) * length * (named + random * block)

@@ -9,10 +9,9 @@ import torch
 from torch import Generator, Tensor
 
 from lra.kernels._case import Case
+from lra.kernels.recurrent_cell import GATES
 
 Make = Callable[[Generator, torch.dtype, torch.device], dict[str, Any]]
-GATES = {"elman": 1, "elman_relu": 1, "indrnn": 1, "lstm": 4, "lstm_coupled": 3, "gru": 3, "gru_coupled": 2,
-         "gru_reset_first": 3, "mgu": 2, "rhn": 2}  # fmt: skip
 
 
 def _inputs(
@@ -37,6 +36,8 @@ def _inputs(
                 given["c0"] = normal(batch, width)
         if peephole:
             given["peephole"] = normal(gates - 1, width)
+        if cell.startswith("lstm_layernorm"):
+            given["norm"] = 1 + 0.3 * normal(6, width)
         return {k: None if t is None else t.to(dtype) for k, t in given.items()} | {"cell": cell} | more
 
     return make
@@ -58,6 +59,8 @@ CASES = [
     Case("lstm peephole", "small", _inputs("lstm", 2, 4, 3, peephole=True)),
     Case("lstm coupled", "small", _inputs("lstm_coupled", 2, 4, 3, return_state=True)),
     Case("lstm coupled peephole", "small", _inputs("lstm_coupled", 2, 4, 3, peephole=True)),
+    Case("lstm layernorm", "small", _inputs("lstm_layernorm", 2, 4, 3, return_state=True)),
+    Case("lstm layernorm carried", "small", _inputs("lstm_layernorm_carried", 2, 4, 3, return_state=True)),
     Case("elman", "small", _inputs("elman", 2, 4, 3)),
     Case("elman relu", "small", _inputs("elman_relu", 2, 4, 3)),
     Case("indrnn", "small", _inputs("indrnn", 2, 4, 3, return_state=True)),
@@ -65,8 +68,12 @@ CASES = [
     Case("length 1", "edge", _inputs("lstm", 5, 1, 5, peephole=True)),
     Case("length 63", "edge", _inputs("mgu", 2, 63, 5)),
     Case("length 64", "edge", _inputs("rhn", 1, 64, 7, depth=2)),
-    Case("length 65", "edge", _inputs("gru", 19, 65, 70, return_state=True)),
-    Case("length 65 lstm", "edge", _inputs("lstm_coupled", 19, 65, 70, return_state=True)),
+    Case("length 65", "edge", _inputs("gru", 19, 65, 70, return_state=True), interpreted=False),
+    Case("length 65 lstm", "edge", _inputs("lstm_coupled", 19, 65, 70, return_state=True), interpreted=False),
+    Case("length 65 layernorm", "edge", _inputs("lstm_layernorm", 19, 65, 40, return_state=True), interpreted=False),
+    Case("17 rows", "edge", _inputs("gru", 17, 6, 70, return_state=True)),
+    Case("17 rows lstm", "edge", _inputs("lstm_coupled", 17, 6, 70, return_state=True)),
+    Case("17 rows layernorm", "edge", _inputs("lstm_layernorm_carried", 17, 6, 33)),
     Case("length 65 elman", "edge", _inputs("elman", 6, 65, 33, b=False, state=False)),
     Case("length 65 relu", "edge", _inputs("elman_relu", 6, 65, 33)),
     Case("length 65 indrnn", "edge", _inputs("indrnn", 6, 65, 33)),
@@ -78,7 +85,7 @@ CASES = [
     Case("length 16384", "long", _inputs("gru", 1, 16384, 8)),
     *(
         Case(f"B16 L1024 H128 {cell}", "bench", _inputs(cell, 16, 1024, 128, state=False))
-        for cell in ("lstm", "gru", "elman", "mgu", "indrnn")
+        for cell in ("lstm", "gru", "elman", "mgu", "indrnn", "lstm_layernorm")
     ),
     Case("B16 L1024 H128 rhn", "bench", _inputs("rhn", 16, 1024, 128, depth=2, state=False)),
 ]

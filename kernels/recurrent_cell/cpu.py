@@ -17,6 +17,7 @@ from lra.kernels.recurrent_cell.activations import sigmoid, tanh
 from lra.kernels.recurrent_cell.product import multiply
 
 BLOCK = 16  # rows that go through time together: they share each read of the weights
+RUN = 32  # steps whose terms are added up in the precision of the state
 compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
 
 
@@ -24,6 +25,13 @@ compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract
 def _products(rows, packed):
     """Room for the products of `rows` rows; zeros, because the first step backward has nothing behind it."""
     return np.zeros((rows, packed.shape[0] * packed.shape[2]), packed.dtype)
+
+
+@compiled
+def _copy(source, target):
+    """target[:] = source, without the checks that cost more than a short row."""
+    for d in range(len(target)):
+        target[d] = source[d]
 
 
 @compiled
@@ -41,7 +49,7 @@ def elman_forward(start, stop, x, packed, b, h0, h, relu):
                 else:
                     for d in range(h.shape[2]):
                         now[d] = tanh(s[d] + x_t[d] + b_0[d])
-                h[lo + r, t] = now
+                _copy(now, h[lo + r, t])
 
 
 @compiled
@@ -59,38 +67,52 @@ def elman_backward(start, stop, grad, h, packed, grad_x, grad_h0, relu):
                 else:
                     for d in range(width):
                         own[d] = (y[d] + after[d]) * (one - h_t[d] * h_t[d])
-                grad_x[lo + r, t, 0] = own
+                _copy(own, grad_x[lo + r, t, 0])
             multiply(delta, packed, back)
         grad_h0[lo : lo + rows] = back[:, :width]
 
 
 @compiled
 def indrnn_forward(start, stop, x, u, b, h0, h):
+    zero = h.dtype.type(0)
     for i in range(start, stop):
         state, b_0 = h0[i].copy(), b[0]
         for t in range(h.shape[1]):
-            x_t, h_t = x[i, t, 0], h[i, t]
+            x_t = x[i, t, 0]
             for d in range(h.shape[2]):
-                state[d] = max(x_t[d] + u[d] * state[d] + b_0[d], state.dtype.type(0))
-            h_t[:] = state
+                state[d] = max(x_t[d] + u[d] * state[d] + b_0[d], zero)
+            _copy(state, h[i, t])
+
+
+@compiled
+def _flush(run, total):
+    for d in range(len(run)):
+        total[d] += run[d]
+        run[d] = run.dtype.type(0)
 
 
 @compiled
 def indrnn_backward(start, stop, grad, h, u, h0, grad_x, grad_h0, grad_u, grad_b):
+    """grad_u and grad_b, by row, are in double precision and take the sums of RUN steps at a time."""
+    zero = h.dtype.type(0)
     for i in range(start, stop):
-        carry, to_u, to_b = np.zeros_like(u), grad_u[i], grad_b[i]
+        delta, to_u, to_b = np.zeros_like(u), np.zeros_like(u), np.zeros_like(u)
         for t in range(h.shape[1] - 1, -1, -1):
             y, h_t, to_x = grad[i, t], h[i, t], grad_x[i, t, 0]
             before = h[i, t - 1] if t else h0[i]
             for d in range(h.shape[2]):
-                to_x[d] = y[d] + carry[d] if h_t[d] > 0 else h_t.dtype.type(0)
+                through = y[d] + u[d] * delta[d]
+                delta[d] = through if h_t[d] > zero else zero
             for d in range(h.shape[2]):
-                carry[d] = to_x[d] * u[d]
+                to_u[d] += delta[d] * before[d]
             for d in range(h.shape[2]):
-                to_u[d] += to_x[d] * before[d]
-            for d in range(h.shape[2]):
-                to_b[d] += to_x[d]
-        grad_h0[i] = carry
+                to_x[d] = delta[d]
+                to_b[d] += delta[d]
+            if t % RUN == 0:
+                _flush(to_u, grad_u[i])
+                _flush(to_b, grad_b[i])
+        for d in range(h.shape[2]):
+            grad_h0[i, d] = u[d] * delta[d]
 
 
 @compiled
@@ -134,8 +156,8 @@ def lstm_forward(start, stop, x, packed, b, peephole, h0, c0, h, c_last, kept):
                 _peeping_gate(o, x_t[gates - 1], product[r, (gates - 1) * width :], b[gates - 1], peephole[-1], c)
                 for d in range(width):
                     now[d] = o[d] * tanh(c[d])
-                keep[4] = c
-                h[lo + r, t] = now
+                _copy(c, keep[4])
+                _copy(now, h[lo + r, t])
         c_last[lo : lo + rows] = cell
 
 
@@ -206,7 +228,7 @@ def gru_forward(start, stop, x, packed, b, h0, h, kept):
                     n[d] = tanh(x_n[d] + r[d] * m[d])
                 for d in range(width):
                     now[d] = n[d] + z[d] * (now[d] - n[d])
-                h[lo + row, t] = now
+                _copy(now, h[lo + row, t])
 
 
 @compiled
@@ -272,7 +294,7 @@ def reset_first_forward(start, stop, x, packed, packed_n, b, h0, h, kept):
                 _candidate(n, x[lo + row, t, gates - 1], inner[row], b[gates - 1])
                 for d in range(width):
                     now[d] = n[d] + z[d] * (now[d] - n[d])
-                h[lo + row, t] = now
+                _copy(now, h[lo + row, t])
 
 
 @compiled

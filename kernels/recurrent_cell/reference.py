@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import layer_norm
+
+EPSILON = 1e-5
 
 
 def reference(
@@ -15,6 +18,7 @@ def reference(
     *,
     c0: Tensor | None = None,
     peephole: Tensor | None = None,
+    norm: Tensor | None = None,
     return_state: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """Arguments and result as `recurrent_cell`."""
@@ -24,7 +28,9 @@ def reference(
     b = U.new_zeros(len(U)) if b is None else b
     outputs = []
     for x in x_gates.unbind(1):
-        if cell.startswith("lstm"):
+        if norm is not None:
+            h, c = lstm_layernorm(x, h, c, U, b, norm, cell.endswith("carried"))
+        elif cell.startswith("lstm"):
             h, c = lstm(x, h, c, U, b, peephole, "coupled" in cell)
         else:
             h = CELLS[cell](x, h, U, b)
@@ -96,6 +102,16 @@ def lstm(
     forget = 1 - i if coupled else torch.sigmoid(f[0] + p_f[0] * c)
     c = forget * c + i * torch.tanh(g)
     return torch.sigmoid(o + p_o * c) * torch.tanh(c), c
+
+
+def lstm_layernorm(
+    x: Tensor, h: Tensor, c: Tensor, U: Tensor, b: Tensor, norm: Tensor, carried: bool
+) -> tuple[Tensor, Tensor]:
+    s = x + layer_norm(h @ U.T, (len(U),), norm[:4].flatten(), b, EPSILON)
+    i, f, g, o = s.chunk(4, dim=-1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    shown = layer_norm(c, c.shape[1:], norm[4], norm[5], EPSILON)
+    return torch.sigmoid(o) * torch.tanh(shown), shown if carried else c
 
 
 CELLS = {

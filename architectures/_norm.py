@@ -1,0 +1,44 @@
+"""Batch normalisation of sequences that are padded."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lra.architectures._precision import wide
+
+
+class BatchNorm(nn.Module):
+    """As nn.BatchNorm1d with each real token an example: (..., D), mask (...) bool -> (..., D).
+
+    In training the statistics are those of the real tokens of the batch, so that its sequences see one another; in
+    evaluation, and without a mask, the running ones, so that they do not.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, d_model: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.bias = nn.Parameter(torch.zeros(d_model))
+        self.register_buffer("running_mean", torch.zeros(d_model))
+        self.register_buffer("running_var", torch.ones(d_model))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        mean, variance = self.running_mean, self.running_var
+        if self.training and mask is not None:
+            tokens = wide(x)[mask]
+            variance, mean = torch.var_mean(tokens, dim=0, correction=0)
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, self.momentum)
+                unbiased = variance * len(tokens) / max(len(tokens) - 1, 1)
+                self.running_var.lerp_(unbiased, self.momentum)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return (wide(x) * scale + (self.bias - mean * scale)).to(x.dtype)
+
+
+def normalised(norm: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """norm(x), whatever the kind of norm."""
+    return norm(x, mask) if isinstance(norm, BatchNorm) else norm(x)

@@ -1,0 +1,85 @@
+"""How an encoder is run, without changing what it computes: blocks recomputed, compiled, or token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lra.encoder import Encoder
+from lra.errors import UserError
+
+
+def blocks(encoder: nn.Module) -> list[nn.Module]:
+    """The layers of the first list of modules that holds more than parameters: what is recomputed or sharded whole."""
+    for module in encoder.modules():
+        if isinstance(module, nn.ModuleList) and len(module):
+            return list(module)
+    return []
+
+
+def recompute(encoder: Encoder) -> None:
+    """Keep only what enters each block and compute the inside again in the backward pass. Raises UserError."""
+    found = blocks(encoder)
+    if not found:
+        raise UserError(f"train.checkpointing: {type(encoder).__name__} has no list of blocks")
+    for block in found:
+        plain: Callable[..., Any] = block.forward
+        block.forward = partial(_recomputed, block, plain)
+
+
+def _recomputed(block: nn.Module, plain: Callable[..., Any], *arguments: Any) -> Any:
+    if not (block.training and torch.is_grad_enabled()):
+        return plain(*arguments)
+    return checkpoint(plain, *arguments, use_reentrant=False)
+
+
+def truncate(encoder: Encoder, tokens: int) -> None:
+    """Cut the gradient through the recurrent state every `tokens` tokens; raises UserError without recurrent mode."""
+    try:
+        encoder.init_state(1)
+    except NotImplementedError as error:
+        raise UserError(f"train.tbptt: {error}; it needs a recurrent encoder and model.direction=causal") from None
+    encoder.forward = partial(_stepped, encoder, tokens)  # type: ignore[method-assign]
+
+
+def _stepped(encoder: Encoder, tokens: int, x: Tensor, mask: Tensor) -> Tensor:
+    state, out = encoder.init_state(len(x)), []
+    for time, token in enumerate(x.unbind(1)):
+        if time and time % tokens == 0:
+            state = _detached(state)
+        y, state = encoder.step(token, state)
+        out.append(y)
+    return torch.stack(out, dim=1)
+
+
+def _detached(state: Any) -> Any:
+    if isinstance(state, Tensor):
+        return state.detach()
+    return type(state)(_detached(part) for part in state) if isinstance(state, (tuple, list)) else state
+
+
+def compiled(encoder: Encoder, trial: Callable[[], Tensor]) -> dict[str, Any]:
+    """Compile in place and run `trial` once, forward and backward; what refuses to compile runs as it is.
+
+    Returns what a result says of it: status "ok", "graph breaks" or "refused", and why.
+    """
+    from torch import _dynamo
+
+    _dynamo.utils.counters.clear()
+    encoder.compile(dynamic=True)
+    try:
+        trial().sum().backward()
+        status, reason = "ok", ""
+    except Exception as error:  # noqa: BLE001  (the compiler raises whatever its backends raise)
+        encoder._compiled_call_impl = None
+        status, reason = "refused", f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+    encoder.zero_grad(set_to_none=True)
+    breaks = dict(_dynamo.utils.counters["graph_break"])
+    if status == "ok" and breaks:
+        status, reason = "graph breaks", min(breaks)[:200]
+    return {"status": status, "graph_breaks": int(sum(breaks.values())), "reason": reason}

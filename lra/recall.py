@@ -1,0 +1,121 @@
+"""First-token recall: does what the first token said arrive at the last one?
+
+Sequences of L / 2 to L tokens. The first is one of 8 values, the others are drawn from 8 distractors, and the class is
+the first token, read from the encoder's output at the last real token alone. Examples are drawn as they are needed, so
+there is nothing to learn by heart; 1 in 8 is chance.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lra.data import Batch
+from lra.model import Classifier
+from lra.optim import build
+from lra.recipe import Optim
+from lra.registry import Constructor, architectures
+from lra.task import Protocol
+
+VALUES = 8
+GOAL = 0.95
+CANNOT = {
+    "bounded_cnn": "its output sees a fixed number of tokens, and the first is not among them",
+    "elman": "what it holds passes through tanh at every token: the gradient of the first vanishes",
+}
+"""Architectures whose theory says that they cannot learn it, and why. They are expected to fail."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "lru": {"r_min": 0.98, "r_max": 0.9999, "max_phase": 0.1},  # section 3.4: a thin ring and small phases to go far
+}
+"""Arguments that a paper has one choose for how far back the task goes."""
+
+
+@dataclass(frozen=True)
+class Recall:
+    """accuracy: of 1,024 fresh examples after training; steps and seconds: that training took."""
+
+    accuracy: float
+    steps: int
+    seconds: float
+
+    @property
+    def learnt(self) -> bool:
+        return self.accuracy >= GOAL
+
+
+def examples(number: int, length: int, generator: torch.Generator) -> Batch:
+    """`number` sequences, padded to `length`: tokens 0 to 7 are values, 8 to 15 distractors."""
+    tokens = torch.randint(VALUES, 2 * VALUES, (number, length), generator=generator)
+    labels = torch.randint(VALUES, (number,), generator=generator)
+    tokens[:, 0] = labels
+    lengths = torch.randint((length + 1) // 2, length + 1, (number, 1), generator=generator)
+    mask = torch.arange(length) < lengths
+    return Batch(tokens.unsqueeze(1), mask.unsqueeze(1), labels, torch.arange(number))
+
+
+def recall(
+    reference: str | Constructor, *, direction: str = "causal", length: int = 256, steps: int | None = None,
+    seconds: float | None = 90.0, lr: float = 1e-2, seed: int = 0, seen: Callable[[int, float], None] | None = None,
+    **options: Any,
+) -> Recall:  # fmt: skip
+    """Train an encoder of 2 layers at d_model 32, in batches of 32, until 95 % or until `steps` or `seconds` are over.
+
+    Each parameter has the rate the encoder asks for, or `lr`, after a warm-up of 20 steps; gradients
+    are clipped at norm 1. seen: called with step and accuracy. options: other constructor arguments. Raises UserError
+    for an unknown name, argument or direction.
+    """
+    constructor = architectures.get(reference) if isinstance(reference, str) else reference
+    options = {**OPTIONS.get(constructor.name, {}), **options}
+    if "direction" in constructor.options():
+        options["direction"] = direction
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = constructor(d_model=32, n_layers=2, length=length, **options)
+        model = Classifier(encoder, Protocol("recall", length, vocabulary=2 * VALUES), VALUES, 1, "last")
+        return _train(model, length, lr, steps, seconds, torch.Generator().manual_seed(seed), seen)
+
+
+def _train(
+    model: Classifier, length: int, lr: float, steps: int | None, seconds: float | None, draw: torch.Generator,
+    seen: Callable[[int, float], None] | None,
+) -> Recall:  # fmt: skip
+    optimizer = build(model, model.encoder, Optim(lr=lr, weight_decay=0.0))
+    warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
+    started, step, right = time.perf_counter(), 0, 0.0
+    while (steps is None or step < steps) and (seconds is None or time.perf_counter() - started < seconds):
+        batch = examples(32, length, draw)
+        logits = model(batch)
+        loss, extra = F.cross_entropy(logits, batch.labels), model.encoder.aux_loss()
+        optimizer.zero_grad()
+        (loss if extra is None else loss + extra).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        warm.step()
+        step += 1
+        right = 0.9 * right + 0.1 * _accuracy(logits, batch.labels)
+        if seen is not None:
+            seen(step, right)
+        # the running mean lags: a little below the goal is enough to look
+        if right >= GOAL - 0.02 and step % 10 == 0 and _evaluate(model, length, 256, draw) >= GOAL:
+            break
+    spent = time.perf_counter() - started
+    return Recall(_evaluate(model, length, 1024, draw), step, spent)
+
+
+@torch.no_grad()
+def _evaluate(model: Classifier, length: int, number: int, draw: torch.Generator) -> float:
+    model.eval()
+    parts = [examples(64, length, draw) for _ in range(number // 64)]
+    found = sum(_accuracy(model(part), part.labels) for part in parts) / len(parts)
+    model.train()
+    return found
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> float:
+    return (logits.argmax(-1) == labels).float().mean().item()

@@ -1,0 +1,64 @@
+"""A program for test_sweep: twelve cells on a Ray cluster of two local nodes, one of which is killed in the middle.
+
+python -m tests.dying_node TASK FOLDER: prints what is there at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from lra import result, sweep
+
+SETTINGS = (
+    '"train.steps" = 40\n"train.evaluate_every" = 20\n"model.d_model" = 8\n"model.n_layers" = 1\n"data.batch_size" = 16'
+)
+
+
+def main(task: str, folder: Path) -> None:
+    from ray.cluster_utils import Cluster
+
+    for name in ("LRA_CACHE", "LRA_RESULTS", "LRA_RUNS"):
+        os.environ.setdefault(name, str(folder / name.lower()))
+    os.environ["OMP_NUM_THREADS"] = "1"
+    file = folder / "twelve.toml"
+    file.write_text(
+        f'tasks = ["{task}"]\narchitectures = ["gru"]\nrecipe = "quick"\nseeds = [0, 1, 2, 3, 4, 5]\n'
+        f'grid = {{"optim.lr" = [1e-3, 3e-3]}}\n[set]\n{SETTINGS}\n'
+    )
+    plan = sweep.read(file)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    second = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    killed = []
+
+    def kill() -> None:
+        while len(list(result.folder().rglob("*.json"))) < 3:
+            time.sleep(0.2)
+        cluster.remove_node(second, allow_graceful=False)
+        killed.append(len(list(result.folder().rglob("*.json"))))
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    start = time.monotonic()
+    failed = sweep.carry_out(plan, Console(stderr=True), ray=cluster.address, forecast=False)
+    seconds = time.monotonic() - start
+    killer.join(1)
+    cluster.shutdown()
+    files = sorted(result.folder().rglob("*.json"))
+    records = [result.read(path) for path in files]
+    print(json.dumps({
+        "killed": len(killed), "killed_after_results": killed, "failed": [cell.name for cell in failed],
+        "results": len(files), "cells": [f"{r['seed']} {r['recipe_hash']}" for r in records],
+        "seconds": round(seconds, 1),
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,240 @@
+"""Whatever comes through a door is taken or refused in one clear line: recipes, settings, names, results, commands."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fault_drills import FULL
+from fault_fuzz import AWKWARD, CASES, SLOW, altered, anything, damaged, scalars, texts
+from hypothesis import given
+from hypothesis import strategies as st
+from records import record, write
+from typer.testing import CliRunner
+
+from lra import compare, recipe, result, run, store, tables
+from lra.cli import app
+from lra.collection import Collection
+from lra.errors import UserError
+from lra.registry import architectures, tasks
+from lra.sections import SECTIONS
+from lra.task import DataError
+
+KEYS = [f"{section}.{key}" for section, kind in SECTIONS.items() for key in kind.__dataclass_fields__]
+WORDS = [
+    "default",
+    "task",
+    "architecture",
+    "cell",
+    "listops",
+    "s4d",
+    "data",
+    "model",
+    "encoder",
+    "optim",
+    "train",
+    "note",
+]
+
+
+def toml(value: Any) -> str:
+    """A value in TOML, or something near it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)} = {toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return json.dumps(value)
+
+
+keys = st.one_of(st.sampled_from([k.partition(".")[2] for k in KEYS] + WORDS), texts)
+headers = st.lists(st.sampled_from(WORDS) | texts, min_size=1, max_size=4).map(
+    lambda parts: "[" + ".".join(p if p.isidentifier() else json.dumps(p) for p in parts) + "]"
+)
+lines = st.one_of(
+    headers, st.tuples(keys, anything).map(lambda kv: f"{json.dumps(kv[0])} = {toml(kv[1])}"), texts,
+    st.sampled_from(["a = 1979-05-27", "[[task]]", "task = 3", "x = " + "[" * 3000, "a" + ".a" * 3000 + " = 1"]),
+)  # fmt: skip
+
+
+def resolves(name: str, settings: dict[str, str] | None = None) -> None:
+    try:
+        found, origin = recipe.resolve(name, "listops", "s4d", settings)
+    except UserError as error:
+        assert str(error)  # noqa: PT017  (a refusal is as good as a recipe)
+        return
+    assert len(found.hash) >= 16
+    assert recipe.from_dict(json.loads(json.dumps(found.as_dict(), allow_nan=False))) == found
+    assert origin
+
+
+@given(st.lists(lines, max_size=8).map("\n".join))
+@CASES
+def test_recipes(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "own.toml"
+    path.write_bytes(text.encode(errors="surrogatepass"))
+    resolves(str(path))
+
+
+@given(damaged((recipe.FOLDER / "quick.toml").read_bytes()))
+@CASES
+def test_damaged_recipes(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "own.toml"
+    path.write_bytes(content)
+    resolves(str(path))
+
+
+@given(st.dictionaries(st.sampled_from(KEYS) | keys | texts.map(lambda t: f"encoder.{t}"), scalars.map(toml) | texts))
+@CASES
+def test_settings(settings: dict[str, str]) -> None:
+    resolves("quick", settings)
+
+
+@given(altered(recipe.resolve("quick", "listops", "s4d")[0].as_dict()))
+@CASES
+def test_recipes_in_a_folder_of_a_run(content: Any) -> None:
+    try:
+        recipe.from_dict(json.loads(json.dumps(content)))
+    except (UserError, ValueError) as error:
+        assert str(error)  # noqa: PT017
+
+
+@given(st.one_of(texts, st.tuples(st.sampled_from([*architectures.names(), "net.py"]), texts).map("/".join)))
+@CASES
+def test_names(name: str) -> None:
+    for registry in (architectures, tasks):
+        if ":" in name and not name.startswith(("/", ".", ":")):
+            # that would import what it names, which is the user's own wish
+            continue
+        try:
+            registry.get(name)
+        except UserError as error:
+            assert "\n" not in str(error).replace(name, "")  # noqa: PT017
+    for made in (result.safe(name), result.slug(name)):
+        assert Path(made).name == made
+        assert 0 < len(made.encode()) <= 120
+        assert made not in (".", "..")
+        assert not made.startswith(".")
+    assert result.safe(result.safe(name)) == result.safe(name)
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One good result; beside it there is room for one that is not."""
+    root = tmp_path_factory.mktemp("shelf")
+    write(root, record("s4d", n=20))
+    return root
+
+
+def everything(root: Path) -> Collection:
+    """What the tables, the comparison and the commands make of a folder."""
+    found = Collection.read(root)
+    for form in tables.FORMATS:
+        text = tables.build(found, form)
+        text.encode()
+        assert "<script>" not in text or form in ("csv", "tex")
+        assert "\x1b" not in text
+    tables.readme(found)
+    for other in found.records:
+        compare.differences(found.records[0], other)
+    return found
+
+
+@given(altered({**record("gru", n=20), "id": "b"}), st.booleans())
+@SLOW
+def test_results(shelf: Path, content: Any, named: bool) -> None:
+    good = next(p for p in shelf.rglob("*.json") if p.name != "b.json")
+    path, data = good.with_name("b.json"), good.with_suffix(".npz")
+    if isinstance(content, dict) and named:
+        content["predictions"] = json.loads(good.read_text())["predictions"]
+    assert data.is_file()
+    path.write_bytes(json.dumps(content).encode(errors="surrogatepass"))
+    found = everything(shelf)
+    assert len(found.records) + len(found.problems) >= 1
+    assert good.stem in [r["id"] for r in found.records] or any("and differs" in p for p in found.problems)
+
+
+@given(altered({**record("gru", n=20), "predictions": {"file": "a.npz", "sha256": "0" * 64}}))
+@CASES
+def test_records(content: Any) -> None:
+    problem = result.check(content)
+    assert isinstance(problem, str)
+    assert "\n" not in problem
+    if not problem:
+        json.dumps(content, allow_nan=False).encode()
+
+
+COMMANDS = [
+    "list", "show", "run", "check", "new", "architecture", "leaderboard", "diff", "audit", "profile", "bench", "doctor",
+    "data", "prepare", "verify", "--help", "--json", "--recipe", "--seed", "--protocol", "--set", "--from", "--resume",
+    "--time-limit", "--format", "--task", "--device", "--out", "--split", "--count", "--workers", "--lengths",
+    "--reported", "listops", "tiny", "s4d", "gru/x", "quick", "paper", "md,csv", "train.steps=5", "encoder.x=1", "8m", "-1", "0", "3",
+]  # fmt: skip
+
+
+@pytest.fixture
+def idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shelf: Path) -> Path:
+    """Commands that stop where the work would begin."""
+
+    def stopped(*_: Any, **__: Any) -> Any:
+        raise DataError("stopped here")
+
+    for name in (
+        "lra.store.prepared",
+        "lra.store.verify",
+        "lra.run.run",
+        "lra.testing.check",
+        "lra.template.architecture",
+    ):
+        monkeypatch.setattr(name, stopped)
+    for name in ("lra.cli_measure", "lra.cli_profile", "lra.bench", "lra.profiler", "lra.doctor"):
+        for inner in ("measure", "examine", "run", "profile_all"):
+            monkeypatch.setattr(f"{name}.{inner}", stopped, raising=False)
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "results"
+    shutil.copytree(shelf, root)
+    for name in ("LRA_CACHE", "LRA_RUNS"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setenv("LRA_RESULTS", str(root))
+    return tmp_path
+
+
+safe_words = texts.filter(lambda t: ":" not in t)
+
+
+@given(st.lists(st.sampled_from(COMMANDS) | safe_words, max_size=6))
+@CASES
+def test_command_lines(idle: Path, words: list[str]) -> None:
+    if words[:1] in (["profile"], ["bench"], ["doctor"]) and "--help" not in words:
+        words = [words[0], "--no-such-option", *words[1:]]
+    outside = set(idle.parent.iterdir())
+    done = CliRunner().invoke(app, words)
+    assert done.exception is None or isinstance(done.exception, SystemExit), (words, done.exc_info)
+    assert done.exit_code in (0, 1, 2)
+    assert set(idle.parent.iterdir()) == outside
+
+
+LINES = (
+    ["{}"], ["show", "{}", "s4d"], ["show", "listops", "s4d/{}"], ["show", "listops", "s4d", "--recipe", "{}"],
+    ["show", "listops", "s4d", "--set", "{}"], ["show", "listops", "s4d", "--protocol", "{}"], ["data", "prepare", "{}"],
+    ["data", "prepare", "listops", "--from", "{}"], ["diff", "{}", "{}"], ["leaderboard", "--task", "{}"],
+    ["leaderboard", "--format", "{}"], ["leaderboard", "--format", "md", "--out", "out/{}"],
+    ["run", "listops", "s4d", "--time-limit", "{}"], ["run", "listops", "s4d", "--seed", "{}"],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("line", LINES if FULL else LINES[3::4], ids=" ".join)
+def test_awkward_words_in_every_place(idle: Path, line: list[str]) -> None:
+    for word in AWKWARD if FULL else AWKWARD[::4]:
+        done = CliRunner().invoke(app, [part.replace("{}", word) for part in line])
+        assert done.exception is None or isinstance(done.exception, SystemExit), (line, word, done.exc_info)
+
+
+def test_nothing_above_is_run_for_real() -> None:
+    assert store.prepared.__module__ == "lra.store"
+    assert run.run.__module__ == "lra.run"

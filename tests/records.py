@@ -1,0 +1,70 @@
+"""Records as `lra.result` writes them, made up for tests of what reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lra import result
+from lra.collection import Collection
+
+ACCURACIES = {"s4d": 0.62, "gru": 0.40, "transformer": 0.402}
+
+
+def record(
+    architecture: str = "gru", seed: int = 0, accuracy: float = 0.5, n: int = 2000, **changes: Any
+) -> dict[str, Any]:
+    task, started = changes.get("task", "listops"), changes.get("started", "2026-01-01T00:00:00+00:00")
+    made = {
+        "schema": result.SCHEMA, "task": task, "architecture": architecture,
+        "id": f"quick-{task}-{result.slug(architecture)}-s{seed}-{started[:10]}",
+        "protocol": {"name": "strict", "length": 2000, "encoding": "tokens"},
+        "recipe": {"name": "quick", "optim": {"lr": 0.01}}, "recipe_hash": "a" * 64, "seed": seed, "regime": "scratch",
+        "direction": "bidirectional", "test": {"accuracy": accuracy, "n": n, "correct": round(n * accuracy)},
+        "validation": {"accuracy": 0.4, "n": 500, "best_step": 300, "split": "validation"}, "collapsed": "",
+        "floors": {"majority class": 0.17, "root operator": 0.36}, "parameters": 12345,
+        "flops": {"forward": 2e9, "forward_backward": 6e9, "uncounted": []},
+        "speed": {"examples_per_second": 10.0, "tokens_per_second": 20000.0}, "memory": {"peak_bytes": 2**28},
+        "implementations": {"linear_scan": ["cpu"]}, "data": {"checksum": "5f28b695" + "0" * 56},
+        "wall_seconds": 60.0,
+        "environment": {
+            "cpu": "a cpu x2", "device": "cpu", "python": "3.11.7", "versions": {"torch": "2.13.0"},
+            "commit": {"hash": "0" * 40, "dirty": False},
+        },
+        "command": f"lra run {task} {architecture} --seed {seed}", "started": started, "predictions": {},
+    }  # fmt: skip
+    return made | changes
+
+
+def answered(accuracy: float, n: int, seed: int) -> dict[str, np.ndarray]:
+    """Stored predictions of which exactly round(accuracy * n) are right; the same examples are easy for everyone."""
+    random = np.random.default_rng(seed)
+    hard = np.random.default_rng(0).random(n) + random.normal(0, 0.1, n)
+    right = np.argsort(np.argsort(hard)) < round(accuracy * n)
+    label = np.arange(n) % 10
+    return {
+        "prediction": np.where(right, label, (label + 1) % 10).astype(np.uint8), "label": label.astype(np.uint8),
+        "example": np.arange(n, dtype=np.int32),
+    }  # fmt: skip
+
+
+def write(root: Path, made: dict[str, Any]) -> Path:
+    """With predictions that say what the record says."""
+    test = made["test"]
+    return result.write(made, answered(test["accuracy"], test["n"], made["seed"]), root)
+
+
+def filled(root: Path, seeds: int = 3) -> Collection:
+    """Three architectures on two tasks, one of which collapses on one seed of the second."""
+    for task, shift in (("listops", 0.0), ("pathfinder", 0.3)):
+        for name, accuracy in ACCURACIES.items():
+            for seed in range(seeds):
+                collapses = (task, name, seed) == ("pathfinder", "gru", 0)
+                value = 0.5 if collapses else accuracy + shift + 0.002 * seed
+                write(root, record(
+                    name, seed, round(value * 2000) / 2000, task=task,
+                    collapsed="not above the best blind guess" if collapses else "",
+                ))  # fmt: skip
+    return Collection.read(root)

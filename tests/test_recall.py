@@ -1,0 +1,62 @@
+"""First-token recall: its examples, who learns it in little time, who by its theory cannot, and the command."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from lra import recall as kit
+from lra.cli import app
+from lra.encoder import lengths_of
+from lra.registry import architectures
+
+LENGTH, STEPS = 48, 300
+LEARN = ("gru", "indrnn", "lru", "lstm", "mega", "mingru", "minlstm", "qrnn", "s5")
+
+
+def test_examples_are_what_they_are_said_to_be() -> None:
+    batch = kit.examples(500, 40, torch.Generator().manual_seed(0))
+    tokens, mask = batch.values[:, 0], batch.mask[:, 0]
+    assert torch.equal(tokens[:, 0], batch.labels)
+    assert set(tokens[:, 0].tolist()) == set(range(8))
+    assert set(tokens[:, 1:].flatten().tolist()) == set(range(8, 16))
+    lengths = lengths_of(mask)
+    assert (int(lengths.min()), int(lengths.max())) == (20, 40)
+    assert torch.equal(mask, torch.arange(40) < lengths.unsqueeze(1))
+
+
+@pytest.mark.parametrize("name", LEARN)
+def test_first_token_is_recalled(name: str) -> None:
+    found = kit.recall(name, length=LENGTH, steps=STEPS, seconds=None)
+    assert found.learnt, found
+
+
+@pytest.mark.parametrize("direction", ["causal", "bidirectional"])
+@pytest.mark.parametrize("name", kit.CANNOT)
+def test_first_token_is_not_recalled_where_theory_forbids_it(name: str, direction: str) -> None:
+    found = kit.recall(name, direction=direction, length=LENGTH, steps=200, seconds=None)
+    assert found.accuracy < 0.3, f"{name} learns it: take it off the list"
+
+
+def test_exceptions_and_options_are_of_registered_names() -> None:
+    assert {*kit.CANNOT, *kit.OPTIONS} <= set(architectures.names())
+
+
+def test_one_seed_gives_the_same_training_twice() -> None:
+    one, two = (kit.recall("qrnn", length=8, steps=15, seconds=None) for _ in range(2))
+    assert (one.accuracy, one.steps) == (two.accuracy, two.steps)
+
+
+def test_time_is_limited_and_options_reach_the_constructor() -> None:
+    assert kit.recall("lru", length=8, seconds=0.0).steps == 0
+    with pytest.raises(Exception, match="did you mean 'state_size'"):
+        kit.recall("lru", length=8, steps=1, state_siz=3)
+
+
+def test_command_reports_both_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kit, "recall", lambda *given, **options: kit.Recall(0.5, 7, 1.0))
+    done = CliRunner().invoke(app, ["check", "elman", "--recall"])
+    assert done.exit_code == 0
+    assert "causal: 50.0 % after 7 steps, 1 s\nbidirectional: 50.0 %" in done.output
+    assert "elman is not expected to learn it: what it holds" in done.output
