@@ -21,7 +21,7 @@ from lra.errors import UserError
 from lra.sections import Expected
 from lra.train import Interrupted, Trainable, Training
 
-SCHEMA = 2
+SCHEMA = 3
 # between two checkpoints for resuming when validations are further apart
 CHECKPOINT_EVERY = timedelta(minutes=10)
 

@@ -124,11 +124,12 @@ def _tree(cell: Cell) -> None:
     for column in ("MFLOP", "%"):
         table.add_column(column, justify="right")
     for name, work in report.tree.items():
-        depth = 0 if name == "Global" else name.count(".") + 1
-        label = "all" if name == "Global" else name.rpartition(".")[2]
-        if name != "Global" and depth == 1:
+        # a list of modules is never called and has no row: its members hang from what is above it
+        above = [other for other in report.tree if name.startswith(f"{other}.")]
+        label = name.removeprefix(f"{max(above, key=len)}.") if above else "all"
+        if name != "Global" and not above:
             continue
-        table.add_row("  " * max(depth - 1, 0) + label, f"{work / 1e6:,.2f}", f"{100 * work / report.forward:.1f}")
+        table.add_row("  " * len(above) + label, f"{work / 1e6:,.2f}", f"{100 * work / report.forward:.1f}")
     console.print(table)
     for name, work in sorted(report.operators.items(), key=lambda item: -item[1]):
         console.print(f"{name}: {work / 1e6:,.2f} MFLOP")

@@ -77,7 +77,7 @@ def run(
     task: TaskName,
     architecture: Architecture,
     recipe: RecipeName = "auto",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
     protocol: ProtocolName = "",
     settings: Settings = None,
     source: Source = None,

@@ -56,7 +56,9 @@ def shape_of(profile: Profile) -> Shape:
     """What profiles have to share to be compared: device and threads, task, batch, width, depth, direction."""
     cell, environment = profile["cell"], profile["environment"]
     threads = environment.get("threads")
-    device = environment.get("gpu") or environment["cpu"] + (f" ({threads} threads)" if threads else "")
+    device = environment.get("gpu") or environment["cpu"] + (
+        f", {threads} thread{'s' * (threads > 1)}" if threads else ""
+    )
     return (device, cell.get("task", ""), *(cell[key] for key in ("batch", "d_model", "n_layers", "direction")))
 
 

@@ -113,14 +113,17 @@ def _run(module: nn.Module, inputs: tuple[Any, ...], device: str, backward: bool
     for part in twin.modules():
         if isinstance(part, nn.RNNBase):
             part.forward = partial(_in_bulk, part, part.forward)
-    census, discarded, fastpath = _Census(), _Discarded(), torch.backends.mha.get_fastpath_enabled()
+    census, discarded, path = _Census(), _Discarded(), _Path(twin)
+    fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one fused operator that nothing counts
     try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), census, _counter(_Path(twin)) as counter:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad(), census, _counter(path) as counter:
             with discarded:
                 outputs = [t for t in tree_leaves(twin(*given)) if isinstance(t, Tensor) and t.requires_grad]
-            tree = {name: float(sum(work.values())) for name, work in counter.get_flop_counts().items()}
-            forward = dict(counter.get_flop_counts().get("Global", {}))
+            counts = counter.get_flop_counts()
+            names = [name for name in ("Global", *path.names.values()) if name in counts]
+            tree = {name: float(sum(counts[name].values())) for name in names}
+            forward = dict(counts.get("Global", {}))
             if outputs and backward:
                 torch.stack([t.sum() for t in outputs]).sum().backward()
             total = counter.get_total_flops()

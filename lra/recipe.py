@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -72,7 +72,7 @@ def path_of(name: str, architecture: str) -> Path:
     """The file of a recipe: a name in `recipes/`, a path ending in .toml, or "paper": paper/<architecture>-<variant>
     where a variant has a file of its own, else paper/<architecture>."""
     if name.endswith(".toml"):
-        if not Path(name).is_file():
+        if not os.path.isfile(name):
             raise UserError(f"no recipe file {name}")
         return Path(name)
     if name == "paper":
@@ -193,7 +193,7 @@ def _plain(value: Any, where: str) -> Any:
         return [_plain(part, where) for part in value]
     if isinstance(value, dict):
         return {key: _plain(part, where) for key, part in value.items()}
-    fine = isinstance(value, str) or (isinstance(value, int | float) and math.isfinite(value) and abs(value) < 2**63)
+    fine = isinstance(value, str) or (isinstance(value, int | float) and abs(value) < 2**63)
     if not fine:
         raise UserError(f"{where} is {value!r:.60}; a finite number, a text, true, false, or a list of these")
     return value

@@ -13,6 +13,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -188,7 +189,8 @@ def _load(reference: str, kind: str) -> tuple[Any, str]:
 
 
 def _module_of(path: Path) -> ModuleType:
-    if not path.is_file():
+    # unlike Path.is_file it takes an impossible name for a missing file
+    if not os.path.isfile(path):
         raise FileNotFoundError(path)
     name = f"lra_user_{path.stem}"
     known = sys.modules.get(name)

@@ -164,8 +164,9 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: it was changed after it was written")
     name = Path(record["predictions"]["file"]).name
     data = path.with_name(name) if name else path
-    if data == path or not data.is_file():
-        raise UserError(f"{path}: its predictions {name} are missing")
+    # unlike Path.is_file it takes an impossible name for a missing file
+    if data == path or not os.path.isfile(data):
+        raise UserError(f"{path}: its predictions {name[:200]} are missing")
     try:
         content = data.read_bytes()
     except OSError as error:

@@ -87,7 +87,10 @@ def _improper(value: Any, where: str = "", depth: int = 0) -> str:
         return f"{where} holds a control character"
     if isinstance(value, dict):
         for key, part in value.items():
-            if problem := _improper(key, "a key", depth) or _improper(part, f"{where}.{key}".lstrip("."), depth + 1):
+            # a key stands in messages of one line
+            if problem := _improper(key.replace("\n", "\0"), "a key", depth) or _improper(
+                part, f"{where}.{key}".lstrip("."), depth + 1
+            ):
                 return problem
     if isinstance(value, list):
         for number, part in enumerate(value):

@@ -51,7 +51,7 @@ def terminal(sheet: Sheet) -> Table:
 
 
 def markdown(sheet: Sheet) -> str:
-    lines = [f"## {sheet.title}", "", _row(sheet.columns)]
+    lines = [f"## {plain(sheet.title)}", "", _row(sheet.columns)]
     lines.append("|" + "|".join("---" if c in WORDS else "---:" for c in sheet.columns) + "|")
     forms = ("{}", "**{}**", "<u>{}</u>")
     lines += [_row([forms[c.place].format(plain(c.text)) for c in row]) for row in sheet.rows]

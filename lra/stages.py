@@ -86,7 +86,7 @@ def train(found: Recipe, prepared: Prepared, model: Classifier, setting: Setting
         validation=Sweep(held, found.data.evaluation_batch_size, distributed.share(setting.placement)),
         val_check_interval=every * found.train.accumulate, check_val_every_n_epoch=None,
     )  # fmt: skip
-    facts |= {"diagnostics": module.diagnostics} if module.diagnostics else {}
+    facts |= {"curve": module.curve} | ({"diagnostics": module.diagnostics} if module.diagnostics else {})
     facts |= {"off_course": band.below} if band.below else {}
     return Trained(module, trainer, meter, peak.read(), facts)
 

@@ -76,10 +76,11 @@ def source_folder(source: str | os.PathLike[str] | None = None) -> Path | None:
     given, origin = (source, "--from") if source is not None else (os.environ.get("LRA_DATA"), "LRA_DATA")
     if not given:
         return None
-    folder = Path(given).expanduser().resolve()
-    if not folder.is_dir():
+    folder = os.path.expanduser(given)
+    # unlike Path.is_dir it takes an impossible name for a missing folder
+    if not os.path.isdir(folder):
         raise DataError(f"{origin} is {given}, which is not a folder; point it at the folder with the raw files")
-    return folder
+    return Path(folder).resolve()
 
 
 def resolve(task: str | Task, protocol: str | Protocol | None = None) -> tuple[Task, Protocol]:

@@ -219,6 +219,8 @@ def carry_out(
 
         console.print(probing.table([plan.cells[n] for n in open_], console))
     if dry_run:
+        for number, cell in enumerate(plan.cells):
+            console.print(f"{number} {cell.name}: {'open' if number in open_ else 'finished'}", soft_wrap=True)
         return []
     if ray:
         from lra import cluster

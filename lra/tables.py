@@ -105,10 +105,12 @@ def readme(collection: Collection) -> str:
             _, name, accuracy, half, seeds, params, _, speed, *_ = (
                 sheets.plain(text) for text in leaderboard.cells(row)
             )
-            task = f"{group.task} ({group.protocol}, {group.recipe})"
-            lines.append(f"| {task} | {name} | {accuracy} ± {half} | {seeds} | {params} | {speed} | {row.hardware} |")
+            task, hardware = (
+                sheets.plain(t) for t in (f"{group.task} ({group.protocol}, {group.recipe})", row.hardware)
+            )
+            lines.append(f"| {task} | {name} | {accuracy} ± {half} | {seeds} | {params} | {speed} | {hardware} |")
         floors = leaderboard.floor_cells(collection.records, group)
-        lines += [f"| | *{part}* | {value} | | | | |" for part, value in floors]
+        lines += [f"| | *{sheets.plain(part)}* | {value} | | | | |" for part, value in floors]
     return "\n".join(lines)
 
 

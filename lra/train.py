@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lra import optim
@@ -78,7 +78,10 @@ class Training(Trainable):
         # micro: the share of right answers, not the mean over classes
         self.train_accuracy = MulticlassAccuracy(classes, average="micro", sync_on_compute=False)
         self.validation_accuracy = MulticlassAccuracy(classes, average="micro")
+        # a logged number would be weighted by whole examples per process, which need not divide
+        self.validation_loss = MeanMetric()
         self.diagnostics: dict[str, float] = {}
+        self.curve: list[dict[str, float]] = []
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         logits = self.model(batch)
@@ -103,15 +106,30 @@ class Training(Trainable):
         logits = self.model(batch)
         self.validation_accuracy.update(logits, batch.labels)
         loss = F.cross_entropy(logits.float(), batch.labels)
-        self.log("validation_loss", loss, batch_size=len(batch.labels), sync_dist=True)
+        self.validation_loss.update(loss, weight=len(batch.labels))
 
     def predict_step(self, batch: Batch, _: int) -> tuple[Tensor, Tensor]:
         return batch.example.cpu(), self.model(batch).argmax(dim=-1).cpu()
 
+    def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
+        # asking starts anew, so that what is told at the end is of this evaluation alone
+        self.model.encoder.diagnostics()
+
     def on_validation_epoch_end(self) -> None:
         self.log("validation_accuracy", self.validation_accuracy, prog_bar=True)
+        self.log("validation_loss", self.validation_loss)
         if self.plateau is not None:
             self.plateau.seen(float(self.validation_accuracy.compute()))
-        told: Mapping[str, float] = getattr(self.model.encoder, "diagnostics", dict)()
-        self.diagnostics = {key: float(value) for key, value in told.items()}
+        self.diagnostics = {key: float(value) for key, value in self.model.encoder.diagnostics().items()}
+        seen = {"validation_accuracy": self.validation_accuracy, "validation_loss": self.validation_loss}
+        self.curve.append({"step": self.trainer.global_step} | {k: float(v.compute()) for k, v in seen.items()})
         self.log_dict({f"diagnostics/{key}": value for key, value in self.diagnostics.items()})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["curve"] = self.curve
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.curve = checkpoint["curve"]

@@ -9,6 +9,7 @@ arrays are refused: unpickling runs whatever the file says.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -76,8 +77,11 @@ def _samples(root: Path) -> tuple[list[tuple[Path, int]], list[str]]:
             if name is None or fields[3] not in ("0", "1") or name.is_absolute() or ".." in name.parts:
                 raise DataError(f"{file} row {number} is not a folder, a file, a number and a label 0 or 1: {fields}")
             path = root / name
-            if not path.is_file():
-                raise DataError(f"{file} row {number} names {path}, which is missing; unpack the archive again")
+            # unlike Path.is_file it takes an impossible name for a missing file
+            if not os.path.isfile(path):
+                raise DataError(
+                    f"{file} row {number} names {str(path)[:500]}, which is missing; unpack the archive again"
+                )
             if path.stat().st_size:
                 samples.append((path, int(fields[3])))
             else:
@@ -90,11 +94,18 @@ def _rows(file: Path) -> Iterator[list[str]]:
     if content.startswith(b"\x93NUMPY"):
         try:
             table = np.load(file, allow_pickle=False)
+            if table.dtype.kind == "U":
+                # numpy hands out whatever 32 bits a file holds as characters
+                if table.size and table.view(np.dtype(np.uint32).newbyteorder(table.dtype.byteorder)).max() > 127:
+                    raise ValueError("its strings are not ASCII")
+            elif table.dtype.kind != "S":
+                raise ValueError(f"it holds {table.dtype}")
+            rows = np.atleast_2d(table).astype(str).tolist()
         except Exception as error:  # noqa: BLE001  (numpy parses the header as Python and raises whatever that raises)
             raise DataError(
                 f"{file} is not a plain array of strings ({error}); pickled files are not opened, save it as text"
             ) from None
-        yield from np.atleast_2d(table).astype(str).tolist()
+        yield from rows
         return
     try:
         lines = content.decode("ascii").splitlines()

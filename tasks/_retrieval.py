@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -118,7 +119,7 @@ def _identifiers(path: Path, known: Mapping[Hashable, str]) -> Iterator[Row]:
                     if key not in known:
                         raise DataError(f"{path} line {number}: no document is called {key!r}")
                 yield int(columns[0]), columns[1], columns[2]
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"{path} is truncated or not gzip ({error}); copy it again") from None
 
 

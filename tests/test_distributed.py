@@ -63,6 +63,7 @@ def launched(folder: Path, *more: str) -> dict[str, Any]:
         "record": result.read(path), "predictions": np.load(path.with_suffix(".npz")),
         "loss": [float(row["loss"]) for row in rows if row["loss"]],
         "validation": [float(row["validation_accuracy"]) for row in rows if row["validation_accuracy"]],
+        "validation loss": [float(row["validation_loss"]) for row in rows if row["validation_loss"]],
         "weights": torch.load(next((folder / "runs").rglob("best.ckpt")), weights_only=True)["state_dict"],
     }  # fmt: skip
 
@@ -72,7 +73,8 @@ def launched(folder: Path, *more: str) -> dict[str, Any]:
 def test_two_processes_train_and_score_as_one(tmp_path: Path) -> None:
     one, two = launched(tmp_path / "one"), launched(tmp_path / "two", "--devices", "2")
     assert len(one["loss"]) == 3
-    np.testing.assert_allclose(one["loss"], two["loss"], atol=1e-5, rtol=0)
+    for curve in ("loss", "validation loss"):
+        np.testing.assert_allclose(one[curve], two[curve], atol=1e-5, rtol=0)
     assert one["validation"] == two["validation"]
     for key, value in one["weights"].items():
         torch.testing.assert_close(value, two["weights"][key], atol=1e-4, rtol=1e-4)

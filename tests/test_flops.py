@@ -253,6 +253,8 @@ def test_the_tree_adds_up() -> None:
     assert (tree["Sequential.0"], tree["Sequential.1.0"], tree["Sequential.1.1"]) == (2 * one, 2 * one, one)
     assert tree["Sequential.1"] == 3 * one
     assert tree["Global"] == 5 * one
+    inner = ["Sequential.0", "Sequential.1", "Sequential.1.0", "Sequential.1.1"]
+    assert list(tree) == ["Global", "Sequential", *inner]
 
 
 def test_a_declared_number_meets_products_and_those_operators_that_belong_to_it() -> None:

@@ -89,7 +89,7 @@ def test_a_checkpoint_of_another_schema_or_recipe_is_one_line(places: Path, monk
     good = torch.load(last, weights_only=True)
     assert good["lra"]["schema"] == SCHEMA
     for key, value, says in (
-        ("schema", SCHEMA - 1, "schema 1; this version reads 2"),
+        ("schema", SCHEMA - 1, f"schema {SCHEMA - 1}; this version reads {SCHEMA}"),
         ("recipe", "0" * 64, "written by another recipe"),
         ("random", good["lra"]["random"] * 2, "written by 2 processes"),
     ):

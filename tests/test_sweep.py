@@ -130,6 +130,12 @@ def test_one_cell_of_a_job_array_and_its_script(tmp_path: Path) -> None:
         sweep.slurm(plan, "slrum")
 
 
+def test_a_dry_run_lists_the_cells_and_runs_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep.carry_out(grid(tmp_path, "seeds = [0, 1]"), Console(width=300), forecast=False, dry_run=True) == []
+    assert capsys.readouterr().out.count(": open") == 2
+    assert not list((tmp_path / "lra_results").rglob("*.json"))
+
+
 def test_a_forecast_is_made_by_running_a_few_steps(tmp_path: Path) -> None:
     (cell,) = grid(tmp_path).cells
     found = forecast.measured(cell)

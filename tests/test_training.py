@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from lra import execution, match, result, store
-from lra.callbacks import Band
+from lra.callbacks import Band, Stop
 from lra.data import DeviceSet, Sampler
 from lra.errors import UserError
 from lra.model import Classifier
@@ -23,6 +23,7 @@ from lra.pretrain import Predictor
 from lra.registry import architectures
 from lra.run import Request, build, resolved, restore, run
 from lra.sections import Expected
+from lra.train import Interrupted
 
 TINY = f"{Path(__file__).parent / 'tiny_task.py'}:Tiny"
 SMALL = {
@@ -267,6 +268,24 @@ def test_loggers_beside_csv_are_named() -> None:
     if importlib.util.find_spec("mlflow") is None:
         with pytest.raises(UserError, match="pip install mlflow"):
             go(loggers=("mlflow",))
+
+
+def test_a_record_holds_its_learning_curve_resumed_or_not(monkeypatch: pytest.MonkeyPatch, places: Path) -> None:
+    whole = go()["curve"]
+    assert [point["step"] for point in whole] == [6, 12]
+    original = Stop.on_train_batch_end
+
+    def stopping(self: Stop, trainer: Any, *rest: Any) -> None:
+        self.reason = "the test" if trainer.global_step == 8 else ""
+        original(self, trainer, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "on_train_batch_end", stopping)
+        with pytest.raises(Interrupted):
+            go()
+    record = go(resume=True)
+    assert record["curve"] == whole
+    assert record["validation"]["accuracy"] == pytest.approx(max(point["validation_accuracy"] for point in whole))
 
 
 def test_diagnostics_of_an_encoder_are_in_the_record(monkeypatch: pytest.MonkeyPatch, places: Path) -> None:

@@ -78,8 +78,8 @@ def job_sweep(**_: Any) -> int:
 
     from lra import sweep
 
-    assert sweep.attempt.__kwdefaults__["start"] is sweep.together
-    sweep.attempt.__kwdefaults__["start"] = forked
+    assert (sweep.attempt.__kwdefaults__ or {})["start"] is sweep.together
+    sweep.attempt.__kwdefaults__ = {"start": forked}
     return len(sweep.carry_out(sweep.read(Path("grid.toml")), Console(quiet=True), forecast=False))
 
 

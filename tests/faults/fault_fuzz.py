@@ -18,11 +18,11 @@ SLOW = settings(CASES, max_examples=1_000 if FULL else 25)
 """For cases that take tens of milliseconds."""
 
 AWKWARD = [
-    "", " ", ".", "..", "../..", "/etc/passwd", "a/../../b", "~", "C:\\x", "con", "a" * 300,
+    "", " ", ".", "..", "../..", "/etc/passwd", "a/../../b", "~", "~nobody", "C:\\x", "con", "a" * 300,
     "\u202eabc", "\x00", "\x1b[2J",
     "é", "e\u0301", "\ud800", "[red]x[/]", "[/]", "<script>", "$(id)", "%s%n", "{0}", "nan", "inf", "-0", "1e999",
     "9" * 400, "true", "null", "'", '"', "\n", "-", "--", "--help", "=", "a=b=c", "x:y", ":", "a:", ":b", "s4d/",
-    "/s4d",
+    "/s4d", "a" * 300 + ".toml", "a" * 300 + ".py:Net", "\x00.py:Net", ".json", "a" * 300 + ".json",
 ]  # fmt: skip
 texts = st.one_of(st.sampled_from(AWKWARD), st.text(max_size=30))
 scalars = st.one_of(

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from fault_drills import FULL
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from records import record, write
 from typer.testing import CliRunner
 
-from lra import compare, recipe, result, run, store, tables
+from lra import compare, recipe, report, result, run, store, tables
 from lra.cli import app
 from lra.collection import Collection
 from lra.errors import UserError
@@ -24,7 +24,7 @@ from lra.registry import architectures, tasks
 from lra.sections import SECTIONS
 from lra.task import DataError
 
-KEYS = [f"{section}.{key}" for section, kind in SECTIONS.items() for key in kind.__dataclass_fields__]
+KEYS = [f"{section}.{key}" for section, kind in SECTIONS.items() for key in get_type_hints(kind)]
 WORDS = [
     "default",
     "task",
@@ -159,6 +159,25 @@ def test_results(shelf: Path, content: Any, named: bool) -> None:
     assert good.stem in [r["id"] for r in found.records] or any("and differs" in p for p in found.problems)
 
 
+def test_markup_in_a_result_is_shown_and_never_obeyed(tmp_path: Path) -> None:
+    hostile = "<script>alert(1)</script>\"'><img src=x onerror=y>{{7*7}}[red]\\input{x}|"
+    plain = record("gru", n=20)
+    made = plain | dict.fromkeys(("architecture", "command", "direction", "regime", "started", "task"), hostile)
+    made |= {
+        "recipe": plain["recipe"] | {"name": hostile}, "protocol": plain["protocol"] | {"name": hostile},
+        "environment": {"cpu": hostile, "device": "cpu", "commit": {"hash": hostile}}, "floors": {hostile: 0.1},
+        "flops": {"forward": 1.0, "uncounted": [hostile]}, "collapsed": hostile,
+    }  # fmt: skip
+    write(tmp_path, made)
+    found = everything(tmp_path)
+    assert len(found.records) == 1
+    page = report.build(found, tmp_path)
+    assert page.count("<script") == report.build(Collection(()), tmp_path).count("<script")
+    assert "<img" not in page
+    assert "{{7*7}}" in page
+    assert "<img" not in tables.build(found, "html") + tables.build(found, "md")
+
+
 @given(altered({**record("gru", n=20), "predictions": {"file": "a.npz", "sha256": "0" * 64}}))
 @CASES
 def test_records(content: Any) -> None:
@@ -173,7 +192,8 @@ COMMANDS = [
     "list", "show", "run", "check", "new", "architecture", "leaderboard", "diff", "audit", "profile", "bench", "doctor",
     "data", "prepare", "verify", "--help", "--json", "--recipe", "--seed", "--protocol", "--set", "--from", "--resume",
     "--time-limit", "--format", "--task", "--device", "--out", "--split", "--count", "--workers", "--lengths",
-    "--reported", "listops", "tiny", "s4d", "gru/x", "quick", "paper", "md,csv", "train.steps=5", "encoder.x=1", "8m", "-1", "0", "3",
+    "--reported", "listops", "tiny", "s4d", "gru/x", "quick", "paper", "md,csv", "train.steps=5",
+    "encoder.x=1", "8m", "-1", "0", "3",
 ]  # fmt: skip
 
 
@@ -221,7 +241,8 @@ def test_command_lines(idle: Path, words: list[str]) -> None:
 
 LINES = (
     ["{}"], ["show", "{}", "s4d"], ["show", "listops", "s4d/{}"], ["show", "listops", "s4d", "--recipe", "{}"],
-    ["show", "listops", "s4d", "--set", "{}"], ["show", "listops", "s4d", "--protocol", "{}"], ["data", "prepare", "{}"],
+    ["show", "listops", "s4d", "--set", "{}"], ["show", "listops", "s4d", "--protocol", "{}"],
+    ["data", "prepare", "{}"],
     ["data", "prepare", "listops", "--from", "{}"], ["diff", "{}", "{}"], ["leaderboard", "--task", "{}"],
     ["leaderboard", "--format", "{}"], ["leaderboard", "--format", "md", "--out", "out/{}"],
     ["run", "listops", "s4d", "--time-limit", "{}"], ["run", "listops", "s4d", "--seed", "{}"],
