@@ -20,7 +20,7 @@ TASKS := listops text retrieval image pathfinder pathx pathfinder64 path256
 VENV := .venv/bin
 RUN := $(VENV)/python -m
 
-.PHONY: help setup $(TASKS) leaderboard report profile bench doctor gpu test test-gpu test-faults test-oldest test-newest check fix clean
+.PHONY: help setup $(TASKS) leaderboard report profile bench doctor campaign gpu test test-gpu test-faults test-oldest test-newest check fix clean
 
 help: ## list the targets and variables
 	@awk -F ': *## ' '/^[a-z0-9-]+: *## / { printf "  %-14s%s\n", $$1, $$2 }' Makefile
@@ -42,6 +42,7 @@ report: ## one HTML file with every result, figure and piece of evidence
 profile: ## speed, memory and work of ARCH, or of all architectures
 bench: ## time of the operators, or of OP, beside what this machine could do
 doctor: ## which implementations this machine has, and whether each is right
+campaign: ## the next cells of results/campaign.toml, for TIME=8m; PYTHON=python3 for a machine with its own packages
 gpu: ## on a machine with a GPU and its own packages, no .venv: operator tests, bench, doctor and profile in 9 minutes
 test-gpu: ## the operator tests that need a GPU, likewise
 test: ## run the tests, or those that match K
@@ -72,6 +73,9 @@ bench: .venv/.stamp
 
 doctor: .venv/.stamp
 	@$(VENV)/lra doctor $(ARGS)
+
+campaign: $(if $(PYTHON),,.venv/.stamp)
+	@PYTHONPATH=. $(or $(PYTHON),$(VENV)/python) -m lra.cli sweep results/campaign.toml --no-forecast $(if $(TIME),--time-limit "$$TIME") $(ARGS)
 
 # an accelerator machine has its own torch and no network
 gpu:

@@ -137,6 +137,7 @@ def sweep(
     cell: Annotated[int | None, typer.Option(help="Run this one cell, counted from 0.", min=0)] = None,
     forecast: Annotated[bool, typer.Option(help="Probe time and memory before starting.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show cells and forecast, run nothing.")] = False,
+    time_limit: Annotated[str, typer.Option(help="Stop in time, and go on with the next call: 90s, 8m, 2h.")] = "",
 ) -> None:
     """Run a grid of cells, one process each; finished cells are skipped, failed ones reported at the end."""
     from lra import sweep as kit
@@ -145,7 +146,12 @@ def sweep(
     if emit:
         print(kit.slurm(plan, emit), end="")
         return
-    failed = kit.carry_out(plan, console, ray=ray, only=cell, forecast=forecast and cell is None, dry_run=dry_run)
+    if time_limit and ray:
+        raise UserError("--time-limit is of a sweep on this machine; with --ray, put time-limit under [run]")
+    failed = kit.carry_out(
+        plan, console, ray=ray, only=cell, forecast=forecast and cell is None, dry_run=dry_run,
+        seconds=_seconds(time_limit) if time_limit else None,
+    )  # fmt: skip
     if failed:
         raise typer.Exit(1)
 

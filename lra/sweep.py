@@ -14,6 +14,8 @@
     "time-limit" = "2h"
 
 With [search] the rates and the like are drawn instead (lra.search). A cell whose result is on file is finished.
+Several grids, one after the other, are [[part]] tables of these keys; what stands above the first holds for all, and a
+part with device = "gpu" or "cpu" is left out on other machines.
 """
 
 from __future__ import annotations
@@ -26,9 +28,10 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +45,8 @@ if TYPE_CHECKING:
 
 _LIBC = ctypes.CDLL(None)
 _SET_PARENT_DEATH_SIGNAL = 1
-KEYS = ("tasks", "architectures", "seeds", "recipe", "protocol", "retries", "set", "grid", "run", "search")
+KEYS = ("tasks", "architectures", "seeds", "recipe", "protocol", "retries", "set", "grid", "run", "search", "device")
+DEVICES = {"": "", "gpu": "cuda", "cpu": "cpu"}
 RUN_OPTIONS = ("time-limit", "checkpoint-dir", "pretrain", "match", "devices", "nodes", "strategy", "logger", "from")
 
 
@@ -110,6 +114,24 @@ def read(path: Path) -> Plan:
         raise UserError(f"no sweep file {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
+    parts = content.pop("part", [{}])
+    if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
+        raise UserError(f"{path}: part is not a list of tables; write [[part]] above each grid")
+    cells = tuple(cell for part in parts for cell in _cells({**content, **part}, path))
+    retries = content.get("retries", 0)
+    if type(retries) is not int or retries < 0:
+        raise UserError(f"{path}: retries is {retries!r}; a whole number from 0")
+    from lra.run import resolved
+
+    hashes = [(cell.task, cell.architecture, cell.seed, resolved(cell.request())[0].hash) for cell in cells]
+    for number, run in enumerate(hashes):
+        if run in hashes[:number]:
+            raise UserError(f"{path}: two cells are the same run: {cells[number].name}")
+    return Plan(path, cells, retries, content.get("search", {}))
+
+
+def _cells(content: Mapping[str, Any], path: Path) -> list[Cell]:
+    """The cells of one grid; none where it is meant for another device."""
     for key in content:
         if key not in KEYS:
             raise unknown("key", key, KEYS, where=str(path))
@@ -125,22 +147,19 @@ def read(path: Path) -> Plan:
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
             raise UserError(f"{path}: grid.{key} is {values!r}; a list of at least one value")
-    recipe, protocol, retries = content.get("recipe", "auto"), content.get("protocol", ""), content.get("retries", 0)
-    if type(retries) is not int or retries < 0:
-        raise UserError(f"{path}: retries is {retries!r}; a whole number from 0")
-    cells = tuple(
+    if (device := content.get("device", "")) not in DEVICES:
+        raise unknown("device", str(device), [name for name in DEVICES if name], where=str(path))
+    from lra.run import device as here
+
+    if device and DEVICES[device] != here().type:
+        return []
+    recipe, protocol = content.get("recipe", "auto"), content.get("protocol", "")
+    return [
         Cell(task, architecture, seed, recipe, content.get("set", {}) | dict(chosen), content.get("run", {}), protocol)
         for task, architecture in itertools.product(lists["tasks"], lists["architectures"])
         for chosen in _combinations(grid)
         for seed in lists["seeds"]
-    )
-    from lra.run import resolved
-
-    hashes = [(cell.task, cell.architecture, cell.seed, resolved(cell.request())[0].hash) for cell in cells]
-    for number, run in enumerate(hashes):
-        if run in hashes[:number]:
-            raise UserError(f"{path}: two cells are the same run: {cells[number].name}")
-    return Plan(path, cells, retries, content.get("search", {}))
+    ]
 
 
 def _combinations(grid: Mapping[str, list[Any]]) -> Iterator[tuple[tuple[str, Any], ...]]:
@@ -199,14 +218,16 @@ def carry_out(
     only: int | None = None,
     forecast: bool = True,
     dry_run: bool = False,
+    seconds: float | None = None,
 ) -> list[Cell]:
-    """Run what is not finished. Returns the cells that failed."""
+    """Run what is not finished, for at most about `seconds`. Returns the cells that failed."""
     from lra import result
 
     if plan.search:
         from lra import search
 
         plan = search.settled(plan, console, lambda trials: _local(trials, console))
+    deadline = None if seconds is None else time.monotonic() + seconds
     if only is not None and only >= len(plan.cells):
         raise UserError(f"--cell is {only}; this sweep has cells 0 to {len(plan.cells) - 1}")
     if only is not None:
@@ -227,15 +248,17 @@ def carry_out(
 
         failed = cluster.run(plan, open_, ray, console)
     else:
-        failed = _local(plan, console, open_)
+        failed = _local(plan, console, open_, deadline)
     for number in failed:
         console.print(f"[red]failed[/] {plan.cells[number].name}: {plan.logs / f'{number}.log'}", soft_wrap=True)
-    console.print(f"{len(plan.cells) - len(failed)} of {len(plan.cells)} cells have results")
+    there = sum(finished(cell, root) for cell in plan.cells)
+    console.print(f"{there} of {len(plan.cells)} cells have results")
     return [plan.cells[number] for number in failed]
 
 
-def _local(plan: Plan, console: Console, open_: list[int] | None = None) -> list[int]:
-    """One process after the other. Returns the numbers of those that failed."""
+def _local(plan: Plan, console: Console, open_: list[int] | None = None, deadline: float | None = None) -> list[int]:
+    """One process after the other, none begun after `deadline`, and the one it finds running stopped with a checkpoint.
+    Returns the numbers of those that failed."""
     board = Board([cell.name for cell in plan.cells], console)
     for number in range(len(plan.cells)):
         if open_ is not None and number not in open_:
@@ -243,8 +266,17 @@ def _local(plan: Plan, console: Console, open_: list[int] | None = None) -> list
     failed = []
     with watched(board):
         for number in range(len(plan.cells)) if open_ is None else open_:
+            cell = plan.cells[number]
+            if deadline is not None:
+                left = deadline - time.monotonic()
+                if left < 1:
+                    break
+                cell = replace(cell, options={**cell.options, "time-limit": f"{left:.0f}s"})
             board.set(number, "running")
-            code, said = attempt(plan.cells[number], plan.logs / f"{number}.log", plan.retries)
+            code, said = attempt(cell, plan.logs / f"{number}.log", plan.retries)
+            if code == 130 and deadline is not None and time.monotonic() > deadline - 1:
+                board.set(number, "waiting", "goes on next time")
+                break
             board.set(number, "done" if code == 0 else "failed", said)
             if code == 130:
                 raise KeyboardInterrupt

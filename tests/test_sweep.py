@@ -7,9 +7,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -53,6 +55,56 @@ def test_a_grid_is_every_combination_once(tmp_path: Path) -> None:
     assert len(plan.cells) == 2 * 2 * 2 * 2
     assert len({json.dumps([c.architecture, c.seed, dict(c.settings)]) for c in plan.cells}) == 16
     assert plan.cells[0].arguments()[:7] == ["run", TINY, "gru", "--recipe", "quick", "--seed", "0"]
+
+
+def test_parts_follow_one_another_and_those_of_another_device_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = f'''tasks = ["{TINY}"]
+recipe = "quick"
+[[part]]
+architectures = ["s4d"]
+[[part]]
+architectures = ["gru"]
+seeds = [0, 1]
+[[part]]
+device = "gpu"
+architectures = ["lru"]
+'''
+    monkeypatch.setattr("lra.run.device", lambda: torch.device("cpu"))
+    cells = sweep.read(written(tmp_path, text)).cells
+    assert [(cell.architecture, cell.seed) for cell in cells] == [("s4d", 0), ("gru", 0), ("gru", 1)]
+    monkeypatch.setattr("lra.run.device", lambda: torch.device("cuda"))
+    assert [cell.architecture for cell in sweep.read(written(tmp_path, text)).cells][3:] == ["lru"]
+    with pytest.raises(UserError, match="did you mean 'gpu'"):
+        sweep.read(written(tmp_path, text.replace('"gpu"', '"gpus"')))
+    with pytest.raises(UserError, match="part is not a list of tables"):
+        sweep.read(written(tmp_path, "part = 3"))
+
+
+def test_the_campaign_resolves_on_either_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = HERE.parent / "results" / "campaign.toml"
+    for kind, most in (("cpu", 200), ("cuda", 600)):
+        monkeypatch.setattr("lra.run.device", lambda kind=kind: torch.device(kind))
+        assert 100 < len(sweep.read(file).cells) < most
+
+
+def test_a_sweep_stops_in_time_and_the_next_call_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = grid(tmp_path, "seeds = [0, 1, 2]")
+    limits = []
+
+    def short(cell: Cell, log: Path, retries: int) -> tuple[int, str]:
+        limits.append(cell.options["time-limit"])
+        time.sleep(2.2)
+        return (0, "") if len(limits) == 1 else (130, "stopped at step 3 of 4 by the time limit")
+
+    monkeypatch.setattr(sweep, "attempt", short)
+    assert sweep.carry_out(plan, Console(), forecast=False, seconds=4.0) == []
+    assert limits == ["4s", "2s"]
+    assert "s1: waiting" not in (said := capsys.readouterr().out)
+    assert "0 of 3 cells have results" in said
 
 
 @pytest.mark.parametrize(
