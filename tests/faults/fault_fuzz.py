@@ -9,12 +9,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 CASES = settings(
-    max_examples=10_000 if FULL else 60,
+    max_examples=10_000 if FULL else 40,
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-SLOW = settings(CASES, max_examples=1_000 if FULL else 25)
+SLOW = settings(CASES, max_examples=1_000 if FULL else 15)
 """For cases that take tens of milliseconds."""
 
 AWKWARD = [

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from fault_drills import FULL, done, drill, start
 
-pytestmark = pytest.mark.xdist_group("drills")
+pytestmark = pytest.mark.xdist_group("disks")
 
 
 def mounted(place: Path, options: str, *more: str) -> bool:
