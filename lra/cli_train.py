@@ -105,7 +105,7 @@ def run(
     limit = _seconds(time_limit) if time_limit else None
     request = Request(
         task, architecture, recipe, seed, protocol, _settings(settings), source, limit, resume, pretrain, match,
-        Placement(devices, nodes, strategy), checkpoint_dir, tuple(logger or ()), json.loads(search or "null"),
+        Placement(devices, nodes, strategy), checkpoint_dir, tuple(logger or ()), _search(search),
         select_only,
     )  # fmt: skip
     path = train(request, console)
@@ -154,6 +154,14 @@ def sweep(
     )  # fmt: skip
     if failed:
         raise typer.Exit(1)
+
+
+def _search(text: str) -> Any:
+    """What a search says of its trials, for the record."""
+    try:
+        return json.loads(text or "null")
+    except ValueError as error:
+        raise UserError(f"--search is not JSON: {error}") from None
 
 
 def _settings(given: list[str] | None) -> dict[str, str]:

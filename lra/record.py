@@ -31,31 +31,42 @@ def record(
     blind = max(v for k, v in baseline.items() if k == "majority class")
     identity = f"{result.safe(found.name.replace('/', '-'))}-{found.hash[:8]}-s{seed}-{started:%Y%m%dT%H%M%S}"
     work = model_work(model, protocol)
-    return {
-        "schema": result.SCHEMA,
-        "id": identity,
-        "task": prepared.task.name,
-        "architecture": architecture,
-        "protocol": {"name": protocol.name, "length": protocol.length, "encoding": protocol.encoding},
-        "recipe": found.as_dict(),
-        "recipe_hash": found.hash,
-        "seed": seed,
-        "regime": found.regime,
-        "direction": model.encoder.direction if constructor.declared else "not declared",
-        "test": test,
-        "validation": measured[protocol.selection] | {"split": protocol.selection, "best_step": measured["best_step"]},
-        "collapsed": COLLAPSED if statistics.at_chance(test["accuracy"], test["n"], blind) else "",
-        "floors": baseline,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "flops": work,
-        "wall_seconds": round(time.perf_counter() - clock, 2),
-        "implementations": _dispatch.used(),
-        "data": {"checksum": prepared.checksum, "counts": prepared.manifest["counts"]},
-        "command": result.command_line(),
-        "started": started.isoformat(timespec="seconds"),
-        "predictions": {},
-        **more,
-    } | _charged(more, work["forward_backward"])
+    return (
+        {
+            "schema": result.SCHEMA,
+            "id": identity,
+            "task": prepared.task.name,
+            "architecture": architecture,
+            "protocol": {"name": protocol.name, "length": protocol.length, "encoding": protocol.encoding},
+            "recipe": found.as_dict(),
+            "recipe_hash": found.hash,
+            "seed": seed,
+            "regime": found.regime,
+            "direction": model.encoder.direction if constructor.declared else "not declared",
+            "test": test,
+            "validation": measured[protocol.selection]
+            | {"split": protocol.selection, "best_step": measured["best_step"]},
+            "collapsed": COLLAPSED if statistics.at_chance(test["accuracy"], test["n"], blind) else "",
+            "floors": baseline,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "flops": work,
+            "wall_seconds": round(time.perf_counter() - clock, 2),
+            "implementations": _dispatch.used(),
+            "data": {"checksum": prepared.checksum, "counts": prepared.manifest["counts"]},
+            "command": result.command_line(),
+            "started": started.isoformat(timespec="seconds"),
+            "predictions": {},
+            **more,
+        }
+        | _charged(more, work["forward_backward"])
+        | _reach(model, protocol)
+    )
+
+
+def _reach(model: Classifier, protocol: Protocol) -> dict[str, int]:
+    """Tokens an output can depend on, where they are fewer than a sequence holds: such a model is a control."""
+    field = getattr(model.encoder, "receptive_field", None)
+    return {} if field is None or field >= protocol.length else {"receptive_field": int(field)}
 
 
 def _charged(more: Mapping[str, Any], per_example: float) -> dict[str, Any]:

@@ -20,7 +20,7 @@ OPTIONAL: dict[str, type | tuple[type, ...]] = {
     "collapsed": str, "protocol.length": int, "validation.accuracy": NUMBER, "flops.forward": (*NUMBER, type(None)),
     "flops.forward_backward": (*NUMBER, type(None)), "flops.uncounted": list, "environment.gpu": str,
     "environment.device": str, "environment.versions": dict, "environment.commit": dict,
-    "environment.commit.hash": str, "data.checksum": str, "curve": list,
+    "environment.commit.hash": str, "data.checksum": str, "curve": list, "receptive_field": int,
 }  # fmt: skip
 DEEPEST = 16
 _ABSENT = object()

@@ -264,3 +264,11 @@ def test_command(collection: Collection, tmp_path: Path, monkeypatch: pytest.Mon
     assert invoke("--protocol", "s4").exit_code == 2
     assert invoke("--task", "listops", "--out", str(tmp_path / "some")).exit_code == 0
     assert "pathfinder" not in (tmp_path / "some" / "LEADERBOARD.md").read_text()
+
+
+def test_a_model_with_a_stated_receptive_field_is_a_floor() -> None:
+    records = [record("bounded_cnn", seed, accuracy, receptive_field=9) for seed, accuracy in ((0, 0.2), (1, 0.3))]
+    group = leaderboard.group_of(records[0])
+    names = dict(leaderboard.floor_cells([*records, record("gru")], group))
+    assert names["bounded_cnn, which sees 9 tokens"] == "25.0"
+    assert len(names) == 3
