@@ -109,8 +109,9 @@ def readme(collection: Collection) -> str:
                 sheets.plain(t) for t in (f"{group.task} ({group.protocol}, {group.recipe})", row.hardware)
             )
             lines.append(f"| {task} | {name} | {accuracy} ± {half} | {seeds} | {params} | {speed} | {hardware} |")
-        floors = leaderboard.floor_cells(collection.records, group)
-        lines += [f"| | *{sheets.plain(part)}* | {value} | | | | |" for part, value in floors]
+        if floors := leaderboard.floor_cells(collection.records, group):
+            said = ", ".join(f"{sheets.plain(name)} {value}" for name, value in floors)
+            lines.append(f"| *floors* | *{said}* | | | | | |")
     return "\n".join(lines)
 
 
