@@ -29,6 +29,7 @@ FIRST = 16
 """Tokens of the sequences that training begins with."""
 CANNOT = {
     "bounded_cnn": "its output sees a fixed number of tokens, and the first is not among them",
+    "local": "its blocks never meet, and the last token's does not hold the first",
     "elman": "what it holds passes through tanh at every token: the gradient of the first vanishes",
 }
 """Architectures whose theory says that they cannot learn it, and why. They are expected to fail."""
