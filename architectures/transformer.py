@@ -27,32 +27,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
-from lra.architectures._attention import SPARE, AttentionMixer, added_positions, attend, checked_width
+from lra.architectures._attention import added_positions, checked_width
+from lra.architectures._softmax import SoftmaxMixer
 from lra.architectures._stack import Stack
-from lra.encoder import Card, Cost
-
-
-class TransformerMixer(AttentionMixer):
-    """Multi-head softmax attention: (B, L, D) -> (B, L, D). `positions` of POSITIONS; only rope and alibi act here."""
-
-    def __init__(
-        self, d_model: int, n_heads: int, qkv_dim: int, positions: str, causal: bool, dropout: float = 0.0
-    ) -> None:
-        super().__init__(d_model, n_heads, qkv_dim, positions, causal)
-        self.dropout = dropout
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
-        return attend(q, k, v, mask, causal=self.causal, slopes=self.slopes, dropout=dropout)
-
-    def pairs(self, length: int) -> float:
-        return float(self.n_heads * length**2)
-
-    def cost(self, length: int) -> Cost:
-        spare = 0 if self.slopes is None or self.causal else SPARE
-        return super().cost(length) + Cost(4.0 * self.pairs(length) * spare)
+from lra.encoder import Card
 
 
 class Transformer(Stack):
@@ -92,7 +70,7 @@ class Transformer(Stack):
     ) -> None:
         width = checked_width(d_model, n_heads, qkv_dim, positions)
         super().__init__(
-            lambda _: TransformerMixer(d_model, n_heads, width, positions, direction == "causal", attention_dropout),
+            lambda _: SoftmaxMixer(d_model, n_heads, width, positions, direction == "causal", attention_dropout),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block={"positions": added_positions(positions), **(block or {})},
         )  # fmt: skip

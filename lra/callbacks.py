@@ -31,11 +31,13 @@ class Meter(Callback):
     run whose loss is no longer a number. Time spent in validation and checkpoints is not training time.
 
     validate_every: steps between validations, before each of which the loss is looked at too (0 = none).
+    earlier: wall seconds, all included, that a resumed run had spent before, up to its last checkpoint.
     """
 
     def __init__(self, every: int, validate_every: int = 0) -> None:
         self.every, self.validate_every = every, validate_every
         self.seconds, self.examples, self.tokens, self.steps = 0.0, 0, 0, 0
+        self.earlier, self._begun = 0.0, time.perf_counter()
         self._since = (0.0, 0)
         self._losses: list[Tensor] = []
         self._checked = 0
@@ -101,7 +103,8 @@ class Meter(Callback):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, "examples": self.examples, "tokens": self.tokens, "steps": self.steps}
+        state = {"seconds": self.seconds, "examples": self.examples, "tokens": self.tokens, "steps": self.steps}
+        return state | {"earlier": self.earlier + time.perf_counter() - self._begun}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for key, value in state.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 
+from lra.manifest import seal
 from lra.result import atomic
 from lra.store import Prepared
 
@@ -15,11 +16,10 @@ def floors(prepared: Prepared) -> dict[str, float]:
     place = prepared.folder.with_name(f"{prepared.folder.name}.floors.json")
     with suppress(OSError, ValueError, RecursionError, AttributeError):
         known = json.loads(place.read_text(encoding="utf-8"))
-        kept = known.get("floors")
-        right = isinstance(kept, dict) and all(type(v) is float and 0 <= v <= 1 for v in kept.values())
-        if known.get("checksum") == prepared.checksum and right and "majority class" in kept:
-            return kept
+        if known.pop("seal", None) == seal(known) and known.get("checksum") == prepared.checksum:
+            return known["floors"]
     found = prepared.task.floors(prepared.split("train"), prepared.split("test"))
+    content = {"checksum": prepared.checksum, "floors": found}
     with suppress(OSError), atomic(place) as temporary:
-        temporary.write_text(json.dumps({"checksum": prepared.checksum, "floors": found}), encoding="utf-8")
+        temporary.write_text(json.dumps(content | {"seal": seal(content)}), encoding="utf-8")
     return found

@@ -26,9 +26,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     missing = [key for key in KEYS if not isinstance(manifest, dict) or key not in manifest]
     if missing:
         raise DataError(f"{path} lacks {', '.join(missing)}; {advice}")
-    seal = manifest.pop("seal", None)
+    given = manifest.pop("seal", None)
     # sets prepared before manifests were sealed carry no seal and no other key either
-    if (set(manifest) != set(KEYS) and seal is None) or (seal is not None and seal != _seal(manifest)):
+    if (set(manifest) != set(KEYS) and given is None) or (given is not None and given != seal(manifest)):
         raise DataError(f"{path} was changed after it was written; {advice}")
     sound = (
         all(isinstance(manifest[key], dict) for key in ("counts", "sha256", "files"))
@@ -41,13 +41,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _seal(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode(errors="surrogatepass")).hexdigest()
+def seal(content: dict[str, Any]) -> str:
+    """SHA-256 of JSON content, to be kept beside it: a change of any value shows."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode(errors="surrogatepass")).hexdigest()
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     with atomic(folder / MANIFEST) as temporary:
-        sealed = manifest | {"seal": _seal(manifest)}
+        sealed = manifest | {"seal": seal(manifest)}
         temporary.write_text(json.dumps(sealed, indent=2) + "\n", encoding="utf-8")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
@@ -24,9 +23,9 @@ COLLAPSED = "not above the best blind guess"
 
 def record(
     architecture: str, seed: int, found: Recipe, prepared: Prepared, constructor: Constructor, model: Classifier,
-    measured: Mapping[str, Any], more: Mapping[str, Any], started: datetime, clock: float,
+    measured: Mapping[str, Any], more: Mapping[str, Any], started: datetime, seconds: float,
 ) -> dict[str, Any]:  # fmt: skip
-    """measured: scores by split and best_step. more: fields only the caller knows."""
+    """measured: scores by split and best_step. more: fields only the caller knows. seconds: of wall time."""
     protocol, baseline, test = prepared.protocol, floors(prepared), measured["test"]
     blind = max(v for k, v in baseline.items() if k == "majority class")
     identity = f"{result.safe(found.name.replace('/', '-'))}-{found.hash[:8]}-s{seed}-{started:%Y%m%dT%H%M%S}"
@@ -50,10 +49,10 @@ def record(
             "floors": baseline,
             "parameters": sum(p.numel() for p in model.parameters()),
             "flops": work,
-            "wall_seconds": round(time.perf_counter() - clock, 2),
+            "wall_seconds": round(seconds, 2),
             "implementations": _dispatch.used(),
             "data": {"checksum": prepared.checksum, "counts": prepared.manifest["counts"]},
-            "command": result.command_line(),
+            "command": result.command_line(repeatable=True),
             "started": started.isoformat(timespec="seconds"),
             "predictions": {},
             **more,

@@ -29,6 +29,8 @@ from lra.schema import check as check
 
 LARGEST = 16 * 2**20
 """Bytes of a record, and of its predictions once decompressed."""
+ONCE = {"--resume": 0, "--time-limit": 1, "--checkpoint-dir": 1}
+"""Options about one call rather than the run, and the number of their values."""
 PACKAGES = ("torch", "lightning", "torchmetrics", "numba", "numpy", "triton", "datasets", "lra-suite")
 
 
@@ -258,10 +260,18 @@ def commit() -> dict[str, Any]:
         return {"hash": "", "dirty": True}
 
 
-def command_line() -> str:
+def command_line(repeatable: bool = False) -> str:
+    """What was typed; `repeatable`: without the options of ONCE, so that the whole run can be done again."""
     import shlex
 
-    return shlex.join(["lra", *sys.argv[1:]])
+    words, kept = iter(sys.argv[1:]), ["lra"]
+    for word in words:
+        flag, equals, _ = word.partition("=")
+        if not repeatable or flag not in ONCE:
+            kept.append(word)
+        elif ONCE[flag] and not equals:
+            next(words, None)
+    return shlex.join(kept)
 
 
 def _sha256(content: bytes) -> str:

@@ -148,8 +148,9 @@ def run(request: Request, console: Console) -> Path:
             return _selected(folder, found, measured, prepared)
         more = _more(request, trained, refused, setting)
         content = record(
-            request.architecture, request.seed, found, prepared, constructor, model, measured, more, started, clock
-        )
+            request.architecture, request.seed, found, prepared, constructor, model, measured, more, started,
+            trained.meter.earlier + time.perf_counter() - clock,
+        )  # fmt: skip
         path = result.write(content, measured["predictions"], root)
         (setting.checkpoints / "last.ckpt").unlink(missing_ok=True)
     return path

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lra.architectures._attention import alibi_bias, alibi_slopes, attend, attention_mask, rope
+from lra.architectures._softmax import SoftmaxMixer
 from lra.architectures._stack import sinusoidal
-from lra.architectures.transformer import Transformer, TransformerMixer
+from lra.architectures.transformer import Transformer
 from lra.registry import architectures
 
 
@@ -25,7 +26,7 @@ def real_prefixes(*lengths: int) -> Tensor:
     return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
 
-def copy_attention(mixer: TransformerMixer, theirs: nn.MultiheadAttention) -> None:
+def copy_attention(mixer: SoftmaxMixer, theirs: nn.MultiheadAttention) -> None:
     mixer.qkv.load_state_dict({"weight": theirs.in_proj_weight, "bias": theirs.in_proj_bias})
     mixer.out.load_state_dict(theirs.out_proj.state_dict())
 
@@ -63,9 +64,9 @@ def test_layer_equals_torch_encoder_layer(prenorm: bool, activation: str) -> Non
     torch.testing.assert_close(own_grads, their_grads, rtol=1e-10, atol=1e-10)
 
 
-def llama_mixer(g: dict[str, Tensor], positions: str, causal: bool) -> TransformerMixer:
+def llama_mixer(g: dict[str, Tensor], positions: str, causal: bool) -> SoftmaxMixer:
     heads = int(g["cfg.H"])
-    mixer = TransformerMixer(int(g["cfg.D"]), heads, heads * int(g["cfg.d"]), positions, causal).double()
+    mixer = SoftmaxMixer(int(g["cfg.D"]), heads, heads * int(g["cfg.d"]), positions, causal).double()
     qkv = [[g[f"param.{p}_proj.{kind}"] for p in "qkv"] for kind in ("weight", "bias")]
     mixer.qkv.load_state_dict({"weight": torch.cat(qkv[0]), "bias": torch.cat(qkv[1])})
     mixer.out.load_state_dict({"weight": g["param.o_proj.weight"], "bias": g["param.o_proj.bias"]})
@@ -168,7 +169,7 @@ def test_attention_starts_soft() -> None:
     """The documented property of the initialisation: Q K' / sqrt(d) of normalised inputs has about unit variance."""
     torch.manual_seed(0)
     for d_model in (64, 256):
-        mixer = TransformerMixer(d_model, 4, d_model, "none", causal=False)
+        mixer = SoftmaxMixer(d_model, 4, d_model, "none", causal=False)
         q, k, _ = mixer.heads(torch.randn(1, 512, d_model))
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
         assert 0.8 < scores.std() < 1.2

@@ -139,3 +139,17 @@ def test_results_that_cannot_be_written_are_refused_before_the_run(tmp_path: Pat
 )
 def test_an_architecture_never_leaves_its_folder(name: str, folder: str) -> None:
     assert result.slug(name) == folder
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "--resume --time-limit 8m --seed 3",
+        "--seed 3 --time-limit=8m --checkpoint-dir /elsewhere",
+        "--checkpoint-dir=/elsewhere --seed 3 --resume",
+    ],
+)
+def test_the_command_of_a_record_does_the_whole_run_again(typed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/somewhere/lra", "run", "listops", "gru", *typed.split()])
+    assert result.command_line(repeatable=True) == "lra run listops gru --seed 3"
+    assert result.command_line() == f"lra run listops gru {typed}"

@@ -13,6 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from lra import result
 from lra.callbacks import SCHEMA, Stop
 from lra.distributed import Placement
 from lra.errors import UserError
@@ -121,6 +122,17 @@ def test_checkpoints_may_live_elsewhere_and_only_best_and_last_stay(
     monkeypatch.setenv("LRA_RUNS", str(places / "other_runs"))
     go(checkpoint_dir=elsewhere, resume=True)
     assert {p.name for p in elsewhere.rglob("*.ckpt")} == {"best.ckpt"}
+
+
+def test_a_resumed_run_counts_the_time_of_its_earlier_legs(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted(monkeypatch)
+    (last,) = places.rglob("last.ckpt")
+    saved = torch.load(last, weights_only=True)
+    (meter,) = (state for name, state in saved["callbacks"].items() if name.startswith("Meter"))
+    assert 0 < meter["earlier"] < 600
+    meter["earlier"] += 1000.0
+    torch.save(saved, last)
+    assert 1000 < result.read(go(resume=True))["wall_seconds"] < 1600
 
 
 def test_the_log_of_an_interrupted_run_is_kept(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
