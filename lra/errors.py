@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from reprlib import Repr
+
+_SHORT = Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 3, 60, 60, 60
 
 
 class UserError(Exception):
     """Wrong input: the message says what is wrong, where, and what is right."""
+
+
+def brief(value: object) -> str:
+    """A value as a message shows it: 60 characters at most, however long or deeply nested it is."""
+    return _SHORT.repr(value)[:60]
 
 
 def unknown(kind: str, name: str, known: Iterable[str], where: str = "") -> UserError:
@@ -15,4 +24,4 @@ def unknown(kind: str, name: str, known: Iterable[str], where: str = "") -> User
     names = sorted(known)
     near = get_close_matches(name, names, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}?" if near else "known: " + (", ".join(names) or "none")
-    return UserError(f"unknown {kind} {name!r}{f' in {where}' if where else ''}; {hint}")
+    return UserError(f"unknown {kind} {brief(name)}{f' in {where}' if where else ''}; {hint}")

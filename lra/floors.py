@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 
-from lra.manifest import seal
-from lra.result import atomic
+from lra.result import atomic, seal
 from lra.store import Prepared
 
 
@@ -14,9 +13,9 @@ def floors(prepared: Prepared) -> dict[str, float]:
     """Accuracies in [0, 1] that need no sequence model. What is kept is only believed whole and for these very data,
     and a cache that cannot be written to costs the next run a minute, not this one its result."""
     place = prepared.folder.with_name(f"{prepared.folder.name}.floors.json")
-    with suppress(OSError, ValueError, RecursionError, AttributeError):
+    with suppress(OSError, ValueError, RecursionError, LookupError, TypeError):
         known = json.loads(place.read_text(encoding="utf-8"))
-        if known.pop("seal", None) == seal(known) and known.get("checksum") == prepared.checksum:
+        if known["seal"] == seal(known) and known.get("checksum") == prepared.checksum:
             return known["floors"]
     found = prepared.task.floors(prepared.split("train"), prepared.split("test"))
     content = {"checksum": prepared.checksum, "floors": found}

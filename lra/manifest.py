@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lra.result import atomic, safe
+from lra.result import atomic, safe, seal
 from lra.task import SPLITS, DataError
 
 MANIFEST = "manifest.json"
@@ -39,11 +39,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not sound:
         raise DataError(f"{path} is not laid out as a manifest; {advice}")
     return manifest
-
-
-def seal(content: dict[str, Any]) -> str:
-    """SHA-256 of JSON content, to be kept beside it: a change of any value shows."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode(errors="surrogatepass")).hexdigest()
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

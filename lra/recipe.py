@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from lra.errors import UserError, unknown
+from lra.errors import UserError, brief, unknown
 from lra.sections import SECTIONS as TYPED
 from lra.sections import Data, Expected, Model, Optim, Pretrain, Train, identity
 
@@ -152,7 +152,7 @@ def _layers(
         for part in parts:
             found = found.get(part, {})
             if not isinstance(found, dict):
-                raise UserError(f"{path.name}: {'.'.join(parts)} is {found!r:.60}; a table")
+                raise UserError(f"{path.name}: {'.'.join(parts)} is {brief(found)}; a table")
         yield ".".join(parts), found
 
 
@@ -195,7 +195,7 @@ def _plain(value: Any, where: str) -> Any:
         return {key: _plain(part, where) for key, part in value.items()}
     fine = isinstance(value, str) or (isinstance(value, int | float) and abs(value) < 2**63)
     if not fine:
-        raise UserError(f"{where} is {value!r:.60}; a finite number, a text, true, false, or a list of these")
+        raise UserError(f"{where} is {brief(value)}; a finite number, a text, true, false, or a list of these")
     return value
 
 
@@ -203,16 +203,16 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
     if get_origin(kind) is tuple:
         parts = get_args(kind)
         if not isinstance(value, list) or len(value) != len(parts):
-            raise UserError(f"{where} is {value!r}; a list of {len(parts)} numbers")
+            raise UserError(f"{where} is {brief(value)}; a list of {len(parts)} numbers")
         return tuple(_typed(v, k, where) for v, k in zip(value, parts, strict=True))
     if get_origin(kind) is Mapping:
         if not isinstance(value, dict):
-            raise UserError(f"{where} is {value!r}; expected a table")
+            raise UserError(f"{where} is {brief(value)}; expected a table")
         return value
     if kind is float and type(value) is int:
         return float(_plain(value, where))
     if type(value) is not kind:
-        raise UserError(f"{where} is {value!r:.60}; expected {kind.__name__}")
+        raise UserError(f"{where} is {brief(value)}; expected {kind.__name__}")
     # a float that is none is the section's to refuse: it says the range
     return value if kind is float else _plain(value, where)
 

@@ -92,6 +92,12 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def seal(content: dict[str, Any]) -> str:
+    """SHA-256 of JSON content, for its key `seal`: whatever is changed later shows."""
+    unsealed = {key: value for key, value in content.items() if key != "seal"}
+    return _sha256(json.dumps(unsealed, sort_keys=True).encode(errors="surrogatepass"))
+
+
 def check_writable(where: Path) -> None:
     """Raise UserError now rather than after an hour of training."""
     try:
@@ -115,7 +121,7 @@ def write(record: dict[str, Any], predictions: dict[str, np.ndarray], root: Path
     np.savez_compressed(content, **predictions)  # type: ignore[arg-type]
     first = safe(record["id"], 180)
     record = record | {"id": first, "predictions": {"file": f"{first}.npz", "sha256": _sha256(content.getvalue())}}
-    if problem := check(record):
+    if problem := check(record | {"seal": ""}):
         raise ValueError(f"refusing to write an invalid result: {problem}")
     try:
         for identity in (first, *(f"{first}-{n}" for n in range(2, 1000))):
@@ -142,7 +148,7 @@ def write(record: dict[str, Any], predictions: dict[str, np.ndarray], root: Path
 def _write_json(path: Path, record: dict[str, Any], data: Path) -> None:
     try:
         with atomic(path, exclusive=True) as temporary:
-            sealed = record | {"seal": _seal(record)}
+            sealed = record | {"seal": seal(record)}
             temporary.write_text(json.dumps(sealed, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
     except OSError:
         with suppress(OSError):
@@ -161,8 +167,7 @@ def read(path: Path) -> dict[str, Any]:
     problem = check(record)
     if problem:
         raise UserError(f"{path}: {problem}")
-    # records of before the seal have none
-    if record.pop("seal", None) not in (None, _seal(record)):
+    if record.pop("seal") != seal(record):
         raise UserError(f"{path}: it was changed after it was written")
     name = Path(record["predictions"]["file"]).name
     data = path.with_name(name) if name else path
@@ -178,10 +183,6 @@ def read(path: Path) -> dict[str, Any]:
     if problem := _unsound(content):
         raise UserError(f"{path}: its predictions {name} are not plain arrays: {problem}")
     return record
-
-
-def _seal(record: dict[str, Any]) -> str:
-    return _sha256(json.dumps({k: v for k, v in record.items() if k != "seal"}, sort_keys=True).encode())
 
 
 def _unsound(content: bytes) -> str:

@@ -6,13 +6,15 @@ import math
 import unicodedata
 from typing import Any
 
+from lra.errors import brief
+
 SCHEMA = 1
 NUMBER = (int, float)
 REQUIRED: dict[str, type | tuple[type, ...]] = {
     "schema": int, "id": str, "task": str, "architecture": str, "protocol": dict, "recipe": dict, "recipe_hash": str,
     "seed": int, "regime": str, "direction": str, "test": dict, "validation": dict, "floors": dict, "parameters": int,
     "flops": dict, "speed": dict, "memory": dict, "implementations": dict, "data": dict, "environment": dict,
-    "command": str, "started": str, "predictions": dict, "wall_seconds": NUMBER,
+    "command": str, "started": str, "predictions": dict, "wall_seconds": NUMBER, "seal": str,
     "protocol.name": str, "recipe.name": str, "environment.cpu": str, "speed.examples_per_second": NUMBER,
     "memory.peak_bytes": NUMBER, "predictions.file": str, "predictions.sha256": str,
 }  # fmt: skip
@@ -31,7 +33,7 @@ def check(record: Any) -> str:
     if not isinstance(record, dict):
         return "not a JSON object"
     if record.get("schema") != SCHEMA:
-        return f"schema is {record.get('schema')!r:.60}; this version reads {SCHEMA}"
+        return f"schema is {brief(record.get('schema'))}; this version reads {SCHEMA}"
     if problem := _improper(record):
         return problem
     for key, kind in (REQUIRED | OPTIONAL).items():
@@ -47,12 +49,12 @@ def check(record: Any) -> str:
 def _ranges(record: dict[str, Any]) -> str:
     accuracy, count = record["test"].get("accuracy"), record["test"].get("n")
     if not isinstance(accuracy, float) or not 0 <= accuracy <= 1:
-        return f"test.accuracy is {accuracy!r:.60}; a number from 0 to 1"
+        return f"test.accuracy is {brief(accuracy)}; a number from 0 to 1"
     if not _is(count, int) or not 1 <= count < 2**31:
-        return f"test.n is {count!r:.60}; a positive integer"
+        return f"test.n is {brief(count)}; a positive integer"
     for name, floor in record["floors"].items():
         if not _is(floor, NUMBER) or not 0 <= floor <= 1:
-            return f"floors.{name} is {floor!r:.60}; a number from 0 to 1"
+            return f"floors.{name} is {brief(floor)}; a number from 0 to 1"
     if record["protocol"].get("length", 1) < 1:
         return f"protocol.length is {record['protocol']['length']}; at least 1"
     if not all(_is(name, str) for name in record["flops"].get("uncounted", ())):

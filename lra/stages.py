@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from rich.console import Console
 
-from lra import checkpoint, distributed, execution, memory, result
+from lra import checkpoint, distributed, execution, memory
 from lra.callbacks import Band, Bar, Meter, Resume, Stop, check_checkpoint, checkpoints
 from lra.data import DeviceSet, Sampler, Steps, Sweep, choose
 from lra.distributed import Placement
@@ -118,9 +118,8 @@ def _pretrain(
         meter = Meter(min(20, found.pretrain.steps))
         _fit(module, found, setting, sampler, data, folder, meter, [], name="pretraining", enable_validation=False)
         if distributed.rank() == 0:
-            with result.atomic(done) as temporary:
-                state = {k: v.cpu() for k, v in model.state_dict().items()}
-                torch.save({"model": state, "speed": meter.speed(), "random": torch.get_rng_state()}, temporary)
+            state = {k: v.cpu() for k, v in model.state_dict().items()}
+            checkpoint.write({"model": state, "speed": meter.speed(), "random": torch.get_rng_state()}, done)
             (folder / "last.ckpt").unlink(missing_ok=True)
         if distributed.world() > 1:
             torch.distributed.barrier()

@@ -212,8 +212,7 @@ def test_copied_results_count_once_and_clashing_ones_not_at_all(tmp_path: Path) 
     assert len(found.records) == 1
     assert "is a copy of" in found.problems[0]
     content = json.loads(path.read_text()) | {"regime": "pretrained"}
-    del content["seal"]
-    (other / path.name).write_text(json.dumps(content))
+    (other / path.name).write_text(json.dumps(content | {"seal": result.seal(content)}))
     found = Collection.read(tmp_path)
     assert found.records == []
     assert len(found.problems) == 2

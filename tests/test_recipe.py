@@ -104,13 +104,16 @@ def test_a_wrong_setting_is_one_clear_line(setting: str, value: str, message: st
         ("[default]\ntrain = 3", "unknown section"),
         ("[default.train]\nstep = 1", "did you mean 'train.steps'"),
         ("\xff", "not valid TOML"),
+        ("[[task]]\n" + ".".join("a" * 900) + " = 1", "task.listops is .*; a table"),
+        ("[default.train]\nsteps" + ".a" * 900 + " = 1", "unknown key 'train.steps.a.*; "),
     ],
 )
 def test_a_wrong_file_is_one_clear_line(content: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "bad.toml"
     file.write_bytes(content.encode("latin-1"))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as error:
         recipe.resolve(str(file), "listops", "s4d")
+    assert len(str(error.value)) < 1000
 
 
 def test_unknown_recipes_and_encoder_keys_get_the_nearest_name() -> None:

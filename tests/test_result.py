@@ -50,8 +50,8 @@ def _truncate(path: Path) -> None:
 
 def _edit(**changes: Any) -> Callable[[Path], None]:
     def edit(path: Path) -> None:
-        content = {k: v for k, v in json.loads(path.read_text()).items() if k != "seal"}
-        path.write_text(json.dumps(content | changes))
+        content = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps(content | {"seal": result.seal(content)}))
 
     return edit
 
@@ -78,6 +78,7 @@ def _drop(key: str) -> Callable[[Path], None]:
         (_edit(test={"accuracy": float("nan"), "n": 10}), "NaN"),
         (_edit(parameters="many"), "parameters is a str"),
         (_drop("recipe_hash"), "recipe_hash is missing"),
+        (_drop("seal"), "seal is missing"),
         (lambda p: p.write_text(p.read_text().replace("12345", "12344")), "changed after it was written"),
         (_edit(predictions={"file": "", "sha256": "0"}), "are missing"),
         (_edit(predictions={"sha256": "0"}), "predictions.file is missing"),

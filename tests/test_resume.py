@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lra import result
+from lra import checkpoint, result
 from lra.callbacks import SCHEMA, Stop
 from lra.distributed import Placement
 from lra.errors import UserError
@@ -94,14 +94,14 @@ def test_a_checkpoint_of_another_schema_or_recipe_is_one_line(places: Path, monk
         ("recipe", "0" * 64, "written by another recipe"),
         ("random", good["lra"]["random"] * 2, "written by 2 processes"),
     ):
-        torch.save(good | {"lra": good["lra"] | {key: value}}, last)
+        checkpoint.write(good | {"lra": good["lra"] | {key: value}}, last)
         with pytest.raises(UserError, match=says) as error:
             go(resume=True)
         assert "\n" not in str(error.value)
     last.write_bytes(b"not a checkpoint")
     with pytest.raises(UserError, match="damaged"):
         go(resume=True)
-    torch.save(good, last)
+    checkpoint.write(good, last)
     go(resume=True)
 
 
@@ -131,7 +131,7 @@ def test_a_resumed_run_counts_the_time_of_its_earlier_legs(places: Path, monkeyp
     (meter,) = (state for name, state in saved["callbacks"].items() if name.startswith("Meter"))
     assert 0 < meter["earlier"] < 600
     meter["earlier"] += 1000.0
-    torch.save(saved, last)
+    checkpoint.write(saved, last)
     assert 1000 < result.read(go(resume=True))["wall_seconds"] < 1600
 
 
