@@ -13,8 +13,8 @@ import csv
 import importlib
 import io
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,17 @@ from lra import parity, result
 from lra.errors import UserError, unknown
 from lra.kernels._case import Case
 from lra.kernels._dispatch import choose
+from lra.peer_models import MATCHES, Shape, contestants
 from lra.peers import Contender, peers
 from lra.timing import Timing, measure, together
 
 FIELDS = (
     "op", "case", "implementation", "dtype", "pass", "seconds", "low", "high", "repeats", "bytes", "flops",
     "floor_seconds", "device", "torch", "commit", "date",
+)  # fmt: skip
+STEP_FIELDS = (
+    "architecture", "by", "batch", "length", "d_model", "n_layers", "n_heads", "parameters", "seconds", "low", "high",
+    "repeats", "device", "torch", "commit", "date",
 )  # fmt: skip
 
 
@@ -155,26 +160,61 @@ def _both(contender: Contender) -> Callable[[], object]:
     return work
 
 
-def table_csv(lines: Iterable[Line], device: torch.device) -> str:
+@dataclass(frozen=True)
+class Step:
+    """One measurement of a training step. by: "lra" or another package."""
+
+    architecture: str
+    by: str
+    shape: Shape
+    parameters: int
+    timing: Timing
+
+
+def bench_models(
+    names: Iterable[str], device: torch.device, *, budget: float = 10.0, seen: Callable[[str], None] = lambda _: None
+) -> Iterator[Step]:
+    """Training steps of our encoders in turns with those of other packages; all of MATCHES where no name is given.
+
+    Raises UserError for an architecture that has no match.
+    """
+    known = {match.architecture: match for match in MATCHES}
+    chosen = list(names) or list(known)
+    for name in chosen:
+        if name not in known:
+            raise unknown("architecture with peers", name, known)
+    for name in chosen:
+        seen(name)
+        found = {c.name: c for c in contestants(known[name], device)}
+        for by, timing in together({n: c.step for n, c in found.items()}, device, budget=budget).items():
+            yield Step(name, by, known[name].shape, found[by].parameters, timing)
+
+
+def table_csv(lines: Iterable[Line | Step], device: torch.device) -> str:
     """Long format, one measurement a row, with hardware and versions."""
     known = result.environment()
     hardware = known.get("gpu") if device.type == "cuda" else known["cpu"]
     tail = [hardware, torch.__version__, known["commit"]["hash"][:12], datetime.now(UTC).date().isoformat()]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(FIELDS)
-    for x in lines:
-        times = [f"{s:.6g}" for s in (x.timing.median, x.timing.low, x.timing.high)]
-        writer.writerow(
-            [x.op, x.case, x.implementation, x.dtype, x.passes, *times, x.timing.repeats, x.bytes, f"{x.flops:.0f}",
-             f"{x.floor:.6g}", *tail]
-        )  # fmt: skip
+    for number, x in enumerate(lines):
+        times = [*(f"{s:.6g}" for s in (x.timing.median, x.timing.low, x.timing.high)), x.timing.repeats]
+        if isinstance(x, Step):
+            head, row = STEP_FIELDS, [x.architecture, x.by, *astuple(x.shape), x.parameters, *times]
+        else:
+            head, row = FIELDS, [x.op, x.case, x.implementation, x.dtype, x.passes, *times]
+            row += [x.bytes, f"{x.flops:.0f}", f"{x.floor:.6g}"]
+        if not number:
+            writer.writerow(head)
+        writer.writerow([*row, *tail])
     return out.getvalue()
 
 
-def write(lines: Iterable[Line], device: torch.device, root: Path) -> Path:
-    """Write the CSV as `<root>/bench/<device type>.csv`. Raises UserError where that is not possible."""
-    path = root / "bench" / f"{device.type}.csv"
+def write(lines: Sequence[Line | Step], device: torch.device, root: Path) -> Path:
+    """Write the CSV as `<root>/bench/<device type>.csv`, or `models-<device type>.csv`. Raises UserError where that is
+    not possible."""
+    kind = "models-" if isinstance(lines[0], Step) else ""
+    path = root / "bench" / f"{kind}{device.type}.csv"
     try:
         with result.atomic(path) as temporary:
             temporary.write_text(table_csv(lines, device), encoding="utf-8")

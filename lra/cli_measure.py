@@ -41,7 +41,10 @@ def doctor(
 
 @guarded
 def bench(
-    op: Annotated[str, typer.Argument(help="One operator; all by default.")] = "",
+    op: Annotated[str, typer.Argument(help="One operator or, with --models, architecture; all by default.")] = "",
+    models: Annotated[
+        bool, typer.Option("--models", help="Training steps of encoders beside other packages'.")
+    ] = False,
     budget: Annotated[float, typer.Option(min=0.1, help="Seconds for each measurement.")] = 1.5,
 ) -> None:
     """Time of each operator beside what this machine could do; written to results/bench/ when all are measured."""
@@ -50,6 +53,9 @@ def bench(
     from lra.run import device
 
     here = device()
+    if models:
+        _models(op, budget)
+        return
     with console.status("measuring the machine") as status:
         machine, measured = kit.bench(
             [op] if op else parity.operators(), here, budget=budget, seen=lambda name: status.update(f"timing {name}")
@@ -71,3 +77,28 @@ def bench(
     console.print(table)
     if not op:
         console.print(f"wrote {kit.write(lines, here, result.folder())}", soft_wrap=True)
+
+
+def _models(name: str, budget: float) -> None:
+    from lra import bench as kit
+    from lra import result
+    from lra.run import device
+
+    with console.status("starting") as status:
+        found = kit.bench_models(
+            [name] if name else [], device(), budget=budget, seen=lambda now: status.update(f"timing {now}")
+        )
+        steps = list(found)
+    ours = {x.architecture: x.timing.median for x in steps if x.by == "lra"}
+    table = Table(title="training step: forward, backward, AdamW", title_justify="left", pad_edge=False)
+    for column in ("architecture", "by", "batch x L", "params", "ms", "IQR ms", "x ours"):
+        table.add_column(column, justify="left" if column in ("architecture", "by") else "right")
+    for x in steps:
+        s = x.timing
+        table.add_row(
+            x.architecture, x.by, f"{x.shape.batch} x {x.shape.length:,}", f"{x.parameters / 1e3:,.0f}k",
+            f"{1e3 * s.median:,.0f}", f"{1e3 * (s.high - s.low):,.0f}", f"{s.median / ours[x.architecture]:.2f}",
+        )  # fmt: skip
+    console.print(table)
+    if not name:
+        console.print(f"wrote {kit.write(steps, device(), result.folder())}", soft_wrap=True)
