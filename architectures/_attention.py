@@ -57,8 +57,8 @@ class AttentionMixer(Mixer):
     """Multi-head attention over a pattern that `attend` computes: (B, L, D) -> (B, L, D).
 
     width: of all query heads together; n_kv_heads: of keys and values, each shared by n_heads / n_kv_heads consecutive
-    query heads. Initialisation: Xavier uniform for each of W_q, W_k, W_v, W_o and zero biases, as tensor2tensor and
-    the LRA code do, so that Q K' / sqrt(d) has unit variance for normalised inputs and the softmax starts soft.
+    query heads. Initialisation: Xavier uniform for each of W_q, W_k, W_v, W_o, as the LRA code, so that Q K' / sqrt(d)
+    has unit variance for normalised inputs and the softmax starts soft; zero biases, which that code leaves out.
     """
 
     slopes: Tensor | None

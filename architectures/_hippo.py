@@ -1,4 +1,5 @@
-"""HiPPO-LegS (arXiv:2008.07669), the state matrix that keeps the Legendre coefficients of all it has been fed."""
+"""HiPPO-LegS (arXiv:2008.07669), the state matrix that keeps Legendre coefficients of what it was fed: of
+all of it with the 1 / t of that paper; without, as every user here has it, older input fades."""
 
 from __future__ import annotations
 

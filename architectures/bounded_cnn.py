@@ -1,8 +1,8 @@
 """Bounded CNN: gated convolutions that see a stated number of tokens and not one more, the control for every task.
 
 Miralles-Gonzalez, Huertas-Tato, Martin and Camacho 2025, arXiv:2501.14850, show how much of a long-range score a model
-reaches that has no long range. Their convolutional model is a gMLP whose tokens meet in one short depthwise
-convolution. Per layer, with n the normalised input, E = expand D channels and K taps a channel:
+reaches that has no long range. Their convolutional model is a gMLP whose tokens meet in one depthwise convolution,
+made short to bound what it sees. Per layer, with n the normalised input, E = expand D channels and K taps a channel:
 
     z = gelu(W_z n + b_z),  g = gelu(W_g n + b_g)          (B, L, E), z then 0 at padding
     s_t = sum_k w_k z_{t + k - (K - 1) / 2} + b_s          (B, L, E)   taps t - (K - 1) .. t when causal
@@ -13,8 +13,8 @@ n_layers (K - 1) + 1 tokens around it (up to it when causal), whatever was learn
 
 Initialisation, theirs: w normal of deviation 1e-5 and b_s = 1: a block starts all but closed; W and b PyTorch's own.
 
-Our choice: the widths of the taps' window, 5 and `61`, are those the paper reports by name, and apply to each layer;
-E = 4 D, which gives the weight of a Transformer's block (theirs: D / 2 and taps shared between channels). Their head,
+Our choice: 5 taps, or `61`, the ends of the range the paper goes through; E = 4 D, which gives the weight of a
+Transformer's block (theirs: 1 to 8 D, or less, and taps shared between channels). Their head,
 augmentation and auxiliary loss are no part of the encoder.
 
 Checked against: tensors of the authors' GMLP module, centred and causal, outputs and gradients.

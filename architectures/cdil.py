@@ -12,8 +12,9 @@ of `length` tokens are covered, and `n_layers` where that is more.
 Initialisation: PyTorch's own, with g = |v|.
 
 Departures: the ring closes at each sequence's own last token; the authors' closes over padding too, where an output
-would depend on how much of it there is. A dilation longer than the ring goes around it more than once. As theirs, the
-network stands alone, without the stack's norms and feed-forward parts.
+would depend on how much of it there is. A dilation longer than the ring goes around it more than once. The authors'
+biases are normal of deviation 0.01 (so are their weights, but weight norm overwrites those). As theirs, the network
+stands alone, without the stack's norms and feed-forward parts.
 
 Checked against: tensors of the authors' ConvPart (model CDIL), outputs and gradient; a float64 loop over the equations
 with rings of several lengths, outputs and every gradient.

@@ -8,8 +8,8 @@ Ainslie et al. 2023, arXiv:2305.13245; with one group it is the multi-query atte
     A_h = softmax(Q_h K_g(h)' / sqrt(d) + bias)            (B, H, L, L), 0 at padded keys
     y = concat_h(A_h V_g(h)) W_o + b_o                     (B, L, D)
 
-Conversion (section 2.1): the keys and values of a group are the mean of those of its heads. `load_multi_head` reads the
-weights of a `transformer` that way; the paper then trains on for 5 % of the original steps ("uptraining").
+Conversion (sections 2.1, 2.2): the keys and values of a group are the mean of those of its heads. `load_multi_head`
+reads the weights of a `transformer` that way; the paper then trains on for 5 % of the original steps ("uptraining").
 `cache_bytes` is the size of the keys and values kept per sequence, G / H of the Transformer's.
 
 Initialisation: Xavier uniform for each of W_q, W_k, W_v, W_o and zero biases, as `transformer` has them.

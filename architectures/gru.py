@@ -12,7 +12,7 @@ Variant coupled: r = 1 - z; a unit that takes in the new lets its candidate see 
 
 Initialisation: U_r, U_z, U_n each orthogonal (as in the paper, after Saxe et al.); W Xavier uniform, because the
 paper's Gaussian of 0.01 starves a deep stack; b_z = log(u), u uniform in [1, horizon - 1], the chrono rule of
-arXiv:1804.11188: the gates start with memories from one token to `horizon`; other biases 0.
+arXiv:1804.11188: the gates start with memories from two tokens to `horizon`; other biases 0.
 
 Departures: version 3 of the paper applies the reset gate to h before U_n. One layer is this recurrence in a pre-norm
 residual block followed by a feed-forward part, the setting in which arXiv:2405.04517 (appendix B, "LSTM (Block)")

@@ -1,6 +1,7 @@
 """Hyena: long convolutions with filters drawn by a small network, between multiplications by other views of the input.
 
-Poli et al. 2023, arXiv:2302.10866. Order N, E positional features, and per layer (definition 3.1, section 3.3):
+Poli et al. 2023, arXiv:2302.10866. Order N, E positional features, and per layer (section 3.3, as the released code has
+it):
 
     x_0 .. x_{N-1}, v = split(short(W_in x + b_in))        (B, L, D) each; short: causal depthwise, 3 taps and a bias
     v = h_n * (x_{N-1-n} v) + a_n (x_{N-1-n} v)            for n = 0 .. N - 2; * is the causal convolution over L
@@ -13,10 +14,11 @@ and the filters, at the time t = step / (length - 1) in [0, 1]:
     h_n(t) = h(t) (exp(-t |delta|) + shift)                window; delta even over the channels
 
 Initialisation, the authors': maps PyTorch's own, a standard normal, s = 1, delta from log(0.01) / 1.5 to
-log(0.01) / 0.3 so that windows fall to 0.01 after 0.3 to 1.5 of the sequence, shift = 0; the positional features z
-learn at 1e-5, the rest of the filter without weight decay.
+log(0.01) / 0.3 so that windows fall to 0.01 after 0.3 to 1.5 of the sequence, shift = 0; the filter learns
+without weight decay, its positional features z at 1e-5.
 
-Departures: none known in the operator; it stands in the pre-norm block of this suite. For N > 2 the authors' complete
+Departures: as the released code, N - 1 long convolutions; definition 3.1 has N, the first on v. It stands in the
+pre-norm block of this suite. For N > 2 the authors' complete
 module orders the filters' channels otherwise than their standalone one, which this follows.
 
 Checked against: tensors of the authors' standalone HyenaOperator, orders 2 and 3, outputs and gradient.

@@ -8,13 +8,14 @@ What a unit holds is multiplied by u at each token, by u^L over the sequence, so
 (section 4.1): as in the released code, values that the last training step took outside are put back on the bound before
 the next forward pass. Units meet in the feed-forward part and in the next layer's W only.
 
-Initialisation: u uniform in [0, gamma^(1/L)], as in the paper (section 5); in the last layer in
-[gamma^(-1/L), gamma^(1/L)], the released code's choice for tasks read at the end, where every unit holds something from
-the first token on. W He uniform with a = 8, as released, a gain of 0.18 that keeps sums over the length small; b = 0.
-u learns without weight decay.
+Initialisation: u uniform in [0, gamma^(1/L)], as in the paper (section 5); in the last layer in [gamma^(-1/L),
+gamma^(1/L)], the choice of the released classification scripts for tasks read at the end, where every unit holds
+something from the first token on. W He uniform with a = 8, as released, a gain of 0.18 that keeps sums over the length
+small; b = 0. u learns without weight decay.
 
-Departures: gamma = 5, the released code's default, where the paper has 2; layer norm where the released code has batch
-norm; this suite's pre-norm residual block, with a feed-forward part that none of the paper's networks has.
+Departures: gamma = 5, the default of the released classification code, where the paper has 2; layer norm where the
+released code has batch norm; this suite's pre-norm residual block, with a feed-forward part that none of the paper's
+networks has.
 
 Checked against: tensors of the authors' recurrence, with the gradient of x; parameter gradients against a loop.
 """

@@ -16,11 +16,11 @@ Bidirectional: a second C gives a second kernel of the same states; it looks ahe
 
 Initialisation: A and B are HiPPO-LegS, n_ssm copies; C, d standard normal; log_dt uniform between log dt_min and
 log dt_max; W, b PyTorch's own. A, B and dt learn at `ssm_lr` at most and without weight decay. Variant fixed, the
-paper's LSSL-f: A and dt stay as they start.
+paper's LSSL-f: A, B and dt stay as they start.
 
-Departures: N = 32, as a kernel takes log L squarings of a dense matrix a channel. The paper's trained LSSL holds A
-within the matrices that tridiagonal factors make; here the dense matrix itself is learnt. A channel has one output,
-where the paper's may have several that its linear map merges.
+Departures: N = 32, where the paper has 128 or 256, as a kernel takes log L squarings of a dense matrix a channel. The
+paper's trained LSSL holds A within the matrices that tridiagonal factors make; here the dense matrix itself is learnt.
+A channel has one output, where the paper's may have several that its linear map merges.
 
 Checked against: tensors of the authors' dense kernel (bilinear) and of SciPy's zero-order hold: discrete matrices,
 kernels, outputs, gradient; HiPPO-LegS of the same repository.
@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._hippo import legs
+from lra.architectures._ssm import checked_copies, initial_log_dt
 from lra.architectures._stack import Block, Stack
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.fft_conv import fft_conv
@@ -71,6 +72,7 @@ class LinearSSMMixer(Mixer):
     """(B, L, D) -> (B, L, D). n_ssm: independent (A, B), channel h taking number h mod n_ssm."""
 
     A: Tensor
+    B: Tensor
     log_dt: Tensor
 
     def __init__(
@@ -80,13 +82,12 @@ class LinearSSMMixer(Mixer):
         super().__init__()
         self.causal, self.discretization = causal, discretization
         A, B = (t.float() for t in legs(state_size))
-        log_dt = math.log(dt_min) + torch.rand(d_model) * math.log(dt_max / dt_min)
-        for name, start in (("log_dt", log_dt), ("A", A.repeat(n_ssm, 1, 1))):
+        log_dt = initial_log_dt(d_model, dt_min, dt_max)
+        for name, start in (("log_dt", log_dt), ("A", A.repeat(n_ssm, 1, 1)), ("B", B.repeat(n_ssm, 1))):
             if fixed:
                 self.register_buffer(name, start)
             else:
                 self.register_parameter(name, nn.Parameter(start))
-        self.B = nn.Parameter(B.repeat(n_ssm, 1))
         self.C = nn.Parameter(torch.randn(1 if causal else 2, d_model, state_size))
         self.d = nn.Parameter(torch.randn(d_model))
         self.out = nn.Linear(d_model, d_model)
@@ -143,8 +144,8 @@ class LinearSSMMixer(Mixer):
 
 
 class LinearSSM(Stack):
-    """state_size: N. n_ssm: independent (A, B), a divisor of d_model. discretization: of DISCRETIZATIONS. fixed: A and
-    dt are not learnt. dt_min, dt_max: range of the initial step sizes. ssm_lr: highest learning rate of A, B and dt."""
+    """state_size: N. n_ssm: independent (A, B), a divisor of d_model. discretization: of DISCRETIZATIONS. fixed: A, B
+    and dt are not learnt. dt_min, dt_max: range of the initial step sizes. ssm_lr: rate cap of A, B, dt."""
 
     card = Card(
         title="Combining Recurrent, Convolutional, and Continuous-time Models with Linear State-Space Layers",
@@ -178,10 +179,7 @@ class LinearSSM(Stack):
             raise ValueError(f"state_size is {state_size}; at least 1")
         if discretization not in DISCRETIZATIONS:
             raise ValueError(f"discretization is {discretization!r}; one of {', '.join(DISCRETIZATIONS)}")
-        if not 0 < dt_min <= dt_max:
-            raise ValueError(f"dt_min is {dt_min}, dt_max {dt_max}; 0 < dt_min <= dt_max")
-        if n_ssm < 1 or d_model % n_ssm:
-            raise ValueError(f"n_ssm is {n_ssm}; a divisor of d_model, {d_model}")
+        checked_copies(n_ssm, d_model)
         self.ssm_lr, self.fixed = ssm_lr, fixed
         super().__init__(
             lambda _: LinearSSMMixer(
@@ -193,5 +191,5 @@ class LinearSSM(Stack):
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
-        names = ("B",) if self.fixed else ("log_dt", "A", "B")
+        names = () if self.fixed else ("log_dt", "A", "B")
         return {f"*.{name}": {"lr": self.ssm_lr, "weight_decay": 0.0} for name in names}

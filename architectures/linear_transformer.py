@@ -4,14 +4,14 @@ Katharopoulos et al. 2020, arXiv:2006.16236. With d = qkv_dim / H and per head:
 
     Q, K, V = x W_q + b_q, x W_k + b_k, x W_v + b_v        (B, L, D) -> (B, H, L, d)
     y_i = phi(Q_i) S / (phi(Q_i) z + 1e-6)                 S = sum_j phi(K_j) V_j' (M, d),  z = sum_j phi(K_j) (M,)
-    out = concat_h(y) W_o + b_o                            (B, L, D)       equations 5, 6; causal sums: equations 9, 10
+    out = concat_h(y) W_o + b_o                            (B, L, D)       equations 5, 6; causal: equations 9 to 12
 
 phi is elu(x) + 1 (section 3.2.1); `relu` is max(x, 0) + 0.001, `sigmoid` its namesake; `random` is the map of Random
 Feature Attention (Peng et al. 2021, arXiv:2103.02143): [sin(W x), cos(W x)] / sqrt(m) of x scaled to length 1, rows of
 W drawn from N(0, diag(sigma^2)) with sigma learned per head, so that phi(q) . phi(k) estimates
 exp(-|sigma (q - k)|^2 / 2), a softmax kernel of unit vectors.
 
-Initialisation: Xavier uniform for each of W_q, W_k, W_v, W_o and zero biases, as the LRA code; sigma is 1.
+Initialisation: Xavier uniform for each of W_q, W_k, W_v, W_o and zero biases (the LRA code has none); sigma is 1.
 
 Departures: norms come before each part, as in the LRA code. An estimate by random features may come out at 0 or below;
 its denominator is kept at the least value the kernel can have, exp(-2 max(sigma)^2) a key, and W is drawn once, stored

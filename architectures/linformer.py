@@ -9,13 +9,14 @@ Wang et al. 2020, arXiv:2006.04768. With d = qkv_dim / H, E, F: (length, k) and 
 
 sharing (section 4): "head": E and F, each for all heads of a layer; "key-value": E = F as well; "layer": one E for
 keys, values, heads and layers; "none": E and F of their own for every head. L tokens use the first L rows.
-The default is "layer", which did as well as the others in the paper and has the fewest parameters.
+The default is "layer", which did as well as the others in the paper and has the fewest parameters;
+their code's is "head".
 
 Padding adds nothing to any mixture. Where E is for all heads, E' (x W + b) is computed as (E' x) W + (E' 1) b. A
 mixture spans the whole sequence: there is no causal form.
 
 Initialisation: Xavier uniform for each of W_q, W_k, W_v, W_o, zero biases; E and F Xavier uniform of gain 2^-1/2, as
-the authors' fairseq code.
+the layer of the authors' fairseq code, whose RoBERTa model then draws all maps anew, normal of deviation 0.02.
 
 Departures: norms come before each part, as in the LRA code, which leaves out the padding mask.
 

@@ -1,6 +1,6 @@
 """Local attention: softmax attention inside blocks of the sequence, which never look at one another.
 
-The local baseline of Tay et al. 2020, arXiv:2011.04006 (section 3.2). With W = `size` and d = qkv_dim / H:
+The local baseline of Tay et al. 2020, arXiv:2011.04006 (section 3.1). With W = `size` and d = qkv_dim / H:
 
     Q, K, V = x W_q + b_q, x W_k + b_k, x W_v + b_v        (B, L, D) -> (B, H, L, d)
     i sees j  where  -before <= floor(j / W) - floor(i / W) <= after, and j is real
@@ -14,7 +14,7 @@ Initialisation: Xavier uniform maps and zero biases (see AttentionMixer).
 
 Departures: the released code of the paper reshapes to (W, L / W) where it means (L / W, W), so that its "blocks" are
 the positions equal modulo L / W, and reads the padding mask in the other order; here blocks are runs of W tokens. The
-causal direction looks ahead nowhere. The default W = 50 is the code's; its image recipe uses 64.
+causal direction looks ahead nowhere. The default W = 50 is the code's; its image and Pathfinder recipes use 64.
 
 Checked against: tensors of the package local-attention (LocalAttention with own block, one back, one on each side),
 outputs and gradients; softmax attention under the explicit L x L mask.

@@ -7,10 +7,10 @@ Beltagy et al. 2020, arXiv:2004.05150. With w = `window`, g = `n_global`, D_h th
     i < g          softmax(Q_g K_g' / sqrt(d)) V_g over all real j, with projections Q_g, K_g, V_g of its own
     y = concat_h(...) W_o + b_o                            one softmax over global keys and window; (B, L, D)
 
-`window` counts keys on each side; the `attention_window` of published configurations counts both: half of it is meant.
-Dilation (`longformer/dilated`): none in the lower half of the layers; in the upper half, on `dilated_heads` heads, it
-rises to `dilation`, as in the paper's language models (appendix, table 12). Work and memory grow with L (w + g); no
-L x L matrix is formed.
+`window` counts keys on each side; the `attention_window` of Hugging Face's configurations counts both: half of it is
+meant. Dilation (`longformer/dilated`): none in the lower half of the layers; in the upper half, on `dilated_heads`
+heads, it rises to `dilation`, as in the paper's language models (appendix, table 12). Work and memory grow with L (w +
+g); no L x L matrix is formed.
 
 Initialisation: Xavier uniform maps and zero biases (see AttentionMixer); the global projections start as copies of the
 others, as the paper does.

@@ -2,24 +2,25 @@
 
 Orvieto et al. 2023, arXiv:2303.06349. Per token, with N complex states:
 
-    lambda = exp(-exp(nu) + i exp(theta))                  (N,)        |lambda| < 1 whatever is learnt     section 3.3
-    s_t = lambda s_{t-1} + exp(gamma) B x_t,   s_0 = 0     (B, L, N)   B complex (N, D)                    section 3.4
+    lambda = exp(-exp(nu) + i exp(theta))                  (N,)        |lambda| < 1 whatever is learnt
+    s_t = lambda s_{t-1} + exp(gamma) B x_t,   s_0 = 0     (B, L, N)   B complex (N, D)     sections 3.3, 3.4
     y_t = Re(C s_t) + d x_t                                (B, L, D)   C complex (D, N), d (D,)
     out = (W_1 gelu(y) + b_1) sigmoid(W_2 gelu(y) + b_2)   (B, L, D)   tanh form of GELU
 
 There are no conjugate pairs: N counts complex states, each of which is used.
 
 Initialisation: |lambda|^2 uniform in [r_min^2, r_max^2], which is uniform over the area of the ring, phase uniform in
-[0, max_phase]; exp(gamma) = sqrt(1 - |lambda|^2) gives every state the variance of its input, and is learnt freely from
-there; parts of B normal of variance 1 / 2D, of C of 1 / N, d standard normal; W, b PyTorch's own. The paper chooses
-r_min, r_max and max_phase for each task, a small max_phase for the longest (section 3.4). lambda, gamma and B learn at
-`recurrent_lr_scale` times the recipe's rate (a half to a tenth in the paper) and without weight decay.
+[0, max_phase]; exp(gamma) = sqrt(1 - |lambda|^2) gives every state the variance of white noise, and is learnt freely
+from there; parts of B normal of variance 1 / 2D, of C of 1 / N, d standard normal; W, b PyTorch's own. The paper
+chooses r_min and r_max for each task, and max_phase pi / 10 for Path-X alone (section 3.4). lambda, gamma and B learn
+at `recurrent_lr_scale` times the recipe's rate (a half to a tenth in the paper) and without weight decay.
 
 Departures: layer norm unless the recipe says otherwise, as in S4D and unlike the paper's batch norm, whose statistics
 depend on the rest of the batch.
 
-Checked against: tensors of minimal-LRU, an independent implementation, as the authors published none: the recurrence
-with its gradient, the ring, the whole residual layer; parameter gradients against the recurrence step by step.
+Checked against: tensors of minimal-LRU, an independent implementation, as the authors published no repository: the
+recurrence with its gradient, the ring, the whole residual layer; parameter gradients against the recurrence step by
+step.
 """
 
 from __future__ import annotations

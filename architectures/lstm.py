@@ -18,7 +18,7 @@ and, after Ba, Kiros and Hinton 2016, arXiv:1607.06450, n a layer norm over what
     layernorm           n(W x) + n'(U h) + b in place of W x + U h + b, four gates at once;  h = o * tanh(n''(c) + q)
 
 Initialisation: U of each gate orthogonal, W Xavier uniform, gains 1, p, q and the other biases 0. Forget gates start
-with memories from one token to `length`: b_f = log(u), u uniform in [1, length - 1], b_i = -b_f, the chrono rule of
+with memories from two tokens to `length`: b_f = log(u), u uniform in [1, length - 1], b_i = -b_f, the chrono rule of
 arXiv:1804.11188; a number for `forget_bias` is used instead (1: Jozefowicz et al. 2015), with b_i = 0. Coupled, b_i =
 -b_f alone.
 

@@ -13,8 +13,9 @@ Initialisation (section 3.6 and the released code): A = -1, ..., -N in every cha
 the logarithm between dt_min and dt_max, at least 1e-4; W_dt uniform within R^-1/2; d = 1; W_out divided by
 sqrt(n_layers), as there is one residual a layer; the rest PyTorch's own. A_log and d learn without weight decay.
 
-Departures: none known in the mixer. A block is the mixer alone, with RMS norm, as in the paper; `bias` adds biases to
-W_in and W_out, which the released code offers and leaves out.
+Departures: the paper's optional norm inside the mixer is left out, as in the released code. A block is the mixer alone,
+with RMS norm, as in the paper; `bias` adds biases, 0 at first, to W_in and W_out, which the released code offers and
+leaves out.
 
 Checked against: tensors of Hugging Face's MambaMixer, cross-checked there against mamba-minimal: outputs, gradients of
 x and of every parameter, sequences inside the layer.
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._precision import wide
+from lra.architectures._ssm import initial_log_dt
 from lra.architectures._stack import Block, Stack
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.causal_conv1d import causal_conv1d
@@ -54,13 +56,16 @@ class MambaMixer(Mixer):
         self.conv_bias = nn.Parameter(torch.empty(width).uniform_(-(d_conv**-0.5), d_conv**-0.5))
         self.select = nn.Linear(width, sum(self.sizes), bias=False)  # rows: r, B, C
         self.dt_weight = nn.Parameter(torch.empty(width, dt_rank).uniform_(-(dt_rank**-0.5), dt_rank**-0.5))
-        dt = torch.exp(math.log(dt_min) + torch.rand(width) * math.log(dt_max / dt_min)).clamp(min=1e-4)
+        dt = initial_log_dt(width, dt_min, dt_max).exp().clamp(min=1e-4)
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
         self.A_log = nn.Parameter(torch.arange(1.0, state_size + 1).log().repeat(width, 1))
         self.d = nn.Parameter(torch.ones(width))
         self.out = nn.Linear(width, d_model, bias=bias)
         with torch.no_grad():
             self.out.weight.div_(math.sqrt(n_layers))
+        if bias:
+            nn.init.zeros_(self.into.bias)
+            nn.init.zeros_(self.out.bias)
 
     def _selected(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dt (..., E), B and C (..., N)."""
@@ -139,8 +144,6 @@ class Mamba(Stack):
         for name, value in (("state_size", state_size), ("expand", expand), ("d_conv", d_conv), ("dt_rank", rank)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; at least 1")
-        if not 0 < dt_min <= dt_max:
-            raise ValueError(f"dt_min is {dt_min}, dt_max {dt_max}; 0 < dt_min <= dt_max")
         super().__init__(
             lambda _: MambaMixer(d_model, state_size, expand, d_conv, rank, dt_min, dt_max, bias, n_layers),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,

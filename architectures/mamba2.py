@@ -15,8 +15,8 @@ and dt_max, at least 1e-4; d = 1; W_out divided by sqrt(n_layers), as there is o
 own. A_log, d and b_dt learn without weight decay.
 
 Departures: none known in the mixer. N is 64 unless told, where the paper's language models have 128, and P the largest
-power of two up to 64 that divides E. A block is the mixer alone, with RMS norm, as in the paper; `bias` adds biases to
-W_in and W_out, which the released code offers and leaves out.
+power of two up to 64 that divides E. A block is the mixer alone, with RMS norm, as in the paper; `bias` adds biases, 0
+at first, to W_in and W_out, which the released code offers and leaves out.
 
 Checked against: tensors of Hugging Face's Mamba2Mixer, cross-checked there against mamba2-minimal, with one group and
 with two: outputs, gradients of x and of every parameter.
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._precision import wide
+from lra.architectures._ssm import initial_log_dt
 from lra.architectures._stack import Block, Stack
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.causal_conv1d import causal_conv1d
@@ -58,7 +59,7 @@ class Mamba2Mixer(Mixer):
         self.into = nn.Linear(d_model, sum(self.sizes), bias=bias)
         self.conv_weight = nn.Parameter(torch.empty(sum(self.inner), d_conv).uniform_(-(d_conv**-0.5), d_conv**-0.5))
         self.conv_bias = nn.Parameter(torch.empty(sum(self.inner)).uniform_(-(d_conv**-0.5), d_conv**-0.5))
-        dt = torch.exp(math.log(dt_min) + torch.rand(self.n_heads) * math.log(dt_max / dt_min)).clamp(min=1e-4)
+        dt = initial_log_dt(self.n_heads, dt_min, dt_max).exp().clamp(min=1e-4)
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
         self.A_log = nn.Parameter(torch.empty(self.n_heads).uniform_(1, 16).log())
         self.d = nn.Parameter(torch.ones(self.n_heads))
@@ -66,6 +67,9 @@ class Mamba2Mixer(Mixer):
         self.out = nn.Linear(self.width, d_model, bias=bias)
         with torch.no_grad():
             self.out.weight.div_(math.sqrt(n_layers))
+        if bias:
+            nn.init.zeros_(self.into.bias)
+            nn.init.zeros_(self.out.bias)
 
     def _split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., E + 2 G N) -> x: (..., H, P), B and C: (..., G, N)."""
@@ -156,8 +160,6 @@ class Mamba2(Stack):
             raise ValueError(f"head_dim is {share}; a divisor of expand * d_model, {width}")
         if n_groups < 1 or width // share % n_groups:
             raise ValueError(f"n_groups is {n_groups}; a divisor of the number of heads, {width // share}")
-        if not 0 < dt_min <= dt_max:
-            raise ValueError(f"dt_min is {dt_min}, dt_max {dt_max}; 0 < dt_min <= dt_max")
         super().__init__(
             lambda _: Mamba2Mixer(
                 d_model, state_size, share, n_groups, expand, d_conv, dt_min, dt_max, bias, n_layers

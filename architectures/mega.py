@@ -19,7 +19,7 @@ averages run over all. Bidirectional: averages both ways, each with the current 
 Initialisation, the authors': linear maps and k normal of deviation 0.02, their biases and m 0; alpha, delta normal of
 0.2; beta (1, -1, 1, ...) and normal noise of 0.02; gamma, omega standard normal; the positions' bias normal of 0.02.
 
-Departures: dropout where the suite's block has it, on u (h - x), not also inside.
+Departures: dropout where the suite's block has it, on u (h - x); theirs is on m, V, A and h.
 
 Checked against: tensors of the authors' MultiHeadEMA (both directions, every gradient), MovingAverageGatedAttention
 (causal, softmax and laplace, both biases) and MegaSentenceEncoderLayer (pre- and post-norm, chunks, padding).

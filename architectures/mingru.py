@@ -13,14 +13,15 @@ The paper scans in the log domain, which is why it needs n > 0. All terms being 
 scan used here gives the same numbers with fewer operations.
 
 Initialisation: maps are PyTorch's own; b_z = -log(u), u uniform in [1, horizon - 1], the chrono rule of
-arXiv:1804.11188: the gates start with memories from one token to `horizon`. The paper leaves biases to its library and
+arXiv:1804.11188: the gates start with memories from two tokens to `horizon`. The paper leaves biases to its library and
 reports, for minLSTM, that a start that remembers trains in fewer steps.
 
 Departures: that bias; and the surroundings: a pre-norm residual block followed by a feed-forward part, while the paper
-puts a short convolution before the recurrence in its language models.
+puts a short convolution before the recurrence in its language models. The paper's listing starts from g(h_0), a half
+where h_0 is 0, and the authors' code always ends in a map W_o.
 
 Checked against: tensors of lucidrains/minGRU-pytorch, whose parallel form is the listing of the paper's appendix:
-outputs and gradients of input and weights; the authors published no code of this form.
+outputs and gradients of input and weights.
 """
 
 from __future__ import annotations

@@ -19,10 +19,11 @@ arXiv:1804.11188: f' starts at u / (u + 1), memories from two tokens to `horizon
 library and reports that raising b_f at the start makes training take fewer steps.
 
 Departures: that bias; and the surroundings: a pre-norm residual block followed by a feed-forward part, while the paper
-puts a short convolution before the recurrence in its language models.
+puts a short convolution before the recurrence in its language models. The paper's listing starts from g(h_0), a half
+where h_0 is 0, and the authors' code always ends in a map W_o.
 
 Checked against: tensors of lucidrains/minGRU-pytorch, whose parallel form is the listing of the paper's appendix:
-outputs and gradients of input and weights; the authors published no code of this form.
+outputs and gradients of input and weights.
 """
 
 from __future__ import annotations

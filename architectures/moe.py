@@ -13,8 +13,8 @@ Initialisation: W_g and W_noise 0 (appendix A): no signal and some noise; expert
 `transformer`.
 
 Departures: the blocks mix tokens by softmax attention, where the paper has LSTM layers. `capacity` limits what an
-expert takes of a sequence, as later mixtures do; the paper has no limit, and neither has the default. The paper's k is
-above 1: with k = 1 (`moe/k1`) the gate is 1 and learns from the load alone.
+expert takes of a sequence, as later mixtures do; the paper's noisy gate has no limit, and neither has the default. The
+paper's k is above 1: with k = 1 (`moe/k1`) the gate is 1 and learns from the load alone.
 
 Checked against: tensors of a mixture of the paper's equations (gates, importance, load, losses); the definition,
 expert by expert; the dense layer where there is one expert.

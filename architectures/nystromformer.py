@@ -4,22 +4,22 @@ Xiong et al. 2021, arXiv:2102.03902. With d = qkv_dim / H, m landmarks, sigma th
 per head:
 
     Q, K, V = x W_q + b_q, x W_k + b_k, x W_v + b_v        (B, L, D) -> (B, H, L, d)
-    Q~, K~ = means of Q, K over m segments                 (B, H, m, d)    equation 9
+    Q~, K~ = means of Q, K over m segments                 (B, H, m, d)    equation 16
     A = sigma(Q~ K~')                                      (B, H, m, m)
-    Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4       6 times, tends to the inverse of A: equation 11
-    y = sigma(Q K~') Z (sigma(Q~ K') V) + conv(V)          (B, H, L, d)    equation 13 and the skip of section 3.2
+    Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4       6 times, tends to the inverse of A: equation 14
+    y = sigma(Q K~') Z (sigma(Q~ K') V) + conv(V)          (B, H, L, d)    equation 13, and the skip
     out = concat_h(y) W_o + b_o                            (B, L, D)
 
-conv runs along the sequence, one kernel of `kernel` taps per head. The start is Z = A' / (|A|_1 |A|_inf) (section 3.2),
-where |A|_inf = 1 as rows of a softmax sum to 1.
+conv runs along the sequence, one kernel of `kernel` taps per head. The start is Z = A' / (|A|_1 |A|_inf), where |A|_inf
+= 1 as rows of a softmax sum to 1.
 
 Segments divide the n real tokens of a sequence, in pieces whose sizes differ by at most one; with n <= m every token is
 a landmark and y is softmax attention, as far as Z has converged. Neither segments nor conv see padding.
 
 Initialisation: Xavier uniform for each of W_q, W_k, W_v, W_o and zero biases; conv as torch.nn.Conv2d.
 
-Departures: norms come before each part, as in the LRA code. The authors' code pads the sequence to a multiple of m and
-lets padding into the means, and takes |A|_1 over the whole batch, so that examples influence each other; here it is the
+Departures: norms come before each part, as in the LRA code. The authors' code needs a length that m divides, lets
+padding into the means, and takes |A|_1 over the whole batch, so that examples influence each other; here it is the
 norm of each matrix, the equation. A segment's mean sees the future: there is no causal form.
 
 Checked against: tensors of Hugging Face's layer with its exact norm, at full length, outputs and gradients; the

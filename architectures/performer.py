@@ -10,15 +10,15 @@ Choromanski et al. 2020, arXiv:2009.14794, FAVOR+. With d = qkv_dim / H, x' = x 
 E[phi(q) . phi(k)] is exp(q . k / sqrt(d)) up to factors that cancel (and the 1e-4). W: blocks of d orthogonal rows,
 each row with the length of an independent Gaussian vector (section 2.4). `relu`: phi(x) = max(W x', 0) + 1e-3.
 
-c keeps exponents at or below 0: the largest of W x' in a row for queries, over all real tokens for keys, and is a
-constant in the gradient, as in the authors' code; it cancels but for the 1e-4. Causally, keys take the largest so far,
-and the sums shrink when it grows: the code takes the largest of the whole sequence, through which (and the 1e-4) the
-future leaks.
+c keeps exponents at or below 0: the largest of W x' in a row for queries, over all real tokens for keys, as in the
+authors' code; here it is a constant in the gradient. It cancels but for the 1e-4. Causally, keys take the largest so
+far, and the sums shrink when it grows: the code takes the largest of the whole sequence, through which (and the 1e-4)
+the future leaks.
 
 n_features is m, d ln d unless given (theorem 4). W is stored with the weights. While training it is drawn anew every
 `redraw` forward passes (section 4.2; 0: never), from a seed drawn with the weights: a resumed run draws the same.
 
-Initialisation: Xavier uniform for each of W_q, W_k, W_v, W_o and zero biases, as the LRA code.
+Initialisation: Xavier uniform for each of W_q, W_k, W_v, W_o and zero biases; the LRA code has no biases.
 
 Departures: norms come before each part, as in the LRA code; orthogonal blocks are uniform over all rotations (the code
 leaves the signs of LAPACK's QR).

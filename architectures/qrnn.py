@@ -8,7 +8,7 @@ before the first:
     f-pooling      h_t = f_t h_{t-1} + (1 - f_t) z_t                                 equation 3
     fo-pooling     c_t = f_t c_{t-1} + (1 - f_t) z_t,   h_t = o_t c_t                equation 4
     ifo-pooling    c_t = f_t c_{t-1} + i_t z_t,         h_t = o_t c_t                equation 5
-    zoneout        f = 1 - drop(1 - sigmoid(F)): when training, features keep their state with that probability, and
+    zoneout        f = 1 - drop(1 - sigmoid(F)): when training, f is 1 with that probability, and
                    what is left is not rescaled                                      section 2.1
 
 Initialisation: taps are PyTorch's own; the bias of F is log(u), u uniform in [1, horizon - 1], the chrono rule of

@@ -5,8 +5,8 @@ Kitaev et al. 2020, arXiv:2001.04451. With m = `chunk`, r = `n_hashes`, d = qkv_
     q, V = x W_qk, x W_v;  k = q / |q|                     queries and keys share a map; (B, L, D) -> (B, H, L, d)
     bucket_s(i) = argmax [q_i R_s, -q_i R_s]               R_s: (d, b / 2) normal; rounds s = 1 .. r
     place_s(i): rank of token i when sorted by (bucket, position); chunk_s = floor(place_s / m)
-    i sees j in round s  where  their buckets are equal, and chunk_s(i) - chunk_s(j) is 0 or 1      equation 6
-    y = W_o concat_h softmax over the union of rounds of (q_i . k_j / sqrt(d)), itself at -1e5
+    i sees j in round s  where  their buckets are equal, and chunk_s(i) - chunk_s(j) is 0 or 1      equation 5
+    y = W_o concat_h softmax over the union of rounds of (q_i . k_j / sqrt(d)), itself at -1e5    equation 6
 
 Rounds are softmaxes of their own, merged by their log-sum-exp, a key seen in several counted once (N_ij, appendix A).
 Layers act on two streams X1 = X2 = x (section 3):  Y1 = X1 + attention(norm(X2)),  Y2 = X2 + feedforward(norm(Y1)).
@@ -17,9 +17,9 @@ grows with L r m, and the sort.
 Initialisation: Xavier uniform maps. R_s is drawn once per layer by torch's generator and saved (buffer `rotations`);
 b = 2 ceil(length / m) unless given, so that a chunk holds two average buckets (section 2).
 
-Departures: chunks do not reach across rounds, nor around the end, as the authors' code does. When causal, i sees the
-m tokens before it in its bucket: with whole chunks, what it sees would hang on how many later tokens come into lower
-buckets. The streams are averaged at the end and normalised.
+Departures: chunks do not reach across rounds, nor around the end; in the authors' code they do both. When causal, i
+sees the m tokens before it in its bucket: with whole chunks, what it sees would hang on how many later tokens come into
+lower buckets. The streams are averaged at the end and normalised.
 
 Checked against: buckets of Hugging Face's LSHSelfAttention, and the outputs and gradients of its layers sent through
 the reversible pass here; softmax attention under the explicit L x L mask of the equation; autograd through the same
@@ -29,7 +29,7 @@ layers; inputs recovered from outputs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import log2
+from math import log, log2
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ from lra.architectures._attention import (
     split_heads,
 )  # fmt: skip
 from lra.architectures._reversible import Step, reversible
+from lra.architectures._rounds import Reordered, UnionOfRounds
 from lra.architectures._stack import Layer, Stack
 from lra.encoder import Card, Cost, Mixer
 
@@ -95,14 +96,12 @@ class LSHMixer(Mixer):
         v = split_heads(self.v(x), self.n_heads)
         order = buckets.sort(dim=-1, stable=True).indices
         place = torch.empty_like(order).scatter_(-1, order, torch.arange(x.shape[1], device=x.device).expand_as(order))
-        q, k, v = (Reordered.apply(t.unsqueeze(2), order, place).unflatten(3, (-1, self.chunk)) for t in (q, k, v))
         # the scale goes with the queries: they are fewer than the scores
-        scores = (q * self.head**-0.5) @ with_chunk_before(k).mT + self.bias(order, place, buckets, q.dtype)
-        y = Reordered.apply((scores.softmax(dim=-1) @ with_chunk_before(v)).flatten(3, 4), place, order)
-        if self.n_hashes > 1:
-            weight = scores.logsumexp(dim=-1).flatten(3).gather(3, place).softmax(dim=2)
-            y = y * weight.to(y.dtype).unsqueeze(-1)
-        return self.out(merge_heads(y.sum(dim=2)))[:, :length]
+        q, k = (q * self.head**-0.5).to(v.dtype), k.to(v.dtype)
+        q, k, v = (Reordered.apply(t.unsqueeze(2), order, place).unflatten(3, (-1, self.chunk)) for t in (q, k, v))
+        bias = self.bias(order, place, buckets, torch.promote_types(v.dtype, torch.float32))
+        y = UnionOfRounds.apply(q, with_chunk_before(k), with_chunk_before(v), bias, order, place)
+        return self.out(merge_heads(y))[:, :length]
 
     def queries_and_keys(self, qk: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
         k = F.normalize(qk, dim=-1)
@@ -114,21 +113,24 @@ class LSHMixer(Mixer):
         see, -inf where it is not seen, ITSELF on the token itself. All of order, place, buckets: (B, H, r, L)."""
         m = self.chunk
         near, reach = (place, m) if self.causal else (place // m, 1)
-        # equal buckets and 0 to `reach` apart, as one difference: places rise with buckets
-        code = buckets.int() * (reach + 1) + near.int()
-        rounds, seen, count = order.shape[2], None, None
-        for s in range(rounds):
+        # equal buckets and 0 to `reach` apart, as one difference, doubled to be compared in one go: places rise with
+        # buckets; in two bytes where they fit, as this is most of what the scores cost
+        far = 2 * ((self.n_buckets + 1) * (reach + 1) + (place.shape[-1] if self.causal else place.shape[-1] // m))
+        small = torch.int16 if 2 * far < 2**15 else torch.int32
+        code = 2 * (buckets.int() * (reach + 1) + near.int())
+        shape = (*order.shape[:3], order.shape[3] // m, m, 2 * m)
+        seen = torch.empty(shape, dtype=torch.bool, device=order.device)
+        count = torch.zeros(shape, dtype=torch.uint8, device=order.device)
+        for s in range(order.shape[2]):
             # round s as round t has sorted its tokens: the own one decides, the others are counted
-            ours = code[:, :, [s]].expand_as(order).gather(-1, order).unflatten(-1, (-1, m))
-            apart = ours.unsqueeze(-1) - with_chunk_before(ours.unsqueeze(-1), 1 << 30).mT
-            inside = (apart >= 0) & (apart <= reach)
-            seen = inside if seen is None else seen
+            ours = code[:, :, [s]].expand_as(order).gather(-1, order).unflatten(-1, (-1, m)).to(small)
+            keys = with_chunk_before((ours + reach).unsqueeze(-1), far + reach).mT
+            inside = (ours.unsqueeze(-1) - keys).abs_() <= reach
             seen[:, :, s] = inside[:, :, s]
-            count = inside.to(torch.uint8) if count is None else count + inside
-        assert seen is not None
-        assert count is not None
-        known = torch.zeros((), device=order.device) if rounds == 1 else -count.to(dtype).log()
-        bias = torch.where(seen, known, -torch.inf).to(dtype)
+            count += inside
+        bias = torch.where(seen, 0.0, -torch.inf).to(dtype)
+        for number in range(2, order.shape[2] + 1):
+            bias.masked_fill_(seen & (count == number), -log(number))
         if self.slopes is not None:
             at = order.unflatten(-1, (-1, m)).unsqueeze(-1)
             bias -= self.slopes.view(-1, 1, 1, 1, 1) * (at - with_chunk_before(at).mT).abs()
@@ -169,27 +171,6 @@ class LSHMixer(Mixer):
         bias[..., -1] = ITSELF
         y = ((q * self.head**-0.5) @ keys.mT + bias).softmax(dim=-1) @ values
         return self.out(merge_heads(y)).squeeze(1), (keys, values, buckets)
-
-
-class Reordered(torch.autograd.Function):
-    """x: (B, H, r or 1, L, d) -> (B, H, r, L, d), row t taken from row index[t] of its round. `inverse` undoes it, so
-    that going back gathers too instead of adding rows up one by one."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.rounds = x.shape[2]
-        return taken(x, index)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        own = taken(grad, ctx.saved_tensors[0])
-        return (own.sum(dim=2, keepdim=True) if ctx.rounds < own.shape[2] else own), None, None
-
-
-def taken(x: Tensor, index: Tensor) -> Tensor:
-    first = torch.arange(x.shape[0] * x.shape[1] * x.shape[2], device=x.device).view(*x.shape[:3], 1) * x.shape[3]
-    return x.reshape(-1, x.shape[-1]).index_select(0, (first + index).flatten()).view(*index.shape, -1)
 
 
 def with_chunk_before(x: Tensor, first: float = 0) -> Tensor:

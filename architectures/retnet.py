@@ -10,7 +10,8 @@ Sun et al. 2023, arXiv:2307.08621. With H heads, keys of width K = D / H and val
 
 The reach of the heads is fixed: 1 / (1 - gamma) = 32, 64, ..., 2^(4 + H) tokens.
 
-Initialisation: Xavier uniform, of gain 2^-2.5 for W_Q, W_K, W_V and W_G, as the released code; no biases.
+Initialisation: Xavier uniform as the released code, of gain 2^-2.5 for W_Q, W_K, W_V and W_G and 2^-1 for W_O; no
+biases.
 
 Departures: norm is the RMS norm without parameters of the released code, where the paper writes GroupNorm, which takes
 the mean off too. The code divides the rows of D and of the scores by positive numbers, for half precision; the norm
@@ -51,7 +52,7 @@ class RetNetMixer(Mixer):
         self.out = nn.Linear(value_dim, d_model, bias=False)
         for weight in self.into.weight.split(self.sizes):
             nn.init.xavier_uniform_(weight, gain=2**-2.5)
-        nn.init.xavier_uniform_(self.out.weight)
+        nn.init.xavier_uniform_(self.out.weight, gain=0.5)
 
     def log_decay(self) -> Tensor:
         """log gamma: (H,), in float64, because float32 would round 1 - gamma of a head that reaches far."""

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._hippo import legs_modes
+from lra.architectures._ssm import checked_copies, initial_log_dt
 from lra.architectures._stack import Block, Stack
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.fft_conv import fft_conv
@@ -70,8 +71,7 @@ class S4DMixer(Mixer):
         super().__init__()
         self.causal, self.discretization = causal, discretization
         A, B = modes(init, state_size)
-        spread = torch.rand(d_model) * math.log(dt_max / dt_min)
-        self.log_dt = nn.Parameter(math.log(dt_min) + spread)
+        self.log_dt = nn.Parameter(initial_log_dt(d_model, dt_min, dt_max))
         self.log_A_real = nn.Parameter((-A.real).log().float().repeat(n_ssm, 1))
         self.A_imag = nn.Parameter(A.imag.float().repeat(n_ssm, 1))
         # complex numbers are kept as pairs of reals, which every optimiser and checkpoint format takes
@@ -158,17 +158,13 @@ class S4D(Stack):
         ssm_lr: float = 0.001,
         block: Mapping[str, Any] | None = None,
     ) -> None:
-        copies = d_model if n_ssm is None else n_ssm
+        copies = checked_copies(n_ssm, d_model)
         if state_size < 2 or state_size % 2:
             raise ValueError(f"state_size is {state_size}; an even number of at least 2, conjugate modes come in pairs")
         if init not in INITS:
             raise ValueError(f"init is {init!r}; one of {', '.join(INITS)}")
         if discretization not in DISCRETIZATIONS:
             raise ValueError(f"discretization is {discretization!r}; one of {', '.join(DISCRETIZATIONS)}")
-        if not 0 < dt_min <= dt_max:
-            raise ValueError(f"dt_min is {dt_min}, dt_max {dt_max}; 0 < dt_min <= dt_max")
-        if copies < 1 or d_model % copies:
-            raise ValueError(f"n_ssm is {copies}; a divisor of d_model, {d_model}")
         self.ssm_lr = ssm_lr
         super().__init__(
             lambda _: S4DMixer(

@@ -38,6 +38,7 @@ from torch.nn import functional as F
 
 from lra.architectures._hippo import legs_modes
 from lra.architectures._precision import wide
+from lra.architectures._ssm import initial_log_dt
 from lra.architectures._stack import Block, Stack
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.linear_scan import linear_scan
@@ -75,7 +76,7 @@ class S5Mixer(Mixer):
         self.B = nn.Parameter(torch.view_as_real(B).float())  # (P, D, 2)
         self.C = nn.Parameter(torch.view_as_real(C).float())  # (1 or 2, D, P, 2); the second reads the backward scan
         self.d = nn.Parameter(torch.randn(d_model))
-        self.log_dt = nn.Parameter(math.log(dt_min) + torch.rand(len(B)) * math.log(dt_max / dt_min))
+        self.log_dt = nn.Parameter(initial_log_dt(len(B), dt_min, dt_max))
         self.gate = nn.Linear(d_model, d_model)
         self.dropout = nn.Dropout(dropout)
 
@@ -170,8 +171,6 @@ class S5(Stack):
             raise ValueError(f"discretization is {discretization!r}; one of {', '.join(DISCRETIZATIONS)}")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}; one of {', '.join(ACTIVATIONS)}")
-        if not 0 < dt_min <= dt_max:
-            raise ValueError(f"dt_min is {dt_min}, dt_max {dt_max}; 0 < dt_min <= dt_max")
         self.ssm_lr = ssm_lr
         super().__init__(
             lambda _: S5Mixer(

@@ -12,10 +12,11 @@ stack takes them: block={"ffn": "switch"}. In training the router's input is mul
 
 Initialisation: router and experts truncated normal of variance 0.1 / inputs (section 2.4), attention as `transformer`.
 
-Departures: capacity and balance are counted per sequence, as in the released code (a group is a sequence there), so
-that outputs do not depend on the batch; padding is not routed. One capacity factor, 1.25, in training and evaluation
-(the paper evaluates with 2). Every block has experts (the paper: every second). How many tokens an expert takes depends
-on the length of the sequence: with a capacity there is no recurrent mode.
+Departures: capacity and balance are counted per sequence, so that outputs do not depend on the batch, where the
+released code takes groups of about 1,024 tokens of it; the capacity is rounded up, there down to 4 at least; padding is
+not routed. One capacity factor, 1.25, in training and evaluation (the released code evaluates with 2). Every block has
+experts (the paper: every second). How many tokens an expert takes depends on the length of the sequence: with a
+capacity there is no recurrent mode.
 
 Checked against: tensors of Hugging Face's SwitchTransformersSparseMLP and its losses, outputs and gradients; the dense
 layer where there is one expert.

@@ -14,8 +14,8 @@ Tay et al. 2020, arXiv:2005.00743. With d = qkv_dim / H, N = `length`, logits B:
 
 All but "random" are products of a few features and go through the fused softmax; no L x L matrix is stored for them.
 
-Initialisation: Xavier uniform for W_v, W_o, W_1, W_2, W_q and W_k, zero biases, as the LRA code. R, R_1 and R_2 are
-normal with logits of variance 1: soft weights, other in every head (the paper gives none).
+Initialisation: Xavier uniform for W_v, W_o, W_1, W_2, W_q and W_k, zero biases. R, R_1 and R_2 are normal with logits
+of variance 1: soft weights, other in every head; the paper gives none, the LRA code draws them Xavier uniform.
 
 Departures: norms come before each part, and W_2 serves all heads, as in the LRA code, which reads the dense logits in
 the wrong order of heads and positions, and without "dot" attends to padding; here padding is never attended to. The

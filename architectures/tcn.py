@@ -18,8 +18,9 @@ Initialisation: PyTorch's own for every map, with g = |v|. The authors' normal o
 their weight norm overwrites.
 
 Departures: both networks stand alone as in the papers, with their own residuals and without the stack's norms and
-feed-forward parts; the bidirectional form runs two of them. WaveNet starts its dilations over at 512, and ends in D
-samples; weight norm in it is that of the code compared with. Its last level feeds no other and has no W_o.
+feed-forward parts; the bidirectional form runs two of them. WaveNet starts its dilations over at 512, and ends in a
+softmax over samples where this ends in D features; weight norm in it is that of the code compared with. Its last level
+feeds no other and has no W_o.
 
 Checked against: tensors of the authors' TemporalConvNet; of ResidualConv1dGLU, a public WaveNet block, whose output is
 scaled by sqrt(1/2) where the paper's is not; outputs and gradients. A float64 loop for the sum over levels.

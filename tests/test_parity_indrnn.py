@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stepping import run, stepped
 from torch import Tensor
 
 from lra.architectures.indrnn import IndRNN, IndRNNMixer
@@ -38,11 +39,8 @@ def test_recurrence_equals_the_authors() -> None:
         mixer.input.bias.copy_(g["param.bias"])
         mixer.u.copy_(g["mid.weight_hh_unclipped"])
     x = torch.nn.functional.pad(g["x"], (0, 2)).requires_grad_()
-    h, steps = g["h0"], []
-    for token in x.unbind(1):  # they start from a state of their own, as the recurrent mode alone can
-        y, h = mixer.step(token, h)
-        steps.append(y)
-    y = torch.stack(steps, 1)
+    # they start from a state of their own, as the recurrent mode alone can
+    y, h = run(mixer, x, g["h0"])
     torch.testing.assert_close(mixer.u, g["param.weight_hh"], rtol=0, atol=0)
     torch.testing.assert_close(y, g["y"], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(h, g["h_n"], rtol=1e-12, atol=1e-12)
@@ -64,11 +62,7 @@ def test_gradients_of_every_parameter_equal_the_recurrence() -> None:
     torch.nn.init.normal_(mixer.input.bias)
     x = torch.randn(2, 11, 5, dtype=torch.float64, requires_grad=True)
     w = torch.randn_like(x)
-    state, steps = mixer.init_state(2), []
-    for token in x.unbind(1):
-        h, state = mixer.step(token, state)
-        steps.append(h)
-    y, expected = mixer(x, everything(x)), torch.stack(steps, 1)
+    y, expected = mixer(x, everything(x)), stepped(mixer, x)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     inputs = (x, *mixer.parameters())
     ours, others = (torch.autograd.grad((out * w).sum(), inputs) for out in (y, expected))
@@ -80,12 +74,8 @@ def test_step_equals_forward_over_2048_tokens() -> None:
     torch.manual_seed(0)
     mixer = IndRNNMixer(8, bound=5 ** (1 / 2048), floor=0.9)
     x = torch.randn(1, 2048, 8)
-    state, steps = mixer.init_state(1), []
     with torch.no_grad():
-        for token in x.unbind(1):
-            y, state = mixer.step(token, state)
-            steps.append(y)
-        torch.testing.assert_close(torch.stack(steps, 1), mixer(x, everything(x)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(stepped(mixer, x), mixer(x, everything(x)), rtol=1e-4, atol=1e-4)
 
 
 def test_a_step_outside_the_bound_is_put_back_and_can_return() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stepping import stepped
 from torch import Tensor, nn
 
 from lra.architectures.lru import LRU, LRUMixer, ring
@@ -75,12 +76,8 @@ def test_gradients_of_every_parameter_equal_the_recurrence() -> None:
     """The stored tensors hold the gradient of x alone; the recurrence step by step gives those of the parameters."""
     g = golden("lru")
     mixer = mixer_of(loaded(g))
-    state, steps = mixer.init_state(2), []
-    for token in g["x"].unbind(1):
-        y, state = mixer.step(token, state)
-        steps.append(y)
     names, parameters = zip(*mixer.named_parameters(), strict=True)
-    recurrent = torch.autograd.grad((torch.stack(steps, 1) * g["w"]).sum(), parameters)
+    recurrent = torch.autograd.grad((stepped(mixer, g["x"]) * g["w"]).sum(), parameters)
     y = mixer(g["x"], torch.ones(g["x"].shape[:2], dtype=torch.bool))
     for name, own, other in zip(names, torch.autograd.grad((y * g["w"]).sum(), parameters), recurrent, strict=True):
         assert torch.allclose(own, other, rtol=1e-9, atol=1e-10), name
@@ -90,13 +87,9 @@ def test_step_equals_forward_over_2048_tokens() -> None:
     torch.manual_seed(0)
     mixer = mixer_of(LRU(d_model=4, n_layers=1, length=2048, state_size=16))
     x = torch.randn(1, 2048, 4)
-    state, steps = mixer.init_state(1), []
     with torch.no_grad():
-        for token in x.unbind(1):
-            y, state = mixer.step(token, state)
-            steps.append(y)
         expected = mixer(x, torch.ones(1, 2048, dtype=torch.bool))
-        torch.testing.assert_close(torch.stack(steps, 1), expected, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(stepped(mixer, x), expected, rtol=1e-4, atol=2e-5)
 
 
 def test_ring_equals_its_source() -> None:

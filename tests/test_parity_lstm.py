@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from stepping import run, stepped
 
 from lra.architectures.lstm import LSTM, LSTMMixer
 
@@ -55,13 +56,9 @@ def test_variants_equal_closed_forms(name: str, peephole: bool, coupled: bool) -
     mixer.load_state_dict(state)
     x = torch.nn.functional.pad(g["x"], (0, 1)).requires_grad_()
     # they start from a state of their own, as the recurrent mode alone can
-    run, steps = (g["h0"], g["c0"]), []
-    for token in x.unbind(1):
-        h, run = mixer.step(token, run)
-        steps.append(h)
-    y = torch.stack(steps, 1)
+    y, (_, c) = run(mixer, x, (g["h0"], g["c0"]))
     torch.testing.assert_close(y, g["y"], rtol=1e-11, atol=1e-12)
-    torch.testing.assert_close(run[1], g["c_n"], rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(c, g["c_n"], rtol=1e-11, atol=1e-12)
     (grad,) = torch.autograd.grad((y * g["w"]).sum(), x)
     torch.testing.assert_close(grad[..., :4], g["grad.x"], rtol=1e-10, atol=1e-11)
 
@@ -85,13 +82,9 @@ def test_layernorm_equals_haste() -> None:
     }
     mixer.load_state_dict(state)
     x = torch.nn.functional.pad(g["x"], (0, 1)).requires_grad_()
-    run, steps = (g["h0"], g["c0"]), []
-    for token in x.unbind(1):
-        h, run = mixer.step(token, run)
-        steps.append(h)
-    y = torch.stack(steps, 1)
+    y, (_, c) = run(mixer, x, (g["h0"], g["c0"]))
     torch.testing.assert_close(y, g["y"], rtol=1e-11, atol=1e-12)
-    torch.testing.assert_close(run[1], g["c_n"], rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(c, g["c_n"], rtol=1e-11, atol=1e-12)
     (grad,) = torch.autograd.grad((y * g["w"]).sum(), x)
     torch.testing.assert_close(grad[..., :4], g["grad.x"], rtol=1e-10, atol=1e-11)
 
@@ -107,11 +100,7 @@ def test_gradients_of_every_parameter_equal_the_recurrence(peephole: bool, coupl
         torch.nn.init.normal_(parameter, std=0.7)
     x = torch.randn(2, 9, 5, dtype=torch.float64, requires_grad=True)
     w = torch.randn_like(x)
-    state, steps = mixer.init_state(2), []
-    for token in x.unbind(1):
-        h, state = mixer.step(token, state)
-        steps.append(h)
-    y, expected = mixer(x, everything(x)), torch.stack(steps, 1)
+    y, expected = mixer(x, everything(x)), stepped(mixer, x)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     inputs = (x, *mixer.parameters())
     ours, others = (torch.autograd.grad((out * w).sum(), inputs) for out in (y, expected))
@@ -123,12 +112,8 @@ def test_step_equals_forward_over_2048_tokens() -> None:
     torch.manual_seed(0)
     mixer = LSTMMixer(8, True, False, 2048, None)
     x = torch.randn(1, 2048, 8)
-    state, steps = mixer.init_state(1), []
     with torch.no_grad():
-        for token in x.unbind(1):
-            y, state = mixer.step(token, state)
-            steps.append(y)
-        torch.testing.assert_close(torch.stack(steps, 1), mixer(x, everything(x)))
+        torch.testing.assert_close(stepped(mixer, x), mixer(x, everything(x)))
 
 
 def test_gates_start_with_memories_up_to_the_horizon() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stepping import run, stepped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -68,11 +69,8 @@ def test_mixer_equals_an_independent_one() -> None:
 def test_step_equals_an_independent_mixer() -> None:
     g = golden()
     mixer = loaded(g)
-    state, steps = mixer.init_state(2), []
-    for token in g["x"].unbind(1):
-        y, state = mixer.step(token, state)
-        steps.append(y)
-    torch.testing.assert_close(torch.stack(steps, 1), g["y"], rtol=1e-11, atol=1e-12)
+    y, state = run(mixer, g["x"])
+    torch.testing.assert_close(y, g["y"], rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(state[0], g["mid.in_proj"][:, -3:, :12], rtol=1e-11, atol=1e-12)
 
 
@@ -80,12 +78,8 @@ def test_step_equals_forward_over_2048_tokens() -> None:
     torch.manual_seed(0)
     mixer = mixer_of(d_model=4, state_size=4)
     x = torch.randn(1, 2048, 4)
-    state, steps = mixer.init_state(1), []
     with torch.no_grad():
-        for token in x.unbind(1):
-            y, state = mixer.step(token, state)
-            steps.append(y)
-        torch.testing.assert_close(torch.stack(steps, 1), mixer(x, torch.ones(1, 2048, dtype=torch.bool)))
+        torch.testing.assert_close(stepped(mixer, x), mixer(x, torch.ones(1, 2048, dtype=torch.bool)))
 
 
 def test_initialisation() -> None:
@@ -102,6 +96,12 @@ def test_initialisation() -> None:
     assert (mixer.d == 1).all()
     # nn.Linear draws within fan_in^-1/2, here over sqrt(n_layers)
     assert 0.99 < mixer.out.weight.abs().max() * math.sqrt(1024 * 4) <= 1 + 1e-6
+
+
+def test_outer_biases_start_at_zero() -> None:
+    mixer = mixer_of(bias=True)
+    assert not mixer.into.bias.any()
+    assert not mixer.out.bias.any()
 
 
 def test_weight_decay_spares_the_modes_and_the_skip() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stepping import run, stepped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -68,11 +69,8 @@ def test_mixer_equals_an_independent_one(name: str) -> None:
 def test_step_equals_an_independent_mixer(name: str) -> None:
     g = golden(name)
     mixer = loaded(g)
-    state, steps = mixer.init_state(2), []
-    for token in g["x"].unbind(1):
-        y, state = mixer.step(token, state)
-        steps.append(y)
-    torch.testing.assert_close(torch.stack(steps, 1), g["y"], rtol=1e-11, atol=1e-11)
+    y, state = run(mixer, g["x"])
+    torch.testing.assert_close(y, g["y"], rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(state[0], g["mid.in_proj"][:, -3:, 16:-4], rtol=1e-11, atol=1e-12)
 
 
@@ -80,13 +78,9 @@ def test_step_equals_forward_over_2048_tokens() -> None:
     torch.manual_seed(0)
     mixer = mixer_of(d_model=4)
     x = torch.randn(1, 2048, 4)
-    state, steps = mixer.init_state(1), []
     with torch.no_grad():
-        for token in x.unbind(1):
-            y, state = mixer.step(token, state)
-            steps.append(y)
         expected = mixer(x, torch.ones(1, 2048, dtype=torch.bool))
-        torch.testing.assert_close(torch.stack(steps, 1), expected, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(stepped(mixer, x), expected, rtol=1e-4, atol=2e-5)
 
 
 def test_initialisation() -> None:
@@ -109,6 +103,12 @@ def test_initialisation() -> None:
 def test_head_width_fits_the_model() -> None:
     heads = {d: Mamba2(d_model=d, n_layers=1, length=8).blocks[0].mixer.n_heads for d in (16, 112, 128)}
     assert heads == {16: 1, 112: 7, 128: 4}
+
+
+def test_outer_biases_start_at_zero() -> None:
+    mixer = mixer_of(bias=True)
+    assert not mixer.into.bias.any()
+    assert not mixer.out.bias.any()
 
 
 def test_weight_decay_spares_decays_steps_and_skip() -> None:

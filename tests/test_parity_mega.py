@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stepping import stepped
 from torch import Tensor, nn
 
 from lra.architectures.mega import Mega, MegaMixer, MovingAverages
@@ -103,12 +104,8 @@ def test_step_equals_forward(own: dict[str, Any]) -> None:
     torch.manual_seed(0)
     mixer = Mega(d_model=8, n_layers=1, length=256, z_dim=8, averages=4, **own).blocks[0].mixer
     x = torch.randn(1, 256, 8)
-    state, steps = mixer.init_state(1), []
     with torch.no_grad():
-        for token in x.unbind(1):
-            y, state = mixer.step(token, state)
-            steps.append(y)
-        torch.testing.assert_close(torch.stack(steps, 1), mixer(x, everything(x)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(stepped(mixer, x), mixer(x, everything(x)), rtol=1e-4, atol=1e-5)
 
 
 def test_averages_run_over_all_chunks_and_attention_does_not() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from stepping import run, stepped
 from torch import Tensor
 
 from lra.architectures.minlstm import MinLSTM, MinLSTMMixer
@@ -42,11 +43,8 @@ def test_layer_equals_an_independent_one() -> None:
 def test_step_equals_the_sequential_form() -> None:
     g = golden()
     mixer = loaded(g)
-    state, steps = mixer.init_state(2), []
-    for token in g["x"].unbind(1):
-        y, state = mixer.step(token, state)
-        steps.append(y)
-    torch.testing.assert_close(torch.stack(steps, 1), g["mid.y_sequential"], rtol=1e-11, atol=1e-12)
+    y, state = run(mixer, g["x"])
+    torch.testing.assert_close(y, g["mid.y_sequential"], rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(state, g["mid.final_state"], rtol=1e-11, atol=1e-12)
 
 
@@ -54,12 +52,8 @@ def test_step_equals_forward_over_2048_tokens() -> None:
     torch.manual_seed(0)
     mixer = MinLSTMMixer(8, expand=1.0, horizon=2048)
     x = torch.randn(1, 2048, 8)
-    state, steps = mixer.init_state(1), []
     with torch.no_grad():
-        for token in x.unbind(1):
-            y, state = mixer.step(token, state)
-            steps.append(y)
-        torch.testing.assert_close(torch.stack(steps, 1), mixer(x, torch.ones(1, 2048, dtype=torch.bool)))
+        torch.testing.assert_close(stepped(mixer, x), mixer(x, torch.ones(1, 2048, dtype=torch.bool)))
 
 
 def test_gates_that_both_round_to_zero_stay_normalised() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stepping import stepped
 from torch import Tensor, nn
 
 from lra.architectures.qrnn import QRNN, QRNNMixer
@@ -46,11 +47,7 @@ def test_gradients_of_every_parameter_equal_the_recurrence(pooling: str) -> None
     torch.manual_seed(0)
     mixer = QRNNMixer(4, pooling, window=3, zoneout=0.0, horizon=9).double()
     x, w = torch.randn(2, 2, 17, 4, dtype=torch.float64)
-    state, steps = mixer.init_state(2), []
-    for token in x.unbind(1):
-        y, state = mixer.step(token, state)
-        steps.append(y)
-    recurrent, parallel = torch.stack(steps, 1), mixer(x, torch.ones(2, 17, dtype=torch.bool))
+    recurrent, parallel = stepped(mixer, x), mixer(x, torch.ones(2, 17, dtype=torch.bool))
     torch.testing.assert_close(parallel, recurrent, rtol=1e-11, atol=1e-12)
     grads = [torch.autograd.grad((y * w).sum(), list(mixer.parameters())) for y in (parallel, recurrent)]
     for own, other in zip(*grads, strict=True):
@@ -61,12 +58,8 @@ def test_step_equals_forward_over_2048_tokens() -> None:
     torch.manual_seed(0)
     mixer = QRNNMixer(8, "fo", window=2, zoneout=0.0, horizon=2048)
     x = torch.randn(1, 2048, 8)
-    state, steps = mixer.init_state(1), []
     with torch.no_grad():
-        for token in x.unbind(1):
-            y, state = mixer.step(token, state)
-            steps.append(y)
-        torch.testing.assert_close(torch.stack(steps, 1), mixer(x, torch.ones(1, 2048, dtype=torch.bool)))
+        torch.testing.assert_close(stepped(mixer, x), mixer(x, torch.ones(1, 2048, dtype=torch.bool)))
 
 
 def test_zoneout_keeps_the_state_of_features_when_training_only() -> None:

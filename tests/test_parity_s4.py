@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stepping import stepped
 from torch import Tensor
 
 from lra.architectures.s4 import S4, S4Mixer, modes
@@ -77,12 +78,8 @@ def test_gradients_of_every_parameter_equal_the_recurrence(init: str) -> None:
     mixer = mixer_of(init=init, length=23, n_ssm=2)
     x = torch.randn(2, 19, 4, dtype=torch.float64)
     w = torch.randn_like(x)
-    state, steps = mixer.init_state(2), []
-    for token in x.unbind(1):
-        y, state = mixer.step(token, state)
-        steps.append(y)
     names, parameters = zip(*mixer.named_parameters(), strict=True)
-    recurrent = torch.autograd.grad((torch.stack(steps, 1) * w).sum(), parameters)
+    recurrent = torch.autograd.grad((stepped(mixer, x) * w).sum(), parameters)
     parallel = torch.autograd.grad((mixer(x, everything(x)) * w).sum(), parameters)
     for name, own, other in zip(names, parallel, recurrent, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-8, atol=1e-9, msg=name)
@@ -92,12 +89,8 @@ def test_step_equals_forward_over_2048_tokens() -> None:
     torch.manual_seed(0)
     mixer = mixer_of(length=2048, state_size=16).float()
     x = torch.randn(1, 2048, 4)
-    state, steps = mixer.init_state(1), []
     with torch.no_grad():
-        for token in x.unbind(1):
-            y, state = mixer.step(token, state)
-            steps.append(y)
-        torch.testing.assert_close(torch.stack(steps, 1), mixer(x, everything(x)), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(stepped(mixer, x), mixer(x, everything(x)), rtol=1e-3, atol=1e-4)
 
 
 def complete(half: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stepping import stepped
 from torch import Tensor
 
 from lra.architectures.s4d import S4D, S4DMixer, modes
@@ -92,12 +93,8 @@ def test_gradients_of_every_parameter_equal_the_recurrence(discretization: str) 
     mixer = mixer_of(discretization=discretization, n_ssm=2)
     x = torch.randn(2, 19, 4, dtype=torch.float64)
     w = torch.randn_like(x)
-    state, steps = mixer.init_state(2), []
-    for token in x.unbind(1):
-        y, state = mixer.step(token, state)
-        steps.append(y)
     names, parameters = zip(*mixer.named_parameters(), strict=True)
-    recurrent = torch.autograd.grad((torch.stack(steps, 1) * w).sum(), parameters)
+    recurrent = torch.autograd.grad((stepped(mixer, x) * w).sum(), parameters)
     parallel = torch.autograd.grad((mixer(x, everything(x)) * w).sum(), parameters)
     for name, own, other in zip(names, parallel, recurrent, strict=True):
         assert torch.allclose(own, other, rtol=1e-9, atol=1e-10), name
@@ -107,12 +104,8 @@ def test_step_equals_forward_over_2048_tokens() -> None:
     torch.manual_seed(0)
     mixer = mixer_of(init="legs", state_size=16).float()
     x = torch.randn(1, 2048, 4)
-    state, steps = mixer.init_state(1), []
     with torch.no_grad():
-        for token in x.unbind(1):
-            y, state = mixer.step(token, state)
-            steps.append(y)
-        torch.testing.assert_close(torch.stack(steps, 1), mixer(x, everything(x)), rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(stepped(mixer, x), mixer(x, everything(x)), rtol=1e-4, atol=2e-5)
 
 
 def test_modes_are_those_of_the_paper() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stepping import stepped
 from torch import Tensor, nn
 
 from lra.architectures.s5 import S5, S5Mixer, hippo_block
@@ -103,12 +104,8 @@ def test_gradients_of_every_parameter_equal_the_recurrence() -> None:
     """The stored tensors hold the gradient of x alone; the recurrence step by step gives those of the parameters."""
     g = golden("s5_unidirectional")
     mixer = load(mixer_of(encoder_of()), g)
-    state, steps = mixer.init_state(2), []
-    for token in g["x"].unbind(1):
-        y, state = mixer.step(token, state)
-        steps.append(y)
     names, parameters = zip(*mixer.named_parameters(), strict=True)
-    recurrent = torch.autograd.grad((torch.stack(steps, 1) * g["w"]).sum(), parameters)
+    recurrent = torch.autograd.grad((stepped(mixer, g["x"]) * g["w"]).sum(), parameters)
     parallel = torch.autograd.grad((mixer(g["x"], everything(g["x"])) * g["w"]).sum(), parameters)
     for name, own, other in zip(names, parallel, recurrent, strict=True):
         assert torch.allclose(own, other, rtol=1e-9, atol=1e-10), name
@@ -118,12 +115,8 @@ def test_step_equals_forward_over_2048_tokens() -> None:
     torch.manual_seed(0)
     mixer = mixer_of(encoder_of(d_model=4)).float()
     x = torch.randn(1, 2048, 4)
-    state, steps = mixer.init_state(1), []
     with torch.no_grad():
-        for token in x.unbind(1):
-            y, state = mixer.step(token, state)
-            steps.append(y)
-        torch.testing.assert_close(torch.stack(steps, 1), mixer(x, everything(x)), rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(stepped(mixer, x), mixer(x, everything(x)), rtol=1e-4, atol=2e-5)
 
 
 def test_modes_are_those_of_the_authors() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stepping import stepped
 from torch import Tensor
 
 from lra.architectures._moe import Switch
@@ -131,8 +132,4 @@ def test_recurrent_mode_is_refused_where_a_capacity_rules_it_out() -> None:
     with pytest.raises(NotImplementedError, match="no recurrent mode with a capacity"):
         SwitchTransformer(**shape).init_state(2)
     encoder, x = SwitchTransformer(**shape, capacity=0.0).double().eval(), torch.randn(2, 8, 16, dtype=torch.float64)
-    state, steps = encoder.init_state(2), []
-    for token in x.unbind(1):
-        y, state = encoder.step(token, state)
-        steps.append(y)
-    torch.testing.assert_close(torch.stack(steps, 1), encoder(x, torch.ones(2, 8, dtype=torch.bool)))
+    torch.testing.assert_close(stepped(encoder, x), encoder(x, torch.ones(2, 8, dtype=torch.bool)))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stepping import stepped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -108,11 +109,7 @@ def test_outputs_and_gradients_equal_the_definition(logits: str, causal: bool) -
 def test_step_equals_forward(logits: str) -> None:
     mixer = SynthesizerMixer(12, 3, 12, tuple(logits.split("+")), size=20, k=2, causal=True).double()
     x = torch.randn(2, 20, 12, dtype=torch.float64)
-    state, steps = mixer.init_state(2), []
-    for token in x.unbind(1):
-        y, state = mixer.step(token, state)
-        steps.append(y)
-    torch.testing.assert_close(torch.stack(steps, 1), mixer(x, torch.ones(2, 20, dtype=torch.bool)))
+    torch.testing.assert_close(stepped(mixer, x), mixer(x, torch.ones(2, 20, dtype=torch.bool)))
 
 
 def test_logits_start_with_variance_one() -> None:

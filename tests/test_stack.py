@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from stepping import stepped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -162,11 +163,7 @@ def test_cost_is_what_is_counted(direction: str, ffn: str) -> None:
 @pytest.mark.parametrize("prenorm", [True, False])
 def test_step_is_forward(positions: str, prenorm: bool) -> None:
     encoder, x = Sums(positions=positions, prenorm=prenorm).double(), inputs()
-    state, steps = encoder.init_state(B), []
-    for token in x.unbind(1):
-        y, state = encoder.step(token, state)
-        steps.append(y)
-    torch.testing.assert_close(torch.stack(steps, 1), encoder(x, torch.ones(B, L, dtype=torch.bool)))
+    torch.testing.assert_close(stepped(encoder, x), encoder(x, torch.ones(B, L, dtype=torch.bool)))
 
 
 def test_no_recurrent_mode_when_the_future_is_seen() -> None:
