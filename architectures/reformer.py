@@ -89,7 +89,9 @@ class LSHMixer(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor, buckets: Tensor | None = None) -> Tensor:
         """`buckets` of these tokens, where they are known already."""
-        length, missing = x.shape[1], -x.shape[1] % self.chunk
+        length = x.shape[1]
+        m = min(self.chunk, length)  # all tokens fit into one chunk then
+        missing = -length % m
         buckets = self.buckets(x, mask) if buckets is None else buckets
         x, buckets = F.pad(x, (0, 0, 0, missing)), F.pad(buckets, (0, missing), value=self.n_buckets)
         q, k = self.queries_and_keys(split_heads(self.qk(x), self.n_heads))
@@ -98,8 +100,8 @@ class LSHMixer(Mixer):
         place = torch.empty_like(order).scatter_(-1, order, torch.arange(x.shape[1], device=x.device).expand_as(order))
         # the scale goes with the queries: they are fewer than the scores
         q, k = (q * self.head**-0.5).to(v.dtype), k.to(v.dtype)
-        q, k, v = (Reordered.apply(t.unsqueeze(2), order, place).unflatten(3, (-1, self.chunk)) for t in (q, k, v))
-        bias = self.bias(order, place, buckets, torch.promote_types(v.dtype, torch.float32))
+        q, k, v = (Reordered.apply(t.unsqueeze(2), order, place).unflatten(3, (-1, m)) for t in (q, k, v))
+        bias = self.bias(order, place, buckets, m, torch.promote_types(v.dtype, torch.float32))
         y = UnionOfRounds.apply(q, with_chunk_before(k), with_chunk_before(v), bias, order, place)
         return self.out(merge_heads(y))[:, :length]
 
@@ -108,10 +110,9 @@ class LSHMixer(Mixer):
         return (rope(qk, start), rope(k, start)) if self.rotary else (qk, k)
 
     @torch.no_grad()
-    def bias(self, order: Tensor, place: Tensor, buckets: Tensor, dtype: torch.dtype) -> Tensor:
+    def bias(self, order: Tensor, place: Tensor, buckets: Tensor, m: int, dtype: torch.dtype) -> Tensor:
         """What is added to the scores of sorted chunks, (B, H, r, chunks, m, 2 m): 0, or -log N of a key that N rounds
         see, -inf where it is not seen, ITSELF on the token itself. All of order, place, buckets: (B, H, r, L)."""
-        m = self.chunk
         near, reach = (place, m) if self.causal else (place // m, 1)
         # equal buckets and 0 to `reach` apart, as one difference, doubled to be compared in one go: places rise with
         # buckets; in two bytes where they fit, as this is most of what the scores cost
@@ -139,14 +140,15 @@ class LSHMixer(Mixer):
 
     def cost(self, length: int) -> Cost:
         d_model, width = self.out.out_features, self.out.in_features
-        total = -(-length // self.chunk) * self.chunk
+        m = min(self.chunk, length)
+        total = -(-length // m) * m
         maps = 2 * Cost.linear(total, d_model, width, bias=False) + Cost.linear(total, width, d_model, bias=False)
         # the buckets are found before padding, by a product of their own
         hashing = Cost.linear(length, d_model, width, bias=False)
         hashing += Cost(2.0 * length * width * self.n_hashes * (self.n_buckets // 2))
         rows = float(self.n_heads * self.n_hashes * total)
         # a comparison of a sort reads and writes a key and an index of two tokens
-        return maps + hashing + Cost(8.0 * rows * self.chunk * self.head, rows * (24.0 * self.chunk + 8 * log2(length)))
+        return maps + hashing + Cost(8.0 * rows * m * self.head, rows * (24.0 * m + 8 * log2(length)))
 
     def init_state(self, batch: int) -> tuple[Tensor, ...]:
         empty = self.out.weight.new_zeros(batch, self.n_heads, 0, self.head)

@@ -107,14 +107,24 @@ def sheets(profiles: Sequence[Profile]) -> list[Sheet]:
             f"{p['cell']['architecture']}: not counted: {', '.join(p['flops']['uncounted'])}"
             for p in cells if "failed" not in p and p["flops"]["uncounted"]
         ]  # fmt: skip
-        notes.append(NOTE)
+        notes += [_agreement(cells), NOTE]
         lines = [[Cell(text) for text in texts(p)] for p in cells if "failed" not in p]
-        hidden = frozenset({"IQR %", "tokens/MiB", "activations"})
+        hidden = frozenset({"formula %", "IQR %", "tokens/MiB", "activations"})
         found.append(Sheet(f"Efficiency: {title(shape)}", COLUMNS, lines, notes, hidden))
         growth = [line for line in _growth(cells) if line]
         if growth:
             found.append(Sheet(f"Growth with length: {title(shape)}", GROWTH, growth, [GROWTH_NOTE]))
     return found
+
+
+def _agreement(cells: Sequence[Profile]) -> str:
+    """How far apart the two numbers of FLOPs are, where they are furthest."""
+    worst, where = 0.0, ""
+    for p in cells:
+        formula = None if "failed" in p else p["flops"]["matmul_by_formula"]
+        if formula and (apart := abs(p["flops"]["matmul_counted"] / formula - 1)) >= worst:
+            worst, where = apart, f"{p['cell']['architecture']} at {p['cell']['length']:,}"
+    return f"matrix work counted and by formula: at most {100 * worst:.2f} % apart ({where})" if where else "no formula"
 
 
 NOTE = (

@@ -214,9 +214,12 @@ class _Census(TorchDispatchMode):
 
 @cache
 def _is_light(func: Any) -> bool:
-    if {torch.Tag.pointwise, torch.Tag.reduction, torch.Tag.inplace_view} & set(func.tags):
-        return True
     space, name = func.name().split(".")[0].split("::")
+    # torch tags the plain form of an operator, and not always the one in place
+    plain = getattr(getattr(torch.ops, space), name.removesuffix("_"), func._overloadpacket)
+    tags = {tag for form in (func, getattr(plain, func._overloadname, func)) for tag in form.tags}
+    if {torch.Tag.pointwise, torch.Tag.reduction, torch.Tag.inplace_view} & tags:
+        return True
     return space == "prim" or (space == "aten" and LIGHT.fullmatch(name.rstrip("_")) is not None)
 
 

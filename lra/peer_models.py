@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._stack import Stack
+from lra.encoder import Encoder
 from lra.registry import architectures
 
 
@@ -81,9 +81,9 @@ class Peer:
     def build(self, ours: Match) -> nn.Module:
         if self.whole:
             return Taken(self.make(ours.shape), self.call)
-        encoder = ours.build()
+        encoder: Any = ours.build()
         for block in encoder.blocks:
-            block.mixer = Taken(self.make(ours.shape), self.call)  # type: ignore[assignment]
+            block.mixer = Taken(self.make(ours.shape), self.call)
         return encoder
 
 
@@ -96,12 +96,10 @@ class Match:
     peers: tuple[Peer, ...]
     options: dict[str, Any] = field(default_factory=dict)
 
-    def build(self) -> Stack:
+    def build(self) -> Encoder:
         s, make = self.shape, architectures.get(self.architecture)
         own = {"n_heads": s.n_heads} if "n_heads" in make.options() else {"direction": "causal"}
-        encoder = make(d_model=s.d_model, n_layers=s.n_layers, length=s.length, **own, **self.options)
-        assert isinstance(encoder, Stack)
-        return encoder
+        return make(d_model=s.d_model, n_layers=s.n_layers, length=s.length, **own, **self.options)
 
 
 class HalfGLU(nn.Module):

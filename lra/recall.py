@@ -34,7 +34,6 @@ CANNOT = {
 }
 """Architectures whose theory says that they cannot learn it, and why. They are expected to fail."""
 OPTIONS: dict[str, dict[str, Any]] = {
-    "reformer": {"chunk": 16},  # its 64 are made for thousands of tokens
     "lru": {"r_min": 0.98, "r_max": 0.9999, "max_phase": 0.1},  # section 3.4: a thin ring and small phases to go far
 }
 """Arguments that a paper has one choose for how far back the task goes."""

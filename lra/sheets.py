@@ -34,9 +34,10 @@ class Sheet:
 
 
 def terminal(sheet: Sheet) -> Table:
-    """For 100 columns; the best bold, the second underlined."""
+    """For 100 columns; the best bold, the second underlined. A column in which no row says anything is left out."""
     table = Table(title=escape(sheet.title), title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
-    kept = [i for i, name in enumerate(sheet.columns) if name not in sheet.hidden]
+    said = [not sheet.rows or any(row[i].text != "-" for row in sheet.rows) for i in range(len(sheet.columns))]
+    kept = [i for i, name in enumerate(sheet.columns) if name not in sheet.hidden and said[i]]
     for i in kept:
         name = sheet.columns[i]
         words = name in WORDS

@@ -6,7 +6,7 @@ import csv
 import io
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def matched(*peers: Peer) -> Match:
 
 @pytest.mark.parametrize("match", MATCHES, ids=lambda m: m.architecture)
 def test_ours_is_what_the_match_says(match: Match) -> None:
-    encoder = replace(match, shape=SMALL).build()
+    encoder: Any = replace(match, shape=SMALL).build()
     assert (encoder.d_model, len(encoder.blocks)) == (8, 2)
     assert encoder(torch.randn(2, 24, 8), torch.ones(2, 24, dtype=torch.bool)).shape == (2, 24, 8)
 
