@@ -82,7 +82,8 @@ def latex(sheet: Sheet) -> str:
     note = " ".join(_tex(n) if n.endswith(".") else f"{_tex(n)}." for n in sheet.notes)
     return "\n".join([
         r"\begin{table}", r"\centering", rf"\caption{{{_tex(sheet.title)}. {note}}}".replace(". }", ".}"),
-        rf"\begin{{tabular}}{{{align}}}", r"\toprule", " & ".join(map(_tex, sheet.columns)) + r" \\", r"\midrule",
+        # small enough for the text width of an article
+        r"\footnotesize\setlength{\tabcolsep}{3pt}", rf"\begin{{tabular}}{{{align}}}", r"\toprule", " & ".join(map(_tex, sheet.columns)) + r" \\", r"\midrule",
         *body, r"\bottomrule", r"\end{tabular}", r"\end{table}", "",
     ])  # fmt: skip
 
