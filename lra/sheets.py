@@ -83,7 +83,8 @@ def latex(sheet: Sheet) -> str:
     return "\n".join([
         r"\begin{table}", r"\centering", rf"\caption{{{_tex(sheet.title)}. {note}}}".replace(". }", ".}"),
         # small enough for the text width of an article
-        r"\footnotesize\setlength{\tabcolsep}{3pt}", rf"\begin{{tabular}}{{{align}}}", r"\toprule", " & ".join(map(_tex, sheet.columns)) + r" \\", r"\midrule",
+        r"\footnotesize\setlength{\tabcolsep}{3pt}", rf"\begin{{tabular}}{{{align}}}",
+        r"\toprule", " & ".join(map(_tex, sheet.columns)) + r" \\", r"\midrule",
         *body, r"\bottomrule", r"\end{tabular}", r"\end{table}", "",
     ])  # fmt: skip
 

@@ -269,3 +269,27 @@ def test_bad_input(arguments: dict[str, Any], message: str) -> None:
     good: dict[str, Any] = {name: torch.zeros(1, 8, 2, 4) for name in "qkv"} | {"mask": None, "window": 2}
     with pytest.raises(ValueError, match=message):
         band_attention(**(good | arguments))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_keeps_its_digits_at_length_16384(dtype: torch.dtype, tolerance: float) -> None:
+    """Against the keys of each window laid side by side, in float64: an L x L matrix would not fit."""
+    torch.manual_seed(0)
+    length, reach, size = 16384, 5, 4
+    given = [torch.randn(1, length, 2, size).to(dtype) for _ in range(4)]
+    q, k, v = (t.double().requires_grad_() for t in given[:3])
+
+    def windows(t: Tensor) -> Tensor:
+        return F.pad(t, (0, 0, 0, 0, reach, reach)).unfold(1, 2 * reach + 1, 1)  # (B, L, H, E, 2 reach + 1)
+
+    there = windows(torch.ones(1, length, 1, 1))[:, :, 0] > 0
+    scores = torch.einsum("blhe,blhen->blhn", q, windows(k)) * size**-0.5
+    weights = scores.masked_fill(~there, -torch.inf).softmax(-1)
+    wanted = torch.einsum("blhn,blhen->blhe", weights, windows(v))
+    wanted_all = [wanted, *torch.autograd.grad(wanted, (q, k, v), given[3].double())]
+    q, k, v = (t.clone().requires_grad_() for t in given[:3])
+    found = band_attention(q, k, v, None, reach, impl="cpu")
+    found_all = [found, *torch.autograd.grad(found, (q, k, v), given[3])]
+    for own, right in zip(found_all, wanted_all, strict=True):
+        error = (own.double() - right).square().mean().sqrt() / right.square().mean().sqrt()
+        assert error < tolerance

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +92,17 @@ def test_a_checkpoint(saved: tuple[Path, dict[str, Any]], data: st.DataObject) -
     assert checkpoint.read(path)["global_step"] == 3
 
 
+def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path) -> None:
+    checkpoint.write([1, 2], tmp_path / "list.ckpt")  # type: ignore[arg-type]
+    for name, says in (("list", "holds a list"), ("absent", "is missing")):
+        with pytest.raises(UserError, match=rf"{name}.ckpt {says}|{name}.ckpt is damaged \(it {says}"):
+            checkpoint.read(tmp_path / f"{name}.ckpt")
+
+
 def test_a_checkpoint_is_still_one_of_torch(saved: tuple[Path, dict[str, Any]]) -> None:
     path, content = saved
+    with zipfile.ZipFile(path) as archive:
+        assert archive.comment == hashlib.sha256(path.read_bytes()[:-64]).hexdigest().encode()
     found = torch.load(path, weights_only=True)
     assert found["lra"] == content["lra"]
     assert all(torch.equal(found["state_dict"][k], v) for k, v in content["state_dict"].items())
