@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from fault_fuzz import CASES, SLOW, damaged, texts
 from hypothesis import given
 from hypothesis import strategies as st
