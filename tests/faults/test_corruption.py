@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import zipfile
@@ -59,6 +60,15 @@ def test_a_manifest(prepared: store.Prepared, data: st.DataObject) -> None:
         assert found is None or found.manifest == prepared.manifest
     finally:
         path.write_bytes(whole)
+
+
+def test_floors_are_computed_once_for_the_same_data(prepared: store.Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = prepared.task.floors(prepared.split("train"), prepared.split("test"))
+    assert floors(prepared) == right
+    monkeypatch.setattr(type(prepared.task), "floors", lambda *_: {"majority class": 0.0})
+    assert floors(prepared) == right
+    other = prepared.manifest | {"sha256": dict.fromkeys(SPLITS, "0" * 64)}
+    assert floors(dataclasses.replace(prepared, manifest=other)) == {"majority class": 0.0}
 
 
 @given(data=st.data())
