@@ -54,6 +54,31 @@ def test_a_failing_part_does_not_keep_the_others(tmp_path: Path, monkeypatch: py
     assert "unknown part 'c'; one of a, b" in said
 
 
+def test_what_a_part_leaves_unused_goes_to_those_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LRA_RESULTS", str(tmp_path))
+    monkeypatch.setattr(
+        measure, "PARTS", {name: ((name,), share) for name, share in (("a", 0.5), ("b", 0.3), ("c", 0.2))}
+    )
+    clock, given = [1000.0], []
+
+    def part(arguments: tuple[str, ...], log: Path, seconds: float) -> str:
+        given.append((*arguments, round(seconds, 6)))
+        clock[0] += 10 if arguments == ("a",) else seconds
+        return "ok"
+
+    monkeypatch.setattr(measure, "run_part", part)
+    monkeypatch.setattr(measure.time, "monotonic", lambda: clock[0])
+    code, said = run_main("--seconds", "100")
+    assert code == 0
+    # a takes 10 of its 50 seconds, which leaves 90 for shares of 3 to 2
+    assert given == [("a", 50.0), ("b", 54.0), ("c", 36.0)]
+    assert [line.split(",")[0] for line in said.splitlines()] == [
+        "a: ok after 10 s",
+        "b: ok after 54 s",
+        "c: ok after 36 s",
+    ]
+
+
 def test_the_parts_are_commands_of_this_project() -> None:
     assert sum(share for _, share in PARTS.values()) == pytest.approx(1)
     for arguments, _ in PARTS.values():
