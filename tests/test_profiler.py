@@ -71,6 +71,23 @@ def test_a_classifier_of_bytes_and_a_kernel_that_is_a_product() -> None:
     assert found["parameters"] > profiler.BYTES * 16
 
 
+@pytest.mark.parametrize("method", ["process high-water mark above start", "allocator"])
+def test_a_peak_counts_what_was_there_before_the_step(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Known:
+        def __init__(self, device: torch.device) -> None: ...
+
+        def read(self) -> dict[str, Any]:
+            return {"method": method, "peak_bytes": 10**6}
+
+    monkeypatch.setattr(profiler.memory, "Peak", Known)
+    found = profiler.measure_memory(Cell("gru", 32, 1, 8, 1), torch.device("cpu"))
+    # an allocator's own count holds them already
+    before = found["parameters"] + found["optimiser"] if method.startswith("process") else 0
+    assert found["peak_bytes"] == 10**6 + before
+    whole = found["parameters"] + found["optimiser"] + found["gradients"] + found["activations"]
+    assert whole == found["peak_bytes"]
+
+
 def test_peak_memory_in_a_fresh_process_is_that_of_the_step() -> None:
     """Twice the batch takes twice the activations; 64 MiB of them are certain at this size."""
     one, two = (
