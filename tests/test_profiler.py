@@ -14,7 +14,7 @@ import torch
 from test_report import profiled
 from typer.testing import CliRunner
 
-from lra import efficiency, fit, lra_table, profiler, timing
+from lra import efficiency, fit, lra_table, profiler, sheets, timing
 from lra.cli import app
 from lra.errors import UserError
 from lra.profiler import Cell
@@ -264,3 +264,16 @@ def test_tree_command() -> None:
     assert "mixer" in done.stdout
     assert "lra.recurrent_cell" in done.stdout
     assert "not counted: nothing" in done.stdout
+
+
+def test_the_table_says_how_far_the_two_flop_numbers_are_apart_and_leaves_out_what_nobody_has() -> None:
+    one, two = profiled("gru", 256, 1.0), profiled("s4d", 512, 1.0)
+    two["flops"]["matmul_by_formula"] = two["flops"]["matmul_counted"] / 1.02
+    found = efficiency.sheets([one, two])[0]
+    assert "matrix work counted and by formula: at most 2.00 % apart (s4d at 512)" in found.notes
+    shown = [str(column.header) for column in sheets.terminal(found).columns]
+    assert "tokens/s" in shown
+    assert "decode µs" not in shown
+    one["seconds"]["step"] = one["seconds"]["train"]
+    shown = [str(column.header) for column in sheets.terminal(efficiency.sheets([one, two])[0]).columns]
+    assert "decode µs" in shown

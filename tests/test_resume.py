@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from lra import checkpoint, result
-from lra.callbacks import SCHEMA, Stop
+from lra.callbacks import SCHEMA, Meter, Stop
 from lra.distributed import Placement
 from lra.errors import UserError
 from lra.registry import architectures
@@ -133,6 +133,12 @@ def test_a_resumed_run_counts_the_time_of_its_earlier_legs(places: Path, monkeyp
     meter["earlier"] += 1000.0
     checkpoint.write(saved, last)
     assert 1000 < result.read(go(resume=True))["wall_seconds"] < 1600
+
+
+def test_a_run_resumed_twice_counts_every_leg() -> None:
+    meter = Meter(1)
+    meter.load_state_dict(meter.state_dict() | {"earlier": 1000.0})
+    assert 1000 < meter.state_dict()["earlier"] < 1600
 
 
 def test_the_log_of_an_interrupted_run_is_kept(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
