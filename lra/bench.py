@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from lra import parity, result
+from lra import memory, parity, result
 from lra.errors import UserError, unknown
 from lra.kernels._case import Case
 from lra.kernels._dispatch import choose
@@ -86,6 +86,7 @@ def bench(
     for op in chosen:
         if op not in parity.operators():
             raise unknown("operator", op, parity.operators())
+    memory.keep_freed()
     machine = Machine.measured(device)
     dtypes = (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,)
     todo = [(op, case, dtype) for op in chosen for case in parity.cases_of(op, "bench") for dtype in dtypes]
@@ -183,6 +184,7 @@ def bench_models(
     for name in chosen:
         if name not in known:
             raise unknown("architecture with peers", name, known)
+    memory.keep_freed()
     for name in chosen:
         seen(name)
         found = {c.name: c for c in contestants(known[name], device)}

@@ -68,8 +68,10 @@ def _reach(constructor: Constructor, png: Path | None) -> None:
 
 
 def _recall(constructor: Constructor) -> None:
+    from lra import memory
     from lra import recall as kit
 
+    memory.keep_freed()
     both = ("causal", "bidirectional") if "direction" in constructor.options() else ("",)
     for direction in both:
         try:

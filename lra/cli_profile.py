@@ -75,19 +75,16 @@ def _measure(cells: Sequence[Cell], fresh: bool, lra_table: bool) -> None:
     from lra import efficiency, profiler, result, sheets
     from lra.lra_table import sheets as lra_sheets
 
-    begin, found = time.monotonic(), []
+    begin = time.monotonic()
     columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         row = progress.add_task("starting", total=len(cells))
 
-        def seen(cell: Cell) -> None:
-            progress.update(row, description=f"{cell.architecture} at {cell.length:,}")
+        def seen(cell: Cell, done: int, total: int) -> None:
+            said = f"{cell.architecture} at {cell.length:,}" + (", again" if done >= len(cells) else "")
+            progress.update(row, description=said, completed=done, total=total)
 
-        for record in profiler.profile(cells, result.folder(), fresh=fresh, seen=seen):
-            found.append(record)
-            progress.advance(row)
-            if not console.is_terminal and "failed" in record:
-                console.print(f"{record['cell']['architecture']}: {escape(record['failed'])}", soft_wrap=True)
+        found = profiler.profile(cells, result.folder(), fresh=fresh, seen=seen)
     found.sort(key=lambda p: (p["cell"]["architecture"], p["cell"]["length"]))
     shown = lra_sheets(found, result.folder()) if lra_table else efficiency.sheets(found)
     for sheet in shown:

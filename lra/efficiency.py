@@ -26,6 +26,8 @@ from lra.sheets import Cell, Sheet
 Profile = dict[str, Any]
 Shape = tuple[str, str, int, int, int, str]
 BASE = "transformer"
+CLOSE = 0.05
+"""How far apart the two fastest rounds of a cell may be."""
 COLUMNS = (
     "architecture", "L", "params", "GFLOP", "formula %", "fwd ms", "step ms", "IQR %", "decode µs", "tokens/s",
     "MFU %", "MiB", "activations", "tokens/MiB",
@@ -107,7 +109,7 @@ def sheets(profiles: Sequence[Profile]) -> list[Sheet]:
             f"{p['cell']['architecture']}: not counted: {', '.join(p['flops']['uncounted'])}"
             for p in cells if "failed" not in p and p["flops"]["uncounted"]
         ]  # fmt: skip
-        notes += [_agreement(cells), NOTE]
+        notes += [_agreement(cells), *_unsteady(cells), NOTE]
         lines = [[Cell(text) for text in texts(p)] for p in cells if "failed" not in p]
         hidden = frozenset({"formula %", "IQR %", "tokens/MiB", "activations"})
         found.append(Sheet(f"Efficiency: {title(shape)}", COLUMNS, lines, notes, hidden))
@@ -127,10 +129,29 @@ def _agreement(cells: Sequence[Profile]) -> str:
     return f"matrix work counted and by formula: at most {100 * worst:.2f} % apart ({where})" if where else "no formula"
 
 
+def agreed(rounds: Sequence[Mapping[str, float]]) -> bool:
+    """Whether the two lowest medians of each timing differ by at most CLOSE. rounds: timing -> median seconds."""
+    for name in rounds[0]:
+        lowest = sorted(taken[name] for taken in rounds if name in taken)[:2]
+        if len(lowest) < 2 or lowest[1] > (1 + CLOSE) * lowest[0]:
+            return False
+    return True
+
+
+def _unsteady(cells: Sequence[Profile]) -> list[str]:
+    """Which cells no two rounds measured alike."""
+    apart = [
+        f"{p['cell']['architecture']} at {p['cell']['length']:,}"
+        for p in cells if "failed" not in p and not agreed(p["rounds"])
+    ]  # fmt: skip
+    return [f"two fastest rounds more than {100 * CLOSE:.0f} % apart: {', '.join(apart)}"] if apart else []
+
+
 NOTE = (
-    "GFLOP: forward of one sequence, multiply-add = 2; formula: matrix work counted over what cost() says; IQR: of "
-    "the training step, over its median; MiB: peak of a training step, activations: what it takes beside parameters, "
-    "gradients and optimiser; MFU: of the rate of a large float32 matrix product here"
+    "times: median of the fastest of several rounds; GFLOP: forward of one sequence, multiply-add = 2; formula: matrix "
+    "work counted over what cost() says; IQR: of the training step, over its median; MiB: peak of a training step, "
+    "activations: what it takes beside parameters, gradients and optimiser; MFU: of the rate of a large float32 matrix "
+    "product here"
 )
 
 

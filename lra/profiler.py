@@ -8,12 +8,10 @@ everything, plus the parameters and the optimiser's state that were there by the
 
 from __future__ import annotations
 
-import ctypes
 import json
 import multiprocessing
 import resource
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from torch.nn import functional as F
 from lra import flops, memory, result, timing
 from lra.bench import Machine
 from lra.data import Batch
+from lra.efficiency import agreed
 from lra.encoder import Encoder
 from lra.model import Classifier
 from lra.registry import architectures
@@ -32,6 +31,8 @@ from lra.task import Protocol
 from lra.timing import Timing, measure
 
 BYTES, CLASSES, SHORT = 256, 2, 64
+ROUNDS = 5
+"""Times a cell is timed at most."""
 
 
 @dataclass(frozen=True)
@@ -55,44 +56,101 @@ class Cell:
 
 
 def profile(
-    cells: Iterable[Cell], root: Path, *, timeout: float = 300.0, fresh: bool = False,
-    seen: Callable[[Cell], None] = lambda _: None,
-) -> Iterator[dict[str, Any]]:  # fmt: skip
+    cells: Iterable[Cell], root: Path, *, timeout: float = 300.0, fresh: bool = False, rounds: int = ROUNDS,
+    seen: Callable[[Cell, int, int], None] = lambda *_: None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Measure each cell in a process of its own, or take it from its file; a cell that fails says why and is kept, and
-    longer ones of its architecture are not tried."""
+    longer ones of its architecture are not tried.
+
+    What else a machine does, and its neighbours, makes whole seconds slow. So every cell is timed again after all the
+    others, and once more, up to `rounds` in all, until its two fastest rounds agree; the fastest is what is reported.
+    seen: called with the cell, how many measurements are done, and how many there are in all so far.
+    """
     here = "cuda" if torch.cuda.is_available() else "cpu"
-    machine, threads = None, torch.get_num_threads()
+    found = [_Kept(cell, cell.path(root, here)) for cell in cells]
+    machine: Machine | None = None
     failed: dict[tuple[object, ...], int] = {}
-    for cell in cells:
-        seen(cell)
-        path = cell.path(root, here)
-        line = (cell.architecture, cell.batch, cell.d_model, cell.n_layers, cell.direction, cell.task)
-        kept = None if fresh else _read(path)
-        if kept is not None and kept["cell"] == asdict(cell) and kept["environment"].get("threads") == threads:
-            found = kept
-        elif failed.get(line, cell.length) < cell.length:
-            found = {"cell": asdict(cell), "failed": f"not tried: failed at {failed[line]:,}"}
-            yield found | {"environment": result.environment()}
-            continue
-        else:
-            machine = machine or Machine.measured(torch.device(here))
-            measured = in_process(measure_cell, cell, here, timeout)
-            if "failed" not in measured:
-                measured |= {"machine": asdict(machine), "mfu": measured["flops_per_second"] / machine.rate}
-            found = {"cell": asdict(cell), **measured, "environment": result.environment()}
-            with result.atomic(path) as temporary:
-                temporary.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        if "failed" in found:
-            failed[line] = min(failed.get(line, cell.length), cell.length)
-        yield found
+    done, total = 0, len(found)
+    for number in range(1, rounds + 1):
+        due = [kept for kept in found if number == 1 or not kept.settled(rounds)]
+        total = done + len(due) if number > 1 else total
+        for kept in due:
+            cell = kept.cell
+            seen(cell, done, total)
+            done += 1
+            line = (cell.architecture, cell.batch, cell.d_model, cell.n_layers, cell.direction, cell.task)
+            if number == 1 and not fresh and kept.read():
+                pass
+            elif failed.get(line, cell.length) < cell.length:
+                kept.record = {"cell": asdict(cell), "failed": f"not tried: failed at {failed[line]:,}"}
+                kept.record |= {"environment": result.environment()}
+            elif number == 1:
+                machine = machine or Machine.measured(torch.device(here))
+                kept.first(in_process(measure_cell, cell, here, timeout), machine)
+            else:
+                kept.again(in_process(measure_times, cell, here, timeout))
+            if "failed" in kept.record:
+                failed[line] = min(failed.get(line, cell.length), cell.length)
+    return [kept.record for kept in found]
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) and {"cell", "environment"} <= set(content) else None
-    except (OSError, ValueError):
-        return None
+class _Kept:
+    """A cell and what its file holds."""
+
+    def __init__(self, cell: Cell, path: Path) -> None:
+        self.cell, self.path = cell, path
+        self.record: dict[str, Any] = {}
+
+    def read(self) -> bool:
+        """Whether the file holds this very cell, measured with as many threads."""
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        if not isinstance(content, dict) or not {"cell", "environment"} <= set(content):
+            return False
+        if not {"failed", "rounds"} & set(content):
+            return False
+        if content["cell"] != asdict(self.cell) or content["environment"].get("threads") != torch.get_num_threads():
+            return False
+        self.record = content
+        return True
+
+    def first(self, measured: dict[str, Any], machine: Machine) -> None:
+        self.record = {"cell": asdict(self.cell), **measured, "environment": result.environment()}
+        if "failed" not in measured:
+            self.record |= {"machine": asdict(machine), "rounds": [_medians(measured["seconds"])]}
+            self._rated()
+        self._write()
+
+    def again(self, measured: dict[str, Any]) -> None:
+        """Another round of timings; one that fails counts as a round that says nothing."""
+        self.record["rounds"].append({} if "failed" in measured else _medians(measured))
+        for name, now in ({} if "failed" in measured else measured).items():
+            self.record["seconds"][name] = min(self.record["seconds"][name], now, key=lambda t: t["median"])
+        self._rated()
+        self._write()
+
+    def settled(self, rounds: int) -> bool:
+        """Whether each timing's two fastest rounds agree, or there will be no more rounds."""
+        return "failed" in self.record or len(self.record["rounds"]) >= rounds or agreed(self.record["rounds"])
+
+    def _rated(self) -> None:
+        step = self.record["seconds"]["train"]["median"]
+        rate = self.cell.batch * self.record["flops"]["forward_backward"] / step
+        self.record |= {
+            "examples_per_second": self.cell.batch / step,
+            "tokens_per_second": self.cell.batch * self.cell.length / step,
+            "flops_per_second": rate, "mfu": rate / self.record["machine"]["rate"],
+        }  # fmt: skip
+
+    def _write(self) -> None:
+        with result.atomic(self.path) as temporary:
+            temporary.write_text(json.dumps(self.record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _medians(seconds: dict[str, Any]) -> dict[str, float]:
+    return {name: timing["median"] for name, timing in seconds.items()}
 
 
 def in_process(
@@ -179,8 +237,6 @@ def _memory(subject: Subject) -> dict[str, Any]:
     subject.train(subject.inputs(min(SHORT, subject.cell.length)))
     subject.optimizer.zero_grad(set_to_none=True)
     given = subject.inputs(subject.cell.length)
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
     state = (v for s in subject.optimizer.state.values() for v in s.values() if isinstance(v, Tensor))
     sizes = {"parameters": _bytes(subject.model.parameters()), "optimiser": _bytes(state)}
     peak = memory.Peak(subject.device)
@@ -204,17 +260,6 @@ def measure_cell(cell: Cell, device: torch.device) -> dict[str, Any]:
     except NotImplementedError:
         declared = None
 
-    def forward() -> None:
-        with torch.no_grad():
-            subject.model(*given)
-
-    timed = {
-        "forward": measure(forward, device, budget=cell.budget),
-        "train": measure(lambda: subject.train(given), device, budget=cell.budget),
-    }
-    if (decode := _decode(subject)) is not None:
-        timed["step"] = decode
-    step = timed["train"].median
     return {
         "parameters": sum(p.numel() for p in subject.model.parameters()),
         "flops": {
@@ -222,13 +267,33 @@ def measure_cell(cell: Cell, device: torch.device) -> dict[str, Any]:
             "matmul_counted": work.matmul if declared is None else work.counterpart(declared),
             "matmul_by_formula": declared, "uncounted": sorted(work.uncounted), "counted_on": work.device,
         },
-        "seconds": {name: asdict(t) for name, t in timed.items()},
+        "seconds": _times(subject, given),
         "memory": sizes,
-        "tokens_per_second": cell.batch * cell.length / step,
-        "examples_per_second": cell.batch / step,
-        "flops_per_second": cell.batch * work.forward_backward / step,
         "conditions": timing.conditions(device),
     }  # fmt: skip
+
+
+def measure_times(cell: Cell, device: torch.device) -> dict[str, Any]:
+    """Speed alone, in this process."""
+    subject = Subject(cell, device)
+    return _times(subject, subject.inputs(cell.length))
+
+
+def _times(subject: Subject, given: tuple[Any, ...]) -> dict[str, Any]:
+    memory.keep_freed()
+    device, budget = subject.device, subject.cell.budget
+
+    def forward() -> None:
+        with torch.no_grad():
+            subject.model(*given)
+
+    timed = {
+        "forward": measure(forward, device, budget=budget),
+        "train": measure(lambda: subject.train(given), device, budget=budget),
+    }
+    if (decode := _decode(subject)) is not None:
+        timed["step"] = decode
+    return {name: asdict(t) for name, t in timed.items()}
 
 
 def first_of(given: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -65,6 +65,7 @@ def train(found: Recipe, prepared: Prepared, model: Classifier, setting: Setting
     """Pretrain if the recipe says so, then train with validation. Raises UserError, Interrupted."""
     here = setting.device
     peak = memory.Peak(here)
+    memory.keep_freed()
     split = prepared.split("train")
     data = DeviceSet.of(split, prepared.protocol, here, choose(len(split), found.data.train_examples))
     _arranged(found, model)
