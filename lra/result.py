@@ -239,11 +239,17 @@ def environment() -> dict[str, Any]:
 
 @cache
 def _cpu() -> str:
+    """Model, and how many of its processors this process may use: it may be confined to some of them."""
+    name = platform.processor() or "unknown"
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()} x{os.cpu_count()}"
-    return f"{platform.processor() or 'unknown'} x{os.cpu_count()}"
+        models = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
+        name = models[0].partition(":")[2].strip() if models else name
+    return f"{name} x{cpus()}"
+
+
+def cpus() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def commit() -> dict[str, Any]:

@@ -27,7 +27,7 @@ from lra import __version__, registry
 from lra.errors import unknown
 from lra.manifest import MANIFEST, hash_file, read_manifest, write_manifest
 from lra.overlap import fingerprints, shared
-from lra.result import safe
+from lra.result import cpus, safe
 from lra.task import SPLITS, DataError, Progress, Protocol, Split, Task, silent
 
 FORMAT = 1
@@ -137,7 +137,7 @@ def prepared(
     with _locked(folder, report):
         if found := find(owner, frozen):
             return _same_source(_intact(found, report), source)
-        _prepare(owner, frozen, folder, source_folder(source) if frozen.raw else None, workers or _cpus(), report)
+        _prepare(owner, frozen, folder, source_folder(source) if frozen.raw else None, workers or cpus(), report)
     done = find(owner, frozen)
     if done is None:
         raise DataError(f"{folder} changed while it was being opened; try again")
@@ -337,7 +337,3 @@ def _overlaps(task: Task, protocol: Protocol, folder: Path, progress: Progress) 
         for a, b, count, total in found
         if total >= COMPARED and count > total * OVERLAP
     ]
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

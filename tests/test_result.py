@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,3 +156,11 @@ def test_the_command_of_a_record_does_the_whole_run_again(typed: str, monkeypatc
     monkeypatch.setattr("sys.argv", ["/somewhere/lra", "run", "listops", "gru", *typed.split()])
     assert result.command_line(repeatable=True) == "lra run listops gru --seed 3"
     assert result.command_line() == f"lra run listops gru {typed}"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes are not confined here")
+def test_a_confined_process_counts_the_processors_it_has() -> None:
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from lra import result; "
+    code += "print(result.environment()['cpu'], result.cpus())"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert (said[-2], said[-1]) == ("x1", "1")
