@@ -19,7 +19,7 @@ from lra.registry import architectures
 if TYPE_CHECKING:
     from lra.profiler import Cell
 
-QUICK = {"lengths": "512,1024,2048", "batch": 1, "d_model": 64, "layers": 2, "budget": 0.5}
+QUICK = {"lengths": "512,1024,2048", "batch": 1, "d_model": 64, "layers": 2, "budget": 0.3}
 FULL = {"lengths": ",".join(str(2**n) for n in range(8, 17)), "batch": 1, "d_model": 128, "layers": 4, "budget": 3.0}
 LRA = {"lengths": "1024,2048,3072,4096", "batch": 32, "d_model": 64, "layers": 2, "budget": 3.0}
 Size = Annotated[int | None, typer.Option(min=1)]

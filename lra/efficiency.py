@@ -26,7 +26,7 @@ from lra.sheets import Cell, Sheet
 Profile = dict[str, Any]
 Shape = tuple[str, str, int, int, int, str]
 BASE = "transformer"
-CLOSE = 0.05
+CLOSE = 0.1
 """How far apart the two fastest rounds of a cell may be."""
 COLUMNS = (
     "architecture", "L", "params", "GFLOP", "formula %", "fwd ms", "step ms", "IQR %", "decode µs", "tokens/s",
