@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from lra.registry import architectures
 if TYPE_CHECKING:
     from lra.profiler import Cell
 
+PATIENCE = 450.0
+"""Seconds of the quick form after which cells are not timed a third time."""
 QUICK = {"lengths": "512,1024,2048", "batch": 1, "d_model": 64, "layers": 2, "budget": 0.3}
 FULL = {"lengths": ",".join(str(2**n) for n in range(8, 17)), "batch": 1, "d_model": 128, "layers": 4, "budget": 3.0}
 LRA = {"lengths": "1024,2048,3072,4096", "batch": 32, "d_model": 64, "layers": 2, "budget": 3.0}
@@ -68,10 +71,10 @@ def profile(
     elif fit:
         _fit(cells[: len(chosen)], fit)
     else:
-        _measure(cells, fresh, lra_table)
+        _measure(cells, fresh, lra_table, PATIENCE if base is QUICK else math.inf)
 
 
-def _measure(cells: Sequence[Cell], fresh: bool, lra_table: bool) -> None:
+def _measure(cells: Sequence[Cell], fresh: bool, lra_table: bool, patience: float) -> None:
     from lra import efficiency, profiler, result, sheets
     from lra.lra_table import sheets as lra_sheets
 
@@ -84,7 +87,7 @@ def _measure(cells: Sequence[Cell], fresh: bool, lra_table: bool) -> None:
             said = f"{cell.architecture} at {cell.length:,}" + (", again" if done >= len(cells) else "")
             progress.update(row, description=said, completed=done, total=total)
 
-        found = profiler.profile(cells, result.folder(), fresh=fresh, seen=seen)
+        found = profiler.profile(cells, result.folder(), fresh=fresh, patience=patience, seen=seen)
     found.sort(key=lambda p: (p["cell"]["architecture"], p["cell"]["length"]))
     shown = lra_sheets(found, result.folder()) if lra_table else efficiency.sheets(found)
     for sheet in shown:

@@ -9,8 +9,10 @@ everything, plus the parameters and the optimiser's state that were there by the
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import resource
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,24 +59,27 @@ class Cell:
 
 def profile(
     cells: Iterable[Cell], root: Path, *, timeout: float = 300.0, fresh: bool = False, rounds: int = ROUNDS,
-    seen: Callable[[Cell, int, int], None] = lambda *_: None,
+    patience: float = math.inf, seen: Callable[[Cell, int, int], None] = lambda *_: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Measure each cell in a process of its own, or take it from its file; a cell that fails says why and is kept, and
     longer ones of its architecture are not tried.
 
     What else a machine does, and its neighbours, makes whole seconds slow. So every cell is timed again after all the
     others, and once more, up to `rounds` in all, until its two fastest rounds agree; the fastest is what is reported.
-    seen: called with the cell, how many measurements are done, and how many there are in all so far.
+    patience: seconds after which nothing is timed a third time. seen: called with the cell, how many measurements are
+    done, and how many there are in all so far.
     """
     here = "cuda" if torch.cuda.is_available() else "cpu"
     found = [_Kept(cell, cell.path(root, here)) for cell in cells]
     machine: Machine | None = None
     failed: dict[tuple[object, ...], int] = {}
-    done, total = 0, len(found)
+    done, total, end = 0, len(found), time.monotonic() + patience
     for number in range(1, rounds + 1):
         due = [kept for kept in found if number == 1 or not kept.settled(rounds)]
         total = done + len(due) if number > 1 else total
         for kept in due:
+            if number > 2 and time.monotonic() > end:
+                break
             cell = kept.cell
             seen(cell, done, total)
             done += 1

@@ -184,6 +184,12 @@ def test_rounds_that_never_agree_end_and_are_named(tmp_path: Path, monkeypatch: 
     assert any(note.endswith("10 % apart: s4d at 32") for note in efficiency.sheets([found])[0].notes)
 
 
+def test_a_third_round_needs_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = _answering(monkeypatch, (2.0**-n for n in range(99)))
+    profiler.profile([Cell("s4d", 32), Cell("lru", 32)], tmp_path, patience=0.0)
+    assert asked == ["s4d 32", "lru 32", "s4d 32 again", "lru 32 again"]
+
+
 def test_an_interrupted_profile_takes_only_the_rounds_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = _answering(monkeypatch)
     profiler.profile([Cell("s4d", 32)], tmp_path, rounds=1)
