@@ -1,9 +1,10 @@
-"""Batch normalisation of sequences that are padded."""
+"""Norms beside PyTorch's own: batch normalisation of sequences that are padded, and one gain for all channels."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lra.architectures._precision import wide
 
@@ -37,6 +38,18 @@ class BatchNorm(nn.Module):
                 self.running_var.lerp_(unbiased, self.momentum)
         scale = self.weight * torch.rsqrt(variance + self.eps)
         return (wide(x) * scale + (self.bias - mean * scale)).to(x.dtype)
+
+
+class ScaleNorm(nn.Module):
+    """g x / sqrt(mean of x^2 + eps), g one number: (..., D). arXiv:1910.05895 has the sum in place of the mean."""
+
+    def __init__(self, d_model: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight.expand(x.shape[-1]), self.eps)
 
 
 def normalised(norm: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:

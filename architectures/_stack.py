@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._moe import MIXTURES, Experts
-from lra.architectures._norm import BatchNorm, normalised
+from lra.architectures._norm import BatchNorm, ScaleNorm, normalised
 from lra.encoder import Cost, Encoder, Mixer, lengths_of
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "layer": nn.LayerNorm, "rms": lambda d: nn.RMSNorm(d, eps=1e-6), "batch": BatchNorm,
+    "layer": nn.LayerNorm, "rms": lambda d: nn.RMSNorm(d, eps=1e-6), "batch": BatchNorm, "scale": ScaleNorm,
 }  # fmt: skip
 POSITIONS = ("none", "sinusoidal", "learned")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
@@ -36,8 +36,8 @@ class Block:
     ffn: "gelu", "relu" or "silu" (two linear maps), "swiglu" (gated), "none", or a mixture of experts,
     "moe" or "switch"; expand: its hidden width, or that of each expert, over d_model.
     experts: options of the mixture, the keyword arguments of NoisyTopK or Switch in `_moe.py`.
-    norm: "layer", "rms", or "batch" (in training over the real tokens of the whole batch); prenorm: before each part
-    (else after the sum).
+    norm: "layer", "rms", "scale" (rms with one gain for all channels), or "batch" (in training over the real tokens of
+    the whole batch); prenorm: before each part (else after the sum).
     positions: added to the input: "none", "sinusoidal" (fixed), "learned" (up to `length`).
     """
 

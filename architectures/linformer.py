@@ -20,7 +20,7 @@ the layer of the authors' fairseq code, whose RoBERTa model then draws all maps 
 
 Departures: norms come before each part, as in the LRA code, which leaves out the padding mask.
 
-Checked against: tensors of the linformer package ("head") and of LRA's layer ("key-value"), outputs and gradients;
+Checked against: tensors of the linformer package ("head", "key-value") and of LRA's layer, outputs and gradients;
 softmax attention at k = L with identity projections.
 """
 

@@ -16,8 +16,9 @@ Departures: the released code of the paper reshapes to (W, L / W) where it means
 the positions equal modulo L / W, and reads the padding mask in the other order; here blocks are runs of W tokens. The
 causal direction looks ahead nowhere. The default W = 50 is the code's; its image and Pathfinder recipes use 64.
 
-Checked against: tensors of the package local-attention (LocalAttention with own block, one back, one on each side),
-outputs and gradients; softmax attention under the explicit L x L mask.
+Checked against: tensors of the package local-attention (LocalAttention with own block, one back, one on each side), of
+the paper's own layer, its positions put in order, and of the local layer of Hugging Face's Reformer; outputs and
+gradients; softmax attention under the explicit L x L mask.
 """
 
 from __future__ import annotations

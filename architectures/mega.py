@@ -22,7 +22,8 @@ Initialisation, the authors': linear maps and k normal of deviation 0.02, their 
 Departures: dropout where the suite's block has it, on u (h - x); theirs is on m, V, A and h.
 
 Checked against: tensors of the authors' MultiHeadEMA (both directions, every gradient), MovingAverageGatedAttention
-(causal, softmax and laplace, both biases) and MegaSentenceEncoderLayer (pre- and post-norm, chunks, padding).
+(causal, softmax and laplace, both biases) and MegaSentenceEncoderLayer (before and after each part; layer, batch and
+scale norm; chunks, padding).
 """
 
 from __future__ import annotations

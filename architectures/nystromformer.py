@@ -22,8 +22,9 @@ Departures: norms come before each part, as in the LRA code. The authors' code n
 padding into the means, and takes |A|_1 over the whole batch, so that examples influence each other; here it is the
 norm of each matrix, the equation. A segment's mean sees the future: there is no causal form.
 
-Checked against: tensors of Hugging Face's layer with its exact norm, at full length, outputs and gradients; the
-authors' iteration; the equations segment by segment on sequences alone; softmax attention at m = L.
+Checked against: tensors of Hugging Face's layer with its exact norm, at full length, and of both layers of the
+authors, their segments and their norm put in, outputs and gradients; the equations segment by segment on sequences
+alone; softmax attention at m = L.
 """
 
 from __future__ import annotations

@@ -21,9 +21,9 @@ Departures: chunks do not reach across rounds, nor around the end; in the author
 sees the m tokens before it in its bucket: with whole chunks, what it sees would hang on how many later tokens come into
 lower buckets. The streams are averaged at the end and normalised.
 
-Checked against: buckets of Hugging Face's LSHSelfAttention, and the outputs and gradients of its layers sent through
-the reversible pass here; softmax attention under the explicit L x L mask of the equation; autograd through the same
-layers; inputs recovered from outputs.
+Checked against: buckets of Hugging Face's LSHSelfAttention, its chunks sent through the softmax over rounds here, and
+its layers through the reversible pass, outputs and gradients; softmax attention under the explicit L x L mask of the
+equation; autograd through the same layers; inputs recovered from outputs.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def modes(init: str, state_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """A, P and B, each (N / 2,) complex128: HiPPO in the basis that makes it diagonal minus P P^*."""
     n = torch.arange(state_size // 2, dtype=torch.float64)
     if init == "fout":
-        B = torch.where(n == 0, 0.5**0.5, 1.0).to(torch.complex128)
+        B = torch.where(n == 0, 0.5, torch.ones_like(n)).sqrt().to(torch.complex128)
         return torch.complex(torch.zeros_like(n), math.pi * n), B, B
     frequency, basis, b = legs_modes(state_size)
     kept = frequency > 0

@@ -18,8 +18,8 @@ Departures: the paper is autoregressive; both ways the patterns are mirrored (|i
 too). The block is the usual pre-norm one, without the paper's scaled initialisation and recomputation. The LRA code
 merges both patterns in every head, always causally, and adds the first column of a block to the summaries.
 
-Checked against: masks and tensors of the authors' code (openai/sparse_attention), outputs and gradients; softmax
-attention under the explicit L x L mask.
+Checked against: masks and tensors of the authors' code (openai/sparse_attention) and of LRA's layer, which sees the
+first columns besides, outputs and gradients; softmax attention under the explicit L x L mask.
 """
 
 from __future__ import annotations

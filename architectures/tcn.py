@@ -22,8 +22,8 @@ feed-forward parts; the bidirectional form runs two of them. WaveNet starts its 
 softmax over samples where this ends in D features; weight norm in it is that of the code compared with. Its last level
 feeds no other and has no W_o.
 
-Checked against: tensors of the authors' TemporalConvNet; of ResidualConv1dGLU, a public WaveNet block, whose output is
-scaled by sqrt(1/2) where the paper's is not; outputs and gradients. A float64 loop for the sum over levels.
+Checked against: tensors of the authors' TemporalConvNet; of a public WaveNet, one block and a network of four, whose
+streams are scaled by sqrt(1/2) where the paper's are not; outputs and gradients. A float64 loop over the equations.
 """
 
 from __future__ import annotations

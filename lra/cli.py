@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from lra.cli_check import check
 from lra.cli_common import console, errors, guarded
@@ -34,12 +35,16 @@ def list_(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable
         print(json.dumps({"architectures": found, "tasks": jobs}, indent=1, sort_keys=True))
         return
     table = Table(title="architectures", title_justify="left", pad_edge=False)
-    for column in ("name", "variants", "family", "work", "year", "paper"):
+    for column in ("name", "variants", "family", "work", "year"):
         table.add_column(column, overflow="fold")
+    table.add_column("paper", no_wrap=True, max_width=len("arXiv:0000.00000"))
     for facts in found:
-        shown = [", ".join(facts["variants"]), *(str(facts.get(k, "")) for k in ("family", "scaling", "year", "url"))]
-        table.add_row(facts["name"], *shown)
+        shown = [", ".join(facts["variants"]), *(str(facts.get(k, "")) for k in ("family", "scaling", "year"))]
+        url = str(facts.get("url", ""))
+        brief = url.replace("https://arxiv.org/abs/", "arXiv:").replace("https://doi.org/", "doi:")
+        table.add_row(facts["name"], *shown, Text(brief, style=f"link {url}" if url else ""))
     console.print(table)
+    console.print("whole addresses: lra list --json, lra show TASK ARCHITECTURE")
     table = Table(title="tasks", title_justify="left", pad_edge=False)
     for column in ("name", "what"):
         table.add_column(column)

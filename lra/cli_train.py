@@ -56,6 +56,8 @@ def show(
             origin_of = "variant" if key in constructor.preset else "the architecture's default"
             table.add_row(f"encoder.{key}", escape(str(value)), origin_of)
     console.print(table)
+    if (card := getattr(constructor.cls, "card", None)) and card.url:
+        console.print(escape(f"{card.title}, {card.year}: {card.url}"), soft_wrap=True)
     for line in _expectations(found.expected):
         console.print(line, soft_wrap=True)
     if found.note:

@@ -231,17 +231,31 @@ def places(values: Sequence[float | None]) -> list[int]:
     return [known.index(v) + 1 if v in known else 0 for v in values]
 
 
+def at_chance(found: Sequence[Row]) -> str:
+    """Which runs of a table are not above the best blind guess, in one line; "" where all are."""
+    whole = [row.label for row in found if not row.succeeded]
+    said = [f"every run of {_among(whole, found)}"] if whole else []
+    said += [
+        f"{row.collapsed} of {row.seeds} runs of {row.label} (the others' mean is {100 * np.mean(row.succeeded):.2f})"
+        for row in found if row.collapsed and row.succeeded
+    ]  # fmt: skip
+    return f"at chance: {'; '.join(said)}" if said else ""
+
+
+def _among(labels: Sequence[str], found: Sequence[Row]) -> str:
+    return "all rows" if len(labels) == len(found) > 1 else ", ".join(labels)
+
+
 def sheet(group: Group, found: Sequence[Row], records: Sequence[Record]) -> Sheet:
     best = places([row.accuracy.mean for row in found])
     lines = [[Cell(text, best[i] if c == "acc %" else 0) for c, text in zip(COLUMNS, cells(row), strict=True)]
              for i, row in enumerate(found)]  # fmt: skip
     notes = []
     if single := [row.label for row in found if row.seeds == 1]:
-        notes.append(f"one seed, ± of the test set: {', '.join(single)}")
+        notes.append(f"one seed, ± of the test set: {_among(single, found)}")
+    if chance := at_chance(found):
+        notes.append(chance)
     for row in found:
-        if row.collapsed:
-            rest = f"; the others' mean is {100 * np.mean(row.succeeded):.2f}" if row.succeeded else ""
-            notes.append(f"{row.label}: {row.collapsed} of {row.seeds} runs at chance{rest}")
         if uncounted := {op for run in row.runs for op in run["flops"].get("uncounted", ())}:
             notes.append(f"{row.label}: GFLOP without {', '.join(sorted(uncounted))}")
     if floors := floor_cells(records, group):

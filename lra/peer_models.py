@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.encoder import Encoder
+from lra.peers import installed
 from lra.registry import architectures
 
 
@@ -70,13 +70,6 @@ class Peer:
     make: Callable[[Shape], nn.Module]
     call: Callable[[nn.Module, Tensor, Tensor], Tensor] = _plain
     whole: bool = False
-
-    @property
-    def installed(self) -> bool:
-        try:
-            return find_spec(self.package) is not None
-        except ModuleNotFoundError:  # of the package that would hold it
-            return False
 
     def build(self, ours: Match) -> nn.Module:
         if self.whole:
@@ -237,7 +230,7 @@ def contestants(match: Match, device: torch.device) -> Iterator[Contestant]:
     mask = (torch.arange(s.length, device=device) < s.length - s.length // 16).expand(s.batch, -1)
     yield _contestant("lra", match.build().to(device), x, mask)
     for peer in match.peers:
-        if peer.installed:
+        if installed(peer.package):
             yield _contestant(peer.name, peer.build(match).to(device), x, mask)
 
 

@@ -41,36 +41,41 @@ def peers(op: str, arguments: dict[str, Any], own: str) -> Iterator[Contender]:
         yield from find(arguments, own)
 
 
-def _has(package: str, tensor: Tensor | None = None) -> bool:
-    """Whether a package is here; those that only run on CUDA tensors are asked for with one of the arguments."""
-    return find_spec(package) is not None and (tensor is None or tensor.is_cuda)
+def installed(package: str, tensor: Tensor | None = None) -> bool:
+    """Whether a package, or a module of one, is here; those that only run on CUDA tensors are asked for with one of the
+    arguments."""
+    try:
+        found = find_spec(package) is not None
+    except ModuleNotFoundError:  # of the package that would hold it
+        return False
+    return found and (tensor is None or tensor.is_cuda)
 
 
 def _linear_scan(given: dict[str, Any], own: str) -> Iterator[Contender]:
     a, b = given["a"], given["b"]
     yield Contender("torch.add of a and b", lambda a, b: a + b, {"a": a.expand_as(b), "b": b}, backward=False)
     if a.is_complex():
-        if _has("s5"):
+        if installed("s5"):
             scan, combine = (
                 import_module("s5.jax_compat").associative_scan,
                 import_module("s5.s5_model").binary_operator,
             )
             yield Contender("s5-pytorch", lambda a, b, **_: scan(combine, (a, b), axis=1)[1], given)
         return
-    if _has("mambapy"):
+    if installed("mambapy"):
         pscan = import_module("mambapy.pscan").pscan
         # (B, L, D, N) there; it writes into its arguments
         yield Contender(
             "mambapy", lambda a, b, **_: pscan(a.unsqueeze(-1).clone(), b.unsqueeze(-1).clone()).squeeze(-1), given
         )
-    if _has("minGRU_pytorch"):
+    if installed("minGRU_pytorch"):
         scan = import_module("minGRU_pytorch.minGRU").heinsen_associative_scan_log
         positive = given | {"a": a.log(), "b": b.abs().log()}
         yield Contender("minGRU-pytorch, logarithms of |b|", lambda a, b, **_: scan(a, b), positive)
 
 
 def _selective_scan(given: dict[str, Any], own: str) -> Iterator[Contender]:
-    if _has("mambapy"):
+    if installed("mambapy"):
         pscan = import_module("mambapy.pscan").pscan
 
         def mambapy(
@@ -82,7 +87,7 @@ def _selective_scan(given: dict[str, Any], own: str) -> Iterator[Contender]:
             return y if z is None else y * F.silu(z)
 
         yield Contender("mambapy", mambapy, given)
-    if _has("mamba_ssm", given["u"]):
+    if installed("mamba_ssm", given["u"]):
         fused = import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
 
         def mamba_ssm(
@@ -95,14 +100,14 @@ def _selective_scan(given: dict[str, Any], own: str) -> Iterator[Contender]:
 
 
 def _ssd(given: dict[str, Any], own: str) -> Iterator[Contender]:
-    if _has("mamba_ssm", given["x"]):
+    if installed("mamba_ssm", given["x"]):
         scan = import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
         yield Contender("mamba-ssm", lambda x, dt, A, B, C, **_: scan(x, dt, A, B, C, 64), given)
 
 
 def _decay_attention(given: dict[str, Any], own: str) -> Iterator[Contender]:
     decay = given["log_decay"]
-    if not _has("fla", decay) or decay.ndim < 3:
+    if not installed("fla", decay) or decay.ndim < 3:
         return
     attend = import_module("fla.ops.gla").chunk_gla if decay.ndim == 4 else None
     attend = attend or import_module("fla.ops.simple_gla").chunk_simple_gla
@@ -110,7 +115,7 @@ def _decay_attention(given: dict[str, Any], own: str) -> Iterator[Contender]:
 
 
 def _delta_rule(given: dict[str, Any], own: str) -> Iterator[Contender]:
-    if not _has("fla", given["q"]):
+    if not installed("fla", given["q"]):
         return
     if given.get("log_decay") is None:
         rule = import_module("fla.ops.delta_rule").chunk_delta_rule

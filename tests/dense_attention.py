@@ -19,6 +19,20 @@ def distances(length: int) -> Tensor:
     return torch.arange(length) - torch.arange(length)[:, None]
 
 
+def load_lra(mixer: AttentionMixer, g: dict[str, Tensor]) -> AttentionMixer:
+    """With the parameters of a layer of the LRA code: kernels (D, H, d), and (H, d, D) going out."""
+    names = ("query", "key", "value")
+    state = {
+        "qkv.weight": torch.cat([g[f"param.{name}.kernel"].flatten(1).T for name in names]),
+        "qkv.bias": torch.cat([g[f"param.{name}.bias"].flatten() for name in names]),
+        "out.weight": g["param.out.kernel"].flatten(0, 1).T,
+        "out.bias": g["param.out.bias"],
+    }
+    left = mixer.double().load_state_dict(state, strict=False)
+    assert not left.unexpected_keys
+    return mixer
+
+
 def assert_dense(mixer: AttentionMixer, sees: Tensor, mask: Tensor, tolerance: float = 1e-11) -> None:
     """Outputs at real tokens, the gradient of the input and of every parameter, in float64. sees: (B or 1, H or 1, L,
     L) bool, padding left out."""

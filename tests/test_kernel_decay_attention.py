@@ -49,6 +49,23 @@ def test_retention(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_rwkv6(impl: str) -> None:
+    """RWKV-6 reads the state before its token, which comes by a bonus u: its queries one step early."""
+    z = golden("rwkv6_wkv")
+    names = ("r", "k", "v", "decay", "u", "initial_state")
+    inputs = leaves(z, *names)
+    r, k, v, decay = (x.transpose(1, 2) for x in inputs[:4])
+    u, h0 = inputs[4:]
+    early = F.pad(r[:, 1:], (0, 0, 0, 0, 0, 1))
+    o, state = decay_attention(early, k, v, decay, chunk=4, scale=1.0, h0=h0, return_state=True, impl=impl)
+    before = torch.cat([(r[:, :1].unsqueeze(-2) @ h0.unsqueeze(1)).squeeze(-2), o[:, :-1]], dim=1)
+    y = (before + (r * u * k).sum(-1, keepdim=True) * v).transpose(1, 2)
+    close(y, z["y"])
+    close(state, z["mid.final_state"])
+    close_gradients(y, z, inputs, *names)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_gated_linear_attention(impl: str) -> None:
     z = golden("gla")
     names = ("q", "k", "v", "gk", "initial_state")

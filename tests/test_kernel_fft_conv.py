@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lra.kernels.fft_conv import cpu, fft_conv
@@ -37,6 +39,21 @@ def test_as_long_a_kernel_as_sequence() -> None:
     assert relative(dk[0, 0], lags[length - 1 :]) < 1e-5
     assert relative(dk[1, 0, :-1], lags[length - 2 :: -1]) < 1e-5
     assert dk[1, 0, -1] == 0  # reaches past the last step
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["longconv_causal_smooth", "longconv_bidirectional"])
+def test_equals_safari_s_long_convolution(name: str, impl: str) -> None:
+    """Two kernels a channel, each way where there are four; around it their GELU, map and gate."""
+    with np.load(Path(__file__).parent / "golden" / f"{name}.npz", allow_pickle=False) as file:
+        g = {key: torch.from_numpy(file[key]) for key in file.files}
+    x, both = g["x"].requires_grad_(), "bidirectional" in name
+    kernels = g["mid.kernel_squashed"].unflatten(0, (-1, 2)).transpose(0, 1)  # (2, directions, H, L)
+    parts = [fft_conv(x, K if both else K[0], D, both, impl=impl) for K, D in zip(kernels, g["param.D"], strict=True)]
+    y = F.linear(F.gelu(torch.cat(parts, dim=-1)), g["param.out.weight"], g["param.out.bias"])
+    y = F.glu(y, dim=-1)
+    torch.testing.assert_close(y, g["y"], rtol=0, atol=1e-11)
+    torch.testing.assert_close(torch.autograd.grad(y, x, g["w"])[0], g["grad.x"], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

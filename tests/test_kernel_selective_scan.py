@@ -30,6 +30,30 @@ def inputs(length: int, batch: int = 2, width: int = 6, size: int = 4) -> dict[s
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_groups_of_channels_are_scans_of_their_own(impl: str) -> None:
+    """selective_scan_ref with B and C: (B, G, N, L), channels in G runs; here each run is a call."""
+    with np.load(GOLDEN.with_stem("mamba_selective_scan_grouped"), allow_pickle=False) as file:
+        z = {key: torch.from_numpy(file[key]) for key in file.files}
+    names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+    given = {name: z[f"in.{name}"].requires_grad_() for name in names}
+    groups = given["B"].shape[1]
+    delta = F.softplus(given["delta"] + given["delta_bias"].unsqueeze(-1))
+    streams = zip(*(t.mT.chunk(groups, dim=-1) for t in (given["u"], delta, given["z"])), strict=True)
+    sizes = zip(given["A"].chunk(groups), given["D"].chunk(groups), strict=True)
+    shared = zip(given["B"].unbind(1), given["C"].unbind(1), strict=True)
+    found = [
+        selective_scan(u, dt, A, B.mT, C.mT, D, gate, return_state=True, impl=impl)
+        for (u, dt, gate), (A, D), (B, C) in zip(streams, sizes, shared, strict=True)
+    ]
+    y = torch.cat([own for own, _ in found], dim=-1)
+    torch.testing.assert_close(y.mT, z["y"], rtol=0, atol=1e-10)
+    torch.testing.assert_close(torch.cat([s for _, s in found], 1), z["mid.last_state"], rtol=0, atol=1e-10)
+    grads = torch.autograd.grad(y.mT, list(given.values()), z["w"])
+    for name, grad in zip(names, grads, strict=True):
+        torch.testing.assert_close(grad, z[f"grad.{name}"], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_mamba(impl: str) -> None:
     """selective_scan_ref takes (B, D, L), and adds the step's bias and softplus inside."""
     with np.load(GOLDEN, allow_pickle=False) as file:

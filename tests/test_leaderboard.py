@@ -106,7 +106,28 @@ def test_runs_at_chance_are_counted_and_told(collection: Collection) -> None:
     shown = next(s for s in leaderboard.sheets(collection) if s.title.startswith("pathfinder"))
     row = next(row for row in shown.rows if row[1].text == "gru")
     assert [cell.text for cell in row[2:5:2]] == [f"{100 * np.mean([0.5, 0.702, 0.704]):.2f}", "2/3"]
-    assert "gru: 1 of 3 runs at chance; the others' mean is 70.30" in shown.notes
+    assert "at chance: 1 of 3 runs of gru (the others' mean is 70.30)" in shown.notes
+
+
+def test_many_rows_at_chance_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a table where 36 rows are, and in one where all are: one note in every form, not one a row."""
+    names, chance = sorted(f"net{i}" for i in range(36)), "not above the best blind guess"
+    lost = [record(name, accuracy=0.17, collapsed=chance) for name in names]
+    mixed = [record("gru", i, a, collapsed=chance if a < 0.2 else "") for i, a in enumerate((0.17, 0.6, 0.64))]
+    told = f"at chance: every run of {', '.join(names)}; 1 of 3 runs of gru (the others' mean is 62.00)"
+    for records, notes in (
+        (lost + mixed, [f"one seed, ± of the test set: {', '.join(names)}", told]),
+        (lost, ["one seed, ± of the test set: all rows", "at chance: every run of all rows"]),
+    ):
+        (found,) = leaderboard.sheets(Collection(records))
+        assert [note for note in found.notes if "floors" not in note] == notes
+    for made in lost + mixed:
+        write(tmp_path, made)
+    monkeypatch.setenv("LRA_RESULTS", str(tmp_path))
+    written = invoke("--out", str(tmp_path)).stdout, *(p.read_text() for p in tmp_path.glob("[Ll]*.[mht]*"))
+    assert len(written) == 4
+    assert [text.count("at chance: ") for text in written] == [1] * 4
+    assert [text.count("net7, net8") for text in written] == [2] * 4
 
 
 @pytest.mark.parametrize("form", ["md", "csv", "tex", "html"])

@@ -101,6 +101,20 @@ def test_state_matrix_starts_as_hippo_legs() -> None:
     torch.testing.assert_close(again, A.to(torch.complex128), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_hippo_equals_the_authors_transitions(size: str) -> None:
+    """Eight and sixteen states; the normal part is their legsd, whose B is halved."""
+    g = golden("hippo_transition")
+    N = int(g[f"param.N_{size}"])
+    A, B = legs(N)
+    torch.testing.assert_close(A, g[f"mid.legs.{size}.A"], rtol=0, atol=1e-12)
+    torch.testing.assert_close(B, g[f"mid.legs.{size}.B"][:, 0], rtol=0, atol=1e-12)
+    frequency, basis, B = legs_modes(N)
+    normal = (basis * (-0.5 + 1j * frequency)) @ basis.mH
+    torch.testing.assert_close(normal, g[f"mid.legsd.{size}.A"].to(torch.complex128), rtol=0, atol=1e-12)
+    torch.testing.assert_close(B / 2, g[f"mid.legsd.{size}.B"][:, 0], rtol=0, atol=1e-12)
+
+
 def test_step_sizes_start_within_their_range_and_may_be_fixed() -> None:
     torch.manual_seed(0)
     steps = mixer_of(d_model=300, dt_min=0.01, dt_max=0.5).log_dt.exp()

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dense_attention import load_lra
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -39,14 +40,21 @@ def test_equals_the_linformer_package() -> None:
     agrees(mixer, g)
 
 
+def test_equals_the_package_where_all_is_shared() -> None:
+    """Theirs has one head of keys, which are its values too: our maps hold its rows for each head, twice."""
+    g = golden("linformer_attn_shared")
+    of_all = nn.Parameter(g["param.proj_k"])
+    mixer = LinformerMixer(12, 3, 12, of_all, of_all).double()
+    mixer.qkv.weight.data = torch.cat([g["param.to_q.weight"], g["param.to_k.weight"].repeat(6, 1)])
+    mixer.out.weight.data, mixer.out.bias.data = g["param.to_out.weight"], g["param.to_out.bias"]
+    agrees(mixer, g)
+
+
 def test_equals_lra_s() -> None:
     g = golden("lra_linformer")
     shared = nn.Parameter(g["param.lr_kernel"])
-    mixer = LinformerMixer(8, 2, 8, shared, shared).double()
-    names = ("query", "key", "value")
-    mixer.qkv.weight.data = torch.cat([g[f"param.{name}.kernel"].flatten(1).T for name in names])
-    mixer.qkv.bias.data = torch.cat([g[f"param.{name}.bias"].flatten() for name in names])
-    mixer.out.weight.data, mixer.out.bias.data = g["param.out.kernel"].flatten(0, 1).T, g["param.out.bias"]
+    mixer = LinformerMixer(8, 2, 8, shared, shared)
+    load_lra(mixer, g)
     agrees(mixer, g)
 
 

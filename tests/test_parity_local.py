@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dense_attention import assert_dense, distances, real_prefixes
+from dense_attention import assert_dense, distances, load_lra, real_prefixes
 from torch import Tensor
+from torch.nn import functional as F
 
-from lra.architectures._attention import attention_mask
+from lra.architectures._attention import attention_mask, merge_heads
 from lra.architectures.local import Local, LocalMixer
 from lra.registry import architectures
 from lra.testing import check
@@ -37,6 +38,43 @@ def test_equals_the_package(name: str, before: int, after: int, causal: bool) ->
     torch.testing.assert_close(y, g["y"], rtol=0, atol=1e-12)
     for n, found in zip("qkv", torch.autograd.grad(y, given, g["w"]), strict=True):
         torch.testing.assert_close(found, g[f"grad.{n}"], rtol=0, atol=1e-11)
+
+
+def test_equals_lra_s_once_its_tokens_are_in_order() -> None:
+    """A group of theirs is every (L / W)-th token, under the mask of a run of W; tokens it adds are zeros, and real."""
+    g = golden("lra_local")
+    size, missing = int(g["cfg.block"]), -int(g["cfg.L"]) % int(g["cfg.block"])
+    mixer = load_lra(LocalMixer(8, int(g["cfg.H"]), 8, "none", False, size, 0, 0), g)
+    x = g["x"].requires_grad_()
+    runs = F.pad(x, (0, 0, 0, missing)).unflatten(1, (size, -1)).transpose(1, 2).flatten(1, 2)
+    y = mixer(runs, F.pad(g["mask"] > 0, (0, missing), value=True))
+    y = y.unflatten(1, (-1, size)).transpose(1, 2).flatten(1, 2)[:, : int(g["cfg.L"])]
+    rows = g["mid.row_valid"]
+    assert not rows.all()
+    torch.testing.assert_close(y[rows], g["y"][rows], rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(y, x, g["w"])[0], g["grad.x"], rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(("name", "after"), [("reformer_local", 1), ("reformer_local_causal", 0)])
+def test_equals_the_local_layer_of_hugging_face_s_reformer(name: str, after: int) -> None:
+    """Its blocks look around the ends, unless causal: here the last stands before the first, and the first after it."""
+    g = golden(name)
+    heads, chunk, causal = int(g["cfg.H"]), int(g["cfg.chunk"]), bool(g["cfg.causal"])
+    width = heads * int(g["cfg.d"])
+    mixer = LocalMixer(int(g["cfg.D"]), heads, width, "none", causal, chunk, int(g["cfg.before"]), after).double()
+    weight = torch.cat([g[f"param.{n}.weight"] for n in ("query", "key", "value")])
+    mixer.load_state_dict({**mixer.state_dict(), "qkv.weight": weight})
+    x, reach = g["x"].requires_grad_(), 0 if causal else chunk
+
+    def ring(t: Tensor, dim: int) -> Tensor:
+        length = t.shape[dim]
+        return torch.cat([t.narrow(dim, length - reach, reach), t, t.narrow(dim, 0, reach)], dim)
+
+    q, k, v = (ring(t, 2) for t in mixer.heads(x))
+    y = mixer.attend(q, k, v, ring(g["mask"] > 0, 1))
+    y = merge_heads(y[:, :, reach : reach + x.shape[1]])
+    torch.testing.assert_close(y, g["y"], rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(y, x, g["w"])[0], g["grad.x"], rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("positions", ["none", "rope", "alibi"])

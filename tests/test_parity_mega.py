@@ -70,21 +70,33 @@ def test_gated_attention_equals_the_authors(name: str) -> None:
     same(grad.transpose(0, 1), g["grad.x"])
 
 
-@pytest.mark.parametrize("name", ["mega_layer_softmax_layernorm_post", "mega_layer_laplace_layernorm_chunk_pad"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mega_layer_softmax_layernorm_post",
+        "mega_layer_laplace_layernorm_chunk_pad",
+        "mega_layer_laplace_batchnorm_pre",
+        "mega_layer_softmax_scalenorm_chunk_pad",
+    ],
+)
 def test_layer_equals_the_authors(name: str) -> None:
     """Only the layer: an encoder of one, whose last norm is taken off. Theirs goes on computing at the padding."""
     g = golden(name)
-    post, chunk = "post" in name, int(g["cfg.chunk_size"])
+    norm = next(kind for kind in ("layer", "batch", "scale") if f"{kind}norm" in name)
+    attention, post, chunk = name.split("_")[2], "post" in name or norm == "scale", int(g["cfg.chunk_size"])
     encoder = Mega(
         d_model=8, n_layers=1, length=16, direction="bidirectional", z_dim=4, value_dim=10, averages=3,
-        attention="softmax" if post else "laplace", chunk=chunk if chunk > 0 else None,
-        block={"expand": 1.5, "prenorm": not post},
+        attention=attention, chunk=chunk if chunk > 0 else None,
+        block={"expand": 1.5, "prenorm": not post, "norm": norm},
     ).double()  # fmt: skip
     [layer] = encoder.blocks
     state = {f"mixer.{own}": value for own, value in attention_state(g, "param.mega_layer.").items()}
+    for key, value in g.items():
+        place, _, part = key.removeprefix("param.").partition(".norm.norm.")
+        if part:
+            into = "ffn_norm" if place == "nffn" else "norm" if post else "mixer.norm"
+            state[f"{into}.{'weight' if part == 'scalar' else part}"] = value
     for part in ("weight", "bias"):
-        state[f"norm.{part}" if post else f"mixer.norm.{part}"] = g[f"param.mega_layer.norm.norm.{part}"]
-        state[f"ffn_norm.{part}"] = g[f"param.nffn.norm.norm.{part}"]
         state |= {
             f"ffn.{own}.{part}": g[f"param.nffn.{other}.{part}"] for own, other in (("up", "fc1"), ("down", "fc2"))
         }
@@ -92,7 +104,9 @@ def test_layer_equals_the_authors(name: str) -> None:
     x = g["x"].transpose(0, 1).contiguous().requires_grad_()
     mask = g["in.padding_mask"] == 0 if "in.padding_mask" in g else everything(x)
     real = mask.unsqueeze(-1)
-    y = layer(x, mask)
+    if "mid.y_eval" in g:  # before the statistics move
+        same(layer.eval()(x, mask).transpose(0, 1), g["mid.y_eval"])
+    y = layer.train()(x, mask)
     same(y * real, g["y"].transpose(0, 1) * real)
     if mask.all():
         (grad,) = torch.autograd.grad((y * g["w"].transpose(0, 1)).sum(), x)

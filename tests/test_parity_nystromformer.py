@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lra.architectures import nystromformer
 from lra.architectures._attention import merge_heads, split_heads
 from lra.architectures.nystromformer import Nystromformer, NystromformerMixer, inverse, segment_means
 
@@ -50,6 +51,36 @@ def test_iteration_equals_the_authors() -> None:
         norm = A.sum(-2).amax(-1)[..., None, None]
         start = A.mT / (norm if name.endswith("exact") else norm.amax())
         torch.testing.assert_close(inverse(A, start, 6), g["mid.pinv"], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["nystrom_mlpen_lra", "nystrom_mlpen_reorganized"])
+def test_equals_the_authors_but_for_the_departures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With their segments, which take zeros at the padding into their means, and their start, whose norm is the largest
+    of the batch: both rows and every gradient."""
+    g = golden(name)
+    heads, size, m = (int(g[f"cfg.{n}"]) for n in ("H", "d", "m"))
+    mixer = NystromformerMixer(8, heads, heads * size, m, int(g["cfg.conv"]), 6).double()
+    mixer.conv.load_state_dict({"weight": g["param.conv.weight"]})
+    found = []
+
+    def means(x: Tensor, mask: Tensor, segments: int) -> tuple[Tensor, Tensor]:
+        return x.unflatten(1, (segments, -1)).mean(2), torch.ones(len(x), segments, dtype=torch.bool)
+
+    def from_their_start(A: Tensor, Z: Tensor, iterations: int) -> Tensor:
+        found.append(inverse(A, A.mT / A.sum(-2).amax(), iterations))
+        return found[0]
+
+    monkeypatch.setattr(nystromformer, "segment_means", means)
+    monkeypatch.setattr(nystromformer, "inverse", from_their_start)
+    mask = g["mask"] > 0
+    assert not mask.all()
+    given = [g[f"in.{n}"].requires_grad_() for n in "qkv"]
+    q, k, v = (t * mask[:, None, :, None] for t in given)
+    y = mixer.attend(q, k, v, mask)
+    torch.testing.assert_close(y, g["y"], rtol=0, atol=1e-12)
+    torch.testing.assert_close(found[0], g["mid.pinv"], rtol=0, atol=1e-12)
+    for n, grad in zip("qkv", torch.autograd.grad(y, given, g["w"]), strict=True):
+        torch.testing.assert_close(grad, g[f"grad.{n}"], rtol=0, atol=1e-11)
 
 
 def alone(mixer: NystromformerMixer, x: Tensor) -> Tensor:

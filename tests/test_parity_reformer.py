@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lra.architectures._attention import merge_heads, split_heads
 from lra.architectures._reversible import Step, reversible
-from lra.architectures.reformer import LSHMixer, Reformer
+from lra.architectures._rounds import Reordered, UnionOfRounds
+from lra.architectures.reformer import ITSELF, LSHMixer, Reformer
 from lra.testing import check
 
 SMALL: dict[str, Any] = {"d_model": 16, "n_layers": 2, "length": 32, "chunk": 4}
@@ -24,9 +25,10 @@ def golden(name: str) -> dict[str, Tensor]:
         return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
-def test_buckets_equal_hugging_face() -> None:
+@pytest.mark.parametrize("name", ["reformer_lsh", "reformer_lsh_causal"])
+def test_buckets_equal_hugging_face(name: str) -> None:
     """Their numbers go on from round to round, with one more in each for padding."""
-    g = golden("reformer_lsh")
+    g = golden(name)
     heads, size, rounds, buckets = (int(g[f"cfg.{n}"]) for n in ("H", "d", "n_hashes", "n_buckets"))
     mixer = LSHMixer(int(g["cfg.D"]), heads, heads * size, "none", False, rounds, buckets, 4).double()
     mixer.load_state_dict({"qk.weight": g["param.query_key.weight"], "rotations": g["mid.rotations"]}, strict=False)
@@ -34,6 +36,34 @@ def test_buckets_equal_hugging_face() -> None:
     offset = torch.arange(rounds)[:, None] * (buckets + 1)
     assert not (g["mask"] > 0).all()
     assert torch.equal(found + offset, g["mid.buckets"])
+    assert torch.equal(found.sort(dim=-1, stable=True).indices, g["mid.sorted_positions"])
+
+
+@pytest.mark.parametrize("name", ["reformer_lsh", "reformer_lsh_causal"])
+def test_rounds_equal_hugging_face(name: str) -> None:
+    """Their chunks through our softmax over all rounds: they look around the ends and into the next round, at any
+    bucket, and a key counts as often as it is seen."""
+    g = golden(name)
+    heads, size, chunk = (int(g[f"cfg.{n}"]) for n in ("H", "d", "chunk"))
+    x, order = g["x"].requires_grad_(), g["mid.sorted_positions"]
+    qk, v = (split_heads(x @ g[f"param.{n}.weight"].T, heads) for n in ("query_key", "value"))
+    k = qk / (qk.square().mean(-1, keepdim=True) + 1e-6).sqrt() / size**0.5
+    place = order.argsort(-1)
+    q, k, v = (Reordered.apply(t.unsqueeze(2), order, place).unflatten(3, (-1, chunk)) for t in (qk, k, v))
+
+    def seen(t: Tensor) -> Tensor:
+        """(B, H, r, chunks, m, ...) -> (B, H, r, chunks, keys, ...)."""
+        offsets = range(-int(g["cfg.before"]), int(g["cfg.after"]) + 1)
+        return torch.cat([t.flatten(2, 3).roll(-o, 2) for o in offsets], 3).unflatten(2, t.shape[2:4])
+
+    at = order.unflatten(3, (-1, chunk))
+    real = (g["mask"] > 0)[:, None, None].expand_as(order).gather(3, order).view_as(at)
+    keys = seen(at).unsqueeze(-2)
+    hidden = ~seen(real).unsqueeze(-2) | ((keys > at.unsqueeze(-1)) & bool(g["cfg.causal"]))
+    bias = torch.zeros(hidden.shape).double().masked_fill(hidden, -1e9).masked_fill(keys == at.unsqueeze(-1), ITSELF)
+    y = merge_heads(UnionOfRounds.apply(q, seen(k), seen(v), bias, order, place))
+    torch.testing.assert_close(y, g["y"], rtol=0, atol=1e-11)
+    torch.testing.assert_close(torch.autograd.grad(y, x, g["w"])[0], g["grad.x"], rtol=0, atol=1e-9)
 
 
 def test_near_vectors_share_buckets() -> None:

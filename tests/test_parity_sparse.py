@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dense_attention import assert_dense, distances, real_prefixes
+from dense_attention import assert_dense, distances, load_lra, real_prefixes
 from torch import Tensor
+from torch.nn import functional as F
 
+from lra.architectures._attention import merge_heads
 from lra.architectures.sparse import Sparse, SparseMixer
 from lra.testing import check
 
@@ -51,6 +53,34 @@ def test_strided_heads_have_the_authors_masks() -> None:
     near, far = seen_by(mixer, length).chunk(2)
     assert all(torch.equal(head, g["mid.dense_local"]) for head in near)
     assert all(torch.equal(head, g["mid.dense_strided"]) for head in far)
+
+
+def test_fixed_equals_lra_s_once_the_first_columns_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = golden("lra_sparse_fixed")
+    stride, summary, length = int(g["cfg.block"]), int(g["cfg.c"]), int(g["cfg.L"])
+    mixer = SparseMixer(8, int(g["cfg.H"]), 8, "none", True, "fixed", stride, summary, length)
+    own = mixer.stripe
+    monkeypatch.setattr(mixer, "shape", lambda _: (stride, summary, 1))
+    monkeypatch.setattr(mixer, "stripe", lambda j, number: own(j, number) | (j % stride == 0))
+    assert all(torch.equal(head, g["mid.pattern"]) for head in seen_by(mixer, length))
+    x, rows = g["x"].requires_grad_(), g["mid.row_valid"]
+    y = load_lra(mixer, g)(x, g["mask"] > 0)
+    torch.testing.assert_close(y[rows], g["y"][rows], rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(y, x, g["w"])[0], g["grad.x"], rtol=0, atol=1e-11)
+
+
+def test_both_strided_heads_together_equal_lra_s() -> None:
+    """Theirs is one softmax over what either kind of head sees, in every head."""
+    g = golden("lra_sparse_strided")
+    length, heads = int(g["cfg.L"]), int(g["cfg.H"])
+    mixer = SparseMixer(8, heads, 8, "none", True, "strided", int(g["cfg.block"]), None, length)
+    pattern = seen_by(mixer, length).any(0)
+    assert torch.equal(pattern, g["mid.pattern"])
+    x, rows = g["x"].requires_grad_(), g["mid.row_valid"]
+    q, k, v = load_lra(mixer, g).heads(x)
+    y = mixer.out(merge_heads(F.scaled_dot_product_attention(q, k, v, pattern & (g["mask"] > 0)[:, None, None])))
+    torch.testing.assert_close(y[rows], g["y"][rows], rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(y, x, g["w"])[0], g["grad.x"], rtol=0, atol=1e-11)
 
 
 def pattern_of(mixer: SparseMixer, length: int) -> Tensor:

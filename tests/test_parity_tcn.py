@@ -73,6 +73,33 @@ def test_gated_level_equals_a_public_wavenet() -> None:
     torch.testing.assert_close(x.grad, g["grad.x"], rtol=1e-11, atol=1e-12)
 
 
+def test_gated_network_equals_a_public_wavenet() -> None:
+    """Theirs scales the stream by sqrt(1/2) at each level and the sum over levels by its root: their input is ours over
+    those powers, so that both go into the gains and biases of the maps around them. It also starts its dilations over.
+    """
+    g = golden("wavenet_stack")
+    count = int(g["cfg.layers"])
+    mixer = TCNMixer(4, count, 2, gated=True, dropout=0.0)
+    for i, level in enumerate(mixer.levels):
+        conv, out, skip = (f"param.conv_layers.{i}.{n}" for n in ("conv", "conv1x1_out", "conv1x1_skip"))
+        shrunk = 0.5 ** (i / 2)
+        g[f"{conv}.weight_g"] *= shrunk
+        for part in ("weight_g", "bias"):
+            g[f"{out}.{part}"] /= shrunk
+            g[f"{skip}.{part}"] /= count**0.5
+        level.conv = load(CausalConv(5, 6, 2, 2 ** (i % (count // int(g["cfg.stacks"])))), g, conv)
+        level.skip = load(CausalConv(3, 7), g, skip)
+        level.out = None if level.out is None else load(CausalConv(3, 5), g, out)
+    mixer.head = torch.nn.ModuleList(
+        load(CausalConv(7, width), g, f"param.last_conv_layers.{place}") for width, place in ((7, 1), (4, 3))
+    )
+    x = g["x"].clone().requires_grad_()
+    y = mixer(load(CausalConv(4, 5), g, "param.first_conv")(x), torch.ones(2, 14, dtype=torch.bool))
+    torch.testing.assert_close(y, g["y"], rtol=1e-12, atol=1e-12)
+    (grad,) = torch.autograd.grad(y, x, g["w"])
+    torch.testing.assert_close(grad, g["grad.x"], rtol=1e-11, atol=1e-12)
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_network_equals_a_loop_over_its_equations(gated: bool) -> None:
     """Token by token from the docstring; outputs and the gradient of every parameter."""

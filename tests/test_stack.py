@@ -207,7 +207,7 @@ def test_dropout_only_when_training() -> None:
     [
         ({"exapnd": 2}, "unknown block.exapnd; did you mean 'expand'?"),
         ({"ffn": "gelly"}, "block.ffn is 'gelly'; one of gelu, relu, silu, swiglu, none, moe, switch"),
-        ({"norm": "group"}, "block.norm is 'group'; one of layer, rms, batch"),
+        ({"norm": "group"}, "block.norm is 'group'; one of layer, rms, batch, scale"),
         ({"positions": "rope"}, "block.positions is 'rope'; one of none, sinusoidal, learned"),
         ({"expand": 0}, "block.expand is 0; more than 0"),
     ],
