@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,41 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, **more: Any) -> None:
         patch.setattr(Stop, "on_train_batch_end", stopping)
         with pytest.raises(Interrupted, match="step 7 of 12"):
             go(**more)
+
+
+def test_a_run_stopped_where_a_validation_is_due_does_it_first(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = result.read(go())
+    asked = Stop.on_train_batch_end
+
+    def stopping(self: Stop, trainer: Any, *rest: Any) -> None:
+        self.reason = "the test" if trainer.global_step == 6 else ""
+        asked(self, trainer, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "on_train_batch_end", stopping)
+        with pytest.raises(Interrupted, match="step 6 of 12"):
+            go()
+    (last,) = places.rglob("last.ckpt")
+    assert [point["step"] for point in torch.load(last, weights_only=True)["curve"]] == [6]
+    again = result.read(go(resume=True))
+    assert again["curve"] == whole["curve"]
+    assert again["validation"]["best_step"] == whole["validation"]["best_step"]
+
+
+def test_no_checkpoint_leaves_a_validation_out(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = result.read(go())["curve"]
+    monkeypatch.setattr("lra.callbacks.CHECKPOINT_EVERY", timedelta(0))
+
+    def dying(self: Stop, trainer: Any, module: Any) -> None:
+        raise RuntimeError("the test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "on_validation_start", dying)
+        with pytest.raises(RuntimeError, match="the test"):
+            go()
+    (last,) = places.rglob("last.ckpt")
+    assert torch.load(last, weights_only=True)["global_step"] == 5
+    assert result.read(go(resume=True))["curve"] == whole
 
 
 def test_a_checkpoint_of_another_schema_or_recipe_is_one_line(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
