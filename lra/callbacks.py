@@ -239,28 +239,44 @@ class Band(Callback):
         self.best, self.below = state["best"], state["below"]
 
 
+def between_steps(trainer: L.Trainer, validate_every: int) -> bool:
+    """Whether a run could go on from here: not amid the accumulated parts of one step, nor with a validation due, which
+    a resumed run would leave out."""
+    due = validate_every > 0 and trainer.global_step % validate_every == 0
+    return not trainer.fit_loop._should_accumulate() and not due
+
+
 class BetweenSteps(ModelCheckpoint):
-    """Never saves between two accumulated parts of one step, where no run could go on."""
+    """Saves where a run can go on; after a validation the other checkpoints are written."""
+
+    def __init__(self, *arguments: Any, validate_every: int, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.validate_every = validate_every
 
     def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
-        if not trainer.fit_loop._should_accumulate():
+        if between_steps(trainer, self.validate_every):
             super().on_train_batch_end(trainer, *rest)
 
 
-def checkpoints(folder: Path, selected: bool = True) -> list[Callback]:
-    """The best on validation, where there is one, and the last for resuming."""
+def checkpoints(folder: Path, validate_every: int) -> list[Callback]:
+    """The best on validation, where there is one (validate_every > 0), and the last for resuming."""
     common: dict[str, Any] = {"save_top_k": 1, "enable_version_counter": False}
     best = ModelCheckpoint(folder, filename="best", monitor="validation_accuracy", mode="max", **common)
     last = ModelCheckpoint(folder, filename="last", **common)
-    timed = BetweenSteps(folder, filename="last", train_time_interval=CHECKPOINT_EVERY, **common)
-    return [best, last, timed] if selected else [timed]
+    timed = BetweenSteps(
+        folder, filename="last", train_time_interval=CHECKPOINT_EVERY, validate_every=validate_every, **common
+    )
+    return [best, last, timed] if validate_every else [timed]
 
 
 class Stop(Callback):
-    """Stops between two steps, with a checkpoint, on Ctrl-C, SIGTERM or a deadline; a second Ctrl-C stops at once."""
+    """Stops between two steps, with a checkpoint, on Ctrl-C, SIGTERM or a deadline; a second Ctrl-C stops at once.
 
-    def __init__(self, checkpoint: Path, deadline: float | None) -> None:
-        self.checkpoint, self.deadline, self.reason = checkpoint, deadline, ""
+    validate_every: steps between validations (0 = none); where one is due it is done first.
+    """
+
+    def __init__(self, checkpoint: Path, deadline: float | None, validate_every: int = 0) -> None:
+        self.checkpoint, self.deadline, self.reason, self.validate_every = checkpoint, deadline, "", validate_every
         self._before: dict[int, Any] = {}
         self._first = 0.0
 
@@ -283,15 +299,30 @@ class Stop(Callback):
             signal.signal(number, handler)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self._look_at_the_clock()
+        if between_steps(trainer, self.validate_every) and trainer.global_step < trainer.max_steps:
+            self._stop(trainer, save=True)
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._look_at_the_clock()
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        # by now the checkpoints of the validation before this step are written
+        if self.validate_every and trainer.global_step and trainer.global_step % self.validate_every == 0:
+            self._stop(trainer, save=False)
+
+    def _look_at_the_clock(self) -> None:
         if self.deadline is not None and time.monotonic() > self.deadline:
             self.reason = "the time limit"
-        if trainer.fit_loop._should_accumulate() or trainer.global_step >= trainer.max_steps:
-            return
+
+    def _stop(self, trainer: L.Trainer, save: bool) -> None:
         # saving is the work of all processes, so they stop at the same step
         reasons = [r for r in distributed.gathered(self.reason) if r] if trainer.world_size > 1 else [self.reason]
-        if reasons and reasons[0]:
+        if not reasons or not reasons[0]:
+            return
+        if save:
             trainer.save_checkpoint(self.checkpoint)
-            raise Interrupted(f"stopped at step {trainer.global_step} of {trainer.max_steps} by {reasons[0]}")
+        raise Interrupted(f"stopped at step {trainer.global_step} of {trainer.max_steps} by {reasons[0]}")
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._restore()

@@ -81,7 +81,7 @@ def measured(cell: Cell) -> dict[str, float]:
     data = DeviceSet.of(split, prepared.protocol, here, choose(len(split), found.data.train_examples))
     held = DeviceSet.of(test, prepared.protocol, here, choose(len(test), found.data.test_examples))
     model = build(found, constructor, prepared.task, prepared.protocol, cell.seed).to(here)
-    optimiser = optim.build(model, model.encoder, found.optim, found.data.batch_size)
+    optimiser = optim.build(model, model.encoder, found.optim)
     sampler = Sampler(data.lengths, found.data.batch_size, cell.seed)
     # batches are alike in length inside and differ between them: their mean length stands for the run's
     spread = np.linspace(0, sampler.per_epoch - 1, STEPS).astype(int)

@@ -64,18 +64,18 @@ def parameter_groups(
 
 
 def build(
-    model: nn.Module, encoder: Encoder, recipe: Optim, batch_size: int = 1, dimensions: Mapping[str, int] | None = None
+    model: nn.Module, encoder: Encoder, recipe: Optim, labels: int = 1, dimensions: Mapping[str, int] | None = None
 ) -> torch.optim.Optimizer:
     """The recipe's optimiser over `parameter_groups`. Raises UserError for one that is not installed or refuses.
 
-    batch_size: labels of a step, by which Sophia scales its curvature.
+    labels: that Sophia's estimate of the curvature is a mean over, by which it scales it.
     """
     groups = parameter_groups(model, encoder, recipe, dimensions)
     make = located(recipe.name)
     if recipe.name == "muon":
         return _muon(make, groups, encoder, recipe)
     if recipe.name == "sophia":
-        make = _with_batch_size(make, batch_size)
+        make = _with_batch_size(make, labels)
     return _made(make, recipe.name, groups, recipe)
 
 

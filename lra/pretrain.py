@@ -76,7 +76,10 @@ class Pretraining(Trainable):
     def __init__(self, model: Classifier, recipe: Recipe, protocol: Protocol) -> None:
         own = recipe.pretrain
         settings: Optim = replace(recipe.optim, lr=own.lr, warmup=own.warmup, schedule="constant", ema=0.0)
-        super().__init__(model, settings, own.steps, own.batch_size or recipe.data.batch_size)
+        super().__init__(model, settings, own.steps)
+        if settings.name == "sophia":
+            raise UserError("optim.name 'sophia' estimates its curvature from classes, and pretraining predicts none")
+        self.batch_size = own.batch_size or recipe.data.batch_size
         self.predictor = Predictor(model, protocol, own.objective, own.mask, own.loss)
 
     def training_step(self, batch: Batch, _: int) -> Tensor:

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from lra.errors import UserError, brief, unknown
+from lra.sections import OWN_BETAS, Data, Expected, Model, Optim, Pretrain, Train, identity
 from lra.sections import SECTIONS as TYPED
-from lra.sections import Data, Expected, Model, Optim, Pretrain, Train, identity
 
 FOLDER = Path(__file__).parent / "recipes"
 SECTIONS = ("data", "model", "encoder", "optim", "train", "pretrain")
@@ -114,6 +114,9 @@ def resolve(
             raise unknown("setting", dotted, origin, where="--set")
         _put(values, section, key, _parsed(text), "--set")
         origin[dotted] = "--set"
+    if "betas" not in values["optim"] and values["optim"].get("name") in OWN_BETAS:
+        values["optim"]["betas"] = OWN_BETAS[values["optim"]["name"]]
+        origin["optim.betas"] = "the optimiser's own"
     recipe = Recipe(
         name=name if not name.endswith(".toml") else Path(name).stem,
         task=task,

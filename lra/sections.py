@@ -13,6 +13,8 @@ POOLINGS = ("mean", "max", "last", "cls")
 SCHEDULES = ("constant", "linear", "cosine", "rsqrt", "plateau")
 PRECISIONS = ("auto", "32", "bf16")
 OPTIMISERS = ("adamw", "adam", "sgd", "adafactor", "muon", "lion", "sophia", "schedule_free")
+OWN_BETAS = {"lion": (0.9, 0.99), "sophia": (0.965, 0.99)}
+"""Of optimisers whose authors give others than Adam's; a recipe that gives some overrides them."""
 OBJECTIVES = ("none", "mlm", "causal")
 PRETRAINING_LOSSES = ("auto", "cross_entropy", "l1")
 
@@ -65,7 +67,8 @@ class Model:
 @dataclass(frozen=True)
 class Optim:
     """name: one of OPTIMISERS or `module:attr`, called with the parameter groups and `options`; betas: of those that
-    have two. decay: what weight_decay acts on, "matrices" or "all" (an encoder's own settings come first).
+    have two, by default OWN_BETAS. decay: what weight_decay acts on, "matrices" or "all" (an encoder's own settings
+    come first).
 
     warmup: steps of linear warm-up; schedule: what follows it; "plateau" multiplies the rate by plateau_factor after
     plateau_patience validations without a better accuracy. clip: largest gradient norm (0 = no clipping).

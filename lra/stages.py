@@ -117,7 +117,7 @@ def _pretrain(
     if not (setting.resume and done.is_file()):
         sampler = Sampler(data.lengths, module.batch_size, setting.seed)
         meter = Meter(min(20, found.pretrain.steps))
-        _fit(module, found, setting, sampler, data, folder, meter, [], name="pretraining", enable_validation=False)
+        _fit(module, found, setting, sampler, data, folder, meter, [], name="pretraining")
         if distributed.rank() == 0:
             state = {k: v.cpu() for k, v in model.state_dict().items()}
             checkpoint.write({"model": state, "speed": meter.speed(), "random": torch.get_rng_state()}, done)
@@ -132,7 +132,7 @@ def _pretrain(
 
 def _fit(
     module: Trainable, found: Recipe, setting: Setting, sampler: Sampler, data: DeviceSet, folder: Path, meter: Meter,
-    callbacks: list[Any], validation: Sweep | None = None, name: str = "", enable_validation: bool = True, **more: Any,
+    callbacks: list[Any], validation: Sweep | None = None, name: str = "", **more: Any,
 ) -> L.Trainer:  # fmt: skip
     parts, last = found.train.accumulate, folder / "last.ckpt"
     steps = Steps(data, sampler, module.steps, parts, distributed.share(setting.placement))
@@ -144,8 +144,8 @@ def _fit(
     trainer = _trainer(
         found, setting, name=name,
         callbacks=[
-            meter, Resume(steps, found.hash), Stop(last, setting.deadline), *callbacks,
-            *checkpoints(folder, enable_validation),
+            meter, Resume(steps, found.hash), Stop(last, setting.deadline, meter.validate_every), *callbacks,
+            *checkpoints(folder, meter.validate_every),
         ],
         max_steps=module.steps, max_epochs=-1, log_every_n_steps=meter.every, accumulate_grad_batches=parts,
         gradient_clip_val=found.optim.clip or None, plugins=[checkpoint.Whole()], **more,

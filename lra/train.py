@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lra import optim
+from lra import distributed, optim
 from lra.data import Batch
 from lra.model import Classifier
 from lra.recipe import Recipe
@@ -26,11 +26,12 @@ class Interrupted(Exception):
 
 
 class Trainable(L.LightningModule):
-    """A module with the recipe's optimiser and schedule. `latest`: loss and batch of the last forward in training."""
+    """A module with the recipe's optimiser and schedule. `latest`: loss and batch of the last forward in training;
+    labels: of one forward on all devices together."""
 
-    def __init__(self, model: Classifier, recipe: Optim, steps: int, batch_size: int) -> None:
+    def __init__(self, model: Classifier, recipe: Optim, steps: int, labels: int = 1) -> None:
         super().__init__()
-        self.model, self.settings, self.steps, self.batch_size = model, recipe, steps, batch_size
+        self.model, self.settings, self.steps, self.labels = model, recipe, steps, labels
         self.latest: tuple[Tensor, Batch] | None = None
         self.plateau = optim.Plateau(recipe) if recipe.schedule == "plateau" else None
 
@@ -39,7 +40,7 @@ class Trainable(L.LightningModule):
         self.dimensions = {name: p.ndim for name, p in self.named_parameters()}
 
     def configure_optimizers(self) -> Any:
-        optimizer = optim.build(self, self.model.encoder, self.settings, self.batch_size, self.dimensions)
+        optimizer = optim.build(self, self.model.encoder, self.settings, self.labels, self.dimensions)
         factor = optim.factor(self.settings, self.steps, self.plateau)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -50,6 +51,11 @@ class Trainable(L.LightningModule):
     def on_train_start(self) -> None:
         if hasattr(self._optimizer(), "train"):
             self._optimizer().train()
+
+    def on_train_end(self) -> None:
+        # of a stage without validation, too, the average is what is kept
+        if hasattr(self._optimizer(), "eval"):
+            self._optimizer().eval()
 
     def on_validation_epoch_start(self) -> None:
         # schedule-free keeps the point of the gradients in training and its average in evaluation
@@ -74,7 +80,8 @@ class Training(Trainable):
     """Cross-entropy plus what the encoder adds; accuracy on the selection split chooses the checkpoint."""
 
     def __init__(self, model: Classifier, recipe: Recipe, classes: int) -> None:
-        super().__init__(model, recipe.optim, recipe.train.steps, recipe.data.batch_size)
+        super().__init__(model, recipe.optim, recipe.train.steps, recipe.data.batch_size // recipe.train.accumulate)
+        self._estimated = -1
         # micro: the share of right answers, not the mean over classes
         self.train_accuracy = MulticlassAccuracy(classes, average="micro", sync_on_compute=False)
         self.validation_accuracy = MulticlassAccuracy(classes, average="micro")
@@ -92,15 +99,23 @@ class Training(Trainable):
         self.latest = (loss.detach(), batch)
         return loss
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, _: int) -> None:
-        optimizer = self._optimizer()
-        if hasattr(optimizer, "update_hessian") and self.trainer.global_step % CURVATURE_EVERY == 1:
-            # Gauss-Newton-Bartlett: the squared gradient for labels drawn from the model itself
-            logits = self.model(batch).float()
-            drawn = torch.distributions.Categorical(logits=logits).sample()
-            F.cross_entropy(logits, drawn).backward()
-            optimizer.update_hessian()
-            optimizer.zero_grad(set_to_none=True)
+    def on_train_batch_start(self, batch: Batch, _: int) -> None:
+        # before the step, so that a checkpoint after it finds nothing left to do
+        optimizer, step = self._optimizer(), self.trainer.global_step
+        if not hasattr(optimizer, "update_hessian") or step % CURVATURE_EVERY or step == self._estimated:
+            return
+        self._estimated = step
+        optimizer.zero_grad(set_to_none=True)
+        with self.trainer.precision_plugin.train_step_context():
+            logits = self.model(batch)
+        # Gauss-Newton-Bartlett: the squared gradient for labels drawn from the model itself
+        drawn = torch.distributions.Categorical(logits=logits.detach().float()).sample()
+        F.cross_entropy(logits.float(), drawn).backward()
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                parameter.grad = distributed.mean(parameter.grad)
+        optimizer.update_hessian()
+        optimizer.zero_grad(set_to_none=True)
 
     def validation_step(self, batch: Batch, _: int) -> None:
         logits = self.model(batch)

@@ -1,7 +1,8 @@
 """A program for test_resume: each run is a forked child, one of which kills itself with SIGKILL at a given step.
 
-python -m tests.killed TASK FOLDER STEP ARCHITECTURE[+key=value]...: prints, for each, how the killed child died, the
-step it was resumed from, and whether the resumed run ended with the very weights and predictions of one never stopped.
+python -m tests.killed TASK FOLDER ARCHITECTURE[+key=value]...@STEP ...: prints, for each, how the killed child died,
+the step it was resumed from, and whether the resumed run ended with the very weights and predictions of one never
+stopped.
 """
 
 from __future__ import annotations
@@ -66,9 +67,11 @@ def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], np.ndarray, dict[str
     return torch.load(folder / "final.pt"), np.load(path.with_suffix(".npz"))["prediction"], result.read(path)
 
 
-def main(task: str, place: Path, kill_at: int, architectures: list[str]) -> None:
-    for number, architecture in enumerate(architectures):
+def main(task: str, place: Path, cases: list[str]) -> None:
+    for number, case in enumerate(cases):
+        architecture, _, step = case.partition("@")
         name, *changes = architecture.split("+")
+        kill_at = int(step)
         settings = SETTINGS | dict(change.split("=", 1) for change in changes)
         whole, broken = place / f"whole-{number}", place / f"broken-{number}"
         for folder in (whole, broken):
@@ -88,4 +91,4 @@ def main(task: str, place: Path, kill_at: int, architectures: list[str]) -> None
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

@@ -37,7 +37,7 @@ class Problem(nn.Module):
 
 def learnt(recipe: Optim, steps: int = 60) -> tuple[float, float]:
     problem = Problem()
-    optimiser = optim.build(problem, problem.encoder, recipe, batch_size=6)
+    optimiser = optim.build(problem, problem.encoder, recipe, labels=6)
     if hasattr(optimiser, "train"):
         optimiser.train()
     before = problem.loss().item()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,8 @@ MORE = (
     "gru+pretrain.objective=mlm+pretrain.steps=6",
 )
 CASES = [*(n for n in ("s4d", "gru", "transformer", "switch") if n in architectures.names()), *MORE]
+# of 24, after the first of three validations; the same in every run
+KILLED_AT = {case: random.Random(case).randint(9, 23) for case in CASES}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     folder = tmp_path_factory.mktemp("killed")
     environment = os.environ | {"LRA_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.killed", TINY, str(folder), "13", *CASES],
+        [sys.executable, "-m", "tests.killed", TINY, str(folder), *(f"{c}@{at}" for c, at in KILLED_AT.items())],
         capture_output=True, text=True, check=False, timeout=600, env=environment, cwd=HERE.parent,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -55,7 +59,8 @@ def test_a_run_killed_by_sigkill_resumes_to_the_same_weights(case: str, killed: 
     said = killed[case]
     assert said["signal"] == 9
     assert said["ends"] == [0, 0], said["errors"]
-    assert 8 in said["kept"]
+    # the validation of a step comes after it, and with it the checkpoint
+    assert said["kept"] == [(KILLED_AT[case] - 1) // 8 * 8]
     assert said["weights"]
     assert said["predictions"]
     assert said["steps"] == [24, 24]
@@ -82,6 +87,41 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, **more: Any) -> None:
         patch.setattr(Stop, "on_train_batch_end", stopping)
         with pytest.raises(Interrupted, match="step 7 of 12"):
             go(**more)
+
+
+def test_a_run_stopped_where_a_validation_is_due_does_it_first(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = result.read(go())
+    asked = Stop.on_train_batch_end
+
+    def stopping(self: Stop, trainer: Any, *rest: Any) -> None:
+        self.reason = "the test" if trainer.global_step == 6 else ""
+        asked(self, trainer, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "on_train_batch_end", stopping)
+        with pytest.raises(Interrupted, match="step 6 of 12"):
+            go()
+    (last,) = places.rglob("last.ckpt")
+    assert [point["step"] for point in torch.load(last, weights_only=True)["curve"]] == [6]
+    again = result.read(go(resume=True))
+    assert again["curve"] == whole["curve"]
+    assert again["validation"]["best_step"] == whole["validation"]["best_step"]
+
+
+def test_no_checkpoint_leaves_a_validation_out(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = result.read(go())["curve"]
+    monkeypatch.setattr("lra.callbacks.CHECKPOINT_EVERY", timedelta(0))
+
+    def dying(self: Stop, trainer: Any, module: Any) -> None:
+        raise RuntimeError("the test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "on_validation_start", dying)
+        with pytest.raises(RuntimeError, match="the test"):
+            go()
+    (last,) = places.rglob("last.ckpt")
+    assert torch.load(last, weights_only=True)["global_step"] == 5
+    assert result.read(go(resume=True))["curve"] == whole
 
 
 def test_a_checkpoint_of_another_schema_or_recipe_is_one_line(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
