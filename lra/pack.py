@@ -24,6 +24,21 @@ from lra.task import DataError, Progress, silent
 CHUNK = 1 << 20
 
 
+class _Member(tarfile.TarInfo):
+    """A member whose extended header, which tarfile reads into memory, is refused when it is no header's size, as is
+    a sparse one, whose map has no size at all."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type not in tarfile.REGULAR_TYPES and self.size > CHUNK:
+            raise tarfile.ReadError(f"a header of {self.size:,} bytes")
+        return super()._proc_member(archive)  # type: ignore[misc]
+
+    def _proc_sparse(self, *_: object) -> tarfile.TarInfo:
+        raise tarfile.ReadError("a sparse member")
+
+    _proc_gnusparse_10 = _proc_sparse
+
+
 def pack(found: Prepared, target: Path, progress: Progress = silent) -> int:
     """Write a prepared set to `target`; returns its size in bytes. Raises DataError when a file of it has changed."""
     # where the raw files lay is nobody else's business
@@ -50,9 +65,9 @@ def unpack(source: Path, progress: Progress = silent) -> Prepared:
     """Take the set in `source` into the cache. Raises DataError, and then nothing has changed there."""
     refused = f"{source} is not a pack of this version"
     try:
-        with tarfile.open(source, "r|xz") as archive:
+        with tarfile.open(source, "r|xz", tarinfo=_Member) as archive:
             return _unpack(archive, source, progress)
-    except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
+    except (tarfile.TarError, lzma.LZMAError, EOFError, RecursionError) as error:
         raise DataError(f"{refused}, or not a whole one ({error}); make it again with `lra data pack`") from None
     except FileNotFoundError:
         raise DataError(f"there is no file {source}") from None

@@ -187,15 +187,15 @@ def _nest(place: dict[str, Any], key: str, value: Any, inside: str, where: str) 
         place, inside = place.setdefault(parent, {}), f"{inside}.{parent}"
         if not isinstance(place, dict):
             raise UserError(f"{inside} is both a value and a table ({where})")
-    place[last] = _plain(value, f"{inside}.{last} ({where})")
+    place[last] = plain(value, f"{inside}.{last} ({where})")
 
 
-def _plain(value: Any, where: str) -> Any:
+def plain(value: Any, where: str) -> Any:
     """What JSON can hold and a constructor may be given."""
     if isinstance(value, list):
-        return [_plain(part, where) for part in value]
+        return [plain(part, where) for part in value]
     if isinstance(value, dict):
-        return {key: _plain(part, where) for key, part in value.items()}
+        return {key: plain(part, where) for key, part in value.items()}
     fine = isinstance(value, str) or (isinstance(value, int | float) and abs(value) < 2**63)
     if not fine:
         raise UserError(f"{where} is {brief(value)}; a finite number, a text, true, false, or a list of these")
@@ -213,11 +213,11 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
             raise UserError(f"{where} is {brief(value)}; expected a table")
         return value
     if kind is float and type(value) is int:
-        return float(_plain(value, where))
+        return float(plain(value, where))
     if type(value) is not kind:
         raise UserError(f"{where} is {brief(value)}; expected {kind.__name__}")
     # a float that is none is the section's to refuse: it says the range
-    return value if kind is float else _plain(value, where)
+    return value if kind is float else plain(value, where)
 
 
 def _parsed(text: str) -> Any:

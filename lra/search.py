@@ -24,8 +24,9 @@ from typing import Any
 from rich.console import Console
 from scipy.stats import qmc
 
-from lra.errors import UserError, unknown
-from lra.sweep import Cell, Plan
+from lra.errors import UserError, brief, unknown
+from lra.recipe import plain
+from lra.sweep import MOST, Cell, Plan
 
 # significant digits a drawn number keeps, so that a recipe stays readable
 DIGITS = 4
@@ -42,17 +43,20 @@ def drawn(space: Mapping[str, Any], trials: int, seed: int) -> list[dict[str, An
 
 def _placed(key: str, place: Any, x: float) -> Any:
     if not isinstance(place, dict) or ("choose" in place) == ("low" in place or "high" in place):
-        raise UserError(f"search.{key} is {place!r}; {{ low = .., high = .. }} or {{ choose = [..] }}")
+        raise UserError(f"search.{key} is {brief(place)}; {{ low = .., high = .. }} or {{ choose = [..] }}")
     for name in place:
         if name not in ("low", "high", "log", "choose"):
             raise unknown("key", name, ("low", "high", "log", "choose"), where=f"search.{key}")
+    place = plain(place, f"search.{key}")
     if "choose" in place:
+        if not isinstance(place["choose"], list) or not place["choose"]:
+            raise UserError(f"search.{key} chooses from {brief(place['choose'])}; a list of at least one value")
         return place["choose"][min(int(x * len(place["choose"])), len(place["choose"]) - 1)]
     ends: list[Any] = [place.get(name) for name in ("low", "high", "log")]
     low, high, log = ends
     numbers = all(type(end) in (int, float) for end in (low, high))
     if not numbers or not low < high or (log and low <= 0):
-        raise UserError(f"search.{key} is {place!r}; numbers low < high, above 0 for log = true")
+        raise UserError(f"search.{key} is {brief(place)}; numbers low < high, above 0 for log = true")
     value = low * (high / low) ** x if log else low + (high - low) * x
     if type(low) is int and type(high) is int:
         return min(int(low * ((high + 1) / low) ** x) if log else int(low + (high + 1 - low) * x), high)
@@ -63,8 +67,8 @@ def settled(plan: Plan, console: Console, execute: Callable[[Plan], list[int]]) 
     """The plan with, in place of each cell's search, the settings that were best on validation. Runs the trials."""
     space = dict(plan.search)
     trials, seed = space.pop("trials", 16), space.pop("seed", 0)
-    if type(trials) is not int or trials < 1 or type(seed) is not int or seed < 0:
-        raise UserError("search.trials is a whole number from 1, search.seed one from 0")
+    if type(trials) is not int or not 1 <= trials <= MOST or type(seed) is not int or seed < 0:
+        raise UserError(f"search.trials is a whole number from 1 to {MOST:,}, search.seed one from 0")
     points = drawn(space, trials, seed)
     groups: dict[str, list[Cell]] = {}
     for cell in plan.cells:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import json
+import math
 import os
 import shlex
 import signal
@@ -37,7 +38,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from lra.errors import UserError, unknown
+from lra.errors import UserError, brief, unknown
 from lra.progress import Board, watched
 
 if TYPE_CHECKING:
@@ -47,6 +48,11 @@ _LIBC = ctypes.CDLL(None)
 _SET_PARENT_DEATH_SIGNAL = 1
 KEYS = ("tasks", "architectures", "seeds", "recipe", "protocol", "retries", "set", "grid", "run", "search", "device")
 DEVICES = {"": "", "gpu": "cuda", "cpu": "cpu"}
+KINDS = {
+    "set": dict, "grid": dict, "run": dict, "search": dict, "recipe": str, "protocol": str, "device": str,
+}  # fmt: skip
+MOST = 10_000
+"""Cells of a sweep."""
 RUN_OPTIONS = ("time-limit", "checkpoint-dir", "pretrain", "match", "devices", "nodes", "strategy", "logger", "from")
 
 
@@ -112,52 +118,68 @@ def read(path: Path) -> Plan:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"no sweep file {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
     parts = content.pop("part", [{}])
     if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
         raise UserError(f"{path}: part is not a list of tables; write [[part]] above each grid")
-    cells = tuple(cell for part in parts for cell in _cells({**content, **part}, path))
+    cells: list[Cell] = []
+    for part in parts:
+        cells += _cells({**content, **part}, path, MOST - len(cells))
     retries = content.get("retries", 0)
     if type(retries) is not int or retries < 0:
         raise UserError(f"{path}: retries is {retries!r}; a whole number from 0")
     from lra.run import resolved
 
-    hashes = [(cell.task, cell.architecture, cell.seed, resolved(cell.request())[0].hash) for cell in cells]
-    for number, run in enumerate(hashes):
-        if run in hashes[:number]:
-            raise UserError(f"{path}: two cells are the same run: {cells[number].name}")
-    return Plan(path, cells, retries, content.get("search", {}))
+    known = set()
+    for cell in cells:
+        run = (cell.task, cell.architecture, cell.seed, resolved(cell.request())[0].hash)
+        if run in known:
+            raise UserError(f"{path}: two cells are the same run: {cell.name}")
+        known.add(run)
+    return Plan(path, tuple(cells), retries, content.get("search", {}))
 
 
-def _cells(content: Mapping[str, Any], path: Path) -> list[Cell]:
-    """The cells of one grid; none where it is meant for another device."""
-    for key in content:
+def _cells(content: Mapping[str, Any], path: Path, most: int) -> list[Cell]:
+    """The cells of one grid, at most so many; none where it is meant for another device."""
+    for key, value in content.items():
         if key not in KEYS:
             raise unknown("key", key, KEYS, where=str(path))
-    for key in content.get("run", {}):
+        if key in KINDS and not isinstance(value, KINDS[key]):
+            raise UserError(f"{path}: {key} is {brief(value)}; a {'text' if KINDS[key] is str else 'table'}")
+    for key, value in content.get("run", {}).items():
         if key not in RUN_OPTIONS:
             raise unknown("option", f"run.{key}", [f"run.{k}" for k in RUN_OPTIONS], where=str(path))
+        if not isinstance(value, str | int | float) or isinstance(value, bool):
+            raise UserError(f"{path}: run.{key} is {brief(value)}; a text or a number")
     lists = {key: content.get(key, [0] if key == "seeds" else []) for key in ("tasks", "architectures", "seeds")}
     for key, values in lists.items():
         kind = int if key == "seeds" else str
         if not isinstance(values, list) or not values or not all(type(v) is kind for v in values):
-            raise UserError(f"{path}: {key} is {values!r}; a list of at least one {kind.__name__}")
+            raise UserError(f"{path}: {key} is {brief(values)}; a list of at least one {kind.__name__}")
+    if not all(0 <= seed < 2**32 for seed in lists["seeds"]):
+        raise UserError(f"{path}: seeds is {brief(lists['seeds'])}; numbers from 0 to {2**32 - 1}")
     grid = content.get("grid", {})
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
-            raise UserError(f"{path}: grid.{key} is {values!r}; a list of at least one value")
+            raise UserError(f"{path}: grid.{key} is {brief(values)}; a list of at least one value")
     if (device := content.get("device", "")) not in DEVICES:
-        raise unknown("device", str(device), [name for name in DEVICES if name], where=str(path))
+        raise unknown("device", device, [name for name in DEVICES if name], where=str(path))
     from lra.run import device as here
 
     if device and DEVICES[device] != here().type:
         return []
+    count = math.prod(len(values) for values in (*lists.values(), *grid.values()))
+    if count > most:
+        raise UserError(f"{path} asks for {count:,} runs; a sweep has at most {MOST:,}")
+    from lra.recipe import plain
+
+    settings = {part: plain(content.get(part, {}), f"{path}: {part}") for part in ("set", "grid")}
     recipe, protocol = content.get("recipe", "auto"), content.get("protocol", "")
     return [
-        Cell(task, architecture, seed, recipe, content.get("set", {}) | dict(chosen), content.get("run", {}), protocol)
+        Cell(task, architecture, seed, recipe, settings["set"] | dict(chosen), content.get("run", {}), protocol)
         for task, architecture in itertools.product(lists["tasks"], lists["architectures"])
-        for chosen in _combinations(grid)
+        for chosen in _combinations(settings["grid"])
         for seed in lists["seeds"]
     ]
 

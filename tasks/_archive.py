@@ -31,7 +31,8 @@ MOST = 1 << 37
 
 
 class _Member(tarfile.TarInfo):
-    """A member whose extended header, which tarfile reads into memory, is refused when it is no header's size."""
+    """A member whose extended header, which tarfile reads into memory, is refused when it is no header's size, as is
+    a sparse one, whose map has no size at all."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         extended = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
@@ -39,6 +40,11 @@ class _Member(tarfile.TarInfo):
         if self.type in extended and self.size > LONGEST_HEADER:
             raise tarfile.ReadError(f"a header of {self.size:,} bytes")
         return super()._proc_member(archive)  # type: ignore[misc]
+
+    def _proc_sparse(self, *_: object) -> tarfile.TarInfo:
+        raise tarfile.ReadError("a sparse member")
+
+    _proc_gnusparse_10 = _proc_sparse
 
 
 def members(archive: Path, wanted: dict[str, str]) -> Iterator[tuple[str, Iterator[bytes]]]:

@@ -45,7 +45,7 @@ def members(path: Path) -> list[tuple[tarfile.TarInfo, bytes]]:
 def write(path: Path, entries: list[tuple[tarfile.TarInfo, bytes]]) -> Path:
     with tarfile.open(path, "w:xz") as archive:
         for entry, content in entries:
-            entry.size = len(content) if entry.isreg() else 0
+            entry.size = 0 if entry.issym() else len(content)
             archive.addfile(entry, io.BytesIO(content))
     return path
 
@@ -87,6 +87,18 @@ def told(entries: list[tuple[tarfile.TarInfo, bytes]], key: str, value: object) 
     return [(entries[0][0], json.dumps(json.loads(entries[0][1]) | {key: value}).encode()), *entries[1:]]
 
 
+def headed(
+    entries: list[tuple[tarfile.TarInfo, bytes]], kind: bytes, content: bytes, times: int = 1
+) -> list[tuple[tarfile.TarInfo, bytes]]:
+    """With headers of another kind before the last member, `times` of them in a row."""
+    extended = []
+    for _ in range(times):
+        entry = tarfile.TarInfo("header")
+        entry.type = kind
+        extended.append((entry, content))
+    return [*entries[:-1], *extended, entries[-1]]
+
+
 SPOILT = {
     "a link": (link, "which its manifest does not describe"),
     "a name above": (lambda e: renamed(e, "../out.npy"), "which its manifest does not describe"),
@@ -98,6 +110,13 @@ SPOILT = {
     "another task": (lambda e: told(e, "task", "os:system"), "'os:system', which is not registered"),
     "another version": (lambda e: told(e, "version", 99), "another version .version differ"),
     "other counts": (lambda e: told(e, "counts", {}), "is not the set it says it is"),
+    "a header bomb": (lambda e: headed(e, tarfile.XHDTYPE, bytes(kit.CHUNK + 1)), "a header of 1,048,577 bytes"),
+    "a long name": (lambda e: headed(e, tarfile.GNUTYPE_LONGNAME, b"x" * (kit.CHUNK + 1)), "a header of 1,048,577"),
+    "headers without end": (lambda e: headed(e, tarfile.XHDTYPE, b"", 2000), "or not a whole one .maximum recursion"),
+    "a sparse member": (lambda e: headed(e, tarfile.GNUTYPE_SPARSE, b""), "a sparse member"),
+    "a sparse map": (
+        lambda e: headed(e, tarfile.XHDTYPE, b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n"), "a sparse member"
+    ),
     "no files": (lambda e: told(e, "files", 3), "is not a pack of this version"),
 }
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from records import record, write
 from typer.testing import CliRunner
 
-from lra import compare, recipe, report, result, run, store, tables
+from lra import compare, recipe, report, result, run, search, store, sweep, tables
 from lra.cli import app
 from lra.collection import Collection
 from lra.errors import UserError
@@ -102,6 +102,67 @@ def test_recipes_in_a_folder_of_a_run(content: Any) -> None:
         recipe.from_dict(json.loads(json.dumps(content)))
     except (UserError, ValueError) as error:
         assert str(error)  # noqa: PT017
+
+
+SWEEP = {
+    "tasks": ["listops"], "architectures": ["gru", "s4d"], "seeds": [0, 1], "recipe": "quick", "protocol": "strict",
+    "retries": 1, "set": {"train.steps": 5, "optim.betas": [0.9, 0.99]}, "grid": {"optim.lr": [0.1, 0.2]},
+    "run": {"time-limit": "8m"}, "device": "cpu", "part": [{"seeds": [2]}, {"seeds": [3], "grid": {}}],
+    "search": {
+        "trials": 4, "seed": 0, "optim.lr": {"low": 1e-4, "high": 1e-2, "log": True},
+        "model.d_model": {"low": 4, "high": 8}, "encoder.horizon": {"choose": [4, 16]},
+    },
+}  # fmt: skip
+
+
+def planned(path: Path) -> None:
+    """The cells of a sweep and its search are right, or one clear line says what is wrong."""
+    try:
+        plan = sweep.read(path)
+        assert len({json.dumps([*cell.arguments()]) for cell in plan.cells}) == len(plan.cells) <= sweep.MOST
+        space = {key: value for key, value in plan.search.items() if key not in ("trials", "seed")}
+        if space:
+            points = search.drawn(space, 4, 0)
+            assert [list(point) for point in points] == [list(space)] * 4
+            json.dumps(points, allow_nan=False)
+    except UserError as error:
+        assert len(str(error)) < 5000  # noqa: PT017  (a refusal is as good as a plan)
+
+
+@given(altered(SWEEP))
+@CASES
+def test_sweeps(tmp_path: Path, content: Any) -> None:
+    path = tmp_path / "own.toml"
+    content = content if isinstance(content, dict) else {"tasks": content}
+    text = "\n".join(f"{json.dumps(key)} = {toml(value)}" for key, value in content.items())
+    path.write_bytes(text.encode(errors="surrogatepass"))
+    planned(path)
+
+
+@given(damaged("\n".join(f"{json.dumps(key)} = {toml(value)}" for key, value in SWEEP.items()).encode()))
+@CASES
+def test_damaged_sweeps(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "own.toml"
+    path.write_bytes(content)
+    planned(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("x = " + "[" * 3000, "not valid TOML"),
+        ("seeds = [-1]", "numbers from 0 to 4294967295"),
+        (f"seeds = {list(range(10_001))}", "asks for 10,001 runs; a sweep has at most 10,000"),
+        ("part = " + toml([{"seeds": list(range(n, n + 2001))} for n in range(5)]), "asks for 2,001 runs"),
+        ("grid = " + toml({f"encoder.k{i}": list(range(10)) for i in range(12)}), "asks for 1,000,000,000,000 runs"),
+    ],
+    ids=["deep", "seed", "many", "many parts", "huge grid"],
+)
+def test_absurd_sweeps_are_refused(tmp_path: Path, line: str, says: str) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text(f'tasks = ["listops"]\narchitectures = ["gru"]\n{line}\n')
+    with pytest.raises(UserError, match=says):
+        sweep.read(path)
 
 
 @given(st.one_of(texts, st.tuples(st.sampled_from([*architectures.names(), "net.py"]), texts).map("/".join)))

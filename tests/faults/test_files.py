@@ -239,6 +239,13 @@ def test_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     )
     with pytest.raises(DataError, match=r"holds 1,048,577 bytes"):
         contents(path)
+    for kind, content in (
+        (tarfile.GNUTYPE_SPARSE, b""),
+        (tarfile.XHDTYPE, b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n"),
+    ):
+        path.write_bytes(tape((member("x", kind), content), (member("a.tsv"), b"9\n" * 99), (member("b.tsv"), b"")))
+        with pytest.raises(DataError, match="a sparse member"):
+            contents(path)
 
 
 def test_an_image_that_would_fill_the_memory_is_never_decoded(tmp_path: Path) -> None:
