@@ -34,24 +34,25 @@ def together(
 ) -> dict[str, Timing]:
     """Time calls on `device` in turns, so that what else the machine does meets all of them.
 
-    Warm-up of a call ends when two in a row differ by less than a tenth, after 5 at most or a third of `budget`
-    seconds; compilation and autotuning are over by then. Then `repeats` calls, or as many as fit `budget` seconds of
-    its own, at least 3; a call that alone takes longer than `budget` is not repeated. CUDA work is timed by events on
-    its stream.
+    Warm-up of a call ends when two in a row differ by less than a tenth, after 5 at most or, from the second on, a
+    third of `budget` seconds; compilation and autotuning, in the first, are over by then. Then `repeats` calls, or as
+    many as fit `budget` seconds of its own, at least 3; a call that alone takes longer than `budget` even when warm is
+    not repeated. CUDA work is timed by events on its stream.
     """
     found: dict[str, list[float]] = {name: [] for name in calls}
     spent, least = dict.fromkeys(calls, 0.0), dict.fromkeys(calls, 3)
     for name, call in calls.items():
-        before = 0.0
-        for _ in range(5):
+        before, warming = _once(call, device), 0.0
+        for _ in range(4):
             now = _once(call, device)
-            spent[name] += now
-            if abs(now - before) < 0.1 * now or spent[name] > budget / 3:
+            warming += now
+            if abs(now - before) < 0.1 * now or warming > budget / 3:
                 break
             before = now
         if now > budget:
             found[name].append(now)
             least[name] = 1
+            spent[name] = now
 
     def due(name: str) -> bool:
         return len(found[name]) < repeats and (len(found[name]) < least[name] or spent[name] < budget)

@@ -8,6 +8,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,30 @@ def test_timing_warms_up_and_repeats() -> None:
 def test_a_timing_that_does_not_fit_its_budget_has_fewer_repeats() -> None:
     found = measure(lambda: sum(range(300_000)), CPU, repeats=1_000_000, budget=0.2)
     assert 3 <= found.repeats < 1_000_000
+
+
+def test_a_first_call_that_compiles_is_no_measurement() -> None:
+    calls: list[int] = []
+
+    def compiled_once() -> None:
+        time.sleep(0.0 if calls else 0.3)
+        calls.append(1)
+
+    found = measure(compiled_once, CPU, repeats=7, budget=0.1)
+    assert found.repeats == 7
+    assert found.high < 0.1
+
+
+def test_a_call_longer_than_its_budget_is_timed_warm_and_once() -> None:
+    calls: list[int] = []
+
+    def slow() -> None:
+        time.sleep(0.1 if calls else 0.4)
+        calls.append(1)
+
+    found = measure(slow, CPU, budget=0.05)
+    assert (found.repeats, len(calls)) == (1, 2)
+    assert 0.1 <= found.median < 0.4
 
 
 def test_conditions_are_what_the_device_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
