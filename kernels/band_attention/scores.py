@@ -39,6 +39,8 @@ class Inputs:
         self.budget = BUDGET if q.device.type == "cpu" else BUDGET << 5
         self.flat = q, k, v
         self.q, self.k, self.v = self.blocks(q), self.blocks(k), self.blocks(v)
+        if random_blocks is not None:  # gathered block by block, several times each
+            self.k, self.v = self.k.contiguous(), self.v.contiguous()
         seen = torch.ones(self.batch, self.length, dtype=torch.bool, device=q.device) if mask is None else mask
         self.seen, self.positions = seen, positions
         self.is_global = torch.zeros_like(seen)
