@@ -68,8 +68,10 @@ def show(
 def _expectations(expected: Expected) -> Iterator[str]:
     if expected.accuracy:
         yield f"expected accuracy [bold]{100 * expected.accuracy:.2f} %[/] ({escape(expected.source)})"
-    if expected.high:
+    if expected.high > expected.low:
         yield f"reported across sources {100 * expected.low:.2f} to {100 * expected.high:.2f} %"
+    elif expected.high:
+        yield "no other figure is on file"
     if expected.epoch:
         yield f"a run is off if it has not reached {100 * expected.by:.0f} % on validation after epoch {expected.epoch}"
 

@@ -128,6 +128,29 @@ def resolve(
     return recipe.trained_as(recipe.pretrain.objective), origin
 
 
+def of_variant(found: Recipe, origin: Mapping[str, str], preset: Mapping[str, Any]) -> tuple[Recipe, dict[str, str]]:
+    """The recipe of an architecture's variant: its preset before what the tables say of the plain architecture, whose
+    expected accuracy is not its own. Raises UserError where a table or --set names the variant and contradicts it."""
+    given, encoder, origin = dict(_flat(found.encoder)), json.loads(json.dumps(found.encoder)), dict(origin)
+    changed = {key: value for key, value in _flat(preset) if key not in given or given[key] != value}
+    for key, value in changed.items():
+        where, (*parents, last) = origin.get(f"encoder.{key}", ""), key.split(".")
+        if where == "--set" or found.architecture in where:
+            raise UserError(
+                f"encoder.{key} is {brief(given[key])} ({where}), which is not {found.architecture}: that has "
+                f"{brief(value)}; name {found.architecture.partition('/')[0]} instead"
+            )
+        if key.partition(".")[0] not in encoder:
+            continue
+        place = encoder
+        for part in parents:
+            place = place.setdefault(part, {})
+        place[last], origin[f"encoder.{key}"] = value, "variant"
+    about = origin.get("expected.accuracy", "")
+    own = found.architecture in about or about.startswith(f"{found.architecture.replace('/', '-')}.toml")
+    return replace(found, encoder=encoder, expected=found.expected if own or not changed else Expected()), origin
+
+
 def from_dict(content: Mapping[str, Any]) -> Recipe:
     """The recipe that `as_dict` wrote, by this version or an earlier one. Raises UserError for what no recipe holds."""
     sections = {}

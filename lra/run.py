@@ -91,6 +91,7 @@ def resolved(request: Request) -> tuple[Recipe, dict[str, str], Constructor]:
         if key not in known or key in SHAPE:
             own = [k for k in known if k not in SHAPE]
             raise recipe.unknown("key", f"encoder.{key}", [f"encoder.{k}" for k in own], where=found.architecture)
+    found, origin = recipe.of_variant(found, origin, constructor.preset)
     if request.match:
         task, protocol = store.resolve(found.task, found.data.protocol or None)
         width, said = match.solved(request.match, found, lambda f: build(f, constructor, task, protocol, 0), protocol)
