@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra import flops, memory, result, timing
+from lra import flops, memory, profiles, result, timing
 from lra.bench import Machine
 from lra.data import Batch
 from lra.encoder import Encoder
@@ -67,8 +67,9 @@ def profile(
         seen(cell)
         path = cell.path(root, here)
         line = (cell.architecture, cell.batch, cell.d_model, cell.n_layers, cell.direction, cell.task)
-        kept = None if fresh else _read(path)
-        if kept is not None and kept["cell"] == asdict(cell) and kept["environment"].get("threads") == threads:
+        kept: Any = None if fresh else profiles.read(path)
+        sound = not profiles.problem(kept)
+        if sound and kept["cell"] == asdict(cell) and kept["environment"].get("threads") == threads:
             found = kept
         elif failed.get(line, cell.length) < cell.length:
             found = {"cell": asdict(cell), "failed": f"not tried: failed at {failed[line]:,}"}
@@ -85,14 +86,6 @@ def profile(
         if "failed" in found:
             failed[line] = min(failed.get(line, cell.length), cell.length)
         yield found
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) and {"cell", "environment"} <= set(content) else None
-    except (OSError, ValueError):
-        return None
 
 
 def in_process(

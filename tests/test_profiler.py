@@ -187,6 +187,9 @@ def test_files_that_are_no_profiles_are_passed_over(tmp_path: Path) -> None:
     (tmp_path / "profile" / "other.json").write_text('{"cell": 3}')
     (tmp_path / "profile" / "good.json").write_text(json.dumps(profiled("gru", 256, 1.0)))
     assert [p["cell"]["architecture"] for p in efficiency.load(tmp_path)] == ["gru"]
+    bad, other = efficiency.problems(tmp_path)
+    assert bad.endswith("bad.json: not a profile: not a JSON object")
+    assert other.endswith("other.json: not a profile: cell is a int; expected dict")
 
 
 def test_lras_table_is_relative_and_beside_the_published_one(tmp_path: Path) -> None:
