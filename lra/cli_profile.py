@@ -50,7 +50,7 @@ def profile(
     given = {"lengths": lengths, "batch": batch, "d_model": d_model, "layers": layers, "budget": budget}
     shape: dict[str, Any] = base | {key: value for key, value in given.items() if value}
     parts = str(shape["lengths"]).split(",")
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise UserError(f"--lengths is {lengths!r}; expected whole numbers and commas, for example 1024,4096")
     if direction not in ("causal", "bidirectional"):
         raise UserError(f"--direction is {direction!r}; causal or bidirectional")

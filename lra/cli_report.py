@@ -99,4 +99,4 @@ def report(
     found = Collection.read(root)
     for line in found.problems:
         errors.print(f"[yellow]{escape(line)}[/]", soft_wrap=True)
-    console.print(f"wrote {page.write(found, root, out or root)}", soft_wrap=True)
+    console.print(f"wrote {escape(str(page.write(found, root, out or root)))}", soft_wrap=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -20,6 +19,7 @@ from scipy import stats
 
 from lra.errors import UserError
 from lra.plots import Series, chart
+from lra.profiles import problem, read
 from lra.registry import architectures
 from lra.sheets import Cell, Sheet
 
@@ -42,16 +42,18 @@ FIELDS = (
 
 
 def load(root: Path) -> list[Profile]:
-    """Every readable cell below <root>/profile, by device, shape, architecture and length."""
-    found = []
-    for path in sorted((root / "profile").rglob("*.json")):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(content, dict) and {"cell", "environment"} <= set(content) and "architecture" in content["cell"]:
-            found.append(content)
+    """Every sound cell below <root>/profile, by device, shape, architecture and length."""
+    found = [content for path in _files(root) if not problem(content := read(path))]
     return sorted(found, key=lambda p: (shape_of(p), p["cell"]["architecture"], p["cell"]["length"]))
+
+
+def problems(root: Path) -> list[str]:
+    """What is wrong with the other files there, one line each."""
+    return [f"{path}: not a profile: {why}" for path in _files(root) if (why := problem(read(path)))]
+
+
+def _files(root: Path) -> list[Path]:
+    return sorted((root / "profile").rglob("*.json"))
 
 
 def shape_of(profile: Profile) -> Shape:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from lra import registry, store
+from lra.errors import UserError, brief
 from lra.manifest import MANIFEST, hash_file, write_manifest
 from lra.result import atomic
 from lra.store import Prepared
@@ -40,7 +41,16 @@ class _Member(tarfile.TarInfo):
 
 
 def pack(found: Prepared, target: Path, progress: Progress = silent) -> int:
-    """Write a prepared set to `target`; returns its size in bytes. Raises DataError when a file of it has changed."""
+    """Write a prepared set to `target`; returns its size in bytes. Raises DataError when a file of it has changed, and
+    where the target cannot be written."""
+    try:
+        _pack(found, target, progress)
+        return target.stat().st_size
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _pack(found: Prepared, target: Path, progress: Progress) -> None:
     # where the raw files lay is nobody else's business
     manifest = json.dumps(found.manifest | {"source": "packed"}, indent=2).encode()
     whole, done = sum(facts["bytes"] for facts in found.manifest["files"].values()), 0
@@ -58,7 +68,6 @@ def pack(found: Prepared, target: Path, progress: Progress = silent) -> int:
             with path.open("rb") as file:
                 archive.addfile(entry, file)
             done += facts["bytes"]
-    return target.stat().st_size
 
 
 def unpack(source: Path, progress: Progress = silent) -> Prepared:
@@ -71,6 +80,8 @@ def unpack(source: Path, progress: Progress = silent) -> Prepared:
         raise DataError(f"{refused}, or not a whole one ({error}); make it again with `lra data pack`") from None
     except FileNotFoundError:
         raise DataError(f"there is no file {source}") from None
+    except OSError as error:
+        raise DataError(f"{source} cannot be read: {error.strerror or error}") from None
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{refused}: {error}") from None
 
@@ -82,8 +93,11 @@ def _unpack(archive: tarfile.TarFile, source: Path, progress: Progress) -> Prepa
     manifest = json.loads(_opened(archive, first).read())
     if manifest["task"] not in registry.tasks.names():
         # a name such as package.module:Class would import what a stranger chose
-        raise DataError(f"{source} is of the task {str(manifest['task'])!r}, which is not registered here")
-    task, protocol = store.resolve(manifest["task"], str(manifest["protocol"]["name"]))
+        raise DataError(f"{source} is of the task {brief(manifest['task'])}, which is not registered here")
+    try:
+        task, protocol = store.resolve(manifest["task"], str(manifest["protocol"]["name"]))
+    except UserError as error:
+        raise DataError(f"{source}: {error}") from None
     current = store._identity(task, protocol)
     if differing := [key for key, value in current.items() if manifest.get(key) != value]:
         raise DataError(f"{source} holds {task.name} of another version ({', '.join(differing)} differ); pack it again")

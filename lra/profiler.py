@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra import flops, memory, result, timing
+from lra import flops, memory, profiles, result, timing
 from lra.bench import Machine
 from lra.data import Batch
 from lra.efficiency import agreed
@@ -108,15 +108,10 @@ class _Kept:
 
     def read(self) -> bool:
         """Whether the file holds this very cell, measured with as many threads."""
-        try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        content = profiles.read(self.path)
+        if profiles.problem(content) or content["cell"] != asdict(self.cell):
             return False
-        if not isinstance(content, dict) or not {"cell", "environment"} <= set(content):
-            return False
-        if not {"failed", "rounds"} & set(content):
-            return False
-        if content["cell"] != asdict(self.cell) or content["environment"].get("threads") != torch.get_num_threads():
+        if content["environment"].get("threads") != torch.get_num_threads():
             return False
         self.record = content
         return True

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 STATES = {"finished": "dim", "waiting": "", "running": "cyan", "done": "green", "failed": "red"}
@@ -30,7 +31,8 @@ class Board:
             self.took[number] = now - self.since[number]
         self.state[number], self.said[number] = state, said
         if not self.console.is_terminal and state != "waiting":
-            self.console.print(f"{self.names[number]}: {state} {said}".rstrip(), soft_wrap=True, highlight=False)
+            line = escape(f"{self.names[number]}: {state} {said}".rstrip())
+            self.console.print(line, soft_wrap=True, highlight=False)
 
     def left(self) -> float | None:
         """Seconds to the end, if the rest takes as long as what is done."""
@@ -53,7 +55,8 @@ class Board:
             if state == "running":
                 seconds = time.monotonic() - self.since[number]
             shown = f"[{STATES[state]}]{state}[/]" if STATES[state] else state
-            table.add_row(name, shown, "" if seconds is None else duration(seconds), self.said.get(number, ""))
+            took = "" if seconds is None else duration(seconds)
+            table.add_row(escape(name), shown, took, escape(self.said.get(number, "")))
         return table
 
 

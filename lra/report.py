@@ -45,7 +45,7 @@ def build(collection: Collection, root: Path) -> str:
         figures=[_figures(g, listed, names, colours, collection) for g, listed in found.items()],
         growth=[{"title": title, "svg": Markup(svg)} for title, svg in efficiency.charts(profiled)],
         profiles=efficiency.sheets(profiled),
-        problems=collection.problems,
+        problems=[*collection.problems, *efficiency.problems(root)],
         evidence={row["id"]: row.pop("evidence") for row in rows},
         curves={row["id"]: Markup(row.pop("curves")) for row in rows},
     )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from collections.abc import Mapping
 from typing import Any
 
 from lra.errors import brief
 
 SCHEMA = 1
 NUMBER = (int, float)
-REQUIRED: dict[str, type | tuple[type, ...]] = {
+Kinds = Mapping[str, type | tuple[type, ...]]
+REQUIRED: Kinds = {
     "schema": int, "id": str, "task": str, "architecture": str, "protocol": dict, "recipe": dict, "recipe_hash": str,
     "seed": int, "regime": str, "direction": str, "test": dict, "validation": dict, "floors": dict, "parameters": int,
     "flops": dict, "speed": dict, "memory": dict, "implementations": dict, "data": dict, "environment": dict,
@@ -18,14 +20,15 @@ REQUIRED: dict[str, type | tuple[type, ...]] = {
     "protocol.name": str, "recipe.name": str, "environment.cpu": str, "speed.examples_per_second": NUMBER,
     "memory.peak_bytes": NUMBER, "predictions.file": str, "predictions.sha256": str,
 }  # fmt: skip
-OPTIONAL: dict[str, type | tuple[type, ...]] = {
+OPTIONAL: Kinds = {
     "collapsed": str, "protocol.length": int, "validation.accuracy": NUMBER, "flops.forward": (*NUMBER, type(None)),
     "flops.forward_backward": (*NUMBER, type(None)), "flops.uncounted": list, "environment.gpu": str,
     "environment.device": str, "environment.versions": dict, "environment.commit": dict,
     "environment.commit.hash": str, "data.checksum": str, "curve": list, "receptive_field": int,
 }  # fmt: skip
 DEEPEST = 16
-_ABSENT = object()
+ABSENT = object()
+"""What `at` finds where there is nothing."""
 
 
 def check(record: Any) -> str:
@@ -34,16 +37,21 @@ def check(record: Any) -> str:
         return "not a JSON object"
     if record.get("schema") != SCHEMA:
         return f"schema is {brief(record.get('schema'))}; this version reads {SCHEMA}"
-    if problem := _improper(record):
+    return misfit(record, REQUIRED, OPTIONAL) or _ranges(record)
+
+
+def misfit(content: dict[str, Any], required: Kinds, optional: Kinds) -> str:
+    """Which value is not of its kind, or nothing that could be shown; empty when none is. Keys may be dotted."""
+    if problem := _improper(content):
         return problem
-    for key, kind in (REQUIRED | OPTIONAL).items():
-        value = _at(record, key)
-        if value is _ABSENT and key in REQUIRED:
+    for key, kind in {**required, **optional}.items():
+        value = at(content, key)
+        if value is ABSENT and key in required:
             return f"{key} is missing"
-        if value is not _ABSENT and not _is(value, kind):
+        if value is not ABSENT and not _is(value, kind):
             wanted = kind.__name__ if isinstance(kind, type) else "number"
             return f"{key} is a {type(value).__name__}; expected {wanted}"
-    return _ranges(record)
+    return ""
 
 
 def _ranges(record: dict[str, Any]) -> str:
@@ -68,11 +76,12 @@ def _is(value: Any, kind: type | tuple[type, ...]) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def _at(record: dict[str, Any], dotted: str) -> Any:
+def at(record: dict[str, Any], dotted: str) -> Any:
+    """The value behind a dotted key."""
     found: Any = record
     for part in dotted.split("."):
         if not isinstance(found, dict) or part not in found:
-            return _ABSENT
+            return ABSENT
         found = found[part]
     return found
 

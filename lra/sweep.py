@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from lra.errors import UserError, brief, unknown
 from lra.progress import Board, watched
@@ -263,7 +264,8 @@ def carry_out(
         console.print(probing.table([plan.cells[n] for n in open_], console))
     if dry_run:
         for number, cell in enumerate(plan.cells):
-            console.print(f"{number} {cell.name}: {'open' if number in open_ else 'finished'}", soft_wrap=True)
+            state = "open" if number in open_ else "finished"
+            console.print(escape(f"{number} {cell.name}: {state}"), soft_wrap=True)
         return []
     if ray:
         from lra import cluster
@@ -272,7 +274,8 @@ def carry_out(
     else:
         failed = _local(plan, console, open_, deadline)
     for number in failed:
-        console.print(f"[red]failed[/] {plan.cells[number].name}: {plan.logs / f'{number}.log'}", soft_wrap=True)
+        where = f"{plan.cells[number].name}: {plan.logs / f'{number}.log'}"
+        console.print(f"[red]failed[/] {escape(where)}", soft_wrap=True)
     there = sum(finished(cell, root) for cell in plan.cells)
     console.print(f"{there} of {len(plan.cells)} cells have results")
     return [plan.cells[number] for number in failed]

@@ -28,7 +28,8 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepared:
 
 @pytest.fixture
 def packed(prepared: Prepared, tmp_path: Path) -> Path:
-    kit.pack(prepared, tmp_path / "tiny.tar.xz")
+    size = kit.pack(prepared, tmp_path / "tiny.tar.xz")
+    assert size == (tmp_path / "tiny.tar.xz").stat().st_size
     return tmp_path / "tiny.tar.xz"
 
 
@@ -109,13 +110,15 @@ SPOILT = {
     "no manifest": (lambda e: e[1:], "does not begin with a manifest.json"),
     "another task": (lambda e: told(e, "task", "os:system"), "'os:system', which is not registered"),
     "another version": (lambda e: told(e, "version", 99), "another version .version differ"),
+    "another protocol": (lambda e: told(e, "protocol", {"name": "strickt"}), "bad.tar.xz: unknown protocol of tiny"),
     "other counts": (lambda e: told(e, "counts", {}), "is not the set it says it is"),
     "a header bomb": (lambda e: headed(e, tarfile.XHDTYPE, bytes(kit.CHUNK + 1)), "a header of 1,048,577 bytes"),
     "a long name": (lambda e: headed(e, tarfile.GNUTYPE_LONGNAME, b"x" * (kit.CHUNK + 1)), "a header of 1,048,577"),
     "headers without end": (lambda e: headed(e, tarfile.XHDTYPE, b"", 2000), "or not a whole one .maximum recursion"),
     "a sparse member": (lambda e: headed(e, tarfile.GNUTYPE_SPARSE, b""), "a sparse member"),
     "a sparse map": (
-        lambda e: headed(e, tarfile.XHDTYPE, b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n"), "a sparse member"
+        lambda e: headed(e, tarfile.XHDTYPE, b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n"),
+        "a sparse member",
     ),
     "no files": (lambda e: told(e, "files", 3), "is not a pack of this version"),
 }
@@ -144,3 +147,14 @@ def test_a_torn_or_foreign_file_is_named(packed: Path, tmp_path: Path, monkeypat
             kit.unpack(packed)
     with pytest.raises(DataError, match="there is no file"):
         kit.unpack(tmp_path / "absent")
+
+
+def test_files_that_cannot_be_read_or_written_are_named(prepared: Prepared, packed: Path, tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / ("x" * 300), Path("\0")):
+        with pytest.raises(DataError) as caught:
+            kit.unpack(place)
+        assert "\n" not in str(caught.value)
+    for place in (tmp_path, packed / "inside.tar.xz", tmp_path / ("x" * 300), Path("\0")):
+        with pytest.raises(DataError, match="cannot write"):
+            kit.pack(prepared, place)
+    assert packed.is_file()

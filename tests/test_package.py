@@ -6,10 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("lra", "architectures", "kernels", "tasks")
@@ -68,3 +71,26 @@ def test_entry_point(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     [points] = [n for n in archive.namelist() if n.endswith("entry_points.txt")]
     assert "lra = lra.cli:main" in archive.read(points).decode()
+
+
+def test_every_dependency_is_pinned_within_its_bounds() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    wanted = [Requirement(line) for line in (*project["dependencies"], *extras["dev"], *extras["cluster"])]
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(text) for line in lines if (text := line.partition("#")[0].strip())]
+    assert all([s.operator for s in pin.specifier] == ["=="] for pin in pins)
+    version = {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in pins}
+    assert len(version) == len(pins)
+    assert [w.name for w in wanted if not w.specifier.contains(version[canonicalize_name(w.name)])] == []
+    [lightning] = [w for w in wanted if w.name == "lightning"]
+    # compromised releases
+    assert not any(lightning.specifier.contains(bad) for bad in ("2.6.2", "2.6.3"))
+
+
+def test_nothing_runs_at_installation() -> None:
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]
+    assert build["build-backend"] == "setuptools.build_meta"
+    assert [r.partition(">")[0] for r in build["requires"]] == ["setuptools"]
+    assert "backend-path" not in build
+    assert not any((ROOT / name).exists() for name in ("setup.py", "setup.cfg", "MANIFEST.in"))

@@ -18,7 +18,7 @@ import torch
 from test_report import profiled
 from typer.testing import CliRunner
 
-from lra import efficiency, fit, lra_table, profiler, sheets, timing
+from lra import efficiency, fit, lra_table, profiler, profiles, sheets, timing
 from lra.cli import app
 from lra.errors import UserError
 from lra.profiler import Cell
@@ -276,12 +276,24 @@ def test_tables_of_profiles(tmp_path: Path) -> None:
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths)
 
 
+@pytest.mark.parametrize(
+    "rounds", [[], [{}], [3], [{"train": 1.0}], [{"forward": 1.0, "train": -1.0}], [{"forward": 1.0, "train": True}]]
+)
+def test_rounds_that_are_none_are_named(rounds: list[Any]) -> None:
+    assert profiles.problem(profiled("gru", 256, 1.0)) == ""
+    assert profiles.problem(profiled("gru", 256, 1.0, rounds=[{"forward": 1.0, "train": 2.0}, {}])) == ""
+    assert profiles.problem(profiled("gru", 256, 1.0, rounds=rounds)).startswith("rounds")
+
+
 def test_files_that_are_no_profiles_are_passed_over(tmp_path: Path) -> None:
     (tmp_path / "profile").mkdir()
     (tmp_path / "profile" / "bad.json").write_text("{")
     (tmp_path / "profile" / "other.json").write_text('{"cell": 3}')
     (tmp_path / "profile" / "good.json").write_text(json.dumps(profiled("gru", 256, 1.0)))
     assert [p["cell"]["architecture"] for p in efficiency.load(tmp_path)] == ["gru"]
+    bad, other = efficiency.problems(tmp_path)
+    assert bad.endswith("bad.json: not a profile: not a JSON object")
+    assert other.endswith("other.json: not a profile: cell is a int; expected dict")
 
 
 def test_lras_table_is_relative_and_beside_the_published_one(tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +49,10 @@ def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
     assert sorted(p.suffix for p in path.parent.iterdir()) == [".json", ".npz"]
 
 
+def test_a_good_record_has_no_problem() -> None:
+    assert result.check(record() | {"seal": "", "predictions": {"file": "", "sha256": ""}}) == ""
+
+
 def _truncate(path: Path) -> None:
     path.write_text(path.read_text()[:-40])
 
@@ -67,10 +74,47 @@ def _drop(key: str) -> Callable[[Path], None]:
     return drop
 
 
+def _predictions(content: bytes) -> Callable[[Path], None]:
+    """With the checksum that belongs to them: whoever puts in other predictions can compute that too."""
+
+    def replace(path: Path) -> None:
+        path.with_suffix(".npz").write_bytes(content)
+        facts = {"file": path.with_suffix(".npz").name, "sha256": hashlib.sha256(content).hexdigest()}
+        _edit(predictions=facts)(path)
+
+    return replace
+
+
+def _npz(**arrays: Any) -> bytes:
+    out = io.BytesIO()
+    np.savez_compressed(out, **arrays)
+    return out.getvalue()
+
+
+def _wrong_crc() -> bytes:
+    out = io.BytesIO()
+    np.savez(out, prediction=np.zeros(64, np.uint8))
+    content = bytearray(out.getvalue())
+    content[content.index(bytes(64)) + 8] ^= 1
+    return bytes(content)
+
+
+def _zipped(name: str, content: bytes) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr(name, content)
+    return out.getvalue()
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (_truncate, "not a result file"),
+        (_predictions(b"no archive"), "are not plain arrays: BadZipFile"),
+        (_predictions(_npz(prediction=np.zeros(result.LARGEST, np.uint8))), "decompress to more than 16,777,216 bytes"),
+        (_predictions(_npz(prediction=np.array([{}], object))), "Object arrays cannot be loaded"),
+        (_predictions(_wrong_crc()), "are not plain arrays: wrong CRC"),
+        (_predictions(_zipped("note.txt", b"text")), "note.txt is no array"),
         (lambda p: p.write_text("[" * 100_000), "not a result file"),
         (lambda p: p.write_bytes(b"\xff\xfe"), "not a result file"),
         (lambda p: p.write_text("[]"), "not a JSON object"),
@@ -127,6 +171,16 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
         fail()
     assert target.read_text() == "old"
     assert os.listdir(tmp_path) == ["table.md"]
+
+
+def test_what_is_written_is_on_disk_before_its_name_and_its_folder_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, synced = tmp_path / "table.md", []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append((os.fstat(handle).st_ino, target.exists())))
+    with result.atomic(target) as temporary:
+        temporary.write_text("new")
+    assert synced == [(target.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
 
 
 def test_results_that_cannot_be_written_are_refused_before_the_run(tmp_path: Path) -> None:

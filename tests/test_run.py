@@ -105,6 +105,11 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
+def test_a_run_at_chance_is_labelled_and_one_that_left_it_is_not(places: Path) -> None:
+    assert result.read(go({"train.steps": "1", "optim.lr": "1e-9"}))["collapsed"] == "not above the best blind guess"
+    assert result.read(go({"train.steps": "60", "optim.lr": "0.03"}))["collapsed"] == ""
+
+
 def test_a_time_limit_stops_with_a_checkpoint(places: Path) -> None:
     from lra.train import Interrupted
 

@@ -199,6 +199,16 @@ def test_a_forecast_is_made_by_running_a_few_steps(tmp_path: Path) -> None:
     assert "model.d_model is 0" in forecast.probed(Cell(**{**vars(cell), "settings": {"model.d_model": 0}}))["failed"]
 
 
+def test_the_board_shows_brackets_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(width=80)
+    board = Board(["x=[/a]"], console)
+    board.set(0, "failed", "cannot read [/data]")
+    console.print(board)
+    said = capsys.readouterr().out
+    assert said.count("x=[/a]") == 2
+    assert said.count("cannot read [/data]") == 2
+
+
 def test_the_board_knows_the_time_left() -> None:
     board = Board(["a", "b", "c", "d"], QUIET)
     assert board.left() is None

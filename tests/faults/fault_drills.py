@@ -120,7 +120,7 @@ def job_look(**_: Any) -> dict[str, Any]:
         predictions[record["id"]] = np.load(place, allow_pickle=False)["prediction"].tolist()
     return {
         "problems": list(found.problems), "ids": [r["id"] for r in found.records], "predictions": predictions,
-        "seeds": [r["seed"] for r in found.records], "steps": steps,
+        "cells": [[r["architecture"], r["seed"], r["recipe_hash"]] for r in found.records], "steps": steps,
         "sane": all(0 < r["wall_seconds"] < 600 and r["speed"]["examples_per_second"] > 0 for r in found.records),
         "prepared": store.verify(task) if ready else None,
     }  # fmt: skip

@@ -21,7 +21,7 @@ AWKWARD = [
     "", " ", ".", "..", "../..", "/etc/passwd", "a/../../b", "~", "~nobody", "C:\\x", "con", "a" * 300,
     "\u202eabc", "\x00", "\x1b[2J",
     "é", "e\u0301", "\ud800", "[red]x[/]", "[/]", "<script>", "$(id)", "%s%n", "{0}", "nan", "inf", "-0", "1e999",
-    "9" * 400, "true", "null", "'", '"', "\n", "-", "--", "--help", "=", "a=b=c", "x:y", ":", "a:", ":b", "s4d/",
+    "9" * 400, "²", "true", "null", "'", '"', "\n", "-", "--", "--help", "=", "a=b=c", "x:y", ":", "a:", ":b", "s4d/",
     "/s4d", "a" * 300 + ".toml", "a" * 300 + ".py:Net", "\x00.py:Net", ".json", "a" * 300 + ".json",
 ]  # fmt: skip
 texts = st.one_of(st.sampled_from(AWKWARD), st.text(max_size=30))
@@ -34,24 +34,36 @@ anything = st.recursive(
 )
 
 
-@st.composite
-def damaged(draw: st.DrawFn, content: bytes) -> bytes:
-    """The bytes with a few of them changed, cut, repeated or put in."""
+edits = st.lists(
+    st.tuples(
+        st.sampled_from(("flip", "cut", "drop", "insert", "repeat")), st.integers(0, 2**24), st.integers(1, 255),
+        st.binary(min_size=1, max_size=16),
+    ),
+    min_size=1, max_size=4,
+)  # fmt: skip
+"""What `edited` does to bytes: kind, place, amount, what to put in."""
+
+
+def edited(content: bytes, changes: list[tuple[str, int, int, bytes]]) -> bytes:
+    """The bytes with a few of them changed, cut, left out, put in or repeated."""
     made = bytearray(content)
-    for _ in range(draw(st.integers(1, 4))):
-        place = draw(st.integers(0, max(len(made) - 1, 0)))
-        kind = draw(st.sampled_from(("flip", "cut", "drop", "insert", "repeat")))
+    for kind, anywhere, amount, new in changes:
+        place = anywhere % max(len(made), 1)
         if kind == "flip" and made:
-            made[place] ^= draw(st.integers(1, 255))
+            made[place] ^= amount
         elif kind == "cut":
             del made[place:]
         elif kind == "drop":
-            del made[place : place + draw(st.integers(1, 64))]
+            del made[place : place + amount]
         elif kind == "insert":
-            made[place:place] = draw(st.binary(min_size=1, max_size=16))
+            made[place:place] = new
         elif kind == "repeat":
-            made[place:place] = made[place : place + draw(st.integers(1, 512))]
+            made[place:place] = made[place : place + 2 * amount]
     return bytes(made)
+
+
+def damaged(content: bytes) -> st.SearchStrategy[bytes]:
+    return edits.map(lambda changes: edited(content, changes))
 
 
 def flipped(content: bytes) -> st.SearchStrategy[bytes]:

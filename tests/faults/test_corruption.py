@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import lzma
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fault_fuzz import CASES, SLOW, flipped
+from fault_fuzz import CASES, SLOW, edited, edits, flipped
 from hypothesis import given
 from hypothesis import strategies as st
 from records import record, write
 from tiny_task import Tiny
 
-from lra import checkpoint, recipe, result, store
+from lra import checkpoint, pack, recipe, registry, result, store
 from lra.collection import Collection
 from lra.errors import UserError
 from lra.floors import floors
@@ -109,6 +111,14 @@ def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path) -> None:
             checkpoint.read(tmp_path / f"{name}.ckpt")
 
 
+def test_a_trainer_reads_what_it_wrote(saved: tuple[Path, dict[str, Any]]) -> None:
+    path, content = saved
+    assert checkpoint.Whole().load_checkpoint(str(path))["lra"] == content["lra"]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoint.Whole().load_checkpoint(str(path))
+
+
 def test_a_checkpoint_is_still_one_of_torch(saved: tuple[Path, dict[str, Any]]) -> None:
     path, content = saved
     with zipfile.ZipFile(path) as archive:
@@ -153,6 +163,37 @@ def test_a_recipe_file(tmp_path: Path, data: st.DataObject) -> None:
     else:
         # what cannot be told from a choice is at least another recipe to every reader
         assert found == recipe.from_dict(json.loads(json.dumps(found.as_dict())))
+
+
+@pytest.fixture
+def archive(prepared: store.Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A pack before compression; another cache is there to take it."""
+    monkeypatch.setattr(registry.tasks, "names", lambda: ["tiny"])
+    monkeypatch.setattr(registry.tasks, "get", lambda _: Tiny)
+    pack.pack(prepared, tmp_path / "tiny.tar.xz")
+    monkeypatch.setenv("LRA_CACHE", str(tmp_path / "other"))
+    (tmp_path / "tiny.tar").write_bytes(lzma.decompress((tmp_path / "tiny.tar.xz").read_bytes()))
+    return tmp_path / "tiny.tar"
+
+
+@given(changes=edits)
+@CASES
+def test_a_pack(
+    prepared: store.Prepared, archive: Path, tmp_path: Path, changes: list[tuple[str, int, int, bytes]]
+) -> None:
+    path, beside = tmp_path / "bad.tar.xz", {"bad.tar.xz", "cache", "other", "tiny.tar", "tiny.tar.xz"}
+    path.write_bytes(lzma.compress(edited(archive.read_bytes(), changes), preset=0))
+    try:
+        found = pack.unpack(path)
+    except DataError as error:
+        assert str(path) in str(error)  # noqa: PT017
+        assert "\n" not in str(error)  # noqa: PT017
+        assert store.find(Tiny()) is None
+    else:
+        # what follows the last member, and blanks in the manifest, are nobody's data
+        assert found.manifest["sha256"] == prepared.manifest["sha256"]
+        shutil.rmtree(found.folder)
+    assert {p.name for p in tmp_path.iterdir()} <= beside
 
 
 @given(data=st.data())

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from records import record, write
 from typer.testing import CliRunner
 
-from lra import compare, recipe, report, result, run, search, store, sweep, tables
+from lra import compare, efficiency, recipe, report, result, run, search, sheets, store, sweep, tables, template
 from lra.cli import app
 from lra.collection import Collection
 from lra.errors import UserError
@@ -176,6 +176,9 @@ def test_names(name: str) -> None:
             registry.get(name)
         except UserError as error:
             assert "\n" not in str(error).replace(name, "")  # noqa: PT017
+    if not (name.isascii() and name.isidentifier()):
+        with pytest.raises(UserError, match="cannot be an architecture's name"):
+            template.architecture(name)
     for made in (result.safe(name), result.slug(name)):
         assert Path(made).name == made
         assert 0 < len(made.encode()) <= 120
@@ -249,12 +252,57 @@ def test_records(content: Any) -> None:
         json.dumps(content, allow_nan=False).encode()
 
 
+TIMES = {"median": 0.01, "low": 0.009, "high": 0.012, "repeats": 30}
+PROFILE = {
+    "cell": {
+        "architecture": "s4d/inv", "length": 1024, "batch": 1, "d_model": 64, "n_layers": 2, "direction": "causal",
+        "task": "", "budget": 0.5,
+    },
+    "environment": {
+        "cpu": "a cpu x2", "threads": 2, "versions": {"torch": "2.13.0"}, "commit": {"hash": "0" * 40, "dirty": False},
+    },
+    "seconds": {"forward": TIMES, "train": TIMES, "step": TIMES}, "parameters": 66688, "tokens_per_second": 1e5,
+    "mfu": 0.1,
+    "flops": {
+        "forward": 1e8, "algorithmic": 1e8, "forward_backward": 3e8, "matmul_counted": 1e8, "matmul_by_formula": 1e8,
+        "uncounted": ["aten::x"],
+    },
+    "memory": {"peak_bytes": 2**24, "parameters": 1, "gradients": 1, "optimiser": 1, "activations": 1},
+}  # fmt: skip
+
+
+@given(altered(PROFILE), st.sampled_from(["", "out of memory"]))
+@CASES
+def test_profiles(tmp_path: Path, content: Any, failed: str) -> None:
+    folder = tmp_path / "profile"
+    folder.mkdir(exist_ok=True)
+    if isinstance(content, dict) and failed:
+        content["failed"] = failed
+    second = PROFILE | {"cell": PROFILE["cell"] | {"length": 2048}}  # type: ignore[operator]
+    for name, made in (("a", content), ("b", second)):
+        (folder / f"{name}.json").write_bytes(json.dumps(made).encode(errors="surrogatepass"))
+    found, wrong = efficiency.load(tmp_path), efficiency.problems(tmp_path)
+    assert len(found) + len(wrong) == 2
+    assert second in found
+    assert all("\n" not in line for line in wrong)
+    for sheet in efficiency.sheets(found):
+        assert "<script>" not in sheets.markdown(sheet)
+        sheets.latex(sheet).encode()
+    efficiency.table_csv(found).encode()
+    assert "<script>" not in "".join(svg for _, svg in efficiency.charts(found))
+
+
 COMMANDS = [
-    "list", "show", "run", "check", "new", "architecture", "leaderboard", "diff", "audit", "profile", "bench", "doctor",
-    "data", "prepare", "verify", "--help", "--json", "--recipe", "--seed", "--protocol", "--set", "--from", "--resume",
-    "--time-limit", "--format", "--task", "--device", "--out", "--split", "--count", "--workers", "--lengths",
-    "--reported", "listops", "tiny", "s4d", "gru/x", "quick", "paper", "md,csv", "train.steps=5",
-    "encoder.x=1", "8m", "-1", "0", "3",
+    ["list"], ["show"], ["run"], ["check"], ["sweep"], ["leaderboard"], ["diff"], ["audit"], ["profile"], ["bench"],
+    ["doctor"], ["new", "architecture"], ["data", "list"], ["data", "prepare"], ["data", "verify"], ["data", "pack"],
+    ["data", "unpack"], ["data", "show"],
+]  # fmt: skip
+OPTIONS = [
+    "new", "data", "report", "--help", "--json", "--recipe", "--seed", "--protocol", "--set", "--from", "--resume",
+    "--time-limit", "--format", "--task", "--device", "--out", "--split", "--count", "--workers", "--lengths", "--fit",
+    "--tree", "--models", "--reach", "--png", "--to", "--emit", "--dry-run", "--cell", "--pretrain", "--match",
+    "--reported", "listops", "tiny", "s4d", "gru/x", "quick", "paper", "md,csv", "train.steps=5", "grid.toml",
+    "encoder.x=1", "8m", "2GiB", "params=0.5", "-1", "0", "3", "64,128",
 ]  # fmt: skip
 
 
@@ -266,19 +314,15 @@ def idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shelf: Path) -> Path:
         raise DataError("stopped here")
 
     for name in (
-        "lra.store.prepared",
-        "lra.store.verify",
-        "lra.run.run",
-        "lra.testing.check",
-        "lra.template.architecture",
-    ):
-        monkeypatch.setattr(name, stopped)
-    for name in ("lra.cli_measure", "lra.cli_profile", "lra.bench", "lra.profiler", "lra.doctor"):
-        for inner in ("measure", "examine", "run", "profile_all"):
-            monkeypatch.setattr(f"{name}.{inner}", stopped, raising=False)
+        "store.prepared", "store.verify", "run.run", "testing.check", "template.architecture", "sweep.carry_out",
+        "profiler.profile", "profiler.Subject", "fit.fit", "bench.bench", "bench.bench_models", "doctor.examine",
+        "reach.reach", "recall.recall",
+    ):  # fmt: skip
+        monkeypatch.setattr(f"lra.{name}", stopped)
     monkeypatch.chdir(tmp_path)
     root = tmp_path / "results"
     shutil.copytree(shelf, root)
+    (tmp_path / "grid.toml").write_text('tasks = ["listops"]\narchitectures = ["gru"]\n')
     for name in ("LRA_CACHE", "LRA_RUNS"):
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.setenv("LRA_RESULTS", str(root))
@@ -288,12 +332,10 @@ def idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shelf: Path) -> Path:
 safe_words = texts.filter(lambda t: ":" not in t)
 
 
-@given(st.lists(st.sampled_from(COMMANDS) | safe_words, max_size=6))
+@given(st.sampled_from([[], *COMMANDS]), st.lists(st.sampled_from(OPTIONS) | safe_words, max_size=5))
 @CASES
-def test_command_lines(idle: Path, words: list[str]) -> None:
-    if words[:1] in (["profile"], ["bench"], ["doctor"]) and "--help" not in words:
-        words = [words[0], "--no-such-option", *words[1:]]
-    outside = set(idle.parent.iterdir())
+def test_command_lines(idle: Path, command: list[str], more: list[str]) -> None:
+    outside, words = set(idle.parent.iterdir()), command + more
     done = CliRunner().invoke(app, words)
     assert done.exception is None or isinstance(done.exception, SystemExit), (words, done.exc_info)
     assert done.exit_code in (0, 1, 2)
@@ -306,6 +348,10 @@ LINES = (
     ["data", "prepare", "{}"],
     ["data", "prepare", "listops", "--from", "{}"], ["diff", "{}", "{}"], ["leaderboard", "--task", "{}"],
     ["leaderboard", "--format", "{}"], ["leaderboard", "--format", "md", "--out", "out/{}"],
+    ["sweep", "{}"], ["sweep", "grid.toml", "--emit", "{}"], ["sweep", "grid.toml", "--time-limit", "{}"],
+    ["data", "unpack", "{}"], ["data", "pack", "listops", "--to", "out/{}"], ["report", "--out", "out/{}"],
+    ["profile", "--lengths", "{}"], ["profile", "--fit", "{}"], ["bench", "{}"], ["doctor", "{}"],
+    ["check", "gru", "--reach", "--png", "out/{}"],
     ["run", "listops", "s4d", "--time-limit", "{}"], ["run", "listops", "s4d", "--seed", "{}"],
 )  # fmt: skip
 

@@ -24,8 +24,8 @@ from lra.task import Protocol, Split
 
 NAMES = architectures.names()
 LENGTH = 48
-# for two hundred steps of everything at full length a GPU is needed: what fits in minutes on two cores stands here
-STEPS, LONG = (6, 4096) if FULL else (3, 256)
+# 200 steps of everything take longer than all other drills: LRA_STEPS=200 make test-faults K=first_steps
+STEPS, LONG = (int(os.environ.get("LRA_STEPS", "6")), 4096) if FULL else (3, 256)
 
 
 def classifier(name: str, length: int = LENGTH, direction: str = "bidirectional") -> Classifier:
@@ -115,7 +115,7 @@ def test_the_first_steps_stay_finite(name: str, precision: str) -> None:
 def test_the_test_split_is_not_opened_before_training_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LRA_CACHE", "LRA_RESULTS", "LRA_RUNS"):
         monkeypatch.setenv(name, str(tmp_path / name))
-    prepared = store.prepared(Tiny())
+    store.prepared(Tiny())
     opened: list[str] = []
     real = Tiny.load
 
@@ -142,8 +142,6 @@ def test_the_test_split_is_not_opened_before_training_is_over(tmp_path: Path, mo
     run(Request("tiny", "gru", "quick", settings=settings), Console(quiet=True))
     assert best == [False]
     assert opened.index("test") > opened.index("train")
-    assert prepared.manifest["counts"]["test"] == 150
-    assert os.environ["LRA_RUNS"].startswith(str(tmp_path))
 
 
 def _with(task: type[Tiny]) -> Any:
