@@ -48,7 +48,10 @@ def read_table(hub: Hub, split: str, columns: Sequence[str], source: Path | None
     missing = [column for column in columns if column not in table.column_names]
     if missing:
         raise DataError(f"{where} has columns {', '.join(table.column_names)}; {', '.join(missing)} is missing")
-    return [table.column(column).to_pylist() for column in columns]
+    try:
+        return [table.column(column).to_pylist() for column in columns]
+    except (pa.ArrowException, ValueError) as error:
+        raise DataError(f"{where} holds values that cannot be read ({error}); fetch it again") from None
 
 
 def _file(hub: Hub, split: str, source: Path) -> Path:

@@ -142,7 +142,7 @@ class Text(Task):
 def _read(split: str, source: Path | None, command: str) -> tuple[list[str], list[int]]:
     """Texts and labels of an official split in the order of the texts' SHA-256."""
     texts, labels = read_table(HUB, split, ("text", "label"), source, command)
-    if not texts or not all(isinstance(t, str) and t for t in texts) or not set(labels) <= {0, 1}:
+    if not texts or not all(isinstance(t, str) and t for t in texts) or not all(label in (0, 1) for label in labels):
         raise DataError(f"{split} of {HUB.id} holds empty texts or labels other than 0 and 1; fetch it again")
     order = sorted(range(len(texts)), key=lambda i: (hashlib.sha256(texts[i].encode()).digest(), labels[i]))
     return [texts[i] for i in order], [labels[i] for i in order]

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import platform
 import subprocess
 import sys
 import zipfile
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from lra import leaderboard, result
 from lra.errors import UserError
@@ -173,6 +175,120 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["table.md"]
 
 
+def _git(folder: Path, *words: str) -> str:
+    own = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    done = subprocess.run(["git", *own, *words], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_a_record_knows_its_commit_and_whether_code_differs_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = tmp_path / "lra" / "result.py"
+    code.parent.mkdir()
+    code.write_text("one\n")
+    monkeypatch.setattr(result, "__file__", str(code))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert result.commit() == {"hash": "", "dirty": True}
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "first"]):
+        _git(tmp_path, *words)
+    head = _git(tmp_path, "rev-parse", "HEAD")
+    (tmp_path / "notes.txt").write_text("no code")
+    assert result.commit() == {"hash": head, "dirty": False}
+    for path in (code, tmp_path / "new.toml"):
+        before = path.read_text() if path.exists() else None
+        path.write_text("two\n")
+        assert result.commit() == {"hash": head, "dirty": True}
+        path.unlink() if before is None else path.write_text(before)
+
+
+def test_an_environment_says_what_a_number_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = result.environment()
+    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["threads"] == torch.get_num_threads()
+    assert found["versions"]["torch"] == torch.__version__
+    assert set(found["versions"]) <= set(result.PACKAGES)
+    assert found["commit"] == result.commit()
+    assert found["system"].startswith(platform.system())
+    assert found["cpu"].endswith(f" x{result.cpus()}")
+    assert ("gpu" in found) == torch.cuda.is_available()
+
+    def unreadable(*_: Any) -> str:
+        raise OSError
+
+    monkeypatch.setattr(Path, "read_text", lambda _: "flags: a\nmodel name\t: A: b chip \nmodel name\t: other\n")
+    assert result._cpu.__wrapped__() == f"A: b chip x{result.cpus()}"
+    monkeypatch.setattr(Path, "read_text", unreadable)
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    assert result._cpu.__wrapped__() == f"unknown x{result.cpus()}"
+
+
+def test_results_lie_in_the_named_folder_the_checkout_or_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LRA_RESULTS", raising=False)
+    assert result.folder() == Path(__file__).parents[1] / "results"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(result, "__file__", str(tmp_path / "site-packages" / "lra" / "result.py"))
+    assert result.folder() == tmp_path / "results"
+    monkeypatch.setenv("LRA_RESULTS", "elsewhere")
+    assert result.folder() == Path("elsewhere")
+
+
+def test_an_id_that_is_taken_gets_a_number(tmp_path: Path) -> None:
+    first = result.write(record(), PREDICTIONS, tmp_path)
+    content = first.read_bytes()
+    # predictions of a run that was killed before its record
+    first.with_name(f"{first.stem}-2.npz").write_bytes(b"half")
+    third = result.write(record(), PREDICTIONS, tmp_path)
+    assert third.stem == f"{first.stem}-3"
+    assert result.read(third)["predictions"]["file"] == third.with_suffix(".npz").name
+    assert first.read_bytes() == content
+    assert first.with_name(f"{first.stem}-2.npz").read_bytes() == b"half"
+    assert oct(first.stat().st_mode)[-3:] == "644"
+
+
+def test_a_record_that_nobody_could_read_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"refusing to write an invalid result: test\.n is 0"):
+        result.write(record(test={"accuracy": 0.5, "n": 0}), PREDICTIONS, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_record_that_cannot_be_written_takes_its_predictions_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = result._publish
+
+    def full(name: str, path: Path) -> None:
+        if path.suffix == ".json":
+            raise OSError(28, "No space left on device")
+        real(name, path)
+
+    monkeypatch.setattr(result, "_publish", full)
+    with pytest.raises(UserError, match=r"cannot write the result to .*: No space left on device; .* --resume"):
+        result.write(record(), PREDICTIONS, tmp_path)
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def test_where_there_are_no_hard_links_nothing_is_replaced_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", refused)
+    first, second = (result.write(record(), PREDICTIONS, tmp_path) for _ in range(2))
+    assert second.stem == f"{first.stem}-2"
+    assert sorted(p.suffix for p in first.parent.iterdir()) == [".json", ".json", ".npz", ".npz"]
+
+
+@pytest.mark.parametrize("length", [119, 120, 121, 500])
+def test_long_names_stay_different_and_short(length: int) -> None:
+    one, two = "n" * length, "n" * (length - 1) + "m"
+    assert (result.safe(one) == one) == (length <= 120)
+    assert result.safe(one) != result.safe(two)
+    assert len(result.safe("é" * length).encode()) <= 120
+    assert len(result.safe(one, 180)) <= 180
+
+
 def test_what_is_written_is_on_disk_before_its_name_and_its_folder_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +304,8 @@ def test_results_that_cannot_be_written_are_refused_before_the_run(tmp_path: Pat
     file.write_text("")
     with pytest.raises(UserError, match="LRA_RESULTS"):
         result.check_writable(file / "runs")
+    result.check_writable(tmp_path / "new" / "runs")
+    assert list((tmp_path / "new" / "runs").iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ def test_interval_over_seeds_is_students() -> None:
     low, high = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
     assert [got.low, got.high] == pytest.approx([low, high])
     assert got.deviation == pytest.approx(np.std(values, ddof=1))
+    assert got.half_width == pytest.approx((high - low) / 2)
+    assert (got.count, got.source) == (3, "seeds")
     with pytest.raises(ValueError, match="at least 2"):
         statistics.over_seeds([0.5])
 

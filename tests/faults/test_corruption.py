@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fault_fuzz import CASES, SLOW, edited, edits, flipped
+from fault_fuzz import CASES, edited, edits, flipped
 from hypothesis import given
 from hypothesis import strategies as st
 from records import record, write
@@ -35,7 +35,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> store.Prepared:
 
 
 @given(data=st.data())
-@SLOW
+@CASES
 def test_a_prepared_set(prepared: store.Prepared, data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(sorted(p for p in prepared.folder.iterdir() if p.name != "manifest.json")))
     whole = path.read_bytes()
@@ -102,6 +102,12 @@ def test_a_checkpoint(saved: tuple[Path, dict[str, Any]], data: st.DataObject) -
         checkpoint.read(path)
     path.write_bytes(whole)
     assert checkpoint.read(path)["global_step"] == 3
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match=r"cannot write .*last.ckpt: (Not a directory|File exists); make room"):
+        checkpoint.write({"global_step": 1}, tmp_path / "file" / "last.ckpt")
 
 
 def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -271,9 +271,9 @@ PROFILE = {
 }  # fmt: skip
 
 
-@given(altered(PROFILE), st.sampled_from(["", "out of memory"]))
+@given(altered(PROFILE), st.sampled_from(["", "out of memory"]), st.integers(0, 9))
 @CASES
-def test_profiles(tmp_path: Path, content: Any, failed: str) -> None:
+def test_profiles(tmp_path: Path, content: Any, failed: str, turn: int) -> None:
     folder = tmp_path / "profile"
     folder.mkdir(exist_ok=True)
     if isinstance(content, dict) and failed:
@@ -289,7 +289,8 @@ def test_profiles(tmp_path: Path, content: Any, failed: str) -> None:
         assert "<script>" not in sheets.markdown(sheet)
         sheets.latex(sheet).encode()
     efficiency.table_csv(found).encode()
-    assert "<script>" not in "".join(svg for _, svg in efficiency.charts(found))
+    # drawing takes longer than all the rest
+    assert turn or "<script>" not in "".join(svg for _, svg in efficiency.charts(found))
 
 
 COMMANDS = [

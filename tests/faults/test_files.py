@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fault_fuzz import CASES, SLOW, damaged, texts
+from fault_fuzz import CASES, damaged, texts
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -22,7 +22,7 @@ from PIL import Image
 from lra import checkpoint
 from lra.errors import UserError
 from lra.task import DataError
-from lra.tasks import _archive, _pathfinder_release, image, listops, retrieval
+from lra.tasks import _archive, _pathfinder_release, image, listops, retrieval, text
 from lra.tasks._retrieval import _identifiers
 from lra.tasks._source import Hub, read_table
 
@@ -148,17 +148,17 @@ def test_images(tmp_path: Path, content: bytes) -> None:
     assert isinstance(decoded, str) or decoded.shape == (32, 32, 3)
 
 
-def parquet() -> bytes:
+def parquet(**columns: list[Any]) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     out = io.BytesIO()
-    pq.write_table(pa.table({"text": ["one", "two"], "label": [0, 1]}), out)
+    pq.write_table(pa.table(columns or {"text": ["one", "two"], "label": [0, 1]}), out)
     return out.getvalue()
 
 
 @given(damaged(parquet()))
-@SLOW
+@CASES
 def test_tables(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "set").mkdir(exist_ok=True)
     (tmp_path / "set" / "train.parquet").write_bytes(content)
@@ -168,6 +168,25 @@ def test_tables(tmp_path: Path, content: bytes) -> None:
         refused(error, tmp_path)
     else:
         assert len(found) == 2
+
+
+def test_a_table_of_text_that_is_none_is_refused(tmp_path: Path) -> None:
+    content = parquet()
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.parquet").write_bytes(content.replace(b"one", b"\xff\xfe\xfd"))
+    with pytest.raises(DataError, match=r"train.parquet holds values that cannot be read .*utf-8"):
+        read_table(Hub("a/b", "c" * 40, "set"), "train", ("text", "label"), tmp_path, "x")
+
+
+@pytest.mark.parametrize("labels", [[[0], [1]], ["0", "1"], [0, None], [0, 10], [0.5, 1.0], [{"a": 1}, None]])
+def test_a_table_of_other_labels_is_refused(tmp_path: Path, labels: list[Any]) -> None:
+    pixels = PNG.getvalue()
+    for task, column, values in ((text, "text", ["one", "two"]), (image, "img", [{"bytes": pixels}] * 2)):
+        place = tmp_path / task.HUB.folder
+        place.mkdir(parents=True)
+        (place / "train.parquet").write_bytes(parquet(**{column: values, "label": labels}))
+        with pytest.raises(DataError, match="labels other than 0"):
+            task._read("train", tmp_path, "x", *([1, lambda *_: None] if task is image else []))
 
 
 WANTED = {"a.tsv": "train", "b.tsv": "test"}
