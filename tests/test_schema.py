@@ -91,5 +91,6 @@ def test_what_is_just_wrong(changes: dict[str, Any], says: str) -> None:
 
 
 def test_only_objects_are_records() -> None:
-    for content in (None, [], "", 3):
+    contents: tuple[Any, ...] = (None, [], "", 3)
+    for content in contents:
         assert schema.check(content) == "not a JSON object"
