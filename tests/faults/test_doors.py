@@ -262,7 +262,8 @@ PROFILE = {
         "cpu": "a cpu x2", "threads": 2, "versions": {"torch": "2.13.0"}, "commit": {"hash": "0" * 40, "dirty": False},
     },
     "seconds": {"forward": TIMES, "train": TIMES, "step": TIMES}, "parameters": 66688, "tokens_per_second": 1e5,
-    "mfu": 0.1,
+    "mfu": 0.1, "machine": {"bandwidth": 4e10, "rate": 1e11},
+    "rounds": [{"forward": 0.01, "train": 0.01, "step": 0.01}, {}, {"forward": 0.011, "train": 0.011, "step": 0.011}],
     "flops": {
         "forward": 1e8, "algorithmic": 1e8, "forward_backward": 3e8, "matmul_counted": 1e8, "matmul_by_formula": 1e8,
         "uncounted": ["aten::x"],
