@@ -42,7 +42,9 @@ def read_table(hub: Hub, split: str, columns: Sequence[str], source: Path | None
         where = str(path)
         try:
             table = pq.read_table(path)
-        except (pa.ArrowException, OSError) as error:
+            # their names are decoded when they are asked for
+            table.column_names  # noqa: B018
+        except (pa.ArrowException, OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise DataError(f"{path} is not a whole Parquet file ({reason}); fetch it again") from None
     missing = [column for column in columns if column not in table.column_names]
