@@ -83,7 +83,7 @@ class CDIL(Encoder):
         year=2022,
         url="https://arxiv.org/abs/2201.02143",
         family="convolution",
-        scaling="L",
+        scaling="L log L",
         causal=False,
     )
 
@@ -109,10 +109,15 @@ class CDIL(Encoder):
         if direction != "bidirectional":
             raise ValueError(f"direction is {direction!r}; a ring has no past, so bidirectional")
         self.d_model, self.n_layers, self.length, self.direction = d_model, n_layers, length, direction
+        self.follows_length = levels is None
         # smallest n with (K - 1) / 2 (2^n - 1) >= length / 2, rounded down: the far side of the ring
         needed = (-(-(length // 2) // (kernel // 2))).bit_length()
         depth = max(n_layers, needed) if levels is None else levels
         self.levels = nn.ModuleList(CDILLevel(d_model, d_model, kernel, 2**i, dropout) for i in range(depth))
+
+    @property
+    def scaling(self) -> str:
+        return "L log L" if self.follows_length else "L"
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         for level in self.levels:

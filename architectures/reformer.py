@@ -12,7 +12,8 @@ Rounds are softmaxes of their own, merged by their log-sum-exp, a key seen in se
 Layers act on two streams X1 = X2 = x (section 3):  Y1 = X1 + attention(norm(X2)),  Y2 = X2 + feedforward(norm(Y1)).
 Training keeps the last pair and recovers the others while going back; of each layer only the buckets are kept (two
 bytes per token, head and round) and the state of the random generator, so that memory does not grow with depth. Work
-grows with L r m, and the sort.
+grows with L r m, the sort, and L r b of hashing: with L^2 where b follows the length, which passes the attention at
+L = 4 m^2.
 
 Initialisation: Xavier uniform maps. R_s is drawn once per layer by torch's generator and saved (buffer `rotations`);
 b = 2 ceil(length / m) unless given, so that a chunk holds two average buckets (section 2).
@@ -191,7 +192,7 @@ class Reformer(Stack):
         year=2020,
         url="https://arxiv.org/abs/2001.04451",
         family="attention",
-        scaling="L log L",
+        scaling="L^2",
         causal=False,
     )
 
@@ -216,7 +217,7 @@ class Reformer(Stack):
         count = 2 * -(-length // chunk) if n_buckets is None else n_buckets
         if not 2 <= count < 2**15 or count % 2:
             raise ValueError(f"n_buckets is {count}; an even number from 2 to {2**15 - 2}")
-        causal = direction == "causal"
+        causal, self.follows_length = direction == "causal", n_buckets is None
         super().__init__(
             lambda _: LSHMixer(d_model, n_heads, width, positions, causal, n_hashes, count, chunk),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
@@ -224,6 +225,10 @@ class Reformer(Stack):
         )  # fmt: skip
         if any(layer.ffn is None or not layer.prenorm for layer in self.blocks):
             raise ValueError("block: a reversible layer has a feed-forward part, and norms before its parts")
+
+    @property
+    def scaling(self) -> str:
+        return "L^2" if self.follows_length else "L log L"
 
     def streams(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Both streams after the last layer, before they are averaged: (B, L, D) each."""

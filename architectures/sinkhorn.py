@@ -163,8 +163,13 @@ class Sinkhorn(Stack):
         at_least(1, size=1 if size is None else size, iterations=iterations, length=length)
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}; more than 0")
+        self.follows_length = size is None
         super().__init__(
             lambda _: SinkhornMixer(d_model, n_heads, width, positions, size, iterations, temperature, length),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block={"positions": added_positions(positions), **(block or {})},
         )  # fmt: skip
+
+    @property
+    def scaling(self) -> str:
+        return "L sqrt L" if self.follows_length else "L^2"

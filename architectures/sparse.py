@@ -10,7 +10,7 @@ Child et al. 2019, arXiv:1904.10509. With the stride l near sqrt(L), d = qkv_dim
 
 The n stripes of c = `summary` columns, as many as fit and divide the heads, are what the paper finds better than one
 for all heads (end of section 4.3). Without `stride`, l = round(sqrt(length)); c = 8 where l allows it, at most l / 4.
-Work and memory grow with L sqrt(L); no L x L matrix is formed.
+Work and memory grow with L sqrt(L), and with L^2 where `stride` is given; no L x L matrix is formed.
 
 Initialisation: Xavier uniform maps and zero biases (see AttentionMixer).
 
@@ -147,9 +147,13 @@ class Sparse(Stack):
         reach = stride or max(1, round(length**0.5))
         if summary is not None and summary > reach:
             raise ValueError(f"summary is {summary}; at most the stride, {reach}")
-        causal = direction == "causal"
+        causal, self.follows_length = direction == "causal", stride is None
         super().__init__(
             lambda _: SparseMixer(d_model, n_heads, width, positions, causal, pattern, stride, summary, length),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block={"positions": added_positions(positions), **(block or {})},
         )  # fmt: skip
+
+    @property
+    def scaling(self) -> str:
+        return "L sqrt L" if self.follows_length else "L^2"

@@ -182,7 +182,7 @@ class TCN(Encoder):
         year=2018,
         url="https://arxiv.org/abs/1803.01271",
         family="convolution",
-        scaling="L",
+        scaling="L log L",
         causal=True,
         variants={"gated": {"gated": True, "kernel": 2}},
     )
@@ -209,6 +209,7 @@ class TCN(Encoder):
         if direction not in known:
             raise ValueError(f"direction is {direction!r}; one of {', '.join(known)}")
         self.d_model, self.n_layers, self.length, self.direction = d_model, n_layers, length, direction
+        self.follows_length = levels is None
         per_level = (1 if gated else 2) * (kernel - 1)
         needed = (-(-(length - 1) // per_level)).bit_length()  # smallest n with per_level (2^n - 1) >= length - 1
         depth = max(n_layers, needed) if levels is None else levels
@@ -219,6 +220,10 @@ class TCN(Encoder):
 
         combine = "concat" if direction == "bidirectional" else direction
         self.net = make() if direction == "causal" else Bidirectional(make, d_model, combine)
+
+    @property
+    def scaling(self) -> str:
+        return "L log L" if self.follows_length else "L"
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         return self.net(x, mask)

@@ -10,9 +10,11 @@ import inspect
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -36,6 +38,7 @@ from lra._subject import (
 from lra.encoder import DIRECTIONS, FAMILIES, SCALINGS, Card, Encoder
 from lra.errors import UserError, unknown
 from lra.flops import encoder_flops
+from lra.match import shaped
 from lra.optim import KEYS
 from lra.registry import architectures
 
@@ -43,8 +46,8 @@ EXACT = 1e-8
 """Largest difference, over the RMS of the output, that float64 arithmetic in another order may make."""
 NEAR = 0.03
 """Largest RMS difference between bfloat16 autocast and float32, over the RMS of the output."""
-GROWTH = {"L": (0.99, 1.002), "L log L": (1.002, 1.09), "L sqrt L": (1.2, 1.55), "L^2": (1.7, 2.01)}
-"""Range of log2 cost(2 L) / cost(L) at L = 2^18, where work that grows slower may still take its share."""
+LONG = tuple(3 * 4**i for i in range(6, 10))
+"""12,288 to 786,432 tokens: growth is judged beyond any window or number of landmarks."""
 
 
 def signature(subject: Subject) -> None:
@@ -83,6 +86,8 @@ def card(subject: Subject) -> None:
     for name, known in (("family", FAMILIES), ("scaling", SCALINGS)):
         if getattr(own, name) not in known:
             raise Broken(f"{name} is {getattr(own, name)!r}; one of {', '.join(known)}")
+    if not subject.options and not subject.constructor.preset and own.scaling != (found := subject.encoder().scaling):
+        raise Broken(f"scaling is {own.scaling!r}, but that of an encoder with no other arguments {found!r}")
     for name, reason in own.exempt.items():
         if name not in CHECKS:
             raise Broken(f"exempt: {unknown('check', name, CHECKS)}")
@@ -245,12 +250,25 @@ def cost(subject: Subject) -> None:
     for how, encoder in subject.directions(torch.float32, length=128):
         for length in (32, 64, 128):
             _agrees(encoder, length, how)
-        if subject.constructor.declared:
-            lowest, highest = GROWTH[encoder.scaling]
-            growth = math.log2(encoder.cost(2**19).total / encoder.cost(2**18).total)
-            if not lowest <= growth <= highest:
-                times = f"doubling the length multiplies cost by {2**growth:.3g}"
-                raise Broken(f"{how}work is declared to grow as {encoder.scaling}, but {times}")
+    if subject.constructor.declared:
+        built = [shaped(partial(subject.encoder, torch.float32, length=n, n_layers=1)) for n in LONG]
+        found = growth([encoder.cost(n).total for n, encoder in zip(LONG, built, strict=True)])
+        if found != built[0].scaling:
+            raise Broken(f"work is declared to grow as {built[0].scaling}, but cost grows as {found}")
+
+
+def growth(work: Sequence[float]) -> str:
+    """Which of SCALINGS the work at lengths LONG follows, by its fastest part, however small the share of it.
+
+    Differences of what a token adds, (work(4 n) - work(n)) / n, hold neither fixed nor linear work. From one to the
+    next they grow 1, 2 and 4 times for L log L, L sqrt L and L^2.
+    """
+    added = [(after - before) / n for n, before, after in zip(LONG, work, work[1:], strict=False)]
+    one, two = (after - before for before, after in pairwise(added))
+    if max(abs(one), abs(two)) < 1e-3 * added[0]:
+        return SCALINGS[0]
+    place = 1 + round(math.log2(two / one)) if min(one, two) > 0 else 0
+    return SCALINGS[place] if 1 <= place < len(SCALINGS) else f"none of {', '.join(SCALINGS)}"
 
 
 def _agrees(encoder: Encoder, length: int, how: str) -> None:

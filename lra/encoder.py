@@ -58,7 +58,7 @@ class Card:
     """What an architecture says of itself. Written as literals in the class body: listing reads it without importing.
 
     title: of the paper; year: of its first version; url: of the paper.
-    family: one of FAMILIES; scaling: growth of work with length L, one of SCALINGS.
+    family: one of FAMILIES; scaling: growth of work with length L, one of SCALINGS, each encoder built for its length.
     causal: whether the mathematics only looks back (such a mixer runs bidirectionally through a wrapper).
     variants: name -> constructor arguments; `s4d/inv` is the constructor of s4d with those arguments preset.
     exempt: conformance check -> reason. The check is then expected to fail, and failing to fail is an error.
@@ -94,7 +94,7 @@ class Encoder(nn.Module, ABC):
 
     @property
     def scaling(self) -> str:
-        """Growth of work with length as this instance is built: the card's, unless an argument changes it."""
+        """Growth of work with length with these arguments: the card's, unless one of them changes it."""
         return self.card.scaling
 
     @property

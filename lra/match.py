@@ -9,14 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
+from torch import nn
 
 from lra.errors import UserError, unknown
 from lra.model import Classifier
 from lra.recipe import Recipe
 from lra.task import Protocol
 
+Built = TypeVar("Built", bound=nn.Module)
 UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 WIDEST = 4096
 # a residual block keeps about this many activations of its width for each token
@@ -68,7 +71,7 @@ def solved(text: str, found: Recipe, build: Callable[[Recipe], Classifier], prot
     return width, f"d_model {width} has {kind} {known[width]:,.0f}, {100 * off:+.1f} % of the {budget:,.0f} asked for"
 
 
-def shaped(make: Callable[[], Classifier]) -> Classifier:
+def shaped(make: Callable[[], Built]) -> Built:
     """The model on the meta device; in memory where its initialisation looks at numbers."""
     with torch.random.fork_rng(devices=[]):
         try:

@@ -100,6 +100,17 @@ class BadFamily(Good):
     card = replace(CARD, family="convoluted")
 
 
+class TwoScalings(Good):
+    """Its property is right, its card is not."""
+
+    breaks = "card"
+    card = replace(CARD, scaling="L^2")
+
+    @property
+    def scaling(self) -> str:
+        return "L"
+
+
 class UnknownExemption(Good):
     breaks = "card"
     card = replace(CARD, exempt={"paddin": "reads it"})

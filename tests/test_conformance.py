@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import inspect
 import io
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import bad_encoders
 import pytest
 import torch
 from rich.console import Console
 
+from lra._checks import LONG, growth
 from lra._subject import Subject, reloaded
 from lra.encoder import Encoder
 from lra.errors import UserError
@@ -36,6 +40,45 @@ def test_architecture(name: str) -> None:
     findings = check(name, only=IN_PROCESS)
     assert [f.check for f in findings] == IN_PROCESS
     assert not [f"{f.check}: {f.message}" for f in findings if f.failed]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "scaling"),
+    [
+        ("cdil", {"levels": 3}, "L"),
+        ("tcn", {"levels": 3}, "L"),
+        ("mega", {"chunk": 16}, "L log L"),
+        ("reformer", {"n_buckets": 64}, "L log L"),
+        ("sinkhorn", {"size": 16}, "L^2"),
+        ("sparse", {"stride": 16}, "L^2"),
+        ("sparse", {"stride": 16, "pattern": "fixed"}, "L^2"),
+    ],
+)
+def test_what_no_longer_follows_the_length_grows_otherwise(name: str, options: dict[str, Any], scaling: str) -> None:
+    built = Subject(architectures.get(name), options).encoder()
+    assert built.scaling == scaling != built.card.scaling
+    assert [f.status for f in check(name, only=["cost"], options=options)] == ["pass"]
+
+
+@pytest.mark.parametrize(
+    ("scaling", "term"),
+    [
+        ("L", lambda n: 0.0),
+        ("L log L", lambda n: n * math.log(n)),
+        ("L sqrt L", lambda n: n * math.sqrt(n)),
+        ("L^2", lambda n: n**2),
+    ],
+)
+def test_growth_is_that_of_the_fastest_part(scaling: str, term: Callable[[int], float]) -> None:
+    """A hundredth of the work at the shortest length, beside fixed and linear work."""
+    first = LONG[0]
+    share = 0.01 * first / max(term(first), 1.0)
+    assert growth([5 * first + n + share * term(n) for n in LONG]) == scaling
+
+
+def test_growth_of_another_kind_is_named_as_such() -> None:
+    for work in (lambda n: n**0.5, lambda n: n * (100 - math.log(n)), lambda n: n**3):
+        assert growth([work(n) for n in LONG]) == "none of L, L log L, L sqrt L, L^2"
 
 
 def test_architectures_reload_in_a_fresh_process() -> None:
@@ -83,6 +126,7 @@ def test_messages_say_what_is_wrong() -> None:
         ("LeaksOnTheWayBack", "with direction='bidirectional' outputs at real positions changed by"),
         ("StepsDifferently", "at token 1 (float64)"),
         ("DoubledCost", "cost(32).matmul is 524,288, 2 times what was counted: 262,144 in products"),
+        ("OverstatedGrowth", "work is declared to grow as L^2, but cost grows as L"),
         ("UnknownExemption", "unknown check 'paddin'; did you mean 'padding'?"),
         ("TakesAnything", "argument more is variadic keyword"),
         ("CannotBeBuilt", "it cannot be built: raised RuntimeError: no such thing (bad_encoders.py:"),

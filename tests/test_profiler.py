@@ -253,6 +253,11 @@ def test_crossover_is_where_the_curves_meet_for_good() -> None:
     assert efficiency.crossover({}, square) is None
 
 
+def test_the_declared_scaling_is_the_variant_s() -> None:
+    known = {"mega": "L^2", "mega/chunk": "L log L", "gru": "L", "mega/chnk": "-", "nothing": "-", "net.py:Net": "-"}
+    assert {name: efficiency.declared(name) for name in known} == known
+
+
 def test_tables_of_profiles(tmp_path: Path) -> None:
     profiles = [profiled(name, n, c * n**e) for name, c, e in (("transformer", 1e-6, 2), ("s4d", 4e-4, 1))
                 for n in (256, 1024, 4096)]  # fmt: skip
