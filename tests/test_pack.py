@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_task import Tiny
@@ -147,6 +149,52 @@ def test_a_torn_or_foreign_file_is_named(packed: Path, tmp_path: Path, monkeypat
             kit.unpack(packed)
     with pytest.raises(DataError, match="there is no file"):
         kit.unpack(tmp_path / "absent")
+
+
+def told_progress(seen: list[tuple[str, int, int]], verb: str) -> list[tuple[int, int]]:
+    return [(done, total) for what, done, total in seen if what.startswith(verb)]
+
+
+def test_progress_counts_the_bytes_of_the_files(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [facts["bytes"] for facts in prepared.manifest["files"].values()]
+    wanted = [(sum(sizes[:i]), sum(sizes)) for i in range(len(sizes))]
+    seen: list[tuple[str, int, int]] = []
+    kit.pack(prepared, tmp_path / "a.tar.xz", lambda *told: seen.append(told))
+    assert told_progress(seen, "packing") == wanted
+    elsewhere(tmp_path, monkeypatch)
+    kit.unpack(tmp_path / "a.tar.xz", lambda *told: seen.append(told))
+    assert told_progress(seen, "unpacking") == wanted
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_manifest_has_a_largest_size(
+    packed: Path, more: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (entry, content), *others = members(packed)
+    padded = write(tmp_path / "padded.tar.xz", [(entry, content + b" " * (2**20 + more - len(content))), *others])
+    elsewhere(tmp_path, monkeypatch)
+    if more:
+        with pytest.raises(DataError, match="does not begin with a manifest"):
+            kit.unpack(padded)
+    else:
+        assert kit.unpack(padded).folder.is_dir()
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_a_pack_that_does_not_fit_is_not_begun(
+    prepared: Prepared, packed: Path, short: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = sum(facts["bytes"] for facts in prepared.manifest["files"].values())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=whole - short))
+    cache = elsewhere(tmp_path, monkeypatch)
+    if short:
+        with pytest.raises(DataError, match=f"needs {whole:,} bytes below .*; {whole - 1:,} are free"):
+            kit.unpack(packed)
+        assert [p.name for p in (cache / "tiny").iterdir()] == [".strict.lock"]
+    else:
+        assert kit.unpack(packed).checksum == prepared.checksum
 
 
 def test_files_that_cannot_be_read_or_written_are_named(prepared: Prepared, packed: Path, tmp_path: Path) -> None:

@@ -60,6 +60,9 @@ def test_task_average_resamples_within_tasks() -> None:
     ]
     assert [got.low, got.high] == pytest.approx(np.quantile(every, [0.025, 0.975]), abs=0.01)
     assert got == statistics.task_average(dict(reversed(scores.items())), resamples=50_000)
+    few = statistics.task_average(scores, resamples=20)
+    assert few == statistics.task_average(scores, resamples=20, seed=0)
+    assert few != statistics.task_average(scores, resamples=20, seed=1)
 
 
 def test_task_average_never_over_missing_tasks_nor_from_one_seed() -> None:
@@ -118,6 +121,9 @@ def test_welch_is_scipys_and_survives_equal_runs() -> None:
     assert statistics.welch(a, b) == pytest.approx(stats.ttest_ind(a, b, equal_var=False).pvalue)
     assert statistics.welch([0.5, 0.5], [0.5, 0.5]) == 1
     assert statistics.welch([0.5, 0.5], [0.6, 0.6]) == 0
+    # without any spread of one of them Welch's test is Student's of the other, with its degrees of freedom
+    assert statistics.welch([0.5, 0.5], b) == pytest.approx(stats.ttest_1samp(b, 0.5).pvalue)
+    assert statistics.welch(b, [0.5, 0.5]) == pytest.approx(stats.ttest_1samp(b, 0.5).pvalue)
 
 
 def _runs(random: np.random.Generator, difference: float, seeds: int = 5, n: int = 2000) -> tuple[Runs, Runs]:
@@ -177,3 +183,12 @@ def test_seeds_needed_is_the_smallest_number_that_suffices(deviation: float, hal
     assert need == next(n for n in itertools.count(2) if wide(n) <= half)
     assert statistics.seeds_needed(deviation, half, have=need + 3) == 0
     assert statistics.seeds_needed(deviation, half, have=2) == need - 2
+
+
+def test_seeds_that_are_just_enough_are_enough() -> None:
+    just = float(stats.t.ppf(0.975, 1)) * 0.1 / math.sqrt(2)
+    assert statistics.seeds_needed(0.1, just) == 2
+    assert statistics.seeds_needed(0.1, just * 0.999) == 3
+    for width in (0.0, -0.01):
+        with pytest.raises(ValueError, match="more than 0"):
+            statistics.seeds_needed(0.1, width)
