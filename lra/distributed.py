@@ -7,14 +7,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lra.data import Share
 from lra.errors import UserError
+from lra.recipe import Recipe
 
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp")
 # how launchers tell a process its place: torchrun and Lightning's own, then SLURM
 RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+
+
+class Sharded(FSDPStrategy):
+    """Lightning's, on processors too, which torch shards on when they are named and Lightning does not know."""
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        if self.root_device.type != "cpu":
+            return super()._setup_model(model)
+        return FullyShardedDataParallel(
+            model, sharding_strategy=self.sharding_strategy, mixed_precision=self.mixed_precision_config,
+            device_id=self.root_device, **self.kwargs,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,20 +44,23 @@ class Placement:
     def world(self) -> int:
         return self.devices * self.nodes
 
-    def checked(self, here: torch.device, batch_size: int, parts: int, ema: bool) -> Placement:
-        """This placement if it is possible on machines like this one. Raises UserError."""
+    @property
+    def sharded(self) -> bool:
+        return self.strategy == "fsdp" and self.world > 1
+
+    def checked(self, here: torch.device, found: Recipe) -> Placement:
+        """This placement if it is possible for a recipe on machines like this one. Raises UserError."""
         if self.strategy not in STRATEGIES:
             raise UserError(f"--strategy is {self.strategy!r}; one of {', '.join(STRATEGIES)}")
         if self.devices < 1 or self.nodes < 1:
             raise UserError("--devices and --nodes are at least 1")
-        found = torch.cuda.device_count() if here.type == "cuda" else os.cpu_count() or 1
-        if self.devices > found:
+        there = torch.cuda.device_count() if here.type == "cuda" else os.cpu_count() or 1
+        if self.devices > there:
             kind = "GPUs" if here.type == "cuda" else "processors"
-            raise UserError(f"--devices is {self.devices}, but this machine has {found} {kind}")
-        if self.strategy == "fsdp" and here.type != "cuda":
-            raise UserError("--strategy fsdp needs GPUs; on processors use ddp")
-        if self.strategy == "fsdp" and ema:
-            raise UserError("--strategy fsdp does not average weights; set optim.ema=0 or use ddp")
+            raise UserError(f"--devices is {self.devices}, but this machine has {there} {kind}")
+        if self.sharded and (whole := needs_whole(found)):
+            raise UserError(f"--strategy fsdp leaves no process a whole model, as {whole} needs; use ddp")
+        batch_size, parts = found.data.batch_size, found.train.accumulate
         if batch_size % (self.world * parts):
             raise UserError(
                 f"data.batch_size is {batch_size}, which {self.world} devices x {parts} accumulated parts do not divide"
@@ -51,17 +69,27 @@ class Placement:
 
     def for_trainer(self, block: type | None) -> dict[str, Any]:
         """What Lightning's Trainer is told. block: class of the encoder's blocks, which fsdp shards one by one."""
-        strategy: Any = self.strategy
+        strategy: Any = self.strategy if self.world > 1 else "auto"
         if strategy == "auto" and self.world > 1:
             strategy = "ddp"
-        if strategy == "fsdp":
-            from lightning.pytorch.strategies import FSDPStrategy
-
+        if self.sharded:
             wrapped = {block} if block is not None else None
-            strategy = FSDPStrategy(state_dict_type="full", auto_wrap_policy=wrapped)
+            strategy = Sharded(state_dict_type="full", auto_wrap_policy=wrapped)
         return {
             "devices": self.devices, "num_nodes": self.nodes, "strategy": strategy, "use_distributed_sampler": False,
         }  # fmt: skip
+
+
+def needs_whole(found: Recipe) -> str:
+    """What of a recipe looks at matrices or calls the model past its shards; empty for one that can be sharded."""
+    given = {
+        "optim.ema": found.optim.ema,
+        f"optim.name={found.optim.name}": found.optim.name in ("adafactor", "muon", "sophia"),
+        f"pretrain.objective={found.pretrain.objective}": found.pretrain.objective != "none",
+        "train.tbptt": found.train.tbptt,
+        "train.compile": found.train.compile,
+    }
+    return next((name for name, wanted in given.items() if wanted), "")
 
 
 def rank() -> int:

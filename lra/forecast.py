@@ -15,9 +15,16 @@ from rich.table import Table
 from lra.progress import duration
 
 if TYPE_CHECKING:
+    from lra.data import DeviceSet, Sampler
+    from lra.model import Classifier
+    from lra.recipe import Recipe
     from lra.sweep import Cell
+    from lra.train import Trainable
 
-STEPS = 4
+STEPS = 8
+BATCHES = 6
+LOOKED_AT = 1000
+"""Training steps and evaluated batches that are tried, and steps whose lengths are looked at to choose the former."""
 LIMIT = 300
 
 
@@ -62,56 +69,97 @@ def probed(cell: Cell) -> dict[str, Any]:
 
 
 def measured(cell: Cell) -> dict[str, float]:
-    """Train a few steps and evaluate one batch, here and now. Preparing data is not counted."""
+    """Train and evaluate a few batches as a run would, here and now. Preparing data is not counted."""
     start = time.perf_counter()
-    import numpy as np
-    import torch
-    from torch.nn import functional as F
-
-    from lra import memory, optim, store
-    from lra.data import DeviceSet, Sampler, Sweep, choose
-    from lra.run import build, device, resolved
+    from lra import memory, stages, store
+    from lra.data import DeviceSet, Sampler, choose
+    from lra.pretrain import Pretraining
+    from lra.run import build, device, gate, resolved
+    from lra.train import Training
 
     found, _, constructor = resolved(cell.request())
-    here, loaded = device(), time.perf_counter() - start
+    here, total = device(), time.perf_counter() - start
     prepared = store.prepared(cell.task, found.data.protocol)
     start = time.perf_counter()
+    model = build(found, constructor, prepared.task, prepared.protocol, cell.seed)
+    gate(model, prepared)
+    # from here on in the order of a run, for the memory is that of its largest moment
     peak = memory.Peak(here)
-    split, test = prepared.split("train"), prepared.split("test")
+    memory.keep_freed()
+    split, selection = prepared.split("train"), prepared.split(prepared.protocol.selection)
     data = DeviceSet.of(split, prepared.protocol, here, choose(len(split), found.data.train_examples))
-    held = DeviceSet.of(test, prepared.protocol, here, choose(len(test), found.data.test_examples))
-    model = build(found, constructor, prepared.task, prepared.protocol, cell.seed).to(here)
-    optimiser = optim.build(model, model.encoder, found.optim)
-    sampler = Sampler(data.lengths, found.data.batch_size, cell.seed)
-    # batches are alike in length inside and differ between them: their mean length stands for the run's
-    spread = np.linspace(0, sampler.per_epoch - 1, STEPS).astype(int)
-    loaded += time.perf_counter() - start
-    seconds = []
-    for step in (int(spread[len(spread) // 2]), *spread):
+    stages.arranged(found, model)
+    if found.train.compile:
+        stages.efficient(data, model.to(here))
+    model.to(here)
+    total += time.perf_counter() - start
+    if found.pretrain.objective != "none":
+        before = Pretraining(model, found, prepared.protocol).to(here)
+        total += _training(before, found, data, Sampler(data.lengths, before.batch_size, cell.seed))
+    held = DeviceSet.of(selection, prepared.protocol, here, choose(len(selection), found.data.validation_examples))
+    total += _training(
+        Training(model, found, prepared.task.classes), found, data, stages.sampled(found, data, cell.seed)
+    )
+    # the split that selects is scored once more at the end, and the test set once
+    times = found.train.steps // min(found.train.evaluate_every, found.train.steps) + 1
+    scored = times * len(held) + (found.data.test_examples or len(prepared.split("test")))
+    total += scored * _scoring(model, found, held)
+    return {"seconds": total, "bytes": float(peak.read()["peak_bytes"])}
+
+
+def _training(module: Trainable, found: Recipe, data: DeviceSet, sampler: Sampler) -> float:
+    """Seconds that all steps of a stage take. The longest batch is among those tried: it decides on the memory."""
+    import numpy as np
+    import torch
+
+    from lra import stages
+
+    module.setup("fit")
+    optimiser = module.configure_optimizers()["optimizer"]
+    if hasattr(optimiser, "train"):
+        optimiser.train()
+    module.train()
+    steps = np.unique(np.linspace(0, module.steps - 1, min(module.steps, LOOKED_AT)).astype(int))
+    by_length = steps[np.argsort([data.lengths[sampler.batch(int(s))].max() for s in steps], kind="stable")]
+    middles = by_length[(2 * np.arange(STEPS) + 1) * len(steps) // (2 * STEPS)]
+    # mixed as in a run: memory freed by one length does not always serve the next
+    np.random.default_rng(0).shuffle(middles)
+    seconds, parts = [], found.train.accumulate
+    for step in (middles[0], *middles, by_length[-1]):
         start = time.perf_counter()
-        for part in np.array_split(sampler.batch(int(step)), found.train.accumulate):
-            batch = data.batch(part)
-            (F.cross_entropy(model(batch).float(), batch.labels) / found.train.accumulate).backward()
+        for part in range(parts):
+            with stages.precise(found, data.device):
+                loss: Any = module.training_step(data.batch(sampler.batch(int(step))[part::parts]), 0)
+            (loss / parts).backward()
+        if found.optim.clip:
+            torch.nn.utils.clip_grad_norm_(module.parameters(), found.optim.clip)
         optimiser.step()
         optimiser.zero_grad()
-        _wait(here)
+        _wait(data.device)
         seconds.append(time.perf_counter() - start)
-    sweep = Sweep(held, found.data.evaluation_batch_size)
-    middle = sweep.plan[len(sweep.plan) // 2]
+    # the first step also allocates, once
+    return seconds[0] - seconds[1] + module.steps * sum(seconds[1 : STEPS + 1]) / STEPS
+
+
+def _scoring(model: Classifier, found: Recipe, held: DeviceSet) -> float:
+    """Seconds an example takes in evaluation, from batches of all lengths, the longest among them."""
+    import numpy as np
+    import torch
+
+    from lra import stages
+    from lra.data import Sweep
+
+    plan = Sweep(held, found.data.evaluation_batch_size).plan
+    chosen = [plan[i] for i in np.unique(np.linspace(0, len(plan) - 1, BATCHES).astype(int))]
+    seconds = []
     model.eval()
-    start = time.perf_counter()
-    with torch.no_grad():
-        model(held.batch(middle))
-    _wait(here)
-    scoring = (time.perf_counter() - start) / len(middle)
-    selection = found.data.validation_examples or len(prepared.split(prepared.protocol.selection))
-    validations = found.train.steps // found.train.evaluate_every + 1
-    # the first step also compiles and allocates, once
-    total = loaded + seconds[0] + found.train.steps * sum(seconds[1:]) / STEPS
-    if found.pretrain.objective != "none":
-        total += found.pretrain.steps * sum(seconds[1:]) / STEPS
-    total += scoring * (validations * selection + len(held))
-    return {"seconds": total, "bytes": float(peak.read()["peak_bytes"])}
+    for examples in (chosen[0], *chosen):
+        start = time.perf_counter()
+        with torch.no_grad(), stages.precise(found, held.device):
+            model(held.batch(examples))
+        _wait(held.device)
+        seconds.append((time.perf_counter() - start) / len(examples))
+    return sum(seconds[1:]) / len(chosen)
 
 
 def _wait(here: Any) -> None:

@@ -116,7 +116,7 @@ def run(request: Request, console: Console) -> Path:
     torch.set_float32_matmul_precision("high")
     found, origin, constructor = resolved(request)
     here = device()
-    placement = request.placement.checked(here, found.data.batch_size, found.train.accumulate, bool(found.optim.ema))
+    placement = request.placement.checked(here, found)
     leads = distributed.share(placement).rank == 0
     console = console if leads else Console(quiet=True)
     root = result.folder()
@@ -133,7 +133,7 @@ def run(request: Request, console: Console) -> Path:
     for line in (found.note, origin["model.d_model"] if request.match else ""):
         if line:
             console.print(f"[yellow]{line}[/]")
-    refused = _gate(model, prepared)
+    refused = gate(model, prepared)
     started, clock = datetime.now(UTC), time.perf_counter()
     with _explained(found), _workspace(request, found, leads) as folder:
         deadline = None if request.time_limit is None else time.monotonic() + request.time_limit
@@ -149,7 +149,7 @@ def run(request: Request, console: Console) -> Path:
             return _selected(folder, found, measured, prepared)
         more = _more(request, trained, refused, setting)
         content = record(
-            request.architecture, request.seed, found, prepared, constructor, model, measured, more, started,
+            request.architecture, request.seed, found, prepared, constructor, trained.model, measured, more, started,
             trained.meter.earlier + time.perf_counter() - clock,
         )  # fmt: skip
         path = result.write(content, measured["predictions"], root)
@@ -257,7 +257,7 @@ def _out_of_memory(found: Recipe) -> UserError:
     )
 
 
-def _gate(model: Classifier, prepared: Prepared) -> list[str]:
+def gate(model: Classifier, prepared: Prepared) -> list[str]:
     """Check the operators this model uses on this machine before a run counts; one line for each that is refused."""
     split = prepared.split("train")
     two = DeviceSet.of(split, prepared.protocol, next(model.parameters()).device, np.arange(min(2, len(split))))

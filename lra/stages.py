@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import logging
 import time
@@ -53,7 +54,10 @@ class Setting:
 
 @dataclass
 class Trained:
+    """module: as it was trained, in shards perhaps; model: whole, with the last weights or, in shards, the first."""
+
     module: Training
+    model: Classifier
     trainer: L.Trainer
     meter: Meter
     memory: dict[str, int | str]
@@ -68,16 +72,14 @@ def train(found: Recipe, prepared: Prepared, model: Classifier, setting: Setting
     memory.keep_freed()
     split = prepared.split("train")
     data = DeviceSet.of(split, prepared.protocol, here, choose(len(split), found.data.train_examples))
-    _arranged(found, model)
-    facts = _efficient(data, model.to(here)) if found.train.compile else {}
+    arranged(found, model)
+    facts = efficient(data, model.to(here)) if found.train.compile else {}
     if found.pretrain.objective != "none":
         facts["pretraining"] = _pretrain(found, prepared, data, model, setting)
     selection = prepared.split(prepared.protocol.selection)
     held = DeviceSet.of(selection, prepared.protocol, here, choose(len(selection), found.data.validation_examples))
-    sampler = Sampler(
-        data.lengths, found.data.batch_size, setting.seed,
-        grow_from=found.train.curriculum_length, grow_steps=found.train.curriculum_steps,
-    )  # fmt: skip
+    sampler = sampled(found, data, setting.seed)
+    whole = copy.deepcopy(model) if setting.placement.sharded else model
     module = Training(model, found, prepared.task.classes)
     every = min(found.train.evaluate_every, found.train.steps)
     meter, band = Meter(min(20, every), every), Band(found.expected, sampler.per_epoch, setting.console)
@@ -89,17 +91,23 @@ def train(found: Recipe, prepared: Prepared, model: Classifier, setting: Setting
     )  # fmt: skip
     facts |= {"curve": module.curve} | ({"diagnostics": module.diagnostics} if module.diagnostics else {})
     facts |= {"off_course": band.below} if band.below else {}
-    return Trained(module, trainer, meter, peak.read(), facts)
+    return Trained(module, whole, trainer, meter, peak.read(), facts)
 
 
-def _arranged(found: Recipe, model: Classifier) -> None:
+def sampled(found: Recipe, data: DeviceSet, seed: int) -> Sampler:
+    """The batches of training proper."""
+    growth = {"grow_from": found.train.curriculum_length, "grow_steps": found.train.curriculum_steps}
+    return Sampler(data.lengths, found.data.batch_size, seed, **growth)
+
+
+def arranged(found: Recipe, model: Classifier) -> None:
     if found.train.checkpointing:
         execution.recompute(model.encoder)
     if found.train.tbptt:
         execution.truncate(model.encoder, found.train.tbptt)
 
 
-def _efficient(data: DeviceSet, model: Classifier) -> dict[str, Any]:
+def efficient(data: DeviceSet, model: Classifier) -> dict[str, Any]:
     """Compile, tried on two examples without touching the generators a run is seeded with."""
     batch = data.batch(np.arange(min(2, len(data))))
     with torch.random.fork_rng(devices=[data.device] if data.device.type == "cuda" else []):
@@ -180,7 +188,7 @@ def _trainer(found: Recipe, setting: Setting, *, name: str = "", **more: Any) ->
 def _loggers(setting: Setting, name: str) -> list[Any]:
     """CSV always, and the named ones beside it. Raises UserError for a package that is missing."""
     found: list[Any] = [L.pytorch.loggers.CSVLogger(setting.folder / "log", name="", version=name)]
-    for wanted in setting.loggers:
+    for wanted in setting.loggers if distributed.rank() == 0 else ():
         if wanted == "csv":
             continue
         if wanted not in LOGGERS:
@@ -188,13 +196,15 @@ def _loggers(setting: Setting, name: str) -> list[Any]:
         module, kind, package = LOGGERS[wanted]
         try:
             make = getattr(importlib.import_module(module), kind)
-            folder = {"tracking_uri": f"file:{setting.folder / 'log'}"} if wanted == "mlflow" else {
-                "save_dir": setting.folder / "log"
-            }  # fmt: skip
-            found.append(make(**folder))
+            folder = (setting.folder / "log").resolve()
+            folder.mkdir(parents=True, exist_ok=True)
+            # MLflow takes a database and gives up plain files
+            place = {"tracking_uri": f"sqlite:///{folder / 'mlflow.db'}", "artifact_location": folder.as_uri()}
+            found.append(make(**(place if wanted == "mlflow" else {"save_dir": folder})))
         except (ImportError, ModuleNotFoundError) as error:
+            reason = str(error).splitlines()[0]
             raise UserError(
-                f"--logger {wanted} needs the package {package}: `pip install {package}` ({error})"
+                f"--logger {wanted} needs the package {package}: `pip install {package}` ({reason})"
             ) from None
     return found
 
@@ -203,10 +213,14 @@ def bf16(found: Recipe, here: torch.device) -> bool:
     return found.train.precision == "bf16" or (found.train.precision == "auto" and here.type == "cuda")
 
 
+def precise(found: Recipe, here: torch.device) -> torch.autocast:
+    return torch.autocast(here.type, torch.bfloat16, enabled=bf16(found, here))
+
+
 def score(found: Recipe, prepared: Prepared, trained: Trained, setting: Setting, test: bool = True) -> dict[str, Any]:
     """Score the selection split and, once, the test split with the best checkpoint; every example exactly once."""
     best = checkpoint.read(setting.checkpoints / "best.ckpt")
-    model = trained.module.model
+    model = trained.model
     model.load_state_dict({k.removeprefix("model."): v for k, v in best["state_dict"].items() if k[:6] == "model."})
     scores: dict[str, Any] = {"best_step": int(best["global_step"])}
     splits = [(prepared.protocol.selection, found.data.validation_examples)]
@@ -215,7 +229,7 @@ def score(found: Recipe, prepared: Prepared, trained: Trained, setting: Setting,
         kept = choose(len(split), wanted)
         data = DeviceSet.of(split, prepared.protocol, setting.device, kept)
         clock = time.perf_counter()
-        index, predicted = _predicted(found, trained.module, data, setting)
+        index, predicted = _predicted(found, trained, data, setting)
         seconds = time.perf_counter() - clock
         if not np.array_equal(index, np.arange(len(data))):
             raise RuntimeError(f"scoring {name} met {len(index)} examples, not each of {len(data)} once")
@@ -231,18 +245,17 @@ def score(found: Recipe, prepared: Prepared, trained: Trained, setting: Setting,
     return scores
 
 
-def _predicted(found: Recipe, module: Training, data: DeviceSet, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
+def _predicted(found: Recipe, trained: Trained, data: DeviceSet, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
     """Places and predicted classes of all examples, in order, from all processes."""
     sweep = Sweep(data, found.data.evaluation_batch_size, distributed.share(setting.placement))
     trainer = _trainer(found, setting) if setting.placement.world == 1 else None
     if trainer is not None:
         with quiet():
-            parts: Any = trainer.predict(module, sweep) or []
+            parts: Any = trainer.predict(trained.module, sweep) or []
     else:
-        here = module.to(setting.device).eval()
-        kind = setting.device.type
-        with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=bf16(found, setting.device)):
-            parts = [here.predict_step(batch, 0) for batch in sweep]
+        here = trained.model.to(setting.device).eval()
+        with torch.inference_mode(), precise(found, setting.device):
+            parts = [(batch.example.cpu(), here(batch).argmax(dim=-1).cpu()) for batch in sweep]
     columns = [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
     every = distributed.gathered(columns)
     index, predicted = (np.concatenate(column) for column in zip(*every, strict=True))

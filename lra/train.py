@@ -52,6 +52,16 @@ class Trainable(L.LightningModule):
         if hasattr(self._optimizer(), "train"):
             self._optimizer().train()
 
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        whole: Any = self.trainer.strategy.model
+        if gradient_clip_val and hasattr(whole, "clip_grad_norm_"):
+            # the norm of a sharded gradient is the work of all processes
+            whole.clip_grad_norm_(gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def on_train_end(self) -> None:
         # of a stage without validation, too, the average is what is kept
         if hasattr(self._optimizer(), "eval"):

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from lra import result
+from lra import recipe, result
 from lra.data import Sampler, Share, Steps, Sweep
+from lra.distributed import Placement
+from lra.errors import UserError
 
 HERE = Path(__file__).parent
 TINY = f"{HERE / 'tiny_task.py'}:Tiny"
@@ -66,6 +68,23 @@ def launched(folder: Path, *more: str) -> dict[str, Any]:
         "validation loss": [float(row["validation_loss"]) for row in rows if row["validation_loss"]],
         "weights": torch.load(next((folder / "runs").rglob("best.ckpt")), weights_only=True)["state_dict"],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"optim.ema": "0.9"}, "optim.ema"),
+        ({"optim.name": "muon"}, "optim.name=muon"),
+        ({"pretrain.objective": "mlm"}, "pretrain.objective=mlm"),
+        ({"train.tbptt": "8"}, "train.tbptt"),
+    ],
+)
+def test_what_needs_a_whole_model_is_not_sharded(settings: dict[str, str], says: str) -> None:
+    found, _ = recipe.resolve("quick", "listops", "gru", settings)
+    here = torch.device("cpu")
+    assert Placement(1, 1, "fsdp").checked(here, found).for_trainer(None)["strategy"] == "auto"
+    with pytest.raises(UserError, match=f"no process a whole model, as {says} needs; use ddp"):
+        Placement(1, 2, "fsdp").checked(here, found)
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two processors")

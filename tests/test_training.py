@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -260,14 +259,6 @@ def test_more_of_a_budget_is_more_width() -> None:
 def test_a_wrong_budget_is_one_line(text: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         match.wanted(text)
-
-
-def test_loggers_beside_csv_are_named() -> None:
-    with pytest.raises(UserError, match="did you mean 'wandb'"):
-        go(loggers=("wandbb",))
-    if importlib.util.find_spec("mlflow") is None:
-        with pytest.raises(UserError, match="pip install mlflow"):
-            go(loggers=("mlflow",))
 
 
 def test_a_record_holds_its_learning_curve_resumed_or_not(monkeypatch: pytest.MonkeyPatch, places: Path) -> None:
