@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -37,14 +36,12 @@ class Digits(Task):
 
     def __init__(self) -> None:
         self.calls: list[list[str]] = []
-        self.workers: list[int] = []
         self.failure: BaseException | None = None
 
     def prepare(
         self, folder: Path, protocol: Protocol, *, source: Path | None, workers: int, progress: Progress
     ) -> None:
         self.calls.append(sorted(p.name for p in folder.iterdir()))
-        self.workers.append(workers)
         for split in SPLITS:
             count = protocol.counts[split]
             write_documents(folder, split, [self.document(split, i) for i in range(count)])
@@ -99,20 +96,6 @@ def test_a_set_is_prepared_once_and_described_by_its_manifest(task: Digits, cach
     assert {s: len(first.split(s)) for s in SPLITS} == COUNTS
     assert [len(first.split("test").document(i)) for i in range(3)] == [1, 2, 3]
     assert store.verify(task) == []
-
-
-def test_there_is_a_worker_for_each_processor_this_process_may_use(
-    task: Digits, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store.prepared(task)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3, 5}, raising=False)
-    store.prepared(task, protocol_with(name="second"))
-    store.prepared(task, protocol_with(name="third"), workers=7)
-    monkeypatch.delattr(os, "sched_getaffinity")
-    monkeypatch.setattr(os, "cpu_count", lambda: 11)
-    store.prepared(task, protocol_with(name="fourth"))
-    assert task.workers[0] >= 1
-    assert task.workers[1:] == [3, 7, 11]
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("bug"), KeyboardInterrupt(), DataError("bad row")])
