@@ -1,9 +1,9 @@
 """How fast each operator runs, beside what the machine could do and beside other packages, all in one process.
 
-Floors are measured in the same run: the bandwidth of an element-wise sum and the rate of a square matrix product. An
-operator's own floor is the larger of its bytes (arguments, outputs, and gradients where there are any) over that
-bandwidth and its FLOPs over that rate; other packages are held against the same floor. All that do the same work are
-timed in turns.
+Floors are measured in turns with what is held against them, so that whatever else the machine does meets both: the
+bandwidth of an element-wise sum and the rate of a square matrix product. An operator's own floor is the larger of its
+bytes (arguments, outputs, and gradients where there are any) over that bandwidth and its FLOPs over that rate; other
+packages are held against the same floor. All that do the same work are timed in turns.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import csv
 import importlib
 import io
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,12 +29,15 @@ from lra.kernels._case import Case
 from lra.kernels._dispatch import choose
 from lra.peer_models import MATCHES, Shape, contestants
 from lra.peers import Contender, peers
-from lra.timing import Timing, measure, together
+from lra.timing import Timing, together
 
 FIELDS = (
     "op", "case", "implementation", "dtype", "pass", "seconds", "low", "high", "repeats", "bytes", "flops",
     "floor_seconds", "device", "torch", "commit", "date",
 )  # fmt: skip
+# elements of the sum, width of the product
+SIZES = {"cpu": (2**23, 1024), "cuda": (2**27, 8192)}
+SUM, PRODUCT = "the machine's sum", "the machine's product"
 STEP_FIELDS = (
     "architecture", "by", "batch", "length", "d_model", "n_layers", "n_heads", "parameters", "seconds", "low", "high",
     "repeats", "device", "torch", "commit", "date",
@@ -44,7 +47,7 @@ STEP_FIELDS = (
 @dataclass(frozen=True)
 class Line:
     """One measurement. passes: "forward" or "forward+backward"; bytes and flops: the operator's own, whoever does it;
-    floor: seconds the machine would need at least."""
+    machine: as it was meanwhile."""
 
     op: str
     case: str
@@ -54,31 +57,46 @@ class Line:
     timing: Timing
     bytes: int
     flops: float
-    floor: float
+    machine: Machine
+
+    @property
+    def floor(self) -> float:
+        """Seconds the machine would need at least."""
+        return max(self.bytes / self.machine.bandwidth, self.flops / self.machine.rate)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """bandwidth in bytes/s of c = a + b on 32 MiB tensors; rate in FLOP/s of a 1024 x 1024 float32 product."""
+    """bandwidth in bytes/s of c = a + b in float32; rate in FLOP/s of a square matrix product in the dtype at hand. Of
+    SIZES: more than any cache holds, and enough to fill the device."""
 
     bandwidth: float
     rate: float
 
     @classmethod
     def measured(cls, device: torch.device) -> Machine:
-        a, b = (torch.rand(2**23, device=device) for _ in range(2))
-        c = torch.empty_like(a)
-        copy = measure(lambda: torch.add(a, b, out=c), device, budget=2.0)
-        m, n = (torch.rand(1024, 1024, device=device) for _ in range(2))
-        out = torch.empty_like(m)
-        product = measure(lambda: torch.mm(m, n, out=out), device, budget=2.0)
-        return cls(3 * a.nbytes / copy.median, 2 * 1024**3 / product.median)
+        return cls.among(together(cls.probes(device), device, budget=2.0), device)
+
+    @staticmethod
+    def probes(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, Callable[[], object]]:
+        """What to time beside other calls for `among` to read."""
+        elements, width = SIZES[device.type]
+        a, b = (torch.rand(elements, device=device) for _ in range(2))
+        m, n = (torch.rand(width, width, device=device, dtype=dtype) for _ in range(2))
+        c, out = torch.empty_like(a), torch.empty_like(m)
+        return {SUM: lambda: torch.add(a, b, out=c), PRODUCT: lambda: torch.mm(m, n, out=out)}
+
+    @classmethod
+    def among(cls, timings: Mapping[str, Timing], device: torch.device) -> Machine:
+        """The machine as it was while these were timed."""
+        elements, width = SIZES[device.type]
+        return cls(3 * 4 * elements / timings[SUM].median, 2 * width**3 / timings[PRODUCT].median)
 
 
 def bench(
     ops: Iterable[str], device: torch.device, *, budget: float = 10.0, seen: Callable[[str], None] = lambda _: None
-) -> tuple[Machine, Iterator[Line]]:
-    """The machine, and the measurements case by case; budget: seconds for each of them.
+) -> Iterator[Line]:
+    """The measurements case by case; budget: seconds for each of them.
 
     Raises UserError for an unknown operator.
     """
@@ -87,21 +105,18 @@ def bench(
         if op not in parity.operators():
             raise unknown("operator", op, parity.operators())
     memory.keep_freed()
-    machine = Machine.measured(device)
     dtypes = (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,)
     todo = [(op, case, dtype) for op in chosen for case in parity.cases_of(op, "bench") for dtype in dtypes]
 
     def lines() -> Iterator[Line]:
         for number, (op, case, dtype) in enumerate(todo, start=1):
             seen(f"{number} of {len(todo)}: {op} {case.name}")
-            yield from _case(op, case, dtype, device, machine, budget)
+            yield from _case(op, case, dtype, device, budget)
 
-    return machine, lines()
+    return lines()
 
 
-def _case(
-    op: str, case: Case, dtype: torch.dtype, device: torch.device, machine: Machine, budget: float
-) -> Iterator[Line]:
+def _case(op: str, case: Case, dtype: torch.dtype, device: torch.device, budget: float) -> Iterator[Line]:
     module = importlib.import_module(f"lra.kernels.{op}")
     arguments = parity.arguments_of(case, dtype, device)
     own: list[Contender] = []
@@ -117,10 +132,11 @@ def _case(
         with FlopCounterMode(display=False) as counter:
             work(own[0])()
         flops = float(counter.get_total_flops())
-        floor = max(moved / machine.bandwidth, flops / machine.rate)
         calls = {c.name: work(c) for c in contenders if c.backward or passes == "forward"}
-        for name, timing in together(calls, device, budget=budget).items():
-            yield Line(op, case.name, name, str(dtype)[6:], passes, timing, moved, flops, floor)
+        timings = together({**Machine.probes(device, dtype), **calls}, device, budget=budget)
+        machine = Machine.among(timings, device)
+        for name in calls:
+            yield Line(op, case.name, name, str(dtype)[6:], passes, timings[name], moved, flops, machine)
 
 
 def _runs(op: str, contender: Contender) -> bool:

@@ -56,13 +56,14 @@ def bench(
     if models:
         _models(op, budget)
         return
-    with console.status("measuring the machine") as status:
-        machine, measured = kit.bench(
+    with console.status("starting") as status:
+        measured = kit.bench(
             [op] if op else parity.operators(), here, budget=budget, seen=lambda name: status.update(f"timing {name}")
         )
         lines = list(measured)
+    bandwidth, rate = (max(getattr(x.machine, name) for x in lines) for name in ("bandwidth", "rate"))
     table = Table(
-        title=f"{machine.bandwidth / 1e9:.1f} GB/s, {machine.rate / 1e9:.0f} GFLOP/s, {here.type}",
+        title=f"at best {bandwidth / 1e9:.1f} GB/s, {rate / 1e9:.0f} GFLOP/s, {here.type}; floors beside each case",
         title_justify="left", pad_edge=False,
     )  # fmt: skip
     for column in ("operator", "case", "by", "pass", "ms", "GB/s", "GFLOP/s", "x floor"):
