@@ -66,10 +66,10 @@ def _row(group: Group, row: Row, name: str, collection: Collection) -> dict[str,
     a = row.accuracy
     percent = [100 * value for value in (a.mean, a.low, a.high)]
     return {
-        "id": name, "label": row.label, "rank": row.rank, "seeds": row.seeds, "collapsed": row.collapsed,
-        "accuracy": percent[0], "half": 100 * a.half_width, "source": a.source, "parameters": row.parameters,
-        "flops": row.flops, "speed": row.speed, "memory": row.memory / 2**20, "minutes": row.minutes,
-        "direction": row.direction, "title": leaderboard.title(group), "n": group.tested,
+        "id": name, "label": row.label, "rank": row.rank, "seeds": row.seeds, "seen": row.seen,
+        "collapsed": row.collapsed, "accuracy": percent[0], "half": 100 * a.half_width, "source": a.source,
+        "parameters": row.parameters, "flops": row.flops, "speed": row.speed, "memory": row.memory / 2**20,
+        "minutes": row.minutes, "direction": row.direction, "title": leaderboard.title(group), "n": group.tested,
         **{key: getattr(group, key) for key in PICKED},
         "shown": dict(zip(leaderboard.COLUMNS, leaderboard.cells(row), strict=True)),
         "evidence": _evidence(group, row, collection), "curves": _curves(row.runs, row.runs[0]["floors"]),

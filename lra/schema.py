@@ -18,7 +18,7 @@ REQUIRED: Kinds = {
     "flops": dict, "speed": dict, "memory": dict, "implementations": dict, "data": dict, "environment": dict,
     "command": str, "started": str, "predictions": dict, "wall_seconds": NUMBER, "seal": str,
     "protocol.name": str, "recipe.name": str, "environment.cpu": str, "speed.examples_per_second": NUMBER,
-    "memory.peak_bytes": NUMBER, "predictions.file": str, "predictions.sha256": str,
+    "speed.examples": int, "memory.peak_bytes": NUMBER, "predictions.file": str, "predictions.sha256": str,
 }  # fmt: skip
 OPTIONAL: Kinds = {
     "collapsed": str, "protocol.length": int, "validation.accuracy": NUMBER, "flops.forward": (*NUMBER, type(None)),

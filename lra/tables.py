@@ -15,9 +15,9 @@ from lra.statistics import seeds_needed
 
 FIELDS = (
     "task", "protocol", "data", "recipe", "regime", "device", "n", "architecture", "recipe_hash", "rank", "accuracy",
-    "low", "high", "interval", "deviation", "seeds", "collapsed", "seeds_to_1_point", "parameters", "flops_forward",
-    "flops_forward_backward", "points_per_mflop_per_token", "examples_per_second", "peak_bytes", "tokens_per_peak_mib",
-    "minutes", "direction",
+    "low", "high", "interval", "deviation", "seeds", "collapsed", "seeds_to_1_point", "examples", "parameters",
+    "flops_forward", "flops_forward_backward", "points_per_mflop_per_token", "examples_per_second", "peak_bytes",
+    "tokens_per_peak_mib", "minutes", "direction",
 )  # fmt: skip
 MARKERS = ("<!-- results -->", "<!-- /results -->")
 
@@ -57,7 +57,7 @@ def _values(group: Group, row: Row) -> Sequence[object]:
     return (
         group.task, group.protocol, group.data, group.recipe, group.regime, group.device, group.tested,
         row.architecture, row.runs[0]["recipe_hash"], row.rank, f"{a.mean:.6f}", f"{a.low:.6f}", f"{a.high:.6f}",
-        a.source, _number(a.deviation, ".6f"), row.seeds, row.collapsed, more, row.parameters,
+        a.source, _number(a.deviation, ".6f"), row.seeds, row.collapsed, more, f"{row.seen:.0f}", row.parameters,
         _number(row.flops, ".0f"), _number(row.flops_backward, ".0f"), _number(row.points_per_work, ".4g"),
         f"{row.speed:.3f}", f"{row.memory:.0f}", _number(row.memory_score, ".4g"), f"{row.minutes:.3f}", row.direction,
     )  # fmt: skip
@@ -97,21 +97,23 @@ def write(root: Path, collection: Collection, formats: Sequence[str]) -> list[Pa
 def readme(collection: Collection) -> str:
     """The short table of the README: one line a row, the groups one after the other."""
     lines = [
-        "| task | architecture | accuracy % | seeds | params | ex/s | device |",
-        "|---|---|---:|---:|---:|---:|---|",
+        "| task | architecture | accuracy % | seeds | seen | params | ex/s | device |",
+        "|---|---|---:|---:|---:|---:|---:|---|",
     ]
     for group, found in leaderboard.rows(collection.records, collection.answers).items():
         for row in found:
-            _, name, accuracy, half, seeds, params, _, speed, *_ = (
+            _, name, accuracy, half, seeds, seen, params, _, speed, *_ = (
                 sheets.plain(text) for text in leaderboard.cells(row)
             )
             task, hardware = (
                 sheets.plain(t) for t in (f"{group.task} ({group.protocol}, {group.recipe})", row.hardware)
             )
-            lines.append(f"| {task} | {name} | {accuracy} ± {half} | {seeds} | {params} | {speed} | {hardware} |")
+            lines.append(
+                f"| {task} | {name} | {accuracy} ± {half} | {seeds} | {seen} | {params} | {speed} | {hardware} |"
+            )
         if floors := leaderboard.floor_cells(collection.records, group):
             said = ", ".join(f"{sheets.plain(name)} {value}" for name, value in floors)
-            lines.append(f"| *floors* | *{said}* | | | | | |")
+            lines.append(f"| *floors* | *{said}* | | | | | | |")
     return "\n".join(lines)
 
 

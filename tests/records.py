@@ -26,9 +26,9 @@ def record(
         "validation": {"accuracy": 0.4, "n": 500, "best_step": 300, "split": "validation"}, "collapsed": "",
         "floors": {"majority class": 0.17, "root operator": 0.36}, "parameters": 12345,
         "flops": {"forward": 2e9, "forward_backward": 6e9, "uncounted": []},
-        "speed": {"examples_per_second": 10.0, "tokens_per_second": 20000.0}, "memory": {"peak_bytes": 2**28},
-        "implementations": {"linear_scan": ["cpu"]}, "data": {"checksum": "5f28b695" + "0" * 56},
-        "wall_seconds": 60.0,
+        "speed": {"examples": 6400, "examples_per_second": 10.0, "tokens_per_second": 20000.0},
+        "memory": {"peak_bytes": 2**28}, "implementations": {"linear_scan": ["cpu"]},
+        "data": {"checksum": "5f28b695" + "0" * 56}, "wall_seconds": 60.0,
         "environment": {
             "cpu": "a cpu x2", "device": "cpu", "python": "3.11.7", "versions": {"torch": "2.13.0"},
             "commit": {"hash": "0" * 40, "dirty": False},

@@ -109,6 +109,17 @@ def test_runs_at_chance_are_counted_and_told(collection: Collection) -> None:
     assert "at chance: 1 of 3 runs of gru (the others' mean is 70.30)" in shown.notes
 
 
+def test_a_table_says_who_was_trained_on_more() -> None:
+    speed = {"examples": 9600, "examples_per_second": 10.0}
+    made = [record("gru"), record("gru", 1), record("lstm"), record("s4d", speed=speed)]
+    (found,) = leaderboard.sheets(Collection(made))
+    assert "training examples differ: 9.6k for s4d; 6.4k for the others" in found.notes
+    seen = {row[1].text: row[found.columns.index("seen")].text for row in found.rows}
+    assert seen == {"gru": "6.4k", "lstm": "6.4k", "s4d": "9.6k"}
+    (same,) = leaderboard.sheets(Collection(made[:3]))
+    assert not [note for note in same.notes if "training examples" in note]
+
+
 def test_many_rows_at_chance_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a table where 36 rows are, and in one where all are: one note in every form, not one a row."""
     names, chance = sorted(f"net{i}" for i in range(36)), "not above the best blind guess"
@@ -149,7 +160,8 @@ def test_the_committed_tables_are_those_of_the_committed_runs() -> None:
 
 def test_the_terminal_form_fits_100_columns(tmp_path: Path) -> None:
     names = ("linear_transformer/random_features", "s4d", "nystromformer")
-    long = [record(name, task=task, accuracy=0.8, parameters=123_456_789, speed={"examples_per_second": 12345.6})
+    speed = {"examples": 123_456_789, "examples_per_second": 12345.6}
+    long = [record(name, task=task, accuracy=0.8, parameters=123_456_789, speed=speed)
             for name in names for task in leaderboard.LRA]  # fmt: skip
     console = Console(width=100, record=True, file=io.StringIO())
     for sheet in leaderboard.sheets(Collection(long)):

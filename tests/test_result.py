@@ -30,7 +30,7 @@ def record(architecture: str = "gru", seed: int = 0, accuracy: float = 0.5, **ch
         "direction": "bidirectional", "test": {"accuracy": accuracy, "n": 2000, "correct": round(2000 * accuracy)},
         "validation": {"accuracy": 0.4, "n": 500}, "collapsed": "",
         "floors": {"majority class": 0.17, "root operator": 0.36},
-        "parameters": 12345, "flops": {"forward": 2e9}, "speed": {"examples_per_second": 10.0},
+        "parameters": 12345, "flops": {"forward": 2e9}, "speed": {"examples": 6400, "examples_per_second": 10.0},
         "memory": {"peak_bytes": 2**28}, "implementations": {}, "data": {}, "wall_seconds": 60.0,
         "environment": {"cpu": "a cpu x2"}, "command": "lra run listops gru", "started": "2026-01-01T00:00:00+00:00",
         "predictions": {},
