@@ -39,7 +39,7 @@ def _tanh(x):
 def _product(v, weights, gate, width, d, inside):
     """v (R, H) times the gate's (H, H) matrix."""
     at = gate * width * width + d[:, None] * width + d[None, :]
-    return tl.dot(v, tl.load(weights + at, inside[:, None] & inside[None, :], 0.0), input_precision="ieee")
+    return tl.dot(v, tl.load(weights + at, inside[:, None] & inside[None, :], 0.0), input_precision="tf32x3")
 
 
 @triton.jit
@@ -185,8 +185,7 @@ def _backward(
                 to_c = to_c * f + to_i * p_i
         elif FAMILY == RHN:
             back = to_h
-            for above in tl.static_range(0, G, 2):
-                layer: tl.constexpr = G - 2 - above
+            for layer in tl.static_range(G - 2, -1, -2):
                 state = before
                 for below in tl.static_range(0, layer, 2):
                     a, s = tl.load(keep + below * width, mask, 0.0), tl.load(keep + (below + 1) * width, mask, 0.0)
@@ -262,7 +261,9 @@ def _diagonal_backward(grad, u, h0, h, delta, grad_h0, to_u, to_b, length, width
 
 def _options(cell: str, gates: int, batch: int, width: int) -> tuple[tuple[int], dict[str, Any]]:
     tile = max(16, triton.next_power_of_2(width))
+    # one stage: weights read ahead, 64 KiB a gate, would not fit into shared memory
     options = {"FAMILY": FAMILIES[cell], "G": gates, "R": ROWS, "H": tile, "num_warps": 8 if tile > 32 else 4}
+    options["num_stages"] = 1
     return (triton.cdiv(batch, ROWS),), options
 
 

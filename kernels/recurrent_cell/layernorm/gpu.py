@@ -146,6 +146,7 @@ def _options(batch: int, width: int, cell: str) -> tuple[tuple[int], dict[str, i
         "R": ROWS,
         "H": max(16, triton.next_power_of_2(width)),
         "num_warps": 8,
+        "num_stages": 1,  # as in recurrent_cell/gpu.py
         "CARRIED": cell.endswith("carried"),
     }
     return (triton.cdiv(batch, ROWS),), options
