@@ -126,7 +126,9 @@ def distinct(op: str, dtypes: tuple[torch.dtype, ...], *kinds: str) -> dict[tupl
     found: dict[tuple[Any, ...], tuple[str, Launch]] = {}
     for dtype in dtypes:
         for case in cases_of(op, *kinds):
-            for launch in launches(op, case, dtype):
+            made = launches(op, case, dtype)
+            assert made or dtype == torch.float64, f"{op} launches no kernel for {case.name} in {dtype}"
+            for launch in made:
                 found.setdefault(launch.key, (f"{case.name}, {str(dtype)[6:]}", launch))
     return found
 
