@@ -14,6 +14,7 @@ __all__ = ["band_attention"]
 DETERMINISTIC = True
 PORTABLE = True
 HAS_GPU = True
+WIDEST = 256  # a head that fits into a GPU's shared memory
 
 
 def band_attention(
@@ -47,7 +48,7 @@ def band_attention(
     blocks (BigBird's three blocks: window 1; block-local attention: window 0).
     dilation: one int, or one per head. n_global: the first tokens are global; global_mask: (B, L) bool, further ones.
     random_blocks: (H, ceil(L / block), r) integer, -1 for none. slopes: (H,) of ALiBi, no gradient; on a GPU they take
-    the plain torch path. scale: 1 / sqrt(head size) unless given.
+    the plain torch path, as do heads wider than 256. scale: 1 / sqrt(head size) unless given.
 
     q, k: (B, L, H, E); v: (B, L, H, V); mask: (B, L) bool, True = real key, or None -> o: (B, L, H, V) in the dtype of
     q. Only keys are masked: rows of padding hold what a query there would see. Half precision is computed in float32.
@@ -90,8 +91,8 @@ def band_attention(
         check(fits, op, "slopes", f"{tuple(slopes.shape)} {slopes.dtype} on {slopes.device}", f"({heads},) on {device}")
     scale = size**-0.5 if scale is None else scale
     positions = _globals(n_global, global_mask, batch, device)
-    # the Triton kernels compute in float32 and know no slopes
-    plain = slopes is not None or torch.float64 in (q.dtype, k.dtype, v.dtype)
+    # the Triton kernels compute in float32, hold whole heads and know no slopes
+    plain = slopes is not None or torch.float64 in (q.dtype, k.dtype, v.dtype) or max(size, v.shape[-1]) > WIDEST
     chosen = choose(op, impl, device, portable=PORTABLE, has_gpu=HAS_GPU and not plain)
     if chosen == "reference":
         from lra.kernels.band_attention.reference import reference

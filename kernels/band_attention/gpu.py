@@ -197,7 +197,8 @@ def band_forward(
     grid, sizes, constants = _launch(q, v, pattern, scale)
     out = torch.empty(v.shape, dtype=torch.float32, device=q.device)
     lse = torch.empty(*q.shape[:3], 1, dtype=torch.float32, device=q.device)
-    _forward[grid](q, k, v, seen.byte(), _steps(pattern, q.device), out, lse, *sizes, HIDDEN=HIDDEN, **constants)
+    with torch.cuda.device_of(q):
+        _forward[grid](q, k, v, seen.byte(), _steps(pattern, q.device), out, lse, *sizes, HIDDEN=HIDDEN, **constants)
     return out, lse
 
 
@@ -211,6 +212,7 @@ def band_backward(
     grid, sizes, constants = _launch(q, v, pattern, scale)
     dq, dk, dv = (torch.empty(t.shape, dtype=torch.float32, device=q.device) for t in (q, k, v))
     given = (dout, lse, delta, q, k, v, seen.byte(), _steps(pattern, q.device))
-    _backward_q[grid](*given, dq, *sizes, **constants)
-    _backward_kv[grid](*given, dk, dv, *sizes, **constants)
+    with torch.cuda.device_of(q):
+        _backward_q[grid](*given, dq, *sizes, **constants)
+        _backward_kv[grid](*given, dk, dv, *sizes, **constants)
     return dq, dk, dv

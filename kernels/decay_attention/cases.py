@@ -71,6 +71,7 @@ CASES = [
     Case("no decay", "edge", _inputs(1, 33, 1, 3, 2, log_gate=(0.0,))),
     Case("wide", "edge", _inputs(1, 20, 1, 80, 70, state=True)),
     Case("wide channel", "edge", _inputs(1, 20, 1, 80, 70, "channel", state=True)),
+    Case("widest channel of a GPU", "edge", _inputs(1, 70, 1, 256, 256, "channel"), interpreted=False),
     Case("strided", "edge", _strided),
     Case("length 16384", "long", _inputs(1, 16384, 1, 4, 3)),
     Case("length 16384 channel", "long", _inputs(1, 16384, 1, 4, 3, "channel")),

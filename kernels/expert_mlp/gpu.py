@@ -23,13 +23,13 @@ def _grouped(
     count = tl.where(e < experts, count, 0)
     tiles = (count + M - 1) // M
     # tiles of rows are numbered through the experts: mine is how many experts come before this one's
-    tile = tl.program_id(1)
+    tile = tl.program_id(0)
     mine = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32), 0)
     if mine < experts:
         before = e < mine
         r = tl.sum(tl.where(before, count, 0), 0) + (tile - tl.sum(tl.where(before, tiles, 0), 0)) * M + tl.arange(0, M)
         known = (r < tl.sum(tl.where(e <= mine, count, 0), 0))[:, None]
-        n = tl.program_id(0) * N + tl.arange(0, N)
+        n = tl.program_id(1) * N + tl.arange(0, N)
         weights = w + mine.to(tl.int64) * w_expert
         r = r.to(tl.int64)[:, None]
         total = tl.zeros([M, N], tl.float32)
@@ -74,7 +74,8 @@ def grouped(a: Tensor, w: Tensor, ends: Tensor) -> Tensor:
     # what no expert owns is written by no program
     out = a.new_zeros(rows, width)
     m, n = _tile(rows, 64), _tile(width, 64)
-    grid = triton.cdiv(width, n), triton.cdiv(rows, m) + min(experts, rows)
+    # tiles of rows first: only that side of a grid may be longer than 65,535
+    grid = triton.cdiv(rows, m) + min(experts, rows), triton.cdiv(width, n)
     with torch.cuda.device_of(a):
         _grouped[grid](
             a.contiguous(), w, ends, out, experts, inner, width, *w.stride(), PRECISION=_precision(a),

@@ -2,7 +2,7 @@
 reads the recurrent weights from the cache at every step. H is at most 128: the weights of a gate are one tile.
 
 The layout of `kept` and `delta` is that of `cpu.py`; the gradients of the weights follow from them outside, in one
-matrix product. Arithmetic is in float32.
+matrix product. Arithmetic is in float32, products as three TF32 ones each.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 ROWS = 16  # the fewest a tile product takes
 ELMAN, RELU, LSTM, GRU, RESET_FIRST, RHN = (tl.constexpr(n) for n in range(6))
@@ -36,17 +37,17 @@ def _tanh(x):
 
 
 @triton.jit
-def _product(v, weights, gate, width, d, inside):
+def _product(v, weights, gate, d):
     """v (R, H) times the gate's (H, H) matrix."""
-    at = gate * width * width + d[:, None] * width + d[None, :]
-    return tl.dot(v, tl.load(weights + at, inside[:, None] & inside[None, :], 0.0), input_precision="ieee")
+    at = (gate * d.shape[0] + d[:, None]) * d.shape[0] + d[None, :]
+    return tl.dot(v, tl.load(weights + at), input_precision="tf32x3")
 
 
 @triton.jit
 def _sum(v, x_t, weights, b, gate, width, d, inside, mask):
     """What gate `gate` is of: x + U v + b."""
     bias = tl.load(b + gate * width + d, inside, 0.0)[None, :]
-    return tl.load(x_t + gate * width, mask, 0.0) + _product(v, weights, gate, width, d, inside) + bias
+    return tl.load(x_t + gate * width, mask, 0.0) + _product(v, weights, gate, d) + bias
 
 
 @triton.jit
@@ -93,7 +94,7 @@ def _forward(
             if G == 3:
                 r = tl.sigmoid(_sum(state, x_t, weights, b, 0, width, d, inside, mask))
             bias = tl.load(b + (G - 1) * width + d, inside, 0.0)[None, :]
-            m = _product(state, weights, G - 1, width, d, inside) + bias
+            m = _product(state, weights, G - 1, d) + bias
             n = _tanh(tl.load(x_t + (G - 1) * width, mask, 0.0) + r * m)
             state = n + z * (state - n)
             tl.store(keep, r, mask)
@@ -155,11 +156,11 @@ def _backward(
             now = tl.load(h + at * width + d[None, :], mask, 0.0)
             to_s = to_h * (1 - now * now)
             tl.store(own, to_s, mask)
-            back = _product(to_s, weights, 0, width, d, inside)
+            back = _product(to_s, weights, 0, d)
         elif FAMILY == RELU:
             to_s = tl.where(tl.load(h + at * width + d[None, :], mask, 0.0) > 0, to_h, 0.0)
             tl.store(own, to_s, mask)
-            back = _product(to_s, weights, 0, width, d, inside)
+            back = _product(to_s, weights, 0, d)
         elif FAMILY == LSTM:
             i, f = tl.load(keep, mask, 0.0), tl.load(keep + width, mask, 0.0)
             g, o = tl.load(keep + 2 * width, mask, 0.0), tl.load(keep + 3 * width, mask, 0.0)
@@ -170,23 +171,22 @@ def _backward(
             to_c += to_h * o * (1 - c * c) + to_o * p_o
             to_g = to_c * i * (1 - g * g)
             to_i = to_c * (g if G == 4 else g - before) * i * (1 - i)
-            back = _product(to_i, weights, 0, width, d, inside)
-            back += _product(to_g, weights, G - 2, width, d, inside)
-            back += _product(to_o, weights, G - 1, width, d, inside)
+            back = _product(to_i, weights, 0, d)
+            back += _product(to_g, weights, G - 2, d)
+            back += _product(to_o, weights, G - 1, d)
             tl.store(own, to_i, mask)
             tl.store(own + (G - 2) * width, to_g, mask)
             tl.store(own + (G - 1) * width, to_o, mask)
             if G == 4:
                 to_f = to_c * before * f * (1 - f)
-                back += _product(to_f, weights, 1, width, d, inside)
+                back += _product(to_f, weights, 1, d)
                 tl.store(own + width, to_f, mask)
                 to_c = to_c * f + to_i * p_i + to_f * p_f
             else:
                 to_c = to_c * f + to_i * p_i
         elif FAMILY == RHN:
             back = to_h
-            for above in tl.static_range(0, G, 2):
-                layer: tl.constexpr = G - 2 - above
+            for layer in tl.static_range(G - 2, -1, -2):
                 state = before
                 for below in tl.static_range(0, layer, 2):
                     a, s = tl.load(keep + below * width, mask, 0.0), tl.load(keep + (below + 1) * width, mask, 0.0)
@@ -195,8 +195,8 @@ def _backward(
                 to_a, to_s = back * s * (1 - a * a), back * (a - state) * s * (1 - s)
                 tl.store(own + layer * width, to_a, mask)
                 tl.store(own + (layer + 1) * width, to_s, mask)
-                back = back * (1 - s) + _product(to_a, weights, layer, width, d, inside)
-                back += _product(to_s, weights, layer + 1, width, d, inside)
+                back = back * (1 - s) + _product(to_a, weights, layer, d)
+                back += _product(to_s, weights, layer + 1, d)
         else:
             r, z = tl.load(keep, mask, 0.0), tl.load(keep + width, mask, 0.0)
             n = tl.load(keep + 2 * width, mask, 0.0)
@@ -205,22 +205,22 @@ def _backward(
             back = to_h * z
             if FAMILY == GRU:
                 to_r = to_n * tl.load(keep + 3 * width, mask, 0.0)
-                back += _product(to_n * r, weights, G - 1, width, d, inside)
+                back += _product(to_n * r, weights, G - 1, d)
             else:
-                to_shown = _product(to_n, weights, G - 1, width, d, inside)
+                to_shown = _product(to_n, weights, G - 1, d)
                 to_r = to_shown * before
                 back += to_shown * r
             if G == 3:
                 to_r, to_z = to_r * r * (1 - r), to_z * z * (1 - z)
                 tl.store(own, to_r, mask)
                 tl.store(own + width, to_z, mask)
-                back += _product(to_r, weights, 0, width, d, inside)
-                back += _product(to_z, weights, 1, width, d, inside)
+                back += _product(to_r, weights, 0, d)
+                back += _product(to_z, weights, 1, d)
             else:
                 # one gate: z of a gru, r of a cell that resets first; the other is 1 minus it
                 to_gate = (to_z - to_r if FAMILY == GRU else to_r - to_z) * r * z
                 tl.store(own, to_gate, mask)
-                back += _product(to_gate, weights, 0, width, d, inside)
+                back += _product(to_gate, weights, 0, d)
             tl.store(own + (G - 1) * width, to_n, mask)
     tl.store(grad_h0 + first, back, mask)
     if FAMILY == LSTM:
@@ -260,9 +260,17 @@ def _diagonal_backward(grad, u, h0, h, delta, grad_h0, to_u, to_b, length, width
     tl.store(to_b + i * width + d, of_b, inside)
 
 
+def tiles(weights: Tensor, size: int) -> Tensor:
+    """Matrices (G, H, H) with zeros up to whole tiles, which are read in wide pieces whatever H is."""
+    missing = size - weights.shape[-1]
+    return F.pad(weights, (0, missing, 0, missing)).contiguous()
+
+
 def _options(cell: str, gates: int, batch: int, width: int) -> tuple[tuple[int], dict[str, Any]]:
     tile = max(16, triton.next_power_of_2(width))
+    # one stage: weights read ahead, 64 KiB a gate, would not fit into shared memory
     options = {"FAMILY": FAMILIES[cell], "G": gates, "R": ROWS, "H": tile, "num_warps": 8 if tile > 32 else 4}
+    options["num_stages"] = 1
     return (triton.cdiv(batch, ROWS),), options
 
 
@@ -277,9 +285,9 @@ def forward(
             block = min(128, triton.next_power_of_2(width))
             _diagonal_forward[(triton.cdiv(width, block), batch)](x, U, b, h0, h, length, width, D=block, num_warps=4)
             return
+        grid, options = _options(cell, len(U) // width, batch, width)
         # contiguous along the outputs, so that a row of the tile is one piece of memory
-        weights = U.view(-1, width, width).mT.contiguous()
-        grid, options = _options(cell, len(weights), batch, width)
+        weights = tiles(U.view(-1, width, width).mT, options["H"])
         strides = kept.stride(0), kept.stride(1) if kept.shape[1] > 1 else 0
         _forward[grid](x, weights, b, peephole, h0, c0, h, c_last, kept, batch, length, width, *strides, 0, **options)
 
@@ -298,7 +306,8 @@ def backward(
             )
             return
         grid, options = _options(cell, delta.shape[2], batch, width)
+        weights = tiles(U.view(-1, width, width), options["H"])
         _backward[grid](
-            grad, grad_c, U, peephole, h0, c0, h, kept, delta, grad_h0, grad_c0, batch, length, width, kept.shape[2],
-            0, **options,
+            grad, grad_c, weights, peephole, h0, c0, h, kept, delta, grad_h0, grad_c0, batch, length, width,
+            kept.shape[2], 0, **options,
         )  # fmt: skip

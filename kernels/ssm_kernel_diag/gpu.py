@@ -122,7 +122,8 @@ def forward(x: Tensor, weights: Tensor, length: int) -> Tensor:
     tile = _tile(length)
     grid = (triton.cdiv(length, tile * tile), channels * width)
     arguments = (*_polar(x), _single(weights), kernel, width, states, length)
-    _forward[grid](*arguments, TURN=TURN, R=tile, M=tile, N=16 if states <= 16 else 32, num_warps=4)
+    with torch.cuda.device_of(weights):
+        _forward[grid](*arguments, TURN=TURN, R=tile, M=tile, N=16 if states <= 16 else 32, num_warps=4)
     return kernel
 
 
@@ -134,5 +135,6 @@ def backward(grad: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     grid = (triton.cdiv(states, 16), width)
     arguments = (grad.contiguous(), *_polar(x), _single(weights), grad_x, grad_weights)
     sizes = (channels, width, states, grad.shape[-1])
-    _backward[grid](*arguments, *sizes, TURN=TURN, R=tile, M=tile, N=16, num_warps=4)
+    with torch.cuda.device_of(weights):
+        _backward[grid](*arguments, *sizes, TURN=TURN, R=tile, M=tile, N=16, num_warps=4)
     return torch.view_as_complex(grad_x).to(x.dtype), torch.view_as_complex(grad_weights).to(x.dtype)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lra.kernels.recurrent_cell.gpu import ROWS, _product, _tanh
+from lra.kernels.recurrent_cell.gpu import ROWS, _product, _tanh, tiles
 
 EPSILON = tl.constexpr(1e-5)
 
@@ -40,8 +40,8 @@ def _forward(
         at = kept + row * kept_row + t * kept_time
         keep = at[:, None] + d[None, :]
         weights += weights_time
-        i, f = _product(state, weights, 0, width, d, inside), _product(state, weights, 1, width, d, inside)
-        g, o = _product(state, weights, 2, width, d, inside), _product(state, weights, 3, width, d, inside)
+        i, f = _product(state, weights, 0, d), _product(state, weights, 1, d)
+        g, o = _product(state, weights, 2, d), _product(state, weights, 3, d)
         mean = tl.sum(i + f + g + o, 1) / (4 * width)
         i, f = tl.where(inside[None, :], i - mean[:, None], 0.0), tl.where(inside[None, :], f - mean[:, None], 0.0)
         g, o = tl.where(inside[None, :], g - mean[:, None], 0.0), tl.where(inside[None, :], o - mean[:, None], 0.0)
@@ -133,8 +133,8 @@ def _backward(
         tl.store(own + width, f, mask)
         tl.store(own + 2 * width, g, mask)
         tl.store(own + 3 * width, o, mask)
-        back = _product(i, weights, 0, width, d, inside) + _product(f, weights, 1, width, d, inside)
-        back += _product(g, weights, 2, width, d, inside) + _product(o, weights, 3, width, d, inside)
+        back = _product(i, weights, 0, d) + _product(f, weights, 1, d)
+        back += _product(g, weights, 2, d) + _product(o, weights, 3, d)
     tl.store(grad_h0 + first, back, mask)
     tl.store(grad_c0 + first, behind, mask)
     tl.store(grad_gain + first, of_gain, mask)
@@ -146,6 +146,7 @@ def _options(batch: int, width: int, cell: str) -> tuple[tuple[int], dict[str, i
         "R": ROWS,
         "H": max(16, triton.next_power_of_2(width)),
         "num_warps": 8,
+        "num_stages": 1,  # as in recurrent_cell/gpu.py
         "CARRIED": cell.endswith("carried"),
     }
     return (triton.cdiv(batch, ROWS),), options
@@ -157,8 +158,8 @@ def forward(
 ) -> None:  # fmt: skip
     """Fill h, c_last and kept. x: (B, L, 4, H); kept: (B, L or 1, 11, H). All contiguous, float32."""
     batch, length, width = h.shape
-    weights = U.view(-1, width, width).mT.contiguous()
     grid, options = _options(batch, width, cell)
+    weights = tiles(U.view(-1, width, width).mT, options["H"])
     strides = kept.stride(0), kept.stride(1) if kept.shape[1] > 1 else 0
     with torch.cuda.device_of(x):
         _forward[grid](x, weights, b, norm, h0, c0, h, c_last, kept, batch, length, width, *strides, 0, **options)
@@ -172,8 +173,10 @@ def backward(
     gradients of `norm` by row."""
     batch, length, width = grad.shape
     grid, options = _options(batch, width, cell)
+    weights = tiles(U.view(-1, width, width), options["H"])
     with torch.cuda.device_of(grad):
         _backward[grid](
-            grad, grad_c, U, norm, c0, kept, *delta, grad_h0, grad_c0, *sums[4:], batch, length, width, 0, **options
-        )
+            grad, grad_c, weights, norm, c0, kept, *delta, grad_h0, grad_c0, *sums[4:], batch, length, width, 0,
+            **options,
+        )  # fmt: skip
     sums[:4] = (delta[0] * kept[:, :, 6:10]).sum(1).transpose(0, 1)
