@@ -95,26 +95,40 @@ def write(root: Path, collection: Collection, formats: Sequence[str]) -> list[Pa
 
 
 def readme(collection: Collection) -> str:
-    """The short table of the README: one line a row, the groups one after the other."""
-    lines = [
-        "| task | architecture | accuracy % | seeds | seen | params | ex/s | device |",
-        "|---|---|---:|---:|---:|---:|---:|---|",
-    ]
-    for group, found in leaderboard.rows(collection.records, collection.answers).items():
-        for row in found:
-            _, name, accuracy, half, seeds, seen, params, _, speed, *_ = (
-                sheets.plain(text) for text in leaderboard.cells(row)
-            )
-            task, hardware = (
-                sheets.plain(t) for t in (f"{group.task} ({group.protocol}, {group.recipe})", row.hardware)
-            )
-            lines.append(
-                f"| {task} | {name} | {accuracy} ± {half} | {seeds} | {seen} | {params} | {speed} | {hardware} |"
-            )
-        if floors := leaderboard.floor_cells(collection.records, group):
-            said = ", ".join(f"{sheets.plain(name)} {value}" for name, value in floors)
-            lines.append(f"| *floors* | *{said}* | | | | | | |")
-    return "\n".join(lines)
+    """The short form: architectures by tasks, one table for each recipe, regime and device, with the floors below."""
+    places: dict[tuple[str, str, str], dict[str, tuple[Group, Sequence[Row]]]] = {}
+    found = leaderboard.rows(collection.records, collection.answers)
+    # of two tables of one task and protocol the one with more test examples counts
+    for group, listed in sorted(found.items(), key=lambda item: item[0].tested):
+        columns = places.setdefault((group.recipe, group.regime, group.device), {})
+        columns[f"{group.task} ({group.protocol})"] = group, listed
+    largest = sorted(places.items(), key=lambda item: (-sum(len(rows) for _, rows in item[1].values()), item[0]))
+    return "\n\n".join(_matrix(key, columns, collection) for key, columns in largest)
+
+
+def _matrix(key: tuple[str, str, str], columns: dict[str, tuple[Group, Sequence[Row]]], collection: Collection) -> str:
+    known = {task: number for number, task in enumerate(leaderboard.LRA)}
+    order = sorted(columns, key=lambda c: (known.get(columns[c][0].task, len(known)), c))
+    by_label: dict[str, dict[str, str]] = {}
+    for column in order:
+        listed = columns[column][1]
+        best = leaderboard.places([row.accuracy.mean for row in listed])
+        for row, place in zip(listed, best, strict=True):
+            by_label.setdefault(row.label, {})[column] = _told(row, place)
+    recipe, regime, device = (sheets.plain(part) for part in key)
+    lines = [f"Recipe {recipe}, {regime}, {device}:", "", f"| architecture | {' | '.join(map(sheets.plain, order))} |"]
+    lines.append("|---|" + "---:|" * len(order))
+    lines += [f"| {sheets.plain(n)} | {' | '.join(by_label[n].get(c, '-') for c in order)} |" for n in by_label]
+    floors = [leaderboard.floor_cells(collection.records, columns[c][0]) for c in order]
+    said = ["<br>".join(f"{sheets.plain(name)} {value}" for name, value in listed) or "-" for listed in floors]
+    return "\n".join([*lines, f"| *floors* | {' | '.join(said)} |"])
+
+
+def _told(row: Row, place: int) -> str:
+    seeds = f", {row.seeds} seeds" if row.seeds > 1 else ""
+    lost = f", {row.collapsed} at chance" if row.seeds > row.collapsed > 0 else ", at chance" if row.collapsed else ""
+    mean = ("{}", "**{}**", "<u>{}</u>")[place].format(f"{100 * row.accuracy.mean:.2f}")
+    return f"{mean} ± {100 * row.accuracy.half_width:.2f}{seeds}{lost}"
 
 
 def update_readme(path: Path, collection: Collection) -> bool:
