@@ -237,6 +237,11 @@ def places(values: Sequence[float | None]) -> list[int]:
     return [known.index(v) + 1 if v in known else 0 for v in values]
 
 
+def standing(row: Row | None) -> float | None:
+    """What counts for the best of a column: the mean accuracy, unless no run of the row left chance."""
+    return row.accuracy.mean if row and row.succeeded else None
+
+
 def at_chance(found: Sequence[Row]) -> str:
     """Which runs of a table are not above the best blind guess, in one line; "" where all are."""
     whole = [row.label for row in found if not row.succeeded]
@@ -263,7 +268,7 @@ def _among(labels: Sequence[str], found: Sequence[Row]) -> str:
 
 
 def sheet(group: Group, found: Sequence[Row], records: Sequence[Record]) -> Sheet:
-    best = places([row.accuracy.mean for row in found])
+    best = places([standing(row) for row in found])
     lines = [[Cell(text, best[i] if c == "acc %" else 0) for c, text in zip(COLUMNS, cells(row), strict=True)]
              for i, row in enumerate(found)]  # fmt: skip
     notes = []
@@ -287,7 +292,8 @@ def overall_sheet(key: tuple[str, str, str, str], by_architecture: Mapping[str, 
         means[name] |= {key: found.mean if found else None for key, found in whole.items()}
     names = sorted(means, key=lambda n: (-(means[n]["avg 6"] or 0), -(means[n]["avg 5"] or 0), n))
     columns = [*tasks, *AVERAGES]
-    best = {c: places([means[n][c] for n in names]) for c in columns}
+    best = {t: places([standing(by_architecture[n].get(t)) for n in names]) for t in tasks}
+    best |= {c: places([means[n][c] for n in names]) for c in AVERAGES}
     lines = [[Cell(n), *(_percent(means[n][c], best[c][i]) for c in columns)] for i, n in enumerate(names)]
     protocol, recipe, regime, device = key
     return Sheet(

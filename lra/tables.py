@@ -112,7 +112,7 @@ def _matrix(key: tuple[str, str, str], columns: dict[str, tuple[Group, Sequence[
     by_label: dict[str, dict[str, str]] = {}
     for column in order:
         listed = columns[column][1]
-        best = leaderboard.places([row.accuracy.mean for row in listed])
+        best = leaderboard.places([leaderboard.standing(row) for row in listed])
         for row, place in zip(listed, best, strict=True):
             by_label.setdefault(row.label, {})[column] = _told(row, place)
     recipe, regime, device = (sheets.plain(part) for part in key)

@@ -120,6 +120,16 @@ def test_a_table_says_who_was_trained_on_more() -> None:
     assert not [note for note in same.notes if "training examples" in note]
 
 
+def test_no_row_at_chance_is_the_best_of_anything() -> None:
+    made = [record("gru", accuracy=0.498, collapsed="not above"), record("s4d", accuracy=0.49)]
+    made += [record(name, task="image", accuracy=0.498, collapsed="not above") for name in ("gru", "s4d")]
+    overall, image, listops = leaderboard.sheets(Collection(made))
+    assert [[cell.place for cell in row[1:3]] for row in overall.rows] == [[0, 0], [1, 0]]
+    assert [row[2].place for row in image.rows] == [0, 0]
+    assert [row[2].place for row in listops.rows] == [0, 1]
+    assert "| gru | 49.80 ± 2.19, at chance | 49.80 ± 2.19, at chance |" in tables.readme(Collection(made))
+
+
 def test_many_rows_at_chance_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a table where 36 rows are, and in one where all are: one note in every form, not one a row."""
     names, chance = sorted(f"net{i}" for i in range(36)), "not above the best blind guess"
