@@ -171,6 +171,17 @@ def test_a_failed_run_is_tried_again_from_its_checkpoint(tmp_path: Path) -> None
     assert ["--resume" in arguments for arguments in seen] == [False, True, True]
 
 
+def test_a_worker_with_nothing_on_its_disk_starts_a_cell_without_loading_torch(tmp_path: Path) -> None:
+    program = (
+        "import sys, subprocess, pathlib; from lra.sweep import Cell, attempt\n"
+        "start = lambda *_, **__: subprocess.CompletedProcess([], 0)\n"
+        "said = attempt(Cell('listops', 'gru', 0, 'quick'), pathlib.Path('log'), 0, start=start)\n"
+        "print(said, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.stdout.strip() == "(0, '') False", done.stderr
+
+
 def test_one_cell_of_a_job_array_and_its_script(tmp_path: Path) -> None:
     plan = grid(tmp_path, "seeds = [0, 1, 2]")
     script = sweep.slurm(plan, "slurm")
