@@ -54,7 +54,8 @@ def main(task: str, folder: Path) -> None:
     second = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
     raylet = second.all_processes["raylet"][0].process.pid
-    killed, cut = [], []
+    killed: list[int] = []
+    cut: list[str] = []
 
     def kill() -> None:
         while len(list(result.folder().rglob("*.json"))) < 3 or not (cell := running(raylet)):
