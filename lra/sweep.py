@@ -191,6 +191,9 @@ def _combinations(grid: Mapping[str, list[Any]]) -> Iterator[tuple[tuple[str, An
 
 def finished(cell: Cell, root: Path) -> bool:
     """Whether a result with this cell's task, architecture, seed and recipe is on file."""
+    # to resolve a cell takes the seconds that torch takes to load
+    if not (root / "runs").is_dir():
+        return False
     from lra import result
     from lra.registry import tasks
     from lra.run import resolved
@@ -351,10 +354,12 @@ def attempt(
 
 def begun(cell: Cell) -> bool:
     """Whether an earlier attempt left a checkpoint to go on from."""
+    elsewhere = cell.options.get("checkpoint-dir")
+    if not elsewhere and not Path(os.environ.get("LRA_RUNS", "runs")).is_dir():
+        return False
     from lra.run import folder_of, resolved
 
     request = cell.request()
     folder = folder_of(request, resolved(request)[0])
-    elsewhere = cell.options.get("checkpoint-dir")
     place = Path(elsewhere) / folder.name if elsewhere else folder / "checkpoints"
     return any((place / name).is_file() for name in ("last.ckpt", "pretraining/last.ckpt", "pretraining/done.ckpt"))
