@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -130,6 +131,14 @@ def test_arguments() -> None:
         with pytest.raises(UserError) as error:
             constructor(**arguments)
         assert str(error.value) == message
+
+
+def test_a_constructor_cannot_be_changed_by_whoever_has_it() -> None:
+    constructor = architectures.get("s4d/inv")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        constructor.declared = False  # type: ignore[misc]
+    constructor.preset["init"] = "lin"  # type: ignore[index]
+    assert architectures.get("s4d/inv").preset == {"init": "inv"}
 
 
 @pytest.mark.usefixtures("own")

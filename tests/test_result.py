@@ -175,6 +175,27 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["table.md"]
 
 
+def test_what_is_there_is_replaced_where_nobody_asked_to_keep_it(tmp_path: Path) -> None:
+    target = tmp_path / "table.md"
+    for content in ("old", "new"):
+        with result.atomic(target) as temporary:
+            temporary.write_text(content)
+    assert target.read_text() == "new"
+    with pytest.raises(FileExistsError), result.atomic(target, exclusive=True) as temporary:
+        temporary.write_text("newer")
+    assert target.read_text() == "new"
+    assert os.listdir(tmp_path) == ["table.md"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are not listed here")
+def test_writing_leaves_no_file_open(tmp_path: Path) -> None:
+    before = os.listdir("/proc/self/fd")
+    for number in range(20):
+        with result.atomic(tmp_path / f"{number}.md") as temporary:
+            temporary.write_text("new")
+    assert len(os.listdir("/proc/self/fd")) < len(before) + 20
+
+
 def _git(folder: Path, *words: str) -> str:
     own = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
     done = subprocess.run(["git", *own, *words], cwd=folder, capture_output=True, text=True, check=True)
@@ -223,6 +244,14 @@ def test_an_environment_says_what_a_number_depends_on(monkeypatch: pytest.Monkey
     assert result._cpu.__wrapped__() == f"unknown x{result.cpus()}"
 
 
+def test_an_environment_names_the_gpu_and_its_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a gpu")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    found = result.environment()
+    assert (found["gpu"], found["cuda"]) == ("a gpu", "13.0")
+
+
 def test_results_lie_in_the_named_folder_the_checkout_or_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LRA_RESULTS", raising=False)
     assert result.folder() == Path(__file__).parents[1] / "results"
@@ -244,6 +273,13 @@ def test_an_id_that_is_taken_gets_a_number(tmp_path: Path) -> None:
     assert first.read_bytes() == content
     assert first.with_name(f"{first.stem}-2.npz").read_bytes() == b"half"
     assert oct(first.stat().st_mode)[-3:] == "644"
+
+
+def test_a_thousand_results_of_one_name_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "exists", lambda _: True)
+    with pytest.raises(UserError, match=r"holds a thousand results called quick-gru-s0-t; move some away"):
+        result.write(record(), PREDICTIONS, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_record_that_nobody_could_read_is_not_written(tmp_path: Path) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_task import Tiny
 
+from lra import store
+from lra.manifest import hash_file
 from lra.task import DataError
 from lra.tasks._storage import SHARED, DocumentWriter, open_split, write_documents, write_examples
 
@@ -54,3 +58,19 @@ def test_pickled_arrays_are_never_loaded(tmp_path: Path) -> None:
     np.save(tmp_path / "train.labels.npy", np.array([{}], object), allow_pickle=True)
     with pytest.raises(DataError, match=r"train.labels.npy is corrupt"):
         open_split(tmp_path, "train")
+
+
+def test_a_prepared_set_is_on_disk_before_its_manifest_is_and_looking_at_it_waits_for_no_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_ino))
+    monkeypatch.setenv("LRA_CACHE", str(tmp_path))
+    monkeypatch.delenv("LRA_DATA", raising=False)
+    found = store.prepared(Tiny())
+    [manifest] = (at for at, inode in enumerate(synced) if inode == (found.folder / "manifest.json").stat().st_ino)
+    assert {(found.folder / name).stat().st_ino for name in found.manifest["files"]} <= set(synced[:manifest])
+    del synced[:]
+    assert all(hash_file(found.folder / name) == facts["sha256"] for name, facts in found.manifest["files"].items())
+    assert store.verify(Tiny()) == []
+    assert synced == []
