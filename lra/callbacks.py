@@ -172,9 +172,10 @@ class Resume(Callback):
                 f"the checkpoint was written by {len(own['random'])} processes; resume with --devices and --nodes "
                 f"that give as many, not {trainer.world_size}"
             )
+        folder = next(str(c.dirpath) for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint))
         for state in content["callbacks"].values():
             if "best_k_models" in state:
-                _follow(state, trainer.checkpoint_callbacks[0].dirpath)
+                _follow(state, folder)
         self.random = own["random"][trainer.global_rank]
         self.steps.first = content["global_step"]
 
