@@ -172,6 +172,10 @@ class Resume(Callback):
                 f"the checkpoint was written by {len(own['random'])} processes; resume with --devices and --nodes "
                 f"that give as many, not {trainer.world_size}"
             )
+        folder = next(str(c.dirpath) for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint))
+        for state in content["callbacks"].values():
+            if "best_k_models" in state:
+                _follow(state, folder)
         self.random = own["random"][trainer.global_rank]
         self.steps.first = content["global_step"]
 
@@ -183,6 +187,18 @@ class Resume(Callback):
         elif trainer.global_rank:
             # weights are drawn alike everywhere, dropout is not
             torch.manual_seed(torch.initial_seed() + trainer.global_rank)
+
+
+def _follow(state: dict[str, Any], folder: str) -> None:
+    """Lightning forgets its best score where the checkpoints have another path than when they were written."""
+
+    def here(path: str) -> str:
+        return str(Path(folder) / Path(path).name) if path else path
+
+    state["dirpath"] = folder
+    state["best_k_models"] = {here(path): score for path, score in state["best_k_models"].items()}
+    for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+        state[key] = here(state[key])
 
 
 def check_checkpoint(path: Path, recipe_hash: str) -> None:

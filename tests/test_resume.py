@@ -164,6 +164,24 @@ def test_checkpoints_may_live_elsewhere_and_only_best_and_last_stay(
     assert {p.name for p in elsewhere.rglob("*.ckpt")} == {"best.ckpt"}
 
 
+def test_a_run_that_goes_on_under_another_path_remembers_its_best(
+    places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(monkeypatch, checkpoint_dir=places / "here")
+    (places / "here").rename(places / "there")
+    (last,) = places.rglob("last.ckpt")
+    saved = torch.load(last, weights_only=True)
+    (best,) = (state for name, state in saved["callbacks"].items() if "validation_accuracy" in name)
+    # a score that no later one beats
+    (path,) = best["best_k_models"]
+    best |= {key: torch.tensor(1.0) for key in ("best_model_score", "kth_value")}
+    best["best_k_models"] = {path: torch.tensor(1.0)}
+    checkpoint.write(saved, last)
+    record = result.read(go(checkpoint_dir=places / "there", resume=True))
+    assert [point["step"] for point in record["curve"]] == [6, 12]
+    assert record["validation"]["best_step"] == 6
+
+
 def test_a_resumed_run_counts_the_time_of_its_earlier_legs(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted(monkeypatch)
     (last,) = places.rglob("last.ckpt")
