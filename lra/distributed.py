@@ -45,6 +45,13 @@ class Placement:
         return self.devices * self.nodes
 
     @property
+    def taken(self) -> str:
+        """The strategy that this placement amounts to."""
+        if self.world == 1:
+            return "auto"
+        return "ddp" if self.strategy == "auto" else self.strategy
+
+    @property
     def sharded(self) -> bool:
         return self.strategy == "fsdp" and self.world > 1
 
@@ -69,9 +76,7 @@ class Placement:
 
     def for_trainer(self, block: type | None) -> dict[str, Any]:
         """What Lightning's Trainer is told. block: class of the encoder's blocks, which fsdp shards one by one."""
-        strategy: Any = self.strategy if self.world > 1 else "auto"
-        if strategy == "auto" and self.world > 1:
-            strategy = "ddp"
+        strategy: Any = self.taken
         if self.sharded:
             wrapped = {block} if block is not None else None
             strategy = Sharded(state_dict_type="full", auto_wrap_policy=wrapped)

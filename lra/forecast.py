@@ -1,4 +1,7 @@
-"""How long a run will take and how much memory, from a few of its own steps in a process of its own."""
+"""How long a run will take and how much memory at least, from a few of its own steps in a process of its own.
+
+Memory is a lower bound: over hundreds of steps of changing lengths the heap of a CPU grows beyond what a few show.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ def table(cells: list[Cell], console: Console) -> Table:
     for cell in cells:
         groups.setdefault(json.dumps(asdict(cell) | {"seed": 0}, sort_keys=True), []).append(cell)
     shown = Table(title="forecast", title_justify="left", pad_edge=False)
-    for column in ("cells", "runs", "each", "together", "memory"):
+    for column in ("cells", "runs", "each", "together", "memory from"):
         shown.add_column(column, overflow="fold")
     whole = 0.0
     with console.status("probing") as status:

@@ -160,7 +160,7 @@ def run(request: Request, console: Console) -> Path:
 def _more(request: Request, trained: Trained, refused: list[str], setting: Setting) -> dict[str, Any]:
     environment = result.environment() | {"device": setting.device.type, "precision": trained.trainer.precision}
     if setting.placement.world > 1:
-        environment |= {"devices": setting.placement.world, "strategy": setting.placement.strategy}
+        environment |= {"devices": setting.placement.world, "strategy": setting.placement.taken}
     return {
         "speed": trained.meter.speed(),
         "memory": trained.memory,

@@ -103,5 +103,5 @@ def test_two_processes_train_and_score_as_one(tmp_path: Path) -> None:
     assert (two["predictions"]["example"] == np.arange(150)).all()
     assert (one["predictions"]["prediction"] == two["predictions"]["prediction"]).mean() > 0.98
     assert two["record"]["speed"]["examples"] == one["record"]["speed"]["examples"]
-    assert two["record"]["environment"]["devices"] == 2
+    assert [two["record"]["environment"][key] for key in ("devices", "strategy")] == [2, "ddp"]
     json.dumps(two["record"])
