@@ -36,7 +36,7 @@ FIELDS = (
     "floor_seconds", "device", "torch", "commit", "date",
 )  # fmt: skip
 # elements of the sum, width of the product
-SIZES = {"cpu": (2**23, 1024), "cuda": (2**27, 8192)}
+SIZES = {"cpu": (2**23, 1024), "cuda": (2**27, 4096)}
 SUM, PRODUCT = "the machine's sum", "the machine's product"
 STEP_FIELDS = (
     "architecture", "by", "batch", "length", "d_model", "n_layers", "n_heads", "parameters", "seconds", "low", "high",
@@ -128,12 +128,13 @@ def _case(op: str, case: Case, dtype: torch.dtype, device: torch.device, budget:
             _forward(own[-1])()
     contenders = [*own, *(c for c in peers(op, arguments, own[0].name) if _runs(op, c))]
     size = sum(t.nbytes for t in [*arguments.values(), *_forward(own[0])()] if isinstance(t, Tensor))
+    probes = Machine.probes(device, dtype)
     for passes, work, moved in (("forward", _forward, size), ("forward+backward", _both, 3 * size)):
         with FlopCounterMode(display=False) as counter:
             work(own[0])()
         flops = float(counter.get_total_flops())
         calls = {c.name: work(c) for c in contenders if c.backward or passes == "forward"}
-        timings = together({**Machine.probes(device, dtype), **calls}, device, budget=budget)
+        timings = together({**probes, **calls}, device, budget=budget)
         machine = Machine.among(timings, device)
         for name in calls:
             yield Line(op, case.name, name, str(dtype)[6:], passes, timings[name], moved, flops, machine)

@@ -37,7 +37,7 @@ def table(cells: list[Cell], console: Console) -> Table:
     for cell in cells:
         groups.setdefault(json.dumps(asdict(cell) | {"seed": 0}, sort_keys=True), []).append(cell)
     shown = Table(title="forecast", title_justify="left", pad_edge=False)
-    for column in ("cells", "runs", "each", "together", "memory from"):
+    for column in ("cells", "runs", "each", "together", "memory, at least"):
         shown.add_column(column, overflow="fold")
     whole = 0.0
     with console.status("probing") as status:

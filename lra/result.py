@@ -42,6 +42,11 @@ def folder() -> Path:
     return (checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()) / "results"
 
 
+def unfinished() -> Path:
+    """`LRA_RUNS`, or `runs/` of the working directory: logs and checkpoints of runs, before there is a result."""
+    return Path(os.environ.get("LRA_RUNS", "runs"))
+
+
 @contextmanager
 def atomic(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
     """A temporary sibling to write; it becomes `path` when the block succeeds and vanishes when it does not.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -197,7 +196,7 @@ def folder_of(request: Request, found: Recipe) -> Path:
     """Where a run keeps recipe, log and checkpoints."""
     task, recipe_name = tasks.get(request.task).cls.name, result.safe(found.name.replace("/", "-"), 60)
     name = f"{task}-{result.slug(request.architecture)}-{recipe_name}-{found.hash[:8]}-s{request.seed}"
-    return Path(os.environ.get("LRA_RUNS", "runs")) / name
+    return result.unfinished() / name
 
 
 def _checkpoints(request: Request, folder: Path) -> Path:

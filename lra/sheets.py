@@ -52,7 +52,12 @@ def terminal(sheet: Sheet) -> Table:
 
 
 def markdown(sheet: Sheet) -> str:
-    lines = [f"## {plain(sheet.title)}", "", _row(sheet.columns)]
+    return f"## {plain(sheet.title)}\n\n{markdown_body(sheet)}"
+
+
+def markdown_body(sheet: Sheet) -> str:
+    """Without the title."""
+    lines = [_row([plain(c) for c in sheet.columns])]
     lines.append("|" + "|".join("---" if c in WORDS else "---:" for c in sheet.columns) + "|")
     forms = ("{}", "**{}**", "<u>{}</u>")
     lines += [_row([forms[c.place].format(plain(c.text)) for c in row]) for row in sheet.rows]

@@ -110,7 +110,9 @@ class Plan:
 
     @property
     def logs(self) -> Path:
-        return Path(os.environ.get("LRA_RUNS", "runs")) / f"sweep-{self.file.stem}"
+        from lra import result
+
+        return result.unfinished() / f"sweep-{self.file.stem}"
 
 
 def read(path: Path) -> Plan:
@@ -354,8 +356,10 @@ def attempt(
 
 def begun(cell: Cell) -> bool:
     """Whether an earlier attempt left a checkpoint to go on from."""
+    from lra import result
+
     elsewhere = cell.options.get("checkpoint-dir")
-    if not elsewhere and not Path(os.environ.get("LRA_RUNS", "runs")).is_dir():
+    if not elsewhere and not result.unfinished().is_dir():
         return False
     from lra.run import folder_of, resolved
 

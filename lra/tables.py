@@ -11,6 +11,7 @@ from lra import leaderboard, result, sheets
 from lra.collection import Collection
 from lra.errors import UserError, unknown
 from lra.leaderboard import Group, Row
+from lra.sheets import Cell, Sheet
 from lra.statistics import seeds_needed
 
 FIELDS = (
@@ -103,32 +104,33 @@ def readme(collection: Collection) -> str:
         columns = places.setdefault((group.recipe, group.regime, group.device), {})
         columns[f"{group.task} ({group.protocol})"] = group, listed
     largest = sorted(places.items(), key=lambda item: (-sum(len(rows) for _, rows in item[1].values()), item[0]))
-    return "\n\n".join(_matrix(key, columns, collection) for key, columns in largest)
+    made = (_matrix(key, columns, collection) for key, columns in largest)
+    return "\n".join(f"{sheets.plain(sheet.title)}:\n\n{sheets.markdown_body(sheet)}" for sheet in made).strip()
 
 
-def _matrix(key: tuple[str, str, str], columns: dict[str, tuple[Group, Sequence[Row]]], collection: Collection) -> str:
+def _matrix(
+    key: tuple[str, str, str], columns: dict[str, tuple[Group, Sequence[Row]]], collection: Collection
+) -> Sheet:
     known = {task: number for number, task in enumerate(leaderboard.LRA)}
     order = sorted(columns, key=lambda c: (known.get(columns[c][0].task, len(known)), c))
-    by_label: dict[str, dict[str, str]] = {}
+    by_label: dict[str, dict[str, Cell]] = {}
+    floors = []
     for column in order:
-        listed = columns[column][1]
+        group, listed = columns[column]
         best = leaderboard.places([leaderboard.standing(row) for row in listed])
         for row, place in zip(listed, best, strict=True):
-            by_label.setdefault(row.label, {})[column] = _told(row, place)
-    recipe, regime, device = (sheets.plain(part) for part in key)
-    lines = [f"Recipe {recipe}, {regime}, {device}:", "", f"| architecture | {' | '.join(map(sheets.plain, order))} |"]
-    lines.append("|---|" + "---:|" * len(order))
-    lines += [f"| {sheets.plain(n)} | {' | '.join(by_label[n].get(c, '-') for c in order)} |" for n in by_label]
-    floors = [leaderboard.floor_cells(collection.records, columns[c][0]) for c in order]
-    said = ["<br>".join(f"{sheets.plain(name)} {value}" for name, value in listed) or "-" for listed in floors]
-    return "\n".join([*lines, f"| *floors* | {' | '.join(said)} |"])
+            by_label.setdefault(row.label, {})[column] = Cell(_told(row), place)
+        said = [f"{name} {value}" for name, value in leaderboard.floor_cells(collection.records, group)]
+        floors += [f"{column} {', '.join(said)}"] if said else []
+    lines = [[Cell(label), *(cells.get(c, Cell("-")) for c in order)] for label, cells in by_label.items()]
+    notes = [f"Floors: {'; '.join(floors)}."] if floors else []
+    return Sheet(f"Recipe {', '.join(key)}", ["architecture", *order], lines, notes)
 
 
-def _told(row: Row, place: int) -> str:
+def _told(row: Row) -> str:
     seeds = f", {row.seeds} seeds" if row.seeds > 1 else ""
     lost = f", {row.collapsed} at chance" if row.seeds > row.collapsed > 0 else ", at chance" if row.collapsed else ""
-    mean = ("{}", "**{}**", "<u>{}</u>")[place].format(f"{100 * row.accuracy.mean:.2f}")
-    return f"{mean} ± {100 * row.accuracy.half_width:.2f}{seeds}{lost}"
+    return f"{100 * row.accuracy.mean:.2f} ± {100 * row.accuracy.half_width:.2f}{seeds}{lost}"
 
 
 def update_readme(path: Path, collection: Collection) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from records import record
 
-from lra import schema
+from lra import report, schema, tables
+from lra.collection import Collection
 
 
 def made(**changes: Any) -> dict[str, Any]:
@@ -19,7 +21,7 @@ def made(**changes: Any) -> dict[str, Any]:
         for parent in parents:
             place[parent] = place = dict(place[parent])
         if value is schema.ABSENT:
-            del place[last]
+            place.pop(last, None)
         else:
             place[last] = value
     return found
@@ -31,6 +33,24 @@ def test_each_required_value_is_missed_and_has_its_kind(key: str) -> None:
     assert schema.check(made(**{dotted: schema.ABSENT})) == f"{key} is missing"
     assert schema.check(made(**{dotted: None})).startswith(f"{key} is a NoneType; expected ")
     assert schema.check(made(**{dotted: True})).startswith(f"{key} is a bool; expected ")
+
+
+WHOLE = {"curve": [{"step": 0}], "receptive_field": 9}
+KEYS = [
+    *made(**WHOLE),
+    *(f"{key}__{inner}" for key, held in made().items() if isinstance(held, dict) for inner in held),
+]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_record_without_a_value_is_refused_or_can_be_shown(key: str, tmp_path: Path) -> None:
+    """Readers take what the schema let through as it is: a field they rely on must be one that it asks for."""
+    short = made(**{**WHOLE, key: schema.ABSENT})
+    if not schema.check(short):
+        collection = Collection([made(id="whole", seed=1), short])
+        assert all(tables.build(collection, form) for form in tables.FORMATS)
+        assert tables.readme(collection)
+        assert "gru" in report.build(collection, tmp_path)
 
 
 @pytest.mark.parametrize("key", list(schema.OPTIONAL))
