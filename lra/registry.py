@@ -197,8 +197,8 @@ def _module_of(path: Path) -> ModuleType:
     if known is not None and Path(str(known.__file__)).resolve() == path.resolve():
         return known
     spec = importlib.util.spec_from_file_location(name, path.resolve())
-    if spec is None or spec.loader is None:
-        raise FileNotFoundError(path)
+    assert spec is not None, path
+    assert spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:

@@ -71,6 +71,7 @@ def test_facts_are_those_of_the_imported_card(name: str) -> None:
     assert constructor.declared
     assert Card(**{key: facts[key] for key in vars(card) if key in facts}) == card
     assert facts["variants"].keys() == card.variants.keys()
+    assert all(getattr(constructor.cls, key) == facts[key] for key in facts.keys() - vars(card).keys() - {"name"})
 
 
 @pytest.mark.parametrize("name", tasks.names())

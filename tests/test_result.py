@@ -314,6 +314,26 @@ def test_where_there_are_no_hard_links_nothing_is_replaced_either(
     first, second = (result.write(record(), PREDICTIONS, tmp_path) for _ in range(2))
     assert second.stem == f"{first.stem}-2"
     assert sorted(p.suffix for p in first.parent.iterdir()) == [".json", ".json", ".npz", ".npz"]
+    before = first.read_bytes()
+    with pytest.raises(FileExistsError), result.atomic(first, exclusive=True) as temporary:
+        temporary.write_text("another")
+    assert first.read_bytes() == before
+
+
+def test_a_file_may_be_just_as_large_as_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = result.write(record(), PREDICTIONS, tmp_path)
+    monkeypatch.setattr(result, "LARGEST", path.stat().st_size)
+    assert result.read(path)["task"] == "listops"
+    monkeypatch.setattr(result, "LARGEST", path.stat().st_size - 1)
+    with pytest.raises(UserError, match="it holds more than"):
+        result.read(path)
+    content = path.with_suffix(".npz").read_bytes()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+    monkeypatch.setattr(result, "LARGEST", size)
+    assert result._unsound(content) == ""
+    monkeypatch.setattr(result, "LARGEST", size - 1)
+    assert "decompress to more than" in result._unsound(content)
 
 
 @pytest.mark.parametrize("length", [119, 120, 121, 500])

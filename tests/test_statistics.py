@@ -174,7 +174,7 @@ def test_ranks_tie_where_evidence_does_not_separate() -> None:
     assert statistics.ranks([]) == []
 
 
-@pytest.mark.parametrize(("deviation", "half"), [(0.02, 0.01), (0.005, 0.01), (0.1, 0.02), (0.0, 0.01)])
+@pytest.mark.parametrize(("deviation", "half"), [(0.02, 0.01), (0.005, 0.01), (0.1, 0.02), (0.0, 0.01), (12.0, 4.0)])
 def test_seeds_needed_is_the_smallest_number_that_suffices(deviation: float, half: float) -> None:
     def wide(n: int) -> float:
         return float(stats.t.ppf(0.975, n - 1) * deviation / np.sqrt(n))
