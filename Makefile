@@ -91,6 +91,7 @@ test: .venv/.stamp
 test-faults: .venv/.stamp
 	@LRA_FAULTS=full OMP_NUM_THREADS=1 $(RUN) pytest -q -n $(JOBS) --dist loadgroup $(if $(K),-k "$$K") tests/faults $(ARGS)
 
+# old packages warn of newer ones that they were not written for: there a warning is no error
 # PIP='--index-url ...' names where a CPU build of torch is found
 OLDEST := import re, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
     print(*(re.sub(r">=([\d.]+)", r"==\1", d) for d in p["dependencies"] + p["optional-dependencies"]["dev"]), sep="\n")
@@ -99,7 +100,7 @@ test-oldest: .venv/.stamp
 	@$(VENV)/python -m venv --clear .cache/oldest
 	@$(VENV)/python -c '$(OLDEST)' > .cache/oldest/constraints.txt
 	@.cache/oldest/bin/python -m pip install -q -c .cache/oldest/constraints.txt $(PIP) -e '.[dev]'
-	@OMP_NUM_THREADS=1 .cache/oldest/bin/python -m pytest -q -n $(JOBS) $(if $(K),-k "$$K") $(ARGS)
+	@OMP_NUM_THREADS=1 .cache/oldest/bin/python -m pytest -q -n $(JOBS) -W default $(if $(K),-k "$$K") $(ARGS)
 
 test-newest: .venv/.stamp
 	@$(VENV)/python -m venv --clear .cache/newest

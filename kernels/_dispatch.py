@@ -16,6 +16,8 @@ from importlib.util import find_spec
 
 import torch
 
+# Triton 3.10 would stop contracting a * b + c unless told to, and 3.9 warns of it at every kernel
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 IMPLEMENTATIONS = ("auto", "reference", "cpu", "gpu")
 _used: dict[str, set[str]] = {}
 _refused: dict[tuple[str, str], str] = {}

@@ -228,6 +228,7 @@ def environment() -> dict[str, Any]:
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
             versions[package] = version(package)
+    versions["torch"] = str(torch.__version__)  # its metadata may lack the +cu132
     found = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -147,11 +147,12 @@ def _backward(
         keep = kept + at * (numbers * width) + d[None, :]
         own = delta + at * (G * width) + d[None, :]
         to_h = back + tl.load(grad + at * width + d[None, :], mask, 0.0)
-        earlier = mask & (t > 0)
+        # where, not &: Triton 3.9's interpreter makes a number of mask & scalar and refuses it as a mask
+        earlier, start = tl.where(t > 0, mask, False), tl.where(t == 0, mask, False)
         weights += weights_time
         if FAMILY != LSTM:
             before = tl.load(h + (at - 1) * width + d[None, :], earlier, 0.0)
-            before += tl.load(h0 + first, mask & (t == 0), 0.0)
+            before += tl.load(h0 + first, start, 0.0)
         if FAMILY == ELMAN:
             now = tl.load(h + at * width + d[None, :], mask, 0.0)
             to_s = to_h * (1 - now * now)
@@ -166,7 +167,7 @@ def _backward(
             g, o = tl.load(keep + 2 * width, mask, 0.0), tl.load(keep + 3 * width, mask, 0.0)
             c = _tanh(tl.load(keep + 4 * width, mask, 0.0))
             before = tl.load(keep + 4 * width - numbers * width, earlier, 0.0)
-            before += tl.load(c0 + first, mask & (t == 0), 0.0)
+            before += tl.load(c0 + first, start, 0.0)
             to_o = to_h * c * o * (1 - o)
             to_c += to_h * o * (1 - c * c) + to_o * p_o
             to_g = to_c * i * (1 - g * g)
@@ -249,7 +250,8 @@ def _diagonal_backward(grad, u, h0, h, delta, grad_h0, to_u, to_b, length, width
     for step in range(length):
         t = length - 1 - step
         at = (i * length + t) * width + d
-        before = tl.load(h + at - width, inside & (t > 0), 0.0) + tl.load(h0 + i * width + d, inside & (t == 0), 0.0)
+        earlier, start = tl.where(t > 0, inside, False), tl.where(t == 0, inside, False)
+        before = tl.load(h + at - width, earlier, 0.0) + tl.load(h0 + i * width + d, start, 0.0)
         to_s = tl.where(now > 0, tl.load(grad + at, inside, 0.0) + carry, 0.0)
         tl.store(delta + at, to_s, inside)
         of_u += (to_s * before).to(tl.float64)

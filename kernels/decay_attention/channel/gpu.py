@@ -24,7 +24,8 @@ BLOCK = 16
 @triton.jit
 def _one(x, b, h, t, c, length, heads, width):
     """One step of x, (width,)."""
-    known = (c < width) & (t < length)
+    # where, not &: Triton 3.9's interpreter makes a number of mask & scalar and refuses it as a mask
+    known = tl.where(t < length, c < width, False)
     return tl.load(x + ((b * length + t) * heads + h) * width + c, known, 0.0).to(tl.float32)
 
 

@@ -95,7 +95,8 @@ def _backward(
         weights += weights_time
         i, f = tl.load(keep, mask, 0.0), tl.load(keep + width, mask, 0.0)
         g, o = tl.load(keep + 2 * width, mask, 0.0), tl.load(keep + 3 * width, mask, 0.0)
-        before = tl.load(keep - 7 * width, mask & (t > 0), 0.0) + tl.load(c0 + first, mask & (t == 0), 0.0)
+        earlier, start = tl.where(t > 0, mask, False), tl.where(t == 0, mask, False)
+        before = tl.load(keep - 7 * width, earlier, 0.0) + tl.load(c0 + first, start, 0.0)
         even = tl.load(keep + 5 * width, mask, 0.0)
         gain = _row(norm + 4 * width, d, inside)
         shown = _tanh(even * gain + _row(norm + 5 * width, d, inside))
