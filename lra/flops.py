@@ -42,10 +42,11 @@ LIGHT = re.compile(
     | clone | contiguous | copy | _to_copy | alias | set | roll | flip | rot90 | block_diag | where | im2col | col2im
     | constant | complex | real | imag | polar | _conj_physical | sort | topk | kthvalue | argsort | searchsorted
     | bucketize | bincount | cummax | cummin | mode | trace | dist | _aminmax | isin | equal | item
-    | _efficientzerotensor | _linalg_check_errors | floor_divide""",
+    | _efficientzerotensor | _linalg_check_errors | floor_divide
+    | a?(max|min|minmax) | arg(max|min) | (nan)?sum | mean | prod | all | any | count_nonzero | logsumexp""",
     re.VERBOSE,
 )
-"""Names of aten operators without a pointwise or reduction tag that do a few operations per element at most."""
+"""Names of aten operators without a pointwise tag that do a few operations per element at most."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ def _is_light(func: Any) -> bool:
     # torch tags the plain form of an operator, and not always the one in place
     plain = getattr(getattr(torch.ops, space), name.removesuffix("_"), func._overloadpacket)
     tags = {tag for form in (func, getattr(plain, func._overloadname, func)) for tag in form.tags}
-    if {torch.Tag.pointwise, torch.Tag.reduction, torch.Tag.inplace_view} & tags:
+    if {torch.Tag.pointwise, torch.Tag.inplace_view} & tags:
         return True
     return space == "prim" or (space == "aten" and LIGHT.fullmatch(name.rstrip("_")) is not None)
 
