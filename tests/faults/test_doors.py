@@ -331,7 +331,8 @@ def idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shelf: Path) -> Path:
     return tmp_path
 
 
-safe_words = texts.filter(lambda t: ":" not in t)
+# no system passes a NUL on a command line
+safe_words = texts.filter(lambda t: ":" not in t and "\0" not in t)
 
 
 @given(st.sampled_from([[], *COMMANDS]), st.lists(st.sampled_from(OPTIONS) | safe_words, max_size=5))
@@ -360,7 +361,7 @@ LINES = (
 
 @pytest.mark.parametrize("line", LINES if FULL else LINES[3::4], ids=" ".join)
 def test_awkward_words_in_every_place(idle: Path, line: list[str]) -> None:
-    for word in AWKWARD if FULL else AWKWARD[::4]:
+    for word in (w for w in (AWKWARD if FULL else AWKWARD[::4]) if "\0" not in w):
         done = CliRunner().invoke(app, [part.replace("{}", word) for part in line])
         assert done.exception is None or isinstance(done.exception, SystemExit), (line, word, done.exc_info)
 
