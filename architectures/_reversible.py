@@ -55,7 +55,8 @@ class _Reversible(torch.autograd.Function):
         y1, y2 = ctx.saved_tensors
         kind, dtype, enabled = ctx.autocast
         found: list[tuple[Tensor, ...]] = []
-        with torch.enable_grad(), torch.autocast(kind, dtype, enabled=enabled):
+        # torch 2.9 would take weights cast in the forward, which have no graph, out of autocast's cache
+        with torch.enable_grad(), torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False):
             for step, (before, kept, between) in zip(reversed(ctx.steps), reversed(ctx.history), strict=True):
                 leaf = y1.detach().requires_grad_()
                 with _replayed(between, y1.device):
