@@ -34,6 +34,7 @@ from lra._subject import (
     inputs,
     outputs,
     reloaded,
+    woken,
 )  # fmt: skip
 from lra.encoder import DIRECTIONS, FAMILIES, SCALINGS, Card, Encoder
 from lra.errors import UserError, unknown
@@ -170,11 +171,6 @@ def gradients(subject: Subject) -> None:
     """every parameter receives a gradient"""
     x, mask = inputs([LENGTH, 17, 9], LENGTH)
     for how, encoder in subject.directions():
-        with torch.no_grad():
-            for parameter in encoder.parameters():
-                # a map that starts at zero hides what lies behind it until the first step
-                if not parameter.any():
-                    parameter.normal_(std=0.02)
         y, extra = encoder.train()(x, mask), encoder.aux_loss()
         loss = (y * torch.randn_like(y))[mask].sum()
         (loss if extra is None else loss + extra).backward()
@@ -295,7 +291,7 @@ def save(subject: Subject) -> None:
 
 def precision(subject: Subject) -> None:
     """bfloat16 autocast stays finite and near float32"""
-    encoder = subject.encoder(torch.float32)
+    encoder = woken(subject.encoder(torch.float32))
     x, mask = inputs([LENGTH, 17], LENGTH, torch.float32)
     expected = outputs(encoder, x, mask)
     torch.manual_seed(0)

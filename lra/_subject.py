@@ -48,13 +48,14 @@ class Subject:
 
     def directions(self, dtype: torch.dtype = torch.float64, **more: Any) -> list[tuple[str, Encoder]]:
         """The default instance and, where the constructor lets one choose, that of the other direction; each with
-        words for a message."""
-        default = self.encoder(dtype, **more)
+        words for a message. No parameter is zero throughout: a map that starts at zero hides what lies behind it."""
+        default = woken(self.encoder(dtype, **more))
         found = [("", default)]
         for other in ("causal", "bidirectional") if "direction" in self.constructor.options() else ():
             if other != default.direction and "direction" not in self.options:
                 with suppress(UserError):  # a direction may be refused; what the card promises, `causal` checks
-                    found.append((f"with direction={other!r} ", self.encoder(dtype, direction=other, **more)))
+                    built = self.encoder(dtype, direction=other, **more)
+                    found.append((f"with direction={other!r} ", woken(built)))
         return found
 
     def declares(self, what: str) -> bool:
@@ -64,6 +65,15 @@ class Subject:
     @property
     def card(self) -> Card:
         return self.constructor.cls.card
+
+
+@torch.no_grad()
+def woken(encoder: Encoder) -> Encoder:
+    """The encoder itself, with small random numbers in parameters that are zero throughout."""
+    for parameter in encoder.parameters():
+        if not parameter.any():
+            parameter.normal_(std=0.02)
+    return encoder
 
 
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -131,11 +131,13 @@ class NotFiniteForOneToken(Good):
 
 
 class ReadsPadding(Good):
+    """By a factor that starts at zero."""
+
     breaks = "padding"
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         held = x.masked_fill(mask.unsqueeze(-1), 0).abs().amax(dim=1, keepdim=True)
-        return super().forward(x, mask) + held
+        return super().forward(x, mask) + self.norms[0].bias * held
 
 
 class CountsPadding(Good):
