@@ -132,7 +132,7 @@ def test_every_recipe_resolves_for_every_cell(name: str, task: str, architecture
     assert all(source for source in origin.values())
 
 
-@pytest.mark.parametrize("name", architectures.names())
+@pytest.mark.parametrize("name", [n for n in architectures.names(variants=True) if n != "synthesizer/random"])
 def test_matched_recipes_stay_within_110_percent_of_the_transformer(name: str) -> None:
     sizes = {}
     for architecture in ("transformer", name):
