@@ -23,22 +23,26 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}); {advice}") from None
-    missing = [key for key in KEYS if not isinstance(manifest, dict) or key not in manifest]
-    if missing:
-        raise DataError(f"{path} lacks {', '.join(missing)}; {advice}")
+    if problem := misfit(manifest):
+        raise DataError(f"{path} {problem}; {advice}")
     given = manifest.pop("seal", None)
     # sets prepared before manifests were sealed carry no seal and no other key either
     if (set(manifest) != set(KEYS) and given is None) or (given is not None and given != seal(manifest)):
         raise DataError(f"{path} was changed after it was written; {advice}")
+    return manifest
+
+
+def misfit(manifest: Any) -> str:
+    """What keeps this from being a manifest; empty when nothing does."""
+    if missing := [key for key in KEYS if not isinstance(manifest, dict) or key not in manifest]:
+        return f"lacks {', '.join(missing)}"
     sound = (
         all(isinstance(manifest[key], dict) for key in ("counts", "sha256", "files"))
         and all(split in manifest[key] for key in ("counts", "sha256") for split in SPLITS)
         and all(safe(name) == name and isinstance(f, dict) and {"bytes", "sha256"} <= set(f)
                 for name, f in manifest["files"].items())
     )  # fmt: skip
-    if not sound:
-        raise DataError(f"{path} is not laid out as a manifest; {advice}")
-    return manifest
+    return "" if sound else "is not laid out as a manifest"
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

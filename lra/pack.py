@@ -17,7 +17,7 @@ from typing import IO
 
 from lra import registry, store
 from lra.errors import UserError, brief
-from lra.manifest import MANIFEST, hash_file, write_manifest
+from lra.manifest import MANIFEST, hash_file, misfit, write_manifest
 from lra.result import atomic
 from lra.store import Prepared
 from lra.task import DataError, Progress, silent
@@ -91,6 +91,8 @@ def _unpack(archive: tarfile.TarFile, source: Path, progress: Progress) -> Prepa
     if first is None or first.name != MANIFEST or not first.isreg() or first.size > CHUNK:
         raise DataError(f"{source} does not begin with a {MANIFEST}; make it with `lra data pack`")
     manifest = json.loads(_opened(archive, first).read())
+    if problem := misfit(manifest):
+        raise DataError(f"{source}: its {MANIFEST} {problem}; pack it again")
     if manifest["task"] not in registry.tasks.names():
         # a name such as package.module:Class would import what a stranger chose
         raise DataError(f"{source} is of the task {brief(manifest['task'])}, which is not registered here")
@@ -113,8 +115,7 @@ def _unpack(archive: tarfile.TarFile, source: Path, progress: Progress) -> Prepa
             left = dict(files)
             while (entry := archive.next()) is not None:
                 facts = left.pop(entry.name, None)
-                plain = Path(entry.name).name == entry.name and entry.isreg()
-                if facts is None or not plain or entry.size != facts["bytes"]:
+                if facts is None or not entry.isreg() or entry.size != facts["bytes"]:
                     raise DataError(f"{source} holds {entry.name!r}, which its manifest does not describe")
                 progress(f"unpacking {entry.name}", done, whole)
                 with open(work / entry.name, "wb") as file:

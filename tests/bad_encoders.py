@@ -137,7 +137,7 @@ class ReadsPadding(Good):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         held = x.masked_fill(mask.unsqueeze(-1), 0).abs().amax(dim=1, keepdim=True)
-        return super().forward(x, mask) + self.norms[0].bias * held
+        return super().forward(x, mask) + self.norms[0].get_parameter("bias") * held
 
 
 class CountsPadding(Good):

@@ -16,7 +16,7 @@ from lra import pack as kit
 from lra import registry, store
 from lra.manifest import MANIFEST
 from lra.store import Prepared
-from lra.task import DataError
+from lra.task import SPLITS, DataError
 
 
 @pytest.fixture
@@ -86,8 +86,14 @@ def renamed(entries: list[tuple[tarfile.TarInfo, bytes]], name: str) -> list[tup
     return [(entries[0][0], json.dumps(manifest).encode()), *entries[1:]]
 
 
-def told(entries: list[tuple[tarfile.TarInfo, bytes]], key: str, value: object) -> list[tuple[tarfile.TarInfo, bytes]]:
-    return [(entries[0][0], json.dumps(json.loads(entries[0][1]) | {key: value}).encode()), *entries[1:]]
+def told(
+    entries: list[tuple[tarfile.TarInfo, bytes]], key: str, value: object = None
+) -> list[tuple[tarfile.TarInfo, bytes]]:
+    """With another value in the manifest, or without it."""
+    manifest = json.loads(entries[0][1]) | {key: value}
+    if value is None:
+        del manifest[key]
+    return [(entries[0][0], json.dumps(manifest).encode()), *entries[1:]]
 
 
 def headed(
@@ -104,8 +110,8 @@ def headed(
 
 SPOILT = {
     "a link": (link, "which its manifest does not describe"),
-    "a name above": (lambda e: renamed(e, "../out.npy"), "which its manifest does not describe"),
-    "an absolute name": (lambda e: renamed(e, "/tmp/out.npy"), "which its manifest does not describe"),
+    "a name above": (lambda e: renamed(e, "../out.npy"), "manifest.json is not laid out as a manifest"),
+    "an absolute name": (lambda e: renamed(e, "/tmp/out.npy"), "manifest.json is not laid out as a manifest"),
     "twice the same": (lambda e: [*e, e[-1]], "which its manifest does not describe"),
     "one missing": (lambda e: e[:-1], "lacks "),
     "another byte": (lambda e: [*e[:-1], (e[-1][0], e[-1][1][:-1] + b"\7")], "is not as its manifest says"),
@@ -113,7 +119,7 @@ SPOILT = {
     "another task": (lambda e: told(e, "task", "os:system"), "'os:system', which is not registered"),
     "another version": (lambda e: told(e, "version", 99), "another version .version differ"),
     "another protocol": (lambda e: told(e, "protocol", {"name": "strickt"}), "bad.tar.xz: unknown protocol of tiny"),
-    "other counts": (lambda e: told(e, "counts", {}), "is not the set it says it is"),
+    "other counts": (lambda e: told(e, "counts", dict.fromkeys(SPLITS, 3)), "is not the set it says it is"),
     "a header bomb": (lambda e: headed(e, tarfile.XHDTYPE, bytes(kit.CHUNK + 1)), "a header of 1,048,577 bytes"),
     "a long name": (lambda e: headed(e, tarfile.GNUTYPE_LONGNAME, b"x" * (kit.CHUNK + 1)), "a header of 1,048,577"),
     "headers without end": (lambda e: headed(e, tarfile.XHDTYPE, b"", 2000), "or not a whole one .maximum recursion"),
@@ -122,7 +128,9 @@ SPOILT = {
         lambda e: headed(e, tarfile.XHDTYPE, b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n"),
         "a sparse member",
     ),
-    "no files": (lambda e: told(e, "files", 3), "is not a pack of this version"),
+    "no files": (lambda e: told(e, "files", 3), "manifest.json is not laid out as a manifest"),
+    "a key too few": (lambda e: told(e, "lra"), "its manifest.json lacks lra; pack it again"),
+    "no object": (lambda e: [(e[0][0], b"3"), *e[1:]], "its manifest.json lacks format, task"),
 }
 
 
