@@ -92,7 +92,7 @@ def adopt(layer: Any, name: str) -> type[Stack]:
     declares |= {"direction"} if isinstance(direction, bool) else set()
 
     class Adopted(Stack):
-        card = Card(title=name, year=0, url="", family="not declared", scaling="not declared", causal=direction is True)
+        card = Card(title=name, year=0, url="", scaling="not declared", causal=direction is True)
         declares: ClassVar[frozenset[str]]
 
         def __init__(

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-FAMILIES = ("attention", "convolution", "memory", "mixture", "recurrent", "state-space")
+FAMILIES = ("recurrent", "state_space", "linear_attention", "attention", "mixture", "convolution", "memory")
+"""The folders of `architectures/`."""
 SCALINGS = ("L", "L log L", "L sqrt L", "L^2")
 DIRECTIONS = ("causal", "bidirectional", "concat", "add", "shared")
 
@@ -58,7 +59,7 @@ class Card:
     """What an architecture says of itself. Written as literals in the class body: listing reads it without importing.
 
     title: of the paper; year: of its first version; url: of the paper.
-    family: one of FAMILIES; scaling: growth of work with length L, one of SCALINGS, each encoder built for its length.
+    scaling: growth of work with length L, one of SCALINGS, each encoder built for its length.
     causal: whether the mathematics only looks back (such a mixer runs bidirectionally through a wrapper).
     variants: name -> constructor arguments; `s4d/inv` is the constructor of s4d with those arguments preset.
     exempt: conformance check -> reason. The check is then expected to fail, and failing to fail is an error.
@@ -67,7 +68,6 @@ class Card:
     title: str
     year: int
     url: str
-    family: str
     scaling: str
     causal: bool
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

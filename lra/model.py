@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.data import Batch
 from lra.encoder import Cost, Encoder, lengths_of
 from lra.task import Protocol
+
+
+class Batch(NamedTuple):
+    """values: (B, towers, L) integer tokens, or bytes (B, towers, L, channels) of a continuous protocol;
+    mask: (B, towers, L) bool, True = real; labels: (B,) int64; example: (B,) int64, places in the set."""
+
+    values: Tensor
+    mask: Tensor
+    labels: Tensor
+    example: Tensor
 
 
 class Classifier(nn.Module):

@@ -1,4 +1,5 @@
-"""Names to things: a file in `architectures/` or `tasks/` is its own registration, and nothing is imported to list it.
+"""Names to things: a file `architectures/<family>/<name>.py` or `tasks/<family>/<name>.py` is its own
+registration, and nothing is imported to list it.
 
 architectures.get("s4d")             a file of this project
 architectures.get("s4d/inv")         a variant its card declares
@@ -66,8 +67,13 @@ class Registry:
 
     @cache  # noqa: B019  (two registries live as long as the process)
     def _files(self) -> Mapping[str, Path]:
-        found = {p.stem: p for p in sorted((ROOT / self.folder).glob("*.py")) if not p.stem.startswith("_")}
-        return MappingProxyType(found)
+        """Name -> file: `<folder>/<family>/<name>.py`, where no part starts with an underscore."""
+        files: dict[str, Path] = {}
+        for path in sorted((ROOT / self.folder).glob("[!_]*/[!_]*.py")):
+            if path.stem in files:
+                raise UserError(f"two {self.kind}s are called {path.stem!r}: {files[path.stem]} and {path}; rename one")
+            files[path.stem] = path
+        return MappingProxyType(files)
 
     @cache  # noqa: B019
     def _plugins(self) -> Mapping[str, EntryPoint]:
@@ -86,10 +92,18 @@ class Registry:
             return names
         return [full for name in names for full in (name, *(f"{name}/{v}" for v in self.facts(name)["variants"]))]
 
+    def family(self, name: str) -> str:
+        """Folder of a name, such as `state_space`; empty for a plug-in. Raises UserError for unknown names."""
+        if name in self._plugins():
+            return ""
+        if name not in self._files():
+            raise unknown(self.kind, name, self.names())
+        return self._files()[name].parent.name
+
     def facts(self, name: str) -> dict[str, Any]:
         """What a file says of itself (card or class attributes written as literals), read without importing it.
         Raises UserError for a name without variant that does not exist, and a file that cannot be read this way."""
-        facts: dict[str, Any] = {"name": name, "variants": {}}
+        facts: dict[str, Any] = {"name": name, "family": self.family(name), "variants": {}}
         if name in self._plugins():
             return facts | {"plugin": self._plugins()[name].value}
         if name not in self._files():
@@ -113,7 +127,7 @@ class Registry:
         if name in self._plugins():
             cls = self._loaded(self._plugins()[name])
         elif name in self._files():
-            module = importlib.import_module(f"lra.{self.folder}.{name}")
+            module = importlib.import_module(f"lra.{self.folder}.{self.family(name)}.{name}")
             cls = self._only_class(module)
         else:
             raise unknown(self.kind, name, self.names())

@@ -42,7 +42,7 @@ def contact_sheet(pictures: list[np.ndarray], path: Path, columns: int = 8, scal
     """Draw images (H, W) or (H, W, 3) uint8, of one size, side by side to a PNG."""
     from PIL import Image
 
-    from lra.result import atomic
+    from lra.files import atomic
 
     times = max(1, scale_to // pictures[0].shape[0])
     large = [np.repeat(np.repeat(p, times, axis=0), times, axis=1) for p in pictures]

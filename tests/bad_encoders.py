@@ -12,9 +12,7 @@ from torch import Tensor, nn
 
 from lra.encoder import Card, Cost, Encoder
 
-CARD = Card(
-    title="A leaky mean", year=2000, url="https://example.org/paper", family="recurrent", scaling="L", causal=True
-)
+CARD = Card(title="A leaky mean", year=2000, url="https://example.org/paper", scaling="L", causal=True)
 
 
 class Good(Encoder):
@@ -95,9 +93,9 @@ class BadUrl(Good):
     card = replace(CARD, url="arxiv 2000.00001")
 
 
-class BadFamily(Good):
+class BadScaling(Good):
     breaks = "card"
-    card = replace(CARD, family="convoluted")
+    card = replace(CARD, scaling="L^3")
 
 
 class TwoScalings(Good):

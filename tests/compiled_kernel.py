@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lra.kernels import _dispatch
 from lra.kernels._case import KINDS, Case
-from lra.parity import arguments_of, cases_of, operator, operators, run
+from lra.operators.parity import arguments_of, cases_of, operator, operators, run
 
 SHARED = 232_448  # bytes, the most that a block can have there
 GRID = (2**31 - 1, 65_535, 65_535)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from lra import distributed
+from lra.training import distributed
 
 
 class Curved(torch.optim.AdamW):

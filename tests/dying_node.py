@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from lra import doctor, result, sweep
+from lra.operators import doctor
+from lra.results import result
+from lra.sweeps import local, plans
 
 SETTINGS = (
     '"train.steps" = 40\n"train.evaluate_every" = 20\n"model.d_model" = 8\n"model.n_layers" = 1\n"data.batch_size" = 16'
@@ -29,7 +31,7 @@ def running(raylet: int) -> str:
         # processes end while they are looked at
         with suppress(OSError, ValueError):
             words, above = (place / "cmdline").read_text().split("\0"), int(place.name)
-            while "lra.cli" in words and above > 1:
+            while "lra.cli.app" in words and above > 1:
                 above = int(Path(f"/proc/{above}/stat").read_text().rpartition(")")[2].split()[1])
                 if above == raylet:
                     return " ".join(words)
@@ -47,7 +49,7 @@ def main(task: str, folder: Path) -> None:
         f'tasks = ["{task}"]\narchitectures = ["gru"]\nrecipe = "quick"\nseeds = [0, 1, 2, 3, 4, 5]\n'
         f'grid = {{"optim.lr" = [1e-3, 3e-3]}}\n[set]\n{SETTINGS}\n'
     )
-    plan = sweep.read(file)
+    plan = plans.read(file)
     # its half minute once, and not on every node at the same time
     doctor.gate(["recurrent_cell"], torch.device("cpu"))
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
@@ -67,7 +69,7 @@ def main(task: str, folder: Path) -> None:
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     start = time.monotonic()
-    failed = sweep.carry_out(plan, Console(stderr=True), ray=cluster.address, forecast=False)
+    failed = local.carry_out(plan, Console(stderr=True), ray=cluster.address, forecast=False)
     seconds = time.monotonic() - start
     killer.join(1)
     cluster.shutdown()

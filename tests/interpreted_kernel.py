@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from lra.parity import cases_of, errors_of
+from lra.operators.parity import cases_of, errors_of
 
 
 def main(op: str) -> None:

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from lra import result, stages
-from lra.callbacks import Stop
-from lra.run import Request, run
+from lra.results import result
+from lra.training import stages
+from lra.training.callbacks import Stop
+from lra.training.run import Request, run
 
 SETTINGS = {
     "train.steps": "24", "train.evaluate_every": "8", "model.d_model": "16", "data.batch_size": "16",

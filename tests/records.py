@@ -1,4 +1,4 @@
-"""Records as `lra.result` writes them, made up for tests of what reads them."""
+"""Records as `lra.results.result` writes them, made up for tests of what reads them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from lra import result
-from lra.collection import Collection
+from lra.results import result
+from lra.results.collection import Collection
 
 ACCURACIES = {"s4d": 0.62, "gru": 0.40, "transformer": 0.402}
 

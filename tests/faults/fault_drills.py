@@ -32,17 +32,17 @@ WRITES = ("os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.chmod
 
 
 def job_prepare(**_: Any) -> Any:
-    from lra import store
+    from lra.data import prepared_sets
     from lra.registry import tasks
 
-    return store.prepared(tasks.get(TINY)()).checksum
+    return prepared_sets.prepared(tasks.get(TINY)()).checksum
 
 
 def job_run(seed: int = 0, resume: bool = True, settings: Mapping[str, str] | None = None, **_: Any) -> str:
     from rich.console import Console
 
     from lra.errors import UserError
-    from lra.run import Request, run
+    from lra.training.run import Request, run
 
     request = {"task": TINY, "architecture": "gru", "recipe": "quick", "seed": seed, "settings": settings or SMALL}
     try:
@@ -57,14 +57,15 @@ def job_run(seed: int = 0, resume: bool = True, settings: Mapping[str, str] | No
 def job_result(count: int = 1, seed: int = 0, **_: Any) -> list[str]:
     from records import record, write
 
-    from lra import result
+    from lra.results import result
 
     return [str(write(result.folder(), record(seed=seed, accuracy=0.5, n=20))) for _ in range(count)]
 
 
 def job_leaderboard(**_: Any) -> list[str]:
-    from lra import result, tables
-    from lra.collection import Collection
+    from lra.reports import tables
+    from lra.results import result
+    from lra.results.collection import Collection
 
     root = result.folder()
     written = [str(p) for p in tables.write(root, Collection.read(root), list(tables.FORMATS))]
@@ -76,24 +77,24 @@ def job_sweep(**_: Any) -> int:
     """A sweep whose runs are forked from this process instead of started anew: the rest is as `lra sweep` does it."""
     from rich.console import Console
 
-    from lra import sweep
+    from lra.sweeps import local, plans
 
-    assert (sweep.attempt.__kwdefaults__ or {})["start"] is sweep.together
-    sweep.attempt.__kwdefaults__ = {"start": forked}
-    return len(sweep.carry_out(sweep.read(Path("grid.toml")), Console(quiet=True), forecast=False))
+    assert (local.attempt.__kwdefaults__ or {})["start"] is local.together
+    local.attempt.__kwdefaults__ = {"start": forked}
+    return len(local.carry_out(plans.read(Path("grid.toml")), Console(quiet=True), forecast=False))
 
 
 def forked(words: list[str], *, stdout: Any, check: bool = False, **_: Any) -> Any:
-    """What `subprocess.run` of `python -m lra.cli ...` does, without the seconds of starting Python."""
+    """What `subprocess.run` of `python -m lra.cli.app ...` does, without the seconds of starting Python."""
     from typer.testing import CliRunner
 
-    from lra import sweep
-    from lra.cli import app
+    from lra.cli.app import app
+    from lra.sweeps import local
 
     pid = os.fork()
     if pid == 0:
-        sweep._end_with_parent()
-        done = CliRunner().invoke(app, words[words.index("lra.cli") + 1 :])
+        local._end_with_parent()
+        done = CliRunner().invoke(app, words[words.index("lra.cli.app") + 1 :])
         stdout.write(done.output + (repr(done.exception) if done.exception else ""))
         stdout.flush()
         os._exit(done.exit_code)
@@ -105,13 +106,15 @@ def job_look(**_: Any) -> dict[str, Any]:
     """Everything a reader would open, read as a reader would."""
     import numpy as np
 
-    from lra import checkpoint, result, store
-    from lra.collection import Collection
+    from lra.data import prepared_sets
     from lra.registry import tasks
+    from lra.results import result
+    from lra.results.collection import Collection
+    from lra.training import checkpoint
 
     found = Collection.read(result.folder())
     task = tasks.get(TINY)()
-    ready = store.find(task) is not None
+    ready = prepared_sets.find(task) is not None
     kept = sorted(Path(os.environ["LRA_RUNS"]).rglob("*.ckpt"))
     steps = {path.name: checkpoint.read(path).get("global_step") for path in kept}
     predictions = {}
@@ -122,7 +125,7 @@ def job_look(**_: Any) -> dict[str, Any]:
         "problems": list(found.problems), "ids": [r["id"] for r in found.records], "predictions": predictions,
         "cells": [[r["architecture"], r["seed"], r["recipe_hash"]] for r in found.records], "steps": steps,
         "sane": all(0 < r["wall_seconds"] < 600 and r["speed"]["examples_per_second"] > 0 for r in found.records),
-        "prepared": store.verify(task) if ready else None,
+        "prepared": prepared_sets.verify(task) if ready else None,
     }  # fmt: skip
 
 
@@ -130,7 +133,7 @@ def clock_stands() -> None:
     """Every run starts at the same second."""
     from datetime import datetime
 
-    from lra import run
+    from lra.training import run
 
     class Stopped(datetime):
         @classmethod
@@ -144,7 +147,7 @@ def clock_leaps() -> None:
     """The wall clock jumps by up to ten days, back or ahead, whenever it is looked at."""
     from datetime import datetime, timedelta
 
-    from lra import run
+    from lra.training import run
 
     draw, now = random.Random(os.getpid()), time.time
 

@@ -8,10 +8,15 @@ import records
 import tiny_task
 import torch
 
-from lra import checkpoint, cli, collection, run, store, sweep, tables
-from lra.architectures import gru
+from lra.architectures.recurrent import gru
+from lra.cli import app
+from lra.data import prepared_sets
+from lra.reports import tables
+from lra.results import collection
+from lra.sweeps import local
+from lra.training import checkpoint, run
 
 __all__ = [
-    "checkpoint", "cli", "collection", "fault_drills", "gru", "lightning", "records", "run", "store", "sweep", "tables",
-    "tiny_task", "torch",
+    "app", "checkpoint", "collection", "fault_drills", "gru", "lightning", "local", "prepared_sets", "records", "run",
+    "tables", "tiny_task", "torch",
 ]  # fmt: skip

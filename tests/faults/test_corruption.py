@@ -20,42 +20,46 @@ from hypothesis import strategies as st
 from records import record, write
 from tiny_task import Tiny
 
-from lra import checkpoint, pack, recipe, registry, result, store
-from lra.collection import Collection
+from lra import registry
+from lra.config import recipe
+from lra.data import pack, prepared_sets
+from lra.data.floors import floors
 from lra.errors import UserError
-from lra.floors import floors
+from lra.results import result
+from lra.results.collection import Collection
 from lra.task import SPLITS, DataError
+from lra.training import checkpoint
 
 
 @pytest.fixture
-def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> store.Prepared:
+def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> prepared_sets.Prepared:
     monkeypatch.setenv("LRA_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("LRA_DATA", raising=False)
-    return store.prepared(Tiny())
+    return prepared_sets.prepared(Tiny())
 
 
 @given(data=st.data())
 @CASES
-def test_a_prepared_set(prepared: store.Prepared, data: st.DataObject) -> None:
+def test_a_prepared_set(prepared: prepared_sets.Prepared, data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(sorted(p for p in prepared.folder.iterdir() if p.name != "manifest.json")))
     whole = path.read_bytes()
     path.write_bytes(data.draw(flipped(whole)))
     try:
         with pytest.raises(DataError, match=f"{path.name} changed since it was written; remove .* and run"):
-            store.prepared(Tiny())
+            prepared_sets.prepared(Tiny())
     finally:
         path.write_bytes(whole)
-    store.prepared(Tiny())
+    prepared_sets.prepared(Tiny())
 
 
 @given(data=st.data())
 @CASES
-def test_a_manifest(prepared: store.Prepared, data: st.DataObject) -> None:
+def test_a_manifest(prepared: prepared_sets.Prepared, data: st.DataObject) -> None:
     path = prepared.folder / "manifest.json"
     whole = path.read_bytes()
     path.write_bytes(data.draw(flipped(whole)))
     try:
-        found = store.find(Tiny())
+        found = prepared_sets.find(Tiny())
     except DataError as error:
         assert str(path) in str(error)  # noqa: PT017  (most flips are refused, some only move a blank)
     else:
@@ -64,7 +68,9 @@ def test_a_manifest(prepared: store.Prepared, data: st.DataObject) -> None:
         path.write_bytes(whole)
 
 
-def test_floors_are_computed_once_for_the_same_data(prepared: store.Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_floors_are_computed_once_for_the_same_data(
+    prepared: prepared_sets.Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
     right = prepared.task.floors(prepared.split("train"), prepared.split("test"))
     assert floors(prepared) == right
     monkeypatch.setattr(type(prepared.task), "floors", lambda *_: {"majority class": 0.0})
@@ -75,7 +81,7 @@ def test_floors_are_computed_once_for_the_same_data(prepared: store.Prepared, mo
 
 @given(data=st.data())
 @CASES
-def test_kept_floors(prepared: store.Prepared, data: st.DataObject) -> None:
+def test_kept_floors(prepared: prepared_sets.Prepared, data: st.DataObject) -> None:
     place = prepared.folder.with_name("strict.floors.json")
     place.unlink(missing_ok=True)
     right = floors(prepared)
@@ -172,7 +178,7 @@ def test_a_recipe_file(tmp_path: Path, data: st.DataObject) -> None:
 
 
 @pytest.fixture
-def archive(prepared: store.Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def archive(prepared: prepared_sets.Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A pack before compression; another cache is there to take it."""
     monkeypatch.setattr(registry.tasks, "names", lambda: ["tiny"])
     monkeypatch.setattr(registry.tasks, "get", lambda _: Tiny)
@@ -185,7 +191,7 @@ def archive(prepared: store.Prepared, tmp_path: Path, monkeypatch: pytest.Monkey
 @given(changes=edits)
 @CASES
 def test_a_pack(
-    prepared: store.Prepared, archive: Path, tmp_path: Path, changes: list[tuple[str, int, int, bytes]]
+    prepared: prepared_sets.Prepared, archive: Path, tmp_path: Path, changes: list[tuple[str, int, int, bytes]]
 ) -> None:
     path, beside = tmp_path / "bad.tar.xz", {"bad.tar.xz", "cache", "other", "tiny.tar", "tiny.tar.xz"}
     path.write_bytes(lzma.compress(edited(archive.read_bytes(), changes), preset=0))
@@ -194,7 +200,7 @@ def test_a_pack(
     except DataError as error:
         assert str(path) in str(error)  # noqa: PT017
         assert "\n" not in str(error)  # noqa: PT017
-        assert store.find(Tiny()) is None
+        assert prepared_sets.find(Tiny()) is None
     else:
         # what follows the last member, and blanks in the manifest, are nobody's data
         assert found.manifest["sha256"] == prepared.manifest["sha256"]
@@ -204,7 +210,7 @@ def test_a_pack(
 
 @given(data=st.data())
 @CASES
-def test_arrays_of_a_split(prepared: store.Prepared, data: st.DataObject) -> None:
+def test_arrays_of_a_split(prepared: prepared_sets.Prepared, data: st.DataObject) -> None:
     # past the checksum: what the loader itself makes of arrays that lie
     split = data.draw(st.sampled_from(SPLITS))
     part = data.draw(st.sampled_from(("offsets", "index", "labels", "values")))

@@ -16,13 +16,20 @@ from hypothesis import strategies as st
 from records import record, write
 from typer.testing import CliRunner
 
-from lra import compare, efficiency, recipe, report, result, run, search, sheets, store, sweep, tables, template
-from lra.cli import app
-from lra.collection import Collection
+from lra import files
+from lra.cli import template
+from lra.cli.app import app
+from lra.config import recipe
+from lra.config.sections import SECTIONS
+from lra.data import prepared_sets
 from lra.errors import UserError
 from lra.registry import architectures, tasks
-from lra.sections import SECTIONS
+from lra.reports import comparison, efficiency, report, sheets, tables
+from lra.results import result
+from lra.results.collection import Collection
+from lra.sweeps import plans, search
 from lra.task import DataError
+from lra.training import run
 
 KEYS = [f"{section}.{key}" for section, kind in SECTIONS.items() for key in get_type_hints(kind)]
 WORDS = [
@@ -118,8 +125,8 @@ SWEEP = {
 def planned(path: Path) -> None:
     """The cells of a sweep and its search are right, or one clear line says what is wrong."""
     try:
-        plan = sweep.read(path)
-        assert len({json.dumps([*cell.arguments()]) for cell in plan.cells}) == len(plan.cells) <= sweep.MOST
+        plan = plans.read(path)
+        assert len({json.dumps([*cell.arguments()]) for cell in plan.cells}) == len(plan.cells) <= plans.MOST
         space = {key: value for key, value in plan.search.items() if key not in ("trials", "seed")}
         if space:
             points = search.drawn(space, 4, 0)
@@ -162,7 +169,7 @@ def test_absurd_sweeps_are_refused(tmp_path: Path, line: str, says: str) -> None
     path = tmp_path / "own.toml"
     path.write_text(f'tasks = ["listops"]\narchitectures = ["gru"]\n{line}\n')
     with pytest.raises(UserError, match=says):
-        sweep.read(path)
+        plans.read(path)
 
 
 @given(st.one_of(texts, st.tuples(st.sampled_from([*architectures.names(), "net.py"]), texts).map("/".join)))
@@ -178,13 +185,13 @@ def test_names(name: str) -> None:
             assert "\n" not in str(error).replace(name, "")  # noqa: PT017
     if not (name.isascii() and name.isidentifier()):
         with pytest.raises(UserError, match="cannot be an architecture's name"):
-            template.architecture(name)
-    for made in (result.safe(name), result.slug(name)):
+            template.architecture(name, "recurrent")
+    for made in (files.safe(name), result.slug(name)):
         assert Path(made).name == made
         assert 0 < len(made.encode()) <= 120
         assert made not in (".", "..")
         assert not made.startswith(".")
-    assert result.safe(result.safe(name)) == result.safe(name)
+    assert files.safe(files.safe(name)) == files.safe(name)
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +212,7 @@ def everything(root: Path) -> Collection:
         assert "\x1b" not in text
     tables.readme(found)
     for other in found.records:
-        compare.differences(found.records[0], other)
+        comparison.differences(found.records[0], other)
     return found
 
 
@@ -316,9 +323,10 @@ def idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shelf: Path) -> Path:
         raise DataError("stopped here")
 
     for name in (
-        "store.prepared", "store.verify", "run.run", "testing.check", "template.architecture", "sweep.carry_out",
-        "profiler.profile", "profiler.Subject", "fit.fit", "bench.bench", "bench.bench_models", "doctor.examine",
-        "reach.reach", "recall.recall",
+        "data.prepared_sets.prepared", "data.prepared_sets.verify", "training.run.run", "conformance.suite.check",
+        "cli.template.architecture", "sweeps.local.carry_out", "profiling.profiler.profile",
+        "profiling.profiler.Subject", "profiling.fit.fit", "operators.bench.bench", "operators.bench.bench_models",
+        "operators.doctor.examine", "conformance.reach.reach", "conformance.recall.recall",
     ):  # fmt: skip
         monkeypatch.setattr(f"lra.{name}", stopped)
     monkeypatch.chdir(tmp_path)
@@ -367,5 +375,5 @@ def test_awkward_words_in_every_place(idle: Path, line: list[str]) -> None:
 
 
 def test_nothing_above_is_run_for_real() -> None:
-    assert store.prepared.__module__ == "lra.store"
-    assert run.run.__module__ == "lra.run"
+    assert prepared_sets.prepared.__module__ == "lra.data.prepared_sets"
+    assert run.run.__module__ == "lra.training.run"

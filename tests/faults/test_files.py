@@ -19,12 +19,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from lra import checkpoint
 from lra.errors import UserError
 from lra.task import DataError
-from lra.tasks import _archive, _pathfinder_release, image, listops, retrieval, text
+from lra.tasks import _archive, _pathfinder_release
 from lra.tasks._retrieval import _identifiers
 from lra.tasks._source import Hub, read_table
+from lra.tasks.lra import image, listops, retrieval, text
+from lra.training import checkpoint
 
 ROOT = Path(__file__).parents[2]
 EXPRESSION = b"( ( ( [MAX 2 ) 9 ) ] )\t9\n"

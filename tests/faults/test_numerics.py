@@ -14,13 +14,12 @@ from tiny_task import Tiny
 from torch import Tensor
 from torch.nn import functional as F
 
-from lra import store
-from lra.data import Batch
+from lra.data import prepared_sets
 from lra.errors import UserError
-from lra.model import Classifier
+from lra.model import Batch, Classifier
 from lra.registry import Constructor, architectures, tasks
-from lra.run import Request, run
 from lra.task import Protocol, Split
+from lra.training.run import Request, run
 
 NAMES = architectures.names()
 LENGTH = 48
@@ -115,7 +114,7 @@ def test_the_first_steps_stay_finite(name: str, precision: str) -> None:
 def test_the_test_split_is_not_opened_before_training_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LRA_CACHE", "LRA_RESULTS", "LRA_RUNS"):
         monkeypatch.setenv(name, str(tmp_path / name))
-    store.prepared(Tiny())
+    prepared_sets.prepared(Tiny())
     opened: list[str] = []
     real = Tiny.load
 
@@ -133,13 +132,13 @@ def test_the_test_split_is_not_opened_before_training_is_over(tmp_path: Path, mo
     # the object's, not the class's: a test that undoes the same leaves the old one on the object
     monkeypatch.setattr(tasks, "get", lambda name: Constructor("tiny", Tiny) if name == "tiny" else get(name))
     best: list[bool] = []
-    score = __import__("lra.stages", fromlist=["score"]).score
+    score = __import__("lra.training.stages", fromlist=["score"]).score
 
     def scoring(*arguments: Any, **options: Any) -> Any:
         best.append("test" in opened or "floors" in opened)
         return score(*arguments, **options)
 
-    monkeypatch.setattr("lra.stages.score", scoring)
+    monkeypatch.setattr("lra.training.stages.score", scoring)
     settings = {"train.steps": "4", "train.evaluate_every": "2", "model.d_model": "8", "model.n_layers": "1"}
     run(Request("tiny", "gru", "quick", settings=settings), Console(quiet=True))
     assert best == [False]

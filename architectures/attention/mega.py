@@ -1,0 +1,254 @@
+"""Mega: one head of attention whose queries and keys are smoothed by moving averages, between gates.
+
+Ma et al. 2022, arXiv:2209.10655. N averages a channel, Z query features, E value features; xn = norm(x), or x where the
+norm comes after. Per layer:
+
+    q = 1 - p a,  p = sigmoid(delta), a = sigmoid(alpha)      (D, N)       damping of each average
+    s_t = q s_{t-1} + p beta xn_t                             (B, L, D, N)
+    m = silu(sum_n gamma_n s_n / sqrt(N) + omega xn)          (B, L, D)
+    u, z, r, c = split(W_m m + b_m)                           D, Z, E, D   u = sigmoid(u), z = silu(z), r = silu(r)
+    Q = k_0 z + m_0,  K = k_1 z + m_1,  V = silu(W_v xn + b_v)             (B, L, Z), (B, L, E)
+    A = softmax(Q K' / sqrt(Z) + bias), or laplace(Q K' / n + bias), n the keys a query sees
+    h = silu(c + W_h (r * A V) + b_h)                         (B, L, D)
+    y = x + u (h - x)                                         (B, L, D)
+
+laplace(s) = (1 + erf((s - 0.707107) / (0.282095 sqrt 2))) / 2, element by element. bias_ij: "simple", one number for
+each j - i, or "rotary", (R_i a) . (R_j b) with rotations R. chunk: attention within blocks of so many tokens; the
+averages run over all. Bidirectional: averages both ways, each with the current token, and attention to all.
+
+Initialisation, the authors': linear maps and k normal of deviation 0.02, their biases and m 0; alpha, delta normal of
+0.2; beta (1, -1, 1, ...) and normal noise of 0.02; gamma, omega standard normal; the positions' bias normal of 0.02.
+
+Departures: dropout where the suite's block has it, on u (h - x); theirs is on m, V, A and h.
+
+Checked against: tensors of the authors' MultiHeadEMA (both directions, every gradient), MovingAverageGatedAttention
+(causal, softmax and laplace, both biases) and MegaSentenceEncoderLayer (before and after each part; layer, batch and
+scale norm; chunks, padding).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lra.architectures._attention import attention_mask, rope
+from lra.architectures._norm import normalised
+from lra.architectures._precision import wide
+from lra.architectures._stack import NORMS, Block, Stack
+from lra.encoder import Card, Cost, Mixer
+from lra.kernels.fft_conv import fft_conv
+from lra.kernels.ssm_kernel_diag import ssm_kernel_diag
+
+ATTENTIONS = ("softmax", "laplace")
+BIASES = ("simple", "rotary")
+MEAN, DEVIATION = 0.707107, 0.282095
+State = tuple[Tensor, Tensor, Tensor]
+
+
+class MovingAverages(nn.Module):
+    """m of the equations: (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, d_model: int, averages: int, causal: bool) -> None:
+        super().__init__()
+        self.causal = causal
+        rows = (1 if causal else 2) * d_model  # ahead after behind
+        self.alpha = nn.Parameter(torch.randn(rows, averages) * 0.2)
+        self.delta = nn.Parameter(torch.randn(rows, averages) * 0.2)
+        self.beta = nn.Parameter(torch.randn(rows, averages) * 0.02 + 1 - 2.0 * (torch.arange(averages) % 2))
+        self.gamma = nn.Parameter(torch.randn(rows, averages))
+        self.omega = nn.Parameter(torch.randn(d_model))
+
+    def _coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """log q, p beta and gamma / sqrt(N): each (rows, N)."""
+        p = self.delta.sigmoid()
+        return torch.log1p(-p * self.alpha.sigmoid()), p * self.beta, self.gamma * self.gamma.shape[1] ** -0.5
+
+    def kernel(self, length: int) -> Tensor:
+        """(rows, length), the current token first."""
+        decay, enter, leave = self._coefficients()
+        pairs = (torch.complex(t, torch.zeros_like(t)) for t in (decay, enter * leave / 2))
+        A, C = pairs  # halved: that operator sums over conjugate pairs
+        return ssm_kernel_diag(A, C.unsqueeze(0), torch.ones_like(decay[:, 0]), length, "none")[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.causal:
+            return F.silu(fft_conv(x, self.kernel(x.shape[1]), self.omega))
+        behind, ahead = self.kernel(x.shape[1] + 1).chunk(2)
+        # the operator's second kernel leaves the current token out
+        kernels = torch.stack([behind[:, :-1], ahead[:, 1:]])
+        return F.silu(fft_conv(x, kernels, self.omega + ahead[:, 0], bidirectional=True))
+
+    def cost(self, length: int) -> Cost:
+        rows, averages = self.gamma.shape
+        transform = 2.5 * 2 * length * math.log2(2 * length)  # a real FFT over the doubled length
+        return Cost(other=4.0 * rows * averages * length + (rows + 2 * len(self.omega)) * transform)
+
+    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """State: s (B, D, N)."""
+        decay, enter, leave = self._coefficients()
+        state = decay.exp() * state + enter * x.unsqueeze(-1)
+        return F.silu((state * leave).sum(-1) + self.omega * x), state
+
+
+class MegaMixer(Mixer):
+    """u (h - x): (B, L, D) -> (B, L, D). norm: of xn. positions: the longest distance that the simple bias knows."""
+
+    def __init__(
+        self, d_model: int, positions: int, norm: nn.Module, z_dim: int, value_dim: int, averages: int,
+        attention: str, bias: str, chunk: int | None, causal: bool,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.attention, self.chunk, self.causal = attention, chunk, causal
+        self.sizes = [d_model, z_dim, value_dim, d_model]
+        self.norm = norm
+        self.averages = MovingAverages(d_model, averages, causal)
+        self.value = nn.Linear(d_model, value_dim)
+        self.gates = nn.Linear(d_model, sum(self.sizes))  # rows: u, z, r, c
+        self.scale = nn.Parameter(torch.randn(2, z_dim) * 0.02)
+        self.shift = nn.Parameter(torch.zeros(2, z_dim))
+        self.table = nn.Parameter(torch.randn(2 * positions - 1) * 0.02) if bias == "simple" else None
+        self.angles = nn.Parameter(torch.randn(2, z_dim) * 0.02) if bias == "rotary" else None
+        self.out = nn.Linear(value_dim, d_model)
+        for linear in (self.value, self.gates, self.out):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+
+    def bias(self, length: int) -> Tensor:
+        """(length, length): row i, column j."""
+        if self.angles is not None:
+            a, b = (rope(part.expand(length, -1)) for part in self.angles)
+            return a @ b.mT
+        assert self.table is not None
+        middle = len(self.table) // 2
+        if length > middle + 1:
+            raise ValueError(f"length {length} exceeds the {middle + 1} positions this Mega has")
+        return self.table[middle + 1 - length : middle + length].unfold(0, length, 1).flip(0)
+
+    def _weights(self, q: Tensor, k: Tensor, allowed: Tensor, bias: Tensor) -> Tensor:
+        """(..., i, Z), (..., j, Z), (..., i or 1, j) bool, (i, j) -> (..., i, j)."""
+        if self.attention == "softmax":
+            s = (q * q.shape[-1] ** -0.5) @ k.mT + bias
+            return wide(s).masked_fill(~allowed, -torch.inf).softmax(dim=-1).to(s.dtype)
+        seen = allowed.sum(dim=-1, keepdim=True)
+        s = wide(q @ k.mT) / seen + bias
+        weights = (1 + torch.erf((s - MEAN) / (DEVIATION * math.sqrt(2)))) / 2
+        return weights.masked_fill(~allowed, 0).to(q.dtype)
+
+    def _views(self, m: Tensor) -> tuple[Tensor, ...]:
+        """u, Q, K, r, c of the equations, each (..., features)."""
+        u, z, r, c = self.gates(m).split(self.sizes, dim=-1)
+        q, k = (F.silu(z).unsqueeze(-2) * self.scale + self.shift).unbind(-2)
+        return torch.sigmoid(u), q, k, F.silu(r), c
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        length = x.shape[1]
+        xn = normalised(self.norm, x, mask).masked_fill(~mask.unsqueeze(-1), 0)
+        u, q, k, r, c = self._views(self.averages(xn))
+        block = length if self.chunk is None else min(self.chunk, length)
+        spare = -length % block
+        q, k, v = (F.pad(t, (0, 0, 0, spare)).unflatten(1, (-1, block)) for t in (q, k, F.silu(self.value(xn))))
+        keys = F.pad(mask, (0, spare)).view(-1, block)
+        # one "head": (B chunks, 1, 1 or block, block); a chunk of padding sees something, which nobody reads
+        allowed = attention_mask(keys | ~keys.any(dim=1, keepdim=True), causal=self.causal)
+        weights = self._weights(q, k, allowed[:, 0].unflatten(0, (len(x), -1)), self.bias(block))
+        read = (weights @ v).flatten(1, 2)[:, :length]
+        return u * (F.silu(c + self.out(r * read)) - x)
+
+    def cost(self, length: int) -> Cost:
+        width, z_dim, value_dim, _ = self.sizes
+        block = length if self.chunk is None else min(self.chunk, length)
+        chunks = -(-length // block)
+        maps = Cost.linear(length, width, value_dim) + Cost.linear(length, width, sum(self.sizes))
+        maps = maps + Cost.linear(length, value_dim, width) + self.averages.cost(length)
+        turned = 2.0 * block**2 * z_dim if self.angles is not None else 0.0
+        attention = Cost(2.0 * chunks * block**2 * (z_dim + value_dim) + turned, 8.0 * chunks * block**2)
+        return maps + attention + Cost(other=length * (20.0 * width + 8.0 * (z_dim + value_dim)))
+
+    def init_state(self, batch: int) -> State:
+        _, z_dim, value_dim, _ = self.sizes
+        zeros = self.scale.new_zeros
+        return zeros(batch, *self.averages.gamma.shape), zeros(batch, 0, z_dim), zeros(batch, 0, value_dim)
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """State: s (B, D, N), keys and values of the chunk so far, (B, t, Z) and (B, t, E)."""
+        s, keys, values = state
+        xn = self.norm(x)
+        m, s = self.averages.step(xn, s)
+        u, q, k, r, c = self._views(m)
+        if keys.shape[1] == self.chunk:
+            keys, values = keys[:, :0], values[:, :0]
+        keys = torch.cat([keys, k.unsqueeze(1)], dim=1)
+        values = torch.cat([values, F.silu(self.value(xn)).unsqueeze(1)], dim=1)
+        seen = keys.shape[1]
+        allowed = torch.ones(1, seen, dtype=torch.bool, device=x.device)
+        weights = self._weights(q.unsqueeze(1), keys, allowed, self.bias(seen)[-1:])
+        return u * (F.silu(c + self.out(r * (weights @ values).squeeze(1))) - x), (s, keys, values)
+
+
+class Mega(Stack):
+    """z_dim: Z. value_dim: E, twice d_model unless given. averages: N. attention: of ATTENTIONS. bias: of BIASES.
+    chunk: tokens that attend to one another, all unless given."""
+
+    card = Card(
+        title="Mega: Moving Average Equipped Gated Attention",
+        year=2022,
+        url="https://arxiv.org/abs/2209.10655",
+        scaling="L^2",
+        causal=True,
+        variants={"laplace": {"attention": "laplace"}, "rotary": {"bias": "rotary"}, "chunk": {"chunk": 128}},
+    )
+    block = Block(ffn="silu", expand=2.0)
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        n_layers: int,
+        length: int,
+        dropout: float = 0.0,
+        direction: str = "causal",
+        z_dim: int = 64,
+        value_dim: int | None = None,
+        averages: int = 16,
+        attention: str = "softmax",
+        bias: str = "simple",
+        chunk: int | None = None,
+        block: Mapping[str, Any] | None = None,
+    ) -> None:
+        for name, value, known in (("attention", attention, ATTENTIONS), ("bias", bias, BIASES)):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; one of {', '.join(known)}")
+        for name, size in (("z_dim", z_dim), ("averages", averages), ("chunk", chunk), ("value_dim", value_dim)):
+            if size is not None and size < 1:
+                raise ValueError(f"{name} is {size}; at least 1")
+        if bias == "rotary" and z_dim % 2:
+            raise ValueError(f"z_dim is {z_dim}; even, as rotary positions turn pairs of features")
+        self.chunk = chunk
+        shape = type(self).block.updated(block)
+
+        def mixer(_: int) -> MegaMixer:
+            norm = NORMS[shape.norm](d_model) if shape.prenorm else nn.Identity()
+            return MegaMixer(
+                d_model, length if chunk is None else chunk, norm, z_dim, value_dim or 2 * d_model, averages,
+                attention, bias, chunk, direction == "causal",
+            )  # fmt: skip
+
+        super().__init__(
+            mixer,
+            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
+            direction=direction, native=True, block=block,
+        )  # fmt: skip
+        for layer in self.blocks if shape.prenorm else ():
+            layer.norm = nn.Identity()  # the gated residual needs x as it is: the mixer has the norm
+        for name, parameter in self.named_parameters():
+            if ".ffn." in name:
+                nn.init.normal_(parameter, std=0.02 if parameter.ndim == 2 else 0.0)
+
+    @property
+    def scaling(self) -> str:
+        return "L^2" if self.chunk is None else "L log L"

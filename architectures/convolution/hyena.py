@@ -1,0 +1,159 @@
+"""Hyena: long convolutions with filters drawn by a small network, between multiplications by other views of the input.
+
+Poli et al. 2023, arXiv:2302.10866. Order N, E positional features, and per layer (section 3.3, as the released code has
+it):
+
+    x_0 .. x_{N-1}, v = split(short(W_in x + b_in))        (B, L, D) each; short: causal depthwise, 3 taps and a bias
+    v = h_n * (x_{N-1-n} v) + a_n (x_{N-1-n} v)            for n = 0 .. N - 2; * is the causal convolution over L
+    y = W_out (x_0 v) + b_out                              (B, L, D)
+
+and the filters, at the time t = step / (length - 1) in [0, 1]:
+
+    z(t) = [t, cos(f_k w t), -sin(f_k w t)]                w t = 2 pi step / length, f_k from 1e-4 to (E - 1)/2 - 1
+    h(t) = M_3 sin(s M_2 sin(s M_1 sin(s M_0 z)))          ((N - 1) D), M_0 .. M_2 with biases, one frequency s a unit
+    h_n(t) = h(t) (exp(-t |delta|) + shift)                window; delta even over the channels
+
+Initialisation, the authors': maps PyTorch's own, a standard normal, s = 1, delta from log(0.01) / 1.5 to
+log(0.01) / 0.3 so that windows fall to 0.01 after 0.3 to 1.5 of the sequence, shift = 0; the filter learns
+without weight decay, its positional features z at 1e-5.
+
+Departures: as the released code, N - 1 long convolutions; definition 3.1 has N, the first on v. It stands in the
+pre-norm block of this suite. For N > 2 the authors' complete
+module orders the filters' channels otherwise than their standalone one, which this follows.
+
+Checked against: tensors of the authors' standalone HyenaOperator, orders 2 and 3, outputs and gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lra.architectures._stack import Stack
+from lra.encoder import Card, Cost, Mixer
+from lra.kernels.causal_conv1d import causal_conv1d
+from lra.kernels.fft_conv import fft_conv
+
+
+class HyenaFilter(nn.Module):
+    """h: (channels, L) for the first L of `length` steps."""
+
+    t: Tensor
+    deltas: Tensor
+
+    def __init__(self, channels: int, length: int, features: int, width: int, shift: float) -> None:
+        super().__init__()
+        self.shift = shift
+        step = torch.arange(length, dtype=torch.float64)
+        bands = (features - 1) // 2
+        angle = torch.linspace(1e-4, bands - 1, bands, dtype=torch.float64) * (2 * math.pi * step / length).unsqueeze(1)
+        t = step / max(length - 1, 1)
+        self.z = nn.Parameter(torch.cat([t.unsqueeze(1), angle.cos(), -angle.sin()], dim=1).float())
+        self.sizes = [features, width, width, width]
+        self.maps = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(self.sizes))
+        self.last = nn.Linear(width, channels, bias=False)
+        self.frequency = nn.Parameter(torch.ones(width))
+        self.register_buffer("t", t.float(), persistent=False)
+        deltas = torch.linspace(math.log(0.01) / 1.5, math.log(0.01) / 0.3, channels)
+        self.register_buffer("deltas", deltas, persistent=False)
+
+    def forward(self, length: int) -> Tensor:
+        h = self.z[:length]
+        for linear in self.maps:
+            h = torch.sin(self.frequency * linear(h))
+        window = torch.exp(-self.t[:length].unsqueeze(1) * self.deltas.abs()) + self.shift
+        return (self.last(h) * window).T
+
+    def cost(self, length: int) -> Cost:
+        parts = [Cost.linear(length, a, b) for a, b in pairwise(self.sizes)]
+        width, channels = self.last.in_features, self.last.out_features
+        last = Cost.linear(length, width, channels, bias=False)
+        return sum(parts, last) + Cost(other=length * (3.0 * 6 * width + 8.0 * channels))
+
+
+class HyenaMixer(Mixer):
+    """(B, L, D) -> (B, L, D). Causal; padding comes after all real tokens: no mask needed."""
+
+    def __init__(self, d_model: int, length: int, order: int, features: int, width: int, shift: float) -> None:
+        super().__init__()
+        self.order, self.length = order, length
+        self.input = nn.Linear(d_model, (order + 1) * d_model)
+        short = nn.Conv1d((order + 1) * d_model, (order + 1) * d_model, 3, groups=(order + 1) * d_model)
+        assert short.bias is not None
+        self.short = nn.Parameter(short.weight.detach().squeeze(1))
+        self.short_bias = nn.Parameter(short.bias.detach())
+        self.filter = HyenaFilter((order - 1) * d_model, length, features, width, shift)
+        self.skip = nn.Parameter(torch.randn(order - 1, d_model))
+        self.out = nn.Linear(d_model, d_model)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        length = x.shape[1]
+        if length > self.length:
+            raise ValueError(f"length {length} exceeds the {self.length} steps of this Hyena's filters")
+        parts = causal_conv1d(self.input(x), self.short, self.short_bias).chunk(self.order + 1, dim=-1)
+        v, filters = parts[-1], self.filter(length).chunk(self.order - 1)
+        for n, h in enumerate(filters):
+            v = fft_conv(v * parts[self.order - 1 - n], h, self.skip[n])
+        return self.out(v * parts[0])
+
+    def cost(self, length: int) -> Cost:
+        width = self.out.in_features
+        maps = Cost.linear(length, width, (self.order + 1) * width) + Cost.linear(length, width, width)
+        transform = 2.5 * 2 * length * math.log2(2 * length)  # a real FFT over the doubled length
+        convolution = width * (3 * transform + 6 * length)
+        light = length * width * (7.0 * (self.order + 1) + self.order)
+        return maps + self.filter.cost(length) + Cost(other=(self.order - 1) * convolution + light)
+
+
+class Hyena(Stack):
+    """order: N, multiplications. features: of the filters' positions, E, odd. width: of the filters' network. shift:
+    what the window leaves after it has faded. filter_lr, position_lr: highest rates of the filters and of z."""
+
+    card = Card(
+        title="Hyena Hierarchy: Towards Larger Convolutional Language Models",
+        year=2023,
+        url="https://arxiv.org/abs/2302.10866",
+        scaling="L log L",
+        causal=True,
+        variants={"order3": {"order": 3}},
+    )
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        n_layers: int,
+        length: int,
+        dropout: float = 0.0,
+        direction: str = "causal",
+        order: int = 2,
+        features: int = 3,
+        width: int = 64,
+        shift: float = 0.0,
+        filter_lr: float = 0.001,
+        position_lr: float = 1e-5,
+        block: Mapping[str, Any] | None = None,
+    ) -> None:
+        if order < 2:
+            raise ValueError(f"order is {order}; at least 2, or there is no long convolution")
+        if features < 3 or features % 2 == 0:
+            raise ValueError(f"features is {features}; an odd number of at least 3: time, cosines and sines")
+        if width < 1:
+            raise ValueError(f"width is {width}; at least 1")
+        self.filter_lr, self.position_lr = filter_lr, position_lr
+        super().__init__(
+            lambda _: HyenaMixer(d_model, length, order, features, width, shift),
+            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+        )  # fmt: skip
+
+    @property
+    def optim(self) -> Mapping[str, Mapping[str, float]]:
+        return {
+            "*.filter.z": {"lr": self.position_lr, "weight_decay": 0.0},
+            "*.filter.*": {"lr": self.filter_lr, "weight_decay": 0.0},
+        }

@@ -1,0 +1,200 @@
+"""RWKV-4: an average of all past values with weights that fade at a fixed rate per channel, and no attention.
+
+Peng et al. 2023, arXiv:2305.13048, section 3. With E = time_dim, H = channel_dim and x_0 = 0:
+
+    x_k = mu_k * x_t + (1 - mu_k) * x_{t-1}, and so for each of the three     (B, L, D)     token shift
+    r, k, v = W_r x_r, W_k x_k, W_v x_v                                       (B, L, E)
+    wkv_t = (sum_{i<t} e^{k_i - (t-1-i) e^w} v_i + e^{u + k_t} v_t) / (the same with v = 1)     w, u: (E,)
+    time mix     W_o (sigmoid(r) * wkv)                                       (B, L, D)
+    channel mix  sigmoid(W'_r x'_r) * W'_v max(W'_k x'_k, 0)^2                (B, L, D)     W'_k: (H, D), mu' of its own
+
+    h = norm_0(x);  in each layer  h = h + time mix(norm(h)),  h = h + channel mix(norm(h));  last, norm(h)
+
+No map has a bias, and there are no positions.
+
+Initialisation, that of the released code, where l of n counts the layers from 0 and p = (i / D)^(1 - l / n) for channel
+i: mu_k = p, mu_v = p + 0.3 l / (n - 1), mu_r = p^(1/2), mu' = p, so that deeper layers look less at the token before;
+w = -5 + 8 (i / (E - 1))^(0.7 + 1.3 l / (n - 1)), memories from 150 tokens down to less than one; u_i = log 0.3 + 0.5
+((i + 1) mod 3 - 1). W_v and W'_k are orthogonal, times the root of rows over columns where they widen; all other maps
+are 0, so that each layer starts as the identity. w, u and mu learn without weight decay.
+
+Departures: the embedding belongs to the suite; the paper starts it within 1e-4 of 0, ahead of norm_0. Dropout, of which
+the paper has none, where the suite's block has it. Bidirectional, each of the two parts of a layer runs both ways.
+
+Checked against: tensors of Hugging Face's RwkvBlock, the first one, with its norms: both parts, the output, every
+gradient; the plain recurrence, its sums not stabilised, over two layers whose widths differ, with every gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lra.architectures._norm import normalised
+from lra.architectures._precision import wide
+from lra.architectures._stack import NORMS, Block, Stack
+from lra.encoder import Card, Cost, Mixer
+from lra.kernels.wkv import wkv
+
+
+def mixed(x: Tensor, before: Tensor, mu: Tensor) -> Tensor:
+    """Token shift: each channel between a token and the one before it."""
+    return mu * x + (1 - mu) * before
+
+
+def shifted(x: Tensor) -> Tensor:
+    """The token before each one, 0 before the first: (B, L, D) -> (B, L, D)."""
+    return F.pad(x[:, :-1], (0, 0, 1, 0))
+
+
+def ramp(d_model: int, layer: int, n_layers: int) -> Tensor:
+    """p of the initialisation: (D,)."""
+    return (torch.arange(d_model) / d_model) ** (1 - layer / n_layers)
+
+
+def orthogonal(linear: nn.Linear) -> None:
+    nn.init.orthogonal_(linear.weight, gain=max(1.0, linear.out_features / linear.in_features) ** 0.5)
+
+
+class TimeMix(Mixer):
+    """(B, L, D) -> (B, L, D). Padding comes after all real tokens: no mask needed."""
+
+    def __init__(self, d_model: int, width: int, layer: int, n_layers: int) -> None:
+        super().__init__()
+        p, depth = ramp(d_model, layer, n_layers), layer / max(n_layers - 1, 1)
+        self.mu_r, self.mu_k, self.mu_v = nn.Parameter(p.sqrt()), nn.Parameter(p), nn.Parameter(p + 0.3 * depth)
+        self.receptance = nn.Linear(d_model, width, bias=False)
+        self.key = nn.Linear(d_model, width, bias=False)
+        self.value = nn.Linear(d_model, width, bias=False)
+        i = torch.arange(width)
+        self.w = nn.Parameter(-5 + 8 * (i / max(width - 1, 1)) ** (0.7 + 1.3 * depth))
+        self.u = nn.Parameter(math.log(0.3) + 0.5 * ((i + 1) % 3 - 1))
+        self.output = nn.Linear(width, d_model, bias=False)
+        orthogonal(self.value)
+        for linear in (self.receptance, self.key, self.output):
+            nn.init.zeros_(linear.weight)
+
+    def _views(self, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """sigmoid(r), k, v: (..., E) each."""
+        r = self.receptance(mixed(x, before, self.mu_r))
+        return torch.sigmoid(r), self.key(mixed(x, before, self.mu_k)), self.value(mixed(x, before, self.mu_v))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        r, k, v = self._views(x, shifted(x))
+        return self.output(r * wkv(k, v, self.w, self.u))
+
+    def cost(self, length: int) -> Cost:
+        d_model, width = self.key.in_features, self.key.out_features
+        maps = 3 * Cost.linear(length, d_model, width, bias=False) + Cost.linear(length, width, d_model, bias=False)
+        return maps + Cost(other=length * (12.0 * d_model + 23.0 * width))
+
+    def init_state(self, batch: int) -> tuple[Tensor, Tensor]:
+        sums = wide(self.w).new_zeros(batch, 3, len(self.w))
+        sums[:, 2] = -1e38  # nothing came before
+        return self.mu_k.new_zeros(batch, len(self.mu_k)), sums
+
+    def step(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """State: the token before (B, D), and the sums of wkv with their exponent (B, 3, E)."""
+        before, sums = state
+        r, k, v = self._views(x, before)
+        o, sums = wkv(k.unsqueeze(1), v.unsqueeze(1), self.w, self.u, h0=sums, return_state=True)
+        return self.output(r * o.squeeze(1)), (x, sums)
+
+
+class ChannelMix(Mixer):
+    """(B, L, D) -> (B, L, D): the feed-forward part, which sees the token before."""
+
+    def __init__(self, d_model: int, width: int, layer: int, n_layers: int) -> None:
+        super().__init__()
+        p = ramp(d_model, layer, n_layers)
+        self.mu_r, self.mu_k = nn.Parameter(p), nn.Parameter(p.clone())
+        self.receptance = nn.Linear(d_model, d_model, bias=False)
+        self.key = nn.Linear(d_model, width, bias=False)
+        self.value = nn.Linear(width, d_model, bias=False)
+        orthogonal(self.key)
+        for linear in (self.receptance, self.value):
+            nn.init.zeros_(linear.weight)
+
+    def _mix(self, x: Tensor, before: Tensor) -> Tensor:
+        r = self.receptance(mixed(x, before, self.mu_r))
+        return torch.sigmoid(r) * self.value(F.relu(self.key(mixed(x, before, self.mu_k))).square())
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self._mix(x, shifted(x))
+
+    def cost(self, length: int) -> Cost:
+        d_model, width = self.key.in_features, self.key.out_features
+        maps = Cost.linear(length, d_model, width, bias=False) + Cost.linear(length, width, d_model, bias=False)
+        maps = maps + Cost.linear(length, d_model, d_model, bias=False)
+        return maps + Cost(other=length * (13.0 * d_model + 2.0 * width))
+
+    def init_state(self, batch: int) -> Tensor:
+        return self.mu_k.new_zeros(batch, len(self.mu_k))
+
+    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """State: the token before (B, D)."""
+        return self._mix(x, state), x
+
+
+class RWKV4(Stack):
+    """time_dim: E, d_model unless given. channel_dim: H, 4 d_model unless given. A layer is two blocks of the stack."""
+
+    card = Card(
+        title="RWKV: Reinventing RNNs for the Transformer Era",
+        year=2023,
+        url="https://arxiv.org/abs/2305.13048",
+        scaling="L",
+        causal=True,
+    )
+    block = Block(ffn="none")
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        n_layers: int,
+        length: int,
+        dropout: float = 0.0,
+        direction: str = "causal",
+        time_dim: int | None = None,
+        channel_dim: int | None = None,
+        block: Mapping[str, Any] | None = None,
+    ) -> None:
+        within = d_model if time_dim is None else time_dim
+        hidden = 4 * d_model if channel_dim is None else channel_dim
+        sizes = {"d_model": d_model, "n_layers": n_layers, "time_dim": within, "channel_dim": hidden}
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}; at least 1")
+        shape = type(self).block.updated(block)
+        if shape.ffn != "none":
+            raise ValueError(f"block.ffn is {shape.ffn!r}; 'none', as the channel mix stands in its place")
+
+        def mixer(place: int) -> Mixer:
+            layer, second = divmod(place, 2)
+            return (ChannelMix if second else TimeMix)(d_model, hidden if second else within, layer, n_layers)
+
+        super().__init__(
+            mixer,
+            d_model=d_model, n_layers=2 * n_layers, length=length, dropout=dropout, direction=direction, block=block,
+        )  # fmt: skip
+        self.n_layers = n_layers
+        self.norm_0 = NORMS[shape.norm](d_model)
+
+    @property
+    def optim(self) -> Mapping[str, Mapping[str, float]]:
+        return {f"*.{name}": {"weight_decay": 0.0} for name in ("w", "u", "mu_?")}
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return super().forward(normalised(self.norm_0, x, mask), mask)
+
+    def cost(self, length: int) -> Cost:
+        return super().cost(length) + Cost(other=5.0 * length * self.d_model)
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        return super().step(self.norm_0(x), state)

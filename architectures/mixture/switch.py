@@ -1,0 +1,69 @@
+"""Switch Transformer: blocks whose feed-forward part is many, of which a router picks one for every token.
+
+Fedus et al. 2021, arXiv:2101.03961. x is (B, L, D); E experts of hidden width `expand` D each:
+
+    p = softmax(x W_r)                                     (B, L, E)    equation 1
+    e = argmax p,  y = p_e relu(x W1_e) W2_e               (B, L, D)    equation 2, with the one largest
+    capacity = ceil(capacity_factor n / E)                 tokens an expert takes of a sequence of n, the first ones
+    loss = 0.01 E sum_e f_e P_e + 0.001 mean logsumexp(x W_r)^2         equations 4 to 6; arXiv:2202.08906 equation 5
+
+A token over the capacity passes by the residual connection alone. The router and its losses are in `_moe.py`, and any
+stack takes them: block={"ffn": "switch"}. In training the router's input is multiplied by uniform(0.99, 1.01).
+
+Initialisation: router and experts truncated normal of variance 0.1 / inputs (section 2.4), attention as `transformer`.
+
+Departures: capacity and balance are counted per sequence, so that outputs do not depend on the batch, where the
+released code takes groups of about 1,024 tokens of it; the capacity is rounded up, there down to 4 at least; padding is
+not routed. One capacity factor, 1.25, in training and evaluation (the released code evaluates with 2). Every block has
+experts (the paper: every second). How many tokens an expert takes depends on the length of the sequence: with a
+capacity there is no recurrent mode.
+
+Checked against: tensors of Hugging Face's SwitchTransformersSparseMLP and its losses, outputs and gradients; the dense
+layer where there is one expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lra.architectures._attention import added_positions, checked_width
+from lra.architectures._softmax import SoftmaxMixer
+from lra.architectures._stack import Stack
+from lra.encoder import Card
+
+
+class SwitchTransformer(Stack):
+    """n_heads: must divide qkv_dim. qkv_dim: width of all heads together, d_model unless given. n_experts: E, each with
+    the hidden width block.expand says. capacity: the capacity factor; 0: no limit."""
+
+    card = Card(
+        title="Switch Transformers: Scaling to Trillion Parameter Models with Simple and Efficient Sparsity",
+        year=2021,
+        url="https://arxiv.org/abs/2101.03961",
+        scaling="L^2",
+        causal=False,
+    )
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        n_layers: int,
+        length: int,
+        dropout: float = 0.0,
+        direction: str = "bidirectional",
+        n_heads: int = 4,
+        qkv_dim: int | None = None,
+        positions: str = "sinusoidal",
+        n_experts: int = 8,
+        capacity: float = 1.25,
+        block: Mapping[str, Any] | None = None,
+    ) -> None:
+        width = checked_width(d_model, n_heads, qkv_dim, positions)
+        experts = {"n_experts": n_experts, "capacity": capacity}
+        super().__init__(
+            lambda _: SoftmaxMixer(d_model, n_heads, width, positions, direction == "causal"),
+            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, native=True,
+            block={"positions": added_positions(positions), "ffn": "switch", "experts": experts, **(block or {})},
+        )  # fmt: skip

@@ -1,0 +1,110 @@
+"""GRU: a recurrence whose update gate keeps the old state and whose reset gate hides it from the candidate.
+
+Cho et al. 2014, arXiv:1406.1078, in the form of its first version, which cuDNN and torch.nn.GRU compute: the reset gate
+acts after the recurrent product. Per token, with h: (B, H) and H = D:
+
+    r = sigmoid(W_r x + b_r + U_r h)                       reset gate
+    z = sigmoid(W_z x + b_z + U_z h)                       update gate: z = 1 keeps the state
+    n = tanh(W_n x + b_n + r * (U_n h + c_n))              candidate
+    h = z * h + (1 - z) * n                                the output, (B, H)
+
+Variant coupled: r = 1 - z; a unit that takes in the new lets its candidate see the old.
+
+Initialisation: U_r, U_z, U_n each orthogonal (as in the paper, after Saxe et al.); W Xavier uniform, because the
+paper's Gaussian of 0.01 starves a deep stack; b_z = log(u), u uniform in [1, horizon - 1], the chrono rule of
+arXiv:1804.11188: the gates start with memories from two tokens to `horizon`; other biases 0.
+
+Departures: version 3 of the paper applies the reset gate to h before U_n. One layer is this recurrence in a pre-norm
+residual block followed by a feed-forward part, the setting in which arXiv:2405.04517 (appendix B, "LSTM (Block)")
+reports recurrent networks on these tasks; the paper has neither.
+
+Checked against: torch.nn.GRU; for both forms a float64 loop over the equations above; outputs and gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lra.architectures._init import chrono
+from lra.architectures._stack import Stack
+from lra.encoder import Card, Cost, Mixer
+from lra.kernels.recurrent_cell import recurrent_cell
+
+
+class GRUMixer(Mixer):
+    """The recurrence over a sequence: (B, L, D) -> (B, L, D). Padding comes after all real tokens: no mask needed."""
+
+    def __init__(self, d_model: int, horizon: int, coupled: bool = False) -> None:
+        super().__init__()
+        gates = 2 if coupled else 3
+        self.cell = "gru_coupled" if coupled else "gru"
+        self.input = nn.Linear(d_model, gates * d_model)  # rows: r unless coupled, z, n
+        self.U = nn.Parameter(torch.empty(gates * d_model, d_model))
+        self.c = nn.Parameter(torch.zeros(gates * d_model))  # beside U h, as torch.nn has it for every gate
+        for w_gate, u_gate in zip(self.input.weight.chunk(gates), self.U.chunk(gates), strict=True):
+            nn.init.xavier_uniform_(w_gate)
+            nn.init.orthogonal_(u_gate)
+        nn.init.zeros_(self.input.bias)
+        chrono(self.input.bias.data.chunk(gates)[-2], horizon)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        # cuDNN's loop is the fast one on a GPU, and computes the plain cell alone
+        if x.device.type == "cuda" and self.cell == "gru":
+            weights = [self.input.weight, self.U, self.input.bias, self.c]
+            h0 = x.new_zeros(1, len(x), self.U.shape[1])
+            return torch.gru(x, h0, weights, True, 1, 0.0, self.training, False, True)[0]
+        return cast(Tensor, recurrent_cell(self.input(x), self.U, self.c, self.cell))
+
+    def cost(self, length: int) -> Cost:
+        rows, width = self.U.shape
+        return 2 * Cost.linear(length, width, rows) + Cost(other=20.0 * length * width)
+
+    def init_state(self, batch: int) -> Tensor:
+        return self.U.new_zeros(batch, self.U.shape[1])
+
+    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """State: h (B, H)."""
+        *reset, z, n = self.input(x).chunk(len(self.U) // self.U.shape[1], dim=-1)
+        *u_reset, u_z, u_n = (state @ self.U.T + self.c).chunk(len(reset) + 2, dim=-1)
+        z = torch.sigmoid(z + u_z)
+        r = torch.sigmoid(reset[0] + u_reset[0]) if reset else 1 - z
+        h = z * state + (1 - z) * torch.tanh(n + r * u_n)
+        return h, h
+
+
+class GRU(Stack):
+    """horizon: the longest memory, in tokens, that the update gates start with; `length` unless given, 2 for none.
+    coupled: the reset gate is 1 - z."""
+
+    card = Card(
+        title="Learning Phrase Representations using RNN Encoder-Decoder for Statistical Machine Translation",
+        year=2014,
+        url="https://arxiv.org/abs/1406.1078",
+        scaling="L",
+        causal=True,
+        variants={"coupled": {"coupled": True}},
+    )
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        n_layers: int,
+        length: int,
+        dropout: float = 0.0,
+        direction: str = "causal",
+        horizon: int | None = None,
+        coupled: bool = False,
+        block: Mapping[str, Any] | None = None,
+    ) -> None:
+        reach = length if horizon is None else horizon
+        if reach < 1:
+            raise ValueError(f"horizon is {reach}; at least 1 token")
+        super().__init__(
+            lambda _: GRUMixer(d_model, reach, coupled),
+            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+        )  # fmt: skip

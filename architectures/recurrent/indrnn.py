@@ -1,0 +1,103 @@
+"""IndRNN: each unit remembers itself alone, through one weight that is kept small enough for the sequence's length.
+
+Li et al. 2018, arXiv:1803.04831. Per token, with h: (B, H) and H = D:
+
+    h = relu(W x + b + u * h)                              u: (H,), the output (B, H)
+
+What a unit holds is multiplied by u at each token, by u^L over the sequence, so u is held in |u| <= gamma^(1/L)
+(section 4.1): as in the released code, values that the last training step took outside are put back on the bound before
+the next forward pass. Units meet in the feed-forward part and in the next layer's W only.
+
+Initialisation: u uniform in [0, gamma^(1/L)], as in the paper (section 5); in the last layer in [gamma^(-1/L),
+gamma^(1/L)], the choice of the released classification scripts for tasks read at the end, where every unit holds
+something from the first token on. W He uniform with a = 8, as released, a gain of 0.18 that keeps sums over the length
+small; b = 0. u learns without weight decay.
+
+Departures: gamma = 5, the default of the released classification code, where the paper has 2; layer norm where the
+released code has batch norm; this suite's pre-norm residual block, with a feed-forward part that none of the paper's
+networks has.
+
+Checked against: tensors of the authors' recurrence, with the gradient of x; parameter gradients against a loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lra.architectures._stack import Stack
+from lra.encoder import Card, Cost, Mixer
+from lra.kernels.recurrent_cell import recurrent_cell
+
+
+class IndRNNMixer(Mixer):
+    """The recurrence over a sequence: (B, L, D) -> (B, L, D). Padding comes after all real tokens: no mask needed.
+    bound: of |u|; floor: the smallest u to start from."""
+
+    def __init__(self, d_model: int, bound: float, floor: float) -> None:
+        super().__init__()
+        self.bound = bound
+        self.input = nn.Linear(d_model, d_model)
+        self.u = nn.Parameter(torch.empty(d_model).uniform_(floor, bound))
+        nn.init.kaiming_uniform_(self.input.weight, a=8)
+        nn.init.zeros_(self.input.bias)
+
+    def _clip(self) -> Tensor:
+        # .data: the bound is a projection after an optimiser's step, not a part of what is differentiated
+        self.u.data.clamp_(-self.bound, self.bound)
+        return self.u
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return cast(Tensor, recurrent_cell(self.input(x), self._clip(), None, "indrnn"))
+
+    def cost(self, length: int) -> Cost:
+        width = self.input.in_features
+        return Cost.linear(length, width, width) + Cost(other=4.0 * length * width)
+
+    def init_state(self, batch: int) -> Tensor:
+        return self.u.new_zeros(batch, len(self.u))
+
+    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """State: h (B, H)."""
+        h = torch.relu(self.input(x) + self._clip() * state)
+        return h, h
+
+
+class IndRNN(Stack):
+    """gamma: how many times larger a unit's memory may get over `length` tokens. last_holds: start the last layer with
+    units that lose or gain no more than a factor of gamma over the length."""
+
+    card = Card(
+        title="Independently Recurrent Neural Network (IndRNN): Building A Longer and Deeper RNN",
+        year=2018,
+        url="https://arxiv.org/abs/1803.04831",
+        scaling="L",
+        causal=True,
+    )
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        n_layers: int,
+        length: int,
+        dropout: float = 0.0,
+        direction: str = "causal",
+        gamma: float = 5.0,
+        last_holds: bool = True,
+        block: Mapping[str, Any] | None = None,
+    ) -> None:
+        if gamma < 1:
+            raise ValueError(f"gamma is {gamma}; at least 1, or no unit could keep what it holds")
+        bound = gamma ** (1 / max(length, 1))
+        super().__init__(
+            lambda layer: IndRNNMixer(d_model, bound, 1 / bound if last_holds and layer == n_layers - 1 else 0.0),
+            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+        )  # fmt: skip
+
+    @property
+    def optim(self) -> Mapping[str, Mapping[str, float]]:
+        return {"*.u": {"weight_decay": 0.0}}

@@ -1,0 +1,156 @@
+"""LSTM: a recurrence whose cell is added to, behind gates that say what enters, what stays and what leaves.
+
+Hochreiter and Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735, with the forget gate of Gers, Schmidhuber and Cummins
+2000, the form that cuDNN and torch.nn.LSTM compute. Per token, with c, h: (B, H) and H = D:
+
+    i = sigmoid(W_i x + U_i h + b_i)                       input gate
+    f = sigmoid(W_f x + U_f h + b_f)                       forget gate: f = 1 keeps the cell
+    g = tanh(W_g x + U_g h + b_g)                          candidate
+    c = f * c + i * g
+    o = sigmoid(W_o x + U_o h + b_o)                       output gate
+    h = o * tanh(c)                                        the output, (B, H)
+
+Variants, after Greff et al. 2015, arXiv:1503.04069:
+    peephole            i and f also see p_i * c and p_f * c before the step, o sees p_o * c after it
+    coupled             f = 1 - i
+    coupled-peephole    both
+and, after Ba, Kiros and Hinton 2016, arXiv:1607.06450, n a layer norm over what it is given, with gains and no offset:
+    layernorm           n(W x) + n'(U h) + b in place of W x + U h + b, four gates at once;  h = o * tanh(n''(c) + q)
+
+Initialisation: U of each gate orthogonal, W Xavier uniform, gains 1, p, q and the other biases 0. Forget gates start
+with memories from two tokens to `length`: b_f = log(u), u uniform in [1, length - 1], b_i = -b_f, the chrono rule of
+arXiv:1804.11188; a number for `forget_bias` is used instead (1: Jozefowicz et al. 2015), with b_i = 0. Coupled, b_i =
+-b_f alone.
+
+Departures: one bias a gate (torch.nn has two that act as their sum). One layer is this recurrence in a pre-norm
+residual block followed by a feed-forward part, the setting in which arXiv:2405.04517 (appendix B, "LSTM (Block)")
+reports recurrent networks on these tasks; the papers have neither.
+
+Checked against: torch.nn.LSTM; closed forms of the variants that agree with onnxruntime's LSTM; tensors of haste's
+LayerNormLSTM; outputs and gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lra.architectures._init import chrono
+from lra.architectures._stack import Stack
+from lra.encoder import Card, Cost, Mixer
+from lra.kernels.recurrent_cell import recurrent_cell
+
+
+class LSTMMixer(Mixer):
+    """The recurrence over a sequence: (B, L, D) -> (B, L, D). Padding comes after all real tokens: no mask needed."""
+
+    def __init__(
+        self, d_model: int, peephole: bool, coupled: bool, horizon: int, forget_bias: float | None,
+        layernorm: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        gates = 3 if coupled else 4
+        self.cell = "lstm_coupled" if coupled else "lstm_layernorm" if layernorm else "lstm"
+        self.input = nn.Linear(d_model, gates * d_model)  # rows: i, f unless coupled, g, o
+        self.U = nn.Parameter(torch.empty(gates * d_model, d_model))
+        self.p = nn.Parameter(torch.zeros(gates - 1, d_model)) if peephole else None  # rows: i, f unless coupled, o
+        self.gain = nn.Parameter(torch.ones(4 * d_model)) if layernorm else None  # of n
+        ones, zero = torch.ones(5, d_model), torch.zeros(1, d_model)
+        self.norm = nn.Parameter(torch.cat([ones, zero])) if layernorm else None  # rows: n', gate by gate; n''; q
+        for w_gate, u_gate in zip(self.input.weight.chunk(gates), self.U.chunk(gates), strict=True):
+            nn.init.xavier_uniform_(w_gate)
+            nn.init.orthogonal_(u_gate)
+        nn.init.zeros_(self.input.bias)
+        keep = chrono(torch.empty(d_model), horizon)
+        if forget_bias is not None:
+            keep.fill_(forget_bias)
+        biases = self.input.bias.data.chunk(gates)
+        if coupled or forget_bias is None:
+            biases[0].copy_(-keep)
+        if not coupled:
+            biases[1].copy_(keep)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        # cuDNN's loop is the fast one on a GPU, and computes the plain cell alone
+        if x.device.type == "cuda" and self.cell == "lstm" and self.p is None:
+            zero = x.new_zeros(1, len(x), self.U.shape[1])
+            weights = [self.input.weight, self.U, self.input.bias, torch.zeros_like(self.input.bias)]
+            return torch.lstm(x, [zero, zero], weights, True, 1, 0.0, self.training, False, True)[0]
+        if self.norm is None:
+            return cast(Tensor, recurrent_cell(self.input(x), self.U, None, self.cell, peephole=self.p))
+        return cast(Tensor, recurrent_cell(self._entering(x), self.U, self.input.bias, self.cell, norm=self.norm))
+
+    def _entering(self, x: Tensor) -> Tensor:
+        """n(W x): (..., D) -> (..., 4 H)."""
+        return F.layer_norm(F.linear(x, self.input.weight), (len(self.U),), self.gain)
+
+    def cost(self, length: int) -> Cost:
+        rows, width = self.U.shape
+        return 2 * Cost.linear(length, width, rows) + Cost(other=(25.0 if self.norm is None else 90.0) * length * width)
+
+    def init_state(self, batch: int) -> tuple[Tensor, Tensor]:
+        zero = self.U.new_zeros(batch, self.U.shape[1])
+        return zero, zero
+
+    def step(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """State: h and c, (B, H) each."""
+        h, c = state
+        inside = h @ self.U.T
+        if self.norm is None:
+            inside = self.input(x) + inside
+        else:
+            gain = self.norm[:4].flatten()
+            inside = self._entering(x) + F.layer_norm(inside, (len(self.U),), gain, self.input.bias)
+        parts = inside.chunk(len(self.U) // self.U.shape[1], dim=-1)
+        p = self.U.new_zeros(len(parts) - 1, self.U.shape[1]) if self.p is None else self.p
+        i = torch.sigmoid(parts[0] + p[0] * c)
+        f = 1 - i if self.cell == "lstm_coupled" else torch.sigmoid(parts[1] + p[1] * c)
+        c = f * c + i * torch.tanh(parts[-2])
+        shown = c if self.norm is None else F.layer_norm(c, c.shape[1:], self.norm[4], self.norm[5])
+        h = torch.sigmoid(parts[-1] + p[-1] * c) * torch.tanh(shown)
+        return h, (h, c)
+
+
+class LSTM(Stack):
+    """peephole: gates see the cell. coupled: the forget gate is 1 - i. layernorm: norms inside the recurrence.
+    forget_bias: where every forget gate starts, before the sigmoid; unless given they spread over memories of up to
+    `length` tokens."""
+
+    card = Card(
+        title="Long Short-Term Memory",
+        year=1997,
+        url="https://doi.org/10.1162/neco.1997.9.8.1735",
+        scaling="L",
+        causal=True,
+        variants={
+            "peephole": {"peephole": True},
+            "coupled": {"coupled": True},
+            "coupled-peephole": {"coupled": True, "peephole": True},
+            "layernorm": {"layernorm": True},
+        },
+    )
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        n_layers: int,
+        length: int,
+        dropout: float = 0.0,
+        direction: str = "causal",
+        peephole: bool = False,
+        coupled: bool = False,
+        layernorm: bool = False,
+        forget_bias: float | None = None,
+        block: Mapping[str, Any] | None = None,
+    ) -> None:
+        if layernorm and (peephole or coupled):
+            raise ValueError("layernorm is of the plain cell: without peephole and coupled")
+        super().__init__(
+            lambda _: LSTMMixer(d_model, peephole, coupled, length, forget_bias, layernorm),
+            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+        )  # fmt: skip

@@ -1,0 +1,150 @@
+"""LRU: a linear recurrence with a complex diagonal, parametrised so that it is stable and started on a ring.
+
+Orvieto et al. 2023, arXiv:2303.06349. Per token, with N complex states:
+
+    lambda = exp(-exp(nu) + i exp(theta))                  (N,)        |lambda| < 1 whatever is learnt
+    s_t = lambda s_{t-1} + exp(gamma) B x_t,   s_0 = 0     (B, L, N)   B complex (N, D)     sections 3.3, 3.4
+    y_t = Re(C s_t) + d x_t                                (B, L, D)   C complex (D, N), d (D,)
+    out = (W_1 gelu(y) + b_1) sigmoid(W_2 gelu(y) + b_2)   (B, L, D)   tanh form of GELU
+
+There are no conjugate pairs: N counts complex states, each of which is used.
+
+Initialisation: |lambda|^2 uniform in [r_min^2, r_max^2], which is uniform over the area of the ring, phase uniform in
+[0, max_phase]; exp(gamma) = sqrt(1 - |lambda|^2) gives every state the variance of white noise, and is learnt freely
+from there; parts of B normal of variance 1 / 2D, of C of 1 / N, d standard normal; W, b PyTorch's own. The paper
+chooses r_min and r_max for each task, and max_phase pi / 10 for Path-X alone (section 3.4). lambda, gamma and B learn
+at `recurrent_lr_scale` times the recipe's rate (a half to a tenth in the paper) and without weight decay.
+
+Departures: layer norm unless the recipe says otherwise, as in S4D and unlike the paper's batch norm, whose statistics
+depend on the rest of the batch.
+
+Checked against: tensors of minimal-LRU, an independent implementation, as the authors published no repository: the
+recurrence with its gradient, the ring, the whole residual layer; parameter gradients against the recurrence step by
+step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lra.architectures._precision import wide
+from lra.architectures._stack import Block, Stack
+from lra.encoder import Card, Cost, Mixer
+from lra.kernels.linear_scan import linear_scan
+
+
+def ring(u: Tensor, v: Tensor, r_min: float, r_max: float, max_phase: float) -> tuple[Tensor, Tensor, Tensor]:
+    """nu, theta and gamma from draws u and v, uniform in (0, 1): all (N,)."""
+    radius_squared = u * (r_max**2 - r_min**2) + r_min**2
+    return (-0.5 * radius_squared.log()).log(), (max_phase * v).log(), 0.5 * torch.log1p(-radius_squared)
+
+
+class LRUMixer(Mixer):
+    """(B, L, D) -> (B, L, D). Padding comes after all real tokens: no mask needed."""
+
+    def __init__(
+        self, d_model: int, state_size: int, r_min: float, r_max: float, max_phase: float, dropout: float
+    ) -> None:
+        super().__init__()
+        # float64: 1 - |lambda| of float32 is off by 1e-4 of itself at |lambda| = 0.999; 1 - u is never 0
+        u, v = 1 - torch.rand(2, state_size, dtype=torch.float64)
+        nu, theta, gamma = ring(u, v, r_min, r_max, max_phase)
+        self.nu, self.theta = nn.Parameter(nu.float()), nn.Parameter(theta.float())
+        self.gamma = nn.Parameter(gamma.float())
+        # complex numbers are kept as pairs of reals, which every optimiser and checkpoint format takes
+        self.B = nn.Parameter(torch.randn(state_size, 2, d_model) / math.sqrt(2 * d_model))
+        self.C = nn.Parameter(torch.randn(d_model, state_size, 2) / math.sqrt(state_size))
+        self.d = nn.Parameter(torch.randn(d_model))
+        self.out = nn.Linear(d_model, 2 * d_model)  # rows: W_1, W_2
+        self.dropout = nn.Dropout(dropout)
+
+    def _decay(self) -> Tensor:
+        """lambda: (N,) complex."""
+        return torch.exp(torch.complex(-self.nu.exp(), self.theta.exp()))
+
+    def _enter(self, x: Tensor) -> Tensor:
+        """exp(gamma) B x: (..., D) -> (..., N) complex."""
+        B = (self.gamma.exp()[:, None, None] * self.B).flatten(0, 1)
+        return torch.view_as_complex(wide(F.linear(x, B)).unflatten(-1, (-1, 2)))
+
+    def _leave(self, s: Tensor, x: Tensor) -> Tensor:
+        """Re(C s) + d x: (..., N) complex, (..., D) -> (..., D)."""
+        real, imaginary = self.C.unbind(-1)
+        C = torch.stack([real, -imaginary], dim=-1).flatten(1)
+        return F.linear(torch.view_as_real(s).flatten(-2), C) + self.d * x
+
+    def _project(self, y: Tensor) -> Tensor:
+        return F.glu(self.out(self.dropout(F.gelu(y, approximate="tanh"))), dim=-1)
+
+    def recurrence(self, x: Tensor) -> Tensor:
+        """y of the equations: (B, L, D) -> (B, L, D)."""
+        return self._leave(linear_scan(self._decay()[None, None], self._enter(x)), x)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self._project(self.recurrence(x))
+
+    def cost(self, length: int) -> Cost:
+        width, states = len(self.d), len(self.nu)
+        maps = 2 * Cost.linear(length, width, 2 * states, bias=False) + Cost.linear(length, width, 2 * width)
+        return maps + Cost(other=8.0 * length * states + 20.0 * length * width)
+
+    def init_state(self, batch: int) -> Tensor:
+        return torch.zeros(batch, len(self.nu), dtype=self.nu.dtype.to_complex(), device=self.nu.device)
+
+    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """State: s (B, N) complex."""
+        state = self._decay() * state + self._enter(x)
+        return self._project(self._leave(state, x)), state
+
+
+class LRU(Stack):
+    """state_size: N complex states. r_min, r_max: radii of the ring lambda starts on; max_phase: its largest angle.
+    recurrent_lr_scale: learning rate of lambda, gamma and B over the recipe's."""
+
+    card = Card(
+        title="Resurrecting Recurrent Neural Networks for Long Sequences",
+        year=2023,
+        url="https://arxiv.org/abs/2303.06349",
+        scaling="L",
+        causal=True,
+        variants={"slow": {"max_phase": 0.314}},
+    )
+    block = Block(ffn="none")
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        n_layers: int,
+        length: int,
+        dropout: float = 0.0,
+        direction: str = "causal",
+        state_size: int = 64,
+        r_min: float = 0.9,
+        r_max: float = 0.999,
+        max_phase: float = 2 * math.pi,
+        recurrent_lr_scale: float = 0.25,
+        block: Mapping[str, Any] | None = None,
+    ) -> None:
+        if state_size < 1:
+            raise ValueError(f"state_size is {state_size}; at least 1")
+        if not 0 <= r_min < r_max <= 1:
+            raise ValueError(f"r_min is {r_min}, r_max {r_max}; 0 <= r_min < r_max <= 1, radii of a stable ring")
+        if not 0 < max_phase <= 2 * math.pi:
+            raise ValueError(f"max_phase is {max_phase}; an angle in (0, 2 pi]")
+        self.recurrent_lr_scale = recurrent_lr_scale
+        super().__init__(
+            lambda _: LRUMixer(d_model, state_size, r_min, r_max, max_phase, dropout),
+            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+        )  # fmt: skip
+
+    @property
+    def optim(self) -> Mapping[str, Mapping[str, float]]:
+        names = ("nu", "theta", "gamma", "B")
+        return {f"*.{name}": {"lr_scale": self.recurrent_lr_scale, "weight_decay": 0.0} for name in names}

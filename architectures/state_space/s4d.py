@@ -1,0 +1,179 @@
+"""S4D: each channel filtered by a linear state space model whose state matrix is diagonal.
+
+Gu, Gupta, Goel and Re 2022, arXiv:2206.11893. N is the state size; of each conjugate pair of modes one is kept: M = N/2
+complex modes a channel, and every sum over them is 2 Re. Per channel, with step size dt = exp(log_dt):
+
+    A = -exp(log_A_real) + i A_imag                        (H, M)      so that Re A < 0
+    zoh         Abar = exp(dt A),                      Bbar = (Abar - 1) / A B
+    bilinear    Abar = (1 + dt A / 2) / (1 - dt A / 2),  Bbar = dt / (1 - dt A / 2) B
+    K_l = 2 Re sum_m C_m Bbar_m Abar_m^l                   (H, L)      a Vandermonde product
+    x_t = Abar x_{t-1} + Bbar u_t,   y_t = 2 Re C x_t + D u_t = (K * u)_t + D u_t
+    out = GLU(W gelu(y) + b)                               (B, L, D)   value half times sigmoid(gate half)
+
+Bidirectional: a second C gives a second kernel of the same modes; it looks ahead and leaves out the current token.
+
+Initialisation of A and B (section 4), half of the pairs, n = 0 .. M - 1:
+    lin   A = -1/2 + i pi n,                          B = 1    frequencies of a Fourier basis
+    inv   A = -1/2 + i (N / pi) (N / (2 n + 1) - 1),  B = 1    the asymptotic law of LegS
+    legs  A = the eigenvalues of the normal part of HiPPO-LegS, B = |V* B_LegS| / 2: with these the kernels tend to
+          those of LegS, a Legendre basis, as N grows. The phases of B are free, as those of V are.
+C complex and D real standard normal; log_dt uniform between log dt_min and log dt_max, so that channels remember from
+1 / dt_max to 1 / dt_min tokens; W, b PyTorch's own. A, B and dt learn at `ssm_lr` at most and without weight decay.
+
+Departures: the released code clamps frequencies at 1e-4 from below, so its n = 0 is not quite 0, and starts legs from
+a B clipped to |Im B| <= 2 and not halved. As there, a block holds no feed-forward part beside the GLU.
+
+Checked against: tensors of the authors' modules S4Block with SSMKernelDiag (lin, inv and legs, both discretisations,
+tied modes, bidirectional, odd length) and S4D (minimal), outputs and gradients; HiPPO-LegS of the same repository.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lra.architectures._hippo import legs_modes
+from lra.architectures._ssm import checked_copies, initial_log_dt
+from lra.architectures._stack import Block, Stack
+from lra.encoder import Card, Cost, Mixer
+from lra.kernels.fft_conv import fft_conv
+from lra.kernels.ssm_kernel_diag import ssm_kernel_diag
+
+INITS = ("lin", "inv", "legs")
+DISCRETIZATIONS = ("zoh", "bilinear")
+
+
+def modes(init: str, state_size: int) -> tuple[Tensor, Tensor]:
+    """A (complex128) and B (float64), each (N / 2,), as section 4 of the paper initialises them."""
+    n = torch.arange(state_size // 2, dtype=torch.float64)
+    half = torch.full_like(n, -0.5)
+    if init == "lin":
+        return torch.complex(half, math.pi * n), torch.ones_like(n)
+    if init == "inv":
+        return torch.complex(half, state_size / math.pi * (state_size / (2 * n + 1) - 1)), torch.ones_like(n)
+    frequency, basis, b = legs_modes(state_size)
+    kept = frequency > 0
+    return torch.complex(half, frequency[kept]), (basis.mH @ b.to(basis.dtype)).abs()[kept] / 2
+
+
+class S4DMixer(Mixer):
+    """(B, L, D) -> (B, L, D). n_ssm: independent (A, B), channel h taking number h mod n_ssm."""
+
+    def __init__(
+        self, d_model: int, state_size: int, init: str, discretization: str, dt_min: float, dt_max: float,
+        n_ssm: int, causal: bool, dropout: float,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.causal, self.discretization = causal, discretization
+        A, B = modes(init, state_size)
+        self.log_dt = nn.Parameter(initial_log_dt(d_model, dt_min, dt_max))
+        self.log_A_real = nn.Parameter((-A.real).log().float().repeat(n_ssm, 1))
+        self.A_imag = nn.Parameter(A.imag.float().repeat(n_ssm, 1))
+        # complex numbers are kept as pairs of reals, which every optimiser and checkpoint format takes
+        self.B = nn.Parameter(torch.stack([B, torch.zeros_like(B)], dim=-1).float().repeat(n_ssm, 1, 1))
+        self.C = nn.Parameter(torch.randn(1 if causal else 2, d_model, len(A), 2) * 0.5**0.5)
+        self.D = nn.Parameter(torch.randn(d_model))
+        self.out = nn.Linear(d_model, 2 * d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def _continuous(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A: (H, M), C B: (1 or 2, H, M), dt: (H,)."""
+        tiles = len(self.log_dt) // len(self.A_imag)
+        A = torch.complex(-self.log_A_real.exp(), self.A_imag).repeat(tiles, 1)
+        B = torch.view_as_complex(self.B).repeat(tiles, 1)
+        return A, torch.view_as_complex(self.C) * B, self.log_dt.exp()
+
+    def kernel(self, length: int) -> Tensor:
+        """K: (1 or 2, H, length); the second looks ahead."""
+        return ssm_kernel_diag(*self._continuous(), length, self.discretization)
+
+    def _project(self, y: Tensor) -> Tensor:
+        return F.glu(self.out(self.dropout(F.gelu(y))), dim=-1)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        K = self.kernel(x.shape[1])
+        return self._project(fft_conv(x, K[0] if self.causal else K, self.D, bidirectional=not self.causal))
+
+    def cost(self, length: int) -> Cost:
+        kernels, width, modes, _ = self.C.shape
+        transform = 2.5 * 2 * length * math.log2(2 * length)  # a real FFT over the doubled length
+        spectral = width * ((2 + kernels) * transform + 6 * length)
+        vandermonde = 4.0 * kernels * width * modes * length
+        return Cost.linear(length, width, 2 * width) + Cost(other=spectral + vandermonde + 20.0 * length * width)
+
+    def init_state(self, batch: int) -> Tensor:
+        return torch.zeros(batch, *self.C.shape[1:3], dtype=self.C.dtype.to_complex(), device=self.C.device)
+
+    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """State: x_t, (B, H, M) complex. One step is in double precision: rounding Abar would grow with time."""
+        A, C, dt = self._continuous()
+        z = (dt.unsqueeze(-1) * A).to(torch.complex128)
+        if self.discretization == "zoh":
+            decay, enter = z.exp(), torch.expm1(z) / A
+        else:
+            decay, enter = (1 + z / 2) / (1 - z / 2), dt.unsqueeze(-1) / (1 - z / 2)
+        state = (decay * state + enter * x.unsqueeze(-1)).to(state.dtype)
+        return self._project(2 * (C[0] * state).sum(-1).real.to(x.dtype) + self.D * x), state
+
+
+class S4D(Stack):
+    """state_size: N, even. n_ssm: independent state matrices, d_model unless given, which it divides. init: of INITS.
+    dt_min, dt_max: range of the initial step sizes. ssm_lr: highest learning rate of A, B and dt."""
+
+    card = Card(
+        title="On the Parameterization and Initialization of Diagonal State Space Models",
+        year=2022,
+        url="https://arxiv.org/abs/2206.11893",
+        scaling="L log L",
+        causal=True,
+        variants={
+            "lin": {"init": "lin"},
+            "inv": {"init": "inv"},
+            "legs": {"init": "legs"},
+            "bilinear": {"discretization": "bilinear"},
+        },
+    )
+    block = Block(ffn="none")
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        n_layers: int,
+        length: int,
+        dropout: float = 0.0,
+        direction: str = "causal",
+        state_size: int = 64,
+        init: str = "lin",
+        discretization: str = "zoh",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        n_ssm: int | None = None,
+        ssm_lr: float = 0.001,
+        block: Mapping[str, Any] | None = None,
+    ) -> None:
+        copies = checked_copies(n_ssm, d_model)
+        if state_size < 2 or state_size % 2:
+            raise ValueError(f"state_size is {state_size}; an even number of at least 2, conjugate modes come in pairs")
+        if init not in INITS:
+            raise ValueError(f"init is {init!r}; one of {', '.join(INITS)}")
+        if discretization not in DISCRETIZATIONS:
+            raise ValueError(f"discretization is {discretization!r}; one of {', '.join(DISCRETIZATIONS)}")
+        self.ssm_lr = ssm_lr
+        super().__init__(
+            lambda _: S4DMixer(
+                d_model, state_size, init, discretization, dt_min, dt_max, copies, direction == "causal", dropout
+            ),
+            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
+            direction=direction, native=True, block=block,
+        )  # fmt: skip
+
+    @property
+    def optim(self) -> Mapping[str, Mapping[str, float]]:
+        names = ("log_dt", "log_A_real", "A_imag", "B")
+        return {f"*.{name}": {"lr": self.ssm_lr, "weight_decay": 0.0} for name in names}

@@ -1,0 +1,186 @@
+"""S5: one state space model from all channels to all channels, diagonal and run as a scan.
+
+Smith, Warrington and Linderman 2022, arXiv:2208.04933. `state_size` counts real dimensions; of each conjugate pair of
+modes one is kept: P = state_size / 2 complex modes, and every sum over them is 2 Re. Per token, with a step size
+dt = exp(log_dt) for each mode:
+
+    zoh         Abar = exp(dt A),                        Bbar = (Abar - 1) / A B        section 2.1
+    bilinear    Abar = (1 + dt A / 2) / (1 - dt A / 2),  Bbar = dt / (1 - dt A / 2) B
+    s_t = Abar s_{t-1} + Bbar x_t,   s_0 = 0               (B, L, P)   A (P,), B complex (P, D)
+    y_t = 2 Re(C s_t) + d x_t                              (B, L, D)   C complex (D, P), d (D,)
+    out = g sigmoid(W g + b),   g = gelu(y)                (B, L, D)   half_glu1, tanh form of GELU; appendix G.1
+          y sigmoid(W g + b)                                           half_glu2
+
+Bidirectional: a second scan of the same Bbar x runs backwards and is read by a C of its own; both include x_t.
+
+Initialisation (section 3.4, appendix B.1): A = n_blocks copies of the eigenvalues of the normal part of HiPPO-LegS of
+size state_size / n_blocks, with eigenvectors V; B = V* B', C = C' V, with B' real and the two parts of C' normal of
+variance 1 / state_size, as released; d standard normal; log_dt uniform between log dt_min and log dt_max for each mode;
+W, b PyTorch's own. A, B and dt learn at `ssm_lr` at most and without weight decay.
+
+Departures: normal draws where JAX cuts tails off at two deviations; layer norm unless the recipe says otherwise, not
+batch norm, whose statistics depend on the rest of the batch. Of each pair the mode of negative frequency is kept, as in
+the released code.
+
+Checked against: tensors of the authors' S5SSM (both discretisations, both directions, clipped eigenvalues, modes
+without conjugates) and SequenceLayer, with gradients of x; parameter gradients against the recurrence step by step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lra.architectures._hippo import legs_modes
+from lra.architectures._precision import wide
+from lra.architectures._ssm import initial_log_dt
+from lra.architectures._stack import Block, Stack
+from lra.encoder import Card, Cost, Mixer
+from lra.kernels.linear_scan import linear_scan
+
+DISCRETIZATIONS = ("zoh", "bilinear")
+ACTIVATIONS = ("half_glu1", "half_glu2")
+
+
+def hippo_block(size: int) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (size / 2,) of the normal part of HiPPO-LegS with negative imaginary part, ascending, and their
+    eigenvectors (size, size / 2): complex128."""
+    frequency, basis, _ = legs_modes(size)
+    kept = frequency < 0
+    return torch.complex(torch.full_like(frequency[kept], -0.5), frequency[kept]), basis[:, kept]
+
+
+class S5Mixer(Mixer):
+    """(B, L, D) -> (B, L, D). The padding is zero, so the backward scan reaches the last real token with no state."""
+
+    def __init__(
+        self, d_model: int, state_size: int, n_blocks: int, discretization: str, dt_min: float, dt_max: float,
+        clip_eigs: bool, activation: str, causal: bool, dropout: float,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.discretization, self.clip_eigs, self.activation = discretization, clip_eigs, activation
+        modes, basis = hippo_block(state_size // n_blocks)
+        scale, ways = 1 / math.sqrt(state_size), 1 if causal else 2
+        B = scale * torch.randn(n_blocks, len(basis), d_model, dtype=torch.float64)
+        B = (basis.mH @ B.to(basis.dtype)).flatten(0, 1)
+        C = scale * torch.view_as_complex(torch.randn(ways, d_model, n_blocks, len(basis), 2, dtype=torch.float64))
+        C = (C @ basis).flatten(2)
+        self.A_real = nn.Parameter(modes.real.float().repeat(n_blocks))
+        self.A_imag = nn.Parameter(modes.imag.float().repeat(n_blocks))
+        # complex numbers are kept as pairs of reals, which every optimiser and checkpoint format takes
+        self.B = nn.Parameter(torch.view_as_real(B).float())  # (P, D, 2)
+        self.C = nn.Parameter(torch.view_as_real(C).float())  # (1 or 2, D, P, 2); the second reads the backward scan
+        self.d = nn.Parameter(torch.randn(d_model))
+        self.log_dt = nn.Parameter(initial_log_dt(len(B), dt_min, dt_max))
+        self.gate = nn.Linear(d_model, d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def discrete(self) -> tuple[Tensor, Tensor]:
+        """Abar: (P,), Bbar: (P, D), complex."""
+        A_real = self.A_real.clamp(max=-1e-4) if self.clip_eigs else self.A_real
+        A, dt = torch.complex(A_real, self.A_imag), self.log_dt.exp()
+        if self.discretization == "zoh":
+            decay, enter = torch.exp(dt * A), torch.expm1(dt * A) / A
+        else:
+            decay, enter = (1 + dt * A / 2) / (1 - dt * A / 2), dt / (1 - dt * A / 2)
+        return decay, enter.unsqueeze(1) * torch.view_as_complex(self.B)
+
+    def _enter(self, x: Tensor, B: Tensor) -> Tensor:
+        """Bbar x: (..., D) -> (..., P) complex, as one real product."""
+        pairs = F.linear(x, torch.view_as_real(B).transpose(1, 2).flatten(0, 1))
+        return torch.view_as_complex(wide(pairs).unflatten(-1, (-1, 2)))
+
+    def _leave(self, states: list[Tensor], x: Tensor) -> Tensor:
+        """2 Re(C s) + d x: one (..., P) for each direction -> (..., D)."""
+        real, imaginary = self.C.unbind(-1)
+        C = 2 * torch.stack([real, -imaginary], dim=-1)  # (1 or 2, D, P, 2)
+        s = torch.cat([torch.view_as_real(s).flatten(-2) for s in states], dim=-1)
+        return F.linear(s, C.flatten(2).transpose(0, 1).flatten(1)) + self.d * x
+
+    def _activate(self, y: Tensor) -> Tensor:
+        g = self.dropout(F.gelu(y, approximate="tanh"))
+        return (g if self.activation == "half_glu1" else y) * torch.sigmoid(self.gate(g))
+
+    def ssm(self, x: Tensor) -> Tensor:
+        """y of the equations: (B, L, D) -> (B, L, D)."""
+        decay, B = self.discrete()
+        entering = self._enter(x, B)
+        ways = [False, True][: len(self.C)]
+        return self._leave([linear_scan(decay[None, None], entering, reverse=way) for way in ways], x)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self._activate(self.ssm(x))
+
+    def cost(self, length: int) -> Cost:
+        ways, width, modes, _ = self.C.shape
+        maps = Cost.linear(length, width, 2 * modes, bias=False) + Cost.linear(length, 2 * ways * modes, width, False)
+        return maps + Cost.linear(length, width, width) + Cost(other=length * (8.0 * ways * modes + 18.0 * width))
+
+    def init_state(self, batch: int) -> Tensor:
+        return torch.zeros(batch, len(self.A_real), dtype=self.A_real.dtype.to_complex(), device=self.A_real.device)
+
+    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """State: s (B, P) complex."""
+        decay, B = self.discrete()
+        state = decay * state + self._enter(x, B)
+        return self._activate(self._leave([state], x)), state
+
+
+class S5(Stack):
+    """state_size: real dimensions of the state, in n_blocks blocks of even size. discretization: of DISCRETIZATIONS.
+    dt_min, dt_max: range of the initial step sizes. clip_eigs: hold Re A at -1e-4 or below, so that training cannot
+    make it unstable. activation: of ACTIVATIONS. ssm_lr: highest learning rate of A, B and dt."""
+
+    card = Card(
+        title="Simplified State Space Layers for Sequence Modeling",
+        year=2022,
+        url="https://arxiv.org/abs/2208.04933",
+        scaling="L",
+        causal=True,
+        variants={"bilinear": {"discretization": "bilinear"}},
+    )
+    block = Block(ffn="none")
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        n_layers: int,
+        length: int,
+        dropout: float = 0.0,
+        direction: str = "causal",
+        state_size: int = 64,
+        n_blocks: int = 8,
+        discretization: str = "zoh",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        clip_eigs: bool = False,
+        activation: str = "half_glu1",
+        ssm_lr: float = 0.001,
+        block: Mapping[str, Any] | None = None,
+    ) -> None:
+        if n_blocks < 1 or state_size < 2 * n_blocks or state_size % (2 * n_blocks):
+            raise ValueError(f"state_size is {state_size}; a multiple of 2 n_blocks = {2 * n_blocks}, as modes pair")
+        if discretization not in DISCRETIZATIONS:
+            raise ValueError(f"discretization is {discretization!r}; one of {', '.join(DISCRETIZATIONS)}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {activation!r}; one of {', '.join(ACTIVATIONS)}")
+        self.ssm_lr = ssm_lr
+        super().__init__(
+            lambda _: S5Mixer(
+                d_model, state_size, n_blocks, discretization, dt_min, dt_max, clip_eigs, activation,
+                direction == "causal", dropout,
+            ),
+            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
+            direction=direction, native=True, block=block,
+        )  # fmt: skip
+
+    @property
+    def optim(self) -> Mapping[str, Mapping[str, float]]:
+        names = ("A_real", "A_imag", "B", "log_dt")
+        return {f"*.{name}": {"lr": self.ssm_lr, "weight_decay": 0.0} for name in names}

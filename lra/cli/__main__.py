@@ -1,0 +1,3 @@
+from lra.cli.app import main
+
+main()

@@ -1,0 +1,78 @@
+"""The command `lra`. Every failure a user can act on is one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from lra.cli.check import check
+from lra.cli.common import console, errors, guarded
+from lra.cli.data import audit, data
+from lra.cli.operators import bench, doctor
+from lra.cli.profile import profile
+from lra.cli.report import diff, leaderboard, report
+from lra.cli.train import run, show, sweep
+from lra.registry import architectures, tasks
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+new = typer.Typer(no_args_is_help=True, help="Start something from a template.")
+app.add_typer(data, name="data")
+app.add_typer(new, name="new")
+
+
+@app.command("list")
+@guarded
+def list_(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+    """Architectures and tasks that are registered."""
+    found = [architectures.facts(name) for name in architectures.names()]
+    jobs = [tasks.facts(name) for name in tasks.names()]
+    if as_json:
+        print(json.dumps({"architectures": found, "tasks": jobs}, indent=1, sort_keys=True))
+        return
+    table = Table(title="architectures", title_justify="left", pad_edge=False)
+    for column in ("name", "variants", "family", "work", "year"):
+        table.add_column(column, overflow="fold")
+    table.add_column("paper", no_wrap=True, max_width=len("arXiv:0000.00000"))
+    for facts in found:
+        shown = [", ".join(facts["variants"]), *(str(facts.get(k, "")) for k in ("family", "scaling", "year"))]
+        url = str(facts.get("url", ""))
+        brief = url.replace("https://arxiv.org/abs/", "arXiv:").replace("https://doi.org/", "doi:")
+        table.add_row(facts["name"], *shown, Text(brief, style=f"link {url}" if url else ""))
+    console.print(table)
+    console.print("whole addresses: lra list --json, lra show TASK ARCHITECTURE")
+    table = Table(title="tasks", title_justify="left", pad_edge=False)
+    for column in ("name", "what"):
+        table.add_column(column)
+    for facts in jobs:
+        table.add_row(facts["name"], str(facts.get("title", "")))
+    console.print(table)
+
+
+@new.command("architecture")
+@guarded
+def new_architecture(
+    name: Annotated[str, typer.Argument(help="The registry name, also the file name.")],
+    family: Annotated[str, typer.Option(help="The folder: recurrent, state_space, linear_attention, attention, ...")],
+) -> None:
+    """Copy the template of an architecture into its family's folder."""
+    from lra.cli import template
+
+    path = template.architecture(name, family)
+    console.print(f"wrote {path}: fill in its docstring, card and equations, then `lra check {name}`", soft_wrap=True)
+
+
+for command in (run, show, sweep, check, leaderboard, diff, report, audit, profile, bench, doctor):
+    app.command()(command)
+
+
+def main() -> None:
+    try:
+        app()
+    except KeyboardInterrupt:
+        errors.print("interrupted; nothing half-written is left behind")
+        sys.exit(130)

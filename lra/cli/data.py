@@ -1,0 +1,176 @@
+"""`lra data`: prepare, verify and look at the data of a task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from lra.cli.common import ProtocolName, Source, TaskName, console, errors, guarded
+from lra.errors import UserError
+from lra.registry import tasks
+
+data = typer.Typer(no_args_is_help=True, help="Prepare, verify and look at the data of a task.")
+
+
+@data.command("list")
+@guarded
+def data_list() -> None:
+    """Every task and protocol, and whether it is prepared here."""
+    from lra.data import prepared_sets
+    from lra.task import DataError
+
+    table = Table(pad_edge=False)
+    for column in ("task", "protocol", "length", "input", "prepared", "note"):
+        table.add_column(column, overflow="fold")
+    for name in tasks.names():
+        task = tasks.get(name)()
+        for protocol in task.protocols.values():
+            try:
+                there = "yes" if prepared_sets.find(task, protocol) else ""
+            except DataError:
+                there = "damaged"
+            table.add_row(name, protocol.name, str(protocol.length), protocol.encoding, there, protocol.note)
+    console.print(table)
+
+
+@data.command()
+@guarded
+def prepare(
+    task: TaskName,
+    protocol: ProtocolName = "",
+    source: Source = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes or threads; all CPUs by default.")] = None,
+) -> None:
+    """Prepare a task's data, or say that they are there."""
+    from lra import terminal
+    from lra.data import prepared_sets
+
+    with terminal.bar(console, f"preparing {task}") as progress:
+        found = prepared_sets.prepared(task, protocol or None, source=source, workers=workers, progress=progress)
+    for split, count in found.manifest["counts"].items():
+        console.print(f"{split:<11} {count:>9,}  {found.manifest['sha256'][split]}", soft_wrap=True)
+    console.print(f"in {escape(str(found.folder))}", soft_wrap=True)
+
+
+@data.command()
+@guarded
+def verify(task: TaskName, protocol: ProtocolName = "") -> None:
+    """Re-read every prepared byte and compare with the checksums; exit code 2 when something is wrong."""
+    from lra import terminal
+    from lra.data import prepared_sets
+
+    with terminal.bar(console, f"verifying {task}") as progress:
+        problems = prepared_sets.verify(task, protocol or None, progress=progress)
+    if problems:
+        for problem in problems:
+            errors.print(f"[red]error:[/] {escape(problem)}", soft_wrap=True)
+        raise typer.Exit(2)
+    console.print(f"{task}: every byte is as its manifest and its protocol say")
+
+
+@data.command()
+@guarded
+def pack(
+    task: TaskName,
+    protocol: ProtocolName = "",
+    to: Annotated[Path | None, typer.Option(help="The file to write; TASK-PROTOCOL.tar.xz by default.")] = None,
+    source: Source = None,
+) -> None:
+    """Write a prepared set to one compressed file, for a machine without network."""
+    from lra import terminal
+    from lra.data import pack as packs
+    from lra.data import prepared_sets
+
+    with terminal.bar(console, f"packing {task}") as progress:
+        found = prepared_sets.prepared(task, protocol or None, source=source, progress=progress)
+        path = to or Path(f"{found.task.name}-{found.protocol.name}.tar.xz")
+        size = packs.pack(found, path, progress)
+    console.print(f"wrote {escape(str(path))}, {size / 2**20:.1f} MiB", soft_wrap=True)
+
+
+@data.command()
+@guarded
+def unpack(file: Annotated[Path, typer.Argument(help="What `lra data pack` wrote.")]) -> None:
+    """Take a packed set into the cache, every byte checked."""
+    from lra import terminal
+    from lra.data import pack as packs
+
+    with terminal.bar(console, f"unpacking {file.name}") as progress:
+        found = packs.unpack(file, progress)
+    console.print(f"{found.task.name} ({found.protocol.name}) in {found.folder}", soft_wrap=True)
+
+
+@data.command("show")
+@guarded
+def show_examples(
+    task: TaskName,
+    protocol: ProtocolName = "",
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
+    count: Annotated[int, typer.Option(min=1, max=64)] = 4,
+    png: Annotated[Path | None, typer.Option(help="Draw the examples of an image task to this file.")] = None,
+    source: Source = None,
+) -> None:
+    """A few examples, for the eye."""
+    from lra import terminal
+    from lra.data import prepared_sets
+    from lra.errors import unknown
+    from lra.task import SPLITS
+
+    if split not in SPLITS:
+        raise unknown("split", split, SPLITS)
+    with terminal.bar(console, f"preparing {task}") as progress:
+        found = prepared_sets.prepared(task, protocol or None, source=source, progress=progress)
+    opened = found.split(split)
+    for example in range(min(count, len(opened))):
+        console.print(escape(found.task.describe(opened, example)), soft_wrap=True)
+    if png is not None:
+        if not hasattr(found.task, "picture"):
+            raise UserError(f"--png: examples of {task} are no images")
+        pictures = [found.task.picture(opened, i) for i in range(min(count, len(opened)))]
+        terminal.contact_sheet(pictures, png)
+        console.print(f"wrote {escape(str(png))}", soft_wrap=True)
+
+
+@guarded
+def audit(task: TaskName, protocol: ProtocolName = "", source: Source = None) -> None:
+    """Label balance, lengths, and examples that more than one split holds."""
+    from lra import terminal
+    from lra.data import audit as audits
+    from lra.data import prepared_sets
+
+    with terminal.bar(console, f"preparing {task}") as progress:
+        found = prepared_sets.prepared(task, protocol or None, source=source, progress=progress)
+    with console.status("reading every example"):
+        facts = audits.audit(found)
+    table = Table(title=f"{task} ({found.protocol.name})", title_justify="left", pad_edge=False)
+    for column in ("split", "examples", "min", "median", "mean", "max", "repeated", "labels %"):
+        table.add_column(column, justify="left" if column in ("split", "labels %") else "right")
+    for s in facts.splits:
+        low, median, mean, high = s.lengths
+        shares = " ".join(f"{100 * share:.1f}" for share in s.labels)
+        table.add_row(
+            s.split, f"{s.count:,}", f"{low:,}", f"{median:,.0f}", f"{mean:,.0f}", f"{high:,}", str(s.repeated), shares
+        )
+    console.print(table)
+    for (first, second), count in facts.overlap.items():
+        console.print(f"{count:,} examples of {second} are in {first} too, byte for byte")
+    for key, value in found.notes.items():
+        if isinstance(value, dict) and all(isinstance(row, dict) for row in value.values()):
+            _print_rows(key, value)
+            continue
+        text = f"{len(value):,}" if isinstance(value, list) else str(value)
+        console.print(f"{escape(key)}: {escape(text)}", soft_wrap=True)
+
+
+def _print_rows(title: str, rows: dict[str, dict[str, object]]) -> None:
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    table = Table(title=escape(title), title_justify="left", pad_edge=False)
+    for column in ("", *columns):
+        table.add_column(escape(column), justify="right" if column else "left")
+    for name, row in rows.items():
+        table.add_row(escape(name), *(escape(str(row.get(column, ""))) for column in columns))
+    console.print(table)

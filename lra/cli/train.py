@@ -1,0 +1,194 @@
+"""`lra show`, `lra run`, `lra sweep`: what a run does, one run, and many."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from lra.cli.common import Architecture, ProtocolName, RecipeName, Settings, Source, TaskName, console, errors, guarded
+from lra.errors import UserError
+from lra.registry import architectures, tasks
+
+if TYPE_CHECKING:
+    from lra.config.sections import Expected
+
+Pretrain = Annotated[str, typer.Option("--pretrain", help="mlm, causal or none: first predict the training inputs.")]
+Match = Annotated[str, typer.Option("--match", help="Solve d_model for params=600k, flops=1G or memory=8G.")]
+
+
+@guarded
+def show(
+    task: TaskName,
+    architecture: Architecture,
+    recipe: RecipeName = "auto",
+    protocol: ProtocolName = "",
+    settings: Settings = None,
+    pretrain: Pretrain = "",
+    match: Match = "",
+) -> None:
+    """The resolved recipe of a cell, where each value comes from, and what to expect of it."""
+    from lra.config.sections import SECTIONS
+    from lra.training.run import SHAPE, Request, resolved
+
+    found, origin, constructor = resolved(
+        Request(
+            task, architecture, recipe, protocol=protocol, settings=_settings(settings), pretrain=pretrain, match=match
+        )
+    )
+    table = Table(title=f"{task} x {architecture}, recipe {found.name}", title_justify="left", pad_edge=False)
+    for column in ("key", "value", "from"):
+        table.add_column(column, overflow="fold")
+    values = found.as_dict()
+    shown = ["data", "model", "encoder", "optim", "train"]
+    for section in [*shown, *(["pretrain"] if found.pretrain.objective != "none" else [])]:
+        for key, value in _dotted(values[section]):
+            where = origin.get(f"{section}.{key}", "built-in default" if section in SECTIONS else "")
+            table.add_row(f"{section}.{key}", escape(json.dumps(value)), escape(where))
+    for key, value in constructor.options().items():
+        if key not in SHAPE and key not in found.encoder:
+            origin_of = "variant" if key in constructor.preset else "the architecture's default"
+            table.add_row(f"encoder.{key}", escape(str(value)), origin_of)
+    console.print(table)
+    if (card := getattr(constructor.cls, "card", None)) and card.url:
+        console.print(escape(f"{card.title}, {card.year}: {card.url}"), soft_wrap=True)
+    for line in _expectations(found.expected):
+        console.print(line, soft_wrap=True)
+    if found.note:
+        console.print(f"[yellow]{escape(found.note)}[/]", soft_wrap=True)
+    console.print(f"hash {found.hash}", soft_wrap=True)
+
+
+def _expectations(expected: Expected) -> Iterator[str]:
+    if expected.accuracy:
+        yield f"expected accuracy [bold]{100 * expected.accuracy:.2f} %[/] ({escape(expected.source)})"
+    if expected.high > expected.low:
+        yield f"reported across sources {100 * expected.low:.2f} to {100 * expected.high:.2f} %"
+    elif expected.high:
+        yield "no other figure is on file"
+    if expected.epoch:
+        yield f"a run is off if it has not reached {100 * expected.by:.0f} % on validation after epoch {expected.epoch}"
+
+
+@guarded
+def run(
+    task: TaskName,
+    architecture: Architecture,
+    recipe: RecipeName = "auto",
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+    protocol: ProtocolName = "",
+    settings: Settings = None,
+    source: Source = None,
+    time_limit: Annotated[str, typer.Option(help="Stop cleanly before: 90s, 8m, 2h.")] = "",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run of this cell.")] = False,
+    checkpoint_dir: Annotated[Path | None, typer.Option(help="Keep checkpoints here instead of runs/.")] = None,
+    pretrain: Pretrain = "",
+    match: Match = "",
+    devices: Annotated[int, typer.Option(help="GPUs (or CPU processes) of each node.")] = 1,
+    nodes: Annotated[int, typer.Option(help="Nodes.")] = 1,
+    strategy: Annotated[str, typer.Option(help="auto, ddp or fsdp.")] = "auto",
+    logger: Annotated[list[str] | None, typer.Option(help="Beside csv: tensorboard, wandb, mlflow.")] = None,
+    search: Annotated[str, typer.Option(hidden=True)] = "",
+    select_only: Annotated[bool, typer.Option("--select-only", hidden=True)] = False,
+) -> None:
+    """Train, select on validation, test once, write the result, show the task's table."""
+    architectures.get(architecture), tasks.get(task)
+    from lra.reports import leaderboard as board
+    from lra.reports import sheets
+    from lra.results import result
+    from lra.results.collection import Collection
+    from lra.training.distributed import Placement
+    from lra.training.run import Request
+    from lra.training.run import run as train
+
+    limit = _seconds(time_limit) if time_limit else None
+    request = Request(
+        task, architecture, recipe, seed, protocol, _settings(settings), source, limit, resume, pretrain, match,
+        Placement(devices, nodes, strategy), checkpoint_dir, tuple(logger or ()), _search(search),
+        select_only,
+    )  # fmt: skip
+    path = train(request, console)
+    if select_only:
+        console.print(f"validation only, in {path}", soft_wrap=True)
+        return
+    record = result.read(path)
+    found = Collection.read(result.folder())
+    for line in found.problems:
+        errors.print(f"[yellow]{escape(line)}[/]", soft_wrap=True)
+    group = board.group_of(record)
+    shown = board.sheet(group, board.rows(found.records, found.answers)[group], found.records)
+    console.print(sheets.terminal(shown), *map(escape, shown.notes), sep="\n")
+    test, where = record["test"], record["validation"]
+    console.print(
+        f"test accuracy [bold]{100 * test['accuracy']:.2f} %[/] of {test['n']:,} "
+        f"({where['split']} {100 * where['accuracy']:.2f} % at step {where['best_step']}), in {path}",
+        soft_wrap=True,
+    )
+    if record["collapsed"]:
+        console.print(f"[yellow]this run is {record['collapsed']}[/]")
+
+
+@guarded
+def sweep(
+    file: Annotated[Path, typer.Argument(help="A grid of tasks, architectures, seeds and settings in TOML.")],
+    ray: Annotated[str, typer.Option(help="Run on a Ray cluster: local or an address.")] = "",
+    emit: Annotated[str, typer.Option(help="slurm: print an array script instead of running.")] = "",
+    cell: Annotated[int | None, typer.Option(help="Run this one cell, counted from 0.", min=0)] = None,
+    forecast: Annotated[bool, typer.Option(help="Probe time and memory before starting.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show cells and forecast, run nothing.")] = False,
+    time_limit: Annotated[str, typer.Option(help="Stop in time, and go on with the next call: 90s, 8m, 2h.")] = "",
+) -> None:
+    """Run a grid of cells, one process each; finished cells are skipped, failed ones reported at the end."""
+    from lra.sweeps import local, plans
+
+    plan = plans.read(file)
+    if emit:
+        print(plans.slurm(plan, emit), end="")
+        return
+    if time_limit and ray:
+        raise UserError("--time-limit is of a sweep on this machine; with --ray, put time-limit under [run]")
+    failed = local.carry_out(
+        plan, console, ray=ray, only=cell, forecast=forecast and cell is None, dry_run=dry_run,
+        seconds=_seconds(time_limit) if time_limit else None,
+    )  # fmt: skip
+    if failed:
+        raise typer.Exit(1)
+
+
+def _search(text: str) -> Any:
+    """What a search says of its trials, for the record."""
+    try:
+        return json.loads(text or "null")
+    except ValueError as error:
+        raise UserError(f"--search is not JSON: {error}") from None
+
+
+def _settings(given: list[str] | None) -> dict[str, str]:
+    found = {}
+    for text in given or []:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--set {text}: expected key=value, for example --set train.steps=500")
+        found[key.strip()] = value.strip()
+    return found
+
+
+def _seconds(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h)", text)
+    if not match:
+        raise UserError(f"--time-limit is {text!r}; expected a number and a unit, for example 90s, 8m or 2h")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def _dotted(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

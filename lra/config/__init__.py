@@ -1,0 +1,1 @@
+"""Recipes: TOML files read into frozen dataclasses, and widths that meet a budget."""

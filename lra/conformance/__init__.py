@@ -1,0 +1,1 @@
+"""Checks of an encoder, gradient reach and recall."""

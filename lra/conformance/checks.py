@@ -1,0 +1,495 @@
+"""The conformance checks: each builds small encoders, and raises Broken with what a fault means to the layer's author.
+
+The first line of a check's docstring says what passing it means. Everything runs on the CPU, in float64 unless the
+check is about another precision, at d_model 16, two layers and a few dozen tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
+
+from lra.config.match import shaped
+from lra.encoder import DIRECTIONS, SCALINGS, Card, Encoder
+from lra.errors import UserError, unknown
+from lra.profiling.flops import encoder_flops
+from lra.registry import Constructor, architectures
+from lra.training.optimisers import KEYS
+
+WIDTH, LAYERS, LENGTH, LONGEST = 16, 2, 32, 64
+
+
+class Broken(Exception):
+    """The check failed; the message says what that means."""
+
+
+class NotDeclared(Exception):
+    """A wrapped layer says nothing about what the check compares with; the message holds what was measured instead."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is checked: a constructor, and arguments that replace its defaults."""
+
+    constructor: Constructor
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def encoder(self, dtype: torch.dtype = torch.float64, seed: int = 0, **more: Any) -> Encoder:
+        torch.manual_seed(seed)
+        shape = {"d_model": WIDTH, "n_layers": LAYERS, "length": LONGEST}
+        built: Encoder = self.constructor(**{**shape, **self.options, **more})
+        built._apply(lambda t: cast(t, dtype))  # .to(dtype) would drop imaginary parts, .double() leave them single
+        return built.eval()
+
+    def directions(self, dtype: torch.dtype = torch.float64, **more: Any) -> list[tuple[str, Encoder]]:
+        """The default instance and, where the constructor lets one choose, that of the other direction; each with
+        words for a message. No parameter is zero throughout: a map that starts at zero hides what lies behind it."""
+        default = woken(self.encoder(dtype, **more))
+        found = [("", default)]
+        for other in ("causal", "bidirectional") if "direction" in self.constructor.options() else ():
+            if other != default.direction and "direction" not in self.options:
+                with suppress(UserError):  # a direction may be refused; what the card promises, `causal` checks
+                    built = self.encoder(dtype, direction=other, **more)
+                    found.append((f"with direction={other!r} ", woken(built)))
+        return found
+
+    def declares(self, what: str) -> bool:
+        """Whether "card", "cost", "direction" or "step" is declared; an Encoder declares all, a wrapped layer some."""
+        return self.constructor.declared or what in getattr(self.constructor.cls, "declares", ())
+
+    @property
+    def card(self) -> Card:
+        return self.constructor.cls.card
+
+
+@torch.no_grad()
+def woken(encoder: Encoder) -> Encoder:
+    """The encoder itself, with small random numbers in parameters that are zero throughout."""
+    for parameter in encoder.parameters():
+        if not parameter.any():
+            parameter.normal_(std=0.02)
+    return encoder
+
+
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Real tensors to `dtype`, complex ones to its complex twin, others as they are."""
+    if t.is_complex():
+        return t.to(torch.complex128 if dtype == torch.float64 else torch.complex64)
+    return t.to(dtype) if t.is_floating_point() else t
+
+
+def inputs(lengths: Sequence[int], total: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Random x: (B, total, D) and the mask of rows with these numbers of real tokens."""
+    x = torch.randn(len(lengths), total, WIDTH, dtype=dtype, generator=torch.Generator().manual_seed(7))
+    return x, torch.arange(total) < torch.tensor(lengths).unsqueeze(1)
+
+
+@torch.no_grad()
+def outputs(encoder: Encoder, x: Tensor, mask: Tensor, seed: int = 0) -> Tensor:
+    """What the encoder says at real positions, zeros elsewhere."""
+    torch.manual_seed(seed)
+    return encoder(x, mask).masked_fill(~mask.unsqueeze(-1), 0)
+
+
+def gap(a: Tensor, b: Tensor) -> float:
+    """Largest difference over the RMS of b; infinite where either holds a NaN."""
+    found = ((a - b).abs().max() / b.square().mean().sqrt().clamp_min(1e-30)).item()
+    return math.inf if math.isnan(found) else found
+
+
+def reloaded(subjects: Sequence[Subject]) -> list[str]:
+    """For each subject, what went wrong when one fresh process rebuilt it and loaded its state, or nothing."""
+    x, mask = inputs([LENGTH, 17], LENGTH, torch.float32)
+    jobs, expected, faults = [], [], []
+    for subject in subjects:
+        encoder = subject.encoder(torch.float32)
+        expected.append(outputs(encoder, x, mask))
+        faults.append("" if torch.equal(outputs(copy.deepcopy(encoder), x, mask), expected[-1]) else "its copy differs")
+        options = dict(subject.options)
+        jobs.append({"name": subject.constructor.name, "options": options, "state": encoder.state_dict()})
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder, "jobs.pt")
+        torch.save({"jobs": jobs, "x": x, "mask": mask, "threads": torch.get_num_threads()}, place)
+        there = [sys.executable, "-c", "import sys; from lra import _subject; _subject.reload(sys.argv[1])", str(place)]
+        paths = os.pathsep.join(p or os.getcwd() for p in sys.path)
+        done = subprocess.run(
+            there, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            return [fault or f"a fresh process could not load it: {last}" for fault in faults]
+        found = torch.load(place, weights_only=True)
+    for i, (fault, y) in enumerate(zip(faults, found, strict=True)):
+        if isinstance(y, str):
+            faults[i] = fault or f"a fresh process could not load it: {y}"
+        elif not torch.equal(y, expected[i]):
+            faults[i] = fault or (
+                f"after loading its state in a fresh process outputs differ by {gap(y, expected[i]):.2g}: "
+                "something it computes with is in no parameter and no persistent buffer"
+            )
+    return faults
+
+
+def reload(place: str) -> None:
+    """The fresh process's side of `reloaded`: other initial weights, then the saved state. Replaces the file."""
+    given = torch.load(place, weights_only=True)
+    torch.set_num_threads(given["threads"])
+    answers: list[Tensor | str] = []
+    for job in given["jobs"]:
+        try:
+            subject = Subject(architectures.get(job["name"]), job["options"])
+            encoder = subject.encoder(torch.float32, seed=1)
+            encoder.load_state_dict(job["state"])
+            answers.append(outputs(encoder, given["x"], given["mask"]))
+        except Exception as error:  # noqa: BLE001  (a stranger's code may raise anything; the parent reports it)
+            answers.append(f"{type(error).__name__}: {error}")
+    torch.save(answers, place)
+
+
+EXACT = 1e-8
+"""Largest difference, over the RMS of the output, that float64 arithmetic in another order may make."""
+NEAR = 0.03
+"""Largest RMS difference between bfloat16 autocast and float32, over the RMS of the output."""
+LONG = tuple(3 * 4**i for i in range(6, 10))
+"""12,288 to 786,432 tokens: growth is judged beyond any window or number of landmarks."""
+
+
+def signature(subject: Subject) -> None:
+    """built from keyword arguments; a misspelt one is an error"""
+    parameters = inspect.signature(subject.constructor.cls).parameters
+    for name, parameter in parameters.items():
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            raise Broken(f"argument {name} is {parameter.kind.description}; write `*,` first and no **{name}")
+        if (parameter.default is parameter.empty) != (name in ("d_model", "n_layers", "length")):
+            raise Broken(f"{name} must {'not ' if name in ('d_model', 'n_layers', 'length') else ''}have a default")
+    for name in ("d_model", "n_layers", "length", "dropout"):
+        if name not in parameters:
+            raise Broken(f"the constructor takes no {name}; every encoder takes d_model, n_layers, length, dropout")
+    if parameters["dropout"].default != 0:
+        raise Broken(f"dropout is {parameters['dropout'].default} by default; the recipe sets it, so 0.0")
+    built = subject.encoder()
+    wanted = {"d_model": WIDTH, "n_layers": LAYERS, "length": LONGEST, **subject.options}
+    for name in ("d_model", "n_layers", "length"):
+        if (found := getattr(built, name, "missing")) != wanted[name]:
+            raise Broken(f"encoder.{name} is {found}; the constructor was given {wanted[name]}")
+    if built.direction not in DIRECTIONS:
+        raise Broken(f"encoder.direction is {built.direction!r}; one of {', '.join(DIRECTIONS)}")
+
+
+def card(subject: Subject) -> None:
+    """names paper and growth; every variant builds"""
+    if not subject.declares("card"):
+        raise NotDeclared("no card; a file in architectures/ has one, with paper and growth")
+    own = getattr(subject.constructor.cls, "card", None)
+    if not isinstance(own, Card):
+        raise Broken("the class has no `card = Card(...)`")
+    if not own.title.strip() or not 1940 <= own.year <= 2100:
+        raise Broken(f"title {own.title!r} of {own.year}: the paper's title and the year of its first version")
+    if not re.fullmatch(r"https://[\w-]+(\.[\w-]+)+/\S+", own.url):
+        raise Broken(f"url is {own.url!r}; the https address of the paper")
+    if own.scaling not in SCALINGS:
+        raise Broken(f"scaling is {own.scaling!r}; one of {', '.join(SCALINGS)}")
+    if not subject.options and not subject.constructor.preset and own.scaling != (found := subject.encoder().scaling):
+        raise Broken(f"scaling is {own.scaling!r}, but that of an encoder with no other arguments {found!r}")
+    for name, reason in own.exempt.items():
+        if name not in CHECKS:
+            raise Broken(f"exempt: {unknown('check', name, CHECKS)}")
+        if not reason.strip():
+            raise Broken(f"the exemption from {name} gives no reason")
+    if ":" not in subject.constructor.name:
+        try:
+            architectures.facts(subject.constructor.name.partition("/")[0])
+        except UserError as error:
+            raise Broken(str(error)) from None
+    for variant, preset in own.variants.items():
+        try:
+            replace(subject, constructor=replace(subject.constructor, preset=preset)).encoder()
+        except (UserError, TypeError) as error:
+            raise Broken(f"variant {variant!r} cannot be built: {error}") from None
+
+
+def shape(subject: Subject) -> None:
+    """(B, L, D) in and out, at one token and at odd lengths"""
+    for how, encoder in subject.directions():
+        for lengths, total in (([32, 32], 32), ([1], 1), ([7, 3, 1], 7), ([31, 17], 31), ([33], 33), ([64, 64], 64)):
+            x, mask = inputs(lengths, total)
+            y = encoder(x, mask)
+            if y.shape != x.shape or y.dtype != x.dtype:
+                got = f"{tuple(y.shape)} {y.dtype}"
+                raise Broken(f"{how}{tuple(x.shape)} {x.dtype} became {got}; shape and dtype must stay")
+            if not y[mask].isfinite().all():
+                raise Broken(f"{how}outputs are not finite for {tuple(x.shape)} with {lengths} real tokens")
+
+
+def padding(subject: Subject) -> None:
+    """real outputs ignore what the padding holds"""
+    x, mask = inputs([LENGTH, 17, 1], LENGTH)
+    other = torch.where(mask.unsqueeze(-1), x, 100 * x.flip(1))
+    for how, encoder in subject.directions():
+        if (found := gap(outputs(encoder, other, mask), outputs(encoder, x, mask))) > EXACT:
+            raise Broken(
+                f"{how}outputs at real positions changed by {found:.2g} when the padding's content changed: "
+                "your layer reads padded positions; take the argument `mask` (True = real) and use it"
+            )
+
+
+def padding_length(subject: Subject) -> None:
+    """real outputs ignore how much padding follows"""
+    x, mask = inputs([17, 11, 1], LONGEST)
+    x = x.masked_fill(~mask.unsqueeze(-1), 0)
+    for how, encoder in subject.directions():
+        expected = outputs(encoder, x, mask)[:, :17]
+        for total in (17, 18, LENGTH, 43):
+            if (found := gap(outputs(encoder, x[:, :total], mask[:, :total])[:, :17], expected)) > EXACT:
+                raise Broken(
+                    f"{how}outputs of 17 real tokens changed by {found:.2g} between {total} and {LONGEST} positions: "
+                    "your layer depends on the padded length; take lengths from the mask"
+                )
+
+
+def batch(subject: Subject) -> None:
+    """a sequence's output ignores the rest of its batch"""
+    x, mask = inputs([LENGTH, 17, 5], LENGTH)
+    order = torch.tensor([2, 0, 1])
+    for how, encoder in subject.directions():
+        for training in (False, True):
+            encoder.train(training)
+            together, mode = outputs(encoder, x, mask), f"in {'training' if training else 'evaluation'} mode"
+            if training and gap(outputs(encoder, x, mask, seed=1), together) > EXACT:
+                continue  # it draws random numbers when training, and draws others for another batch
+            if (found := gap(outputs(encoder, x[order], mask[order]), together[order])) > EXACT:
+                raise Broken(
+                    f"{how}outputs changed by {found:.2g} when the batch was reordered, {mode}: state is shared"
+                )
+            alone = torch.cat([outputs(encoder, x[i : i + 1], mask[i : i + 1]) for i in range(3)])
+            if (found := gap(alone, together)) > EXACT:
+                raise Broken(
+                    f"{how}a sequence alone and in a batch differs by {found:.2g}, {mode}: "
+                    "your layer mixes sequences, as batch normalisation does"
+                )
+
+
+def gradients(subject: Subject) -> None:
+    """every parameter receives a gradient"""
+    x, mask = inputs([LENGTH, 17, 9], LENGTH)
+    for how, encoder in subject.directions():
+        y, extra = encoder.train()(x, mask), encoder.aux_loss()
+        loss = (y * torch.randn_like(y))[mask].sum()
+        (loss if extra is None else loss + extra).backward()
+        trained = {name: p.grad for name, p in encoder.named_parameters() if p.requires_grad}
+        idle = [name for name, grad in trained.items() if grad is None or not grad.any()]
+        wild = [name for name, grad in trained.items() if grad is not None and not grad.isfinite().all()]
+        if wild:
+            raise Broken(f"{how}the gradient of {', '.join(wild[:3])} is not finite")
+        if idle:
+            names = f"{len(idle)} of {len(trained)} parameters get no gradient: {', '.join(idle[:3])}"
+            raise Broken(f"{how}{names}; they never learn")
+
+
+def _reach(encoder: Encoder) -> tuple[float, float]:
+    """How much outputs before, and after, a token change when that token changes."""
+    x, mask = inputs([LENGTH, LENGTH], LENGTH)
+    before, after, plain = 0.0, 0.0, outputs(encoder, x, mask)
+    for t in (1, LENGTH // 2, LENGTH - 2):
+        changed = x.clone()
+        changed[:, t] = x.flip(-1)[:, t]
+        y = outputs(encoder, changed, mask)
+        before, after = max(before, gap(y[:, :t], plain[:, :t])), max(after, gap(y[:, t + 1 :], plain[:, t + 1 :]))
+    return before, after
+
+
+def causal(subject: Subject) -> None:
+    """looks at the future if and only if it says so"""
+    if not subject.declares("direction"):
+        before, after = _reach(subject.encoder())
+        seen = [name for name, found in (("the past", after), ("the future", before)) if found > EXACT]
+        raise NotDeclared(f"direction not declared; measured: a token sees {' and '.join(seen) or 'itself alone'}")
+    found = subject.directions()
+    if subject.card.causal and "direction" in subject.constructor.options() and not any(e.causal for _, e in found):
+        raise Broken('the card says causal=True, but direction="causal" is refused')
+    for how, encoder in found:
+        before, _ = _reach(encoder)
+        if encoder.causal and before > EXACT:
+            raise Broken(
+                f"{how}outputs before a token changed by {before:.2g} when that token changed: "
+                "your layer sees the future, but its direction is causal"
+            )
+        if not encoder.causal and before <= EXACT:
+            raise Broken(f"{how}direction is {encoder.direction!r}, but no output depends on a later token")
+
+
+def step(subject: Subject) -> str | None:
+    """token by token, step gives what forward gives"""
+    if not subject.declares("step"):
+        raise NotDeclared("recurrent mode not declared")
+    x, mask = inputs([LENGTH, LENGTH], LENGTH)
+    encoder = next((e for _, e in subject.directions() if e.causal), subject.encoder())
+    try:
+        state = encoder.init_state(len(x))
+    except NotImplementedError:
+        return "no recurrent mode: init_state is not implemented"
+    state = tree_map_only(Tensor, lambda t: cast(t, torch.float64), state)
+    expected = outputs(encoder, x, mask)
+    torch.manual_seed(0)
+    for t in range(LENGTH):
+        with torch.no_grad():
+            y, state = encoder.step(x[:, t], state)
+        if y.shape != x[:, t].shape:
+            raise Broken(f"step returned {tuple(y.shape)} for a token of shape {tuple(x[:, t].shape)}")
+        if (found := (y - expected[:, t]).abs().max().item()) > EXACT:
+            raise Broken(f"step and forward differ by {found:.2g} at token {t} (float64): one of them is wrong")
+    return None
+
+
+def cost(subject: Subject) -> None:
+    """cost(length) agrees with the FLOP counter"""
+    if not subject.declares("cost"):
+        raise NotDeclared("cost not declared; FLOPs are those PyTorch's dispatcher counts")
+    for how, encoder in subject.directions(torch.float32, length=128):
+        for length in (32, 64, 128):
+            _agrees(encoder, length, how)
+    if subject.constructor.declared:
+        built = [shaped(partial(subject.encoder, torch.float32, length=n, n_layers=1)) for n in LONG]
+        found = growth([encoder.cost(n).total for n, encoder in zip(LONG, built, strict=True)])
+        if found != built[0].scaling:
+            raise Broken(f"work is declared to grow as {built[0].scaling}, but cost grows as {found}")
+
+
+def growth(work: Sequence[float]) -> str:
+    """Which of SCALINGS the work at lengths LONG follows, by its fastest part, however small the share of it.
+
+    Differences of what a token adds, (work(4 n) - work(n)) / n, hold neither fixed nor linear work. From one to the
+    next they grow 1, 2 and 4 times for L log L, L sqrt L and L^2.
+    """
+    added = [(after - before) / n for n, before, after in zip(LONG, work, work[1:], strict=False)]
+    one, two = (after - before for before, after in pairwise(added))
+    if max(abs(one), abs(two)) < 1e-3 * added[0]:
+        return SCALINGS[0]
+    place = 1 + round(math.log2(two / one)) if min(one, two) > 0 else 0
+    return SCALINGS[place] if 1 <= place < len(SCALINGS) else f"none of {', '.join(SCALINGS)}"
+
+
+def _agrees(encoder: Encoder, length: int, how: str) -> None:
+    report, declared = encoder_flops(encoder, 1, length, device="", backward=False), encoder.cost(length)
+    own = [work for op, work in report.operators.items() if op.startswith("lra.")]
+    # the work of our own operators may be declared as matmul or as other; that of PyTorch's products may not
+    sums = [report.matmul + sum(part) for n in range(len(own) + 1) for part in itertools.combinations(own, n)]
+    if all(abs(declared.matmul - found) > 0.01 * max(found, 1.0) for found in sums):
+        ratio = declared.matmul / max(report.matmul, 1.0)
+        raise Broken(
+            f"{how}cost({length}).matmul is {declared.matmul:,.0f}, {ratio:.3g} times what was counted: "
+            f"{report.matmul:,.0f} in products, {sum(own):,.0f} in kernels (a multiply-add is 2)"
+        )
+    if declared.total < 0.5 * report.forward:
+        raise Broken(f"{how}cost({length}).total is {declared.total:,.0f}; counted were {report.forward:,.0f}")
+
+
+def save(subject: Subject) -> None:
+    """reloaded in a fresh process: the same outputs, bit for bit"""
+    fault = reloaded([subject])[0]
+    if fault:
+        raise Broken(fault)
+
+
+def precision(subject: Subject) -> None:
+    """bfloat16 autocast stays finite and near float32"""
+    encoder = woken(subject.encoder(torch.float32))
+    x, mask = inputs([LENGTH, 17], LENGTH, torch.float32)
+    expected = outputs(encoder, x, mask)
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = encoder(x, mask).float().masked_fill(~mask.unsqueeze(-1), 0)
+        y.square().mean().backward()
+    off = ((y - expected).square().mean() / expected.square().mean()).sqrt().item()
+    if not math.isfinite(off):
+        raise Broken("outputs under bfloat16 autocast are not finite: keep sums, exponentials and norms in float32")
+    if off > NEAR:
+        raise Broken(f"bfloat16 autocast moves outputs by {100 * off:.2g} %: keep long sums and phases in float32")
+    if any(p.grad is not None and not p.grad.isfinite().all() for p in encoder.parameters()):
+        raise Broken("gradients under bfloat16 autocast are not finite")
+
+
+def optim(subject: Subject) -> None:
+    """every optimiser pattern rules a parameter"""
+    encoder = subject.encoder()
+    names, patterns = [name for name, _ in encoder.named_parameters()], dict(encoder.optim)
+    winners = {next((p for p in patterns if fnmatchcase(name, p)), None) for name in names}
+    for pattern, settings in patterns.items():
+        for key, value in settings.items():
+            if key not in KEYS:
+                raise Broken(f"optim[{pattern!r}]: {unknown('setting', key, KEYS)}")
+            if not (math.isfinite(value) and value >= 0):
+                raise Broken(f"optim[{pattern!r}] sets {key} to {value}; a number of at least 0")
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise Broken(f"optim pattern {pattern!r} matches no parameter; they are called {', '.join(names[:3])}, ...")
+        if pattern not in winners:
+            raise Broken(f"optim pattern {pattern!r} never applies: an earlier one matches all its parameters")
+
+
+def trains(subject: Subject) -> None:
+    """twenty steps on a copy task lower the loss"""
+    encoder = subject.encoder(torch.float32).train()
+    draw = torch.Generator().manual_seed(3)
+    table, readout = torch.randn(8, WIDTH, generator=draw), torch.randn(WIDTH, 8, generator=draw) / WIDTH**0.5
+    rates = [
+        next((dict(s) for p, s in encoder.optim.items() if fnmatchcase(name, p)), {})
+        for name, _ in encoder.named_parameters()
+    ]
+    groups = [
+        {"params": [p], "lr": min(own.get("lr", 0.01), 0.01 * own.get("lr_scale", 1.0))}
+        for p, own in zip(encoder.parameters(), rates, strict=True)
+    ]
+    optimizer, losses = torch.optim.Adam(groups, lr=0.01), []
+    for _ in range(20):
+        tokens = torch.randint(8, (8, LENGTH), generator=draw)
+        y, extra = encoder(table[tokens], torch.ones(8, LENGTH, dtype=torch.bool)), encoder.aux_loss()
+        loss = F.cross_entropy((y @ readout).flatten(0, 1), tokens.flatten())
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        (loss if extra is None else loss + extra).backward()
+        optimizer.step()
+    first, last = sum(losses[:3]) / 3, sum(losses[-3:]) / 3
+    if not last < 0.9 * first:
+        raise Broken(f"the loss went from {first:.3f} to {last:.3f} in 20 steps: gradients or initialisation are wrong")
+
+
+def seed(subject: Subject) -> None:
+    """one seed gives the same weights and outputs twice"""
+    x, mask = inputs([LENGTH, 17], LENGTH)
+    one, two = subject.encoder(), subject.encoder()
+    for (name, a), (_, b) in zip(one.state_dict().items(), two.state_dict().items(), strict=True):
+        if not torch.equal(a, b):
+            raise Broken(f"{name} differs between two encoders of one seed: draw it from torch's own generator")
+    for training in (False, True):
+        ys = [outputs(encoder.train(training), x, mask) for encoder in (one, one, two)]
+        if any(not torch.equal(y, ys[0]) for y in ys[1:]):
+            raise Broken("outputs of one seed differ: randomness must come from torch's own generator")
+
+
+CHECKS: dict[str, Callable[[Subject], str | None]] = {
+    f.__name__: f
+    for f in (
+        signature, card, shape, padding, padding_length, batch, gradients, causal, step, cost, save, precision, optim,
+        trains, seed,
+    )
+}  # fmt: skip

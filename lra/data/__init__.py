@@ -1,0 +1,1 @@
+"""Prepared data sets: their cache, packs, batches and audit."""

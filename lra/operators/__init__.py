@@ -1,0 +1,1 @@
+"""The operators of `lra.kernels`: parity with their references, diagnosis, timings."""

@@ -1,0 +1,103 @@
+"""An operator's implementation against its definition: outputs and gradients, in double precision, case by case."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lra.kernels._case import Case
+
+KERNELS = Path(__file__).parents[1] / "kernels"
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+"""Largest RMS(error) / RMS(reference) by the dtype of the inputs, the reference computed from the same numbers."""
+CPU = torch.device("cpu")
+
+
+def operators() -> list[str]:
+    return sorted(folder.parent.name for folder in KERNELS.glob("*/__init__.py"))
+
+
+def cases_of(op: str, *kinds: str) -> list[Case]:
+    return [case for case in import_module(f"lra.kernels.{op}.cases").CASES if case.kind in kinds]
+
+
+def operator(op: str) -> Callable[..., Any]:
+    public: Callable[..., Any] = getattr(import_module(f"lra.kernels.{op}"), op)
+    return public
+
+
+def arguments_of(case: Case, dtype: torch.dtype, device: torch.device = CPU) -> dict[str, Any]:
+    """The case's arguments, drawn from a seed of its own."""
+    generator = torch.Generator(device).manual_seed(zlib.crc32(case.name.encode()))
+    return case.make(generator, dtype, device)
+
+
+def wide(value: Any) -> Any:
+    """A floating or complex tensor in double precision; anything else as it is."""
+    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+        return value
+    return value.to(torch.promote_types(value.dtype, torch.float64))
+
+
+def differentiable(arguments: dict[str, Any]) -> list[str]:
+    return [k for k, v in arguments.items() if isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex())]
+
+
+def outputs_of(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [t for t in result if t is not None]
+
+
+def run(function: Callable[..., Any], arguments: dict[str, Any], **options: Any) -> dict[str, Tensor]:
+    """Outputs, and gradients of every differentiable argument for one seeded random cotangent per output."""
+    arguments = dict(arguments)
+    names = differentiable(arguments)
+    for name in names:
+        arguments[name] = arguments[name].detach().requires_grad_()
+    outputs = outputs_of(function(**arguments, **options))
+    found = {f"output {i}": t.detach() for i, t in enumerate(outputs)}
+    generator = torch.Generator().manual_seed(0)
+    pairs = []
+    for t in outputs:
+        cotangent = torch.randn(t.shape, generator=generator, dtype=wide(t).dtype)
+        # rounded, so that runs in float32 and float64 are handed the same numbers
+        cotangent = cotangent.to(torch.complex64 if t.is_complex() else torch.bfloat16).to(t.device, t.dtype)
+        if t.requires_grad:
+            pairs.append((t, cotangent))
+    grads = torch.autograd.grad(
+        [t for t, _ in pairs], [arguments[n] for n in names], [c for _, c in pairs], materialize_grads=True
+    )
+    return found | {f"gradient of {name}": g for name, g in zip(names, grads, strict=True)}
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """RMS(found - wanted) / RMS(wanted); what lies below the smallest normal number of `found` counts as 0.
+
+    Infinite where the shapes differ or `found` is not finite.
+    """
+    if found.shape != wanted.shape or not bool(
+        torch.isfinite(torch.view_as_real(found) if found.is_complex() else found).all()
+    ):
+        return float("inf")
+    error = (wide(found) - wanted).abs().square().mean().sqrt().item()
+    scale = wanted.abs().square().mean().sqrt().item()
+    return 0.0 if error < torch.finfo(found.dtype).tiny else error / max(scale, 1e-300)
+
+
+def errors_of(
+    op: str, case: Case, dtype: torch.dtype, device: torch.device = CPU, *, impl: str = "cpu"
+) -> dict[str, float]:
+    """Error of each output and gradient of one implementation against the definition in double precision; infinite
+    for an output of another precision than the arguments."""
+    arguments = arguments_of(case, dtype, device)
+    reference = import_module(f"lra.kernels.{op}.reference").reference
+    wanted = run(reference, {name: wide(value) for name, value in arguments.items()})
+    found = run(operator(op), arguments, impl=impl)
+    errors = {name: relative_error(found[name], wanted[name]) for name in wanted}
+    first = found["output 0"].dtype
+    return errors if first.is_complex or first == dtype else errors | {f"output 0 in {first}": float("inf")}

@@ -1,0 +1,1 @@
+"""Work, time and memory of an encoder: FLOPs, timing, memory, the profiler, what fits."""

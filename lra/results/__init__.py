@@ -1,0 +1,1 @@
+"""Results on file: the record, its environment, collections of records, statistics, the literature."""

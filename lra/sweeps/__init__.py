@@ -1,0 +1,1 @@
+"""Many runs: plan, execution here, on Slurm and on Ray, search, forecasts."""

@@ -1,0 +1,197 @@
+"""Sweeps: a grid of tasks, architectures, seeds and settings, one process for each run.
+
+    tasks = ["listops"]
+    architectures = ["gru", "s4d"]
+    seeds = [0, 1]
+    recipe = "quick"
+    retries = 1                              times a failed run is tried again
+
+    [set]                                    settings of every run
+    "train.steps" = 200
+    [grid]                                   every combination of these
+    "optim.lr" = [1e-3, 3e-3]
+    [run]                                    other options of `lra run`, by their names
+    "time-limit" = "2h"
+
+With [search] the rates and the like are drawn instead (lra.sweeps.search). A cell whose result is on file is finished.
+Several grids, one after the other, are [[part]] tables of these keys; what stands above the first holds for all, and a
+part with device = "gpu" or "cpu" is left out on other machines.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shlex
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lra.errors import UserError, brief, unknown
+
+if TYPE_CHECKING:
+    from lra.training.run import Request
+KEYS = ("tasks", "architectures", "seeds", "recipe", "protocol", "retries", "set", "grid", "run", "search", "device")
+DEVICES = {"": "", "gpu": "cuda", "cpu": "cpu"}
+KINDS = {
+    "set": dict, "grid": dict, "run": dict, "search": dict, "recipe": str, "protocol": str, "device": str,
+}  # fmt: skip
+MOST = 10_000
+"""Cells of a sweep."""
+RUN_OPTIONS = ("time-limit", "checkpoint-dir", "pretrain", "match", "devices", "nodes", "strategy", "logger", "from")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep, as the arguments of `lra run`."""
+
+    task: str
+    architecture: str
+    seed: int
+    recipe: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    protocol: str = ""
+
+    @property
+    def name(self) -> str:
+        varied = "".join(f" {k}={v}" for k, v in self.settings.items())
+        return f"{self.task} {self.architecture} s{self.seed}{varied}"
+
+    def arguments(self) -> list[str]:
+        found = ["run", self.task, self.architecture, "--recipe", self.recipe, "--seed", str(self.seed)]
+        found += ["--protocol", self.protocol] if self.protocol else []
+        for key, value in self.settings.items():
+            found += ["--set", f"{key}={json.dumps(value)}"]
+        for key, value in self.options.items():
+            # a switch has no value
+            found += [f"--{key}"] if value is None else [f"--{key}", str(value)]
+        return found
+
+    def request(self) -> Request:
+        from lra.training.run import Request
+
+        settings = {k: json.dumps(v) for k, v in self.settings.items()}
+        pretrain, match = (str(self.options.get(key, "")) for key in ("pretrain", "match"))
+        return Request(
+            self.task,
+            self.architecture,
+            self.recipe,
+            self.seed,
+            self.protocol,
+            settings,
+            pretrain=pretrain,
+            match=match,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    file: Path
+    cells: tuple[Cell, ...]
+    retries: int = 0
+    search: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def logs(self) -> Path:
+        from lra.results import result
+
+        return result.unfinished() / f"sweep-{self.file.stem}"
+
+
+def read(path: Path) -> Plan:
+    """The plan of a sweep file, every cell resolved. Raises UserError."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"no sweep file {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+    parts = content.pop("part", [{}])
+    if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
+        raise UserError(f"{path}: part is not a list of tables; write [[part]] above each grid")
+    cells: list[Cell] = []
+    for part in parts:
+        cells += _cells({**content, **part}, path, MOST - len(cells))
+    retries = content.get("retries", 0)
+    if type(retries) is not int or retries < 0:
+        raise UserError(f"{path}: retries is {retries!r}; a whole number from 0")
+    from lra.training.run import resolved
+
+    known = set()
+    for cell in cells:
+        run = (cell.task, cell.architecture, cell.seed, resolved(cell.request())[0].hash)
+        if run in known:
+            raise UserError(f"{path}: two cells are the same run: {cell.name}")
+        known.add(run)
+    return Plan(path, tuple(cells), retries, content.get("search", {}))
+
+
+def _cells(content: Mapping[str, Any], path: Path, most: int) -> list[Cell]:
+    """The cells of one grid, at most so many; none where it is meant for another device."""
+    for key, value in content.items():
+        if key not in KEYS:
+            raise unknown("key", key, KEYS, where=str(path))
+        if key in KINDS and not isinstance(value, KINDS[key]):
+            raise UserError(f"{path}: {key} is {brief(value)}; a {'text' if KINDS[key] is str else 'table'}")
+    for key, value in content.get("run", {}).items():
+        if key not in RUN_OPTIONS:
+            raise unknown("option", f"run.{key}", [f"run.{k}" for k in RUN_OPTIONS], where=str(path))
+        if not isinstance(value, str | int | float) or isinstance(value, bool):
+            raise UserError(f"{path}: run.{key} is {brief(value)}; a text or a number")
+    lists = {key: content.get(key, [0] if key == "seeds" else []) for key in ("tasks", "architectures", "seeds")}
+    for key, values in lists.items():
+        kind = int if key == "seeds" else str
+        if not isinstance(values, list) or not values or not all(type(v) is kind for v in values):
+            raise UserError(f"{path}: {key} is {brief(values)}; a list of at least one {kind.__name__}")
+    if not all(0 <= seed < 2**32 for seed in lists["seeds"]):
+        raise UserError(f"{path}: seeds is {brief(lists['seeds'])}; numbers from 0 to {2**32 - 1}")
+    grid = content.get("grid", {})
+    for key, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise UserError(f"{path}: grid.{key} is {brief(values)}; a list of at least one value")
+    if (device := content.get("device", "")) not in DEVICES:
+        raise unknown("device", device, [name for name in DEVICES if name], where=str(path))
+    from lra.training.run import device as here
+
+    if device and DEVICES[device] != here().type:
+        return []
+    count = math.prod(len(values) for values in (*lists.values(), *grid.values()))
+    if count > most:
+        raise UserError(f"{path} asks for {count:,} runs; a sweep has at most {MOST:,}")
+    from lra.config.recipe import plain
+
+    settings = {part: plain(content.get(part, {}), f"{path}: {part}") for part in ("set", "grid")}
+    recipe, protocol = content.get("recipe", "auto"), content.get("protocol", "")
+    return [
+        Cell(task, architecture, seed, recipe, settings["set"] | dict(chosen), content.get("run", {}), protocol)
+        for task, architecture in itertools.product(lists["tasks"], lists["architectures"])
+        for chosen in _combinations(settings["grid"])
+        for seed in lists["seeds"]
+    ]
+
+
+def _combinations(grid: Mapping[str, list[Any]]) -> Iterator[tuple[tuple[str, Any], ...]]:
+    yield from (tuple(zip(grid, values, strict=True)) for values in itertools.product(*grid.values()))
+
+
+def slurm(plan: Plan, kind: str) -> str:
+    """A job array, one task for each cell; finished cells end at once."""
+    if kind != "slurm":
+        raise unknown("kind of script", kind, ("slurm",), where="--emit")
+    return "\n".join([
+        "#!/bin/bash",
+        f"#SBATCH --job-name={shlex.quote('lra-' + plan.file.stem)}",
+        f"#SBATCH --array=0-{len(plan.cells) - 1}",
+        "#SBATCH --requeue",
+        "#SBATCH --signal=TERM@60",
+        "# partition, time, memory and devices: as `sbatch` options",
+        f"cd {shlex.quote(str(Path.cwd()))}",
+        f"exec {shlex.quote(sys.executable)} -m lra.cli.app sweep {shlex.quote(str(plan.file.resolve()))} "
+        "--cell $SLURM_ARRAY_TASK_ID",
+        "",
+    ])  # fmt: skip

@@ -1,0 +1,160 @@
+"""Every registered architecture passes the conformance checks, and every check bites."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bad_encoders
+import pytest
+import torch
+from rich.console import Console
+
+from lra.conformance.checks import LONG, Subject, growth, reloaded
+from lra.conformance.suite import CHECKS, Finding, check, meaning, render
+from lra.encoder import Encoder
+from lra.errors import UserError
+from lra.registry import architectures
+
+HERE = Path(__file__).parents[1]
+NAMES = architectures.names(variants=True)
+# one fresh process serves all names in a test of its own: starting one for each would cost more than all other checks
+IN_PROCESS = [name for name in CHECKS if name != "save"]
+BROKEN = [
+    name for name, c in vars(bad_encoders).items()
+    if inspect.isclass(c) and issubclass(c, Encoder) and c.__module__ == "bad_encoders"
+]  # fmt: skip
+
+
+def named(name: str) -> str:
+    return f"{HERE / 'bad_encoders.py'}:{name}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_architecture(name: str) -> None:
+    findings = check(name, only=IN_PROCESS)
+    assert [f.check for f in findings] == IN_PROCESS
+    assert not [f"{f.check}: {f.message}" for f in findings if f.failed]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "scaling"),
+    [
+        ("cdil", {"levels": 3}, "L"),
+        ("tcn", {"levels": 3}, "L"),
+        ("mega", {"chunk": 16}, "L log L"),
+        ("reformer", {"n_buckets": 64}, "L log L"),
+        ("sinkhorn", {"size": 16}, "L^2"),
+        ("sparse", {"stride": 16}, "L^2"),
+        ("sparse", {"stride": 16, "pattern": "fixed"}, "L^2"),
+    ],
+)
+def test_what_no_longer_follows_the_length_grows_otherwise(name: str, options: dict[str, Any], scaling: str) -> None:
+    built = Subject(architectures.get(name), options).encoder()
+    assert built.scaling == scaling != built.card.scaling
+    assert [f.status for f in check(name, only=["cost"], options=options)] == ["pass"]
+
+
+@pytest.mark.parametrize(
+    ("scaling", "term"),
+    [
+        ("L", lambda n: 0.0),
+        ("L log L", lambda n: n * math.log(n)),
+        ("L sqrt L", lambda n: n * math.sqrt(n)),
+        ("L^2", lambda n: n**2),
+    ],
+)
+def test_growth_is_that_of_the_fastest_part(scaling: str, term: Callable[[int], float]) -> None:
+    """A hundredth of the work at the shortest length, beside fixed and linear work."""
+    first = LONG[0]
+    share = 0.01 * first / max(term(first), 1.0)
+    assert growth([5 * first + n + share * term(n) for n in LONG]) == scaling
+
+
+def test_growth_of_another_kind_is_named_as_such() -> None:
+    for work in (lambda n: n**0.5, lambda n: n * (100 - math.log(n)), lambda n: n**3):
+        assert growth([work(n) for n in LONG]) == "none of L, L log L, L sqrt L, L^2"
+
+
+def test_architectures_reload_in_a_fresh_process() -> None:
+    subjects = [Subject(architectures.get(name)) for name in NAMES]
+    faults = dict(zip(NAMES, reloaded(subjects), strict=True))
+    exempt = {name for name, subject in zip(NAMES, subjects, strict=True) if "save" in subject.card.exempt}
+    assert {name: fault for name, fault in faults.items() if fault and name not in exempt} == {}
+    assert {name for name in exempt if "/" not in name and not faults[name]} == set(), "exemptions no longer needed"
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_encoder_fails_the_named_check_alone(name: str) -> None:
+    breaks = getattr(bad_encoders, name).breaks
+    findings = check(named(name), only=IN_PROCESS)
+    assert {f.check: f.message for f in findings if f.failed}.keys() == ({breaks} if breaks in IN_PROCESS else set())
+    assert all("\n" not in f.message for f in findings)
+
+
+def test_broken_encoders_in_a_fresh_process() -> None:
+    names = [name for name in BROKEN if name != "CannotBeBuilt"]
+    faults = reloaded([Subject(architectures.get(named(name))) for name in names])
+    wanted = {name for name in names if getattr(bad_encoders, name).breaks == "save"}
+    assert {name for name, fault in zip(names, faults, strict=True) if fault} == wanted
+
+
+def test_every_check_is_bitten() -> None:
+    assert {getattr(bad_encoders, name).breaks for name in BROKEN} - {""} == set(CHECKS)
+
+
+def test_exemptions_are_strict() -> None:
+    [honest] = check(named("HonestExemption"), only=["padding"])
+    assert (honest.status, honest.message, honest.failed) == ("exempt", "it reads the padding", False)
+    [stale] = check(named("StaleExemption"), only=["padding"])
+    assert (stale.status, stale.failed) == ("stale", True)
+    assert "delete the exemption" in stale.message
+    # with other arguments than the card speaks of, an exemption may well not be needed
+    [other] = check(named("StaleExemption"), only=["padding"], options={"n_layers": 1})
+    assert other.status == "pass"
+
+
+def test_messages_say_what_is_wrong() -> None:
+    for name, said in (
+        ("ReadsPadding", "your layer reads padded positions; take the argument `mask`"),
+        ("DeadParameter", "1 of 14 parameters get no gradient: unused"),
+        ("LeaksOnTheWayBack", "with direction='bidirectional' outputs at real positions changed by"),
+        ("StepsDifferently", "at token 1 (float64)"),
+        ("DoubledCost", "cost(32).matmul is 524,288, 2 times what was counted: 262,144 in products"),
+        ("OverstatedGrowth", "work is declared to grow as L^2, but cost grows as L"),
+        ("UnknownExemption", "unknown check 'paddin'; did you mean 'padding'?"),
+        ("TakesAnything", "argument more is variadic keyword"),
+        ("CannotBeBuilt", "it cannot be built: raised RuntimeError: no such thing (bad_encoders.py:"),
+    ):
+        breaks = getattr(bad_encoders, name).breaks
+        [message] = [f.message for f in check(named(name), only=[breaks]) if f.failed]
+        assert said in message
+
+
+def test_only_checks_that_exist() -> None:
+    with pytest.raises(UserError, match="unknown check 'pading'; did you mean 'padding'"):
+        check("gru", only=["pading"])
+
+
+def test_checks_leave_the_random_state_alone() -> None:
+    before = torch.get_rng_state()
+    check(named("Good"), only=["shape", "trains"])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("columns", [80, 100, 200])
+def test_the_table_fits(columns: int) -> None:
+    findings = [Finding(name, "pass", meaning(name), 0.1) for name in CHECKS]
+    findings += [Finding("padding", "fail", "word " * 60, 1.0), Finding("cost", "undeclared", "x" * 150, 12.0)]
+    console = Console(width=columns, file=io.StringIO(), record=True)
+    console.print(render(findings))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= min(columns, 100)
+    assert lines[-1].startswith(f"{len(findings)} checks: {len(CHECKS)} pass, 1 fail, 1 not declared")
+    assert all(any(line.split()[:1] == [name] for line in lines) for name in CHECKS)
+    if columns >= 100:
+        assert all(any(meaning(name) in line for line in lines) for name in CHECKS), "one line for what passes"

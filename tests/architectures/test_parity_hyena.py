@@ -1,0 +1,102 @@
+"""hyena against tensors of the authors' operator, and the start of its filters."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lra.architectures.convolution.hyena import Hyena, HyenaMixer
+
+
+def golden(name: str) -> dict[str, Tensor]:
+    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
+        return {key: torch.from_numpy(file[key]) for key in file.files}
+
+
+@pytest.mark.parametrize("name", ["hyena_order2", "hyena_order3"])
+def test_operator_equals_the_authors(name: str) -> None:
+    g = golden(name)
+    order, length, features = int(g["param.order"]), int(g["param.l_max"]), g["param.filter_fn.pos_emb.z"].shape[2]
+    mixer = HyenaMixer(4, length, order, features, width=6, shift=float(g["param.shift"])).double()
+    filters = mixer.filter
+    torch.testing.assert_close(filters.z, g["mid.init.z"][0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(filters.t, g["mid.init.t"][0, :, 0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(filters.deltas, g["mid.init.deltas"].flatten(), rtol=1e-6, atol=1e-6)
+    own = {
+        "input.weight": g["param.in_proj.weight"],
+        "input.bias": g["param.in_proj.bias"],
+        "short": g["param.short_filter.weight"].squeeze(1),
+        "short_bias": g["param.short_filter.bias"],
+        "skip": g["param.filter_fn.bias"].view(order - 1, 4),
+        "out.weight": g["param.out_proj.weight"],
+        "out.bias": g["param.out_proj.bias"],
+        "filter.z": g["param.filter_fn.pos_emb.z"][0],
+        "filter.frequency": g["param.filter_fn.implicit_filter.1.freq"][0],
+        "filter.last.weight": g["param.filter_fn.implicit_filter.6.weight"],
+    }
+    for i in range(3):
+        for part in ("weight", "bias"):
+            own[f"filter.maps.{i}.{part}"] = g[f"param.filter_fn.implicit_filter.{2 * i}.{part}"]
+    mixer.load_state_dict(own)
+    filters.deltas, filters.t = (
+        g["param.filter_fn.modulation.deltas"].flatten(),
+        g["param.filter_fn.pos_emb.t"].flatten(),
+    )
+    torch.testing.assert_close(filters(48).T, g["mid.filter"], rtol=1e-11, atol=1e-12)
+    x = g["x"].clone().requires_grad_()
+    y = mixer(x, torch.ones(x.shape[:2], dtype=torch.bool))
+    torch.testing.assert_close(y, g["y"], rtol=1e-11, atol=1e-12)
+    (y * g["w"]).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, g["grad.x"], rtol=1e-10, atol=1e-11)
+
+
+def test_gradients_of_every_parameter_equal_a_dense_convolution() -> None:
+    torch.manual_seed(0)
+    mixer = HyenaMixer(3, 12, order=3, features=5, width=4, shift=0.1).double()
+    x = torch.randn(2, 10, 3, dtype=torch.float64, requires_grad=True)
+    w = torch.randn_like(x)
+    u = mixer.input(x)
+    short = mixer.short_bias + sum(
+        mixer.short[:, 2 - j] * torch.nn.functional.pad(u, (0, 0, j, 0))[:, :10] for j in range(3)
+    )
+    x0, x1, x2, v = short.chunk(4, dim=-1)
+    h = mixer.filter(10).view(2, 3, 10)
+    for n, gate in enumerate((x2, x1)):
+        u = v * gate
+        rows = [sum(h[n, :, t - s] * u[:, s] for s in range(t + 1)) + mixer.skip[n] * u[:, t] for t in range(10)]
+        v = torch.stack(rows, dim=1)
+    expected, y = mixer.out(v * x0), mixer(x, torch.ones(2, 10, dtype=torch.bool))
+    torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-12)
+    inputs = (x, *mixer.parameters())
+    ours, others = (torch.autograd.grad((out * w).sum(), inputs, retain_graph=True) for out in (y, expected))
+    for one, other in zip(ours, others, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+def test_windows_fall_to_a_hundredth_within_their_range() -> None:
+    filters = HyenaMixer(8, 1001, order=2, features=3, width=4, shift=0.0).filter
+    falls = math.log(0.01) / filters.deltas
+    torch.testing.assert_close(falls[[0, -1]], torch.tensor([1.5, 0.3]))
+    assert (filters.frequency == 1).all()
+    assert filters.t[0] == 0
+    assert filters.t[-1] == 1
+
+
+def test_positions_and_filters_have_rates_of_their_own() -> None:
+    optim = Hyena(d_model=4, n_layers=1, length=8, filter_lr=5e-4).optim
+    assert list(optim.values()) == [{"lr": 1e-5, "weight_decay": 0.0}, {"lr": 5e-4, "weight_decay": 0.0}]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"), [({"order": 1}, "order is 1"), ({"features": 4}, "features is 4"), ({"width": 0}, "width is 0")]
+)
+def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Hyena(d_model=8, n_layers=1, length=8, **wrong)

@@ -1,0 +1,138 @@
+"""lru against tensors of its source, its recurrence step by step, and the ring it starts on."""
+
+from __future__ import annotations
+
+import math
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stepping import stepped
+from torch import Tensor, nn
+
+from lra.architectures.state_space.lru import LRU, LRUMixer, ring
+
+
+def golden(name: str) -> dict[str, Tensor]:
+    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
+        return {key: torch.from_numpy(file[key]) for key in file.files}
+
+
+def loaded(g: dict[str, Tensor], prefix: str = "param.") -> LRU:
+    """One layer of 8 features and 12 states with the stored recurrence; the gate is the module's own."""
+    encoder = LRU(d_model=8, n_layers=1, length=40, state_size=12).double()
+    mixer = mixer_of(encoder)
+    state = {
+        "nu": g[f"{prefix}nu_log"],
+        "theta": g[f"{prefix}theta_log"],
+        "gamma": g[f"{prefix}gamma_log"],
+        "B": torch.stack([g[f"{prefix}B_re"], g[f"{prefix}B_im"]], dim=1),
+        "C": torch.stack([g[f"{prefix}C_re"], g[f"{prefix}C_im"]], dim=2),
+        "d": g[f"{prefix}D"],
+    }
+    missing, unexpected = mixer.load_state_dict(state, strict=False)
+    assert missing == ["out.weight", "out.bias"]
+    assert not unexpected
+    return encoder
+
+
+def mixer_of(encoder: LRU) -> LRUMixer:
+    mixer = encoder.blocks[0].mixer
+    assert isinstance(mixer, LRUMixer)
+    return mixer
+
+
+def test_recurrence_equals_its_source() -> None:
+    g = golden("lru")
+    x = g["x"].requires_grad_()
+    y = mixer_of(loaded(g)).recurrence(x)
+    torch.testing.assert_close(y, g["y"], rtol=1e-11, atol=1e-12)
+    (y * g["w"]).sum().backward()
+    torch.testing.assert_close(x.grad, g["grad.x"], rtol=1e-11, atol=1e-12)
+
+
+def test_residual_layer_equals_its_source() -> None:
+    g = golden("lru_layer")
+    encoder = loaded(g, "param.seq.")
+    layer = encoder.blocks[0]
+    norm = layer.norm
+    assert isinstance(norm, nn.LayerNorm)
+    norm.eps = 1e-6  # of flax
+    state = {
+        "norm.weight": g["param.normalization.scale"],
+        "norm.bias": g["param.normalization.bias"],
+        "mixer.out.weight": torch.cat([g["param.out1.kernel"].T, g["param.out2.kernel"].T]),
+        "mixer.out.bias": torch.cat([g["param.out1.bias"], g["param.out2.bias"]]),
+    }
+    assert not layer.load_state_dict(state, strict=False).unexpected_keys
+    y = layer(g["x"], torch.ones(g["x"].shape[:2], dtype=torch.bool))
+    torch.testing.assert_close(y, g["mid.y.layernorm.prenorm"], rtol=1e-11, atol=1e-12)
+
+
+def test_gradients_of_every_parameter_equal_the_recurrence() -> None:
+    """The stored tensors hold the gradient of x alone; the recurrence step by step gives those of the parameters."""
+    g = golden("lru")
+    mixer = mixer_of(loaded(g))
+    names, parameters = zip(*mixer.named_parameters(), strict=True)
+    recurrent = torch.autograd.grad((stepped(mixer, g["x"]) * g["w"]).sum(), parameters)
+    y = mixer(g["x"], torch.ones(g["x"].shape[:2], dtype=torch.bool))
+    for name, own, other in zip(names, torch.autograd.grad((y * g["w"]).sum(), parameters), recurrent, strict=True):
+        assert torch.allclose(own, other, rtol=1e-9, atol=1e-10), name
+
+
+def test_step_equals_forward_over_2048_tokens() -> None:
+    torch.manual_seed(0)
+    mixer = mixer_of(LRU(d_model=4, n_layers=1, length=2048, state_size=16))
+    x = torch.randn(1, 2048, 4)
+    with torch.no_grad():
+        expected = mixer(x, torch.ones(1, 2048, dtype=torch.bool))
+        torch.testing.assert_close(stepped(mixer, x), expected, rtol=1e-4, atol=2e-5)
+
+
+def test_ring_equals_its_source() -> None:
+    g = golden("lru")
+    limits = (float(g["param.r_min"]), float(g["param.r_max"]), float(g["param.max_phase"]))
+    nu, theta, gamma = ring(g["mid.init.u_nu"], g["mid.init.u_theta"], *limits)
+    torch.testing.assert_close(nu, g["mid.init.nu_log"], rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(theta, g["mid.init.theta_log"], rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(gamma, g["mid.init.gamma_log"], rtol=1e-11, atol=1e-11)
+
+
+def test_start_is_uniform_over_the_ring_and_keeps_variance() -> None:
+    torch.manual_seed(0)
+    mixer = mixer_of(LRU(d_model=64, n_layers=1, length=8, state_size=4000, r_min=0.5, r_max=0.9, max_phase=1.0))
+    decay = mixer._decay()
+    assert decay.abs().min() >= 0.5 * (1 - 1e-5)
+    assert decay.abs().max() <= 0.9 * (1 + 1e-5)
+    assert abs(decay.abs().square().mean().item() - (0.25 + 0.81) / 2) < 0.01  # uniform over the area
+    assert decay.angle().min() > 0
+    assert decay.angle().max() <= 1
+    assert abs(decay.angle().mean().item() - 0.5) < 0.02
+    # white input of variance 1: a state has variance gamma^2 |B|^2 / (1 - |lambda|^2), 1 on average
+    variance = (mixer.gamma.exp()[:, None, None] * mixer.B).square().sum((1, 2)) / (1 - decay.abs().square())
+    assert abs(variance.mean().item() - 1) < 0.01
+    assert abs(mixer.C.std().item() * math.sqrt(4000) - 1) < 0.02
+
+
+def test_optimiser_settings_reach_the_recurrence_alone() -> None:
+    encoder = LRU(d_model=8, n_layers=1, length=8, recurrent_lr_scale=0.1)
+    own = {name for name, _ in encoder.named_parameters() if any(fnmatch(name, pattern) for pattern in encoder.optim)}
+    assert own == {f"layers.0.mixer.{name}" for name in ("nu", "theta", "gamma", "B")}
+    assert all(settings == {"lr_scale": 0.1, "weight_decay": 0.0} for settings in encoder.optim.values())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"state_size": 0}, "state_size is 0"),
+        ({"r_min": 0.9, "r_max": 0.8}, r"r_max 0\.8"),
+        ({"r_max": 1.2}, r"r_max 1\.2"),
+        ({"max_phase": 7.0}, r"max_phase is 7\.0"),
+    ],
+)
+def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        LRU(d_model=8, n_layers=1, length=8, **wrong)

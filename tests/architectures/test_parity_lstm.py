@@ -1,0 +1,147 @@
+"""lstm against torch.nn and closed forms of its variants, its recurrent mode, and the properties of its start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from stepping import run, stepped
+
+from lra.architectures.recurrent.lstm import LSTM, LSTMMixer
+
+
+def everything(x: torch.Tensor) -> torch.Tensor:
+    return torch.ones(x.shape[:2], dtype=torch.bool)
+
+
+def test_plain_cell_equals_torch() -> None:
+    torch.manual_seed(0)
+    mixer, theirs = LSTMMixer(5, False, False, 20, None).double(), torch.nn.LSTM(5, 5, batch_first=True).double()
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter, std=0.7)
+    own = [mixer.input.weight, mixer.U, mixer.input.bias]
+    with torch.no_grad():
+        w, u, b, c = theirs.parameters()
+        for parameter, value in zip((w, u, b), own, strict=True):
+            parameter.copy_(value)
+        c.zero_()
+    x = torch.randn(2, 13, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn_like(x)
+    y, expected = mixer(x, everything(x)), theirs(x)[0]
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    ours = torch.autograd.grad((y * weight).sum(), (x, *own))
+    others = torch.autograd.grad((expected * weight).sum(), (x, w, u, b))
+    for one, other in zip(ours, others, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("name", "peephole", "coupled"),
+    [("lstm_peephole", True, False), ("lstm_cifg", False, True), ("lstm_cifg_peephole", True, True)],
+)
+def test_variants_equal_closed_forms(name: str, peephole: bool, coupled: bool) -> None:
+    """The stored layers take 4 features to 5 units; the missing one becomes a feature that is always zero."""
+    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
+        g = {key: torch.from_numpy(file[key]) for key in file.files}
+    mixer = LSTMMixer(5, peephole, coupled, 20, None).double()
+    state = {
+        "input.weight": torch.nn.functional.pad(g["param.W"], (0, 1)),
+        "U": g["param.R"],
+        "input.bias": g["param.b"],
+    }
+    if peephole:
+        state["p"] = torch.stack([g[f"param.{p}"] for p in ("p_i", "p_f", "p_o") if f"param.{p}" in g])
+    mixer.load_state_dict(state)
+    x = torch.nn.functional.pad(g["x"], (0, 1)).requires_grad_()
+    # they start from a state of their own, as the recurrent mode alone can
+    y, (_, c) = run(mixer, x, (g["h0"], g["c0"]))
+    torch.testing.assert_close(y, g["y"], rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(c, g["c_n"], rtol=1e-11, atol=1e-12)
+    (grad,) = torch.autograd.grad((y * g["w"]).sum(), x)
+    torch.testing.assert_close(grad[..., :4], g["grad.x"], rtol=1e-10, atol=1e-11)
+
+
+def test_layernorm_equals_haste() -> None:
+    """The stored layer takes 4 features to 5 units, as above; its gates are in the order i, g, f, o."""
+    with np.load(Path(__file__).parents[1] / "golden" / "lstm_layernorm_haste.npz", allow_pickle=False) as file:
+        g = {key: torch.from_numpy(file[key]) for key in file.files}
+
+    def ours(gates: torch.Tensor) -> torch.Tensor:
+        i, candidate, f, o = gates.chunk(4, dim=-1)
+        return torch.cat([i, f, candidate, o], dim=-1)
+
+    mixer = LSTMMixer(5, False, False, 20, None, layernorm=True).double()
+    state = {
+        "input.weight": torch.nn.functional.pad(ours(g["param.kernel"]).T, (0, 1)),
+        "input.bias": ours(g["param.bias"]),
+        "U": ours(g["param.recurrent_kernel"]).T,
+        "gain": ours(g["param.gamma"][0]),
+        "norm": torch.cat([ours(g["param.gamma"][1]), g["param.gamma_h"], g["param.beta_h"]]).view(6, 5),
+    }
+    mixer.load_state_dict(state)
+    x = torch.nn.functional.pad(g["x"], (0, 1)).requires_grad_()
+    y, (_, c) = run(mixer, x, (g["h0"], g["c0"]))
+    torch.testing.assert_close(y, g["y"], rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(c, g["c_n"], rtol=1e-11, atol=1e-12)
+    (grad,) = torch.autograd.grad((y * g["w"]).sum(), x)
+    torch.testing.assert_close(grad[..., :4], g["grad.x"], rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("peephole", "coupled", "layernorm"),
+    [(False, False, False), (True, False, False), (False, True, False), (True, True, False), (False, False, True)],
+)
+def test_gradients_of_every_parameter_equal_the_recurrence(peephole: bool, coupled: bool, layernorm: bool) -> None:
+    torch.manual_seed(0)
+    mixer = LSTMMixer(5, peephole, coupled, 20, None, layernorm).double()
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter, std=0.7)
+    x = torch.randn(2, 9, 5, dtype=torch.float64, requires_grad=True)
+    w = torch.randn_like(x)
+    y, expected = mixer(x, everything(x)), stepped(mixer, x)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    inputs = (x, *mixer.parameters())
+    ours, others = (torch.autograd.grad((out * w).sum(), inputs) for out in (y, expected))
+    for own, other in zip(ours, others, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-11)
+
+
+def test_step_equals_forward_over_2048_tokens() -> None:
+    torch.manual_seed(0)
+    mixer = LSTMMixer(8, True, False, 2048, None)
+    x = torch.randn(1, 2048, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(stepped(mixer, x), mixer(x, everything(x)))
+
+
+def test_gates_start_with_memories_up_to_the_horizon() -> None:
+    torch.manual_seed(0)
+    mixer = LSTMMixer(64, True, False, 1000, None)
+    for gate in mixer.U.chunk(4):
+        torch.testing.assert_close(gate @ gate.T, torch.eye(64), rtol=0, atol=1e-5)
+    i, f, g, o = mixer.input.bias.chunk(4)
+    torch.testing.assert_close(i, -f)
+    assert not g.any()
+    assert not o.any()
+    memories = 1 + f.exp()  # tokens after which a gate of sigmoid(b_f) has forgotten 1 - 1/e, to first order
+    assert memories.min() >= 2
+    assert memories.max() <= 1000
+    assert 350 < memories.mean() < 650
+    assert mixer.p is not None
+    assert not mixer.p.any()
+
+
+def test_layernorm_takes_no_other_variant() -> None:
+    with pytest.raises(ValueError, match="without peephole"):
+        LSTM(d_model=4, n_layers=1, length=8, layernorm=True, peephole=True)
+
+
+def test_a_given_forget_bias_is_used() -> None:
+    i, f, g, o = LSTMMixer(4, False, False, 1000, 1.0).input.bias.chunk(4)
+    assert (f == 1).all()
+    assert not torch.cat([i, g, o]).any()
+    i, g, o = LSTMMixer(4, False, True, 1000, 1.0).input.bias.chunk(3)
+    assert (i == -1).all()
+    assert not torch.cat([g, o]).any()

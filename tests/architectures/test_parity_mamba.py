@@ -1,0 +1,126 @@
+"""mamba against tensors of an independent mixer, its recurrence, and the step sizes and modes it starts with."""
+
+from __future__ import annotations
+
+import math
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stepping import run, stepped
+from torch import Tensor
+from torch.nn import functional as F
+
+from lra.architectures.state_space.mamba import Mamba, MambaMixer
+
+NAMES = {
+    "into.weight": "in_proj.weight",
+    "into.bias": "in_proj.bias",
+    "conv_weight": "conv1d.weight",
+    "conv_bias": "conv1d.bias",
+    "select.weight": "x_proj.weight",
+    "dt_weight": "dt_proj.weight",
+    "dt_bias": "dt_proj.bias",
+    "A_log": "A_log",
+    "d": "D",
+    "out.weight": "out_proj.weight",
+    "out.bias": "out_proj.bias",
+}
+
+
+def golden() -> dict[str, Tensor]:
+    with np.load(Path(__file__).parents[1] / "golden" / "mamba_block.npz", allow_pickle=False) as file:
+        return {key: torch.from_numpy(file[key]) for key in file.files}
+
+
+def mixer_of(**own: Any) -> MambaMixer:
+    mixer = Mamba(**{"d_model": 6, "n_layers": 1, "length": 32, **own}).blocks[0].mixer
+    assert isinstance(mixer, MambaMixer)
+    return mixer
+
+
+def loaded(g: dict[str, Tensor]) -> MambaMixer:
+    mixer = mixer_of(state_size=4, dt_rank=int(g["cfg.dt_rank"]), bias=True).double()
+    mixer.load_state_dict({own: flat(g[f"param.{other}"]) for own, other in NAMES.items()})
+    return mixer
+
+
+def flat(weight: Tensor) -> Tensor:
+    """Depthwise filters are stored (E, 1, K) there and (E, K) here."""
+    return weight.squeeze(1) if weight.dim() == 3 else weight
+
+
+def test_mixer_equals_an_independent_one() -> None:
+    g = golden()
+    mixer, x = loaded(g), g["x"].requires_grad_()
+    y = mixer(x, torch.ones(x.shape[:2], dtype=torch.bool))
+    torch.testing.assert_close(y, g["y"], rtol=1e-11, atol=1e-12)
+    (y * g["w"]).sum().backward()
+    torch.testing.assert_close(x.grad, g["grad.x"], rtol=1e-10, atol=1e-11)
+    for own, other in NAMES.items():
+        grad = mixer.get_parameter(own).grad
+        assert grad is not None
+        assert torch.allclose(grad, flat(g[f"grad.param.{other}"]), rtol=1e-10, atol=1e-11), own
+
+
+def test_step_equals_an_independent_mixer() -> None:
+    g = golden()
+    mixer = loaded(g)
+    y, state = run(mixer, g["x"])
+    torch.testing.assert_close(y, g["y"], rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(state[0], g["mid.in_proj"][:, -3:, :12], rtol=1e-11, atol=1e-12)
+
+
+def test_step_equals_forward_over_2048_tokens() -> None:
+    torch.manual_seed(0)
+    mixer = mixer_of(d_model=4, state_size=4)
+    x = torch.randn(1, 2048, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(stepped(mixer, x), mixer(x, torch.ones(1, 2048, dtype=torch.bool)))
+
+
+def test_initialisation() -> None:
+    torch.manual_seed(0)
+    mixer = mixer_of(d_model=512, n_layers=4)
+    torch.testing.assert_close(mixer.A_log.exp(), torch.arange(1.0, 17).expand(1024, 16))
+    dt = F.softplus(mixer.dt_bias.double())
+    assert dt.min() >= 0.001 * (1 - 1e-4)
+    assert dt.max() <= 0.1 * (1 + 1e-4)
+    assert 0.0085 < dt.median() < 0.0118  # uniform in the logarithm: the geometric mean, 0.01
+    assert mixer.dt_weight.shape == (1024, 32)
+    # uniform within R^-1/2
+    assert 0.99 < mixer.dt_weight.abs().max() * math.sqrt(32) <= 1
+    assert (mixer.d == 1).all()
+    # nn.Linear draws within fan_in^-1/2, here over sqrt(n_layers)
+    assert 0.99 < mixer.out.weight.abs().max() * math.sqrt(1024 * 4) <= 1 + 1e-6
+
+
+def test_outer_biases_start_at_zero() -> None:
+    mixer = mixer_of(bias=True)
+    assert not mixer.into.bias.any()
+    assert not mixer.out.bias.any()
+
+
+def test_weight_decay_spares_the_modes_and_the_skip() -> None:
+    encoder = Mamba(d_model=8, n_layers=1, length=8)
+    own = {name for name, _ in encoder.named_parameters() if any(fnmatch(name, pattern) for pattern in encoder.optim)}
+    assert own == {"layers.0.mixer.A_log", "layers.0.mixer.d"}
+    assert all(settings == {"weight_decay": 0.0} for settings in encoder.optim.values())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"state_size": 0}, "state_size is 0"),
+        ({"expand": 0}, "expand is 0"),
+        ({"d_conv": 0}, "d_conv is 0"),
+        ({"dt_rank": 0}, "dt_rank is 0"),
+        ({"dt_min": 0.2}, r"dt_min is 0\.2"),
+    ],
+)
+def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Mamba(d_model=8, n_layers=1, length=8, **wrong)

@@ -1,0 +1,134 @@
+"""mamba2 against tensors of an independent mixer, its recurrence, and the step sizes and decays it starts with."""
+
+from __future__ import annotations
+
+import math
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stepping import run, stepped
+from torch import Tensor
+from torch.nn import functional as F
+
+from lra.architectures.state_space.mamba2 import Mamba2, Mamba2Mixer
+
+NAMES = {
+    "into.weight": "in_proj.weight",
+    "into.bias": "in_proj.bias",
+    "conv_weight": "conv1d.weight",
+    "conv_bias": "conv1d.bias",
+    "dt_bias": "dt_bias",
+    "A_log": "A_log",
+    "d": "D",
+    "norm_weight": "norm.weight",
+    "out.weight": "out_proj.weight",
+    "out.bias": "out_proj.bias",
+}
+
+
+def golden(name: str) -> dict[str, Tensor]:
+    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
+        return {key: torch.from_numpy(file[key]) for key in file.files}
+
+
+def mixer_of(**own: Any) -> Mamba2Mixer:
+    mixer = Mamba2(**{"d_model": 8, "n_layers": 1, "length": 32, "state_size": 4, "head_dim": 4, **own}).blocks[0].mixer
+    assert isinstance(mixer, Mamba2Mixer)
+    return mixer
+
+
+def loaded(g: dict[str, Tensor]) -> Mamba2Mixer:
+    mixer = mixer_of(n_groups=int(g["cfg.n_groups"]), bias="param.in_proj.bias" in g).double()
+    mixer.load_state_dict({own: stored(g, f"param.{NAMES[own]}") for own, _ in mixer.named_parameters()})
+    return mixer
+
+
+def stored(g: dict[str, Tensor], key: str) -> Tensor:
+    """Depthwise filters are stored (channels, 1, taps) there and (channels, taps) here."""
+    return g[key].squeeze(1) if g[key].dim() == 3 else g[key]
+
+
+@pytest.mark.parametrize("name", ["mamba2_mixer", "mamba2_mixer_nogroup"])
+def test_mixer_equals_an_independent_one(name: str) -> None:
+    g = golden(name)
+    mixer, x = loaded(g), g["x"].requires_grad_()
+    y = mixer(x, torch.ones(x.shape[:2], dtype=torch.bool))
+    torch.testing.assert_close(y, g["y"], rtol=1e-11, atol=1e-11)
+    (y * g["w"]).sum().backward()
+    torch.testing.assert_close(x.grad, g["grad.x"], rtol=1e-10, atol=1e-10)
+    for own, parameter in mixer.named_parameters():
+        assert parameter.grad is not None
+        assert torch.allclose(parameter.grad, stored(g, f"grad.param.{NAMES[own]}"), rtol=1e-10, atol=1e-10), own
+
+
+@pytest.mark.parametrize("name", ["mamba2_mixer", "mamba2_mixer_nogroup"])
+def test_step_equals_an_independent_mixer(name: str) -> None:
+    g = golden(name)
+    mixer = loaded(g)
+    y, state = run(mixer, g["x"])
+    torch.testing.assert_close(y, g["y"], rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(state[0], g["mid.in_proj"][:, -3:, 16:-4], rtol=1e-11, atol=1e-12)
+
+
+def test_step_equals_forward_over_2048_tokens() -> None:
+    torch.manual_seed(0)
+    mixer = mixer_of(d_model=4)
+    x = torch.randn(1, 2048, 4)
+    with torch.no_grad():
+        expected = mixer(x, torch.ones(1, 2048, dtype=torch.bool))
+        torch.testing.assert_close(stepped(mixer, x), expected, rtol=1e-4, atol=2e-5)
+
+
+def test_initialisation() -> None:
+    torch.manual_seed(0)
+    mixer = mixer_of(d_model=2000, n_layers=4)
+    A = mixer.A_log.exp()
+    assert A.min() >= 1
+    assert A.max() <= 16 * (1 + 1e-6)
+    assert abs(A.mean().item() - 8.5) < 0.5
+    dt = F.softplus(mixer.dt_bias.double())
+    assert dt.min() >= 0.001 * (1 - 1e-4)
+    assert dt.max() <= 0.1 * (1 + 1e-4)
+    assert 0.0085 < dt.median() < 0.0118  # uniform in the logarithm: the geometric mean, 0.01
+    assert (mixer.d == 1).all()
+    assert (mixer.norm_weight == 1).all()
+    # nn.Linear draws within fan_in^-1/2, here over sqrt(n_layers)
+    assert 0.99 < mixer.out.weight.abs().max() * math.sqrt(4000 * 4) <= 1 + 1e-6
+
+
+def test_head_width_fits_the_model() -> None:
+    heads = {d: Mamba2(d_model=d, n_layers=1, length=8).blocks[0].mixer.n_heads for d in (16, 112, 128)}
+    assert heads == {16: 1, 112: 7, 128: 4}
+
+
+def test_outer_biases_start_at_zero() -> None:
+    mixer = mixer_of(bias=True)
+    assert not mixer.into.bias.any()
+    assert not mixer.out.bias.any()
+
+
+def test_weight_decay_spares_decays_steps_and_skip() -> None:
+    encoder = Mamba2(d_model=8, n_layers=1, length=8)
+    own = {name for name, _ in encoder.named_parameters() if any(fnmatch(name, pattern) for pattern in encoder.optim)}
+    assert own == {f"layers.0.mixer.{name}" for name in ("A_log", "d", "dt_bias")}
+    assert all(settings == {"weight_decay": 0.0} for settings in encoder.optim.values())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"state_size": 0}, "state_size is 0"),
+        ({"expand": 0}, "expand is 0"),
+        ({"d_conv": 0}, "d_conv is 0"),
+        ({"head_dim": 5}, "head_dim is 5"),
+        ({"n_groups": 3}, "n_groups is 3"),
+        ({"dt_min": 0.2}, r"dt_min is 0\.2"),
+    ],
+)
+def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Mamba2(d_model=8, n_layers=1, length=8, **wrong)

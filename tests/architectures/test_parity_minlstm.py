@@ -1,0 +1,85 @@
+"""minlstm against tensors of an independent implementation, its recurrence, and the memories it starts with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from stepping import run, stepped
+from torch import Tensor
+
+from lra.architectures.recurrent.minlstm import MinLSTM, MinLSTMMixer
+
+
+def golden() -> dict[str, Tensor]:
+    with np.load(Path(__file__).parents[1] / "golden" / "minlstm.npz", allow_pickle=False) as file:
+        return {key: torch.from_numpy(file[key]) for key in file.files}
+
+
+def loaded(g: dict[str, Tensor]) -> MinLSTMMixer:
+    """A mixer with the stored weights; the source has no biases."""
+    mixer = MinLSTMMixer(6, expand=1.5, horizon=20).double()
+    assert mixer.out is not None
+    weights = {"project.weight": g["param.to_hidden_and_f_i_gate.weight"], "out.weight": g["param.to_out.weight"]}
+    biases = {"project.bias": torch.zeros(27), "out.bias": torch.zeros(6)}
+    mixer.load_state_dict(weights | biases)
+    return mixer
+
+
+def test_layer_equals_an_independent_one() -> None:
+    g = golden()
+    mixer, x = loaded(g), g["x"].requires_grad_()
+    y = mixer(x, torch.ones(x.shape[:2], dtype=torch.bool))
+    torch.testing.assert_close(y, g["y"], rtol=1e-11, atol=1e-12)
+    (y * g["w"]).sum().backward()
+    torch.testing.assert_close(x.grad, g["grad.x"], rtol=1e-11, atol=1e-12)
+    for own, other in (("project.weight", "to_hidden_and_f_i_gate.weight"), ("out.weight", "to_out.weight")):
+        grad = mixer.get_parameter(own).grad
+        torch.testing.assert_close(grad, g[f"grad.param.{other}"], rtol=1e-11, atol=1e-12)
+
+
+def test_step_equals_the_sequential_form() -> None:
+    g = golden()
+    mixer = loaded(g)
+    y, state = run(mixer, g["x"])
+    torch.testing.assert_close(y, g["mid.y_sequential"], rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(state, g["mid.final_state"], rtol=1e-11, atol=1e-12)
+
+
+def test_step_equals_forward_over_2048_tokens() -> None:
+    torch.manual_seed(0)
+    mixer = MinLSTMMixer(8, expand=1.0, horizon=2048)
+    x = torch.randn(1, 2048, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(stepped(mixer, x), mixer(x, torch.ones(1, 2048, dtype=torch.bool)))
+
+
+def test_gates_that_both_round_to_zero_stay_normalised() -> None:
+    mixer = MinLSTMMixer(4, expand=1.0, horizon=2)
+    with torch.no_grad():
+        mixer.project.weight.zero_()
+        mixer.project.bias.copy_(torch.tensor([0.5] * 4 + [-200.0] * 8))
+        keep, enter = mixer._terms(torch.zeros(4))
+    torch.testing.assert_close(keep, torch.full((4,), 0.5))
+    torch.testing.assert_close(enter, torch.full((4,), 0.5))
+
+
+def test_memories_at_the_start_fill_the_horizon() -> None:
+    torch.manual_seed(0)
+    mixer = MinLSTMMixer(512, expand=1.0, horizon=1000)
+    with torch.no_grad():
+        mixer.project.weight.zero_()
+        keep, _ = mixer._terms(torch.zeros(512))
+    memories = 1 / (1 - keep.double())
+    assert memories.min() >= 2
+    assert memories.max() <= 1000 * (1 + 1e-3)  # 1 - keep is a difference of float32 numbers near 1
+    assert 450 < memories.mean() < 550
+
+
+def test_wrong_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match="horizon is 0"):
+        MinLSTM(d_model=8, n_layers=1, length=16, horizon=0)
+    with pytest.raises(ValueError, match=r"expand is 0\.01"):
+        MinLSTM(d_model=8, n_layers=1, length=16, expand=0.01)

@@ -1,0 +1,175 @@
+"""performer against tensors of performer-pytorch, the L x L matrix of its features, and softmax attention."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stepping import stepped
+from torch import Tensor
+from torch.nn import functional as F
+
+from lra.architectures._attention import merge_heads, split_heads
+from lra.architectures._linear_attention import summed
+from lra.architectures.linear_attention.performer import Performer, PerformerMixer, orthogonal_features
+
+both = pytest.mark.parametrize("causal", [False, True])
+maps = pytest.mark.parametrize("feature_map", ["softmax", "relu"])
+
+
+def golden(name: str) -> dict[str, Tensor]:
+    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
+        return {key: torch.from_numpy(file[key]) for key in file.files}
+
+
+def everything(x: Tensor) -> Tensor:
+    return torch.ones(x.shape[:2], dtype=torch.bool)
+
+
+@both
+@maps
+def test_features_and_sums_equal_performer_pytorch(feature_map: str, causal: bool) -> None:
+    """Its features carry a further m^-1/2, and causally its sums of keys a further 1e-6 each."""
+    g = golden(f"performer_{feature_map}{'_causal' if causal else ''}")
+    mixer = PerformerMixer(6, 1, 6, feature_map, causal, n_features=14, redraw=0).double()
+    mixer.projection = g["mid.projection"]
+    q, k, v = (g[f"in.{name}"].requires_grad_() for name in "qkv")
+    scale = 14**-0.5 if feature_map == "softmax" else 1.0
+    phi_q = mixer.features(mixer.projected(q), g["mid.max_q"])
+    phi_k = mixer.features(mixer.projected(k), g["mid.max_k"])
+    torch.testing.assert_close(phi_q * scale, g["mid.phi_q"], rtol=0, atol=1e-13)
+    torch.testing.assert_close(phi_k * scale, g["mid.phi_k"], rtol=0, atol=1e-13)
+    top, bottom = summed(phi_q, phi_k, v, torch.ones(2, 11, dtype=torch.bool), causal)
+    if causal:
+        bottom = bottom + 1e-6 / scale * phi_q.sum(-1, keepdim=True)
+    torch.testing.assert_close(top / bottom, g["y"], rtol=0, atol=1e-12)
+    grads = torch.autograd.grad((top / bottom * g["w"]).sum(), (q, k, v))
+    for name, grad in zip("qkv", grads, strict=True):
+        torch.testing.assert_close(grad, g[f"grad.{name}"], rtol=0, atol=1e-11)
+
+
+def heads(mixer: PerformerMixer, x: Tensor) -> list[Tensor]:
+    parts = F.linear(x, mixer.qkv.weight, mixer.qkv.bias).chunk(3, -1)
+    return [split_heads(part, mixer.n_heads) for part in parts]
+
+
+def explicit(mixer: PerformerMixer, x: Tensor, mask: Tensor) -> Tensor:
+    """The layer by an L x L matrix of products of features, query by query."""
+    q, k, v = heads(mixer, x)
+    scale, rows = q.shape[-1] ** -0.25, []
+    dots = [t * scale @ mixer.projection.T for t in (q, k)]
+    halves = [(t * scale).square().sum(-1, keepdim=True) / 2 for t in (q, k)]
+    for i in range(x.shape[1]):
+        row = []
+        for b, real in enumerate(mask.sum(1).tolist()):
+            seen = slice(0, i + 1 if mixer.causal else real)
+            dot_q, dot_k = dots[0][b, :, i : i + 1], dots[1][b, :, seen]
+            if mixer.feature_map == "relu":
+                weights = (dot_q.relu() + 1e-3) @ (dot_k.relu() + 1e-3).mT
+            else:
+                c = dot_k.detach().amax(-1, keepdim=True).cummax(1).values  # of each key, when it was added
+                last = c[:, -1:]
+                phi_k = (dot_k - halves[1][b, :, seen] - last).exp()
+                phi_k = phi_k + mixer.eps * ((c - last).exp() if mixer.causal else 1)
+                c_q = dot_q.detach().amax(-1, keepdim=True)
+                weights = ((dot_q - halves[0][b, :, i : i + 1] - c_q).exp() + mixer.eps) @ phi_k.mT
+            row.append(weights / weights.sum(-1, keepdim=True) @ v[b, :, seen])
+        rows.append(torch.stack(row))
+    return F.linear(merge_heads(torch.cat(rows, 2)), mixer.out.weight, mixer.out.bias)
+
+
+@both
+@maps
+def test_outputs_and_gradients_equal_the_definition(feature_map: str, causal: bool) -> None:
+    mixer = PerformerMixer(12, 3, 12, feature_map, causal, n_features=9, redraw=0).double()
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    x, mask = torch.randn(2, 40, 12, dtype=torch.float64), torch.arange(40) < torch.tensor([[40], [23]])
+    x = x * mask.unsqueeze(-1)
+    w = torch.randn_like(x) * mask.unsqueeze(-1)
+    x.requires_grad_()
+    own, other = mixer(x, mask), explicit(mixer, x, mask)
+    torch.testing.assert_close(own[mask], other[mask], rtol=1e-10, atol=1e-10)
+    inputs = (x, *mixer.parameters())
+    for a, b in zip(*(torch.autograd.grad((y * w).sum(), inputs) for y in (own, other)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
+@both
+def test_error_to_softmax_attention_falls_as_the_root_of_the_features(causal: bool) -> None:
+    """Sixteen times as many features, a quarter of the error; without the 1e-4, which leaves a bias. Scores are small:
+    the features are log-normal, and of large scores few features estimate nothing."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 50, 16, dtype=torch.float64) / 2
+    errors = []
+    for m in (128, 2048):
+        draws: list[Tensor] = []
+        for _ in range(4):
+            torch.manual_seed(len(draws))
+            mixer = PerformerMixer(16, 2, 16, "softmax", causal, n_features=m, redraw=0).double()
+            mixer.eps = 0.0
+            q, k, v = heads(mixer, x)
+            exact = mixer.out(merge_heads(F.scaled_dot_product_attention(q, k, v, is_causal=causal)))
+            draws.append((mixer(x, everything(x)) - exact).square().mean())
+        errors.append(torch.stack(draws).mean().sqrt())
+    assert 2.5 < errors[0] / errors[1] < 6.5
+    assert errors[1] < 0.1
+
+
+def test_features_are_orthogonal_in_blocks_with_gaussian_lengths() -> None:
+    w = orthogonal_features(8 * 300 + 3, 8, torch.Generator().manual_seed(0)).double()
+    for block in (*w[:2400].view(300, 8, 8)[:20], w[2400:]):
+        products = block @ block.T
+        torch.testing.assert_close(products, products.diagonal().diag(), rtol=0, atol=1e-5)
+    # the squared length of a Gaussian vector of 8 numbers has mean 8 and variance 16
+    squares = w.square().sum(1)
+    assert abs(squares.mean() - 8) < 4 * 4 / len(w) ** 0.5
+    assert abs(squares.var() - 16) < 2
+    # any direction alike: the mean of w w' is the identity
+    torch.testing.assert_close(w.T @ w / len(w), torch.eye(8, dtype=torch.float64), rtol=0, atol=0.15)
+    torch.testing.assert_close(w.mean(0), torch.zeros(8, dtype=torch.float64), rtol=0, atol=0.1)
+
+
+def test_features_are_drawn_anew_and_the_same_after_a_restart() -> None:
+    def built(seed: int) -> PerformerMixer:
+        torch.manual_seed(seed)
+        return PerformerMixer(8, 2, 8, "softmax", causal=False, n_features=6, redraw=3)
+
+    one, x = built(0), torch.randn(1, 5, 8)
+    drawn = [one.projection.clone()]
+    for _ in range(7):
+        one.train()(x, everything(x))
+        one.eval()(x, everything(x))
+        drawn.append(one.projection.clone())
+    same = [torch.equal(a, b) for a, b in pairwise(drawn)]
+    assert same == [True, True, False, True, True, False, True]
+    two = built(1)
+    two.load_state_dict(one.state_dict())
+    for mixer in (one, two):
+        for _ in range(3):
+            mixer.train()(x, everything(x))
+    assert torch.equal(one.projection, two.projection)
+    assert not torch.equal(one.projection, drawn[-1])
+
+
+def test_step_equals_forward_over_2048_tokens() -> None:
+    for feature_map in ("softmax", "relu"):
+        mixer = PerformerMixer(8, 2, 8, feature_map, causal=True, n_features=6, redraw=0)
+        x = torch.randn(1, 2048, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(stepped(mixer, x), mixer(x, everything(x)), rtol=1e-4, atol=2e-5)
+
+
+def test_wrong_arguments_are_named() -> None:
+    shape: dict[str, Any] = {"d_model": 16, "n_layers": 1, "length": 8}
+    for wrong, said in (
+        ({"n_heads": 3}, "n_heads is 3; a divisor of the attention's width 16"),
+        ({"feature_map": "elu"}, "feature_map is 'elu'; one of softmax, relu"),
+        ({"n_features": 0}, "n_features is 0 and redraw 1000; at least 1"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Performer(**shape, **wrong)

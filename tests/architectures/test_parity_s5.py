@@ -1,0 +1,173 @@
+"""s5 against tensors of the authors' modules, its recurrence step by step, and the properties of its start."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stepping import stepped
+from torch import Tensor, nn
+
+from lra.architectures.state_space.s5 import S5, S5Mixer, hippo_block
+
+SSMS: dict[str, dict[str, Any]] = {
+    "s5_unidirectional": {},
+    "s5_bidirectional": {"direction": "bidirectional"},
+    "s5_bidirectional_complexC_clip": {"direction": "bidirectional", "discretization": "bilinear", "clip_eigs": True},
+    "s5_bilinear_complexC_noconj": {"discretization": "bilinear", "state_size": 32},
+}
+
+
+def golden(name: str) -> dict[str, Tensor]:
+    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
+        return {key: torch.from_numpy(file[key]) for key in file.files}
+
+
+def encoder_of(**own: Any) -> S5:
+    return S5(**{"d_model": 8, "n_layers": 1, "length": 40, "state_size": 16, "n_blocks": 2, **own}).double()
+
+
+def mixer_of(encoder: S5) -> S5Mixer:
+    mixer = encoder.blocks[0].mixer
+    assert isinstance(mixer, S5Mixer)
+    return mixer
+
+
+def load(mixer: S5Mixer, g: dict[str, Tensor], prefix: str = "param.", scale: float = 1.0) -> S5Mixer:
+    """Copy the parameters of an S5SSM; the gate stays the module's own."""
+    if f"{prefix}C1" in g:
+        C = torch.stack([g[f"{prefix}C1"], g[f"{prefix}C2"]])
+    else:
+        C = torch.stack(g[f"{prefix}C"].chunk(len(mixer.C), dim=1))
+    state = {
+        "A_real": g[f"{prefix}Lambda_re"],
+        "A_imag": g[f"{prefix}Lambda_im"],
+        "B": g[f"{prefix}B"],
+        "C": scale * C,
+        "d": g[f"{prefix}D"],
+        "log_dt": g[f"{prefix}log_step"].flatten(),
+    }
+    missing, unexpected = mixer.load_state_dict(state, strict=False)
+    assert missing == ["gate.weight", "gate.bias"]
+    assert not unexpected
+    return mixer
+
+
+def everything(x: Tensor) -> Tensor:
+    return torch.ones(x.shape[:2], dtype=torch.bool)
+
+
+@pytest.mark.parametrize("name", SSMS)
+def test_ssm_equals_the_authors(name: str) -> None:
+    g = golden(name)
+    # modes stored without conjugates are read by Re, not by 2 Re
+    mixer = load(mixer_of(encoder_of(**SSMS[name])), g, scale=0.5 if "noconj" in name else 1.0)
+    decay, B = mixer.discrete()
+    torch.testing.assert_close(decay, g["mid.Lambda_bar"], rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(B, g["mid.B_bar"], rtol=1e-12, atol=1e-13)
+    x = g["x"].requires_grad_()
+    y = mixer.ssm(x)
+    torch.testing.assert_close(y, g["y"], rtol=1e-11, atol=1e-12)
+    (y * g["w"]).sum().backward()
+    torch.testing.assert_close(x.grad, g["grad.x"], rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", ["half_glu1", "half_glu2"])
+def test_residual_layer_equals_the_authors(activation: str) -> None:
+    g = golden("s5_layer")
+    encoder = encoder_of(direction="bidirectional", activation=activation)
+    load(mixer_of(encoder), g, "param.seq.")
+    layer = encoder.blocks[0]
+    norm = layer.norm
+    assert isinstance(norm, nn.LayerNorm)
+    norm.eps = 1e-6  # of flax
+    state = {
+        "norm.weight": g["param.norm.scale"],
+        "norm.bias": g["param.norm.bias"],
+        "mixer.gate.weight": g["param.out2.kernel"].T,
+        "mixer.gate.bias": g["param.out2.bias"],
+    }
+    assert not layer.load_state_dict(state, strict=False).unexpected_keys
+    x = g["x"].requires_grad_()
+    y = layer(x, everything(x))
+    torch.testing.assert_close(y, g[f"mid.y.{activation}.prenorm"], rtol=1e-11, atol=1e-12)
+    if activation == "half_glu1":
+        (y * g["w"]).sum().backward()
+        torch.testing.assert_close(x.grad, g["grad.x"], rtol=1e-11, atol=1e-12)
+
+
+def test_gradients_of_every_parameter_equal_the_recurrence() -> None:
+    """The stored tensors hold the gradient of x alone; the recurrence step by step gives those of the parameters."""
+    g = golden("s5_unidirectional")
+    mixer = load(mixer_of(encoder_of()), g)
+    names, parameters = zip(*mixer.named_parameters(), strict=True)
+    recurrent = torch.autograd.grad((stepped(mixer, g["x"]) * g["w"]).sum(), parameters)
+    parallel = torch.autograd.grad((mixer(g["x"], everything(g["x"])) * g["w"]).sum(), parameters)
+    for name, own, other in zip(names, parallel, recurrent, strict=True):
+        assert torch.allclose(own, other, rtol=1e-9, atol=1e-10), name
+
+
+def test_step_equals_forward_over_2048_tokens() -> None:
+    torch.manual_seed(0)
+    mixer = mixer_of(encoder_of(d_model=4)).float()
+    x = torch.randn(1, 2048, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(stepped(mixer, x), mixer(x, everything(x)), rtol=1e-4, atol=2e-5)
+
+
+def test_modes_are_those_of_the_authors() -> None:
+    g = golden("s5_unidirectional")
+    modes, basis = hippo_block(8)
+    torch.testing.assert_close(modes, g["mid.init.block_Lambda"][:4], rtol=1e-11, atol=1e-11)
+    # an eigenvector is defined up to its phase
+    torch.testing.assert_close(basis.abs(), g["mid.init.block_V"][:, :4].abs(), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(mixer_of(encoder_of()).A_imag, g["mid.init.Lambda_im"], rtol=1e-6, atol=0)
+
+
+def test_modes_diagonalise_the_normal_part_of_hippo() -> None:
+    """From the matrix itself: A_nk = -sqrt((2n+1)(2k+1)) below the diagonal, -(n+1) on it; p_n = sqrt(n + 1/2)."""
+    n = torch.arange(16, dtype=torch.float64)
+    root = torch.sqrt(2 * n + 1)
+    hippo = -torch.outer(root, root).tril(-1) - torch.diag(n + 1)
+    normal = (hippo + torch.outer(root, root) / 2).to(torch.complex128)
+    modes, basis = hippo_block(16)
+    torch.testing.assert_close(normal @ basis, basis * modes, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(basis.mH @ basis, torch.eye(8, dtype=torch.complex128), rtol=0, atol=1e-12)
+
+
+def test_scales_and_step_sizes_at_the_start() -> None:
+    torch.manual_seed(0)
+    mixer = mixer_of(encoder_of(d_model=64, state_size=512, n_blocks=8, dt_min=1e-4, dt_max=0.1))
+    # V is unitary: a row of B keeps the variance of B', one of C twice that of each part of C'
+    assert abs(mixer.B.square().sum(-1).mean().item() * 512 - 1) < 0.05
+    assert abs(mixer.C.square().sum(-1).mean().item() * 512 - 2) < 0.05
+    dt = mixer.log_dt.exp()
+    assert dt.min() >= 1e-4 * (1 - 1e-5)
+    assert dt.max() <= 0.1 * (1 + 1e-5)
+    assert 2e-3 < dt.median() < 5e-3  # uniform in the logarithm: the geometric mean, 3.2e-3
+
+
+def test_optimiser_settings_reach_the_ssm_alone() -> None:
+    encoder = S5(d_model=8, n_layers=1, length=8, ssm_lr=5e-4)
+    own = {name for name, _ in encoder.named_parameters() if any(fnmatch(name, pattern) for pattern in encoder.optim)}
+    assert own == {f"layers.0.mixer.{name}" for name in ("A_real", "A_imag", "B", "log_dt")}
+    assert all(settings == {"lr": 5e-4, "weight_decay": 0.0} for settings in encoder.optim.values())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"state_size": 24}, "state_size is 24"),
+        ({"n_blocks": 0}, "state_size is 64"),
+        ({"discretization": "euler"}, "zoh, bilinear"),
+        ({"activation": "relu"}, "half_glu1, half_glu2"),
+        ({"dt_min": 0.2}, r"dt_min is 0\.2"),
+    ],
+)
+def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        S5(d_model=8, n_layers=1, length=8, **wrong)

@@ -1,0 +1,151 @@
+"""sinkhorn against the package sinkhorn-transformer, a loop over blocks, and the dense definition."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from dense_attention import real_prefixes
+from torch import Tensor
+from torch.nn import functional as F
+
+from lra.architectures.attention.sinkhorn import Sinkhorn, SinkhornMixer, balanced, sorted_attention
+from lra.conformance.suite import check
+
+SMALL: dict[str, Any] = {"d_model": 16, "n_layers": 2, "length": 24, "size": 4}
+
+
+def golden(name: str) -> dict[str, Tensor]:
+    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
+        return {key: torch.from_numpy(file[key]) for key in file.files}
+
+
+@pytest.mark.parametrize("name", ["sinkhorn_gumbel", "sinkhorn_gumbel_sortnet"])
+def test_equals_the_package(name: str) -> None:
+    """Balancing of their logits, log(relu(score) + 1e-6) + noise over the temperature, and attention to the sorted
+    blocks, its values sorted too (theirs takes the keys for them)."""
+    g = golden(name)
+    batch, heads, size = int(g["cfg.B"]), int(g["cfg.H"]), int(g["cfg.block"])
+    q, k, v = (g[f"in.{n}"].unflatten(2, (-1, size)) for n in "qkv")
+    if name.endswith("sortnet"):
+        pooled = torch.cat([q.sum(3), k.sum(3)], dim=-1)
+        score = torch.einsum("bhnd,hdm->bhnm", pooled, g["param.sort_net.linear"][0])[..., : q.shape[2]]
+    else:
+        score = q.mean(3) @ k.mean(3).mT / q.shape[-1] ** 0.5
+    noise = g["mid.gumbel"].unflatten(0, (batch, heads))
+    logits = ((score.relu() + 1e-6).log() + noise) / float(g["cfg.temperature"])
+    sort = balanced(logits, int(g["cfg.iters"]))
+    torch.testing.assert_close(sort.flatten(0, 1), g["mid.R"], rtol=0, atol=1e-12)
+    real = (g["mask"] > 0).unflatten(1, (-1, size))
+    y = sorted_attention(q, k, v, real, sort).flatten(2, 3)
+    rows = (g["mask"] > 0)[:, None, :, None]
+    torch.testing.assert_close(y * rows, g["mid.y_intended"] * rows, rtol=0, atol=1e-12)
+
+
+def test_balancing_is_doubly_stochastic() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    sort = balanced(logits, 100)
+    ones = torch.ones(2, 3, 8, dtype=torch.float64)
+    torch.testing.assert_close(sort.sum(-1), ones, rtol=0, atol=1e-6)
+    torch.testing.assert_close(sort.sum(-2), ones, rtol=0, atol=1e-12)
+    hard = balanced(logits / 0.001, 2000)
+    assert ((hard < 0.01) | (hard > 0.99)).all(), "cold, it is a permutation"
+
+
+def mixer_and_input(training: bool) -> tuple[SinkhornMixer, Tensor, Tensor]:
+    torch.manual_seed(0)
+    mixer = SinkhornMixer(16, 4, 16, "none", 4, 5, 0.75, 24).double().train(training)
+    mask = real_prefixes(22, 9, 3)
+    return mixer, torch.randn(3, 22, 16, dtype=torch.float64), mask
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_equals_a_loop_over_blocks(training: bool) -> None:
+    """Each row of the batch cut to its own blocks, each block's keys written out: outputs and gradients."""
+    mixer, leaf, mask = mixer_and_input(training)
+    x = leaf.requires_grad_().masked_fill(~mask[..., None], 0)
+    torch.manual_seed(3)
+    y = mixer(x, mask)[mask]
+    torch.manual_seed(3)
+    noise = -torch.empty(3, 4, 6, 6, dtype=torch.float64).exponential_().log() * training
+    found = []
+    for row, length in enumerate((22, 9, 3)):
+        own, blocks = x[row, :length], -(-length // 4)
+        parts = own.split(4)
+        pooled = torch.stack([part.sum(0) for part in parts])
+        logits = (mixer.sort(mixer.pool(pooled).relu()).relu()).unflatten(-1, (4, 6)).transpose(0, 1)[..., :blocks]
+        sort = ((logits + noise[row, :, :blocks, :blocks]) / 0.75).exp()
+        for _ in range(5):
+            sort = sort / sort.sum(-1, keepdim=True)
+            sort = sort / sort.sum(-2, keepdim=True)
+        qkv = mixer.qkv(own).unflatten(-1, (3, 4, 4))
+        for u, part in enumerate(parts):
+            heads = []
+            for h in range(4):
+                q, k, v = qkv[:, :, h].unbind(1)
+                brought = []
+                for t in (k, v):
+                    full = F.pad(t, (0, 0, 0, blocks * 4 - length)).unflatten(0, (-1, 4))
+                    mixed = torch.stack([s * block for s, block in zip(sort[h, u], full, strict=True)]).sum(0)
+                    brought.append(mixed[: len(parts[int(sort[h, u].argmax())])])
+                at = slice(4 * u, 4 * u + len(part))
+                keys, values = torch.cat([brought[0], k[at]]), torch.cat([brought[1], v[at]])
+                heads.append((q[at] @ keys.T / 2).softmax(-1) @ values)
+            found.append(mixer.out(torch.cat(heads, dim=-1)))
+    expected = torch.cat(found)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+    weight, given = torch.randn_like(y), [leaf, *mixer.parameters()]
+    grads = (torch.autograd.grad(t, given, weight, retain_graph=True) for t in (y, expected))
+    for one, two in zip(*grads, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-10)
+
+
+def test_a_hard_permutation_is_a_dense_mask() -> None:
+    """Brought exactly one other block, a block's softmax is that under an explicit L x L mask."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 5, 4, 8, dtype=torch.float64)
+    source = torch.tensor([[1, 2, 3, 4, 0], [3, 4, 1, 0, 2]])
+    sort = F.one_hot(source, 5).double()[None]
+    real = torch.ones(1, 5, 4, dtype=torch.bool)
+    block = torch.arange(20) // 4
+    sees = (block == block[:, None]) | (block == source[:, block, None])
+    # head 1, block 2: brought its own, which then counts twice
+    source[1, 2], sees[1, 8:12] = 2, True
+    rows = [i for i in range(20) if not 8 <= i < 12]
+    y = sorted_attention(q, k, v, real, sort).flatten(2, 3)
+    q, k, v = (t.flatten(2, 3) for t in (q, k, v))
+    dense = F.scaled_dot_product_attention(q, k, v, sees[None])
+    torch.testing.assert_close(y[:, :, rows], dense[:, :, rows], rtol=0, atol=1e-12)
+
+
+def test_noise_is_gumbel_and_in_training_only() -> None:
+    mixer, x, mask = mixer_and_input(training=False)
+    assert torch.equal(mixer(x, mask), mixer(x, mask))
+    mixer.train()
+    assert not torch.equal(mixer(x, mask), mixer(x, mask))
+
+
+def test_with_small_blocks_it_is_a_sound_encoder() -> None:
+    only = ["padding", "padding_length", "batch", "gradients", "causal", "seed"]
+    for options in ({"size": 5}, {"size": 3, "positions": "rope"}):
+        assert not [f.message for f in check("sinkhorn", only=only, options=options) if f.failed]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"size": 0}, "size is 0"),
+        ({"positions": "alibi"}, "no distance"),
+        ({"direction": "causal"}, "bidirectional only"),
+        ({"temperature": 0.0}, "temperature is 0.0; more than 0"),
+    ],
+)
+def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Sinkhorn(**{**SMALL, **wrong})
+    with pytest.raises(ValueError, match="7 blocks of 4 tokens; this layer was built for 6"):
+        Sinkhorn(**SMALL, positions="none")(torch.zeros(1, 25, 16), torch.ones(1, 25, dtype=torch.bool))

@@ -1,0 +1,202 @@
+"""transformer and _attention against torch.nn.TransformerEncoderLayer and tensors from well-known implementations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lra.architectures._attention import alibi_bias, alibi_slopes, attend, attention_mask, rope
+from lra.architectures._softmax import SoftmaxMixer
+from lra.architectures._stack import sinusoidal
+from lra.architectures.attention.transformer import Transformer
+from lra.registry import architectures
+
+
+def golden(name: str) -> dict[str, Tensor]:
+    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
+        return {key: torch.from_numpy(file[key]) for key in file.files}
+
+
+def real_prefixes(*lengths: int) -> Tensor:
+    return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+
+
+def copy_attention(mixer: SoftmaxMixer, theirs: nn.MultiheadAttention) -> None:
+    mixer.qkv.load_state_dict({"weight": theirs.in_proj_weight, "bias": theirs.in_proj_bias})
+    mixer.out.load_state_dict(theirs.out_proj.state_dict())
+
+
+@pytest.mark.parametrize("prenorm", [True, False])
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_layer_equals_torch_encoder_layer(prenorm: bool, activation: str) -> None:
+    torch.manual_seed(0)
+    theirs = nn.TransformerEncoderLayer(
+        16, 4, 64, dropout=0.0, activation=activation, batch_first=True, norm_first=prenorm, dtype=torch.float64
+    )
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    ours = Transformer(
+        d_model=16, n_layers=1, length=11, positions="none", block={"prenorm": prenorm, "ffn": activation}
+    ).double()
+    layer: Any = ours.layers[0]
+    copy_attention(layer.mixer, theirs.self_attn)
+    for own, other in (
+        (layer.norm, theirs.norm1), (layer.ffn_norm, theirs.norm2),
+        (layer.ffn.up, theirs.linear1), (layer.ffn.down, theirs.linear2),
+    ):  # fmt: skip
+        own.load_state_dict(other.state_dict())
+    mask = real_prefixes(11, 7, 1)
+    x = torch.randn(3, 11, 16, dtype=torch.float64, requires_grad=True)
+    z = x.detach().clone().requires_grad_()
+    y, expected = layer(x, mask)[mask], theirs(z, src_key_padding_mask=~mask)[mask]
+    torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-11)
+    w = torch.randn_like(y)
+    (y * w).sum().backward()
+    (expected * w).sum().backward()
+    torch.testing.assert_close(x.grad, z.grad, rtol=1e-10, atol=1e-10)
+    own_grads = layer.mixer.qkv.weight.grad, layer.ffn.up.bias.grad
+    their_grads = theirs.self_attn.in_proj_weight.grad, theirs.linear1.bias.grad
+    torch.testing.assert_close(own_grads, their_grads, rtol=1e-10, atol=1e-10)
+
+
+def llama_mixer(g: dict[str, Tensor], positions: str, causal: bool) -> SoftmaxMixer:
+    heads = int(g["cfg.H"])
+    mixer = SoftmaxMixer(int(g["cfg.D"]), heads, heads * int(g["cfg.d"]), positions, causal).double()
+    qkv = [[g[f"param.{p}_proj.{kind}"] for p in "qkv"] for kind in ("weight", "bias")]
+    mixer.qkv.load_state_dict({"weight": torch.cat(qkv[0]), "bias": torch.cat(qkv[1])})
+    mixer.out.load_state_dict({"weight": g["param.o_proj.weight"], "bias": g["param.o_proj.bias"]})
+    return mixer
+
+
+def test_causal_rope_equals_llama_attention() -> None:
+    g = golden("mha_llama")
+    mixer, x = llama_mixer(g, "rope", causal=True), g["x"].requires_grad_()
+    y = mixer(x, torch.ones(x.shape[:2], dtype=torch.bool))
+    torch.testing.assert_close(y, g["y"], rtol=1e-12, atol=1e-12)
+    (y * g["w"]).sum().backward()
+    torch.testing.assert_close(x.grad, g["grad.x"], rtol=1e-11, atol=1e-11)
+
+
+def test_bidirectional_without_positions_equals_llama_attention() -> None:
+    g = golden("mha_llama")
+    y = llama_mixer(g, "none", causal=False)(g["x"], torch.ones(g["x"].shape[:2], dtype=torch.bool))
+    torch.testing.assert_close(y, g["mid.y_norope_bidirectional"], rtol=1e-12, atol=1e-12)
+
+
+def test_rope_pairs_halves_as_llama() -> None:
+    g = golden("rope_half")
+    q = g["in.q"].requires_grad_()
+    for row, positions in enumerate(g["in.position_ids"].tolist()):
+        for t, position in enumerate(positions):
+            for name, expected in (("q", g["y"]), ("k", g["mid.k_rot"])):
+                turned = rope(g[f"in.{name}"][row, :, t : t + 1], position)
+                torch.testing.assert_close(turned[:, 0], expected[row, :, t], rtol=1e-12, atol=1e-12)
+    turned = torch.cat([rope(q[0, :, t : t + 1], int(p)) for t, p in enumerate(g["in.position_ids"][0])], dim=1)
+    (turned * g["w"][0]).sum().backward()
+    assert q.grad is not None
+    torch.testing.assert_close(q.grad[0], g["grad.q"][0], rtol=1e-12, atol=1e-12)
+
+
+def test_rope_interleaved_as_gptj() -> None:
+    g, turned = golden("rope_interleaved"), int(golden("rope_interleaved")["cfg.rd"])
+    for t, position in enumerate(g["in.position_ids"].tolist()):
+        got = rope(g["in.q"][:, t, :, None, :turned], position, interleaved=True)[..., 0, :]
+        torch.testing.assert_close(got, g["y"][:, t, :, :turned], rtol=1e-12, atol=1e-12)
+
+
+def test_rope_scores_depend_on_distance_only() -> None:
+    q, k = torch.randn(2, 1, 8, dtype=torch.float64).unbind()
+    near, far = ((rope(q, s + 3) @ rope(k, s).T) for s in (0, 16_000))
+    torch.testing.assert_close(near, far, rtol=1e-10, atol=1e-10)
+
+
+def test_alibi_slopes_and_causal_attention_as_bloom() -> None:
+    g = golden("alibi")
+    for heads in range(1, 17):
+        expected = g["mid.slopes_1_to_16"][heads - 1, :heads].double()
+        torch.testing.assert_close(alibi_slopes(heads), expected, rtol=1e-6, atol=0)
+    # their rows are left-padded; turned to right padding, a causal bias depends on distances alone
+    for row, pad in enumerate(g["cfg.left_pad"].tolist()):
+        q, k, v = (g[f"in.{n}"][row : row + 1, :, pad:].requires_grad_() for n in "qkv")
+        mask = torch.ones(1, q.shape[2], dtype=torch.bool)
+        y = attend(q, k, v, mask, causal=True, slopes=alibi_slopes(int(g["cfg.H"])))
+        torch.testing.assert_close(y[0], g["y"][row, :, pad:], rtol=1e-12, atol=1e-12)
+        (y[0] * g["w"][row, :, pad:]).sum().backward()
+        for own, name in ((q, "q"), (k, "k"), (v, "v")):
+            assert own.grad is not None
+            torch.testing.assert_close(own.grad[0], g[f"grad.{name}"][row, :, pad:], rtol=1e-11, atol=1e-11)
+
+
+def test_bidirectional_alibi_equals_dense_definition() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 3, 9, 4, dtype=torch.float64).unbind()
+    mask = real_prefixes(9, 5)
+    slopes = alibi_slopes(3)
+    distance = (torch.arange(9)[:, None] - torch.arange(9)).abs()
+    scores = q @ k.transpose(-1, -2) / 2 - slopes[:, None, None] * distance
+    expected = scores.masked_fill(~mask[:, None, None], -torch.inf).softmax(-1) @ v
+    torch.testing.assert_close(attend(q, k, v, mask, slopes=slopes), expected, rtol=1e-12, atol=1e-12)
+    assert (alibi_bias(slopes, 9, True)[:, 0, 1:] == -torch.inf).all()
+
+
+def test_sinusoids_as_in_the_paper() -> None:
+    g = golden("sinusoidal_positions")
+    torch.testing.assert_close(sinusoidal(int(g["cfg.L"]), int(g["cfg.D"])).double(), g["y"], rtol=0, atol=1e-7)
+    late = 16_383
+    expected = np.sin(late / 10000 ** (np.arange(0, 64, 2) / 64))
+    np.testing.assert_allclose(sinusoidal(late + 1, 64)[late, ::2].numpy(), expected, rtol=0, atol=1e-6)
+
+
+def test_masks_combine() -> None:
+    mask = real_prefixes(7, 4)
+    i, j = torch.arange(7)[:, None], torch.arange(7)
+    rules = {"causal": j <= i, "window": (i - j).abs() <= 2, "block": i // 3 == j // 3}
+    torch.testing.assert_close(attention_mask(mask), mask[:, None, None])
+    for chosen in ({"causal": True}, {"window": 2}, {"block": 3}, {"causal": True, "window": 2, "block": 3}):
+        expected = mask[:, None, None, :].expand(2, 1, 7, 7)
+        for kind in chosen:
+            expected = expected & rules[kind]
+        got = attention_mask(mask, **chosen)
+        assert torch.equal(got, expected | (i == j))
+
+
+def test_attention_starts_soft() -> None:
+    """The documented property of the initialisation: Q K' / sqrt(d) of normalised inputs has about unit variance."""
+    torch.manual_seed(0)
+    for d_model in (64, 256):
+        mixer = SoftmaxMixer(d_model, 4, d_model, "none", causal=False)
+        q, k, _ = mixer.heads(torch.randn(1, 512, d_model))
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        assert 0.8 < scores.std() < 1.2
+        assert not mixer.qkv.bias.any()
+
+
+def test_variants_are_what_their_names_say() -> None:
+    make = {name: architectures.get(name) for name in architectures.names(variants=True) if "transformer/" in name}
+    built = {name.partition("/")[2]: c(d_model=16, n_layers=1, length=8) for name, c in make.items()}
+    assert isinstance(built["learned"].positions, nn.Parameter)
+    assert built["rope"].layers[0].mixer.rotary
+    assert built["alibi"].layers[0].mixer.slopes is not None
+    assert all(built[name].positions is None for name in ("rope", "alibi", "nope", "llama"))
+    assert not built["original"].layers[0].prenorm
+    assert built["original"].layers[0].ffn.kind == "relu"
+    assert isinstance(built["llama"].layers[0].norm, nn.RMSNorm)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"n_heads": 3}, "n_heads is 3"),
+        ({"positions": "rotary"}, "rope"),
+        ({"positions": "rope", "n_heads": 16}, "odd number"),
+        ({"direction": "concat"}, "direction is 'concat'"),
+    ],
+)
+def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Transformer(d_model=16, n_layers=1, length=8, **wrong)

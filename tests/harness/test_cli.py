@@ -1,0 +1,146 @@
+"""The command line: what it lists, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lra import registry
+from lra.cli.app import app
+from lra.cli.template import architecture as start_architecture
+
+TINY = f"{Path(__file__).parents[1] / 'tiny_task.py'}:Tiny"
+runner = CliRunner()
+
+
+@pytest.fixture(autouse=True)
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("LRA_CACHE", "LRA_RESULTS", "LRA_RUNS"):
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    monkeypatch.delenv("LRA_DATA", raising=False)
+    return tmp_path
+
+
+def refused(*arguments: str) -> str:
+    """The one line a wrong command answers with."""
+    done = runner.invoke(app, list(arguments))
+    assert done.exit_code == 2, done.output
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def test_list_names_everything_and_imports_no_torch() -> None:
+    code = (
+        "import sys; from lra.cli.app import app; app(['list', '--json'], standalone_mode=False)\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    found = json.loads(done.stdout)
+    assert [a["name"] for a in found["architectures"]] == registry.architectures.names()
+    assert [t["name"] for t in found["tasks"]] == registry.tasks.names()
+    s4d = next(a for a in found["architectures"] if a["name"] == "s4d")
+    assert {"lin", "inv", "legs"} <= set(s4d["variants"])
+
+
+def test_list_fits_100_columns_with_the_paper_beside_the_name() -> None:
+    lines = runner.invoke(app, ["list"]).output.splitlines()
+    assert max(map(len, lines)) <= 100
+    for name in registry.architectures.names():
+        url = registry.architectures.facts(name)["url"]
+        (row,) = (line for line in lines if line.startswith(f"│{name} "))
+        paper = row.rpartition("│ ")[2].rstrip("│ ")
+        brief = url.replace("https://arxiv.org/abs/", "arXiv:").replace("https://doi.org/", "doi:")
+        assert paper == brief or ("arxiv" not in url and paper.endswith("…") and brief.startswith(paper[:-1]))
+    url = registry.architectures.facts("lstm")["url"]
+    assert url in runner.invoke(app, ["show", "listops", "lstm", "--recipe", "quick"]).output
+
+
+def test_show_says_where_each_value_comes_from() -> None:
+    done = runner.invoke(app, ["show", "listops", "s4d", "--recipe", "quick", "--set", "optim.lr=0.5"])
+    assert done.exit_code == 0, done.output
+    row = next(line for line in done.output.splitlines() if "optim.lr" in line)
+    assert "0.5" in row
+    assert "--set" in row
+    assert "quick.toml" in done.output
+    assert "built-in default" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("run", "listop", "gru"), "did you mean 'listops'"),
+        (("run", "listops", "grru"), "did you mean 'gru'"),
+        (("run", "listops", "s4d/imv"), "did you mean 'inv'"),
+        (("run", "listops", "gru", "--recipe", "quikc"), "did you mean 'quick'"),
+        (("run", "listops", "gru", "--recipe", "none.toml"), "no recipe file none.toml"),
+        (("run", "listops", "gru", "--set", "train.step=3"), "did you mean 'train.steps'"),
+        (("run", "listops", "gru", "--set", "train.steps"), "expected key=value"),
+        (("run", "listops", "gru", "--set", "optim.lr=-1"), "more than 0"),
+        (("run", "listops", "gru", "--set", "encoder.hidden=3"), "encoder.hidden"),
+        (("run", "listops", "gru", "--time-limit", "8"), "for example 90s"),
+        (("run", "listops", "gru", "--protocol", "strickt"), "did you mean 'strict'"),
+        (("run", "listops", "missing.py:Net"), "no file missing.py"),
+        (("run", "listops", "no.such.module:Net"), "importing no.such.module failed"),
+        (("run", "listops", "json:JSONDecoder"), "not a class derived from torch.nn.Module"),
+        (("run", "listops", "gru", "--from", "/nonexistent"), "--from"),
+        (("show", "listops", "grru"), "did you mean 'gru'"),
+        (("check", "grru"), "did you mean 'gru'"),
+        (("data", "prepare", "listop"), "did you mean 'listops'"),
+        (("data", "verify", "listops"), "not prepared"),
+        (("data", "show", "listops", "--split", "tset"), "did you mean 'test'"),
+        (("new", "architecture", "gru"), "already"),
+        (("new", "architecture", "My-Net"), "cannot be an architecture's name"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments: tuple[str, ...], says: str) -> None:
+    assert says in refused(*arguments)
+
+
+def test_an_unwritable_results_folder_is_refused_before_training(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = places / "file"
+    file.write_text("")
+    monkeypatch.setenv("LRA_RESULTS", str(file))
+    assert "LRA_RESULTS" in refused("run", TINY, "gru", "--recipe", "quick")
+
+
+def test_corrupt_data_are_named_with_what_to_do(places: Path) -> None:
+    assert runner.invoke(app, ["data", "prepare", TINY]).exit_code == 0
+    assert runner.invoke(app, ["data", "verify", TINY]).exit_code == 0
+    values = next((places / "lra_cache").rglob("train.values.npy"))
+    whole = values.read_bytes()
+    values.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert "SHA-256" in refused("data", "verify", TINY)
+    values.write_bytes(whole[:-7])
+    assert "remove" in refused("run", TINY, "gru", "--recipe", "quick")
+    values.unlink()
+    assert "is missing" in refused("run", TINY, "gru", "--recipe", "quick")
+
+
+def test_data_show_prints_examples() -> None:
+    done = runner.invoke(app, ["data", "show", TINY, "--count", "3"])
+    assert done.exit_code == 0, done.output
+    digits = [line for line in done.stdout.splitlines() if set(line) <= set("0123 ") and line]
+    assert len(digits) == 3
+
+
+def test_the_template_of_an_architecture_passes_its_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lra.conformance import suite
+
+    (tmp_path / "architectures" / "recurrent").mkdir(parents=True)
+    monkeypatch.setattr(registry, "ROOT", tmp_path)
+    registry.Registry._files.cache_clear()
+    try:
+        path = start_architecture("my_net", "recurrent")
+    finally:
+        monkeypatch.undo()
+        registry.Registry._files.cache_clear()
+    findings = suite.check(f"{path}:MyNet")
+    assert findings
+    assert not [f for f in findings if f.status not in ("pass", "exempt")]

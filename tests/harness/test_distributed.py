@@ -1,0 +1,108 @@
+"""Two processes do what one does: the same losses on the same global batch, and every example scored once."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lra.config import recipe
+from lra.data.batches import Sampler, Share, Steps, Sweep
+from lra.errors import UserError
+from lra.results import result
+from lra.training.distributed import Placement
+
+HERE = Path(__file__).parents[1]
+TINY = f"{HERE / 'tiny_task.py'}:Tiny"
+SETTINGS = ("train.steps=30", "train.evaluate_every=10", "model.d_model=16", "data.batch_size=16", "model.n_layers=1",
+            "data.validation_examples=99")  # fmt: skip
+
+
+class Listed:
+    """Stands for a set on a device: a batch is the examples it was asked for."""
+
+    resident, lengths = True, np.random.default_rng(0).integers(5, 25, (101, 1))
+
+    def batch(self, examples: np.ndarray) -> np.ndarray:
+        return examples
+
+
+def test_shares_of_a_batch_are_the_batch_and_of_a_sweep_the_set() -> None:
+    data: Any = Listed()
+    alone = list(Steps(data, Sampler(data.lengths, 12, 0), 8))
+    shares = [list(Steps(data, Sampler(data.lengths, 12, 0), 8, parts=2, share=Share(rank, 3))) for rank in range(3)]
+    for step, whole in enumerate(alone):
+        parts = [part for share in shares for part in share[2 * step : 2 * step + 2]]
+        assert all(len(part) == 2 for part in parts)
+        assert sorted(np.concatenate(parts)) == sorted(whole)
+    swept = [e for rank in range(3) for batch in Sweep(data, 8, Share(rank, 3)) for e in batch]
+    assert sorted(swept) == list(range(101))
+
+
+def launched(folder: Path, *more: str) -> dict[str, Any]:
+    environment = os.environ | {
+        "LRA_CACHE": str(folder.parent / "cache"), "LRA_RESULTS": str(folder / "results"),
+        "LRA_RUNS": str(folder / "runs"), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "lra.cli.app", "run", TINY, "gru", "--recipe", "quick", *more]
+    for setting in SETTINGS:
+        command += ["--set", setting]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=300, env=environment, cwd=HERE.parent
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = (folder / "results").rglob("*.json")
+    (log,) = (folder / "runs").rglob("metrics.csv")
+    rows = list(csv.DictReader(log.read_text().splitlines()))
+    return {
+        "record": result.read(path), "predictions": np.load(path.with_suffix(".npz")),
+        "loss": [float(row["loss"]) for row in rows if row["loss"]],
+        "validation": [float(row["validation_accuracy"]) for row in rows if row["validation_accuracy"]],
+        "validation loss": [float(row["validation_loss"]) for row in rows if row["validation_loss"]],
+        "weights": torch.load(next((folder / "runs").rglob("best.ckpt")), weights_only=True)["state_dict"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"optim.ema": "0.9"}, "optim.ema"),
+        ({"optim.name": "muon"}, "optim.name=muon"),
+        ({"pretrain.objective": "mlm"}, "pretrain.objective=mlm"),
+        ({"train.tbptt": "8"}, "train.tbptt"),
+    ],
+)
+def test_what_needs_a_whole_model_is_not_sharded(settings: dict[str, str], says: str) -> None:
+    found, _ = recipe.resolve("quick", "listops", "gru", settings)
+    here = torch.device("cpu")
+    assert Placement(1, 1, "fsdp").checked(here, found).for_trainer(None)["strategy"] == "auto"
+    with pytest.raises(UserError, match=f"no process a whole model, as {says} needs; use ddp"):
+        Placement(1, 2, "fsdp").checked(here, found)
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two processors")
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
+def test_two_processes_train_and_score_as_one(tmp_path: Path) -> None:
+    # AdamW that also refuses estimates of the curvature that the processes do not share
+    adamw = ("--set", "optim.name=tests.curved:Curved")
+    one, two = launched(tmp_path / "one", *adamw), launched(tmp_path / "two", *adamw, "--devices", "2")
+    assert len(one["loss"]) == 3
+    for curve in ("loss", "validation loss"):
+        np.testing.assert_allclose(one[curve], two[curve], atol=1e-5, rtol=0)
+    assert one["validation"] == two["validation"]
+    for key, value in one["weights"].items():
+        torch.testing.assert_close(value, two["weights"][key], atol=1e-4, rtol=1e-4)
+    assert two["record"]["test"]["n"] == 150
+    assert (two["predictions"]["example"] == np.arange(150)).all()
+    assert (one["predictions"]["prediction"] == two["predictions"]["prediction"]).mean() > 0.98
+    assert two["record"]["speed"]["examples"] == one["record"]["speed"]["examples"]
+    assert [two["record"]["environment"][key] for key in ("devices", "strategy")] == [2, "ddp"]
+    json.dumps(two["record"])

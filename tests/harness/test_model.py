@@ -1,0 +1,127 @@
+"""The classifier around an encoder, and the optimiser's groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lra.config.recipe import Optim
+from lra.encoder import Cost, Encoder
+from lra.errors import UserError
+from lra.model import Batch, Classifier
+from lra.task import Protocol
+from lra.training import optimisers
+
+TOKENS = Protocol("tokens", length=8, vocabulary=11)
+PIXELS = Protocol("pixels", length=8, channels=3, scale=(0.5, 0.25))
+
+
+class Identity(Encoder):
+    """Returns its input, and garbage at padding."""
+
+    def __init__(self, d_model: int = 6, optim: Mapping[str, Mapping[str, float]] | None = None) -> None:
+        super().__init__()
+        self.d_model, self.n_layers, self.length = d_model, 1, 8
+        self.log_dt, self.scale = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.ones(2, 2))
+        self._optim = optim or {}
+
+    @property
+    def optim(self) -> Mapping[str, Mapping[str, float]]:
+        return self._optim
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x.masked_fill(~mask.unsqueeze(-1), 1e9)
+
+    def cost(self, length: int) -> Cost:
+        return Cost(matmul=10.0 * length)
+
+
+def batch(towers: int = 1, channels: int = 0) -> Batch:
+    shape = (3, towers, 5)
+    values = torch.randint(0, 11, (*shape, channels) if channels else shape, dtype=torch.uint8)
+    mask = torch.arange(5) < torch.tensor([5, 2, 1]).view(3, 1, 1)
+    return Batch(values, mask.expand(shape), torch.zeros(3, dtype=torch.int64), torch.arange(3))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max", "last", "cls"])
+def test_pooling_looks_at_real_tokens_only(pooling: str) -> None:
+    torch.manual_seed(0)
+    model, given = Classifier(Identity(), TOKENS, 4, 1, pooling), batch()
+    x, mask = model.encode(given.values.flatten(0, 1), given.mask.flatten(0, 1))
+    pooled = model.pool(x, mask)
+    assert pooled.abs().max() < 100, "padding was pooled"
+    assert isinstance(model.embedding, nn.Embedding)
+    table = model.embedding.weight
+    row = [table[int(v)] for v in given.values[1, 0, :2]]
+    expected = {"mean": (row[0] + row[1]) / 2, "max": torch.maximum(*row), "last": row[1], "cls": model.cls}[pooling]
+    torch.testing.assert_close(pooled[1], expected)
+
+
+def test_two_towers_share_weights_and_meet_in_four_parts() -> None:
+    torch.manual_seed(0)
+    model, given = Classifier(Identity(), TOKENS, 2, 2, "mean"), batch(towers=2)
+    seen: list[Tensor] = []
+    model.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    assert model(given).shape == (3, 2)
+    u, v = (model.pool(*model.encode(given.values[:, t], given.mask[:, t])) for t in (0, 1))
+    torch.testing.assert_close(seen[0], torch.cat([u, v, u * v, u - v], -1))
+
+
+def test_continuous_input_is_scaled_as_the_protocol_says() -> None:
+    model, given = Classifier(Identity(), PIXELS, 2, 1, "mean"), batch(channels=3)
+    x, _ = model.encode(given.values.flatten(0, 1), given.mask.flatten(0, 1))
+    assert isinstance(model.embedding, nn.Linear)
+    expected = model.embedding((given.values[0, 0, 0].float() / 255 - 0.5) / 0.25)
+    torch.testing.assert_close(x[0, 0], expected)
+
+
+def test_token_zero_is_a_token_like_any_other() -> None:
+    model = Classifier(Identity(), TOKENS, 2, 1, "mean")
+    values, mask = torch.zeros(1, 1, 4, dtype=torch.uint8), torch.ones(1, 1, 4, dtype=torch.bool)
+    model(Batch(values, mask, torch.zeros(1).long(), torch.zeros(1).long())).sum().backward()
+    assert isinstance(model.embedding, nn.Embedding)
+    assert model.embedding.weight.grad is not None
+    assert model.embedding.weight.grad[0].abs().sum() > 0
+
+
+def test_cost_counts_both_towers_and_the_cls_token() -> None:
+    one = Classifier(Identity(), TOKENS, 2, 1, "mean").cost(8).matmul
+    assert one == 80 + 2 * 6 * 2
+    assert Classifier(Identity(), TOKENS, 2, 1, "cls").cost(8).matmul == one + 10
+    assert Classifier(Identity(), TOKENS, 2, 2, "mean").cost(8).matmul == 160 + 2 * (24 * 6 + 6 * 2)
+
+
+def groups(patterns: Mapping[str, Mapping[str, float]], lr: float = 0.01) -> dict[int, tuple[float, float]]:
+    encoder = Identity(optim=patterns)
+    model = Classifier(encoder, TOKENS, 2, 1, "mean")
+    found = optimisers.parameter_groups(model, encoder, Optim(lr=lr, weight_decay=0.1))
+    assert sorted(id(p) for g in found for p in g["params"]) == sorted(id(p) for p in model.parameters())
+    by = {id(p): (g["lr"], g["weight_decay"]) for g in found for p in g["params"]}
+    return {0: by[id(encoder.log_dt)], 1: by[id(encoder.scale)], 2: by[id(model.head.bias)]}
+
+
+def test_groups_follow_the_encoder_and_decay_matrices_only() -> None:
+    assert groups({}) == {0: (0.01, 0.0), 1: (0.01, 0.1), 2: (0.01, 0.0)}
+    own = {"log_*": {"lr": 1e-3, "weight_decay": 0.0}, "*": {"lr_scale": 0.5}}
+    assert groups(own) == {0: (1e-3, 0.0), 1: (0.005, 0.1), 2: (0.01, 0.0)}
+    assert groups({"log_dt": {"lr": 1e-3}}, lr=1e-4)[0] == (1e-4, 0.0), "lr is a ceiling"
+
+
+def test_a_pattern_that_matches_nothing_or_a_wrong_key_is_refused() -> None:
+    with pytest.raises(UserError, match="matches no parameter"):
+        groups({"log_dtt": {"lr": 1.0}})
+    with pytest.raises(UserError, match="'rate'"):
+        groups({"log_dt": {"rate": 1.0}})
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "rsqrt"])
+def test_schedules_warm_up_peak_and_end(schedule: str) -> None:
+    at = optimisers.factor(Optim(schedule=schedule, warmup=10), steps=110)
+    assert [at(0), at(4), at(9)] == [0.1, 0.5, 1.0]
+    assert at(10) == 1.0
+    end = {"constant": 1.0, "linear": 0.0, "cosine": 0.0, "rsqrt": (10 / 110) ** 0.5}[schedule]
+    assert at(110) == pytest.approx(end)
+    assert all(at(s + 1) <= at(s) for s in range(10, 110))

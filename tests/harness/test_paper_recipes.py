@@ -1,0 +1,136 @@
+"""Published settings: every file loads, fits its architecture and says what to expect."""
+
+from __future__ import annotations
+
+import math
+import re
+import tomllib
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from lra.cli.app import app
+from lra.config import match, recipe
+from lra.config.sections import Expected
+from lra.data import prepared_sets
+from lra.errors import UserError
+from lra.registry import architectures
+from lra.results import literature
+from lra.training.run import Request, build, resolved
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted(path.stem for path in (recipe.FOLDER / "paper").glob("*.toml"))
+TASKS = ("listops", "text", "retrieval", "image", "pathfinder", "pathx")
+
+
+def architecture_of(file: str) -> str:
+    """`transformer-rope` is a variant's own file; file names otherwise are architectures."""
+    return file.replace("-", "/")
+
+
+def content(file: str) -> dict[str, Any]:
+    return tomllib.loads((recipe.FOLDER / "paper" / f"{file}.toml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_file_resolves_and_fits_its_architecture(file: str) -> None:
+    name = architecture_of(file)
+    if name.partition("/")[0] not in architectures.names():
+        pytest.skip(f"no architecture {name} is registered")
+    told = list(content(file)["task"])
+    assert set(told) <= set(TASKS)
+    for task in told:
+        found, origin, constructor = resolved(Request(task, name, "paper"))
+        assert origin["data.protocol"].startswith(f"{file}.toml")
+        assert found.train.steps >= found.train.evaluate_every
+        own, protocol = prepared_sets.resolve(task, found.data.protocol)
+        assert protocol.name in ("lra2020", "s4")
+        model = match.shaped(partial(build, found, constructor, own, protocol, 0))
+        assert sum(p.numel() for p in model.parameters()) > 1000
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_file_names_its_source_and_every_table_its_place(file: str) -> None:
+    text = (recipe.FOLDER / "paper" / f"{file}.toml").read_text(encoding="utf-8")
+    head = text.partition("\n\n")[0]
+    assert re.search(r"arXiv:\d{4}\.\d{5}", head)
+    assert "Values: " in head
+    for task, table in content(file)["task"].items():
+        expected = table.get("expected", {})
+        assert not expected.get("accuracy") or "arXiv:" in str(expected["source"]), task
+        # what is not the source's own says so where it stands
+        assert re.search(r"^evaluate_every = \d+   # ours", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("task", "architecture", "says"),
+    [
+        ("listops", "s4", ["59.60 %", "58.35 to 59.60 %", "50 % on validation after epoch 10", "0.01"]),
+        ("image", "transformer", ["42.44 %", "lra2020"]),
+        ("text", "transformer/rope", ["79.08 %", "transformer-rope.toml"]),
+        ("listops", "mega", ["63.14 %", "no other figure is on file"]),
+        ("listops", "mega/chunk", ["58.76 %", "MEGA-chunk"]),
+        ("listops", "mamba", ["38.02 %", "32.50 to 44.86 %"]),
+        ("image", "s4d", ["87.83 %", "87.83 to 88.19 %"]),
+    ],
+)
+def test_show_prints_what_to_expect(task: str, architecture: str, says: list[str]) -> None:
+    done = CliRunner().invoke(app, ["show", task, architecture, "--recipe", "paper"])
+    assert done.exit_code == 0, done.output
+    for text in says:
+        assert text in done.output
+
+
+def test_an_architecture_without_published_settings_is_told_which_there_are() -> None:
+    done = CliRunner().invoke(app, ["show", "listops", "gru", "--recipe", "paper"])
+    assert done.exit_code == 2
+    assert "s4d" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_reported_ranges_hold_every_comparable_figure_on_file(file: str) -> None:
+    rows = [row for row in literature.load(ROOT / "results") if row.name == architecture_of(file)]
+    for task, table in content(file)["task"].items():
+        # a table that only collects others' figures is no source
+        found = [
+            row.values[task] / 100 for row in rows
+            if task in row.values and task not in row.not_comparable and "collected" not in row.note
+        ]  # fmt: skip
+        for accuracy in found:
+            if not math.isnan(accuracy):
+                expected = table["expected"]
+                assert expected["low"] - 1e-9 <= accuracy <= expected["high"] + 1e-9, (task, accuracy)
+
+
+def test_a_variant_is_itself_under_published_settings() -> None:
+    found = {name: resolved(Request("image", name, "paper"))[0] for name in ("s4d", "s4d/inv", "s4d/lin")}
+    assert [recipe.encoder["init"] for recipe in found.values()] == ["inv", "inv", "lin"]
+    assert found["s4d/inv"].expected == found["s4d"].expected != found["s4d/lin"].expected
+    llama, origin, _ = resolved(Request("image", "transformer/llama", "paper"))
+    assert llama.encoder["block"] == {"expand": 2.6875, "norm": "rms", "ffn": "swiglu"}
+    assert origin["encoder.block.norm"] == "variant"
+    # what is expected of the plain architecture is not expected of another
+    assert llama.expected == Expected()
+
+
+@pytest.mark.parametrize("name", [n for n in architectures.names(variants=True) if "/" in n])
+def test_no_recipe_turns_a_variant_into_something_else(name: str) -> None:
+    for kind in ("quick", "matched", *(["paper"] if name.partition("/")[0] in FILES else [])):
+        for task in TASKS:
+            found, _, constructor = resolved(Request(task, name, kind))
+            for key, value in constructor.preset.items():
+                if key in found.encoder and isinstance(value, dict):
+                    assert value.items() <= found.encoder[key].items()
+                elif key in found.encoder:
+                    assert found.encoder[key] == value
+
+
+def test_a_setting_that_contradicts_a_variant_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"encoder.init is 'inv' \(--set\), which is not s4d/lin: that has 'lin'"):
+        resolved(Request("image", "s4d/lin", "paper", settings={"encoder.init": "inv"}))
+    found, _, _ = resolved(Request("image", "s4d/lin", "paper", settings={"encoder.init": "lin"}))
+    assert found.encoder["init"] == "lin"

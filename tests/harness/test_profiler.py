@@ -1,0 +1,393 @@
+"""Profiles: what a cell holds, resuming, memory, growth, the largest that fits, LRA's table, the command."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_report import profiled
+from typer.testing import CliRunner
+
+from lra.cli.app import app
+from lra.errors import UserError
+from lra.profiling import fit, profiler, timing
+from lra.profiling.profiler import Cell
+from lra.profiling.timing import measure
+from lra.reports import efficiency, lra_table, sheets
+from lra.results import profiles
+
+CPU = torch.device("cpu")
+SMALL: dict[str, Any] = {"length": 32, "batch": 2, "d_model": 16, "n_layers": 1, "budget": 0.05}
+
+
+def test_timing_warms_up_and_repeats() -> None:
+    calls: list[int] = []
+    found = measure(lambda: calls.append(1), CPU, repeats=7, budget=5.0)
+    assert found.repeats == 7
+    assert 8 <= len(calls) <= 12
+    assert found.low <= found.median <= found.high
+
+
+def test_a_timing_that_does_not_fit_its_budget_has_fewer_repeats() -> None:
+    found = measure(lambda: sum(range(300_000)), CPU, repeats=1_000_000, budget=0.2)
+    assert 3 <= found.repeats < 1_000_000
+
+
+def test_a_first_call_that_compiles_is_no_measurement() -> None:
+    calls: list[int] = []
+
+    def compiled_once() -> None:
+        time.sleep(0.0 if calls else 0.3)
+        calls.append(1)
+
+    found = measure(compiled_once, CPU, repeats=7, budget=0.1)
+    assert found.repeats == 7
+    assert found.high < 0.1
+
+
+def test_a_call_longer_than_its_budget_is_timed_warm_and_once() -> None:
+    calls: list[int] = []
+
+    def slow() -> None:
+        time.sleep(0.1 if calls else 0.4)
+        calls.append(1)
+
+    found = measure(slow, CPU, budget=0.05)
+    assert (found.repeats, len(calls)) == (1, 2)
+    assert 0.1 <= found.median < 0.4
+
+
+def test_conditions_are_what_the_device_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = tmp_path / "cpuinfo"
+    cores.write_text("cpu MHz\t\t: 2000.5\nmodel name: x\ncpu MHz\t\t: 3000.5\n")
+    zone = tmp_path / "thermal_zone0"
+    zone.mkdir()
+    (zone / "temp").write_text("45000\n")
+    monkeypatch.setattr(timing, "CORES", cores)
+    monkeypatch.setattr(timing, "ZONES", tmp_path)
+    assert timing.conditions(CPU) == {"clock": 2500.5, "temperature": 45.0}
+    monkeypatch.setattr(timing, "CORES", tmp_path / "none")
+    monkeypatch.setattr(timing, "ZONES", tmp_path / "none")
+    assert timing.conditions(CPU) == {}
+
+
+def test_a_cell_holds_work_speed_and_memory() -> None:
+    found = profiler.measure_cell(Cell("transformer", direction="causal", **SMALL), CPU)
+    assert found["flops"]["matmul_counted"] == pytest.approx(found["flops"]["matmul_by_formula"], rel=0.01)
+    assert found["flops"]["algorithmic"] < found["flops"]["forward"]
+    assert found["memory"]["parameters"] == 4 * found["parameters"] == found["memory"]["gradients"]
+    assert found["memory"]["optimiser"] >= 2 * found["memory"]["gradients"]
+    parts = sum(found["memory"][key] for key in ("parameters", "gradients", "optimiser", "activations"))
+    assert found["memory"]["peak_bytes"] <= parts
+    assert set(found["seconds"]) == {"forward", "train", "step"}
+
+
+def test_a_classifier_of_bytes_and_a_kernel_that_is_a_product() -> None:
+    found = profiler.measure_cell(Cell("gru", task="bytes", **SMALL), CPU)
+    assert found["flops"]["matmul_counted"] == pytest.approx(found["flops"]["matmul_by_formula"], rel=0.01)
+    assert found["parameters"] > profiler.BYTES * 16
+
+
+@pytest.mark.parametrize("method", ["process high-water mark above start", "allocator"])
+def test_a_peak_counts_what_was_there_before_the_step(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Known:
+        def __init__(self, device: torch.device) -> None: ...
+
+        def read(self) -> dict[str, Any]:
+            return {"method": method, "peak_bytes": 10**6}
+
+    monkeypatch.setattr(profiler.memory, "Peak", Known)
+    found = profiler.measure_memory(Cell("gru", 32, 1, 8, 1), torch.device("cpu"))
+    # an allocator's own count holds them already
+    before = found["parameters"] + found["optimiser"] if method.startswith("process") else 0
+    assert found["peak_bytes"] == 10**6 + before
+    whole = found["parameters"] + found["optimiser"] + found["gradients"] + found["activations"]
+    assert whole == found["peak_bytes"]
+
+
+def test_peak_memory_in_a_fresh_process_is_that_of_the_step() -> None:
+    """Twice the batch takes twice the activations; 64 MiB of them are certain at this size."""
+    one, two = (
+        profiler.in_process(profiler.measure_memory, Cell("mingru", 4096, batch, 64, 2), "cpu", 120) for batch in (4, 8)
+    )
+    assert one["parameters"] == two["parameters"]
+    assert one["activations"] > 2**26
+    assert two["activations"] / one["activations"] == pytest.approx(2, rel=0.25)
+
+
+def test_freed_memory_is_used_again_without_page_faults() -> None:
+    code = """
+import resource, torch
+from lra import memory
+def faults(size=2**24):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(size)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+plain = faults()
+assert memory.keep_freed()
+kept = [faults() for _ in range(40)]
+held = memory.status("VmRSS")
+memory.give_back()
+print(plain, sum(kept[20:]), held - memory.status("VmRSS"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    plain, kept, given = map(int, done.stdout.split())
+    assert plain >= 2**26 // 2**14  # pages of 4 or 16 KiB
+    assert kept <= 2 * plain  # of 20 allocations; the heap needs some to find its size
+    assert given > 2**25
+
+
+def test_a_process_that_needs_more_than_its_limit_says_so() -> None:
+    cell = Cell("transformer", 4096, 64, 256, 4)
+    assert profiler.in_process(profiler.measure_memory, cell, "cpu", 120, 2**28) == {"failed": "out of memory"}
+
+
+def _answering(monkeypatch: pytest.MonkeyPatch, seconds: Iterator[float] | None = None) -> list[str]:
+    """Cells that take 1 s a step, or what `seconds` says, one after the other; gru fails. Returns what was asked."""
+    asked: list[str] = []
+
+    def answer(work: object, cell: Cell, *rest: object) -> dict[str, Any]:
+        again = " again" if work is profiler.measure_times else ""
+        asked.append(f"{cell.architecture} {cell.length}{again}")
+        if cell.architecture == "gru":
+            return {"failed": "out of memory"}
+        found = profiled("x", 1, next(seconds) if seconds else 1.0)
+        return found["seconds"] if again else {key: found[key] for key in ("parameters", "flops", "seconds", "memory")}
+
+    monkeypatch.setattr(profiler, "in_process", answer)
+    monkeypatch.setattr(profiler.Machine, "measured", lambda _: profiler.Machine(1e9, 1.2e6))
+    return asked
+
+
+def test_a_profile_goes_on_where_it_was_and_keeps_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = _answering(monkeypatch)
+    cells = [Cell(name, length, d_model=16) for length in (32, 64) for name in ("gru", "transformer")]
+    first = profiler.profile(cells, tmp_path)
+    assert [r.get("failed") for r in first] == ["out of memory", None, "not tried: failed at 32", None]
+    assert first[1]["mfu"] == 0.25
+    again = profiler.profile(cells, tmp_path)
+    assert [r["cell"] for r in again] == [r["cell"] for r in first]
+    whole = ["gru 32", "transformer 32", "transformer 64", "transformer 32 again", "transformer 64 again"]
+    assert asked == whole
+    del asked[:]
+    next(tmp_path.rglob("transformer*l32*.json")).write_text("{")
+    profiler.profile(cells, tmp_path)
+    one = ["transformer 32", "transformer 32 again"]
+    assert asked == one
+    profiler.profile(cells[1:2], tmp_path, fresh=True)
+    assert asked == one * 2
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    profiler.profile(cells[1:2], tmp_path)
+    assert asked == one * 3
+
+
+def test_rounds_go_on_until_the_two_fastest_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = _answering(monkeypatch, iter([3.0, 1.0, 1.2, 1.08]))
+    (found,) = profiler.profile([Cell("s4d", 32)], tmp_path)
+    assert len(asked) == 4
+    assert found["seconds"]["train"]["median"] == 1.0
+    assert (found["examples_per_second"], found["tokens_per_second"]) == (1.0, 32.0)
+    assert [r["train"] for r in found["rounds"]] == [3.0, 1.0, 1.2, 1.08]
+    assert not any("apart: s4d" in note for note in efficiency.sheets([found])[0].notes)
+
+
+def test_rounds_that_never_agree_end_and_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = _answering(monkeypatch, (2.0**-n for n in range(99)))
+    progress: list[tuple[int, int]] = []
+    (found,) = profiler.profile([Cell("s4d", 32)], tmp_path, seen=lambda _, done, total: progress.append((done, total)))
+    assert len(asked) == profiler.ROUNDS == len(found["rounds"])
+    assert progress == [(n, n + 1) for n in range(profiler.ROUNDS)]
+    assert any(note.endswith("10 % apart: s4d at 32") for note in efficiency.sheets([found])[0].notes)
+
+
+def test_a_third_round_needs_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = _answering(monkeypatch, (2.0**-n for n in range(99)))
+    profiler.profile([Cell("s4d", 32), Cell("lru", 32)], tmp_path, patience=0.0)
+    assert asked == ["s4d 32", "lru 32", "s4d 32 again", "lru 32 again"]
+
+
+def test_an_interrupted_profile_takes_only_the_rounds_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = _answering(monkeypatch)
+    profiler.profile([Cell("s4d", 32)], tmp_path, rounds=1)
+    assert asked == ["s4d 32"]
+    profiler.profile([Cell("s4d", 32)], tmp_path)
+    assert asked == ["s4d 32", "s4d 32 again"]
+
+
+def test_a_round_that_fails_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _answering(monkeypatch)
+    profiler.profile([Cell("s4d", 32)], tmp_path, rounds=1)
+    monkeypatch.setattr(profiler, "in_process", lambda *_: {"failed": "took longer than 300 s"})
+    (found,) = profiler.profile([Cell("s4d", 32)], tmp_path, rounds=2)
+    assert found["rounds"][1] == {}
+    assert found["seconds"]["train"]["median"] == 1.0
+    assert "failed" not in found
+
+
+def test_growth_is_the_slope_in_log_log_with_its_interval() -> None:
+    assert efficiency.exponent([1, 2, 4], [3, 12, 48])[0] == pytest.approx(2)
+    assert math.isnan(efficiency.exponent([1, 2], [1, 3])[1])
+    slope, half = efficiency.exponent([1, 2, 4, 8], [1, 2.2, 3.8, 8.1])
+    assert slope - half < 1 < slope + half
+    with pytest.raises(UserError, match="two lengths"):
+        efficiency.exponent([1], [1])
+
+
+def test_crossover_is_where_the_curves_meet_for_good() -> None:
+    lengths = (256, 512, 1024, 2048)
+    square, line = {n: n * n / 1e6 for n in lengths}, {n: 7e2 * n / 1e6 for n in lengths}
+    assert efficiency.crossover(line, square) == pytest.approx(700)
+    assert efficiency.crossover(square, line) is None
+    assert efficiency.crossover({256: 1.0, 512: 1.0}, {256: 2.0, 512: 2.0, 1024: 9.0}) == 256
+    # below, above, below: only the last meeting counts
+    assert efficiency.crossover({1: 1, 2: 4, 4: 1}, {1: 2, 2: 2, 4: 2}) == pytest.approx(2 * math.sqrt(2))
+    assert efficiency.crossover({}, square) is None
+
+
+def test_the_declared_scaling_is_the_variant_s() -> None:
+    known = {"mega": "L^2", "mega/chunk": "L log L", "gru": "L", "mega/chnk": "-", "nothing": "-", "net.py:Net": "-"}
+    assert {name: efficiency.declared(name) for name in known} == known
+
+
+def test_tables_of_profiles(tmp_path: Path) -> None:
+    profiles = [profiled(name, n, c * n**e) for name, c, e in (("transformer", 1e-6, 2), ("s4d", 4e-4, 1))
+                for n in (256, 1024, 4096)]  # fmt: skip
+    profiles.append({**profiled("gru", 256, 1), "failed": "out of memory"})
+    cells, growth = efficiency.sheets(profiles)
+    assert len(cells.rows) == 6
+    assert "gru at 256: out of memory" in cells.notes
+    lines = {row[0].text: [c.text for c in row] for row in growth.rows}
+    assert lines["s4d"][2:5] == ["L log L", "1.00", "1.00"]
+    assert lines["transformer"][4] == "2.00"
+    assert lines["s4d"][-1] == "from 400"
+    rows = list(csv.DictReader(io.StringIO(efficiency.table_csv(profiles))))
+    assert len(rows) == 7
+    assert all(None not in row and None not in row.values() for row in rows)
+    assert rows[-1]["failed"] == "out of memory"
+    assert float(rows[0]["train_seconds"]) == pytest.approx(1e-6 * 256**2)
+    from lra.reports import pictures
+
+    paths = pictures.write(profiles, tmp_path)
+    assert len(paths) == 2
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths)
+
+
+@pytest.mark.parametrize(
+    "rounds", [[], [{}], [3], [{"train": 1.0}], [{"forward": 1.0, "train": -1.0}], [{"forward": 1.0, "train": True}]]
+)
+def test_rounds_that_are_none_are_named(rounds: list[Any]) -> None:
+    assert profiles.problem(profiled("gru", 256, 1.0)) == ""
+    assert profiles.problem(profiled("gru", 256, 1.0, rounds=[{"forward": 1.0, "train": 2.0}, {}])) == ""
+    assert profiles.problem(profiled("gru", 256, 1.0, rounds=rounds)).startswith("rounds")
+
+
+def test_files_that_are_no_profiles_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "profile").mkdir()
+    (tmp_path / "profile" / "bad.json").write_text("{")
+    (tmp_path / "profile" / "other.json").write_text('{"cell": 3}')
+    (tmp_path / "profile" / "good.json").write_text(json.dumps(profiled("gru", 256, 1.0)))
+    assert [p["cell"]["architecture"] for p in efficiency.load(tmp_path)] == ["gru"]
+    bad, other = efficiency.problems(tmp_path)
+    assert bad.endswith("bad.json: not a profile: not a JSON object")
+    assert other.endswith("other.json: not a profile: cell is a int; expected dict")
+
+
+def test_lras_table_is_relative_and_beside_the_published_one(tmp_path: Path) -> None:
+    (tmp_path / "reported_efficiency.csv").write_text(
+        "table,architecture,name,metric,length,value,hardware,source\n"
+        "LRA efficiency,Transformer,transformer,train steps/s,1024,8.0,TPU,A paper\n"
+        "LRA efficiency,Performer,performer,train steps/s,1024,12.0,TPU,A paper\n"
+    )
+    profiles = [profiled("transformer", 1024, 1.0), profiled("performer", 1024, 0.5), profiled("performer", 4096, 1.0)]
+    speed, memory = lra_table.sheets(profiles, tmp_path)
+    assert [[c.text for c in row] for row in speed.rows] == [
+        ["transformer", "1.00", "-", "-", "-"], ["performer", "2.00 [1.50]", "-", "-", "-"],
+    ]  # fmt: skip
+    assert memory.rows[1][1].text == "1.00"
+    assert "1 steps/s at 1K" in speed.notes[0]
+
+
+@pytest.mark.parametrize("budget", [999, 1000, 12_345, 10**9, 5])
+def test_the_largest_that_fits_is_found(budget: int) -> None:
+    tried: list[int] = []
+
+    def peak_of(size: int) -> int | None:
+        tried.append(size)
+        return 10 * size if size < 100_000 else None
+
+    found = fit.largest(peak_of, budget, first=1, most=4096)
+    wanted = min(budget // 10, 4096)
+    assert found.value <= wanted
+    assert found.value >= 0.95 * wanted - 1
+    assert (found.capped, found.peak) == (wanted == 4096, 10 * found.value)
+    assert found.tries == len(tried) <= 20
+
+
+def test_failure_is_like_not_fitting() -> None:
+    assert fit.largest(lambda n: None if n > 64 else n, 10**9, first=8, most=4096).value in range(61, 65)
+    assert fit.largest(lambda n: None, 10**9, first=8, most=4096).value == 0
+
+
+@pytest.mark.parametrize(("text", "size"), [("2GiB", 2**31), ("0.5 MiB", 2**19)])
+def test_budgets_are_read(text: str, size: int) -> None:
+    assert fit.budget_of(text) == size
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["profile", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--fit", "much"), "512MiB"), (("--lengths", "1k"), "whole numbers"), (("grru",), "did you mean 'gru'"),
+        (("--direction", "back"), "causal or bidirectional"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line(arguments: tuple[str, ...], says: str) -> None:
+    done = invoke(*arguments)
+    assert done.exit_code == 2
+    assert says in done.stderr
+
+
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LRA_RESULTS", str(tmp_path))
+    asked = _answering(monkeypatch)
+    done = invoke("transformer", "gru", "--lengths", "64,32", "--d-model", "16")
+    assert done.exit_code == 0, done.output
+    assert asked[:3] == ["transformer 32", "gru 32", "transformer 64"]
+    assert "out of memory" in done.stdout
+    assert (tmp_path / "profile" / "profile.csv").is_file()
+    assert len(list((tmp_path / "profile").glob("*.png"))) == 2
+
+
+def test_tree_command() -> None:
+    done = invoke("gru", "--tree", "--lengths", "32", "--d-model", "16")
+    assert done.exit_code == 0, done.output
+    assert "mixer" in done.stdout
+    assert "lra.recurrent_cell" in done.stdout
+    assert "not counted: nothing" in done.stdout
+
+
+def test_the_table_says_how_far_the_two_flop_numbers_are_apart_and_leaves_out_what_nobody_has() -> None:
+    one, two = profiled("gru", 256, 1.0), profiled("s4d", 512, 1.0)
+    two["flops"]["matmul_by_formula"] = two["flops"]["matmul_counted"] / 1.02
+    found = efficiency.sheets([one, two])[0]
+    assert "matrix work counted and by formula: at most 2.00 % apart (s4d at 512)" in found.notes
+    shown = [str(column.header) for column in sheets.terminal(found).columns]
+    assert "tokens/s" in shown
+    assert "decode µs" not in shown
+    one["seconds"]["step"] = one["seconds"]["train"]
+    shown = [str(column.header) for column in sheets.terminal(efficiency.sheets([one, two])[0]).columns]
+    assert "decode µs" in shown

@@ -1,0 +1,176 @@
+"""Recipes: layers, origins, types, hashes, and clear refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lra.config import recipe
+from lra.config.recipe import Optim
+from lra.errors import UserError
+from lra.registry import architectures, tasks
+from lra.training.run import Request, resolved
+
+FILE = """
+[default.train]
+steps = 10
+evaluate_every = 5
+[task.listops.train]
+steps = 20
+[architecture.s4d.encoder]
+dt_max = 0.2
+[architecture."s4d/inv".encoder]
+dt_max = 0.3
+[cell.listops.s4d.optim]
+lr = 1
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    file = tmp_path / "mine.toml"
+    file.write_text(FILE)
+    return str(file)
+
+
+def test_narrower_layers_win_and_say_so(path: str) -> None:
+    found, origin = recipe.resolve(path, "listops", "s4d/inv", {"train.evaluate_every": "7"})
+    assert (found.name, found.train.steps, found.train.evaluate_every) == ("mine", 20, 7)
+    assert found.encoder == {"dt_max": 0.3}
+    assert found.optim.lr == 1.0
+    assert isinstance(found.optim.lr, float)
+    assert origin["train.steps"] == "mine.toml [task.listops]"
+    assert origin["encoder.dt_max"] == "mine.toml [architecture.s4d/inv]"
+    assert origin["optim.lr"] == "mine.toml [cell.listops.s4d]"
+    assert origin["train.evaluate_every"] == "--set"
+    assert origin["model.d_model"] == "built-in default"
+
+
+def test_another_cell_does_not_see_them(path: str) -> None:
+    found, _ = recipe.resolve(path, "text", "gru")
+    assert (found.train.steps, found.encoder, found.optim) == (10, {}, Optim())
+
+
+def test_the_hash_follows_the_content_and_not_the_name(path: str, tmp_path: Path) -> None:
+    other = tmp_path / "other.toml"
+    other.write_text(FILE)
+    one, _ = recipe.resolve(path, "listops", "s4d")
+    same, _ = recipe.resolve(str(other), "listops", "s4d")
+    changed, _ = recipe.resolve(path, "listops", "s4d", {"optim.lr": "0.5"})
+    assert one.hash == same.hash != changed.hash
+    assert recipe.from_dict(one.as_dict()).hash == one.hash
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("train.step", "5", "did you mean 'train.steps'"),
+        ("trian.steps", "5", "did you mean 'train.steps'"),
+        ("train.steps", "many", "expected int"),
+        ("train.steps", "1.5", "expected int"),
+        ("train.steps", "0", "at least 1"),
+        ("train.steps", "true", "expected int"),
+        ("optim.lr", "-1", "more than 0"),
+        ("optim.lr", "nan", "more than 0"),
+        ("optim.betas", "[0.9]", "a list of 2"),
+        ("optim.betas", "[0.9, 1.5]", "from 0 up to"),
+        ("model.dropout", "1.0", "from 0 up to"),
+        ("model.pooling", "'avg'", "one of mean"),
+        ("steps", "5", "unknown setting"),
+        ("optim.name", "adamx", "one of adamw"),
+        ("optim.ema", "1.0", "from 0 up to"),
+        ("optim.decay", "some", "one of matrices, all"),
+        ("train.accumulate", "0", "at least 1"),
+        ("train.checkpointing", "1", "expected bool"),
+        ("train.curriculum_length", "64", "go together"),
+        ("pretrain.objective", "mml", "one of none, mlm, causal"),
+        ("pretrain.mask", "0.0", "between 0 and 1"),
+        ("expected.accuracy", "0.5", "unknown setting"),
+    ],
+)
+def test_a_wrong_setting_is_one_clear_line(setting: str, value: str, message: str, path: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        recipe.resolve(path, "listops", "s4d", {setting: value})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[default.train]\nsteps = ", "not valid TOML"),
+        ("[defualt.train]\nsteps = 1", "did you mean 'default'"),
+        ("[default.trian]\nsteps = 1", "did you mean 'train'"),
+        ("[default]\ntrain = 3", "unknown section"),
+        ("[default.train]\nstep = 1", "did you mean 'train.steps'"),
+        ("\xff", "not valid TOML"),
+        ("[[task]]\n" + ".".join("a" * 900) + " = 1", "task.listops is .*; a table"),
+        ("[default.train]\nsteps" + ".a" * 900 + " = 1", "unknown key 'train.steps.a.*; "),
+    ],
+)
+def test_a_wrong_file_is_one_clear_line(content: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=message) as error:
+        recipe.resolve(str(file), "listops", "s4d")
+    assert len(str(error.value)) < 1000
+
+
+def test_unknown_recipes_and_encoder_keys_get_the_nearest_name() -> None:
+    with pytest.raises(UserError, match="did you mean 'quick'"):
+        recipe.resolve("quik", "listops", "gru")
+    with pytest.raises(UserError, match=r"did you mean 'encoder\.n_heads'"):
+        resolved(Request("listops", "transformer", "quick", settings={"encoder.n_head": "2"}))
+
+
+@pytest.mark.parametrize("name", [n for n in recipe.names() if not n.startswith("paper/")])
+@pytest.mark.parametrize("task", tasks.names())
+@pytest.mark.parametrize("architecture", architectures.names())
+def test_every_recipe_resolves_for_every_cell(name: str, task: str, architecture: str) -> None:
+    found, origin, _ = resolved(Request(task, architecture, name))
+    assert found.train.steps >= found.train.evaluate_every
+    assert all(source for source in origin.values())
+
+
+@pytest.mark.parametrize("name", [n for n in architectures.names(variants=True) if n != "synthesizer/random"])
+def test_matched_recipes_stay_within_110_percent_of_the_transformer(name: str) -> None:
+    sizes = {}
+    for architecture in ("transformer", name):
+        found, _, constructor = resolved(Request("image", architecture, "matched"))
+        shape = {"d_model": found.model.d_model, "n_layers": found.model.n_layers, "length": 1024}
+        if "direction" in constructor.options():
+            shape["direction"] = found.model.direction  # type: ignore[assignment]
+        encoder = constructor(**shape, **found.encoder)
+        sizes[architecture] = sum(p.numel() for p in encoder.parameters())
+    assert sizes[name] <= 1.1 * sizes["transformer"]
+
+
+def test_committed_results_keep_their_recipe_identity() -> None:
+    from lra.results import result
+
+    # results live beside the package in a checkout, whatever LRA_RESULTS says while tests run
+    files = sorted((Path(recipe.__file__).parents[1] / "results" / "runs").rglob("*.json"))
+    for file in files:
+        record = result.read(file)
+        assert recipe.from_dict(record["recipe"]).hash == record["recipe_hash"], file.name
+    assert files
+
+
+def test_pretraining_settings_count_only_when_there_is_pretraining(path: str) -> None:
+    plain, _ = recipe.resolve(path, "listops", "s4d")
+    idle, _ = recipe.resolve(path, "listops", "s4d", {"pretrain.steps": "7"})
+    used, _ = recipe.resolve(path, "listops", "s4d", {"pretrain.steps": "7", "pretrain.objective": "mlm"})
+    assert plain.hash == idle.hash != used.hash
+    assert (plain.regime, used.regime) == ("scratch", "self-pretrained (mlm)")
+    assert recipe.from_dict(used.as_dict()).hash == used.hash
+
+
+def test_expectations_are_read_and_are_no_part_of_the_identity(path: str, tmp_path: Path) -> None:
+    more = tmp_path / "more.toml"
+    more.write_text(FILE + '[task.listops.expected]\naccuracy = 0.5\nsource = "a paper"\nepoch = 3\nby = 0.3\n')
+    found, _ = recipe.resolve(str(more), "listops", "s4d")
+    assert (found.expected.accuracy, found.expected.epoch, found.expected.by) == (0.5, 3, 0.3)
+    assert found.hash == recipe.resolve(path, "listops", "s4d")[0].hash
+    more.write_text(FILE + "[task.listops.expected]\naccuracy = 50.0\n")
+    with pytest.raises(UserError, match="from 0 to 1"):
+        recipe.resolve(str(more), "listops", "s4d")

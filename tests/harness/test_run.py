@@ -1,0 +1,193 @@
+"""From a recipe to a result: end to end on a tiny task, the same twice, when resumed and when restored."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from lra.data import prepared_sets
+from lra.data.batches import DeviceSet, Sweep
+from lra.errors import UserError
+from lra.registry import tasks
+from lra.reports import leaderboard
+from lra.results import result
+from lra.training.run import Request, Stop, restore, run
+
+TINY = f"{Path(__file__).parents[1] / 'tiny_task.py'}:Tiny"
+SMALL = {
+    "train.steps": "24", "train.evaluate_every": "8", "model.d_model": "16", "data.batch_size": "16",
+    "model.n_layers": "1", "model.dropout": "0.1",
+}  # fmt: skip
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("LRA_CACHE", "LRA_RESULTS", "LRA_RUNS"):
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    return tmp_path
+
+
+def go(settings: dict[str, str] | None = None, architecture: str = "gru", **more: object) -> Path:
+    request = Request(TINY, architecture, "quick", settings=SMALL | (settings or {}), **more)  # type: ignore[arg-type]
+    return run(request, Console(quiet=True))
+
+
+def weights(places: Path, number: int = 0) -> dict[str, torch.Tensor]:
+    folder = sorted((places / "lra_runs").iterdir())[number]
+    return torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+
+
+def test_a_run_writes_one_valid_record_with_its_predictions(places: Path) -> None:
+    path = go()
+    record = result.read(path)
+    assert path.parent == places / "lra_results" / "runs" / "tiny" / "gru"
+    assert record["task"] == "tiny"
+    assert record["test"]["n"] == 150
+    saved = np.load(path.with_suffix(".npz"), allow_pickle=False)
+    assert record["test"]["accuracy"] == (saved["prediction"] == saved["label"]).mean()
+    assert (saved["example"] == np.arange(150)).all()
+    assert record["speed"]["steps"] == 24
+    assert record["speed"]["examples"] == 24 * 16
+    assert record["flops"]["forward_backward"] > record["flops"]["forward"] > 0
+    assert record["memory"]["peak_bytes"] > 0
+    assert record["direction"] == "bidirectional"
+    assert record["recipe"]["train"]["steps"] == 24
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(places: Path) -> None:
+    first = result.read(go())
+    before = weights(places)
+    second = result.read(go())
+    again = weights(places)
+    assert first["test"]["accuracy"] == second["test"]["accuracy"]
+    assert all(torch.equal(before[key], again[key]) for key in before)
+    go(seed=1)
+    other = weights(places, 1)
+    assert any(not torch.equal(before[key], other[key]) for key in before)
+
+
+@pytest.mark.parametrize("architecture", ["gru", "transformer", "s4d"])
+@pytest.mark.parametrize("stop_at", [8, 13])
+def test_an_interrupted_run_resumes_to_the_same_weights(
+    architecture: str, stop_at: int, places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lra.training.module import Interrupted
+
+    # evaluating once, at the end, makes the best checkpoint the last weights
+    settings = {"train.evaluate_every": "24"}
+    go(settings, architecture)
+    whole = weights(places)
+    original = Stop.on_train_batch_end
+
+    def stopping(self: Stop, trainer: object, *rest: object) -> None:
+        if trainer.global_step == stop_at:  # type: ignore[attr-defined]
+            self.reason = "the test"
+        original(self, trainer, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Stop, "on_train_batch_end", stopping)
+    with pytest.raises(Interrupted, match=f"step {stop_at} of 24"):
+        go(settings, architecture)
+    monkeypatch.undo()
+    for name in ("LRA_CACHE", "LRA_RESULTS", "LRA_RUNS"):
+        monkeypatch.setenv(name, str(places / name.lower()))
+    record = result.read(go(settings, architecture, resume=True))
+    resumed = weights(places)
+    assert record["resumed"] is True
+    assert record["speed"]["steps"] == 24
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_a_run_at_chance_is_labelled_and_one_that_left_it_is_not(places: Path) -> None:
+    assert result.read(go({"train.steps": "1", "optim.lr": "1e-9"}))["collapsed"] == "not above the best blind guess"
+    assert result.read(go({"train.steps": "60", "optim.lr": "0.03"}))["collapsed"] == ""
+
+
+def test_a_time_limit_stops_with_a_checkpoint(places: Path) -> None:
+    from lra.training.module import Interrupted
+
+    with pytest.raises(Interrupted, match="time limit"):
+        go(time_limit=0.0)
+    assert list((places / "lra_runs").glob("*/checkpoints/last.ckpt"))
+    assert not list(places.rglob("*.json.*"))
+
+
+def test_resuming_nothing_or_another_recipe_is_refused(places: Path) -> None:
+    with pytest.raises(UserError, match="nothing to resume"):
+        go(resume=True)
+
+
+def test_a_saved_model_scores_the_same_in_a_fresh_process(places: Path) -> None:
+    record = result.read(go({"train.steps": "60", "optim.lr": "0.01"}))
+    folder = next((places / "lra_runs").iterdir())
+    code = (
+        "import sys, torch, numpy as np; from pathlib import Path; from lra import store\n"
+        "from lra.data.batches import DeviceSet, Sweep; from lra.training.run import restore\n"
+        f"model = restore(Path({str(folder)!r})); found = store.prepared({TINY!r})\n"
+        "data = DeviceSet.of(found.split('test'), found.protocol, torch.device('cpu'))\n"
+        "with torch.no_grad(): print(sum(int((model(b).argmax(-1) == b.labels).sum()) for b in Sweep(data, 64)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert int(done.stdout.split()[-1]) == record["test"]["correct"]
+
+
+def test_padding_and_company_do_not_change_predictions(places: Path) -> None:
+    go(architecture="transformer")
+    model = restore(next((places / "lra_runs").iterdir()))
+    found = prepared_sets.prepared(TINY)
+    data = DeviceSet.of(found.split("test"), found.protocol, torch.device("cpu"))
+    with torch.no_grad():
+        together = torch.cat([model(b)[b.example.argsort()] for b in Sweep(data, 150)])
+        alone = torch.cat([model(data.batch(np.array([i]))) for i in range(20)])
+    torch.testing.assert_close(together[:20], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_ctrl_c_says_how_to_resume_and_leaves_nothing_half_written(places: Path) -> None:
+    command = [
+        sys.executable, "-m", "lra.cli.app", "run", TINY, "gru", "--recipe", "quick",
+        "--set", "train.steps=100000", "--set", "model.d_model=8", "--set", "train.evaluate_every=50000",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = places / "lra_runs"
+    _until(lambda: any(p.stat().st_size > 200 for p in log.glob("*/log/metrics.csv")), process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "resume with: lra run" in errors
+    assert "--resume" in errors
+    assert list(log.glob("*/checkpoints/last.ckpt"))
+    assert (
+        not (places / "lra_results" / "runs" / "tiny").exists()
+        or not list(places.rglob("*.json"))
+        or all(json.loads(p.read_text()) for p in places.rglob("*.json"))
+    )
+
+
+def _until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_two_seeds_make_one_row_with_an_interval(places: Path) -> None:
+    go()
+    go(seed=1)
+    records, problems = leaderboard.load(places / "lra_results")
+    (group,) = leaderboard.rows(records)
+    (row,) = leaderboard.rows(records)[group]
+    assert not problems
+    assert row.seeds == 2
+    assert row.accuracy.source == "seeds"
+    assert tasks.get(TINY).cls.name == group.task

@@ -1,0 +1,298 @@
+"""How a run trains: parts of a batch, averaged weights, recomputed blocks, cut gradients, growing lengths, budgets."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from lra.config import match
+from lra.config.sections import Expected
+from lra.data import prepared_sets
+from lra.data.batches import DeviceSet, Sampler
+from lra.errors import UserError
+from lra.model import Classifier
+from lra.registry import architectures
+from lra.results import result
+from lra.training import execution
+from lra.training.callbacks import Band, Stop
+from lra.training.module import Interrupted
+from lra.training.pretraining import Predictor
+from lra.training.run import Request, build, resolved, restore, run
+
+TINY = f"{Path(__file__).parents[1] / 'tiny_task.py'}:Tiny"
+SMALL = {
+    "train.steps": "12", "train.evaluate_every": "6", "model.d_model": "8", "data.batch_size": "16",
+    "model.n_layers": "1", "optim.warmup": "0",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("LRA_CACHE", "LRA_RESULTS", "LRA_RUNS"):
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    return tmp_path
+
+
+def go(settings: dict[str, str] | None = None, architecture: str = "gru", **more: Any) -> dict[str, Any]:
+    request = Request(TINY, architecture, "quick", settings=SMALL | (settings or {}), **more)
+    return result.read(run(request, Console(quiet=True)))
+
+
+def weights(places: Path, number: int = -1) -> dict[str, torch.Tensor]:
+    found = sorted((places / "lra_runs").glob("*/checkpoints/best.ckpt"), key=lambda p: p.stat().st_mtime_ns)
+    return torch.load(found[number], weights_only=True)["state_dict"]
+
+
+def encoder(name: str = "gru", **more: Any) -> Any:
+    torch.manual_seed(0)
+    return architectures.get(name)(d_model=8, n_layers=2, length=20, **more)
+
+
+def test_a_batch_in_parts_is_the_batch(places: Path) -> None:
+    # only evaluated at the end, so that the best weights are the last
+    whole = go({"train.evaluate_every": "12"})
+    before = weights(places)
+    parts = go({"train.evaluate_every": "12", "train.accumulate": "4"})
+    after = weights(places)
+    assert whole["recipe_hash"] != parts["recipe_hash"]
+    assert parts["speed"]["steps"] == 12
+    assert parts["speed"]["examples"] == whole["speed"]["examples"]
+    for key, value in before.items():
+        torch.testing.assert_close(value, after[key], atol=2e-5, rtol=1e-4)
+
+
+def test_averaged_weights_are_the_average(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lra.training.module import Training
+
+    seen: list[torch.Tensor] = []
+    plain = Training.on_train_batch_end
+
+    def watching(self: Training, *rest: Any) -> None:
+        seen.append(self.model.get_parameter("head.weight").detach().clone())
+        plain(self, *rest)
+
+    monkeypatch.setattr(Training, "on_train_batch_end", watching)
+    go({"optim.ema": "0.5", "train.evaluate_every": "12"})
+    kept = weights(places)["model.head.weight"]
+    average = seen[0]
+    for value in seen[1:]:
+        average = 0.5 * average + 0.5 * value
+    torch.testing.assert_close(kept, average)
+    assert not torch.equal(kept, seen[-1])
+    # what is restored is what was tested
+    assert torch.equal(restore(next((places / "lra_runs").iterdir())).get_parameter("head.weight"), kept)
+
+
+def gradients(net: Any, x: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+    net.zero_grad()
+    torch.manual_seed(1)
+    net(x, mask).square().sum().backward()
+    return [p.grad.clone() for p in net.parameters()]
+
+
+def test_recomputed_blocks_give_the_same_gradients_with_dropout() -> None:
+    net = encoder("transformer", dropout=0.3)
+    x, mask = torch.randn(3, 20, 8), torch.ones(3, 20, dtype=torch.bool)
+    plain = gradients(net, x, mask)
+    runs = 0
+
+    def count(*_: Any) -> None:
+        nonlocal runs
+        runs += 1
+
+    net.layers[0].mixer.register_forward_hook(count)
+    execution.recompute(net)
+    again = gradients(net, x, mask)
+    assert runs == 2
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_truncation_cuts_the_gradient_and_nothing_else() -> None:
+    net = encoder()
+    x, mask = torch.randn(2, 20, 8, requires_grad=True), torch.ones(2, 20, dtype=torch.bool)
+    whole = net(x, mask)
+    execution.truncate(net, 5)
+    cut = net(x, mask)
+    torch.testing.assert_close(cut, whole, atol=1e-5, rtol=1e-5)
+    # the sum of a normalised vector has no gradient
+    seen = [(y[:, 12] * torch.arange(8)).sum() for y in (whole, cut)]
+    reach = [torch.autograd.grad(y, x, retain_graph=True)[0].abs().sum((0, 2)) for y in seen]
+    assert (reach[0][:13] > 0).all()
+    assert (reach[1][:10] == 0).all()
+    assert (reach[1][10:13] > 0).all()
+    with pytest.raises(UserError, match="recurrent mode"):
+        execution.truncate(encoder(direction="bidirectional"), 5)
+
+
+def test_a_run_may_be_truncated_and_recomputed(places: Path) -> None:
+    record = go({"train.tbptt": "6", "model.direction": "causal", "train.checkpointing": "true"})
+    assert record["recipe"]["train"]["tbptt"] == 6
+
+
+def test_compiling_says_how_it_went(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = encoder("transformer")
+    x, mask = torch.randn(2, 20, 8), torch.ones(2, 20, dtype=torch.bool)
+    plain = net(x, mask)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        net._compiled_call_impl = lambda *_, **__: 1 / 0
+
+    monkeypatch.setattr(net, "compile", refuse)
+    said = execution.compiled(net, lambda: net(x, mask))
+    assert said["status"] == "refused"
+    assert "ZeroDivisionError" in said["reason"]
+    assert torch.equal(net(x, mask), plain)
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_lengths_grow_and_every_step_is_a_function_of_its_number() -> None:
+    lengths = np.random.default_rng(0).integers(5, 101, (400, 1))
+    sampler = Sampler(lengths, 8, 0, grow_from=20, grow_steps=10)
+    longest = [int(lengths[sampler.batch(step)].max()) for step in range(10)]
+    assert all(n <= 20 + 80 * step / 10 for step, n in enumerate(longest))
+    assert max(longest[:3]) < 40 < 60 < max(longest[7:])
+    assert (sampler.batch(3) == Sampler(lengths, 8, 0, grow_from=20, grow_steps=10).batch(3)).all()
+    assert (sampler.batch(12) == Sampler(lengths, 8, 0).batch(12)).all()
+    with pytest.raises(UserError, match="curriculum_length >="):
+        Sampler(lengths, 8, 0, grow_from=5, grow_steps=10).batch(0)
+
+
+def test_a_run_below_its_source_says_so_once(capsys: pytest.CaptureFixture[str]) -> None:
+    band = Band(Expected(epoch=2, by=0.5), 10, Console(width=200))
+
+    class Seen:
+        global_step, callback_metrics = 0, {"validation_accuracy": torch.tensor(0.3)}
+
+    for step in (10, 19, 20, 30):
+        Seen.global_step = step
+        band.on_validation_end(Seen(), None)  # type: ignore[arg-type]
+    assert capsys.readouterr().out.count("30.0 %, where the source of this recipe had reached 50 %") == 1
+    assert band.below
+
+
+@pytest.mark.parametrize("objective", ["mlm", "causal"])
+def test_self_pretraining_learns_from_inputs_alone_and_is_charged(objective: str, places: Path) -> None:
+    settings = {"pretrain.steps": "40", "pretrain.lr": "0.01", "model.direction": "causal"}
+    record = go(settings, pretrain=objective)
+    assert record["regime"] == f"self-pretrained ({objective})"
+    assert record["pretraining"]["steps"] == 40
+    charged = record["compute"]
+    assert charged["total"]["examples"] == 16 * (40 + 12)
+    assert charged["total"]["flops"] == sum(charged[k]["flops"] for k in ("pretraining", "fine-tuning"))
+    (log,) = places.rglob("pretraining/metrics.csv")
+    losses = [float(row["loss"]) for row in csv.DictReader(log.read_text().splitlines()) if row["loss"]]
+    # tokens are drawn evenly from four: no prediction is better than log 4, and an untrained head is worse
+    untrained = Predictor(
+        model_of("gru", **{"model.direction": "causal"})[0], prepared_sets.resolve(TINY)[1], objective, 0.15, "auto"
+    )
+    batch = DeviceSet.of(
+        prepared_sets.prepared(TINY).split("train"), prepared_sets.resolve(TINY)[1], torch.device("cpu")
+    )
+    before = float(untrained(batch.batch(np.arange(64))).detach())
+    assert losses[-1] < before - 0.1
+    assert losses[-1] == pytest.approx(math.log(4), abs=0.1)
+
+
+def test_pretrained_weights_are_what_training_starts_from(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lra.training import stages
+    from lra.training.module import Training
+
+    starts: list[dict[str, torch.Tensor]] = []
+
+    class Watched(Training):
+        def on_train_start(self) -> None:
+            starts.append({k: v.clone() for k, v in self.model.state_dict().items()})
+            super().on_train_start()
+
+    monkeypatch.setattr(stages, "Training", Watched)
+    go({"pretrain.steps": "4", "pretrain.objective": "mlm"})
+    done = torch.load(next(places.rglob("done.ckpt")), weights_only=True)["model"]
+    assert all(torch.equal(done[key], value) for key, value in starts[0].items())
+    plain = model_of("gru")[0].state_dict()
+    changed = [k for k in plain if not torch.equal(plain[k], done[k])]
+    assert any(k.startswith("encoder.") for k in changed)
+    assert not any(k.startswith("head.") for k in changed)
+
+
+def test_causal_pretraining_of_an_encoder_that_sees_the_future_is_refused() -> None:
+    with pytest.raises(UserError, match=r"set model\.direction=causal"):
+        go({"pretrain.objective": "causal"})
+    with pytest.raises(UserError, match="this protocol has tokens"):
+        go({"pretrain.objective": "mlm", "pretrain.loss": "l1"})
+
+
+def model_of(name: str, **settings: str) -> tuple[Classifier, Any]:
+    found, _, constructor = resolved(Request(TINY, name, "quick", settings=SMALL | settings))
+    task, protocol = prepared_sets.resolve(TINY)
+    return build(found, constructor, task, protocol, 0), found
+
+
+@pytest.mark.parametrize("name", ["gru", "s4d", "transformer"])
+def test_a_width_is_solved_for_a_budget(name: str) -> None:
+    found, origin, _ = resolved(Request(TINY, name, "quick", settings=SMALL, match="params=60k"))
+    model, _ = model_of(name, **{"model.d_model": str(found.model.d_model)})
+    size = sum(p.numel() for p in model.parameters())
+    assert f"{size:,}" in origin["model.d_model"]
+    # no neighbouring width that can be built is nearer
+    step = found.encoder.get("n_heads", 1)
+    for other in (found.model.d_model - step, found.model.d_model + step):
+        near, _ = model_of(name, **{"model.d_model": str(other)})
+        assert abs(sum(p.numel() for p in near.parameters()) - 60_000) >= abs(size - 60_000)
+
+
+def test_more_of_a_budget_is_more_width() -> None:
+    for kind, small, large in (("flops", "5M", "50M"), ("memory", "10M", "100M")):
+        widths = [
+            resolved(Request(TINY, "gru", "quick", settings=SMALL, match=f"{kind}={b}"))[0].model.d_model
+            for b in (small, large)
+        ]
+        assert widths[0] < widths[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("parms=6k", "did you mean 'params'"), ("params=6q", "for example params=600k"), ("flops", "a number")],
+)
+def test_a_wrong_budget_is_one_line(text: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        match.wanted(text)
+
+
+def test_a_record_holds_its_learning_curve_resumed_or_not(monkeypatch: pytest.MonkeyPatch, places: Path) -> None:
+    whole = go()["curve"]
+    assert [point["step"] for point in whole] == [6, 12]
+    original = Stop.on_train_batch_end
+
+    def stopping(self: Stop, trainer: Any, *rest: Any) -> None:
+        self.reason = "the test" if trainer.global_step == 8 else ""
+        original(self, trainer, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "on_train_batch_end", stopping)
+        with pytest.raises(Interrupted):
+            go()
+    record = go(resume=True)
+    assert record["curve"] == whole
+    assert record["validation"]["accuracy"] == pytest.approx(max(point["validation_accuracy"] for point in whole))
+
+
+def test_diagnostics_of_an_encoder_are_in_the_record(monkeypatch: pytest.MonkeyPatch, places: Path) -> None:
+    cls = architectures.get("gru").cls
+    monkeypatch.setattr(cls, "diagnostics", lambda self: {"dropped": 0.25}, raising=False)
+    assert go()["diagnostics"] == {"dropped": 0.25}
+    (log,) = places.rglob("metrics.csv")
+    assert "diagnostics/dropped" in log.read_text().splitlines()[0]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    yield
+    torch._dynamo.reset()

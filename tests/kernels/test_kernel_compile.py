@@ -1,0 +1,85 @@
+"""Triton kernels compile for an H200 as their operators launch them, and fit it. Nothing is run: no GPU is needed.
+
+`make test` takes what `make bench` times in every dtype and the small cases in float32; `pytest -m slow` all cases.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compiled_kernel import DTYPES, SHARED, Launch, distinct, fault, launches, needs
+
+from lra.operators.parity import cases_of, operators
+
+OPS = [op for op in operators() if import_module(f"lra.kernels.{op}").HAS_GPU]
+
+
+def obstacle() -> str:
+    """Why nothing can be compiled here, or nothing."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "TRITON_INTERPRET=1: kernels are not made for the compiler"
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    from triton import knobs
+
+    try:
+        return "" if knobs.nvidia.ptxas.path and knobs.nvidia.cuobjdump.path else "no ptxas"
+    except RuntimeError as error:
+        return f"Triton came without NVIDIA's tools: {error}"
+
+
+pytestmark = pytest.mark.skipif(bool(obstacle()), reason=obstacle())
+
+
+@pytest.fixture(autouse=True)
+def compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def faults(found: dict[tuple[Any, ...], tuple[str, Launch]]) -> list[str]:
+    return [f"{launch.name} ({where}): {why}" for where, launch in found.values() if (why := fault(launch))]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_compile_for_an_h200_and_fit_it(op: str) -> None:
+    found = distinct(op, DTYPES, "bench") | distinct(op, (torch.float32,), "small")
+    assert found
+    assert not faults(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_of_every_case_compile_for_an_h200_and_fit_it(op: str) -> None:
+    assert not faults(distinct(op, DTYPES, "small", "edge", "long", "bench"))
+
+
+def test_forward_and_backward_of_a_case_are_recorded_as_they_would_be_launched() -> None:
+    case = next(case for case in cases_of("linear_scan", "bench") if case.name == "B16 L2048 D256")
+    forward, backward = launches("linear_scan", case, torch.bfloat16)
+    assert (forward.name, backward.name) == ("linear_scan.gpu._forward", "linear_scan.gpu._backward")
+    assert forward.grid == backward.grid == (8, 16)
+    assert [x.dtype for x in forward.arguments[:4]] == [torch.bfloat16] * 4
+    assert forward.options["T"] == 64, "the tile of a GPU, not of the interpreter"
+    assert 0 < needs(forward).shared < needs(backward).shared < SHARED
+
+
+@pytest.mark.parametrize(
+    ("kernel", "size", "grid", "why"),
+    [
+        ("changes_type", 16, (1,), "Loop-carried variable total has initial type"),
+        ("takes_memory", 128, (1,), "bytes of shared memory; at most 232,448"),
+        ("takes_memory", 16, (1, 65_536), "a grid of (1, 65536)"),
+        ("takes_memory", 16, (65_536, 1), ""),
+    ],
+)
+def test_what_an_h200_would_not_run_is_refused(kernel: str, size: int, grid: tuple[int, ...], why: str) -> None:
+    broken = getattr(import_module("broken_kernels"), kernel)
+    found = fault(Launch(broken, grid, (torch.empty(0, dtype=torch.bfloat16), 3), {"T": size, "num_stages": 5}))
+    assert why in found
+    assert bool(found) == bool(why)
