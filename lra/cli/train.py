@@ -46,7 +46,7 @@ def show(
     for column in ("key", "value", "from"):
         table.add_column(column, overflow="fold")
     values = found.as_dict()
-    shown = ["data", "model", "encoder", "optim", "train"]
+    shown = ["data", "model", "encoder", "optim", "train", *(["search"] if found.search.rates else [])]
     for section in [*shown, *(["pretrain"] if found.pretrain.objective != "none" else [])]:
         for key, value in _dotted(values[section]):
             where = origin.get(f"{section}.{key}", "built-in default" if section in SECTIONS else "")
@@ -118,7 +118,8 @@ def run(
         console.print(f"validation only, in {path}", soft_wrap=True)
         return
     record = result.read(path)
-    found = Collection.read(result.folder())
+    smoke = record["recipe"].get("smoke", False)
+    found = Collection.read(result.folder(), "smoke" if smoke else "runs")
     for line in found.problems:
         errors.print(f"[yellow]{escape(line)}[/]", soft_wrap=True)
     group = board.group_of(record)
@@ -132,6 +133,12 @@ def run(
     )
     if record["collapsed"]:
         console.print(f"[yellow]this run is {record['collapsed']}[/]")
+    if smoke:
+        console.print(
+            f"This was a smoke test. For a comparison: `lra run {task} {architecture} --recipe standard` "
+            f"(`make {task} ARCH={architecture} RECIPE=standard`), about an hour of one core.",
+            soft_wrap=True,
+        )
 
 
 @guarded

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lra.config.recipe import Recipe
+from lra.encoder import Encoder
 from lra.errors import UserError, unknown
 from lra.model import Classifier
 from lra.task import Protocol
@@ -22,6 +23,8 @@ from lra.task import Protocol
 Built = TypeVar("Built", bound=nn.Module)
 UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 WIDEST = 4096
+LENGTH = 1024
+"""Sequence length for which `model.budget` counts parameters, so that a width does not depend on the task."""
 # a residual block keeps about this many activations of its width for each token
 KEPT = 16
 
@@ -69,6 +72,39 @@ def solved(text: str, found: Recipe, build: Callable[[Recipe], Classifier], prot
     width = min(near, key=lambda w: abs(known[w] - budget))
     off = known[width] / budget - 1
     return width, f"d_model {width} has {kind} {known[width]:,.0f}, {100 * off:+.1f} % of the {budget:,.0f} asked for"
+
+
+def within_budget(
+    recipe: Recipe, reference: Recipe, build: Callable[[Recipe], Encoder], reference_build: Callable[[Recipe], Encoder]
+) -> tuple[int, str]:
+    """The widest d_model with at most `model.budget` times the parameters of the reference's encoder, and a line on it.
+
+    Tries the recipe's own d_model, then the multiples of `model.width_step` below it, without widths that the
+    architecture refuses. Raises UserError where none of them meets the budget.
+    """
+    allowed = recipe.model.budget * _size(shaped(lambda: reference_build(reference)))
+    step = recipe.model.width_step
+    size, refusal = 0, ""
+    for width in (recipe.model.d_model, *range((recipe.model.d_model - 1) // step * step, 0, -step)):
+        sized = replace(recipe, model=replace(recipe.model, d_model=width))
+        try:
+            size = _size(shaped(lambda sized=sized: build(sized)))  # type: ignore[misc]
+        except UserError as error:
+            refusal = str(error)
+            continue
+        if size <= allowed:
+            share = size / (allowed / recipe.model.budget)
+            return width, f"d_model {width} has {share:.2f} times the parameters of the Transformer"
+    if not size:
+        raise UserError(f"no width of {recipe.architecture} up to {recipe.model.d_model} can be built: {refusal}")
+    raise UserError(
+        f"{recipe.architecture} has {size:,} parameters at its narrowest; recipe {recipe.name} allows {allowed:,.0f}, "
+        f"{recipe.model.budget:g} times the Transformer's"
+    )
+
+
+def _size(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def shaped(make: Callable[[], Built]) -> Built:

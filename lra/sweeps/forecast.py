@@ -117,7 +117,7 @@ def _training(module: Trainable, found: Recipe, data: DeviceSet, sampler: Sample
     import numpy as np
     import torch
 
-    from lra.training import stages
+    from lra.training import precision
 
     module.setup("fit")
     optimiser = module.configure_optimizers()["optimizer"]
@@ -133,7 +133,7 @@ def _training(module: Trainable, found: Recipe, data: DeviceSet, sampler: Sample
     for step in (middles[0], *middles, by_length[-1]):
         start = time.perf_counter()
         for part in range(parts):
-            with stages.precise(found, data.device):
+            with precision.autocast(found, data.device):
                 loss: Any = module.training_step(data.batch(sampler.batch(int(step))[part::parts]), 0)
             (loss / parts).backward()
         if found.optim.clip:
@@ -152,7 +152,7 @@ def _scoring(model: Classifier, found: Recipe, held: DeviceSet) -> float:
     import torch
 
     from lra.data.batches import Sweep
-    from lra.training import stages
+    from lra.training import precision
 
     plan = Sweep(held, found.data.evaluation_batch_size).plan
     chosen = [plan[i] for i in np.unique(np.linspace(0, len(plan) - 1, BATCHES).astype(int))]
@@ -160,7 +160,7 @@ def _scoring(model: Classifier, found: Recipe, held: DeviceSet) -> float:
     model.eval()
     for examples in (chosen[0], *chosen):
         start = time.perf_counter()
-        with torch.no_grad(), stages.precise(found, held.device):
+        with torch.no_grad(), precision.autocast(found, held.device):
             model(held.batch(examples))
         _wait(held.device)
         seconds.append((time.perf_counter() - start) / len(examples))

@@ -92,6 +92,11 @@ class Meter(Callback):
         module.log("examples/s", (self.examples - examples) / (self.seconds - seconds), prog_bar=True)
         self._since = (self.seconds, self.examples)
 
+    @property
+    def elapsed(self) -> float:
+        """Wall seconds since the run began, validation and earlier parts of a resumed run included."""
+        return self.earlier + time.perf_counter() - self._begun
+
     def speed(self) -> dict[str, float | int]:
         """Training throughput of the whole run, first steps included; tokens count padding, which is worked on too."""
         seconds = max(self.seconds, 1e-9)
@@ -105,7 +110,7 @@ class Meter(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         state = {"seconds": self.seconds, "examples": self.examples, "tokens": self.tokens, "steps": self.steps}
-        return state | {"earlier": self.earlier + time.perf_counter() - self._begun}
+        return state | {"earlier": self.elapsed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for key, value in state.items():

@@ -91,6 +91,7 @@ def needs_whole(found: Recipe) -> str:
         "optim.ema": found.optim.ema,
         f"optim.name={found.optim.name}": found.optim.name in ("adafactor", "muon", "sophia"),
         f"pretrain.objective={found.pretrain.objective}": found.pretrain.objective != "none",
+        "search.rates": found.search.rates,
         "train.tbptt": found.train.tbptt,
         "train.compile": found.train.compile,
     }

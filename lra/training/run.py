@@ -26,6 +26,7 @@ from lra.data import prepared_sets
 from lra.data.batches import DeviceSet
 from lra.data.floors import floors
 from lra.data.prepared_sets import Prepared
+from lra.encoder import Encoder
 from lra.errors import UserError
 from lra.kernels import _dispatch
 from lra.model import Classifier
@@ -96,6 +97,11 @@ def resolved(request: Request) -> tuple[Recipe, dict[str, str], Constructor]:
             own = [k for k in known if k not in SHAPE]
             raise recipe.unknown("key", f"encoder.{key}", [f"encoder.{k}" for k in own], where=found.architecture)
     found, origin = recipe.of_variant(found, origin, constructor.preset)
+    if found.model.budget and not request.match:
+        width, said = _within_budget(found, name, request.settings or {}, constructor)
+        if width != found.model.d_model:
+            found = replace(found, model=replace(found.model, d_model=width))
+            origin["model.d_model"] = f"model.budget: {said}"
     if request.match:
         task, protocol = prepared_sets.resolve(found.task, found.data.protocol or None)
         width, said = match.solved(request.match, found, lambda f: build(f, constructor, task, protocol, 0), protocol)
@@ -104,15 +110,34 @@ def resolved(request: Request) -> tuple[Recipe, dict[str, str], Constructor]:
     return found, origin, constructor
 
 
+def _within_budget(found: Recipe, name: str, settings: Mapping[str, str], constructor: Constructor) -> tuple[int, str]:
+    """The width of a recipe that limits parameters, and a line on it."""
+    common = {key: value for key, value in settings.items() if not key.startswith("encoder.")}
+    reference, _ = recipe.resolve(name, found.task, "transformer", common)
+    transformer = architectures.get("transformer")
+    return match.within_budget(
+        found,
+        reference,
+        lambda f: encoder(f, constructor, match.LENGTH),
+        lambda f: encoder(f, transformer, match.LENGTH),
+    )
+
+
 def build(found: Recipe, constructor: Constructor, task: Task, protocol: Protocol, seed: int) -> Classifier:
     """The classifier with the weights `seed` gives it."""
     L.seed_everything(seed, verbose=False)
+    return Classifier(
+        encoder(found, constructor, protocol.length), protocol, task.classes, task.towers, found.model.pooling
+    )
+
+
+def encoder(found: Recipe, constructor: Constructor, length: int) -> Encoder:
+    """The encoder of a recipe, built for sequences of up to `length` tokens."""
     shape: dict[str, Any] = {"d_model": found.model.d_model, "n_layers": found.model.n_layers}
     extra = 1 if found.model.pooling == "cls" else 0
     if "direction" in constructor.options():
         shape["direction"] = found.model.direction
-    encoder = constructor(**shape, length=protocol.length + extra, dropout=found.model.dropout, **found.encoder)
-    return Classifier(encoder, protocol, task.classes, task.towers, found.model.pooling)
+    return constructor(**shape, length=length + extra, dropout=found.model.dropout, **found.encoder)
 
 
 def run(request: Request, console: Console) -> Path:
@@ -124,7 +149,8 @@ def run(request: Request, console: Console) -> Path:
     leads = distributed.share(placement).rank == 0
     console = console if leads else Console(quiet=True)
     root = result.folder()
-    files.check_writable(root / "runs" / tasks.get(request.task).cls.name / result.slug(request.architecture))
+    place = "smoke" if found.smoke else "runs"
+    files.check_writable(root / place / tasks.get(request.task).cls.name / result.slug(request.architecture))
     with terminal.bar(console, f"preparing {request.task}") as progress:
         prepared = prepared_sets.prepared(request.task, found.data.protocol, source=request.source, progress=progress)
     model = build(found, constructor, prepared.task, prepared.protocol, request.seed)
@@ -156,7 +182,7 @@ def run(request: Request, console: Console) -> Path:
             request.architecture, request.seed, found, prepared, constructor, trained.model, measured, more, started,
             trained.meter.earlier + time.perf_counter() - clock,
         )  # fmt: skip
-        path = result.write(content, measured["predictions"], root)
+        path = result.write(content, measured["predictions"], root, place)
         (setting.checkpoints / "last.ckpt").unlink(missing_ok=True)
     return path
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import logging
+import shutil
 import time
 import warnings
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from lra.data.prepared_sets import Prepared
 from lra.errors import UserError, unknown
 from lra.model import Classifier
 from lra.profiling import memory
-from lra.training import checkpoint, distributed, execution
+from lra.training import checkpoint, distributed, execution, precision, rate_search
 from lra.training.callbacks import Band, Bar, Meter, Resume, Stop, check_checkpoint, checkpoints
 from lra.training.distributed import Placement
 from lra.training.module import Trainable, Training
@@ -79,6 +80,8 @@ def train(found: Recipe, prepared: Prepared, model: Classifier, setting: Setting
         facts["pretraining"] = _pretrain(found, prepared, data, model, setting)
     selection = prepared.split(prepared.protocol.selection)
     held = DeviceSet.of(selection, prepared.protocol, here, choose(len(selection), found.data.validation_examples))
+    if found.search.rates:
+        found, facts["rate_search"] = _search_rate(found, prepared, data, held, model, setting)
     sampler = sampled(found, data, setting.seed)
     whole = copy.deepcopy(model) if setting.placement.sharded else model
     module = Training(model, found, prepared.task.classes)
@@ -93,6 +96,32 @@ def train(found: Recipe, prepared: Prepared, model: Classifier, setting: Setting
     facts |= {"curve": module.curve} | ({"diagnostics": module.diagnostics} if module.diagnostics else {})
     facts |= {"off_course": band.below} if band.below else {}
     return Trained(module, whole, trainer, meter, peak.read(), facts)
+
+
+def _search_rate(
+    found: Recipe, prepared: Prepared, data: DeviceSet, held: DeviceSet, model: Classifier, setting: Setting
+) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe with the rate that did best in short runs, and what the search cost."""
+
+    def run_trial(trial: Recipe) -> rate_search.Trial:
+        rate, steps = trial.optim.lr, trial.train.steps
+        setting.console.print(f"learning rate {rate:g}: {steps:,} steps")
+        module, meter = Training(model, trial, prepared.task.classes), Meter(min(20, steps), steps)
+        folder = setting.checkpoints / f"rate-{rate:g}"
+        _fit(
+            module, trial, setting, sampled(trial, data, setting.seed), data, folder, meter, [], name=f"rate-{rate:g}",
+            validation=Sweep(held, trial.data.evaluation_batch_size, distributed.share(setting.placement)),
+            val_check_interval=steps * trial.train.accumulate, check_val_every_n_epoch=None,
+        )  # fmt: skip
+        shutil.rmtree(folder, ignore_errors=True)
+        last, speed = module.curve[-1], meter.speed()
+        return {
+            "lr": rate, "steps": steps, "accuracy": last["validation_accuracy"], "loss": last["validation_loss"],
+            "examples": speed["examples"], "seconds": round(meter.elapsed, 3),
+        }  # fmt: skip
+
+    leads = distributed.rank() == 0
+    return rate_search.search(found, model, setting.checkpoints / "rates.json", run_trial, leads)
 
 
 def sampled(found: Recipe, data: DeviceSet, seed: int) -> Sampler:
@@ -173,13 +202,13 @@ def _keep_log(file: Path) -> None:
 
 
 def _trainer(found: Recipe, setting: Setting, *, name: str = "", **more: Any) -> L.Trainer:
-    precision: Any = "bf16-mixed" if bf16(found, setting.device) else "32-true"
+    kind: Any = "bf16-mixed" if precision.uses_bf16(found, setting.device) else "32-true"
     terminal = setting.console.is_terminal
     callbacks = [*more.pop("callbacks", []), *([Bar(leave=False)] if terminal else [])]
     training = "max_steps" in more
     with quiet():
         return L.Trainer(
-            accelerator="gpu" if setting.device.type == "cuda" else "cpu", precision=precision, callbacks=callbacks,
+            accelerator="gpu" if setting.device.type == "cuda" else "cpu", precision=kind, callbacks=callbacks,
             logger=_loggers(setting, name) if training else False, default_root_dir=setting.folder,
             num_sanity_val_steps=0, enable_progress_bar=terminal, enable_model_summary=False,
             enable_checkpointing=training, **({"devices": 1} | more),
@@ -208,14 +237,6 @@ def _loggers(setting: Setting, name: str) -> list[Any]:
                 f"--logger {wanted} needs the package {package}: `pip install {package}` ({reason})"
             ) from None
     return found
-
-
-def bf16(found: Recipe, here: torch.device) -> bool:
-    return found.train.precision == "bf16" or (found.train.precision == "auto" and here.type == "cuda")
-
-
-def precise(found: Recipe, here: torch.device) -> torch.autocast:
-    return torch.autocast(here.type, torch.bfloat16, enabled=bf16(found, here))
 
 
 def score(found: Recipe, prepared: Prepared, trained: Trained, setting: Setting, test: bool = True) -> dict[str, Any]:
@@ -255,7 +276,7 @@ def _predicted(found: Recipe, trained: Trained, data: DeviceSet, setting: Settin
             parts: Any = trainer.predict(trained.module, sweep) or []
     else:
         here = trained.model.to(setting.device).eval()
-        with torch.inference_mode(), precise(found, setting.device):
+        with torch.inference_mode(), precision.autocast(found, setting.device):
             parts = [(batch.example.cpu(), here(batch).argmax(dim=-1).cpu()) for batch in sweep]
     columns = [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
     every = distributed.gathered(columns)
