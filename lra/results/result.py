@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lra.errors import UserError
-from lra.files import _sha256, atomic, safe, seal
+from lra.files import atomic, safe, seal, sha256
 from lra.results.schema import SCHEMA as SCHEMA
 from lra.results.schema import check as check
 
@@ -48,7 +48,7 @@ def write(record: dict[str, Any], predictions: dict[str, np.ndarray], root: Path
     content = io.BytesIO()
     np.savez_compressed(content, **predictions)  # type: ignore[arg-type]
     first = safe(record["id"], 180)
-    record = record | {"id": first, "predictions": {"file": f"{first}.npz", "sha256": _sha256(content.getvalue())}}
+    record = record | {"id": first, "predictions": {"file": f"{first}.npz", "sha256": sha256(content.getvalue())}}
     if problem := check(record | {"seal": ""}):
         raise ValueError(f"refusing to write an invalid result: {problem}")
     try:
@@ -106,7 +106,7 @@ def read(path: Path) -> dict[str, Any]:
         content = data.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: its predictions {name} cannot be read: {error.strerror}") from None
-    if _sha256(content) != record["predictions"]["sha256"]:
+    if sha256(content) != record["predictions"]["sha256"]:
         raise UserError(f"{path}: its predictions {name} do not have the recorded checksum")
     if problem := _unsound(content):
         raise UserError(f"{path}: its predictions {name} are not plain arrays: {problem}")

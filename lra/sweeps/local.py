@@ -53,7 +53,7 @@ def _recipe_of(path: Path) -> str:
 
 
 def command(cell: Cell, *more: str) -> list[str]:
-    return [sys.executable, "-m", "lra.cli.app", *cell.arguments(), *more]
+    return [sys.executable, "-m", "lra.cli", *cell.arguments(), *more]
 
 
 def carry_out(

@@ -191,7 +191,7 @@ def slurm(plan: Plan, kind: str) -> str:
         "#SBATCH --signal=TERM@60",
         "# partition, time, memory and devices: as `sbatch` options",
         f"cd {shlex.quote(str(Path.cwd()))}",
-        f"exec {shlex.quote(sys.executable)} -m lra.cli.app sweep {shlex.quote(str(plan.file.resolve()))} "
+        f"exec {shlex.quote(sys.executable)} -m lra.cli sweep {shlex.quote(str(plan.file.resolve()))} "
         "--cell $SLURM_ARRAY_TASK_ID",
         "",
     ])  # fmt: skip

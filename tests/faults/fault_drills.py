@@ -85,7 +85,7 @@ def job_sweep(**_: Any) -> int:
 
 
 def forked(words: list[str], *, stdout: Any, check: bool = False, **_: Any) -> Any:
-    """What `subprocess.run` of `python -m lra.cli.app ...` does, without the seconds of starting Python."""
+    """What `subprocess.run` of `python -m lra.cli ...` does, without the seconds of starting Python."""
     from typer.testing import CliRunner
 
     from lra.cli.app import app
@@ -94,7 +94,7 @@ def forked(words: list[str], *, stdout: Any, check: bool = False, **_: Any) -> A
     pid = os.fork()
     if pid == 0:
         local._end_with_parent()
-        done = CliRunner().invoke(app, words[words.index("lra.cli.app") + 1 :])
+        done = CliRunner().invoke(app, words[words.index("lra.cli") + 1 :])
         stdout.write(done.output + (repr(done.exception) if done.exception else ""))
         stdout.flush()
         os._exit(done.exit_code)

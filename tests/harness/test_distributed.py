@@ -52,7 +52,7 @@ def launched(folder: Path, *more: str) -> dict[str, Any]:
         "LRA_CACHE": str(folder.parent / "cache"), "LRA_RESULTS": str(folder / "results"),
         "LRA_RUNS": str(folder / "runs"), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    command = [sys.executable, "-m", "lra.cli.app", "run", TINY, "gru", "--recipe", "quick", *more]
+    command = [sys.executable, "-m", "lra.cli", "run", TINY, "gru", "--recipe", "quick", *more]
     for setting in SETTINGS:
         command += ["--set", setting]
     done = subprocess.run(

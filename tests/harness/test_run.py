@@ -153,7 +153,7 @@ def test_padding_and_company_do_not_change_predictions(places: Path) -> None:
 
 def test_ctrl_c_says_how_to_resume_and_leaves_nothing_half_written(places: Path) -> None:
     command = [
-        sys.executable, "-m", "lra.cli.app", "run", TINY, "gru", "--recipe", "quick",
+        sys.executable, "-m", "lra.cli", "run", TINY, "gru", "--recipe", "quick",
         "--set", "train.steps=100000", "--set", "model.d_model=8", "--set", "train.evaluate_every=50000",
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
