@@ -34,13 +34,13 @@ def wanted(text: str) -> tuple[str, float]:
     kind, _, amount = text.partition("=")
     if kind not in ("params", "flops", "memory"):
         raise unknown("budget", kind, ("params", "flops", "memory"), where="--match")
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kMGT]?)", amount)
-    if not found or not float(found[1]):
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)([kMGT]?)", amount)
+    if not number or not float(number[1]):
         raise UserError(f"--match {text}: expected a number and k, M, G or T, for example {kind}=600k")
-    return kind, float(found[1]) * UNITS[found[2]]
+    return kind, float(number[1]) * UNITS[number[2]]
 
 
-def solved(text: str, found: Recipe, build: Callable[[Recipe], Classifier], protocol: Protocol) -> tuple[int, str]:
+def solved(text: str, recipe: Recipe, build: Callable[[Recipe], Classifier], protocol: Protocol) -> tuple[int, str]:
     """The width that comes nearest to a budget, and a line on how near. Raises UserError where no width is possible."""
     kind, budget = wanted(text)
     known: dict[int, float] = {}
@@ -48,7 +48,7 @@ def solved(text: str, found: Recipe, build: Callable[[Recipe], Classifier], prot
     def cost(width: int) -> float | None:
         """None where the architecture refuses this width, such as one that its heads do not divide."""
         if width not in known:
-            sized = replace(found, model=replace(found.model, d_model=width))
+            sized = replace(recipe, model=replace(recipe.model, d_model=width))
             try:
                 known[width] = _cost(kind, shaped(lambda: build(sized)), sized, protocol)
             except UserError:
@@ -57,7 +57,7 @@ def solved(text: str, found: Recipe, build: Callable[[Recipe], Classifier], prot
 
     step = next((s for s in (1, 2, 4, 8, 16, 32) if all(cost(s * k) is not None for k in (4, 5, 7))), 0)
     if not step:
-        raise UserError(f"--match {text}: no regular series of widths of {found.architecture} can be built")
+        raise UserError(f"--match {text}: no regular series of widths of {recipe.architecture} can be built")
     low, high = 1, WIDEST // step
     while low < high:
         middle = (low + high) // 2
@@ -68,7 +68,7 @@ def solved(text: str, found: Recipe, build: Callable[[Recipe], Classifier], prot
             high = middle
     near = [w for w in (low * step, max(low - 1, 1) * step) if cost(w) is not None]
     if not near:
-        raise UserError(f"--match {text}: {found.architecture} cannot be built near d_model {low * step}")
+        raise UserError(f"--match {text}: {recipe.architecture} cannot be built near d_model {low * step}")
     width = min(near, key=lambda w: abs(known[w] - budget))
     off = known[width] / budget - 1
     return width, f"d_model {width} has {kind} {known[width]:,.0f}, {100 * off:+.1f} % of the {budget:,.0f} asked for"
@@ -117,7 +117,7 @@ def shaped(make: Callable[[], Built]) -> Built:
             return make()
 
 
-def _cost(kind: str, model: Classifier, found: Recipe, protocol: Protocol) -> float:
+def _cost(kind: str, model: Classifier, recipe: Recipe, protocol: Protocol) -> float:
     parameters = sum(p.numel() for p in model.parameters())
     if kind == "params":
         return float(parameters)
@@ -125,7 +125,7 @@ def _cost(kind: str, model: Classifier, found: Recipe, protocol: Protocol) -> fl
         try:
             return 3 * model.cost(protocol.length).total
         except NotImplementedError:
-            raise UserError(f"--match flops: {found.architecture} declares no cost") from None
-    rows = found.data.batch_size / found.train.accumulate * model.towers
-    tokens = rows * protocol.length * found.model.d_model
-    return 16.0 * parameters + 4.0 * tokens * KEPT * (1 if found.train.checkpointing else found.model.n_layers)
+            raise UserError(f"--match flops: {recipe.architecture} declares no cost") from None
+    rows = recipe.data.batch_size / recipe.train.accumulate * model.towers
+    tokens = rows * protocol.length * recipe.model.d_model
+    return 16.0 * parameters + 4.0 * tokens * KEPT * (1 if recipe.train.checkpointing else recipe.model.n_layers)

@@ -135,17 +135,17 @@ def resolve(
     return recipe.trained_as(recipe.pretrain.objective), origin
 
 
-def of_variant(found: Recipe, origin: Mapping[str, str], preset: Mapping[str, Any]) -> tuple[Recipe, dict[str, str]]:
+def of_variant(recipe: Recipe, origin: Mapping[str, str], preset: Mapping[str, Any]) -> tuple[Recipe, dict[str, str]]:
     """The recipe of an architecture's variant: its preset before what the tables say of the plain architecture, whose
     expected accuracy is not its own. Raises UserError where a table or --set names the variant and contradicts it."""
-    given, encoder, origin = dict(_flat(found.encoder)), json.loads(json.dumps(found.encoder)), dict(origin)
+    given, encoder, origin = dict(_flat(recipe.encoder)), json.loads(json.dumps(recipe.encoder)), dict(origin)
     changed = {key: value for key, value in _flat(preset) if key not in given or given[key] != value}
     for key, value in changed.items():
         where, (*parents, last) = origin.get(f"encoder.{key}", ""), key.split(".")
-        if where == "--set" or found.architecture in where:
+        if where == "--set" or recipe.architecture in where:
             raise UserError(
-                f"encoder.{key} is {brief(given[key])} ({where}), which is not {found.architecture}: that has "
-                f"{brief(value)}; name {found.architecture.partition('/')[0]} instead"
+                f"encoder.{key} is {brief(given[key])} ({where}), which is not {recipe.architecture}: that has "
+                f"{brief(value)}; name {recipe.architecture.partition('/')[0]} instead"
             )
         if key.partition(".")[0] not in encoder:
             continue
@@ -154,8 +154,8 @@ def of_variant(found: Recipe, origin: Mapping[str, str], preset: Mapping[str, An
             place = place.setdefault(part, {})
         place[last], origin[f"encoder.{key}"] = value, "variant"
     about = origin.get("expected.accuracy", "")
-    own = found.architecture in about or about.startswith(f"{found.architecture.replace('/', '-')}.toml")
-    return replace(found, encoder=encoder, expected=found.expected if own or not changed else Expected()), origin
+    own = recipe.architecture in about or about.startswith(f"{recipe.architecture.replace('/', '-')}.toml")
+    return replace(recipe, encoder=encoder, expected=recipe.expected if own or not changed else Expected()), origin
 
 
 def from_dict(content: Mapping[str, Any]) -> Recipe:
@@ -182,12 +182,12 @@ def _layers(
     names = list(dict.fromkeys((base, architecture)))
     inside = [("default",), ("task", task), *(("architecture", n) for n in names), *(("cell", task, n) for n in names)]
     for parts in inside:
-        found: Any = tables
+        table: Any = tables
         for part in parts:
-            found = found.get(part, {})
-            if not isinstance(found, dict):
-                raise UserError(f"{path.name}: {'.'.join(parts)} is {brief(found)}; a table")
-        yield ".".join(parts), found
+            table = table.get(part, {})
+            if not isinstance(table, dict):
+                raise UserError(f"{path.name}: {'.'.join(parts)} is {brief(table)}; a table")
+        yield ".".join(parts), table
 
 
 def _flat(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -85,11 +85,11 @@ class DeviceSet:
         values = self.values[place.clamp_(max=len(self.values) - 1)].masked_fill_(~real, 0)
         if self.channels:
             values, real = values.unflatten(-1, (length, channels)), real[..., ::channels]
-        found = Batch(values, real, self.labels[index], index)
+        batch = Batch(values, real, self.labels[index], index)
         if self.resident:
-            return found
+            return batch
         pin = self.device.type == "cuda"
-        return Batch(*((part.pin_memory() if pin else part).to(self.device, non_blocking=True) for part in found))
+        return Batch(*((part.pin_memory() if pin else part).to(self.device, non_blocking=True) for part in batch))
 
 
 def fits(size: int, device: torch.device) -> bool:

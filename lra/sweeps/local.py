@@ -36,10 +36,12 @@ def finished(cell: Cell, root: Path) -> bool:
     from lra.results import result
     from lra.training.run import resolved
 
-    found, _, _ = resolved(cell.request())
-    place = root / ("smoke" if found.smoke else "runs") / tasks.get(cell.task).cls.name / result.slug(cell.architecture)
-    pattern = f"*-{found.hash[:8]}-s{cell.seed}-*.json"
-    return any(_recipe_of(path) == found.hash for path in place.glob(pattern))
+    recipe, _, _ = resolved(cell.request())
+    place = (
+        root / ("smoke" if recipe.smoke else "runs") / tasks.get(cell.task).cls.name / result.slug(cell.architecture)
+    )
+    pattern = f"*-{recipe.hash[:8]}-s{cell.seed}-*.json"
+    return any(_recipe_of(path) == recipe.hash for path in place.glob(pattern))
 
 
 def _recipe_of(path: Path) -> str:
