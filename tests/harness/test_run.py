@@ -130,9 +130,9 @@ def test_a_saved_model_scores_the_same_in_a_fresh_process(places: Path) -> None:
     record = result.read(go({"train.steps": "60", "optim.lr": "0.01"}))
     folder = next((places / "lra_runs").iterdir())
     code = (
-        "import sys, torch, numpy as np; from pathlib import Path; from lra import store\n"
+        "import sys, torch, numpy as np; from pathlib import Path; from lra.data import prepared_sets\n"
         "from lra.data.batches import DeviceSet, Sweep; from lra.training.run import restore\n"
-        f"model = restore(Path({str(folder)!r})); found = store.prepared({TINY!r})\n"
+        f"model = restore(Path({str(folder)!r})); found = prepared_sets.prepared({TINY!r})\n"
         "data = DeviceSet.of(found.split('test'), found.protocol, torch.device('cpu'))\n"
         "with torch.no_grad(): print(sum(int((model(b).argmax(-1) == b.labels).sum()) for b in Sweep(data, 64)))"
     )
