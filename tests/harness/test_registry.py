@@ -97,7 +97,7 @@ def test_nothing_is_imported_until_asked_for() -> None:
 def test_facts_of_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "torn.py").write_text("class Torn(Encoder:\n", encoding="utf-8")
     (tmp_path / "computed.py").write_text("class Computed:\n    card = Card(year=1999 + YEARS)\n", encoding="utf-8")
-    monkeypatch.setattr(Registry, "_files", lambda self: {p.stem: p for p in family.glob("*.py")})
+    monkeypatch.setattr(Registry, "_files", lambda self: {p.stem: p for p in tmp_path.glob("*.py")})
     for name in ("torn", "computed"):
         with pytest.raises(UserError, match=rf"{name}.py cannot be read without importing it"):
             architectures.facts(name)
