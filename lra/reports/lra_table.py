@@ -1,6 +1,6 @@
-"""LRA's own efficiency table in form: byte sequences of 1K to 4K, batch 32, relative to the Transformer.
+"""The efficiency table of the LRA paper: byte sequences of 1K to 4K, batch 32, relative to the Transformer.
 
-Beside it stands what the paper printed for its accelerator: ratios can be compared, machines cannot.
+The paper's own ratios, measured on its accelerator, stand beside it: ratios can be compared, machines cannot.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ COLUMNS = ("architecture", *LENGTHS.values())
 
 
 def sheets(profiles: Sequence[Profile], root: Path) -> list[Sheet]:
-    """Speed, then memory: one row per architecture, over the Transformer's at each length, [published] behind it."""
+    """Speed, then memory: one row per architecture, its ratio to the Transformer at each length, [published] after it."""
     known = {(p["cell"]["architecture"], p["cell"]["length"]): p for p in profiles if "failed" not in p}
     published = {(e.name, e.length, e.metric): e.value for e in literature.efficiency(root) if e.table == TABLE}
     names = sorted({p["cell"]["architecture"] for p in profiles}, key=lambda n: (n != BASE, n))
@@ -32,14 +32,14 @@ def sheets(profiles: Sequence[Profile], root: Path) -> list[Sheet]:
         beside = f" [{_ratio(theirs, name)}]" if name != BASE and _ratio(theirs, name) else ""
         return Cell((_ratio(ours, name) or "-") + beside)
 
-    found = []
+    tables = []
     for metric, what in ((SPEED, "training steps/s"), (MEMORY, "peak memory")):
         lines = [[Cell(name), *(cell(name, length, metric) for length in LENGTHS)] for name in names]
         notes = [*failed, NOTE] if metric == MEMORY else []
         base = {short: known[BASE, n] for n, short in LENGTHS.items() if (BASE, n) in known}
         told = ", ".join(f"{_told(p, metric)} at {short}" for short, p in base.items())
-        found.append(Sheet(f"LRA's table, {what}: {where}", COLUMNS, lines, [f"the Transformer: {told}", *notes]))
-    return found
+        tables.append(Sheet(f"LRA's table, {what}: {where}", COLUMNS, lines, [f"the Transformer: {told}", *notes]))
+    return tables
 
 
 NOTE = "over the Transformer's; [published]: Tay et al. 2020, Table 2, on 4 x 4 TPU v3, with its own model sizes"

@@ -21,7 +21,6 @@ from lra.errors import UserError
 from lra.reports import efficiency, leaderboard
 from lra.reports.comparison import flat
 from lra.reports.leaderboard import Group, Row
-from lra.reports.plots import Series, chart
 from lra.results.collection import Collection, Record
 from lra.results.literature import Reported
 from lra.results.statistics import seeds_needed, success_rate

@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,9 +22,9 @@ from typer.testing import CliRunner
 
 from lra.cli.app import app
 from lra.errors import UserError
-from lra.profiling import fit, profiler, timing
-from lra.profiling.profiler import Cell
-from lra.profiling.timing import measure
+from lra.profiling import fit, memory, peak, profiler, timing
+from lra.profiling.cells import Cell, machine_name
+from lra.profiling.timing import measure, together
 from lra.reports import efficiency, lra_table, sheets
 from lra.results import profiles
 
@@ -53,6 +55,13 @@ def test_a_first_call_that_compiles_is_no_measurement() -> None:
     found = measure(compiled_once, CPU, repeats=7, budget=0.1)
     assert found.repeats == 7
     assert found.high < 0.1
+
+
+def test_every_call_runs_once_before_any_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that the second call loads must not be loaded while the first is timed."""
+    order: list[str] = []
+    together({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, CPU, repeats=3, budget=1.0)
+    assert order[:2] == ["a", "b"]
 
 
 def test_a_call_longer_than_its_budget_is_timed_warm_and_once() -> None:
@@ -128,7 +137,7 @@ def test_peak_memory_in_a_fresh_process_is_that_of_the_step() -> None:
 def test_freed_memory_is_used_again_without_page_faults() -> None:
     code = """
 import resource, torch
-from lra import memory
+from lra.profiling import memory
 def faults(size=2**24):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(size)
@@ -162,11 +171,11 @@ def _answering(monkeypatch: pytest.MonkeyPatch, seconds: Iterator[float] | None 
         asked.append(f"{cell.architecture} {cell.length}{again}")
         if cell.architecture == "gru":
             return {"failed": "out of memory"}
-        found = profiled("x", 1, next(seconds) if seconds else 1.0)
-        return found["seconds"] if again else {key: found[key] for key in ("parameters", "flops", "seconds", "memory")}
+        made = profiled("x", 1, next(seconds) if seconds else 1.0, machine={"rate": 1.2e6})
+        keys = ("seconds", "machine") if again else ("parameters", "flops", "seconds", "memory", "machine")
+        return {key: made[key] for key in keys}
 
     monkeypatch.setattr(profiler, "in_process", answer)
-    monkeypatch.setattr(profiler.Machine, "measured", lambda _: profiler.Machine(1e9, 1.2e6))
     return asked
 
 
@@ -192,6 +201,95 @@ def test_a_profile_goes_on_where_it_was_and_keeps_failures(tmp_path: Path, monke
     assert asked == one * 3
 
 
+def test_a_file_is_keyed_by_machine_threads_and_dtype(tmp_path: Path) -> None:
+    one, two = {"cpu": "A CPU x2", "threads": 1}, {"cpu": "A CPU x2", "threads": 2}
+    paths = {
+        Cell("s4d", 32, dtype=dtype).path(tmp_path, machine_name(about))
+        for dtype in ("float32", "bfloat16") for about in (one, two, {"cpu": "A CPU x2", "gpu": "A GPU"})
+    }  # fmt: skip
+    assert len(paths) == 6
+    assert tmp_path / "profile" / "a-cpu-x2-1-thread-float32" / "s4d-d128-n4-b1-l32-bidirectional.json" in paths
+
+
+def test_a_cell_of_an_earlier_release_is_read_and_superseded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = _answering(monkeypatch)
+    (record,) = profiler.profile([Cell("s4d", 32)], tmp_path)
+    (path,) = tmp_path.rglob("*.json")
+    earlier = Cell("s4d", 32).earlier_path(tmp_path, "cuda" if torch.cuda.is_available() else "cpu")
+    del record["cell"]["dtype"]
+    earlier.parent.mkdir()
+    earlier.write_text(json.dumps(record))
+    path.unlink()
+    del asked[:]
+    assert profiler.profile([Cell("s4d", 32)], tmp_path)[0]["cell"]["dtype"] == "float32"
+    assert asked == []
+    profiler.profile([Cell("s4d", 32, dtype="bfloat16")], tmp_path)
+    assert asked == ["s4d 32", "s4d 32 again"]
+    profiler.profile([Cell("s4d", 32)], tmp_path, fresh=True)
+    assert earlier.is_file()
+    assert [p["cell"].get("dtype") for p in efficiency.load(tmp_path)] == ["bfloat16", "float32"]
+
+
+def test_a_cell_of_another_machine_is_not_taken_for_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = _answering(monkeypatch)
+    record = profiled("s4d", 32, 1.0, cell=asdict(Cell("s4d", 32)))
+    place = Cell("s4d", 32).earlier_path(tmp_path, "cuda" if torch.cuda.is_available() else "cpu")
+    place.parent.mkdir(parents=True)
+    place.write_text(json.dumps(record))
+    profiler.profile([Cell("s4d", 32)], tmp_path, rounds=1)
+    assert asked == ["s4d 32"]
+
+
+def test_a_utilisation_above_one_fails_the_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _answering(monkeypatch, iter([0.1]))
+    (record,) = profiler.profile([Cell("s4d", 32)], tmp_path)
+    assert record["failed"].startswith("utilisation of 250 %: ")
+    assert efficiency.load(tmp_path)[0]["failed"] == record["failed"]
+
+
+def test_lengths_whose_step_would_take_too_long_are_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = _answering(monkeypatch, iter([1.0, 4.0, 16.0, 1.0, 4.0, 16.0]))
+    records = profiler.profile([Cell("s4d", n) for n in (32, 64, 128, 256)], tmp_path)
+    assert asked[:3] == ["s4d 32", "s4d 64", "s4d 128"]
+    assert records[3]["failed"] == "not tried: a training step would take about 64 s"
+    assert "s4d 256" not in asked
+    assert profiler.expected_step({}, 64) == 0
+    assert profiler.expected_step({32: 3.0}, 64) == 6.0
+
+
+def test_a_forward_slower_than_the_step_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first answer is disturbed, the second is not."""
+    answers = iter([(0.4, 0.02), (0.01, 0.03)])
+
+    def fake(calls: object, *rest: object, **options: object) -> dict[str, timing.Timing]:
+        return {name: timing.Timing(s, s, s, 3) for name, s in zip(("forward", "train"), next(answers), strict=True)}
+
+    monkeypatch.setattr(profiler, "together", fake)
+    monkeypatch.setattr(profiler, "peak_rate", lambda *_: 1e12)
+    seconds = profiler.measure_times(Cell("mingru", **SMALL), CPU)["seconds"]
+    assert (seconds["forward"]["median"], seconds["train"]["median"]) == (0.01, 0.02)
+    assert next(answers, None) is None
+
+
+def test_the_peak_is_that_of_the_fastest_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peak, "SIZES", {"cpu": (8, 64)})
+    monkeypatch.setattr(peak, "time_once", lambda call, device: 1e-3)
+    assert peak.peak_rate([(100, 200, 300)], CPU, torch.float32, budget=0.0) == pytest.approx(2 * 6e6 / 1e-3)
+    assert peak.peak_rate([(1, 2, 3)], CPU, torch.bfloat16, budget=0.0) == pytest.approx(2 * 64**3 / 1e-3)
+
+
+@pytest.mark.parametrize(("system", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_the_lifetime_maximum_is_read_in_the_unit_of_the_system(
+    system: str, unit: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(memory, "CLEAR", tmp_path / "none" / "clear_refs")
+    monkeypatch.setattr(memory.sys, "platform", system)
+    monkeypatch.setattr(memory.resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=3000))
+    used = memory.Peak(CPU).read()
+    assert used["peak_bytes"] == 3000 * unit
+    assert "lifetime" in str(used["method"])
+
+
 def test_rounds_go_on_until_the_two_fastest_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = _answering(monkeypatch, iter([3.0, 1.0, 1.2, 1.08]))
     (found,) = profiler.profile([Cell("s4d", 32)], tmp_path)
@@ -203,9 +301,10 @@ def test_rounds_go_on_until_the_two_fastest_agree(tmp_path: Path, monkeypatch: p
 
 
 def test_rounds_that_never_agree_end_and_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = _answering(monkeypatch, (2.0**-n for n in range(99)))
+    asked = _answering(monkeypatch, (2.0 ** (4 - n) for n in range(99)))
     progress: list[tuple[int, int]] = []
-    (found,) = profiler.profile([Cell("s4d", 32)], tmp_path, seen=lambda _, done, total: progress.append((done, total)))
+    on_cell = lambda _, done, total: progress.append((done, total))  # noqa: E731
+    (found,) = profiler.profile([Cell("s4d", 32)], tmp_path, on_cell=on_cell)
     assert len(asked) == profiler.ROUNDS == len(found["rounds"])
     assert progress == [(n, n + 1) for n in range(profiler.ROUNDS)]
     assert any(note.endswith("10 % apart: s4d at 32") for note in efficiency.sheets([found])[0].notes)
@@ -244,6 +343,25 @@ def test_growth_is_the_slope_in_log_log_with_its_interval() -> None:
         efficiency.exponent([1], [1])
 
 
+def test_growth_leaves_out_lengths_whose_rounds_differ() -> None:
+    profiles = [profiled("s4d", n, n * 1e-3) for n in (256, 512)]
+    wild = profiled("s4d", 1024, 9.0, rounds=[{"forward": 9.0, "train": 9.0}, {"forward": 1.0, "train": 1.0}])
+    assert [c.text for c in efficiency.sheets([*profiles, wild])[1].rows[0]][1:5:3] == ["256 .. 512", "1.00"]
+    assert len(efficiency.sheets([profiles[0], wild])) == 1
+
+
+def test_a_utilisation_on_file_that_cannot_be_is_not_shown() -> None:
+    table = efficiency.sheets([profiled("tcn", 512, 1.0, mfu=1.58)])[0]
+    assert "-" in [c.text for c in table.rows[0]]
+    assert any(note.startswith("MFU left out") and note.endswith("tcn at 512") for note in table.notes)
+
+
+def test_memory_is_that_of_the_nearest_length() -> None:
+    profiles = [profiled("s4d", n, 1.0) for n in (256, 1024)] + [profiled("gru", 1024, 1.0)]
+    assert efficiency.memory_near(profiles, "a cpu x2", 2000) == {"s4d": (2**24, 1024), "gru": (2**24, 1024)}
+    assert efficiency.memory_near(profiles, "another", 2000) == {}
+
+
 def test_crossover_is_where_the_curves_meet_for_good() -> None:
     lengths = (256, 512, 1024, 2048)
     square, line = {n: n * n / 1e6 for n in lengths}, {n: 7e2 * n / 1e6 for n in lengths}
@@ -276,10 +394,8 @@ def test_tables_of_profiles(tmp_path: Path) -> None:
     assert all(None not in row and None not in row.values() for row in rows)
     assert rows[-1]["failed"] == "out of memory"
     assert float(rows[0]["train_seconds"]) == pytest.approx(1e-6 * 256**2)
-    from lra.reports import pictures
-
-    paths = pictures.write(profiles, tmp_path)
-    assert len(paths) == 2
+    paths = efficiency.write_figures(profiles, tmp_path)
+    assert [p.stem.rpartition("-")[2] for p in paths] == ["training", "memory"]
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths)
 
 
@@ -352,7 +468,7 @@ def invoke(*arguments: str) -> Any:
     ("arguments", "says"),
     [
         (("--fit", "much"), "512MiB"), (("--lengths", "1k"), "whole numbers"), (("grru",), "did you mean 'gru'"),
-        (("--direction", "back"), "causal or bidirectional"),
+        (("--direction", "back"), "causal or bidirectional"), (("--dtype", "float23"), "did you mean 'float32'"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line(arguments: tuple[str, ...], says: str) -> None:

@@ -17,8 +17,7 @@ from records import filled, record, write
 from typer.testing import CliRunner
 
 from lra.cli.app import app
-from lra.reports import plots, report
-from lra.reports.plots import Series, chart
+from lra.reports import report
 from lra.results.collection import Collection
 
 HOSTILE = "</script><script>alert(1)</script>&\"'"
