@@ -75,8 +75,10 @@ def table_with(board: Leaderboard, record: RunRecord) -> Table:
 def group_table(group: Group, rows: Sequence[Row]) -> Table:
     """The rows of one group, with notes on seeds, training examples, runs at chance and floors."""
     best = places([candidate(row) for row in rows])
-    cells = [[TableCell(text, best[i] if column == "acc %" else 0) for column, text in zip(COLUMNS, texts(row), strict=True)]
-             for i, row in enumerate(rows)]  # fmt: skip
+    cells = [
+        [TableCell(text(row), place if column == "acc %" else 0) for column, text in COLUMNS.items()]
+        for row, place in zip(rows, best, strict=True)
+    ]
     notes = []
     if single := [row.label for row in rows if row.seeds == 1]:
         notes.append(f"one seed, ± of the test set: {_among(single, rows)}")
@@ -101,7 +103,9 @@ def overall_table(board: Leaderboard, key: Overall) -> Table:
     columns = [*tasks, *AVERAGES]
     best = {task: places([candidate(rows_of[name].get(task)) for name in names]) for task in tasks}
     best |= {column: places([means[name][column] for name in names]) for column in AVERAGES}
-    cells = [[TableCell(name), *(_percent(means[name][c], best[c][i]) for c in columns)] for i, name in enumerate(names)]
+    cells = [
+        [TableCell(name), *(_percent(means[name][c], best[c][i]) for c in columns)] for i, name in enumerate(names)
+    ]
     protocol, recipe, regime, device = key
     return Table(
         f"all tasks ({protocol}), recipe {recipe}, {regime}, {device}", ["architecture", *columns], cells,
@@ -121,7 +125,7 @@ def modified_table(modified: Sequence[ModifiedRow]) -> Table:
         rows.append([TableCell(text) for text in (name, group.recipe, row.label, *shown, told, group.device)])
     columns = ("task", "recipe", "architecture", "acc %", "± 95 %", "seeds", "params", "settings", "device")
     note = (
-        "These runs changed settings of a shipped recipe, or used an earlier version of it. They have no rank and count "
+        "These runs changed settings of a shipped recipe or used an earlier version of it. They have no rank and are "
         "in no average."
     )
     return Table("Modified runs, not ranked", columns, rows, [note])
@@ -141,7 +145,10 @@ def beside(board: Leaderboard) -> Table | None:
                 value, mean = reported.values[group.task], 100 * row.accuracy.mean
                 told, gap = ("FAIL", "-") if math.isnan(value) else (f"{value:.2f}", f"{mean - value:+.2f}")
                 why = ", ".join(reported.differs(group.task, group.protocol, group.recipe)) or "nothing known"
-                name, source = f"{group.task} ({group.protocol}, {group.recipe})", f"{reported.architecture}: {reported.source}"
+                name, source = (
+                    f"{group.task} ({group.protocol}, {group.recipe})",
+                    f"{reported.architecture}: {reported.source}",
+                )
                 rows.append([TableCell(t) for t in (name, row.label, f"{mean:.2f}", told, gap, why, source)])
     note = "gap: measured less reported, in points. Reported rows are never ranked with measured ones."
     return Table("Measured beside reported", BESIDE, rows, [note]) if rows else None
@@ -167,11 +174,6 @@ def floor_cells(runs: Iterable[RunRecord]) -> list[tuple[str, str]]:
             controls.setdefault(name, []).append(run.test.accuracy)
     floors |= {name: sum(accuracies) / len(accuracies) for name, accuracies in controls.items()}
     return [(name, f"{100 * value:.1f}") for name, value in sorted(floors.items(), key=lambda item: item[1])]
-
-
-def texts(row: Row) -> list[str]:
-    """A row as text, in the order of COLUMNS."""
-    return [text(row) for text in COLUMNS.values()]
 
 
 def short(count: float) -> str:
@@ -300,7 +302,9 @@ def _matrix(key: tuple[str, str, str], columns: Mapping[str, tuple[Group, Sequen
             by_label.setdefault(row.label, {})[column] = TableCell(_summary(row), place)
         known = [f"{name} {value}" for name, value in floor_cells(run for row in rows for run in row.runs)]
         floors += [f"{column} {', '.join(known)}"] if known else []
-    cells = [[TableCell(label), *(by_task.get(c, TableCell("-")) for c in names)] for label, by_task in by_label.items()]
+    cells = [
+        [TableCell(label), *(by_task.get(c, TableCell("-")) for c in names)] for label, by_task in by_label.items()
+    ]
     notes = [f"Floors: {'; '.join(floors)}."] if floors else []
     return Table(f"Recipe {', '.join(key)}", ["architecture", *names], cells, notes)
 

@@ -50,7 +50,6 @@ class Group:
     data: str
     shipped: bool = True
 
-
     @property
     def recipe_name(self) -> str:
         return self.recipe if self.shipped else f"{self.recipe} (not shipped)"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -71,7 +72,9 @@ def changed_settings(recipe: Recipe) -> dict[str, Any] | None:
     if shipped is None:
         return None
     used, official = (dict(_leaves(_settings(r.as_dict()))) for r in (recipe, shipped))
-    return {key: official.get(key) for key in sorted(used.keys() | official.keys()) if used.get(key) != official.get(key)}
+    return {
+        key: official.get(key) for key in sorted(used.keys() | official.keys()) if used.get(key) != official.get(key)
+    }
 
 
 @lru_cache(maxsize=4096)
@@ -105,11 +108,9 @@ def differences(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, tuple[s
 def recipe_settings(record: RunRecord) -> dict[str, str]:
     """The settings of a run as text, by dotted key, with today's defaults for settings that are newer than the run."""
     content = msgspec.to_builtins(record.recipe)
-    try:
+    # the recipe of another version may not be valid in this one; its settings are shown as they are then
+    with suppress(UserError):
         content = recipes.from_dict(content).as_dict()
-    except UserError:
-        # a recipe of another version: its settings are shown as they are
-        pass
     return dict(flatten(_settings(content)))
 
 

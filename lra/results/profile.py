@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 
 from lra.errors import UserError
 from lra.files import atomic
@@ -77,7 +77,7 @@ class EncoderWork(Part, frozen=True, kw_only=True):
     forward_backward: Number
     matmul_counted: Number
     matmul_by_formula: Number | None
-    uncounted: list[str]
+    uncounted: tuple[str, ...]
     counted_on: str = ""
 
 
@@ -114,12 +114,12 @@ class Profile(Part, frozen=True, kw_only=True):
     seconds: Timings
     memory: StepMemory
     machine: MachinePeak
-    rounds: list[dict[str, Positive]]
+    rounds: tuple[dict[str, Positive], ...]
     tokens_per_second: Number
     mfu: Number
     examples_per_second: Number | None = None
     flops_per_second: Number | None = None
-    conditions: dict[str, Number] = {}
+    conditions: dict[str, Number] = field(default_factory=dict)
 
 
 class FailedProfile(Part, frozen=True, kw_only=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, field
 
 from lra.errors import brief
 from lra.results.validation import Part, convert
@@ -52,15 +52,15 @@ class ResolvedRecipe(Part, frozen=True, kw_only=True, omit_defaults=False):
     name: str
     task: str = ""
     architecture: str = ""
-    data: dict[str, Any] = {}
-    model: dict[str, Any] = {}
-    encoder: dict[str, Any] = {}
-    optim: dict[str, Any] = {}
-    train: dict[str, Any] = {}
-    pretrain: dict[str, Any] = {}
+    data: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    encoder: dict[str, Any] = field(default_factory=dict)
+    optim: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    pretrain: dict[str, Any] = field(default_factory=dict)
     regime: str = ""
     note: str = ""
-    expected: dict[str, Any] = {}
+    expected: dict[str, Any] = field(default_factory=dict)
 
 
 class ModelWork(Part, frozen=True, kw_only=True):
@@ -72,7 +72,7 @@ class ModelWork(Part, frozen=True, kw_only=True):
     matmul: Number | None = None
     matmul_by_formula: Number | None = None
     length: int | None = None
-    uncounted: list[str] = []
+    uncounted: tuple[str, ...] = ()
     convention: str = ""
 
 
@@ -112,7 +112,7 @@ class Data(Part, frozen=True, kw_only=True):
     """The prepared data: its SHA-256 and the number of examples of each split."""
 
     checksum: str = ""
-    counts: dict[str, int] = {}
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 class Commit(Part, frozen=True, kw_only=True, omit_defaults=False):
@@ -135,7 +135,7 @@ class Environment(Part, frozen=True, kw_only=True):
     python: str = ""
     system: str = ""
     cuda: str | None = None
-    versions: dict[str, str] = {}
+    versions: dict[str, str] = field(default_factory=dict)
     commit: Commit = Commit()
 
     @property
@@ -205,15 +205,15 @@ class RunRecord(Part, frozen=True, kw_only=True):
     seal: str = ""
     collapsed: str = ""
     changed: dict[str, Any] | None = None
-    curve: list[CurvePoint] = []
+    curve: tuple[CurvePoint, ...] = ()
     receptive_field: int | None = None
     search: dict[str, Any] | None = None
     pretraining: PretrainingSpeed | None = None
     compute: dict[str, StageCompute] | None = None
     compile: Compilation | None = None
-    diagnostics: dict[str, Number] = {}
+    diagnostics: dict[str, Number] = field(default_factory=dict)
     off_course: str = ""
-    refused_implementations: list[str] = []
+    refused_implementations: tuple[str, ...] = ()
     resumed: bool = False
 
     @property

@@ -77,10 +77,10 @@ def write(record: RunRecord, predictions: dict[str, np.ndarray], root: Path) -> 
 
 def _write_json(path: Path, record: RunRecord, data: Path) -> None:
     content = records.to_json(record)
-    content["seal"] = seal(content)
+    text = json.dumps(content | {"seal": seal(content)}, indent=1, sort_keys=True, allow_nan=False)
     try:
         with atomic(path, exclusive=True) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+            temporary.write_text(text + "\n", encoding="utf-8")
     except OSError:
         with suppress(OSError):
             data.unlink()

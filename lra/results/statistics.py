@@ -88,7 +88,7 @@ def task_average(scores: Mapping[str, Sequence[float]], *, resamples: int = 10_0
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
-    """Exact two-sided p that two classifiers are right equally often. a, b: (n,) bool, whether each prediction is right."""
+    """Exact two-sided p that two classifiers are equally accurate. a, b: (n,) bool, whether predictions are right."""
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 

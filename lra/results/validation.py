@@ -66,7 +66,7 @@ def check_printable(value: Any, path: str = "", depth: int = 0) -> None:
             if "\n" in key or not _is_printable(key):
                 raise ValueError("a key holds a control character")
             check_printable(part, f"{path}.{key}".lstrip("."), depth + 1)
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         for number, part in enumerate(value):
             check_printable(part, f"{path}[{number}]", depth + 1)
 
