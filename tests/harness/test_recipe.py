@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from lra.config import recipe
@@ -149,10 +150,10 @@ def test_committed_results_keep_their_recipe_identity() -> None:
     from lra.results import result
 
     # results live beside the package in a checkout, whatever LRA_RESULTS says while tests run
-    files = sorted((Path(recipe.__file__).parents[1] / "results" / "runs").rglob("*.json"))
+    files = sorted((Path(recipe.__file__).parents[2] / "results" / "runs").rglob("*.json"))
     for file in files:
         record = result.read(file)
-        assert recipe.from_dict(record["recipe"]).hash == record["recipe_hash"], file.name
+        assert recipe.from_dict(msgspec.to_builtins(record.recipe)).hash == record.recipe_hash, file.name
     assert files
 
 
