@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 WORDS = (
     "architecture", "task", "direction", "note", "source", "differs in", "protocol", "recipe", "settings", "field",
+    "first", "second",
 )  # fmt: skip
 """Columns that hold words and are aligned left; the others hold numbers."""
 

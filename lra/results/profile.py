@@ -141,8 +141,8 @@ def agreed(rounds: Sequence[Mapping[str, float]]) -> bool:
 
 def from_json(content: Any) -> Profile | FailedProfile:
     """A profile from JSON content. Raises ValueError with one line on what is wrong."""
-    kind = FailedProfile if isinstance(content, dict) and "failed" in content else Profile
-    profile: Profile | FailedProfile = validation.convert(content, kind)
+    failed = isinstance(content, dict) and "failed" in content
+    profile = validation.convert(content, FailedProfile) if failed else validation.convert(content, Profile)
     # a cell that is about to be measured has defaults, a stored one is complete
     for key in ("batch", "d_model", "n_layers", "direction"):
         if key not in content["cell"]:

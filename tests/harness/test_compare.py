@@ -73,7 +73,7 @@ def test_two_runs_are_compared_on_the_same_examples(tmp_path: Path) -> None:
     assert runs.only_a == int((correct["s4d"] & ~correct["gru"]).sum())
     assert runs.only_b == int((correct["gru"] & ~correct["s4d"]).sum())
     assert "difference +10.00 points" in str(runs)
-    assert compare(*paths).difference == compare(paths[0], paths[1].as_posix()).difference == compare(
+    assert compare(paths[0], paths[1]).difference == compare(paths[0], paths[1].as_posix()).difference == compare(
         "quick-listops-gru", "quick-listops-s4d", collection).difference  # fmt: skip
 
 
