@@ -151,6 +151,9 @@ def _fit(cells: Sequence[Cell], text: str) -> None:
             with console.status(f"{cell.architecture}: {vary}"):
                 largest = search.fit(cell, vary, budget)
             more = "≥ " if largest.capped else ""
-            row += [f"{more}{largest.value:,} at {other:,}" if largest.value else "none", f"{largest.peak / 2**20:,.0f}"]
+            row += [
+                f"{more}{largest.value:,} at {other:,}" if largest.value else "none",
+                f"{largest.peak / 2**20:,.0f}",
+            ]
         table.add_row(*row)
     console.print(table)

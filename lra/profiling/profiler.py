@@ -161,8 +161,9 @@ class _Entry:
             "flops_per_second": work / step, "mfu": work / step / peak,
         }  # fmt: skip
         if work / step > peak:
+            share, counted = 100 * work / step / peak, f"{work / 1e9:.3g} GFLOP counted in {1e3 * step:.3g} ms"
             self.record["failed"] = (
-                f"utilisation of {100 * work / step / peak:.0f} %: {work / 1e9:.3g} GFLOP counted in {1e3 * step:.3g} ms, "
+                f"utilisation of {share:.0f} %: {counted}, "
                 f"the fastest matrix product reaches {peak / 1e9:.3g} GFLOP/s; the count or the timing is wrong"
             )
 

@@ -99,7 +99,9 @@ def conditions(device: torch.device) -> dict[str, float]:
         with suppress(OSError, subprocess.SubprocessError, ValueError):
             query = ["nvidia-smi", f"--query-gpu={','.join(GPU)}", "--format=csv,noheader,nounits", "--id=0"]
             text = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout.split(",")
-            readings = {name: float(value) for name, value in zip(GPU, text, strict=True) if value.strip()[:1].isdigit()}
+            readings = {
+                name: float(value) for name, value in zip(GPU, text, strict=True) if value.strip()[:1].isdigit()
+            }
         return readings
     with suppress(OSError):
         clocks = [float(mhz) for mhz in re.findall(r"cpu MHz\s*:\s*([\d.]+)", CORES.read_text())]

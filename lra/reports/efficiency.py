@@ -142,7 +142,11 @@ def table_csv(profiles: Sequence[Profile]) -> str:
 def memory_near(profiles: Iterable[Profile], cpu_or_gpu: str, length: int) -> dict[str, tuple[int, int]]:
     """Peak bytes of a training step on a device, as architecture -> (bytes, length measured at): at the length nearest
     to `length`, at the shape with most cells there, so that the numbers can be compared."""
-    here = [p for p in profiles if "failed" not in p and cpu_or_gpu in (p["environment"].get("gpu"), p["environment"]["cpu"])]
+    here = [
+        p
+        for p in profiles
+        if "failed" not in p and cpu_or_gpu in (p["environment"].get("gpu"), p["environment"]["cpu"])
+    ]
     groups = by_shape(p for p in here if not p["cell"].get("task"))
     cells = max(groups.values(), key=len, default=[])
     if not cells or not length:
@@ -213,7 +217,9 @@ def _suspect(cells: Sequence[Profile]) -> list[str]:
         ],
         "MFU left out, above 100 % of a peak measured at other shapes": [p for p in measured if p["mfu"] > 1],
     }
-    names = {why: [f"{p['cell']['architecture']} at {p['cell']['length']:,}" for p in bad] for why, bad in reasons.items()}
+    names = {
+        why: [f"{p['cell']['architecture']} at {p['cell']['length']:,}" for p in bad] for why, bad in reasons.items()
+    }
     return [f"{why}: {', '.join(listed)}" for why, listed in names.items() if listed]
 
 
@@ -239,7 +245,8 @@ def texts(p: Profile) -> list[str]:
         f"{1e3 * seconds['forward']['median']:.1f}", f"{1e3 * train['median']:.1f}",
         f"{100 * (train['high'] - train['low']) / train['median']:.0f}",
         "-" if step is None else f"{1e6 * step['median']:,.0f}", f"{p['tokens_per_second']:,.0f}",
-        "-" if p["mfu"] > 1 else f"{100 * p['mfu']:.1f}", f"{memory['peak_bytes'] / 2**20:,.0f}", f"{memory['activations'] / 2**20:,.0f}",
+        "-" if p["mfu"] > 1 else f"{100 * p['mfu']:.1f}", f"{memory['peak_bytes'] / 2**20:,.0f}",
+        f"{memory['activations'] / 2**20:,.0f}",
         f"{p['cell']['batch'] * p['cell']['length'] / (memory['peak_bytes'] / 2**20):,.0f}",
     ]  # fmt: skip
 

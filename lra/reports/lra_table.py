@@ -19,7 +19,7 @@ COLUMNS = ("architecture", *LENGTHS.values())
 
 
 def sheets(profiles: Sequence[Profile], root: Path) -> list[Sheet]:
-    """Speed, then memory: one row per architecture, its ratio to the Transformer at each length, [published] after it."""
+    """Speed, then memory: one row per architecture, its ratios to the Transformer and [the published ones]."""
     known = {(p["cell"]["architecture"], p["cell"]["length"]): p for p in profiles if "failed" not in p}
     published = {(e.name, e.length, e.metric): e.value for e in literature.efficiency(root) if e.table == TABLE}
     names = sorted({p["cell"]["architecture"] for p in profiles}, key=lambda n: (n != BASE, n))
