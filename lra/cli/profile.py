@@ -15,8 +15,8 @@ from rich.table import Table
 
 from lra.cli.common import console, guarded
 from lra.errors import UserError, unknown
-from lra.profiling.cells import DTYPES, Cell
 from lra.registry import architectures
+from lra.results.profile import DTYPES, Cell
 
 PATIENCE = 450.0
 """Seconds of the quick form after which cells are not timed a third time."""
@@ -75,8 +75,8 @@ def profile(
 
 def _measure(cells: Sequence[Cell], fresh: bool, lra_table: bool, patience: float) -> None:
     from lra.profiling import profiler
-    from lra.reports import efficiency, sheets
-    from lra.reports.lra_table import sheets as lra_sheets
+    from lra.reports import efficiency, table
+    from lra.reports.lra_table import tables as lra_tables
     from lra.results import result
 
     begin = time.monotonic()
@@ -89,9 +89,9 @@ def _measure(cells: Sequence[Cell], fresh: bool, lra_table: bool, patience: floa
             progress.update(row, description=text, completed=done, total=total)
 
         records = profiler.profile(cells, result.folder(), fresh=fresh, patience=patience, on_cell=on_cell)
-    records.sort(key=lambda p: (p["cell"]["architecture"], p["cell"]["length"]))
-    for table in lra_sheets(records, result.folder()) if lra_table else efficiency.sheets(records):
-        console.print(sheets.terminal(table), *map(escape, table.notes), sep="\n")
+    records.sort(key=lambda p: (p.cell.architecture, p.cell.length))
+    for shown in lra_tables(records, result.folder()) if lra_table else efficiency.tables(records):
+        console.print(table.terminal(shown), *map(escape, shown.notes), sep="\n")
     for path in _write(result.folder()):
         console.print(f"wrote {path}", soft_wrap=True)
     console.print(f"{len(cells)} cells in {(time.monotonic() - begin) / 60:.1f} min")
@@ -151,6 +151,9 @@ def _fit(cells: Sequence[Cell], text: str) -> None:
             with console.status(f"{cell.architecture}: {vary}"):
                 largest = search.fit(cell, vary, budget)
             more = "≥ " if largest.capped else ""
-            row += [f"{more}{largest.value:,} at {other:,}" if largest.value else "none", f"{largest.peak / 2**20:,.0f}"]
+            row += [
+                f"{more}{largest.value:,} at {other:,}" if largest.value else "none",
+                f"{largest.peak / 2**20:,.0f}",
+            ]
         table.add_row(*row)
     console.print(table)

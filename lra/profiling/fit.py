@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import msgspec
 import torch
 
 from lra.errors import UserError
-from lra.profiling.cells import Cell
 from lra.profiling.profiler import in_process, measure_memory
+from lra.results.profile import Cell
 
 LIMITS = {"batch": 4096, "length": 65_536}
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -63,7 +64,7 @@ def fit(cell: Cell, vary: str, budget: int, *, timeout: float = 120.0) -> Fit:
 
     def peak_of(size: int) -> int | None:
         # beyond twice the budget the exact peak does not matter
-        candidate = replace(cell, **{vary: size})  # type: ignore[arg-type]
+        candidate = msgspec.structs.replace(cell, **{vary: size})
         used = in_process(measure_memory, candidate, here, timeout, limit=2 * budget + 2**29)
         return None if "failed" in used else int(used["peak_bytes"])
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lra.profiling.timing import Timing, time_once, together
+from lra.profiling.timing import Timing, time_once
 
 # elements of the sum, width of the product
 SIZES = {"cpu": (2**23, 1024), "cuda": (2**27, 4096)}

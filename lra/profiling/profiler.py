@@ -8,30 +8,42 @@ loads and compiles everything, plus the parameters and the optimiser's state tha
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
 import resource
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra import files
 from lra.encoder import Encoder
+from lra.errors import UserError
 from lra.model import Batch, Classifier
 from lra.profiling import flops, memory, timing
-from lra.profiling.cells import Cell, agreed, machine_name
 from lra.profiling.peak import peak_rate
-from lra.profiling.timing import Timing, measure, together
+from lra.profiling.timing import measure, together
 from lra.registry import architectures
-from lra.results import environment, profiles
+from lra.results import environment
+from lra.results import profile as stored
+from lra.results.profile import (
+    Cell,
+    EncoderWork,
+    FailedProfile,
+    MachinePeak,
+    Profile,
+    StepMemory,
+    Timing,
+    Timings,
+    agreed,
+    machine_name,
+)
+from lra.results.record import Environment
 from lra.task import Protocol
 
 BYTES, CLASSES, SHORT = 256, 2, 64
@@ -44,7 +56,7 @@ LONGEST_STEP = 30.0
 def profile(
     cells: Iterable[Cell], root: Path, *, timeout: float = 600.0, fresh: bool = False, rounds: int = ROUNDS,
     patience: float = math.inf, on_cell: Callable[[Cell, int, int], None] = lambda *_: None,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[Profile | FailedProfile]:  # fmt: skip
     """Measure each cell in a process of its own, or read it from its file.
 
     A cell that fails keeps its reason, and longer ones of its architecture are not tried. Nor are those at which a step
@@ -56,7 +68,7 @@ def profile(
     are done, and how many there are in all so far.
     """
     here = "cuda" if torch.cuda.is_available() else "cpu"
-    about = environment.environment()
+    about = msgspec.convert(environment.environment(), Environment)
     entries = [_Entry(cell, root, here, about) for cell in cells]
     failed: dict[tuple[object, ...], int] = {}
     steps: dict[tuple[object, ...], dict[int, float]] = {}
@@ -84,11 +96,11 @@ def profile(
                 entry.skip(f"failed at {failed[family]:,}")
             else:
                 entry.write_first(in_process(measure_cell, cell, here, timeout))
-            if "failed" in entry.record:
-                failed[family] = min(failed.get(family, cell.length), cell.length)
+            if isinstance(entry.profile, Profile):
+                known[cell.length] = entry.profile.seconds.train.median
             else:
-                known[cell.length] = entry.record["seconds"]["train"]["median"]
-    return [entry.record for entry in entries]
+                failed[family] = min(failed.get(family, cell.length), cell.length)
+    return [entry.profile for entry in entries]
 
 
 def expected_step(known: dict[int, float], length: int) -> float:
@@ -106,69 +118,88 @@ def expected_step(known: dict[int, float], length: int) -> float:
 class _Entry:
     """A cell and what its file holds."""
 
-    def __init__(self, cell: Cell, root: Path, here: str, about: dict[str, Any]) -> None:
+    def __init__(self, cell: Cell, root: Path, here: str, about: Environment) -> None:
         self.cell, self.about = cell, about
         self.path = cell.path(root, machine_name(about))
         self.sources = (self.path, cell.earlier_path(root, here))
-        self.record: dict[str, Any] = {}
+        self.profile: Profile | FailedProfile = self._failed("not measured")
 
     def read(self) -> bool:
         """Whether a file holds this very cell, measured on this machine with as many threads."""
         for path in self.sources:
-            content = profiles.read(path)
-            if profiles.problem(content) or {"dtype": "float32"} | content["cell"] != asdict(self.cell):
+            try:
+                profile = stored.read(path)
+            except UserError:
                 continue
-            if machine_name(content["environment"]) != machine_name(self.about) or content.get("mfu", 0) > 1:
+            if profile.cell != self.cell or machine_name(profile.environment) != machine_name(self.about):
                 continue
-            self.record = content | {"cell": asdict(self.cell)}
+            if isinstance(profile, Profile) and profile.mfu > 1:
+                continue
+            self.profile = profile
             return True
         return False
 
     def skip(self, why: str) -> None:
         """Not written: a later call may try."""
-        self.record = {"cell": asdict(self.cell), "failed": f"not tried: {why}", "environment": self.about}
+        self.profile = self._failed(f"not tried: {why}")
 
     def write_first(self, measured: dict[str, Any]) -> None:
-        self.record = {"cell": asdict(self.cell), **measured, "environment": self.about}
-        if "failed" not in measured:
-            self.record["rounds"] = [_medians(measured["seconds"])]
-            self._rate()
-        self._write()
+        """Store the first measurement of a cell, or why it failed."""
+        if "failed" in measured:
+            self.profile = self._failed(measured["failed"])
+        else:
+            self.profile = self._rated(Profile(
+                cell=self.cell, environment=self.about, parameters=measured["parameters"],
+                flops=EncoderWork(**measured["flops"] | {"uncounted": tuple(measured["flops"]["uncounted"])}), seconds=_timings(measured["seconds"]),
+                memory=StepMemory(**measured["memory"]), machine=MachinePeak(**measured["machine"]),
+                rounds=(_medians(measured["seconds"]),), conditions=measured.get("conditions", {}),
+                tokens_per_second=0.0, mfu=0.0,
+            ))  # fmt: skip
+        stored.write(self.profile, self.path)
 
     def time_again(self, measured: dict[str, Any]) -> None:
         """Add a round of timings; one that fails counts as a round without any."""
+        profile = self.profile
+        assert isinstance(profile, Profile)
         if "failed" in measured:
-            self.record["rounds"].append({})
+            self.profile = msgspec.structs.replace(profile, rounds=(*profile.rounds, {}))
         else:
-            self.record["rounds"].append(_medians(measured["seconds"]))
-            for name, timing_now in measured["seconds"].items():
-                self.record["seconds"][name] = min(self.record["seconds"][name], timing_now, key=lambda t: t["median"])
-            self.record["machine"]["rate"] = max(self.record["machine"]["rate"], measured["machine"]["rate"])
-            self._rate()
-        self._write()
+            now = dict(_timings(measured["seconds"]).items())
+            fastest = {name: min(best, now[name], key=lambda t: t.median) for name, best in profile.seconds.items()}
+            rate = max(profile.machine.rate, measured["machine"]["rate"])
+            self.profile = self._rated(msgspec.structs.replace(
+                profile, rounds=(*profile.rounds, _medians(measured["seconds"])), seconds=Timings(**fastest),
+                machine=msgspec.structs.replace(profile.machine, rate=rate),
+            ))  # fmt: skip
+        stored.write(self.profile, self.path)
 
     def settled(self, rounds: int) -> bool:
         """Whether each timing's two fastest rounds agree, or there will be no more rounds."""
-        return "failed" in self.record or len(self.record["rounds"]) >= rounds or agreed(self.record["rounds"])
+        profile = self.profile
+        return isinstance(profile, FailedProfile) or len(profile.rounds) >= rounds or agreed(profile.rounds)
 
-    def _rate(self) -> None:
-        """Speeds and utilisation; a utilisation above 1 fails the cell, since work or time must be wrong."""
-        step, peak = self.record["seconds"]["train"]["median"], self.record["machine"]["rate"]
-        work = self.cell.batch * self.record["flops"]["forward_backward"]
-        self.record |= {
-            "examples_per_second": self.cell.batch / step,
-            "tokens_per_second": self.cell.batch * self.cell.length / step,
-            "flops_per_second": work / step, "mfu": work / step / peak,
-        }  # fmt: skip
+    def _failed(self, why: str) -> FailedProfile:
+        return FailedProfile(cell=self.cell, environment=self.about, failed=why)
+
+    def _rated(self, profile: Profile) -> Profile | FailedProfile:
+        """With speeds and utilisation; a utilisation above 1 fails the cell, since work or time must be wrong."""
+        step, peak = profile.seconds.train.median, profile.machine.rate
+        work = self.cell.batch * profile.flops.forward_backward
         if work / step > peak:
-            self.record["failed"] = (
-                f"utilisation of {100 * work / step / peak:.0f} %: {work / 1e9:.3g} GFLOP counted in {1e3 * step:.3g} ms, "
+            share, counted = 100 * work / step / peak, f"{work / 1e9:.3g} GFLOP counted in {1e3 * step:.3g} ms"
+            return self._failed(
+                f"utilisation of {share:.0f} %: {counted}, "
                 f"the fastest matrix product reaches {peak / 1e9:.3g} GFLOP/s; the count or the timing is wrong"
             )
+        return msgspec.structs.replace(
+            profile, examples_per_second=self.cell.batch / step,
+            tokens_per_second=self.cell.batch * self.cell.length / step, flops_per_second=work / step,
+            mfu=work / step / peak,
+        )  # fmt: skip
 
-    def _write(self) -> None:
-        with files.atomic(self.path) as temporary:
-            temporary.write_text(json.dumps(self.record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+def _timings(seconds: dict[str, Any]) -> Timings:
+    return Timings(**{name: Timing(**timing) for name, timing in seconds.items()})
 
 
 def _medians(seconds: dict[str, Any]) -> dict[str, float]:
@@ -332,7 +363,7 @@ def _times(workload: Workload, given: tuple[Any, ...]) -> dict[str, Any]:
     if (decode := _decode(workload)) is not None:
         timed["step"] = decode
     rate = max(rate, peak_rate(workload.products(), device, workload.dtype))
-    return {"seconds": {name: asdict(t) for name, t in timed.items()}, "machine": {"rate": rate}}
+    return {"seconds": {name: msgspec.structs.asdict(t) for name, t in timed.items()}, "machine": {"rate": rate}}
 
 
 def first_of(given: tuple[Any, ...]) -> tuple[Any, ...]:

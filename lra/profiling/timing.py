@@ -8,20 +8,11 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds: median and quartiles of `repeats` calls."""
-
-    median: float
-    low: float
-    high: float
-    repeats: int
+from lra.results.profile import Timing
 
 
 def measure(call: Callable[[], object], device: torch.device, *, repeats: int = 30, budget: float = 10.0) -> Timing:
@@ -99,7 +90,9 @@ def conditions(device: torch.device) -> dict[str, float]:
         with suppress(OSError, subprocess.SubprocessError, ValueError):
             query = ["nvidia-smi", f"--query-gpu={','.join(GPU)}", "--format=csv,noheader,nounits", "--id=0"]
             text = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout.split(",")
-            readings = {name: float(value) for name, value in zip(GPU, text, strict=True) if value.strip()[:1].isdigit()}
+            readings = {
+                name: float(value) for name, value in zip(GPU, text, strict=True) if value.strip()[:1].isdigit()
+            }
         return readings
     with suppress(OSError):
         clocks = [float(mhz) for mhz in re.findall(r"cpu MHz\s*:\s*([\d.]+)", CORES.read_text())]

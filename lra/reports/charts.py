@@ -48,7 +48,8 @@ def theme(name: str, font: float = 11) -> dict[str, Any]:
     title = {"color": ink, "fontSize": font + 1, "anchor": "start", "subtitleColor": dim, "subtitleFontSize": font - 1}
     return {
         "background": "transparent" if name == "dark" else "white", "font": "system-ui, Liberation Sans, sans-serif",
-        "view": {"stroke": None}, "axis": axis, "legend": text | {"symbolSize": 60, "labelLimit": 140}, "title": title,
+        "view": {"stroke": None}, "axis": axis, "title": title,
+        "legend": text | {"symbolSize": 60, "labelLimit": 140, "offset": 6},
         "text": {"color": ink, "fontSize": font - 1}, "rule": {"color": dim},
         "range": {"category": list(COLOURS[name]), "symbol": list(MARKERS)},
     }  # fmt: skip
@@ -78,7 +79,13 @@ def baseline_notes(baselines: Mapping[str, float], axis: tuple[float, float]) ->
     for name, value in sorted(baselines.items(), key=lambda item: item[1]):
         key = "below the axis: " if value < axis[0] else "above the axis: " if value > axis[1] else "dashed: "
         parts[key].append(f"{name} {value:.1f}")
-    return [line for key, said in parts.items() if said for line in textwrap.wrap(key + ", ".join(said), WRAP)]
+    # a name and its number stay on one line
+    whole = [
+        (key + ", ".join(texts)).replace(" ", "\u00a0").replace(",\u00a0", ", ")
+        for key, texts in parts.items()
+        if texts
+    ]
+    return [line for text in whole for line in textwrap.wrap(text, WRAP)]
 
 
 def _baselines(baselines: Mapping[str, float], axis: tuple[float, float], channel: str) -> alt.Chart:
@@ -122,7 +129,12 @@ def tradeoff(frame: pd.DataFrame, baselines: Mapping[str, float], families: Sequ
     axis = limits(frame["low"].min(), frame["high"].max())
     times = _log_limits(frame["minutes"])
     base = alt.Chart(frame)
-    x = alt.X("minutes:Q", title="training time, minutes", scale=alt.Scale(type="log", domain=times, nice=False), axis=alt.Axis(tickCount=4))
+    x = alt.X(
+        "minutes:Q",
+        title="training time, minutes",
+        scale=alt.Scale(type="log", domain=times, nice=False),
+        axis=alt.Axis(tickCount=4, grid=False),
+    )
     y = alt.Y("accuracy:Q", title=ACCURACY, scale=alt.Scale(domain=axis, zero=False, nice=False))
     identity = _identity("family", families, sorted(frame["family"].unique()))
     colour = alt.condition("datum.chance", alt.value(GREY), identity["color"])
@@ -131,12 +143,14 @@ def tradeoff(frame: pd.DataFrame, baselines: Mapping[str, float], families: Sequ
     if frame["memory_bytes"].notna().any():
         scale = alt.Scale(type="linear", domainMin=0, rangeMin=0, rangeMax=600)
         size = alt.condition(
-            "isValid(datum.memory_bytes)", alt.Size("memory_bytes:Q", scale=scale, legend=None), alt.value(25)
+            "isValid(datum.memory_bytes)", alt.Size("memory_bytes:Q", scale=scale, legend=None), alt.value(45)
         )
     dots = base.mark_point(filled=True, opacity=0.75, cursor="pointer", invalid="show").encode(
         x=x, y=y, color=colour, shape=identity["shape"], size=size, tooltip=_tips()
     )
-    bars = base.mark_rule(opacity=0.6, clip=True).encode(x=x, y=alt.Y("low:Q", title=ACCURACY), y2="high:Q", color=colour)
+    bars = base.mark_rule(opacity=0.6, clip=True).encode(
+        x=x, y=alt.Y("low:Q", title=ACCURACY), y2="high:Q", color=colour
+    )
     steps = alt.Chart(front).mark_line(interpolate="step-after", color=GREY, strokeWidth=1).encode(x=x, y=y)
     names = alt.Chart(_labels(frame, front, times, axis)).mark_text(
         align=alt.expr("datum.align"), dx=alt.expr("datum.dx"), dy=alt.expr("datum.dy"), baseline="middle"
@@ -193,7 +207,14 @@ def _identity(field: str, domain: Sequence[str], shown: Sequence[str]) -> dict[s
     scale = alt.Scale(domain=list(domain))
     # a column holds about 20 characters of the narrowest page
     columns = 2 if max(map(len, shown), default=0) > 12 else 3
-    legend = alt.Legend(title=None, orient="bottom", columns=columns, values=list(shown), symbolOpacity=1)
+    legend = alt.Legend(
+        title=None,
+        orient="bottom",
+        columns=columns,
+        values=list(shown),
+        symbolOpacity=1,
+        labelExpr="replace(datum.label, /_/g, ' ')" if field == "family" else alt.Undefined,
+    )
     return {
         "color": alt.Color(f"{field}:N", scale=scale, legend=legend),
         "shape": alt.Shape(f"{field}:N", scale=scale, legend=legend),
@@ -209,13 +230,15 @@ def dots(frame: pd.DataFrame, baselines: Mapping[str, float]) -> alt.LayerChart:
     x = alt.X("accuracy:Q", title=ACCURACY, scale=alt.Scale(domain=axis, zero=False, nice=False))
     y = alt.Y("label:N", title=None, sort=order, axis=alt.Axis(labelLimit=130, grid=True, ticks=False, domain=False))
     colour = alt.condition("datum.chance", alt.value(GREY), alt.value(COLOURS["light"][7]))
-    bars = base.mark_rule(strokeWidth=2, opacity=0.6).encode(x=alt.X("low:Q", title=ACCURACY), x2="high:Q", y=y, color=colour)
+    bars = base.mark_rule(strokeWidth=2, opacity=0.6).encode(
+        x=alt.X("low:Q", title=ACCURACY), x2="high:Q", y=y, color=colour
+    )
     points = base.mark_point(filled=True, size=55, opacity=1, cursor="pointer").encode(
         x=x, y=y, color=colour, tooltip=_tips()
     )
     title = alt.TitleParams("Accuracy, 95 % intervals", subtitle=baseline_notes(baselines, axis))
     layers = alt.layer(_baselines(baselines, axis, "x"), bars, points)
-    return layers.properties(width="container", height=alt.Step(17), title=title)
+    return layers.properties(width="container", height=17 * len(frame), title=title)
 
 
 def curves(frame: pd.DataFrame, value: str, title: str, label: str, name: str = "label") -> alt.LayerChart:
@@ -234,7 +257,11 @@ def curves(frame: pd.DataFrame, value: str, title: str, label: str, name: str = 
 
 
 def by_length(
-    frame: pd.DataFrame, value: str, title: str, label: str, axis: tuple[float, float] | None = None,
+    frame: pd.DataFrame,
+    value: str,
+    title: str,
+    label: str,
+    axis: tuple[float, float] | None = None,
     interactive: bool = True,
 ) -> alt.LayerChart:
     """`value` against sequence length on logarithmic axes, one line per architecture, at most `LINES` of them.
@@ -275,7 +302,12 @@ def growth(frame: pd.DataFrame, column: str, label: str, interactive: bool = Tru
 
 
 def _lines(
-    base: alt.Chart, x: alt.X, y: alt.Y, name: str, names: Sequence[str], tip: Sequence[alt.Tooltip],
+    base: alt.Chart,
+    x: alt.X,
+    y: alt.Y,
+    name: str,
+    names: Sequence[str],
+    tip: Sequence[alt.Tooltip],
     interactive: bool = True,
 ) -> alt.LayerChart:
     """Lines with markers. Where interactive, a click in the legend picks one and pointing at one makes it stand out."""
@@ -307,7 +339,17 @@ def heatmap(frame: pd.DataFrame) -> alt.LayerChart:
     # viridis is dark at its lower end on every page
     ink = alt.condition("datum.accuracy > 60", alt.value("#1c2024"), alt.value("#ffffff"))
     numbers = base.mark_text().encode(x=x, y=y, text=alt.Text("accuracy:Q", format=".0f"), color=ink)
-    return alt.layer(squares, numbers).properties(width="container", height=alt.Step(20), title="Diagnostics")
+    height = 20 * frame["label"].nunique()
+    return alt.layer(squares, numbers).properties(width="container", height=height, title="Diagnostics")
+
+
+def gradient_reach(norms: Sequence[float], title: str) -> alt.Chart:
+    """Norm of the derivative of the last output with respect to each input, on a logarithmic axis. norms: above 0."""
+    frame = pd.DataFrame({"input": range(1, len(norms) + 1), "norm": list(norms)})
+    scale = alt.Scale(type="log", domain=[min(norms) / 2, max(norms) * 2], nice=False)
+    y = alt.Y("norm:Q", title="|d last output / d input t|", scale=scale, axis=alt.Axis(format=".0e", tickCount=6))
+    chart = alt.Chart(frame).mark_line().encode(x=alt.X("input:Q", title="input t"), y=y)
+    return chart.properties(width=420, height=240, title=title)
 
 
 def figure(charts: Sequence[alt.LayerChart], title: str = "", columns: int = 2, width: int = 190) -> alt.ConcatChart:

@@ -11,19 +11,19 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 from scipy import stats
 
 from lra.config.match import shaped
 from lra.errors import UserError
-from lra.profiling.cells import CLOSE, agreed, machine_name
 from lra.registry import architectures
-from lra.reports.sheets import Cell, Sheet
-from lra.results.profiles import problem, read
+from lra.reports.table import Table, TableCell
+from lra.results import profile as stored
+from lra.results.profile import CLOSE, FailedProfile, Profile, agreed, machine_name
 
-Profile = dict[str, Any]
+AnyProfile = Profile | FailedProfile
 Shape = tuple[str, str, str, int, int, int, str]
 BASE = "transformer"
 OUTSIDE = "outside"
@@ -47,34 +47,39 @@ FIELDS = (
 )  # fmt: skip
 
 
-def load(root: Path) -> list[Profile]:
+def load(root: Path) -> list[AnyProfile]:
     """Every valid cell below <root>/profile, by device, shape, architecture and length. Of two measurements of one cell
     the one in the newer place (`Cell.path`) counts."""
-    profiles = [content for path in _files(root) if not problem(content := read(path))]
-    cells = {}
-    for profile in sorted(profiles, key=lambda p: "dtype" in p["cell"]):
-        cells[shape_of(profile), profile["cell"]["architecture"], profile["cell"]["length"]] = profile
+    profiles, _ = stored.load(root)
+    cells = {(shape_of(profile), profile.cell.architecture, profile.cell.length): profile for profile in profiles}
     return [cells[key] for key in sorted(cells)]
 
 
 def problems(root: Path) -> list[str]:
     """What is wrong with the other files there, one line each."""
-    return [f"{path}: not a profile: {why}" for path in _files(root) if (why := problem(read(path)))]
+    return stored.load(root)[1]
 
 
-def _files(root: Path) -> list[Path]:
-    return sorted((root / "profile").rglob("*.json"))
-
-
-def shape_of(profile: Profile) -> Shape:
+def shape_of(profile: AnyProfile) -> Shape:
     """What profiles must share to be compared: device and threads, dtype, task, batch, width, depth, direction."""
-    cell = profile["cell"]
-    same = (cell[key] for key in ("batch", "d_model", "n_layers", "direction"))
-    return (machine_name(profile["environment"]), cell.get("dtype", "float32"), cell.get("task", ""), *same)
+    c = profile.cell
+    return (machine_name(profile.environment), c.dtype, c.task, c.batch, c.d_model, c.n_layers, c.direction)
 
 
-def by_shape(profiles: Iterable[Profile]) -> dict[Shape, list[Profile]]:
-    groups: dict[Shape, list[Profile]] = {}
+def measured(profiles: Iterable[AnyProfile]) -> list[Profile]:
+    """The profiles of cells whose measurement did not fail."""
+    return [profile for profile in profiles if isinstance(profile, Profile)]
+
+
+def _place(profile: AnyProfile) -> str:
+    return f"{profile.cell.architecture} at {profile.cell.length:,}"
+
+
+AnyKind = TypeVar("AnyKind", Profile, AnyProfile)
+
+
+def by_shape(profiles: Iterable[AnyKind]) -> dict[Shape, list[AnyKind]]:
+    groups: dict[Shape, list[AnyKind]] = {}
     for profile in profiles:
         groups.setdefault(shape_of(profile), []).append(profile)
     return groups
@@ -94,7 +99,7 @@ def family(architecture: str) -> str:
         return OUTSIDE
 
 
-def frame(profiles: Sequence[Profile]) -> pd.DataFrame:
+def frame(profiles: Sequence[AnyProfile]) -> pd.DataFrame:
     """One row per cell: the columns of FIELDS, and what the charts show (milliseconds, MiB, GFLOP, family)."""
     table = pd.DataFrame([_values(p) for p in profiles], columns=[*FIELDS, "family", "rounds"])
     table = table.astype(dict.fromkeys(COUNTS, "Int64"))
@@ -108,48 +113,45 @@ def frame(profiles: Sequence[Profile]) -> pd.DataFrame:
     )  # fmt: skip
 
 
-def _values(p: Profile) -> dict[str, Any]:
-    environment = p["environment"]
+def _values(p: AnyProfile) -> dict[str, Any]:
     values: dict[str, Any] = dict(zip(FIELDS, shape_of(p), strict=False)) | {
-        "architecture": p["cell"]["architecture"], "length": p["cell"]["length"], "failed": p.get("failed", ""),
-        "torch": environment.get("versions", {}).get("torch", ""), "family": family(p["cell"]["architecture"]),
-        "commit": environment.get("commit", {}).get("hash", "")[:12],
+        "architecture": p.cell.architecture, "length": p.cell.length, "failed": "",
+        "torch": p.environment.versions.get("torch", ""), "family": family(p.cell.architecture),
+        "commit": p.environment.commit.hash[:12],
     }  # fmt: skip
-    if "failed" in p:
-        return values
-    work, seconds, memory = p["flops"], p["seconds"], p["memory"]
-    formula = work["matmul_by_formula"]
-    values |= {f"flops_{key}": round(work[key]) for key in ("forward", "algorithmic", "forward_backward")}
-    for key in ("forward", "train"):
-        values |= {f"{key}_{q}": seconds[key][q] for q in ("low", "high", "repeats")}
-        values[f"{key}_seconds"] = seconds[key]["median"]
+    if isinstance(p, FailedProfile):
+        return values | {"failed": p.failed}
+    work, seconds, memory = p.flops, p.seconds, p.memory
+    formula = work.matmul_by_formula
+    values |= {f"flops_{key}": round(getattr(work, key)) for key in ("forward", "algorithmic", "forward_backward")}
+    for key, timing in (("forward", seconds.forward), ("train", seconds.train)):
+        values |= {f"{key}_low": timing.low, f"{key}_high": timing.high, f"{key}_repeats": timing.repeats}
+        values[f"{key}_seconds"] = timing.median
     return values | {
-        "parameters": p["parameters"], "matmul_counted": round(work["matmul_counted"]),
-        "matmul_by_formula": None if formula is None else round(formula), "uncounted": " ".join(work["uncounted"]),
-        "step_seconds": seconds["step"]["median"] if "step" in seconds else None,
-        "tokens_per_second": p["tokens_per_second"], "mfu": p["mfu"], "peak_bytes": memory["peak_bytes"],
-        "parameter_bytes": memory["parameters"], "gradient_bytes": memory["gradients"],
-        "optimiser_bytes": memory["optimiser"], "activation_bytes": memory["activations"],
-        "rounds": "agree" if agreed(p["rounds"]) else "differ",
+        "parameters": p.parameters, "matmul_counted": round(work.matmul_counted),
+        "matmul_by_formula": None if formula is None else round(formula), "uncounted": " ".join(work.uncounted),
+        "step_seconds": None if seconds.step is None else seconds.step.median,
+        "tokens_per_second": p.tokens_per_second, "mfu": p.mfu, "peak_bytes": round(memory.peak_bytes),
+        "parameter_bytes": round(memory.parameters), "gradient_bytes": round(memory.gradients),
+        "optimiser_bytes": round(memory.optimiser), "activation_bytes": round(memory.activations),
+        "rounds": "agree" if agreed(p.rounds) else "differ",
     }  # fmt: skip
 
 
-def table_csv(profiles: Sequence[Profile]) -> str:
+def table_csv(profiles: Sequence[AnyProfile]) -> str:
     """Long format, one cell a row."""
     return frame(profiles)[list(FIELDS)].to_csv(index=False, float_format="%.6g", lineterminator="\n")
 
 
-def memory_near(profiles: Iterable[Profile], cpu_or_gpu: str, length: int) -> dict[str, tuple[int, int]]:
+def memory_near(profiles: Iterable[AnyProfile], cpu_or_gpu: str, length: int) -> dict[str, tuple[int, int]]:
     """Peak bytes of a training step on a device, as architecture -> (bytes, length measured at): at the length nearest
     to `length`, at the shape with most cells there, so that the numbers can be compared."""
-    here = [p for p in profiles if "failed" not in p and cpu_or_gpu in (p["environment"].get("gpu"), p["environment"]["cpu"])]
-    groups = by_shape(p for p in here if not p["cell"].get("task"))
-    cells = max(groups.values(), key=len, default=[])
+    here = [p for p in measured(profiles) if cpu_or_gpu in (p.environment.gpu, p.environment.cpu) and not p.cell.task]
+    cells = max(by_shape(here).values(), key=len, default=[])
     if not cells or not length:
         return {}
-    nearest = min({p["cell"]["length"] for p in cells}, key=lambda n: abs(math.log(n / length)))
-    at = [p for p in cells if p["cell"]["length"] == nearest]
-    return {p["cell"]["architecture"]: (int(p["memory"]["peak_bytes"]), nearest) for p in at}
+    nearest = min({p.cell.length for p in cells}, key=lambda n: abs(math.log(n / length)))
+    return {p.cell.architecture: (int(p.memory.peak_bytes), nearest) for p in cells if p.cell.length == nearest}
 
 
 def exponent(lengths: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
@@ -175,46 +177,44 @@ def crossover(values: Mapping[int, float], others: Mapping[int, float]) -> float
     return float(lengths[0])
 
 
-def sheets(profiles: Sequence[Profile]) -> list[Sheet]:
+def tables(profiles: Sequence[AnyProfile]) -> list[Table]:
     """For each shape: the cells, and growth with length where there are two lengths."""
-    tables = []
+    made = []
     for shape, cells in by_shape(profiles).items():
-        notes = [failure(p) for p in cells if "failed" in p]
+        good = measured(cells)
+        notes = [failure(p) for p in cells if isinstance(p, FailedProfile)]
         notes += [
-            f"{p['cell']['architecture']}: not counted: {', '.join(p['flops']['uncounted'])}"
-            for p in cells if "failed" not in p and p["flops"]["uncounted"]
-        ]  # fmt: skip
-        notes += [_agreement(cells), *_suspect(cells), NOTE]
-        lines = [[Cell(text) for text in texts(p)] for p in cells if "failed" not in p]
+            f"{p.cell.architecture}: not counted: {', '.join(p.flops.uncounted)}" for p in good if p.flops.uncounted
+        ]
+        notes += [_agreement(good), *_suspect(good), NOTE]
+        rows = [[TableCell(text) for text in texts(p)] for p in good]
         hidden = frozenset({"formula %", "IQR %", "tokens/MiB", "activations"})
-        tables.append(Sheet(f"Efficiency: {title(shape)}", COLUMNS, lines, notes, hidden))
-        if growth := _growth(cells):
-            tables.append(Sheet(f"Growth with length: {title(shape)}", GROWTH, growth, [GROWTH_NOTE]))
-    return tables
+        made.append(Table(f"Efficiency: {title(shape)}", COLUMNS, rows, notes, hidden))
+        if growth := _growth(good):
+            made.append(Table(f"Growth with length: {title(shape)}", GROWTH, growth, [GROWTH_NOTE]))
+    return made
 
 
 def _agreement(cells: Sequence[Profile]) -> str:
-    """How far apart the two numbers of FLOPs are, where they are furthest."""
+    """How far apart the counted and the declared number of FLOPs are, where they differ most."""
     worst, where = 0.0, ""
     for p in cells:
-        formula = None if "failed" in p else p["flops"]["matmul_by_formula"]
-        if formula and (apart := abs(p["flops"]["matmul_counted"] / formula - 1)) >= worst:
-            worst, where = apart, f"{p['cell']['architecture']} at {p['cell']['length']:,}"
+        formula = p.flops.matmul_by_formula
+        if formula and (apart := abs(p.flops.matmul_counted / formula - 1)) >= worst:
+            worst, where = apart, _place(p)
     return f"matrix work counted and by formula: at most {100 * worst:.2f} % apart ({where})" if where else "no formula"
 
 
 def _suspect(cells: Sequence[Profile]) -> list[str]:
     """Which cells have timings that should not be relied on, and why."""
-    measured = [p for p in cells if "failed" not in p]
     reasons = {
-        f"two fastest rounds more than {100 * CLOSE:.0f} % apart": [p for p in measured if not agreed(p["rounds"])],
+        f"two fastest rounds more than {100 * CLOSE:.0f} % apart": [p for p in cells if not agreed(p.rounds)],
         "forward timed slower than the whole step": [
-            p for p in measured if p["seconds"]["forward"]["median"] > p["seconds"]["train"]["median"]
+            p for p in cells if p.seconds.forward.median > p.seconds.train.median
         ],
-        "MFU left out, above 100 % of a peak measured at other shapes": [p for p in measured if p["mfu"] > 1],
+        "MFU left out, above 100 % of a peak measured at other shapes": [p for p in cells if p.mfu > 1],
     }
-    names = {why: [f"{p['cell']['architecture']} at {p['cell']['length']:,}" for p in bad] for why, bad in reasons.items()}
-    return [f"{why}: {', '.join(listed)}" for why, listed in names.items() if listed]
+    return [f"{why}: {', '.join(map(_place, wrong))}" for why, wrong in reasons.items() if wrong]
 
 
 NOTE = (
@@ -225,22 +225,23 @@ NOTE = (
 )
 
 
-def failure(p: Profile) -> str:
-    return f"{p['cell']['architecture']} at {p['cell']['length']:,}: {p['failed']}"
+def failure(p: FailedProfile) -> str:
+    return f"{_place(p)}: {p.failed}"
 
 
 def texts(p: Profile) -> list[str]:
     """A profile's row, in the order of COLUMNS."""
-    seconds, memory, work = p["seconds"], p["memory"], p["flops"]
-    train, formula, step = seconds["train"], work["matmul_by_formula"], seconds.get("step")
+    seconds, memory, work = p.seconds, p.memory, p.flops
+    train, formula, step = seconds.train, work.matmul_by_formula, seconds.step
     return [
-        p["cell"]["architecture"], f"{p['cell']['length']:,}", f"{p['parameters'] / 1e3:,.0f}k",
-        f"{work['forward'] / 1e9:.3g}", "-" if not formula else f"{100 * work['matmul_counted'] / formula:.1f}",
-        f"{1e3 * seconds['forward']['median']:.1f}", f"{1e3 * train['median']:.1f}",
-        f"{100 * (train['high'] - train['low']) / train['median']:.0f}",
-        "-" if step is None else f"{1e6 * step['median']:,.0f}", f"{p['tokens_per_second']:,.0f}",
-        "-" if p["mfu"] > 1 else f"{100 * p['mfu']:.1f}", f"{memory['peak_bytes'] / 2**20:,.0f}", f"{memory['activations'] / 2**20:,.0f}",
-        f"{p['cell']['batch'] * p['cell']['length'] / (memory['peak_bytes'] / 2**20):,.0f}",
+        p.cell.architecture, f"{p.cell.length:,}", f"{p.parameters / 1e3:,.0f}k",
+        f"{work.forward / 1e9:.3g}", "-" if not formula else f"{100 * work.matmul_counted / formula:.1f}",
+        f"{1e3 * seconds.forward.median:.1f}", f"{1e3 * train.median:.1f}",
+        f"{100 * (train.high - train.low) / train.median:.0f}",
+        "-" if step is None else f"{1e6 * step.median:,.0f}", f"{p.tokens_per_second:,.0f}",
+        "-" if p.mfu > 1 else f"{100 * p.mfu:.1f}", f"{memory.peak_bytes / 2**20:,.0f}",
+        f"{memory.activations / 2**20:,.0f}",
+        f"{p.cell.batch * p.cell.length / (memory.peak_bytes / 2**20):,.0f}",
     ]  # fmt: skip
 
 
@@ -252,27 +253,27 @@ GROWTH_NOTE = (
 )
 
 
-def _growth(cells: Sequence[Profile]) -> list[list[Cell]]:
-    measured = _by_architecture(p for p in cells if "failed" not in p and agreed(p["rounds"]))
-    base = {n: p["seconds"]["train"]["median"] for n, p in measured.get(BASE, {}).items()}
-    lines = []
-    for name, by_length in sorted(measured.items()):
+def _growth(cells: Sequence[Profile]) -> list[list[TableCell]]:
+    by_name = _by_architecture(p for p in cells if agreed(p.rounds))
+    base = {n: p.seconds.train.median for n, p in by_name.get(BASE, {}).items()}
+    rows = []
+    for name, by_length in sorted(by_name.items()):
         lengths = sorted(by_length)
         if len(lengths) < 2:
             continue
-        taken = {n: by_length[n]["seconds"]["train"]["median"] for n in lengths}
-        slope, half = exponent(lengths, list(taken.values()))
-        work, _ = exponent(lengths, [max(by_length[n]["flops"]["forward"], 1.0) for n in lengths])
-        memory, _ = exponent(lengths, [max(by_length[n]["memory"]["peak_bytes"], 1) for n in lengths])
-        at = None if name == BASE else crossover(taken, base)
+        seconds = {n: by_length[n].seconds.train.median for n in lengths}
+        slope, half = exponent(lengths, list(seconds.values()))
+        work, _ = exponent(lengths, [max(by_length[n].flops.forward, 1.0) for n in lengths])
+        memory, _ = exponent(lengths, [max(by_length[n].memory.peak_bytes, 1) for n in lengths])
+        at = None if name == BASE else crossover(seconds, base)
         words = [
             name, f"{lengths[0]:,} .. {lengths[-1]:,}", declared(name), f"{work:.2f}", f"{slope:.2f}",
             "-" if math.isnan(half) else f"{half:.2f}", f"{memory:.2f}",
             "-" if name == BASE or not base else "not up to there" if at is None
             else f"from {at:,.0f}" if at > lengths[0] else "everywhere",
         ]  # fmt: skip
-        lines.append([Cell(word) for word in words])
-    return lines
+        rows.append([TableCell(word) for word in words])
+    return rows
 
 
 def declared(name: str) -> str:
@@ -288,7 +289,7 @@ def declared(name: str) -> str:
 def _by_architecture(cells: Iterable[Profile]) -> dict[str, dict[int, Profile]]:
     by_name: dict[str, dict[int, Profile]] = {}
     for p in cells:
-        by_name.setdefault(p["cell"]["architecture"], {})[p["cell"]["length"]] = p
+        by_name.setdefault(p.cell.architecture, {})[p.cell.length] = p
     return by_name
 
 
@@ -296,15 +297,15 @@ CURVES = {"training": ("train_ms", "Training step", "ms"), "memory": ("peak_mib"
 """What is drawn against length: key -> (column, title, unit)."""
 
 
-def curves(profiles: Sequence[Profile]) -> dict[Shape, pd.DataFrame]:
+def curves(profiles: Sequence[AnyProfile]) -> dict[Shape, pd.DataFrame]:
     """For each shape the cells of architectures measured at two lengths or more, as `charts.by_length` takes them."""
-    tables = {}
-    for shape, cells in by_shape(profiles).items():
-        table = frame([p for p in cells if "failed" not in p])
+    charted = {}
+    for shape, cells in by_shape(measured(profiles)).items():
+        table = frame(cells)
         lengths = table.groupby("architecture")["length"].transform("nunique") if len(table) else table["length"]
         if len(table := table[lengths > 1]):
-            tables[shape] = table[list(CHARTED)].astype({"length": "int64"})
-    return tables
+            charted[shape] = table[list(CHARTED)].astype({"length": "int64"})
+    return charted
 
 
 CHARTED = (
@@ -312,7 +313,7 @@ CHARTED = (
 )  # fmt: skip
 
 
-def write_figures(profiles: Sequence[Profile], folder: Path, suffix: str = ".png") -> list[Path]:
+def write_figures(profiles: Sequence[AnyProfile], folder: Path, suffix: str = ".png") -> list[Path]:
     """One figure for each shape and entry of CURVES, by family. Raises ImportError without Altair."""
     from lra.reports import charts
 

@@ -22,14 +22,18 @@ from lra.results.validation import Part
 
 CLOSE = 0.1
 """Relative difference up to which the two fastest rounds of a cell agree."""
+DTYPES = ("float32", "bfloat16", "float16")
 
 Positive = Annotated[float, Meta(gt=0)]
+Amount = Annotated[float, Meta(ge=0, lt=2**63)]
+"""Bytes, or floating-point operations."""
 Count = Annotated[int, Meta(ge=1)]
 
 
 class Cell(Struct, frozen=True):
     """What is measured: an architecture at one shape. task: "" for the encoder alone, "bytes" for a classifier of byte
-    sequences with two classes; budget: seconds for each timing."""
+    sequences with two classes; budget: seconds for each timing; dtype: of the arithmetic, by autocast unless float32.
+    """
 
     architecture: str
     length: Count
@@ -39,12 +43,21 @@ class Cell(Struct, frozen=True):
     direction: str = "bidirectional"
     budget: Number = 3.0
     task: str = ""
+    dtype: str = "float32"
 
-    def path(self, root: Path, device: str) -> Path:
-        """File of this cell below a results folder. device: "cpu" or "cuda"."""
+    def path(self, root: Path, machine: str) -> Path:
+        """`<root>/profile/<machine>-<dtype>/<architecture>-d<D>-n<layers>-b<B>-l<L>-<direction>.json`. machine: name of
+        the device with its threads (`machine_name`)."""
+        return root / "profile" / f"{_slug(machine)}-{self.dtype}" / self._file()
+
+    def earlier_path(self, root: Path, device: str) -> Path:
+        """Where releases up to 0.1 kept the file: in a folder named by the kind of device, "cpu" or "cuda"."""
+        return root / "profile" / device / self._file()
+
+    def _file(self) -> str:
         task = f"-{self.task}" if self.task else ""
         shape = f"d{self.d_model}-n{self.n_layers}-b{self.batch}-l{self.length}-{self.direction}{task}"
-        return root / "profile" / device / f"{result.slug(self.architecture)}-{shape}.json"
+        return f"{result.slug(self.architecture)}-{shape}.json"
 
 
 class Timing(Struct, frozen=True):
@@ -72,11 +85,11 @@ class EncoderWork(Part, frozen=True, kw_only=True):
     """Floating-point operations of one sequence. forward: counted; algorithmic: without attention scores that a causal
     mask discards; matmul_counted, matmul_by_formula: of matrix products; counted_on: device of the count."""
 
-    forward: Number
-    algorithmic: Number
-    forward_backward: Number
-    matmul_counted: Number
-    matmul_by_formula: Number | None
+    forward: Amount
+    algorithmic: Amount
+    forward_backward: Amount
+    matmul_counted: Amount
+    matmul_by_formula: Amount | None
     uncounted: tuple[str, ...]
     counted_on: str = ""
 
@@ -84,17 +97,17 @@ class EncoderWork(Part, frozen=True, kw_only=True):
 class StepMemory(Part, frozen=True, kw_only=True):
     """Bytes of a training step. activations: what the peak holds beside parameters, gradients and optimiser state."""
 
-    peak_bytes: Positive
-    parameters: Number
-    gradients: Number
-    optimiser: Number
-    activations: Number
+    peak_bytes: Annotated[float, Meta(gt=0, lt=2**63)]
+    parameters: Amount
+    gradients: Amount
+    optimiser: Amount
+    activations: Amount
     reserved_bytes: int | None = None
     method: str = ""
 
 
 class MachinePeak(Part, frozen=True, kw_only=True):
-    """What the machine can do: rate of a large matrix product in FLOP/s, bandwidth of a sum in bytes/s."""
+    """What the machine can do: rate of the fastest matrix product in FLOP/s, bandwidth of a sum in bytes/s."""
 
     rate: Number
     bandwidth: Number | None = None
@@ -109,7 +122,7 @@ class Profile(Part, frozen=True, kw_only=True):
 
     cell: Cell
     environment: Environment
-    parameters: int
+    parameters: Annotated[int, Meta(ge=0)]
     flops: EncoderWork
     seconds: Timings
     memory: StepMemory
@@ -128,6 +141,14 @@ class FailedProfile(Part, frozen=True, kw_only=True):
     cell: Cell
     environment: Environment
     failed: str
+
+
+def machine_name(environment: Environment) -> str:
+    """The GPU, or the CPU with the number of threads: what profiles are grouped by."""
+    if environment.gpu:
+        return environment.gpu
+    threads = environment.threads
+    return environment.cpu + (f", {threads} thread{'s' * (threads > 1)}" if threads else "")
 
 
 def agreed(rounds: Sequence[Mapping[str, float]]) -> bool:
@@ -180,11 +201,16 @@ def write(profile: Profile | FailedProfile, path: Path) -> None:
 
 
 def load(root: Path) -> tuple[list[Profile | FailedProfile], list[str]]:
-    """All profiles below <root>/profile, and one line for each file that is not one."""
+    """All profiles below <root>/profile, those at `Cell.earlier_path` first, and one line for each file that is not a
+    profile."""
     profiles, problems = [], []
-    for path in sorted((root / "profile").rglob("*.json")):
+    for path in sorted((root / "profile").rglob("*.json"), key=lambda p: (p.parent.name not in ("cpu", "cuda"), p)):
         try:
             profiles.append(read(path))
         except UserError as error:
             problems.append(str(error))
     return profiles, problems
+
+
+def _slug(text: str) -> str:
+    return "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split())

@@ -146,11 +146,12 @@ class Environment(Part, frozen=True, kw_only=True):
 
 
 class CurvePoint(Part, frozen=True, kw_only=True):
-    """One validation during training."""
+    """One validation during training. loss: of training, since the validation before."""
 
     step: int
     validation_accuracy: Number | None = None
     validation_loss: Number | None = None
+    loss: Number | None = None
 
 
 class Compilation(Part, frozen=True, kw_only=True):

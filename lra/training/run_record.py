@@ -39,6 +39,8 @@ def record(
     if "pretraining" in other:
         other["pretraining"] = records.PretrainingSpeed(**other["pretraining"])
         other["compute"] = _compute(other["pretraining"], speed, work.forward_backward or 0.0)
+    if "refused_implementations" in other:
+        other["refused_implementations"] = tuple(other["refused_implementations"])
     if "curve" in other:
         other["curve"] = tuple(records.CurvePoint(**point) for point in other["curve"])
     if "compile" in other:
