@@ -150,7 +150,7 @@ class _Entry:
         else:
             self.profile = self._rated(Profile(
                 cell=self.cell, environment=self.about, parameters=measured["parameters"],
-                flops=EncoderWork(**measured["flops"] | {"uncounted": tuple(measured["flops"]["uncounted"])}), seconds=_timings(measured["seconds"]),
+                flops=EncoderWork(**measured["flops"]), seconds=_timings(measured["seconds"]),
                 memory=StepMemory(**measured["memory"]), machine=MachinePeak(**measured["machine"]),
                 rounds=(_medians(measured["seconds"]),), conditions=measured.get("conditions", {}),
                 tokens_per_second=0.0, mfu=0.0,
@@ -332,7 +332,7 @@ def measure_cell(cell: Cell, device: torch.device) -> dict[str, Any]:
         "flops": {
             "forward": work.forward, "algorithmic": work.algorithmic, "forward_backward": work.forward_backward,
             "matmul_counted": work.matmul if declared is None else work.counterpart(declared),
-            "matmul_by_formula": declared, "uncounted": sorted(work.uncounted), "counted_on": work.device,
+            "matmul_by_formula": declared, "uncounted": tuple(sorted(work.uncounted)), "counted_on": work.device,
         },
         **_times(workload, given),
         "memory": sizes,

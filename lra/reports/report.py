@@ -116,7 +116,7 @@ def write(collection: Collection, root: Path, folder: Path) -> Path:
 
 
 def result_frame(
-    groups: Mapping[Group, Sequence[Row]], profiles: Sequence[efficiency.Profile], ids: Mapping[int, str]
+    groups: Mapping[Group, Sequence[Row]], profiles: Sequence[efficiency.AnyProfile], ids: Mapping[int, str]
 ) -> pd.DataFrame:
     """One row per row of the leaderboard, with all that tables and charts show. Memory is that of a profiled training
     step on the same device, where there is one."""
@@ -209,7 +209,7 @@ def _matrix(
         rows = {name: by_task[column] for name, by_task in cells.items() if column in by_task}
         if column in averages:
             estimates = {name: e for name, values in means.items() if (e := values[column])}
-            ranked = [e.mean for e in estimates.values()]
+            ranked: list[float | None] = [e.mean for e in estimates.values()]
         else:
             estimates = {name: row.accuracy for name, row in rows.items()}
             ranked = [leaderboard.candidate(row) for row in rows.values()]

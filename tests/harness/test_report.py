@@ -61,7 +61,7 @@ def profile_content(name: str, length: int, seconds: float, **changes: Any) -> d
         "environment": {"cpu": "a cpu x2", "versions": {"torch": "2.13.0"}, "commit": {"hash": "0" * 40}},
         "parameters": 100_000,
         "flops": {"forward": 1e5 * length, "algorithmic": 1e5 * length, "forward_backward": 3e5 * length,
-                  "matmul_counted": 1e5 * length, "matmul_by_formula": 1e5 * length, "uncounted": []},
+                  "matmul_counted": 1e5 * length, "matmul_by_formula": 1e5 * length, "uncounted": ()},
         "seconds": {"forward": timing, "train": timing},
         "memory": {"peak_bytes": 2**20 * length // 64, "parameters": 400_000, "gradients": 400_000,
                    "optimiser": 800_000, "activations": 2**19 * length // 64},

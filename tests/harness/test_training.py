@@ -290,7 +290,7 @@ def test_a_record_holds_its_learning_curve_resumed_or_not(monkeypatch: pytest.Mo
 def test_diagnostics_of_an_encoder_are_in_the_record(monkeypatch: pytest.MonkeyPatch, places: Path) -> None:
     cls = architectures.get("gru").cls
     monkeypatch.setattr(cls, "diagnostics", lambda self: {"dropped": 0.25}, raising=False)
-    assert go()["diagnostics"] == {"dropped": 0.25}
+    assert go().diagnostics == {"dropped": 0.25}
     (log,) = places.rglob("metrics.csv")
     assert "diagnostics/dropped" in log.read_text().splitlines()[0]
 
