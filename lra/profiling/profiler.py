@@ -353,7 +353,7 @@ def _times(workload: Workload, given: tuple[Any, ...]) -> dict[str, Any]:
     device, budget = workload.device, workload.cell.budget
     if workload.dtype == torch.float32 and device.type == "cuda":
         # TensorFloat-32, cuDNN's default, is another arithmetic with another peak
-        torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.rnn.fp32_precision = "ieee"
+        torch.backends.cudnn.allow_tf32 = False
     calls = {"forward": lambda: workload.forward(given), "train": lambda: workload.train(given)}
     rate = peak_rate(workload.products(), device, workload.dtype)
     timed = together(calls, device, budget=budget)

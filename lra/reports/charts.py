@@ -6,6 +6,8 @@ theme (`theme`), so that one chart serves a light page, a dark page and paper. A
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import math
 import textwrap
@@ -21,6 +23,8 @@ import pandas as pd
 from lra import files
 from lra.errors import UserError
 
+Layers = alt.LayerChart | alt.FacetChart
+"""What Altair says that changing a layered chart returns."""
 LINES = 8
 """Names in one panel at most; there are as many colours and markers."""
 MARKERS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "triangle-right", "triangle-left")
@@ -105,11 +109,10 @@ TIPS = {
 
 
 def _tips() -> list[alt.Tooltip]:
-    tips = []
-    for field, (title, kind, form) in TIPS.items():
-        options = {"format": form} if form else {}
-        tips.append(alt.Tooltip(f"{field}:{kind}", title=title, **options))
-    return tips
+    return [
+        alt.Tooltip(f"{field}:{kind}", title=title, format=form or alt.Undefined)
+        for field, (title, kind, form) in TIPS.items()
+    ]
 
 
 def pareto(frame: pd.DataFrame, cost: str, value: str) -> pd.DataFrame:
@@ -119,7 +122,7 @@ def pareto(frame: pd.DataFrame, cost: str, value: str) -> pd.DataFrame:
     return ordered[ordered[value] > before]
 
 
-def tradeoff(frame: pd.DataFrame, baselines: Mapping[str, float], families: Sequence[str]) -> alt.LayerChart:
+def tradeoff(frame: pd.DataFrame, baselines: Mapping[str, float], families: Sequence[str]) -> Layers:
     """Accuracy against training time, the Pareto front as a line, memory as area where it is known.
 
     frame: one row per table row, with the columns of `TIPS`, `accuracy`, `low` and `high` in percent, `chance`,
@@ -199,29 +202,30 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _identity(field: str, domain: Sequence[str], shown: Sequence[str]) -> dict[str, Any]:
-    """Colour and marker of the names in `domain`; the legend holds those in `shown`. Raises ValueError for more names
-    than there are colours."""
-    if len(domain) > LINES:
-        raise ValueError(f"{len(domain)} names in one panel; at most {LINES} can be told apart")
-    scale = alt.Scale(domain=list(domain))
+def _identity(field: str, domain: Sequence[str] | None, shown: Sequence[str] = ()) -> dict[str, Any]:
+    """Colour and marker of the names in `domain`, or of those in the data where it is None. The legend holds those in
+    `shown`, or all. Raises ValueError for more names than there are colours."""
+    scale = alt.Undefined if domain is None else alt.Scale(domain=_require_distinct(domain))
     # a column holds about 20 characters of the narrowest page
-    columns = 2 if max(map(len, shown), default=0) > 12 else 3
+    columns = 2 if domain is None or max(map(len, shown or domain), default=0) > 12 else 3
+    words = "replace(datum.label, /_/g, ' ')" if field == "family" else alt.Undefined
     legend = alt.Legend(
-        title=None,
-        orient="bottom",
-        columns=columns,
-        values=list(shown),
-        symbolOpacity=1,
-        labelExpr="replace(datum.label, /_/g, ' ')" if field == "family" else alt.Undefined,
-    )
+        title=None, orient="bottom", columns=columns, symbolOpacity=1, labelExpr=words,
+        values=list(shown) if shown else alt.Undefined,
+    )  # fmt: skip
     return {
         "color": alt.Color(f"{field}:N", scale=scale, legend=legend),
         "shape": alt.Shape(f"{field}:N", scale=scale, legend=legend),
     }
 
 
-def dots(frame: pd.DataFrame, baselines: Mapping[str, float]) -> alt.LayerChart:
+def _require_distinct(names: Sequence[str]) -> list[str]:
+    if len(names) > LINES:
+        raise ValueError(f"{len(names)} names in one panel; at most {LINES} can be told apart")
+    return list(names)
+
+
+def dots(frame: pd.DataFrame, baselines: Mapping[str, float]) -> Layers:
     """Accuracy of each row with its interval, best first. The axis follows the rows; baselines beyond it are named in
     the subtitle. frame and baselines: as for `tradeoff`."""
     axis = limits(frame["low"].min(), frame["high"].max())
@@ -241,19 +245,18 @@ def dots(frame: pd.DataFrame, baselines: Mapping[str, float]) -> alt.LayerChart:
     return layers.properties(width="container", height=17 * len(frame), title=title)
 
 
-def curves(frame: pd.DataFrame, value: str, title: str, label: str, name: str = "label") -> alt.LayerChart:
-    """`value` against training step, one line per `name`, at most `LINES` of them.
+def curves(frame: pd.DataFrame, value: str, label: str, name: str = "label") -> Layers:
+    """`value` against training step, one line per `name`, at most `LINES` of them. One specification serves every panel
+    of the same `value`.
 
     frame: one row per run, with `name`, `row` and the lists `step` and `value`, so that a point takes few characters.
     """
-    data = frame[[name, "row", "step", value]]
-    base = alt.Chart(data).transform_flatten(["step", value]).transform_filter(f"isValid(datum['{value}'])")
+    base = alt.Chart(frame[[name, "row", "step", value]]).transform_flatten(["step", value])
     x = alt.X("step:Q", title="training step", axis=alt.Axis(tickCount=5))
     y = alt.Y(f"{value}:Q", title=label, scale=alt.Scale(zero=False))
     tip = [alt.Tooltip(f"{name}:N"), alt.Tooltip("step:Q"), alt.Tooltip(f"{value}:Q", format=".4~g", title=label)]
-    return _lines(base, x, y, name, sorted(data[name].unique()), tip).properties(
-        width="container", height=180, title=title
-    )
+    _require_distinct(frame[name].unique())
+    return _lines(base, x, y, name, None, tip).properties(width="container", height=180)
 
 
 def by_length(
@@ -263,7 +266,7 @@ def by_length(
     label: str,
     axis: tuple[float, float] | None = None,
     interactive: bool = True,
-) -> alt.LayerChart:
+) -> Layers:
     """`value` against sequence length on logarithmic axes, one line per architecture, at most `LINES` of them.
 
     frame: one row per profiled cell, as `efficiency.frame` makes it. axis: ends of the y axis, to be the same in all
@@ -294,7 +297,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
 
 
-def growth(frame: pd.DataFrame, column: str, label: str, interactive: bool = True) -> list[alt.LayerChart]:
+def growth(frame: pd.DataFrame, column: str, label: str, interactive: bool = True) -> list[Layers]:
     """Small multiples of `by_length`, by family, with one y axis for all."""
     low, high = float(frame[column].min()), float(frame[column].max())
     axis = (low / 1.3, high * 1.3)
@@ -306,12 +309,12 @@ def _lines(
     x: alt.X,
     y: alt.Y,
     name: str,
-    names: Sequence[str],
+    names: Sequence[str] | None,
     tip: Sequence[alt.Tooltip],
     interactive: bool = True,
-) -> alt.LayerChart:
+) -> Layers:
     """Lines with markers. Where interactive, a click in the legend picks one and pointing at one makes it stand out."""
-    identity = _identity(name, names, names)
+    identity = _identity(name, names)
     if not interactive:
         lines = base.mark_line().encode(x=x, y=y, color=identity["color"])
         return alt.layer(lines, base.mark_point(filled=True, size=45).encode(x=x, y=y, **identity))
@@ -326,7 +329,7 @@ def _lines(
     return alt.layer(lines, points.add_params(picked, pointed))
 
 
-def heatmap(frame: pd.DataFrame) -> alt.LayerChart:
+def heatmap(frame: pd.DataFrame) -> Layers:
     """Accuracy of architectures (rows) on tasks (columns). frame: one row per table row, as for `tradeoff`, with
     `task`."""
     base = alt.Chart(frame)
@@ -352,7 +355,7 @@ def gradient_reach(norms: Sequence[float], title: str) -> alt.Chart:
     return chart.properties(width=420, height=240, title=title)
 
 
-def figure(charts: Sequence[alt.LayerChart], title: str = "", columns: int = 2, width: int = 190) -> alt.ConcatChart:
+def figure(charts: Sequence[Layers], title: str = "", columns: int = 2, width: int = 190) -> alt.ConcatChart:
     """Panels side by side, each with a legend of its own, `width` pixels wide each."""
     sized = [chart.properties(width=width, height=round(0.75 * width)) for chart in charts]
     chart = alt.concat(*sized, columns=columns).resolve_scale(color="independent", shape="independent")
@@ -393,7 +396,8 @@ def save(chart: Any, path: Path, *, scale: float = 2.0) -> Path:
 
 @cache
 def javascript() -> str:
-    """Vega, Vega-Lite and vega-embed as one script that fetches nothing; it defines `vegaEmbed`."""
+    """Vega, Vega-Lite and vega-embed as one script that fetches nothing and defines `vegaEmbed`: gzip in base64."""
     import vl_convert
 
-    return str(vl_convert.javascript_bundle())
+    script = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    return base64.b64encode(gzip.compress(script.encode(), mtime=0)).decode()

@@ -32,12 +32,6 @@ COLUMNS = (
     "architecture", "L", "params", "GFLOP", "formula %", "fwd ms", "step ms", "IQR %", "decode µs", "tokens/s",
     "MFU %", "MiB", "activations", "tokens/MiB",
 )  # fmt: skip
-COUNTS = (
-    "length", "parameters", "flops_forward", "flops_algorithmic", "flops_forward_backward", "matmul_counted",
-    "matmul_by_formula", "forward_repeats", "train_repeats", "peak_bytes", "parameter_bytes", "gradient_bytes",
-    "optimiser_bytes", "activation_bytes",
-)  # fmt: skip
-"""Columns of whole numbers."""
 FIELDS = (
     "device", "dtype", "task", "batch", "d_model", "n_layers", "direction", "architecture", "length", "failed",
     "parameters", "flops_forward", "flops_algorithmic", "flops_forward_backward", "matmul_counted", "matmul_by_formula",
@@ -101,10 +95,9 @@ def family(architecture: str) -> str:
 
 def frame(profiles: Sequence[AnyProfile]) -> pd.DataFrame:
     """One row per cell: the columns of FIELDS, and what the charts show (milliseconds, MiB, GFLOP, family)."""
-    table = pd.DataFrame([_values(p) for p in profiles], columns=[*FIELDS, "family", "rounds"])
-    table = table.astype(dict.fromkeys(COUNTS, "Int64"))
-    numbers = ("forward_seconds", "train_seconds", "tokens_per_second", "mfu")
-    table = table.astype(dict.fromkeys(numbers, "float64"))
+    # objects, so that counts stay whole numbers in a column that has gaps
+    table = pd.DataFrame([_values(p) for p in profiles], columns=[*FIELDS, "family", "rounds"], dtype=object)
+    table = table.astype(dict.fromkeys(("forward_seconds", "train_seconds", "tokens_per_second", "mfu"), "float64"))
     return table.assign(
         forward_ms=1e3 * table["forward_seconds"], train_ms=1e3 * table["train_seconds"],
         # a chart has a logarithmic axis

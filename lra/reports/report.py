@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ import msgspec
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from lra import files
 from lra.errors import UserError
@@ -37,7 +36,7 @@ from lra.results.statistics import Estimate, seeds_needed, success_rate
 FILE = "report.html"
 FILTERS = ("family", "task", "size", "protocol", "recipe", "regime", "device")
 RUN_COLUMNS = ("seed", "test", "validation", "status", "started", "commit", "checksum", "id")
-CURVE_POINTS = 30
+CURVE_POINTS = 20
 """Points of a learning curve at most: a report of 1,000 results stays below 3 MB."""
 CHARTED = (*charts.TIPS, "row", "accuracy", "low", "high", "chance", "memory_bytes")
 CURVES = {
@@ -49,21 +48,42 @@ CURVES = {
 
 @dataclass
 class _Page:
-    """What the page's script reads: chart specifications, the data they share, and the runs' learning curves."""
+    """What the page's script reads: specifications, the data they share, the runs' learning curves, and the charts."""
 
-    charts: list[dict[str, Any]]
-    datasets: dict[str, Any]
     runs: list[dict[str, Any]]
+    specs: list[dict[str, Any]] = field(default_factory=list)
+    datasets: dict[str, Any] = field(default_factory=dict)
+    charts: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, chart: Any, label: str, rows: Sequence[str] | None = None) -> dict[str, Any]:
-        """Add a chart and return what the template needs to place it. rows: the table rows whose first run it draws,
-        for a chart of learning curves; its data are then taken from `runs`."""
+    def add(self, chart: Any, label: str) -> dict[str, Any]:
+        """Add a chart with its data and return what the template needs to place it."""
         spec = charts.specification(chart)
-        datasets = spec.pop("datasets", {})
-        if rows is None:
-            self.datasets |= datasets
-        self.charts.append({"spec": spec, "rows": rows})
-        return {"number": len(self.charts) - 1, "label": label}
+        self.datasets |= spec.pop("datasets", {})
+        self.specs.append(spec)
+        return self.place(len(self.specs) - 1, label)
+
+    def place(self, spec: int, label: str, rows: Sequence[str] = (), caption: str = "") -> dict[str, Any]:
+        """Place a specification once more. rows: for learning curves, the table rows whose first run is drawn."""
+        self.charts.append({"spec": spec, "rows": list(rows)})
+        return {"number": len(self.charts) - 1, "label": label, "caption": caption}
+
+    def add_curves(self) -> dict[str, int]:
+        """Add a specification for each kind of learning curve that some run has, and one by seed: kind -> its number.
+        It takes its data from the dataset "runs"."""
+        numbers = {}
+        for kind, (_, label) in CURVES.items():
+            if some := [run for run in self.runs if kind in run][:1]:
+                numbers[kind] = self._add_runs(charts.curves(pd.DataFrame(some), kind, label))
+        if self.runs:
+            chart = charts.curves(pd.DataFrame(self.runs[:1]), "accuracy", CURVES["accuracy"][1], name="seed")
+            numbers["seeds"] = self._add_runs(chart)
+        return numbers
+
+    def _add_runs(self, chart: Any) -> int:
+        spec = charts.specification(chart)
+        (name,) = spec.pop("datasets")
+        self.specs.append(json.loads(json.dumps(spec).replace(name, "runs")))
+        return len(self.specs) - 1
 
 
 def build(collection: Collection, root: Path) -> str:
@@ -71,35 +91,42 @@ def build(collection: Collection, root: Path) -> str:
     board = Leaderboard.of(collection)
     groups = board.groups
     profiles = efficiency.load(root)
-    ids = {id(row): f"r{i}" for i, row in enumerate(row for rows in groups.values() for row in rows)}
+    listed = [(group, row) for group, rows in groups.items() for row in rows]
+    ids = {id(row): f"r{i}" for i, (_, row) in enumerate(listed)}
     baselines = {
         group: {name: float(value) for name, value in leaderboard.floor_cells(run for row in rows for run in row.runs)}
         for group, rows in groups.items()
     }
     table = result_frame(groups, profiles, ids)
-    page = _Page([], {}, [run for rows in groups.values() for row in rows for run in _run_curves(row, ids[id(row)])])
+    page = _Page(runs=[run for _, row in listed for run in _run_curves(row, ids[id(row)])])
     families = sorted({architectures.family(name) for name in architectures.names()} | {efficiency.OUTSIDE})
     evidence, parts = _pooled({
-        ids[id(row)]: _evidence(group, row, baselines[group], collection)
-        for group, rows in groups.items() for row in rows
+        ids[id(row)]: _evidence(group, row, baselines[group], collection) for group, row in listed
     })  # fmt: skip
-    figures = [_figures(g, table[table["group"] == i], baselines[g], families, page) for i, g in enumerate(groups)]
+    parts_of = [table[table["group"] == i] for i in range(len(groups))]
+    axes = [charts.limits(part["low"].min(), part["high"].max()) for part in parts_of]
+    kinds = page.add_curves()
+    figures = [
+        _figures(group, part, baselines[group], families, page, kinds)
+        for group, part in zip(groups, parts_of, strict=True)
+    ]
     growth = [_growth(shape, cells, page) for shape, cells in efficiency.curves(profiles).items()]
-    seeds = _seed_charts(page)
     environment = Environment(loader=PackageLoader("lra.reports"), autoescape=True, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
     values = {key: sorted(table[key].unique(), key=_size_order) for key in FILTERS}
     return environment.get_template("report.html").render(
-        header=leaderboard.HEADER, rows=_table_rows(table, baselines, groups),
+        header=leaderboard.HEADER, rows=_table_rows(table, axes),
+        ticks_by_group=[_ticks(baselines[group], axis) for group, axis in zip(groups, axes, strict=True)],
         filters={key: known for key, known in values.items() if len(known) > 1},
-        standard=[_matrix(board, key, baselines, ids, table) for key in _largest_first(board)],
+        standard=[_matrix(board, key, table, axes, ids) for key in _largest_first(board)],
         figures=figures, growth=growth, profiles=efficiency.tables(profiles),
         modified=leaderboard.modified_table(board.modified) if board.modified else None,
         problems=[*collection.problems, *efficiency.problems(root)],
-        summary=_summary(collection.records), vega=Markup(charts.javascript()) if page.charts else "",
+        summary=_summary(collection.records), vega=charts.javascript(),
         data={
-            "evidence": evidence, "parts": parts, "charts": page.charts, "datasets": page.datasets, "runs": page.runs,
-            "seeds": seeds, "runColumns": RUN_COLUMNS, "themes": {name: charts.theme(name) for name in charts.INK},
+            "evidence": evidence, "parts": parts, "specs": page.specs, "charts": page.charts,
+            "datasets": page.datasets, "runs": page.runs, "seeds": kinds.get("seeds"), "lines": charts.LINES,
+            "runColumns": RUN_COLUMNS, "themes": {name: charts.theme(name) for name in charts.INK},
         },
     )  # fmt: skip
 
@@ -172,74 +199,66 @@ def _summary(records: Sequence[RunRecord]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _bar(accuracy: float, low: float, high: float, axis: tuple[float, float], baselines: Mapping[str, float]) -> Any:
-    """An interval as a bar, in percent of the axis, and the baselines that lie on it."""
-    left, middle, right = (
-        100 * (min(max(v, axis[0]), axis[1]) - axis[0]) / (axis[1] - axis[0]) for v in (low, accuracy, high)
-    )
-    inside = {name: v for name, v in baselines.items() if axis[0] <= v <= axis[1]}
-    lines = [(f"{100 * (v - axis[0]) / (axis[1] - axis[0]):.0f}", f"{name} {v:.1f}") for name, v in inside.items()]
-    return {"left": f"{left:.0f}", "width": f"{right - left:.0f}", "middle": f"{middle:.0f}", "lines": lines}
+def _bar(accuracy: float, low: float, high: float, axis: tuple[float, float]) -> dict[str, int]:
+    """An interval in percent of the axis."""
+    left, middle, right = (_percent(value, axis) for value in (low, accuracy, high))
+    return {"left": left, "width": right - left, "middle": middle}
 
 
-def _table_rows(
-    table: pd.DataFrame, baselines: Mapping[Group, Mapping[str, float]], groups: Iterable[Group]
-) -> list[dict[str, Any]]:
-    rows = []
-    for number, group in enumerate(groups):
-        part = table[table["group"] == number]
-        axis = charts.limits(part["low"].min(), part["high"].max())
-        for row in part.to_dict("records"):
-            rows.append(row | {"bar": _bar(row["accuracy"], row["low"], row["high"], axis, baselines[group])})
-    return rows
+def _percent(value: float, axis: tuple[float, float]) -> int:
+    return round(100 * (min(max(value, axis[0]), axis[1]) - axis[0]) / (axis[1] - axis[0]))
+
+
+def _ticks(baselines: Mapping[str, float], axis: tuple[float, float]) -> list[int]:
+    """Where the baselines on the axis are drawn, in percent of it."""
+    return sorted({_percent(value, axis) for value in baselines.values() if axis[0] <= value <= axis[1]})
+
+
+def _table_rows(table: pd.DataFrame, axes: Sequence[tuple[float, float]]) -> list[dict[str, Any]]:
+    rows = table.to_dict("records")
+    return [row | {"bar": _bar(row["accuracy"], row["low"], row["high"], axes[row["group"]])} for row in rows]
 
 
 def _matrix(
-    board: Leaderboard, key: Overall, baselines: Mapping[Group, Mapping[str, float]], ids: Mapping[int, str],
-    table: pd.DataFrame,
-) -> dict[str, Any]:  # fmt: skip
+    board: Leaderboard, key: Overall, table: pd.DataFrame, axes: Sequence[tuple[float, float]], ids: Mapping[int, str]
+) -> dict[str, Any]:
     """The table of architectures by tasks: each cell with its interval as a bar and the row that is its evidence."""
     protocol, recipe, regime, device = key
-    cells, means = board.by_task[key], board.averages[key]
+    cells = board.by_task[key]
+    facts = {"protocol": protocol, "recipe": recipe, "regime": regime, "device": device}
     tasks = [t for t in LRA if any(t in by_task for by_task in cells.values())]
-    averages = [a for a in AVERAGES if any(values[a] for values in means.values())]
-    columns: dict[str, dict[str, Any]] = {}
-    for column in [*tasks, *averages]:
-        estimates: dict[str, Estimate] = {}
-        rows = {name: by_task[column] for name, by_task in cells.items() if column in by_task}
-        if column in averages:
-            estimates = {name: e for name, values in means.items() if (e := values[column])}
-            ranked: list[float | None] = [e.mean for e in estimates.values()]
-        else:
-            estimates = {name: row.accuracy for name, row in rows.items()}
-            ranked = [leaderboard.candidate(row) for row in rows.values()]
-        places = dict(zip(estimates, leaderboard.places(ranked), strict=True))
-        axis = charts.limits(
-            100 * min(e.low for e in estimates.values()), 100 * max(e.high for e in estimates.values())
-        )
-        own = next((b for g, b in baselines.items() if column not in averages and _belongs(g, column, key)), {})
-        columns[column] = {
-            name: {
-                "value": 100 * e.mean, "half": 100 * e.half_width, "place": places[name],
-                "row": ids[id(rows[name])] if name in rows else "", "chance": name in rows and not rows[name].succeeded,
-                "bar": _bar(100 * e.mean, 100 * e.low, 100 * e.high, axis, own),
-            }
-            for name, e in estimates.items()
+    group_of = dict(zip(table["row"], table["group"], strict=True))
+    columns: dict[str, dict[str, dict[str, Any]]] = {}
+    for task in tasks:
+        rows = {name: by_task[task] for name, by_task in cells.items() if task in by_task}
+        number = group_of[ids[id(next(iter(rows.values())))]]
+        places = leaderboard.places([leaderboard.candidate(row) for row in rows.values()])
+        columns[task] = {
+            name: _cell(row.accuracy, place, axes[number]) | {
+                "row": ids[id(row)], "chance": not row.succeeded, "group": number}
+            for (name, row), place in zip(rows.items(), places, strict=True)
         }  # fmt: skip
+    for title in AVERAGES:
+        means = {name: e for name, averages in board.averages[key].items() if (e := averages[title])}
+        if means:
+            axis = charts.limits(100 * min(e.low for e in means.values()), 100 * max(e.high for e in means.values()))
+            places = leaderboard.places([e.mean for e in means.values()])
+            columns[title] = {n: _cell(e, place, axis) for (n, e), place in zip(means.items(), places, strict=True)}
     names = sorted(cells, key=lambda n: (-len(cells[n]), -sum(r.accuracy.mean for r in cells[n].values()), n))
     sizes = table.groupby("architecture")["size"].first()
     lines = [
         {"name": name, "family": efficiency.family(name), "size": sizes[name],
-         "cells": [cells.get(name) for cells in columns.values()]}
+         "cells": [column.get(name) for column in columns.values()]}
         for name in names
     ]  # fmt: skip
-    facts = {"protocol": protocol, "recipe": recipe, "regime": regime, "device": device}
     return {"title": f"Recipe {recipe}, {regime}, protocol {protocol}, {device}", "columns": list(columns),
             "tasks": tasks, "rows": lines, "facts": facts}  # fmt: skip
 
 
-def _belongs(group: Group, task: str, key: Overall) -> bool:
-    return (group.task, group.protocol, group.recipe_name, group.regime, group.device) == (task, *key)
+def _cell(estimate: Estimate, place: int, axis: tuple[float, float]) -> dict[str, Any]:
+    mean, low, high = (100 * value for value in (estimate.mean, estimate.low, estimate.high))
+    return {"value": mean, "half": 100 * estimate.half_width, "place": place, "bar": _bar(mean, low, high, axis),
+            "row": "", "chance": False, "group": None}  # fmt: skip
 
 
 def _largest_first(board: Leaderboard) -> list[Overall]:
@@ -247,7 +266,12 @@ def _largest_first(board: Leaderboard) -> list[Overall]:
 
 
 def _figures(
-    group: Group, table: pd.DataFrame, baselines: Mapping[str, float], families: Sequence[str], page: _Page
+    group: Group,
+    table: pd.DataFrame,
+    baselines: Mapping[str, float],
+    families: Sequence[str],
+    page: _Page,
+    kinds: Mapping[str, int],
 ) -> dict[str, Any]:
     """The charts of one table."""
     frame = table[list(CHARTED)]
@@ -257,17 +281,14 @@ def _figures(
         page.add(charts.dots(frame, baselines), f"Accuracy with intervals on {name}"),
     ]
     first = {run["row"]: run for run in reversed(page.runs)}
-    known = [
-        first[row] | {"family": family}
-        for row, family in zip(frame["row"], frame["family"], strict=True)
-        if row in first
-    ]
+    families_of = dict(zip(frame["row"], frame["family"], strict=True))
+    known = [first[row] | {"family": family} for row, family in families_of.items() if row in first]
     learning = []
-    for key, (what, label) in CURVES.items():
-        runs = pd.DataFrame([run for run in known if key in run])
+    for kind, (what, _) in CURVES.items():
+        runs = pd.DataFrame([run for run in known if kind in run])
         for title, part in charts.panels(runs, "label") if len(runs) else []:
-            chart = charts.curves(part, key, f"{title}: {what}", label)
-            learning.append(page.add(chart, f"Learning curves, {title}: {what}", list(part["row"])))
+            caption = f"{title}: {what}"
+            learning.append(page.place(kinds[kind], f"Learning curves, {caption}", list(part["row"]), caption))
     facts = {key: getattr(group, key) for key in ("task", "protocol", "recipe", "regime", "device")}
     return {"title": name, "main": main, "learning": learning, "facts": facts}
 
@@ -294,28 +315,13 @@ def _run_curves(row: Row, name: str) -> list[dict[str, Any]]:
             continue
         kept = [points[i] for i in np.unique(np.linspace(0, len(points) - 1, CURVE_POINTS).round().astype(int))]
         run: dict[str, Any] = {"row": name, "label": row.label, "seed": f"seed {record.seed}"}
-        run |= {"step": [p.step for _, p in kept], "accuracy": [round(100 * accuracy, 2) for accuracy, _ in kept]}
-        for key in ("validation_loss", "loss"):
-            losses = [getattr(p, key) for _, p in kept]
-            if None not in losses:
-                run[key] = [float(f"{loss:.4g}") for loss in losses]
+        run |= {"step": [p.step for _, p in kept], "accuracy": [round(100 * accuracy, 1) for accuracy, _ in kept]}
+        # training loss where it is known, else validation loss
+        losses = {key: [getattr(p, key) for _, p in kept] for key in ("loss", "validation_loss")}
+        for key in [key for key, values in losses.items() if None not in values][:1]:
+            run[key] = [float(f"{loss:.3g}") for loss in losses[key]]
         runs.append(run)
     return runs
-
-
-def _seed_charts(page: _Page) -> dict[str, dict[str, Any]]:
-    """Specifications of the curves of one row's runs, by the names of its seeds; at most `charts.LINES` of them."""
-    by_row: dict[str, list[dict[str, Any]]] = {}
-    for run in page.runs:
-        by_row.setdefault(run["row"], []).append(run)
-    specs = {}
-    for runs in by_row.values():
-        some = runs[: charts.LINES]
-        key = ",".join(run["seed"] for run in some)
-        if key not in specs:
-            chart = charts.curves(pd.DataFrame(some), "accuracy", "", CURVES["accuracy"][1], name="seed")
-            specs[key] = {k: v for k, v in charts.specification(chart).items() if k != "datasets"}
-    return specs
 
 
 def _pooled(evidence: Mapping[str, dict[str, Any]]) -> tuple[dict[str, Any], list[Any]]:

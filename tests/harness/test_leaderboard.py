@@ -23,7 +23,7 @@ from lra import files
 from lra.cli.app import app
 from lra.config import recipe
 from lra.errors import UserError
-from lra.reports import leaderboard, ranking
+from lra.reports import leaderboard, ranking, report
 from lra.reports import table as tables
 from lra.reports.ranking import LRA, Leaderboard, Row
 from lra.results import literature, official, result
@@ -140,6 +140,9 @@ def test_modified_runs_are_listed_apart_and_count_nowhere(tmp_path: Path) -> Non
         assert text.count("Modified runs, not ranked") == 1
         assert "modified: optim.lr 0.5 (recipe: " in text
         assert text.index("90.00") > text.index("Modified runs")
+    page = report.build(Collection([*runs, changed]), tmp_path)
+    assert page.count("modified: optim.lr 0.5 (recipe: ") == 1
+    assert "Modified runs" not in report.build(Collection(runs), tmp_path)
     shown = leaderboard.table_with(board, changed)
     assert [[c.text for c in row[:4]] for row in shown.rows] == [["listops (strict)", "quick", "gru", "90.00"]]
     assert leaderboard.table_with(board, runs[0]).title.startswith("listops (strict")
