@@ -15,7 +15,7 @@ from lra.cli.common import console, errors, guarded
 from lra.cli.data import audit, data
 from lra.cli.operators import bench, doctor
 from lra.cli.profile import profile
-from lra.cli.report import diff, leaderboard, report
+from lra.cli.report import compare, leaderboard, report
 from lra.cli.train import run, show, sweep
 from lra.registry import architectures, tasks
 
@@ -66,7 +66,7 @@ def new_architecture(
     console.print(f"wrote {path}: fill in its docstring, card and equations, then `lra check {name}`", soft_wrap=True)
 
 
-for command in (run, show, sweep, check, leaderboard, diff, report, audit, profile, bench, doctor):
+for command in (run, show, sweep, check, leaderboard, compare, report, audit, profile, bench, doctor):
     app.command()(command)
 
 

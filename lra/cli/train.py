@@ -100,9 +100,11 @@ def run(
     """Train, select on validation, test once, write the result, show the task's table."""
     architectures.get(architecture), tasks.get(task)
     from lra.reports import leaderboard as board
-    from lra.reports import sheets
+    from lra.reports import table
+    from lra.reports.ranking import Leaderboard
     from lra.results import result
     from lra.results.collection import Collection
+    from lra.results.record import AT_CHANCE
     from lra.training.distributed import Placement
     from lra.training.run import Request
     from lra.training.run import run as train
@@ -118,22 +120,20 @@ def run(
         console.print(f"validation only, in {path}", soft_wrap=True)
         return
     record = result.read(path)
-    smoke = record["recipe"].get("smoke", False)
-    found = Collection.read(result.folder(), "smoke" if smoke else "runs")
-    for line in found.problems:
+    collection = Collection.read(result.folder(), "smoke" if record.recipe.smoke else "runs")
+    for line in collection.problems:
         errors.print(f"[yellow]{escape(line)}[/]", soft_wrap=True)
-    group = board.group_of(record)
-    shown = board.sheet(group, board.rows(found.records, found.answers)[group], found.records)
-    console.print(sheets.terminal(shown), *map(escape, shown.notes), sep="\n")
-    test, where = record["test"], record["validation"]
+    shown = board.table_with(Leaderboard.of(collection), record)
+    console.print(table.terminal(shown), *map(escape, shown.notes), sep="\n")
+    test, selection = record.test, record.validation
     console.print(
-        f"test accuracy [bold]{100 * test['accuracy']:.2f} %[/] of {test['n']:,} "
-        f"({where['split']} {100 * where['accuracy']:.2f} % at step {where['best_step']}), in {path}",
+        f"test accuracy [bold]{100 * test.accuracy:.2f} %[/] of {test.n:,} "
+        f"({selection.split} {100 * (selection.accuracy or 0):.2f} % at step {selection.best_step}), in {path}",
         soft_wrap=True,
     )
-    if record["collapsed"]:
-        console.print(f"[yellow]this run is {record['collapsed']}[/]")
-    if smoke:
+    if record.at_chance:
+        console.print(f"[yellow]this run is {AT_CHANCE}[/]")
+    if record.recipe.smoke:
         console.print(
             f"This was a smoke test. For a comparison: `lra run {task} {architecture} --recipe standard` "
             f"(`make {task} ARCH={architecture} RECIPE=standard`), about an hour of one core.",

@@ -19,6 +19,7 @@ import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -95,7 +96,7 @@ def resolve(
     """The recipe of one cell and, per dotted key, where its value comes from. Raises UserError."""
     path = path_of(name, architecture)
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = _parse(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid TOML: {error}") from error
     values: dict[str, dict[str, Any]] = {section: {} for section in (*SECTIONS, "expected")}
@@ -135,6 +136,16 @@ def resolve(
     return recipe.trained_as(recipe.pretrain.objective), origin
 
 
+@lru_cache
+def _parse(content: bytes) -> dict[str, Any]:
+    return tomllib.loads(content.decode())
+
+
+@cache
+def _types(section: type) -> dict[str, Any]:
+    return get_type_hints(section)
+
+
 def of_variant(recipe: Recipe, origin: Mapping[str, str], preset: Mapping[str, Any]) -> tuple[Recipe, dict[str, str]]:
     """The recipe of an architecture's variant: its preset before what the tables say of the plain architecture, whose
     expected accuracy is not its own. Raises UserError where a table or --set names the variant and contradicts it."""
@@ -163,7 +174,7 @@ def from_dict(content: Mapping[str, Any]) -> Recipe:
     sections = {}
     try:
         for name, kind in TYPED.items():
-            hints = get_type_hints(kind)
+            hints = _types(kind)
             sections[name] = kind(**{k: _typed(v, hints[k], f"{name}.{k}") for k, v in content.get(name, {}).items()})
         plain = {f.name: content[f.name] for f in fields(Recipe) if f.name not in sections and f.name != "smoke"}
         plain["smoke"] = bool(content.get("smoke", False))
@@ -202,7 +213,7 @@ def _put(values: dict[str, dict[str, Any]], section: str, key: str, value: Any, 
     if section == "encoder":
         _nest(values["encoder"], key, value, "encoder", where)
         return
-    hints = get_type_hints(TYPED[section])
+    hints = _types(TYPED[section])
     head, _, rest = key.partition(".")
     if rest and get_origin(hints.get(head)) is Mapping:
         _nest(values[section].setdefault(head, {}), rest, value, f"{section}.{head}", where)

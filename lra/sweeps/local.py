@@ -49,7 +49,7 @@ def _recipe_of(path: Path) -> str:
     from lra.results import result
 
     try:
-        return str(result.read(path)["recipe_hash"])
+        return result.read(path).recipe_hash
     except UserError:
         return ""
 
