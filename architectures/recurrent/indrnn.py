@@ -30,6 +30,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lra.architectures._optim import undecayed
 from lra.architectures._stack import Stack
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.recurrent_cell import recurrent_cell
@@ -123,4 +124,4 @@ class IndRNN(Stack):
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
-        return {"*.u": {"weight_decay": 0.0}}
+        return undecayed(self, "u")

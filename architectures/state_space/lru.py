@@ -121,6 +121,7 @@ class LRU(Stack):
         url="https://arxiv.org/abs/2303.06349",
         scaling="L",
         causal=True,
+        exempt={"optim_norms": "the paper decays all but recurrent parameters (appendix B)"},
         variants={"slow": {"max_phase": 0.314}},
     )
     block = Block(ffn="none")

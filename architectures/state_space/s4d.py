@@ -133,6 +133,7 @@ class S4D(Stack):
         url="https://arxiv.org/abs/2206.11893",
         scaling="L log L",
         causal=True,
+        exempt={"optim_norms": "the authors' optimiser spares dt, A and B alone"},
         variants={
             "lin": {"init": "lin"},
             "inv": {"init": "inv"},

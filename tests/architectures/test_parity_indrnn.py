@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,14 @@ def test_the_last_layer_starts_with_long_memories_when_asked(holds: bool) -> Non
     assert last.min() >= 1 / bound if holds else last.min() < 0.1
     assert max(first.max(), last.max()) <= bound
     assert not any(mixer.input.bias.any() for mixer in mixers(d_model=4, n_layers=2, length=8))
+
+
+def test_weight_decay_spares_the_recurrent_weights_biases_and_norms() -> None:
+    encoder = IndRNN(d_model=4, n_layers=1, length=8)
+    own = {name for name, _ in encoder.named_parameters() if any(fnmatch(name, pattern) for pattern in encoder.optim)}
+    rest = {name for name, _ in encoder.named_parameters() if name.endswith("bias") or "norm" in name}
+    assert own == {"layers.0.mixer.u"} | rest
+    assert all(settings == {"weight_decay": 0.0} for settings in encoder.optim.values())
 
 
 def test_wrong_arguments_are_named() -> None:
