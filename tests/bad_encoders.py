@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lra.encoder import Card, Cost, Encoder, Mixer
+from lra.kernels.linear_scan import linear_scan
 
 CARD = Card(title="A leaky mean", year=2000, url="https://example.org/paper", scaling="L", causal=True)
 
@@ -33,10 +34,8 @@ class Good(Encoder):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         for layer, (norm, inner) in enumerate(zip(self.norms, self.maps, strict=True)):
-            a, mean = self.rates[layer].sigmoid(), [torch.zeros_like(x[:, 0])]
-            for token in inner(norm(x)).unbind(1):
-                mean.append(a * mean[-1] + (1 - a) * token)
-            x = x + torch.stack(mean[1:], dim=1)
+            a = self.rates[layer].sigmoid()
+            x = x + linear_scan(a[None, None], (1 - a) * inner(norm(x)))
         return self.finish(x)
 
     def finish(self, x: Tensor) -> Tensor:

@@ -18,9 +18,9 @@ log(0.01) / 0.3 so that windows fall to 0.01 after 0.3 to 1.5 of the sequence, s
 weight decay. The positional features z are fixed, as in the authors' longest experiment (associative recall over
 131,072 tokens), so that the number of parameters does not grow with the length; a `position_lr` makes them learn.
 
-E = 33 and w = 1 are one of the settings of the released experiments (33 and 14, 33 and 1, 5 and 10). The default of the
-released class, E = 3, is used by none of them: its one frequency is 1e-4, so that two of its three features are constant
-and the filters start without detail.
+E = 33 and w = 1 are one of the settings of the released experiments (33 and 14, 33 and 1, 5 and 10). None of them uses
+E = 3, the default of the released class: its one frequency is 1e-4, so that two of its three features are constant and
+the filters start without detail.
 
 Departures: as the released code, N - 1 long convolutions; definition 3.1 has N, the first on v. It stands in the
 pre-norm block of this suite. For N > 2 the authors' complete
@@ -139,7 +139,7 @@ class Hyena(Stack):
         scaling="L log L",
         causal=True,
         variants={"order3": {"order": 3}},
-        exempt={"order3/magnitudes": "as released, filters have no norm: each of two convolutions grows with the length"},
+        exempt={"order3/magnitudes": "filters have no norm, as released: both convolutions grow with the length"},
     )
 
     def __init__(

@@ -16,8 +16,8 @@ Initialisation, that of the released code, where l of n counts the layers from 0
 i: mu_k = p, mu_v = p + 0.3 l / (n - 1), mu_r = p^(1/2), mu' = p, so that deeper layers look less at the token before;
 w = -5 + 8 (i / (E - 1))^(0.7 + 1.3 l / (n - 1)), memories from 150 tokens down to less than one; u_i = log 0.3 + 0.5
 ((i + 1) mod 3 - 1). W_v and W'_k are orthogonal, times the root of rows over columns where they widen; all other maps
-are 0, and bidirectionally the bias of the map that joins both ways, so that each layer starts as the identity. w, u, mu,
-biases and norms learn without weight decay.
+are 0, and so is bidirectionally the bias of the map that joins both ways, so that each layer starts as the identity. w,
+u, mu, biases and norms learn without weight decay.
 
 Departures: the embedding belongs to the suite; the paper starts it within 1e-4 of 0, ahead of norm_0. Dropout, of which
 the paper has none, where the suite's block has it. Bidirectional, each of the two parts of a layer runs both ways.

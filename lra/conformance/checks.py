@@ -131,7 +131,8 @@ def reloaded(subjects: Sequence[Subject]) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder, "jobs.pt")
         torch.save({"jobs": jobs, "x": x, "mask": mask, "threads": torch.get_num_threads()}, place)
-        there = [sys.executable, "-c", "import sys; from lra.conformance import checks; checks.reload(sys.argv[1])", str(place)]
+        script = "import sys; from lra.conformance import checks; checks.reload(sys.argv[1])"
+        there = [sys.executable, "-c", script, str(place)]
         paths = os.pathsep.join(p or os.getcwd() for p in sys.path)
         done = subprocess.run(
             there, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False
@@ -175,7 +176,7 @@ LONG = tuple(3 * 4**i for i in range(6, 10))
 """12,288 to 786,432 tokens: growth is judged beyond any window or number of landmarks."""
 
 
-RECURRENCE = re.compile(r"(log_?)?(dt|step|A|decay|nu|theta|tau)(_log|_real|_imag|_re|_im|_bias)?|log_A_real|[Ll]ambda.*")
+RECURRENCE = re.compile(r"(log_)?(dt|step|A|decay|nu|theta|tau)(_log|_real|_imag|_re|_im|_bias)?|[Ll]ambda.*")
 """Last names of parameters that set how long a recurrence remembers: step sizes, state matrices, decay rates."""
 SPREAD = 10.0
 """Largest ratio between the outputs of two mixers of one encoder, at any of SHAPES."""
@@ -503,18 +504,18 @@ def optim_norms(subject: Subject) -> None:
 def magnitudes(subject: Subject) -> None:
     """mixers stay alike in size over depth and length"""
     sizes: list[tuple[float, str]] = []
+
+    def note(place: str, module: nn.Module, given: Any, y: Tensor) -> None:
+        sizes.append((y.square().mean().sqrt().item(), place))
+
     for length, layers in SHAPES:
-        encoder = woken(subject.encoder(torch.float32, length=length, n_layers=layers))
-        parts = _mixers(encoder) or {"the encoder": encoder}
-
-        def note(module: nn.Module, given: Any, y: Tensor, length: int = length, parts: Any = parts) -> None:
-            name = next(name for name, part in parts.items() if part is module)
-            sizes.append((y.square().mean().sqrt().item(), f"{name} at {length} tokens"))
-
-        for part in parts.values():
-            part.register_forward_hook(note)
+        encoder, before = woken(subject.encoder(torch.float32, length=length, n_layers=layers)), len(sizes)
+        for name, mixer in _mixers(encoder).items():
+            mixer.register_forward_hook(partial(note, f"{name} at {length} tokens"))
         x = torch.randn(1, length, WIDTH, generator=torch.Generator().manual_seed(7))
-        outputs(encoder, x, torch.ones(1, length, dtype=torch.bool))
+        y = outputs(encoder, x, torch.ones(1, length, dtype=torch.bool))
+        if len(sizes) == before:  # no mixers, or an encoder that calls their parts itself
+            note(f"the encoder at {length} tokens", encoder, x, y)
     first, place = sizes[0]
     for size, where in sizes:
         if not first / SPREAD <= size <= first * SPREAD:

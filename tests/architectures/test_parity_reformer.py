@@ -120,9 +120,9 @@ def test_forward_and_step_weigh_keys_as_hugging_face(name: str, s: int) -> None:
 
 
 def test_scores_in_one_bucket_have_the_spread_of_the_queries() -> None:
-    """Half the tokens are a e0 + b e1, half a e0 - b e1, so that q . k / |k| differs by 2 b^2 / |q| between a key of the
-    own half and one of the other: the entropy of each row in closed form, for 64 features and 64 tokens. The values
-    are one-hot: what comes out is the probabilities. Divided by sqrt(64) again, the rows would be nearly uniform."""
+    """Half the tokens are a e0 + b e1, half a e0 - b e1: q . k / |k| is 2 b^2 / |q| larger for a key of its half than
+    for one of the other, which gives the entropy of each row in closed form, for 64 features and 64 tokens. The values
+    are one-hot, so that the probabilities come out. Divided by sqrt(64) again, the rows would be nearly uniform."""
     a, b = 4.0, 3.0
     mixer = LSHMixer(128, 1, 64, "none", causal=False, n_hashes=1, n_buckets=2, chunk=64).double()
     identity = torch.eye(64, dtype=torch.float64)
