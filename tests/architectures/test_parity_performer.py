@@ -43,7 +43,7 @@ def test_layer_equals_performer_pytorch(feature_map: str, causal: bool, monkeypa
     identity = torch.eye(36, dtype=torch.float64)
     mixer.load_state_dict({"qkv.weight": identity, "out.weight": identity[:, :12]}, strict=False)
     scale = 14**-0.5 if feature_map == "softmax" else 1.0
-    features = {}
+    features: dict[str, Tensor] = {}
 
     def sums(phi_q: Tensor, phi_k: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
         features.update(q=phi_q, k=phi_k)
