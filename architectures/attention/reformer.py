@@ -11,6 +11,7 @@ Kitaev et al. 2020, arXiv:2001.04451. With m = `chunk`, r = `n_hashes`, d = qkv_
 
 The scores are not divided by sqrt(d) again: with unit keys q . k is |q| times a cosine, of unit variance where the
 features of q have it. trax and Hugging Face compute the same, with keys of length sqrt(d) and the division.
+
 Rounds are softmaxes of their own, merged by their log-sum-exp, a key seen in several counted once (N_ij, appendix A).
 Layers act on two streams X1 = X2 = x (section 3):  Y1 = X1 + attention(norm(X2)),  Y2 = X2 + feedforward(norm(Y1)).
 Training keeps the last pair and recovers the others while going back; of each layer only the buckets are kept (two

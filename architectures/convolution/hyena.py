@@ -9,7 +9,7 @@ it):
 
 and the filters, at the time t = step / (length - 1) in [0, 1]:
 
-    z(t) = [t, cos(f_k a), -sin(f_k a)]                    a = 2 pi step / length, f_k from 1e-4 to (E - 1)/2 - 1
+    z(t) = [t, cos(f_k phi), -sin(f_k phi)]                phi = 2 pi step / length, f_k from 1e-4 to (E - 1)/2 - 1
     h(t) = M_3 sin(s M_2 sin(s M_1 sin(s M_0 z)))          ((N - 1) D), M_0 .. M_2 with biases, one frequency s a unit
     h_n(t) = h(t) (exp(-t |delta|) + shift)                window; delta even over the channels
 
@@ -18,13 +18,13 @@ log(0.01) / 0.3 so that windows fall to 0.01 after 0.3 to 1.5 of the sequence, s
 weight decay. The positional features z are fixed, as in the authors' longest experiment (associative recall over
 131,072 tokens), so that the number of parameters does not grow with the length; a `position_lr` makes them learn.
 
-E = 33 and w = 1 are one of the settings of the released experiments (33 and 14, 33 and 1, 5 and 10). None of them uses
-E = 3, the default of the released class: its one frequency is 1e-4, so that two of its three features are constant and
-the filters start without detail.
+E = 33 with w = 1 is one of the settings of the released experiments; others are 33 with 14 and 5 with 10. None of them
+uses E = 3, the default of the released class: its one frequency is 1e-4, so that two of its three features are constant
+and the filters start without detail.
 
 Departures: as the released code, N - 1 long convolutions; definition 3.1 has N, the first on v. It stands in the
-pre-norm block of this suite. For N > 2 the authors' complete
-module orders the filters' channels otherwise than their standalone one, which this follows.
+pre-norm block of this suite. For N > 2 the authors' complete module orders the filters' channels otherwise than their
+standalone one, which this follows.
 
 Checked against: tensors of the authors' standalone HyenaOperator, orders 2 and 3, outputs and gradient.
 """
