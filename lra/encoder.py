@@ -62,7 +62,8 @@ class Card:
     scaling: growth of work with length L, one of SCALINGS, each encoder built for its length.
     causal: whether the mathematics only looks back (such a mixer runs bidirectionally through a wrapper).
     variants: name -> constructor arguments; `s4d/inv` is the constructor of s4d with those arguments preset.
-    exempt: conformance check -> reason. The check is then expected to fail, and failing to fail is an error.
+    exempt: conformance check -> reason, or `variant/check` where one variant alone fails it. The check is then expected
+    to fail, and failing to fail is an error.
     """
 
     title: str

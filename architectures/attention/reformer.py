@@ -2,11 +2,15 @@
 
 Kitaev et al. 2020, arXiv:2001.04451. With m = `chunk`, r = `n_hashes`, d = qkv_dim / H, per head (section 2):
 
-    q, V = x W_qk, x W_v;  k = q / |q|                     queries and keys share a map; (B, L, D) -> (B, H, L, d)
+    q, V = x W_qk, x W_v                                   queries and keys share a map; (B, L, D) -> (B, H, L, d)
+    k = q / sqrt(|q|^2 + 1e-6 d)                           keys have length 1
     bucket_s(i) = argmax [q_i R_s, -q_i R_s]               R_s: (d, b / 2) normal; rounds s = 1 .. r
     place_s(i): rank of token i when sorted by (bucket, position); chunk_s = floor(place_s / m)
     i sees j in round s  where  their buckets are equal, and chunk_s(i) - chunk_s(j) is 0 or 1      equation 5
-    y = W_o concat_h softmax over the union of rounds of (q_i . k_j / sqrt(d)), itself at -1e5    equation 6
+    y = W_o concat_h softmax over the union of rounds of (q_i . k_j), itself at -1e5              equation 6
+
+The scores are not divided by sqrt(d) again: with unit keys q . k is |q| times a cosine, of unit variance where the
+features of q have it. trax and Hugging Face compute the same, with keys of length sqrt(d) and the division.
 
 Rounds are softmaxes of their own, merged by their log-sum-exp, a key seen in several counted once (N_ij, appendix A).
 Layers act on two streams X1 = X2 = x (section 3):  Y1 = X1 + attention(norm(X2)),  Y2 = X2 + feedforward(norm(Y1)).
@@ -22,9 +26,10 @@ Departures: chunks do not reach across rounds, nor around the end; in the author
 sees the m tokens before it in its bucket: with whole chunks, what it sees would hang on how many later tokens come into
 lower buckets. The streams are averaged at the end and normalised.
 
-Checked against: buckets of Hugging Face's LSHSelfAttention, its chunks sent through the softmax over rounds here, and
-its layers through the reversible pass, outputs and gradients; softmax attention under the explicit L x L mask of the
-equation; autograd through the same layers; inputs recovered from outputs.
+Checked against: tensors of Hugging Face's LSHSelfAttention: its buckets; the forward pass over its chunks, outputs and
+gradients; forward and step against its stored probabilities among the keys that are seen here; its layers through the
+reversible pass. Softmax attention under the explicit L x L mask of the equation; the entropy of one bucket in closed
+form; autograd through the same layers; inputs recovered from outputs.
 """
 
 from __future__ import annotations
@@ -99,15 +104,14 @@ class LSHMixer(Mixer):
         v = split_heads(self.v(x), self.n_heads)
         order = buckets.sort(dim=-1, stable=True).indices
         place = torch.empty_like(order).scatter_(-1, order, torch.arange(x.shape[1], device=x.device).expand_as(order))
-        # the scale goes with the queries: they are fewer than the scores
-        q, k = (q * self.head**-0.5).to(v.dtype), k.to(v.dtype)
+        q, k = q.to(v.dtype), k.to(v.dtype)
         q, k, v = (Reordered.apply(t.unsqueeze(2), order, place).unflatten(3, (-1, m)) for t in (q, k, v))
         bias = self.bias(order, place, buckets, m, torch.promote_types(v.dtype, torch.float32))
         y = UnionOfRounds.apply(q, with_chunk_before(k), with_chunk_before(v), bias, order, place)
         return self.out(merge_heads(y))[:, :length]
 
     def queries_and_keys(self, qk: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
-        k = F.normalize(qk, dim=-1)
+        k = F.rms_norm(qk, qk.shape[-1:], eps=1e-6) * self.head**-0.5
         return (rope(qk, start), rope(k, start)) if self.rotary else (qk, k)
 
     @torch.no_grad()
@@ -172,7 +176,7 @@ class LSHMixer(Mixer):
         if self.slopes is not None:
             bias -= self.slopes.view(-1, 1, 1) * torch.arange(time, -1, -1, device=x.device)
         bias[..., -1] = ITSELF
-        y = ((q * self.head**-0.5) @ keys.mT + bias).softmax(dim=-1) @ values
+        y = (q @ keys.mT + bias).softmax(dim=-1) @ values
         return self.out(merge_heads(y)).squeeze(1), (keys, values, buckets)
 
 

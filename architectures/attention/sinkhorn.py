@@ -19,8 +19,9 @@ brings mostly padding hides it (the mask of a mixed block is that of its largest
 sorting and SortCut are not built, so there is no causal direction; alibi has no meaning for mixed keys. The LRA code
 multiplies a sum over all blocks instead of sorting them, and adds two softmaxes.
 
-Checked against: tensors of the package sinkhorn-transformer (balancing, and attention with its values mended), and a
-loop over blocks, outputs and gradients; softmax attention under the explicit L x L mask of a hard permutation.
+Checked against: tensors of the package sinkhorn-transformer (balancing; the layer with its values, and with its values
+mended, outputs and gradients); a loop over blocks, outputs and gradients; softmax attention under the explicit L x L
+mask of a hard permutation.
 """
 
 from __future__ import annotations
@@ -45,11 +46,15 @@ def balanced(logits: Tensor, iterations: int) -> Tensor:
     return logits.exp()
 
 
+def brought(sort: Tensor, blocks: Tensor) -> Tensor:
+    """For each block the mixture of blocks that the sorting brings it: (B, H, N, N), (B, H, N, W, d) -> the latter."""
+    return torch.matmul(sort, blocks.flatten(3)).view_as(blocks)
+
+
 def sorted_attention(q: Tensor, k: Tensor, v: Tensor, real: Tensor, sort: Tensor) -> Tensor:
     """q, k, v: (B, H, N, W, d); real: (B, N, W) bool; sort: (B, H, N, N), row u = the shares of what block u is brought
     -> (B, H, N, W, d)."""
-    brought = (torch.matmul(sort, t.flatten(3)).view_as(t) for t in (k, v))
-    keys, values = (torch.cat([one, two], dim=3) for one, two in zip(brought, (k, v), strict=True))
+    keys, values = (torch.cat([brought(sort, t), t], dim=3) for t in (k, v))
     source = sort.argmax(dim=-1)
     batch = torch.arange(len(q), device=q.device)[:, None, None]
     # a block of padding alone sees itself: its rows are never read, but must not be a softmax over nothing

@@ -105,16 +105,20 @@ class PerformerMixer(AttentionMixer):
             self._redraw()
         return self._sums(self.projected(q), self.projected(k), v, mask)
 
-    def _sums(self, q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor], v: Tensor, mask: Tensor) -> Tensor:
-        decay, top_k = None, k[0].detach().amax(-1, keepdim=True)  # (B, H, L, 1)
-        if self.causal:
-            top_k = top_k.cummax(2).values
-            if self.feature_map == "softmax":
-                decay = -top_k.diff(dim=2, prepend=top_k[:, :, :1]).squeeze(-1).transpose(1, 2)
-        else:
+    def largest_key(self, dots: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """c of each key, (B, H, L, 1), from W x' (B, H, L, m), and how much the sums shrink as it grows, (B, L, H)."""
+        top = dots.detach().amax(-1, keepdim=True)
+        if not self.causal:
             padding = ~mask[:, None, :, None]
             # padding may exceed the largest real key: left out of the sums, its features must stay finite
-            top_k = top_k.masked_fill(padding, -torch.inf).amax(2, keepdim=True).masked_fill(padding, torch.inf)
+            return top.masked_fill(padding, -torch.inf).amax(2, keepdim=True).masked_fill(padding, torch.inf), None
+        top = top.cummax(2).values
+        if self.feature_map != "softmax":
+            return top, None
+        return top, -top.diff(dim=2, prepend=top[:, :, :1]).squeeze(-1).transpose(1, 2)
+
+    def _sums(self, q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor], v: Tensor, mask: Tensor) -> Tensor:
+        top_k, decay = self.largest_key(k[0], mask)
         top_q = q[0].detach().amax(-1, keepdim=True)
         top, bottom = summed(self.features(q, top_q), self.features(k, top_k), v, mask, self.causal, decay)
         return top / bottom

@@ -16,7 +16,8 @@ Initialisation, that of the released code, where l of n counts the layers from 0
 i: mu_k = p, mu_v = p + 0.3 l / (n - 1), mu_r = p^(1/2), mu' = p, so that deeper layers look less at the token before;
 w = -5 + 8 (i / (E - 1))^(0.7 + 1.3 l / (n - 1)), memories from 150 tokens down to less than one; u_i = log 0.3 + 0.5
 ((i + 1) mod 3 - 1). W_v and W'_k are orthogonal, times the root of rows over columns where they widen; all other maps
-are 0, so that each layer starts as the identity. w, u and mu learn without weight decay.
+are 0, and so is bidirectionally the bias of the map that joins both ways, so that each layer starts as the identity. w,
+u, mu, biases and norms learn without weight decay.
 
 Departures: the embedding belongs to the suite; the paper starts it within 1e-4 of 0, ahead of norm_0. Dropout, of which
 the paper has none, where the suite's block has it. Bidirectional, each of the two parts of a layer runs both ways.
@@ -36,8 +37,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._norm import normalised
+from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
-from lra.architectures._stack import NORMS, Block, Stack
+from lra.architectures._stack import NORMS, Bidirectional, Block, Stack
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.wkv import wkv
 
@@ -183,12 +185,16 @@ class RWKV4(Stack):
             mixer,
             d_model=d_model, n_layers=2 * n_layers, length=length, dropout=dropout, direction=direction, block=block,
         )  # fmt: skip
+        for layer in self.blocks:
+            if isinstance(layer.mixer, Bidirectional) and layer.mixer.project is not None:
+                # zero from both ways must stay zero, so that a layer starts as the identity here too
+                nn.init.zeros_(layer.mixer.project.bias)
         self.n_layers = n_layers
         self.norm_0 = NORMS[shape.norm](d_model)
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
-        return {f"*.{name}": {"weight_decay": 0.0} for name in ("w", "u", "mu_?")}
+        return undecayed(self, "w", "u", "mu_?")
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         return super().forward(normalised(self.norm_0, x, mask), mask)

@@ -96,6 +96,7 @@ class Elman(Stack):
         url="https://doi.org/10.1207/s15516709cog1402_1",
         scaling="L",
         causal=True,
+        exempt={"relu/magnitudes": "the matrix starts as the identity (arXiv:1504.00941): units sum over the length"},
         variants={
             "relu": {"activation": "relu"},
             "spectral": {"recurrent": "spectral"},

@@ -13,7 +13,7 @@ De et al. 2024, arXiv:2402.19427. With R = rnn_dim, c = 8, G = n_blocks, section
 
 Initialisation: a^c uniform in [0.9, 0.999], as the paper has it (the released code draws a itself so, whose memories
 are an eighth as long); the rest as the code: maps normal of variance 1 / columns, those that end a residual branch 2 /
-(n_layers columns), the convolution 0.01 / d_conv, biases 0. Lambda learns without weight decay.
+(n_layers columns), the convolution 0.01 / d_conv, biases 0. Lambda, biases and norms learn without weight decay.
 
 Departures: the first token enters whole, as in the code, where the paper's equation takes sqrt(1 - a_1^2) of it; the
 code's bound on the derivative of the root (1000) is not needed, as a gate that is 0 passes no gradient here. Rotary
@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._attention import AttentionMixer, at_least, banded, checked_width
+from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._stack import NORMS, Block, FeedForward, Stack
 from lra.encoder import Card, Cost, Mixer
@@ -220,4 +221,4 @@ class Griffin(Stack):
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
-        return {"*.lru.decay": {"weight_decay": 0.0}}
+        return undecayed(self, "decay")

@@ -139,6 +139,7 @@ class DSS(Stack):
         url="https://arxiv.org/abs/2203.14343",
         scaling="L log L",
         causal=True,
+        exempt={"optim_norms": "the authors' optimiser spares dt, Lambda and W alone"},
         variants={"softmax": {"version": "softmax"}, "exp": {"version": "exp"}},
     )
     block = Block(ffn="none")

@@ -160,6 +160,7 @@ class S4(Stack):
         url="https://arxiv.org/abs/2111.00396",
         scaling="L log L",
         causal=True,
+        exempt={"optim_norms": "the authors' optimiser spares dt, A, P and B alone"},
         variants={"legs": {"init": "legs"}, "fout": {"init": "fout"}},
     )
     block = Block(ffn="none")

@@ -15,8 +15,10 @@ Bidirectional: a second C gives a second kernel of the same modes; it looks ahea
 Initialisation of A and B (section 4), half of the pairs, n = 0 .. M - 1:
     lin   A = -1/2 + i pi n,                          B = 1    frequencies of a Fourier basis
     inv   A = -1/2 + i (N / pi) (N / (2 n + 1) - 1),  B = 1    the asymptotic law of LegS
-    legs  A = the eigenvalues of the normal part of HiPPO-LegS, B = |V* B_LegS| / 2: with these the kernels tend to
-          those of LegS, a Legendre basis, as N grows. The phases of B are free, as those of V are.
+    legs  A = the eigenvalues of the normal part of HiPPO-LegS, B = |V* B_LegS| / 2. The phases of B are free, as those
+          of V are. As N grows the kernels tend to those of LegS, a Legendre basis, on average only: against exp(-t),
+          the first of them, the error over 8 units of time stays at 0.7 of its norm for N = 8 and 64, as modes of ever
+          higher frequency remain; of running means over half a unit it falls from 0.29 to 0.05.
 C complex and D real standard normal; log_dt uniform between log dt_min and log dt_max, so that channels remember from
 1 / dt_max to 1 / dt_min tokens; W, b PyTorch's own. A, B and dt learn at `ssm_lr` at most and without weight decay.
 
@@ -131,6 +133,7 @@ class S4D(Stack):
         url="https://arxiv.org/abs/2206.11893",
         scaling="L log L",
         causal=True,
+        exempt={"optim_norms": "the authors' optimiser spares dt, A and B alone"},
         variants={
             "lin": {"init": "lin"},
             "inv": {"init": "inv"},

@@ -142,6 +142,7 @@ class S5(Stack):
         url="https://arxiv.org/abs/2208.04933",
         scaling="L",
         causal=True,
+        exempt={"optim_norms": "the authors' optimiser spares A, B and dt alone"},
         variants={"bilinear": {"discretization": "bilinear"}},
     )
     block = Block(ffn="none")

@@ -25,16 +25,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from lra.config.match import shaped
-from lra.encoder import DIRECTIONS, SCALINGS, Card, Encoder
+from lra.config.sections import Optim
+from lra.encoder import DIRECTIONS, SCALINGS, Card, Encoder, Mixer
 from lra.errors import UserError, unknown
 from lra.profiling.flops import encoder_flops
 from lra.registry import Constructor, architectures
-from lra.training.optimisers import KEYS
+from lra.training.optimisers import KEYS, parameter_groups
 
 WIDTH, LAYERS, LENGTH, LONGEST = 16, 2, 32, 64
 
@@ -130,12 +131,8 @@ def reloaded(subjects: Sequence[Subject]) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder, "jobs.pt")
         torch.save({"jobs": jobs, "x": x, "mask": mask, "threads": torch.get_num_threads()}, place)
-        there = [
-            sys.executable,
-            "-c",
-            "import sys; from lra.conformance import checks; checks.reload(sys.argv[1])",
-            str(place),
-        ]
+        script = "import sys; from lra.conformance import checks; checks.reload(sys.argv[1])"
+        there = [sys.executable, "-c", script, str(place)]
         paths = os.pathsep.join(p or os.getcwd() for p in sys.path)
         done = subprocess.run(
             there, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False
@@ -179,6 +176,14 @@ LONG = tuple(3 * 4**i for i in range(6, 10))
 """12,288 to 786,432 tokens: growth is judged beyond any window or number of landmarks."""
 
 
+RECURRENCE = re.compile(r"(log_)?(dt|step|A|decay|nu|theta|tau)(_log|_real|_imag|_re|_im|_bias)?|[Ll]ambda.*")
+"""Last names of parameters that set how long a recurrence remembers: step sizes, state matrices, decay rates."""
+SPREAD = 10.0
+"""Largest ratio between the outputs of two mixers of one encoder, at any of SHAPES."""
+SHAPES = ((256, 4), (1024, 4), (4096, 2))
+"""Length and layers: depth where a layer is cheap."""
+
+
 def signature(subject: Subject) -> None:
     """built from keyword arguments; a misspelt one is an error"""
     parameters = inspect.signature(subject.constructor.cls).parameters
@@ -216,11 +221,14 @@ def card(subject: Subject) -> None:
         raise Broken(f"scaling is {own.scaling!r}; one of {', '.join(SCALINGS)}")
     if not subject.options and not subject.constructor.preset and own.scaling != (default := subject.encoder().scaling):
         raise Broken(f"scaling is {own.scaling!r}, but that of an encoder with no other arguments {default!r}")
-    for name, reason in own.exempt.items():
+    for key, reason in own.exempt.items():
+        variant, _, name = key.rpartition("/")
         if name not in CHECKS:
             raise Broken(f"exempt: {unknown('check', name, CHECKS)}")
+        if variant and variant not in own.variants:
+            raise Broken(f"exempt: {unknown('variant', variant, own.variants)}")
         if not reason.strip():
-            raise Broken(f"the exemption from {name} gives no reason")
+            raise Broken(f"the exemption from {key} gives no reason")
     if ":" not in subject.constructor.name:
         try:
             architectures.facts(subject.constructor.name.partition("/")[0])
@@ -451,6 +459,80 @@ def optim(subject: Subject) -> None:
             raise Broken(f"optim pattern {pattern!r} never applies: an earlier one matches all its parameters")
 
 
+def _decayed(subject: Subject) -> tuple[list[str], list[str]]:
+    """Names of an encoder's parameters that a recipe with `optim.decay = "all"` decays: those of its recurrence, and
+    biases, norms and skips (D). Both are empty for an encoder without a recurrence by these names: there such a recipe
+    is taken at its word, as LRA's own optimiser decays every parameter."""
+    encoder = subject.encoder(torch.float32)
+    try:
+        groups = parameter_groups(encoder, encoder, Optim(weight_decay=0.1, decay="all"))
+    except UserError:
+        return [], []  # the check of the patterns says what is wrong with them
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    norms = {id(p) for module in encoder.modules() if "Norm" in type(module).__name__ for p in module.parameters()}
+    recurrence, rest, any_recurrence = [], [], False
+    for name, p in encoder.named_parameters():
+        last = name.rpartition(".")[2]
+        if RECURRENCE.fullmatch(last) or (p.ndim == 1 and last in ("u", "w")):
+            any_recurrence = True
+            recurrence += [name] if id(p) in decayed else []
+        elif id(p) in decayed and (id(p) in norms or "norm" in last or last in ("d", "D") or last.endswith("bias")):
+            rest.append(name)
+    return (recurrence, rest) if any_recurrence else ([], [])
+
+
+def optim_groups(subject: Subject) -> None:
+    """step sizes and state matrices are never decayed"""
+    recurrence, _ = _decayed(subject)
+    if recurrence:
+        raise Broken(
+            f'a recipe with optim.decay = "all" decays {", ".join(recurrence[:3])}: '
+            "give what sets the memory of a recurrence `weight_decay: 0.0` in `optim`"
+        )
+
+
+def optim_norms(subject: Subject) -> None:
+    """nor are skips, biases and norms beside a recurrence"""
+    _, rest = _decayed(subject)
+    if rest:
+        raise Broken(
+            f'a recipe with optim.decay = "all" decays {", ".join(rest[:3])}: give the skip, biases and norms '
+            "`weight_decay: 0.0` in `optim`, or say on the card whose optimiser decays them"
+        )
+
+
+def magnitudes(subject: Subject) -> None:
+    """mixers stay alike in size over depth and length"""
+    sizes: list[tuple[float, str]] = []
+
+    def note(place: str, module: nn.Module, given: Any, y: Tensor) -> None:
+        sizes.append((y.square().mean().sqrt().item(), place))
+
+    for length, layers in SHAPES:
+        encoder, before = woken(subject.encoder(torch.float32, length=length, n_layers=layers)), len(sizes)
+        for name, mixer in _mixers(encoder).items():
+            mixer.register_forward_hook(partial(note, f"{name} at {length} tokens"))
+        x = torch.randn(1, length, WIDTH, generator=torch.Generator().manual_seed(7))
+        y = outputs(encoder, x, torch.ones(1, length, dtype=torch.bool))
+        if len(sizes) == before:  # no mixers, or an encoder that calls their parts itself
+            note(f"the encoder at {length} tokens", encoder, x, y)
+    first, place = sizes[0]
+    for size, where in sizes:
+        if not first / SPREAD <= size <= first * SPREAD:
+            raise Broken(
+                f"outputs of {where} have RMS {size:.3g}, those of {place} {first:.3g}: "
+                "in a residual stack one layer drowns the others; scale the output or its initialisation"
+            )
+
+
+def _mixers(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
+    """The outermost mixers by name, in order."""
+    found: dict[str, nn.Module] = {}
+    for name, child in module.named_children():
+        found |= {prefix + name: child} if isinstance(child, Mixer) else _mixers(child, f"{prefix}{name}.")
+    return found
+
+
 def trains(subject: Subject) -> None:
     """twenty steps on a copy task lower the loss"""
     encoder = subject.encoder(torch.float32).train()
@@ -495,6 +577,6 @@ CHECKS: dict[str, Callable[[Subject], str | None]] = {
     f.__name__: f
     for f in (
         signature, card, shape, padding, padding_length, batch, gradients, causal, step, cost, save, precision, optim,
-        trains, seed,
+        optim_groups, optim_norms, magnitudes, trains, seed,
     )
 }  # fmt: skip
