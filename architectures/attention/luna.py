@@ -116,7 +116,9 @@ class LunaMixer(Mixer):
         head, own = d_model // self.n_heads, 1 if self.v is None else 2
         of_tokens, of_memory = 3 if self.pv is None else 4, 1
         if self.causal:
-            maps = Cost.linear((of_tokens + own) * length + of_memory * rows, d_model, d_model)
+            # the queries of P are the same for all sequences
+            maps = Cost.linear((of_tokens + own) * length, d_model, d_model)
+            maps += Cost.linear(of_memory * rows, d_model, d_model).per_batch
             sums = 4.0 * (CHUNK * (head + rows) + 2 * head * rows)
             return maps + Cost(2.0 * length * rows * d_model, length * self.n_heads * (sums + 12.0 * rows))
         maps = Cost.linear(of_tokens * length + (of_memory + own) * rows, d_model, d_model)

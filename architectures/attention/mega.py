@@ -86,7 +86,8 @@ class MovingAverages(nn.Module):
     def cost(self, length: int) -> Cost:
         rows, averages = self.gamma.shape
         transform = 2.5 * 2 * length * math.log2(2 * length)  # a real FFT over the doubled length
-        return Cost(other=4.0 * rows * averages * length + (rows + 2 * len(self.omega)) * transform)
+        kernel = rows * (4.0 * averages * length + transform)
+        return Cost(other=2 * len(self.omega) * transform, batch_other=kernel)
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """State: s (B, D, N)."""
@@ -166,7 +167,7 @@ class MegaMixer(Mixer):
         maps = Cost.linear(length, width, value_dim) + Cost.linear(length, width, sum(self.sizes))
         maps = maps + Cost.linear(length, value_dim, width) + self.averages.cost(length)
         turned = 2.0 * block**2 * z_dim if self.angles is not None else 0.0
-        attention = Cost(2.0 * chunks * block**2 * (z_dim + value_dim) + turned, 8.0 * chunks * block**2)
+        attention = Cost(2.0 * chunks * block**2 * (z_dim + value_dim), 8.0 * chunks * block**2, turned)
         return maps + attention + Cost(other=length * (20.0 * width + 8.0 * (z_dim + value_dim)))
 
     def init_state(self, batch: int) -> State:

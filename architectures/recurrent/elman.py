@@ -75,7 +75,8 @@ class ElmanMixer(Mixer):
         width = self.input.in_features
         bounded = {"free": 0.0, "spectral": 20.0, "orthogonal": 3.0}[self.recurrent] * width**3  # a factorisation
         turned = 2.0 * width**3 if self.recurrent == "orthogonal" else 0.0
-        return 2 * Cost.linear(length, width, width) + Cost(turned, bounded + 5.0 * length * width)
+        own = 2 * Cost.linear(length, width, width) + Cost(other=5.0 * length * width)
+        return own + Cost(turned, bounded).per_batch
 
     def init_state(self, batch: int) -> Tensor:
         return self.input.weight.new_zeros(batch, self.input.in_features)

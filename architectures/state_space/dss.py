@@ -110,9 +110,10 @@ class DSSMixer(Mixer):
     def cost(self, length: int) -> Cost:
         kernels, width, modes, _ = self.W.shape
         transform = 2.5 * 2 * length * math.log2(2 * length)  # a real FFT over the doubled length
-        spectral = width * ((2 + kernels) * transform + 6 * length)
-        vandermonde = 4.0 * kernels * (1 + (self.version == "softmax")) * width * modes * length
-        return Cost.linear(length, width, width) + Cost(other=spectral + vandermonde + 15.0 * length * width)
+        light = width * (2 * transform + 6 * length) + 15.0 * length * width
+        vandermonde = 4.0 * (1 + (self.version == "softmax")) * modes * length
+        kernel = kernels * width * (vandermonde + transform)
+        return Cost.linear(length, width, width) + Cost(other=light, batch_other=kernel)
 
     def init_state(self, batch: int) -> tuple[Tensor, Tensor]:
         device = self.W.device

@@ -126,9 +126,10 @@ class LinearSSMMixer(Mixer):
         # a solve of N equations with N + 1 right sides; the exponential takes some 15 products
         discrete = width * N**3 * (8 / 3 if self.discretization == "bilinear" else 30.0)
         transform = 2.5 * 2 * length * math.log2(2 * length)  # a real FFT over the doubled length
-        spectral = width * ((2 + kernels) * transform + 6 * length)
-        matmul = Cost(powers + 2.0 * kernels * width * near * far * N, discrete + spectral + 12.0 * length * width)
-        return matmul + Cost.linear(length, width, width)
+        light = width * (2 * transform + 6 * length) + 12.0 * length * width
+        product = powers + 2.0 * kernels * width * near * far * N
+        kernel = Cost(product, discrete + kernels * width * transform).per_batch
+        return kernel + Cost.linear(length, width, width) + Cost(other=light)
 
     def init_state(self, batch: int) -> State:
         """s_0 = 0, and the discrete matrices, which take a solve of N equations a channel."""

@@ -113,10 +113,11 @@ class S4Mixer(Mixer):
         kernels, width, modes, _ = self.C_tilde.shape
         taps = max(length, self.length)
         transform = 2.5 * 2 * length * math.log2(2 * length)  # a real FFT over the doubled length
-        spectral = width * ((2 + kernels) * transform + 6 * length)
-        # Cauchy sums of P and of each C with P and B, at half of the roots and twice the modes
-        cauchy = 8.0 * (kernels + 1) * 2 * width * modes * taps + kernels * width * 2.5 * taps * math.log2(2 * taps)
-        return Cost.linear(length, width, 2 * width) + Cost(other=spectral + cauchy + 20.0 * length * width)
+        light = width * (2 * transform + 6 * length) + 20.0 * length * width
+        # at half of the roots two reciprocals a mode, and Cauchy sums of P and of each C with P and with B
+        cauchy = modes * (taps / 2 + 1) * (18.0 + 8.0 * (kernels + 1) * 2)
+        kernel = width * (cauchy + kernels * (2.5 * taps * math.log2(2 * taps) + transform))
+        return Cost.linear(length, width, 2 * width) + Cost(other=light, batch_other=kernel)
 
     def init_state(self, batch: int) -> tuple[Tensor, Tensor]:
         """x_0 = 0, and C, which takes a solve of 2M equations a channel to get back from Ct."""

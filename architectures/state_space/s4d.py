@@ -102,9 +102,9 @@ class S4DMixer(Mixer):
     def cost(self, length: int) -> Cost:
         kernels, width, modes, _ = self.C.shape
         transform = 2.5 * 2 * length * math.log2(2 * length)  # a real FFT over the doubled length
-        spectral = width * ((2 + kernels) * transform + 6 * length)
-        vandermonde = 4.0 * kernels * width * modes * length
-        return Cost.linear(length, width, 2 * width) + Cost(other=spectral + vandermonde + 20.0 * length * width)
+        light = width * (2 * transform + 6 * length) + 20.0 * length * width
+        kernel = kernels * width * (4.0 * modes * length + transform)  # a Vandermonde product, and its transform
+        return Cost.linear(length, width, 2 * width) + Cost(other=light, batch_other=kernel)
 
     def init_state(self, batch: int) -> Tensor:
         return torch.zeros(batch, *self.C.shape[1:3], dtype=self.C.dtype.to_complex(), device=self.C.device)

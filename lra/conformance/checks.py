@@ -37,6 +37,7 @@ from lra.registry import Constructor, architectures
 from lra.training.optimisers import KEYS
 
 WIDTH, LAYERS, LENGTH, LONGEST = 16, 2, 32, 64
+BATCHES = (1, 3)
 
 
 class Broken(Exception):
@@ -362,12 +363,13 @@ def step(subject: Subject) -> str | None:
 
 
 def cost(subject: Subject) -> None:
-    """cost(length) agrees with the FLOP counter"""
+    """cost(length) agrees with the FLOP counter, at more than one batch size"""
     if not subject.declares("cost"):
         raise NotDeclared("cost not declared; FLOPs are those PyTorch's dispatcher counts")
     for how, encoder in subject.directions(torch.float32, length=128):
-        for length in (32, 64, 128):
-            _agrees(encoder, length, how)
+        for length, batch in ((32, 1), (64, 3), (128, 1)):
+            _agrees(encoder, length, batch, how)
+        _splits(encoder, 128, how)
     if subject.constructor.declared:
         built = [shaped(partial(subject.encoder, torch.float32, length=n, n_layers=1)) for n in LONG]
         found = growth([encoder.cost(n).total for n, encoder in zip(LONG, built, strict=True)])
@@ -389,19 +391,34 @@ def growth(work: Sequence[float]) -> str:
     return SCALINGS[place] if 1 <= place < len(SCALINGS) else f"none of {', '.join(SCALINGS)}"
 
 
-def _agrees(encoder: Encoder, length: int, how: str) -> None:
-    report, declared = encoder_flops(encoder, 1, length, device="", backward=False), encoder.cost(length)
+def _agrees(encoder: Encoder, length: int, batch: int, how: str) -> None:
+    report = encoder_flops(encoder, batch, length, device="", backward=False)
+    declared = encoder.cost(length).of_batch(batch)
     own = [work for op, work in report.operators.items() if op.startswith("lra.")]
     # the work of our own operators may be declared as matmul or as other; that of PyTorch's products may not
     sums = [report.matmul + sum(part) for n in range(len(own) + 1) for part in itertools.combinations(own, n)]
+    words = f"{how}cost({length}).of_batch({batch})"
     if all(abs(declared.matmul - found) > 0.01 * max(found, 1.0) for found in sums):
         ratio = declared.matmul / max(report.matmul, 1.0)
         raise Broken(
-            f"{how}cost({length}).matmul is {declared.matmul:,.0f}, {ratio:.3g} times what was counted: "
+            f"{words}.matmul is {declared.matmul:,.0f}, {ratio:.3g} times what was counted: "
             f"{report.matmul:,.0f} in products, {sum(own):,.0f} in kernels (a multiply-add is 2)"
         )
     if declared.total < 0.5 * report.forward:
-        raise Broken(f"{how}cost({length}).total is {declared.total:,.0f}; counted were {report.forward:,.0f}")
+        raise Broken(f"{words}.total is {declared.total:,.0f}; counted were {report.forward:,.0f}")
+
+
+def _splits(encoder: Encoder, length: int, how: str) -> None:
+    """What is done once for a batch, and what for each sequence, is charged to the right one."""
+    one, more = (encoder_flops(encoder, n, length, device="", backward=False).forward for n in BATCHES)
+    once = (BATCHES[1] * one - BATCHES[0] * more) / (BATCHES[1] - BATCHES[0])
+    declared = encoder.cost(length)
+    shared = declared.batch_matmul + declared.batch_other
+    if abs(shared - once) > 0.2 * max(declared.total, one):
+        raise Broken(
+            f"{how}cost({length}) declares {shared:,.0f} as done once for a batch; counted were {once:,.0f} of "
+            f"{one:,.0f} at a batch of one: charge the kernels that sequences share with Cost.per_batch"
+        )
 
 
 def save(subject: Subject) -> None:

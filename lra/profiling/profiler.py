@@ -254,19 +254,21 @@ def measure_cell(cell: Cell, device: torch.device) -> dict[str, Any]:
     subject = Subject(cell, device)
     sizes = _memory(subject)
     given = subject.inputs(cell.length)
-    one = first_of(given)
-    work = flops.count(subject.model, *one)
+    # for the whole batch, because some work is done once for it; reported for one sequence
+    work, size = flops.count(subject.model, *given), cell.batch
     try:
-        declared: float | None = subject.model.cost(cell.length).matmul  # type: ignore[operator]
+        declared: float | None = subject.model.cost(cell.length).of_batch(size).matmul  # type: ignore[operator]
     except NotImplementedError:
         declared = None
+    products = work.matmul if declared is None else work.counterpart(declared)
 
     return {
         "parameters": sum(p.numel() for p in subject.model.parameters()),
         "flops": {
-            "forward": work.forward, "algorithmic": work.algorithmic, "forward_backward": work.forward_backward,
-            "matmul_counted": work.matmul if declared is None else work.counterpart(declared),
-            "matmul_by_formula": declared, "uncounted": sorted(work.uncounted), "counted_on": work.device,
+            "forward": work.forward / size, "algorithmic": work.algorithmic / size,
+            "forward_backward": work.forward_backward / size, "matmul_counted": products / size,
+            "matmul_by_formula": None if declared is None else declared / size,
+            "uncounted": sorted(work.uncounted), "counted_on": work.device,
         },
         "seconds": _times(subject, given),
         "memory": sizes,

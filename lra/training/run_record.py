@@ -30,7 +30,7 @@ def record(
     protocol, baseline, test = prepared.protocol, floors(prepared), measured["test"]
     blind = max(v for k, v in baseline.items() if k == "majority class")
     identity = f"{files.safe(found.name.replace('/', '-'))}-{found.hash[:8]}-s{seed}-{started:%Y%m%dT%H%M%S}"
-    work = model_work(model, protocol)
+    work = model_work(model, protocol, found.data.batch_size / found.train.accumulate)
     return (
         {
             "schema": result.SCHEMA,
@@ -82,24 +82,32 @@ def _charged(more: Mapping[str, Any], per_example: float) -> dict[str, Any]:
     return {"compute": charged | {"total": whole}}
 
 
-def model_work(model: Classifier, protocol: Protocol) -> dict[str, Any]:
-    """Work for one example whose towers are as long as the protocol allows, counted and by formula."""
-    shape = (1, model.towers, protocol.length)
-    values = torch.zeros(shape if protocol.vocabulary else (*shape, protocol.channels), dtype=torch.uint8)
-    one = torch.zeros(1, dtype=torch.int64)
-    like = next(model.parameters())
-    batch = Batch(*(t.to(like.device) for t in (values, torch.ones(shape, dtype=torch.bool), one, one)))
-    report = flops.model_flops(model, batch)
+def model_work(model: Classifier, protocol: Protocol, size: float) -> dict[str, Any]:
+    """Work for one example of a batch of `size`, whose towers are as long as the protocol allows, counted and by
+    formula. It includes the example's share of what is done once for a batch."""
+    one, two = (flops.model_flops(model, _full_batch(model, protocol, count)) for count in (1, 2))
+
+    def share(alone: float, pair: float) -> float:
+        return pair - alone + (2 * alone - pair) / size
+
     try:
-        analytic: float | None = model.cost(protocol.length).matmul
+        analytic: float | None = model.cost(protocol.length).of_batch(size).matmul / size
     except NotImplementedError:
         analytic = None
     return {
         "length": protocol.length,
-        "forward": report.forward,
-        "forward_backward": report.forward_backward,
-        "matmul": report.matmul,
+        "forward": share(one.forward, two.forward),
+        "forward_backward": share(one.forward_backward, two.forward_backward),
+        "matmul": share(one.matmul, two.matmul),
         "matmul_by_formula": analytic,
-        "uncounted": sorted(report.uncounted),
-        "convention": "multiply-add = 2; one example",
+        "uncounted": sorted(one.uncounted),
+        "convention": f"multiply-add = 2; one example of a batch of {size:g}",
     }
+
+
+def _full_batch(model: Classifier, protocol: Protocol, examples: int) -> Batch:
+    shape = (examples, model.towers, protocol.length)
+    values = torch.zeros(shape if protocol.vocabulary else (*shape, protocol.channels), dtype=torch.uint8)
+    numbers = torch.zeros(examples, dtype=torch.int64)
+    device = next(model.parameters()).device
+    return Batch(*(t.to(device) for t in (values, torch.ones(shape, dtype=torch.bool), numbers, numbers)))
