@@ -193,10 +193,7 @@ class Luna(Stack):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         if self.causal:
             return super().forward(x, mask)
-        if self.positions is not None:
-            if x.shape[1] > len(self.positions):
-                raise ValueError(f"length {x.shape[1]} exceeds the {len(self.positions)} positions this encoder has")
-            x = x + self.positions[: x.shape[1]].to(x.dtype)
+        x = self.enter(x)
         p = self.memory.expand(len(x), -1, -1)
         for layer, norm in zip(self.blocks, self.memory_norms, strict=True):
             x, p = both(layer, norm, x, p, mask)

@@ -34,8 +34,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lra.architectures._attention import AttentionMixer, at_least, checked_width
-from lra.architectures._linear_attention import summed, summed_step, sums_cost
+from lra.architectures._attention import AttentionMixer, at_least, checked_width, merge_heads
+from lra.architectures._linear_attention import summed, summed_chunk, summed_step, sums_cost
 from lra.architectures._precision import wide
 from lra.architectures._stack import Stack
 from lra.encoder import Card, Cost
@@ -83,6 +83,12 @@ class CosformerMixer(AttentionMixer):
         q, k, v = (part.squeeze(2) for part in (self.features(q, time), self.features(k, time), v))
         top, bottom, S, z = summed_step(q, k, v, state[1], state[2])
         return self.out((top / bottom.clamp(min=LEAST)).flatten(1)), (state[0] + 1, S, z)
+
+    def chunk(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        q, k, v = self.heads(x)
+        time = int(state[0])
+        top, bottom, S, z = summed_chunk(self.features(q, time), self.features(k, time), v, state[1:])
+        return self.out(merge_heads(top / bottom.clamp(min=LEAST))), (state[0] + x.shape[1], S, z)
 
 
 class Cosformer(Stack):

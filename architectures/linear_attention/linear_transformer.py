@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import AttentionMixer, checked_width
-from lra.architectures._linear_attention import summed, summed_step, sums_cost
+from lra.architectures._attention import AttentionMixer, checked_width, merge_heads
+from lra.architectures._linear_attention import summed, summed_chunk, summed_step, sums_cost
 from lra.architectures._precision import wide
 from lra.architectures._stack import Stack
 from lra.encoder import Card, Cost, lengths_of
@@ -109,6 +109,12 @@ class LinearTransformerMixer(AttentionMixer):
         top, bottom, S, z = summed_step(q, k, v, state[1], state[2])
         y = self._divided(top.unsqueeze(2), bottom.unsqueeze(2), count)
         return self.out(y.flatten(1)), (count, S, z)
+
+    def chunk(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        q, k, v = self.heads(x)
+        top, bottom, S, z = summed_chunk(self.features(q), self.features(k), v, state[1:])
+        keys = state[0] + torch.arange(1, x.shape[1] + 1, device=x.device)[:, None]
+        return self.out(merge_heads(self._divided(top, bottom, keys))), (state[0] + x.shape[1], S, z)
 
 
 class LinearTransformer(Stack):

@@ -87,6 +87,11 @@ class ElmanMixer(Mixer):
         h = torch.tanh(h) if self.activation == "tanh" else torch.relu(h)
         return h, h
 
+    def chunk(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        cell = ACTIVATIONS[self.activation]
+        h, last = recurrent_cell(self.input(x), self.U, None, cell, state, return_state=True)
+        return h, last
+
 
 class Elman(Stack):
     """activation: "tanh" or "relu". recurrent: how the recurrent matrix is bounded, of RECURRENT."""

@@ -65,6 +65,10 @@ class IndRNNMixer(Mixer):
         h = torch.relu(self.input(x) + self._clip() * state)
         return h, h
 
+    def chunk(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        h, last = recurrent_cell(self.input(x), self._clip(), None, "indrnn", state, return_state=True)
+        return h, last
+
 
 class IndRNN(Stack):
     """gamma: how many times larger a unit's memory may get over `length` tokens. last_holds: start the last layer with

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._dropout import Dropout
 from lra.architectures._hippo import legs_modes
 from lra.architectures._ssm import initial_log_dt
 from lra.architectures._stack import Block, Stack
@@ -68,7 +69,7 @@ class DSSMixer(Mixer):
         self.W = nn.Parameter(torch.randn(1 if causal else 2, d_model, state_size, 2))
         self.D = nn.Parameter(torch.randn(d_model))
         self.out = nn.Linear(d_model, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def _modes(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """A: (H, N), dt: (H,), z = dt A and C: (1 or 2, H, N), both complex128, and which modes rise, (N,) bool: their

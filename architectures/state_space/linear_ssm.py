@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._dropout import Dropout
 from lra.architectures._hippo import legs
 from lra.architectures._ssm import checked_copies, initial_log_dt
 from lra.architectures._stack import Block, Stack
@@ -91,7 +92,7 @@ class LinearSSMMixer(Mixer):
         self.C = nn.Parameter(torch.randn(1 if causal else 2, d_model, state_size))
         self.d = nn.Parameter(torch.randn(d_model))
         self.out = nn.Linear(d_model, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def discrete(self) -> tuple[Tensor, Tensor]:
         """Abar: (D, N, N), Bbar: (D, N), float64."""

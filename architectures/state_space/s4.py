@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._dropout import Dropout
 from lra.architectures._hippo import legs_modes
 from lra.architectures._ssm import checked_copies, initial_log_dt
 from lra.architectures._stack import Block, Stack
@@ -79,7 +80,7 @@ class S4Mixer(Mixer):
         self.set_output(torch.randn(1 if causal else 2, d_model, len(A), dtype=torch.complex64))
         self.D = nn.Parameter(torch.randn(d_model))
         self.out = nn.Linear(d_model, 2 * d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     @torch.no_grad()
     def set_output(self, C: Tensor) -> None:
@@ -103,7 +104,8 @@ class S4Mixer(Mixer):
         return ssm_kernel_dplr(A, P, B, C, dt, self.length, transformed=True)[..., :length]
 
     def _project(self, y: Tensor) -> Tensor:
-        return F.glu(self.out(self.dropout(F.gelu(y))), dim=-1)
+        # the released block drops before its activation and after it
+        return F.glu(self.out(self.dropout(F.gelu(self.dropout(y)))), dim=-1)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         K = self.kernel(x.shape[1])

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._dropout import Dropout
 from lra.architectures._hippo import legs_modes
 from lra.architectures._ssm import checked_copies, initial_log_dt
 from lra.architectures._stack import Block, Stack
@@ -79,7 +80,7 @@ class S4DMixer(Mixer):
         self.C = nn.Parameter(torch.randn(1 if causal else 2, d_model, len(A), 2) * 0.5**0.5)
         self.D = nn.Parameter(torch.randn(d_model))
         self.out = nn.Linear(d_model, 2 * d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def _continuous(self) -> tuple[Tensor, Tensor, Tensor]:
         """A: (H, M), C B: (1 or 2, H, M), dt: (H,)."""
@@ -93,7 +94,8 @@ class S4DMixer(Mixer):
         return ssm_kernel_diag(*self._continuous(), length, self.discretization)
 
     def _project(self, y: Tensor) -> Tensor:
-        return F.glu(self.out(self.dropout(F.gelu(y))), dim=-1)
+        # the released block drops before its activation and after it
+        return F.glu(self.out(self.dropout(F.gelu(self.dropout(y)))), dim=-1)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         K = self.kernel(x.shape[1])

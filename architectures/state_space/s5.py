@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._dropout import Dropout
 from lra.architectures._hippo import legs_modes
 from lra.architectures._precision import wide
 from lra.architectures._ssm import initial_log_dt
@@ -78,7 +79,7 @@ class S5Mixer(Mixer):
         self.d = nn.Parameter(torch.randn(d_model))
         self.log_dt = nn.Parameter(initial_log_dt(len(B), dt_min, dt_max))
         self.gate = nn.Linear(d_model, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def discrete(self) -> tuple[Tensor, Tensor]:
         """Abar: (P,), Bbar: (P, D), complex."""
@@ -129,6 +130,11 @@ class S5Mixer(Mixer):
         decay, B = self.discrete()
         state = decay * state + self._enter(x, B)
         return self._activate(self._leave([state], x)), state
+
+    def chunk(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        decay, B = self.discrete()
+        s = linear_scan(decay[None, None], self._enter(x, B), state)
+        return self._activate(self._leave([s], x)), s[:, -1]
 
 
 class S5(Stack):

@@ -38,6 +38,7 @@ from lra.training.optimisers import KEYS
 
 WIDTH, LAYERS, LENGTH, LONGEST = 16, 2, 32, 64
 BATCHES = (1, 3)
+SPLITS = 2
 
 
 class Broken(Exception):
@@ -340,7 +341,7 @@ def causal(subject: Subject) -> None:
 
 
 def step(subject: Subject) -> str | None:
-    """token by token, step gives what forward gives"""
+    """token by token and in chunks, recurrent mode gives what forward gives"""
     if not subject.declares("step"):
         raise NotDeclared("recurrent mode not declared")
     x, mask = inputs([LENGTH, LENGTH], LENGTH)
@@ -349,8 +350,8 @@ def step(subject: Subject) -> str | None:
         state = encoder.init_state(len(x))
     except NotImplementedError:
         return "no recurrent mode: init_state is not implemented"
-    state = tree_map_only(Tensor, lambda t: cast(t, torch.float64), state)
-    expected = outputs(encoder, x, mask)
+    start = tree_map_only(Tensor, lambda t: cast(t, torch.float64), state)
+    expected, state = outputs(encoder, x, mask), start
     torch.manual_seed(0)
     for t in range(LENGTH):
         with torch.no_grad():
@@ -359,7 +360,33 @@ def step(subject: Subject) -> str | None:
             raise Broken(f"step returned {tuple(y.shape)} for a token of shape {tuple(x[:, t].shape)}")
         if (found := (y - expected[:, t]).abs().max().item()) > EXACT:
             raise Broken(f"step and forward differ by {found:.2g} at token {t} (float64): one of them is wrong")
+    for number in range(SPLITS):
+        _chunks(encoder, x, expected, start, number)
     return None
+
+
+@torch.no_grad()
+def _chunks(encoder: Encoder, x: Tensor, expected: Tensor, state: Any, number: int) -> None:
+    """Chunks between places drawn at random, chunks and steps in turns from the second split on."""
+    draw = torch.Generator().manual_seed(number)
+    places = torch.randperm(LENGTH - 1, generator=draw)[:4].add(1).sort().values.tolist()
+    for first, last in pairwise([0, *places, LENGTH]):
+        middle = first + (1 if number else 0)
+        parts = []
+        if middle > first:
+            y, state = encoder.step(x[:, first], state)
+            parts.append(y.unsqueeze(1))
+        if middle < last:
+            y, state = encoder.chunk(x[:, middle:last], state)
+            parts.append(y)
+        y = torch.cat(parts, dim=1)
+        if y.shape != x[:, first:last].shape:
+            raise Broken(f"chunk returned {tuple(y.shape)} for tokens of shape {tuple(x[:, first:last].shape)}")
+        if not (found := (y - expected[:, first:last]).abs().max().item()) <= EXACT:
+            raise Broken(
+                f"chunk and forward differ by {found:.2g} in tokens {first} to {last - 1} (float64), cut at "
+                f"{', '.join(map(str, places))}: chunk starts from the state or leaves it wrongly"
+            )
 
 
 def cost(subject: Subject) -> None:
