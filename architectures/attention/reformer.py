@@ -41,7 +41,9 @@ from lra.architectures._attention import (  # fmt: skip
     added_positions,
     alibi_slopes,
     at_least,
+    checked_dropout,
     checked_width,
+    drop_keys,
     merge_heads,
     rope,
     split_heads,
@@ -63,9 +65,10 @@ class LSHMixer(Mixer):
 
     def __init__(
         self, d_model: int, n_heads: int, width: int, positions: str, causal: bool, n_hashes: int, n_buckets: int,
-        chunk: int,
+        chunk: int, dropout: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
+        self.dropout = checked_dropout(dropout)
         self.n_heads, self.head, self.causal, self.rotary = n_heads, width // n_heads, causal, positions == "rope"
         self.n_hashes, self.n_buckets, self.chunk_size = n_hashes, n_buckets, chunk
         self.qk, self.v = nn.Linear(d_model, width, bias=False), nn.Linear(d_model, width, bias=False)
@@ -96,7 +99,7 @@ class LSHMixer(Mixer):
         buckets = self.buckets(x, mask) if buckets is None else buckets
         x, buckets = F.pad(x, (0, 0, 0, missing)), F.pad(buckets, (0, missing), value=self.n_buckets)
         q, k = self.queries_and_keys(split_heads(self.qk(x), self.n_heads))
-        v = split_heads(self.v(x), self.n_heads)
+        v = drop_keys(split_heads(self.v(x), self.n_heads), self.dropout if self.training else 0.0)
         order = buckets.sort(dim=-1, stable=True).indices
         place = torch.empty_like(order).scatter_(-1, order, torch.arange(x.shape[1], device=x.device).expand_as(order))
         # the scale goes with the queries: they are fewer than the scores
@@ -185,7 +188,7 @@ def with_chunk_before(x: Tensor, first: float = 0) -> Tensor:
 class Reformer(Stack):
     """n_hashes: r, rounds of hashing. chunk: m. n_buckets: b, even; None for 2 ceil(length / m). n_heads: must divide
     qkv_dim, the width of all heads together, d_model unless given. positions: "sinusoidal", "learned", "rope", "alibi",
-    "none"."""
+    "none". attention_dropout: a key is left out for all queries of a head."""
 
     card = Card(
         title="Reformer: The Efficient Transformer",
@@ -209,6 +212,7 @@ class Reformer(Stack):
         n_buckets: int | None = None,
         qkv_dim: int | None = None,
         positions: str = "sinusoidal",
+        attention_dropout: float = 0.0,
         block: Mapping[str, Any] | None = None,
     ) -> None:
         width = checked_width(d_model, n_heads, qkv_dim, positions)
@@ -218,7 +222,7 @@ class Reformer(Stack):
             raise ValueError(f"n_buckets is {count}; an even number from 2 to {2**15 - 2}")
         causal, self.follows_length = direction == "causal", n_buckets is None
         super().__init__(
-            lambda _: LSHMixer(d_model, n_heads, width, positions, causal, n_hashes, count, chunk),
+            lambda _: LSHMixer(d_model, n_heads, width, positions, causal, n_hashes, count, chunk, attention_dropout),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block={"positions": added_positions(positions), **(block or {})},
         )  # fmt: skip

@@ -41,7 +41,7 @@ from torch.nn import functional as F
 
 from lra.architectures._dropout import Dropout
 from lra.architectures._hippo import legs_modes
-from lra.architectures._ssm import initial_log_dt
+from lra.architectures._ssm import initial_log_dt, weighted_sum
 from lra.architectures._stack import Block, Stack
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.fft_conv import fft_conv
@@ -129,6 +129,22 @@ class DSSMixer(Mixer):
         after = (fall.exp() * before + (rise * time).exp() * x.unsqueeze(-1)).to(before.dtype)
         y = (C[0] * (rise * (self.length - 1 - time)).exp() * after).sum(-1).real.to(x.dtype)
         return self._project(y + self.D * x), (time + 1, after)
+
+    def chunk(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The kernel filters the tokens; what the state adds is a kernel too, one for each sequence."""
+        (time, before), tokens = state, x.shape[1]
+        A, dt, z, C, rises = self._modes()
+        reads = C[0] * before
+        fall, rise = reads * z.exp(), reads * (z * (self.length - time - tokens)).exp()
+        both = torch.cat([fall.masked_fill(rises, 0), rise.masked_fill(~rises, 0)])
+        falling, rising = ssm_kernel_diag(A, both.to(A.dtype) / 2, dt, tokens, "none").chunk(2)
+        y = fft_conv(x, self.kernel(tokens)[0], self.D) + (falling + rising.flip(-1)).transpose(1, 2).to(x.dtype)
+
+        def exponent(place: Tensor) -> Tensor:
+            return z.unsqueeze(-1) * torch.where(rises.unsqueeze(-1), time + place, tokens - 1 - place)
+
+        after = (z.masked_fill(rises, 0) * tokens).exp() * before + weighted_sum(x, exponent)
+        return self._project(y), (time + tokens, after.to(before.dtype))
 
 
 class DSS(Stack):

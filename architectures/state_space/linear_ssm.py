@@ -144,6 +144,17 @@ class LinearSSMMixer(Mixer):
         y = (self.C[0] * after).sum(-1).to(x.dtype) + self.d * x
         return self._project(y), (after.to(before.dtype), A, B)
 
+    def chunk(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        (before, A, B), tokens = state, x.shape[1]
+        reads = orbit(A.mT, self.C[0].double(), tokens + 1)[0]  # C Abar^l
+        K = (reads[:, :tokens] @ B.unsqueeze(-1)).squeeze(-1)
+        y = fft_conv(x, K.to(torch.promote_types(x.dtype, torch.float32)), self.d)
+        y = y + torch.einsum("dln,bdn->bld", reads[:, 1 : tokens + 1], before.to(A.dtype)).to(y.dtype)
+        enters = orbit(A, B, tokens)[0][:, :tokens].flip(1)  # Abar^(C - 1 - l) Bbar
+        after = torch.einsum("dij,bdj->bdi", torch.linalg.matrix_power(A, tokens), before.to(A.dtype))
+        after = after + torch.einsum("dln,bld->bdn", enters, x.to(A.dtype))
+        return self._project(y), (after.to(before.dtype), A, B)
+
 
 class LinearSSM(Stack):
     """state_size: N. n_ssm: independent (A, B), a divisor of d_model. discretization: of DISCRETIZATIONS. fixed: A, B

@@ -39,7 +39,7 @@ from torch.nn import functional as F
 
 from lra.architectures._dropout import Dropout
 from lra.architectures._hippo import legs_modes
-from lra.architectures._ssm import checked_copies, initial_log_dt
+from lra.architectures._ssm import checked_copies, initial_log_dt, weighted_sum
 from lra.architectures._stack import Block, Stack
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.fft_conv import fft_conv
@@ -114,13 +114,27 @@ class S4DMixer(Mixer):
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """State: x_t, (B, H, M) complex. One step is in double precision: rounding Abar would grow with time."""
         A, C, dt = self._continuous()
-        z = (dt.unsqueeze(-1) * A).to(torch.complex128)
-        if self.discretization == "zoh":
-            decay, enter = z.exp(), torch.expm1(z) / A
-        else:
-            decay, enter = (1 + z / 2) / (1 - z / 2), dt.unsqueeze(-1) / (1 - z / 2)
+        decay, enter = self._discrete(A, dt)
         state = (decay * state + enter * x.unsqueeze(-1)).to(state.dtype)
         return self._project(2 * (C[0] * state).sum(-1).real.to(x.dtype) + self.D * x), state
+
+    def chunk(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The kernel filters the tokens; what the state adds is a kernel too, one for each sequence."""
+        tokens, (A, C, dt) = x.shape[1], self._continuous()
+        decay, enter = self._discrete(A, dt)
+        reads = (C[0] * state * decay / enter).to(A.dtype)
+        before = ssm_kernel_diag(A, reads, dt, tokens, self.discretization).transpose(1, 2)
+        y = fft_conv(x, self.kernel(tokens)[0], self.D) + before.to(x.dtype)
+        z = decay.log().unsqueeze(-1)
+        after = decay**tokens * state + enter * weighted_sum(x, lambda place: z * (tokens - 1 - place))
+        return self._project(y), after.to(state.dtype)
+
+    def _discrete(self, A: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+        """Abar, and Bbar / B: (H, M) complex128."""
+        z = (dt.unsqueeze(-1) * A).to(torch.complex128)
+        if self.discretization == "zoh":
+            return z.exp(), torch.expm1(z) / A
+        return (1 + z / 2) / (1 - z / 2), dt.unsqueeze(-1) / (1 - z / 2)
 
 
 class S4D(Stack):
