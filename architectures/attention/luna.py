@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import at_least, checked_width, merge_heads, split_heads
+from lra.architectures._attention import at_least, checked_dropout, checked_width, merge_heads, split_heads
 from lra.architectures._norm import normalised
 from lra.architectures._precision import wide
 from lra.architectures._stack import NORMS, Block, Layer, Stack
@@ -67,7 +67,8 @@ class LunaMixer(Mixer):
         dropout: float,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.n_heads, self.pack_heads, self.causal, self.dropout = n_heads, pack_heads, causal, dropout
+        self.n_heads, self.pack_heads, self.causal = n_heads, pack_heads, causal
+        self.dropout = checked_dropout(dropout)
         self.memory = memory
         self.pq, self.pk = nn.Linear(d_model, d_model), nn.Linear(d_model, d_model)
         self.pv = None if tied or causal else nn.Linear(d_model, d_model)

@@ -80,7 +80,8 @@ class S4Mixer(Mixer):
         self.set_output(torch.randn(1 if causal else 2, d_model, len(A), dtype=torch.complex64))
         self.D = nn.Parameter(torch.randn(d_model))
         self.out = nn.Linear(d_model, 2 * d_model)
-        self.dropout = Dropout(dropout)
+        # the released block drops before its activation as well, at each position even where it ties the other masks
+        self.inner_dropout, self.dropout = nn.Dropout(dropout), Dropout(dropout)
 
     @torch.no_grad()
     def set_output(self, C: Tensor) -> None:
@@ -104,8 +105,7 @@ class S4Mixer(Mixer):
         return ssm_kernel_dplr(A, P, B, C, dt, self.length, transformed=True)[..., :length]
 
     def _project(self, y: Tensor) -> Tensor:
-        # the released block drops before its activation and after it
-        return F.glu(self.out(self.dropout(F.gelu(self.dropout(y)))), dim=-1)
+        return F.glu(self.out(self.dropout(F.gelu(self.inner_dropout(y)))), dim=-1)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         K = self.kernel(x.shape[1])

@@ -80,7 +80,8 @@ class S4DMixer(Mixer):
         self.C = nn.Parameter(torch.randn(1 if causal else 2, d_model, len(A), 2) * 0.5**0.5)
         self.D = nn.Parameter(torch.randn(d_model))
         self.out = nn.Linear(d_model, 2 * d_model)
-        self.dropout = Dropout(dropout)
+        # the released block drops before its activation as well, at each position even where it ties the other masks
+        self.inner_dropout, self.dropout = nn.Dropout(dropout), Dropout(dropout)
 
     def _continuous(self) -> tuple[Tensor, Tensor, Tensor]:
         """A: (H, M), C B: (1 or 2, H, M), dt: (H,)."""
@@ -94,8 +95,7 @@ class S4DMixer(Mixer):
         return ssm_kernel_diag(*self._continuous(), length, self.discretization)
 
     def _project(self, y: Tensor) -> Tensor:
-        # the released block drops before its activation and after it
-        return F.glu(self.out(self.dropout(F.gelu(self.dropout(y)))), dim=-1)
+        return F.glu(self.out(self.dropout(F.gelu(self.inner_dropout(y)))), dim=-1)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         K = self.kernel(x.shape[1])

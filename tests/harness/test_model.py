@@ -94,6 +94,24 @@ def test_cost_counts_both_towers_and_the_cls_token() -> None:
     assert Classifier(Identity(), TOKENS, 2, 2, "mean").cost(8).matmul == 160 + 2 * (24 * 6 + 6 * 2)
 
 
+def test_work_of_a_batch_is_charged_once() -> None:
+    kernel, token = Cost(30.0, 6.0).per_batch, Cost(4.0, 1.0)
+    both = kernel + 3 * token
+    assert (both.matmul, both.other, both.batch_matmul, both.batch_other) == (12, 3, 30, 6)
+    assert both.total == 51
+    assert both.of_batch(4) == Cost(78, 18)
+    assert 2 * both == Cost(24, 6, 60, 12)
+
+    class WithKernel(Identity):
+        def cost(self, length: int) -> Cost:
+            return both
+
+    # two towers are two sequences of one batch
+    head = 2 * (24 * 6 + 6 * 2)
+    found = Classifier(WithKernel(), TOKENS, 2, 2, "mean").cost(8)
+    assert (found.matmul, found.batch_matmul) == (24 + head, 30)
+
+
 def groups(patterns: Mapping[str, Mapping[str, float]], lr: float = 0.01) -> dict[int, tuple[float, float]]:
     encoder = Identity(optim=patterns)
     model = Classifier(encoder, TOKENS, 2, 1, "mean")
