@@ -237,16 +237,18 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_memory_is_linear_in_the_length() -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_memory_is_linear_in_the_length(dropout: float) -> None:
     """No tensor of L x L or L x window x head size numbers, forward or backward."""
     length, window, size = 4096, 64, 8
     q, k, v = torch.randn(3, 1, length, 1, size)
-    pattern = (window, window, [1], 1, False, True, 1.0, False)
+    given = (None, None, None, None, torch.tensor(7) if dropout else None)
+    pattern = (window, window, [1], 1, False, True, 1.0, dropout, False)
     forward: Callable[..., tuple[Tensor, Tensor]] = cpu.attend._init_fn
     backward: Callable[..., tuple[Tensor, ...]] = cpu.attend_backward._init_fn
     with Largest() as largest:
-        out, lse = forward(q, k, v, None, None, None, None, *pattern)
-        backward(torch.ones_like(out), out, lse, q, k, v, None, None, None, None, *pattern)
+        out, lse = forward(q, k, v, *given, *pattern)
+        backward(torch.ones_like(out), out, lse, q, k, v, *given, *pattern)
     assert largest.numbers < 4 * length * size
 
 
@@ -298,7 +300,7 @@ def test_keeps_its_digits_at_length_16384(dtype: torch.dtype, tolerance: float) 
 
 PATTERNS: list[dict[str, Any]] = [
     {"window": 3, "n_global": 1},
-    {"window": 1, "block": 4, "n_global": 2, "random_blocks": torch.tensor([[[2], [3], [-1]], [[0], [2], [1]]])},
+    {"window": 1, "block": 4, "n_global": 2, "random_blocks": torch.tensor([[[2], [-1], [0]], [[2], [2], [0]]])},
     {"window": 2, "dilation": [1, 2], "causal": True},
 ]
 
@@ -316,6 +318,12 @@ def test_dropout_is_differentiated_with_the_masks_of_the_forward_pass(options: d
     assert torch.autograd.gradcheck(seeded, given)
     q, k, v = given
     assert not torch.equal(seeded(q, k, v), band_attention(q, k, v, mask, **options))
+
+
+def test_dropout_is_an_operator_like_any_other() -> None:
+    q, k, v = (torch.randn(1, 6, 2, 3, requires_grad=True) for _ in range(3))
+    given = (q, k, v, None, None, None, None, torch.tensor(7), 2, 2, [1, 1], 1, False, True, 1.0, 0.3, False)
+    torch.library.opcheck(torch.ops.lra.band_attention, given)
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
