@@ -8,12 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lra.config.recipe import Optim
+from lra.config import match
+from lra.config.recipe import Data, Optim, Recipe
 from lra.encoder import Cost, Encoder
 from lra.errors import UserError
 from lra.model import Batch, Classifier
+from lra.profiling import flops
+from lra.registry import architectures
 from lra.task import Protocol
 from lra.training import optimisers
+from lra.training.run_record import model_work
 
 TOKENS = Protocol("tokens", length=8, vocabulary=11)
 PIXELS = Protocol("pixels", length=8, channels=3, scale=(0.5, 0.25))
@@ -110,6 +114,22 @@ def test_work_of_a_batch_is_charged_once() -> None:
     head = 2 * (24 * 6 + 6 * 2)
     found = Classifier(WithKernel(), TOKENS, 2, 2, "mean").cost(8)
     assert (found.matmul, found.batch_matmul) == (24 + head, 30)
+
+
+@pytest.mark.parametrize("towers", [1, 2])
+def test_a_record_and_a_budget_charge_an_example_its_share_of_the_batch(towers: int) -> None:
+    encoder = architectures.get("linear_ssm")(d_model=6, n_layers=1, length=8)
+    model = Classifier(encoder, TOKENS, 2, towers, "mean")
+    work = model_work(model, TOKENS, 4)
+    shape = (4, towers, 8)
+    zeros = torch.zeros(shape, dtype=torch.uint8), torch.ones(shape, dtype=torch.bool), *torch.zeros(2, 4).long()
+    counted = flops.model_flops(model, Batch(*zeros))
+    for key in ("forward", "matmul", "forward_backward"):
+        assert work[key] == pytest.approx(getattr(counted, key) / 4, rel=1e-6)
+    assert work["matmul_by_formula"] == pytest.approx(work["matmul"], rel=0.01)
+    assert work["convention"].endswith("one example of a batch of 4")
+    recipe = Recipe("r", "listops", "linear_ssm", data=Data(batch_size=4))
+    assert match._cost("flops", model, recipe, TOKENS) == 3 * model.cost(8).of_batch(4).total / 4
 
 
 def groups(patterns: Mapping[str, Mapping[str, float]], lr: float = 0.01) -> dict[int, tuple[float, float]]:
