@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -254,6 +255,13 @@ class StepsDifferently(Good):
         return super().step(x, tuple(2 * mean for mean in state))
 
 
+class ForgetsBetweenChunks(Good):
+    breaks = "step"
+
+    def chunk(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        return super().chunk(x, self.init_state(len(x)))
+
+
 class DoubledCost(Good):
     breaks = "cost"
 
@@ -269,6 +277,18 @@ class ForgottenWork(Good):
     def finish(self, x: Tensor) -> Tensor:
         waves = torch.fft.rfft(x.detach().repeat(1, 512) if x.dim() == 2 else x.detach().repeat(1, 1, 512)).real
         return x + 0 * waves[..., : x.shape[-1]]
+
+
+class ChargedToEverySequence(Good):
+    """A transform of its parameters, done once for a batch."""
+
+    breaks = "cost"
+
+    def finish(self, x: Tensor) -> Tensor:
+        return x + 0 * torch.fft.rfft(self.rates.detach()[0].repeat(4096)).real[: x.shape[-1]].to(x.dtype)
+
+    def cost(self, length: int) -> Cost:
+        return super().cost(length) + Cost(other=2.5 * 4096 * self.d_model * math.log2(4096 * self.d_model))
 
 
 class OverstatedGrowth(Good):

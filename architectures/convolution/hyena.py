@@ -122,9 +122,10 @@ class HyenaMixer(Mixer):
         width = self.out.in_features
         maps = Cost.linear(length, width, (self.order + 1) * width) + Cost.linear(length, width, width)
         transform = 2.5 * 2 * length * math.log2(2 * length)  # a real FFT over the doubled length
-        convolution = width * (3 * transform + 6 * length)
+        convolution = width * (2 * transform + 6 * length)
         light = length * width * (7.0 * (self.order + 1) + self.order)
-        return maps + self.filter.cost(length) + Cost(other=(self.order - 1) * convolution + light)
+        filters = (self.filter.cost(length) + Cost(other=(self.order - 1) * width * transform)).per_batch
+        return maps + filters + Cost(other=(self.order - 1) * convolution + light)
 
 
 class Hyena(Stack):

@@ -49,9 +49,11 @@ def mixed(x: Tensor, before: Tensor, mu: Tensor) -> Tensor:
     return mu * x + (1 - mu) * before
 
 
-def shifted(x: Tensor) -> Tensor:
-    """The token before each one, 0 before the first: (B, L, D) -> (B, L, D)."""
-    return F.pad(x[:, :-1], (0, 0, 1, 0))
+def shifted(x: Tensor, before: Tensor | None = None) -> Tensor:
+    """The token before each one, `before` (B, D) or 0 before the first: (B, L, D) -> (B, L, D)."""
+    if before is None:
+        return F.pad(x[:, :-1], (0, 0, 1, 0))
+    return torch.cat([before.unsqueeze(1), x[:, :-1]], dim=1)
 
 
 def ramp(d_model: int, layer: int, n_layers: int) -> Tensor:
@@ -107,6 +109,12 @@ class TimeMix(Mixer):
         o, sums = wkv(k.unsqueeze(1), v.unsqueeze(1), self.w, self.u, h0=sums, return_state=True)
         return self.output(r * o.squeeze(1)), (x, sums)
 
+    def chunk(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        before, sums = state
+        r, k, v = self._views(x, shifted(x, before))
+        o, sums = wkv(k, v, self.w, self.u, h0=sums, return_state=True)
+        return self.output(r * o), (x[:, -1], sums)
+
 
 class ChannelMix(Mixer):
     """(B, L, D) -> (B, L, D): the feed-forward part, which sees the token before."""
@@ -141,6 +149,9 @@ class ChannelMix(Mixer):
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """State: the token before (B, D)."""
         return self._mix(x, state), x
+
+    def chunk(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return self._mix(x, shifted(x, state)), x[:, -1]
 
 
 class RWKV4(Stack):
@@ -204,3 +215,6 @@ class RWKV4(Stack):
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         return super().step(self.norm_0(x), state)
+
+    def chunk(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        return super().chunk(self.norm_0(x), state)

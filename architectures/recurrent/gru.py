@@ -75,6 +75,10 @@ class GRUMixer(Mixer):
         h = z * state + (1 - z) * torch.tanh(n + r * u_n)
         return h, h
 
+    def chunk(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        h, last = recurrent_cell(self.input(x), self.U, self.c, self.cell, state, return_state=True)
+        return h, last
+
 
 class GRU(Stack):
     """horizon: the longest memory, in tokens, that the update gates start with; `length` unless given, 2 for none.

@@ -89,6 +89,10 @@ class IndRNNMixer(Mixer):
         h = torch.relu(self.input(x) + self.recurrent_weight() * state)
         return h, h
 
+    def chunk(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        h, last = recurrent_cell(self.input(x), self.recurrent_weight(), None, "indrnn", state, return_state=True)
+        return h, last
+
 
 class IndRNN(Stack):
     """gamma: how many times larger a unit's memory may get over `length` tokens. last_holds: start the last layer with

@@ -114,6 +114,13 @@ class LSTMMixer(Mixer):
         h = torch.sigmoid(parts[-1] + p[-1] * c) * torch.tanh(shown)
         return h, (h, c)
 
+    def chunk(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        x, b = (self.input(x), None) if self.norm is None else (self._entering(x), self.input.bias)
+        y, h, c = recurrent_cell(
+            x, self.U, b, self.cell, state[0], c0=state[1], peephole=self.p, norm=self.norm, return_state=True
+        )
+        return y, (h, c)
+
 
 class LSTM(Stack):
     """peephole: gates see the cell. coupled: the forget gate is 1 - i. layernorm: norms inside the recurrence.

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._dropout import Dropout
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
 from lra.encoder import Card, Cost, Mixer
@@ -66,7 +67,7 @@ class LRUMixer(Mixer):
         self.C = nn.Parameter(torch.randn(1 if causal else 2, d_model, state_size, 2) / math.sqrt(state_size))
         self.d = nn.Parameter(torch.randn(d_model))
         self.out = nn.Linear(d_model, 2 * d_model)  # rows: W_1, W_2
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def _decay(self) -> Tensor:
         """lambda: (N,) complex."""
@@ -109,6 +110,10 @@ class LRUMixer(Mixer):
         """State: s (B, N) complex."""
         state = self._decay() * state + self._enter(x)
         return self._project(self._leave([state], x)), state
+
+    def chunk(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        s = linear_scan(self._decay()[None, None], self._enter(x), state)
+        return self._project(self._leave([s], x)), s[:, -1]
 
 
 class LRU(Stack):

@@ -36,6 +36,7 @@ from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._ssm import initial_log_dt
 from lra.architectures._stack import Block, Stack
+from lra.architectures._window import continued_conv1d
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.causal_conv1d import causal_conv1d
 from lra.kernels.selective_scan import selective_scan
@@ -109,6 +110,12 @@ class MambaMixer(Mixer):
         h = torch.exp(dt.unsqueeze(-1) * A) * state[1] + (dt * u).unsqueeze(-1) * B.unsqueeze(1)
         y = torch.einsum("ben,bn->be", h, C) + self.d * u
         return self.out(y * F.silu(z)), (window[:, 1:], h)
+
+    def chunk(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        u, z = self.into(x).chunk(2, dim=-1)
+        u, window = continued_conv1d(u, state[0], self.conv_weight, self.conv_bias, "silu")
+        y, h = selective_scan(u, *self._scan_arguments(u), self.d, z, h0=state[1], return_state=True)
+        return self.out(y), (window, h)
 
 
 class Mamba(Stack):

@@ -36,6 +36,7 @@ from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._ssm import initial_log_dt
 from lra.architectures._stack import Block, Stack
+from lra.architectures._window import continued_conv1d
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.causal_conv1d import causal_conv1d
 from lra.kernels.ssd import ssd
@@ -117,6 +118,14 @@ class Mamba2Mixer(Mixer):
         decay = torch.exp(-dt * self.A_log.exp())[..., None, None]
         h = decay * state[1] + torch.einsum("bh,bhp,bhn->bhpn", dt, heads, B)
         return self._finish(torch.einsum("bhpn,bhn->bhp", h, C), heads, z), (window[:, 1:], h)
+
+    def chunk(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        z, xBC, dt = self.into(x).split(self.sizes, dim=-1)
+        xBC, window = continued_conv1d(xBC, state[0], self.conv_weight, self.conv_bias, "silu")
+        heads, B, C = self._split(xBC)
+        dt = F.softplus(wide(dt) + self.dt_bias)
+        y, h = ssd(heads, dt, -self.A_log.exp(), B, C, CHUNK, h0=state[1], return_state=True)
+        return self._finish(y, heads, z), (window, h)
 
 
 class Mamba2(Stack):

@@ -38,6 +38,8 @@ from lra.registry import Constructor, architectures
 from lra.training.optimisers import KEYS, parameter_groups
 
 WIDTH, LAYERS, LENGTH, LONGEST = 16, 2, 32, 64
+BATCHES = (1, 3)
+SPLITS = 2
 
 
 class Broken(Exception):
@@ -132,10 +134,13 @@ def reloaded(subjects: Sequence[Subject]) -> list[str]:
         place = Path(folder, "jobs.pt")
         torch.save({"jobs": jobs, "x": x, "mask": mask, "threads": torch.get_num_threads()}, place)
         script = "import sys; from lra.conformance import checks; checks.reload(sys.argv[1])"
-        there = [sys.executable, "-c", script, str(place)]
         paths = os.pathsep.join(p or os.getcwd() for p in sys.path)
         done = subprocess.run(
-            there, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False
+            [sys.executable, "-c", script, str(place)],
+            env={**os.environ, "PYTHONPATH": paths},
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -352,7 +357,7 @@ def causal(subject: Subject) -> None:
 
 
 def step(subject: Subject) -> str | None:
-    """token by token, step gives what forward gives"""
+    """token by token and in chunks, recurrent mode gives what forward gives"""
     if not subject.declares("step"):
         raise NotDeclared("recurrent mode not declared")
     x, mask = inputs([LENGTH, LENGTH], LENGTH)
@@ -361,8 +366,8 @@ def step(subject: Subject) -> str | None:
         state = encoder.init_state(len(x))
     except NotImplementedError:
         return "no recurrent mode: init_state is not implemented"
-    state = tree_map_only(Tensor, lambda t: cast(t, torch.float64), state)
-    expected = outputs(encoder, x, mask)
+    start = tree_map_only(Tensor, lambda t: cast(t, torch.float64), state)
+    expected, state = outputs(encoder, x, mask), start
     torch.manual_seed(0)
     for t in range(LENGTH):
         with torch.no_grad():
@@ -371,20 +376,47 @@ def step(subject: Subject) -> str | None:
             raise Broken(f"step returned {tuple(y.shape)} for a token of shape {tuple(x[:, t].shape)}")
         if (error := (y - expected[:, t]).abs().max().item()) > EXACT:
             raise Broken(f"step and forward differ by {error:.2g} at token {t} (float64): one of them is wrong")
+    for number in range(SPLITS):
+        _chunks(encoder, x, expected, start, number)
     return None
 
 
+@torch.no_grad()
+def _chunks(encoder: Encoder, x: Tensor, expected: Tensor, state: Any, number: int) -> None:
+    """Chunks between places drawn at random, chunks and steps in turns from the second split on."""
+    draw = torch.Generator().manual_seed(number)
+    places = torch.randperm(LENGTH - 1, generator=draw)[:4].add(1).sort().values.tolist()
+    for first, last in pairwise([0, *places, LENGTH]):
+        middle = first + (1 if number else 0)
+        parts = []
+        if middle > first:
+            y, state = encoder.step(x[:, first], state)
+            parts.append(y.unsqueeze(1))
+        if middle < last:
+            y, state = encoder.chunk(x[:, middle:last], state)
+            parts.append(y)
+        y = torch.cat(parts, dim=1)
+        if y.shape != x[:, first:last].shape:
+            raise Broken(f"chunk returned {tuple(y.shape)} for tokens of shape {tuple(x[:, first:last].shape)}")
+        if not (found := (y - expected[:, first:last]).abs().max().item()) <= EXACT:
+            raise Broken(
+                f"chunk and forward differ by {found:.2g} in tokens {first} to {last - 1} (float64), cut at "
+                f"{', '.join(map(str, places))}: chunk starts from the state or leaves it wrongly"
+            )
+
+
 def cost(subject: Subject) -> None:
-    """cost(length) agrees with the FLOP counter"""
+    """cost(length) agrees with the FLOP counter, at more than one batch size"""
     if not subject.declares("cost"):
         raise NotDeclared("cost not declared; FLOPs are those PyTorch's dispatcher counts")
     for how, encoder in subject.directions(torch.float32, length=128):
-        for length in (32, 64, 128):
-            _agrees(encoder, length, how)
+        for length, batch in ((32, 1), (64, 3), (128, 1)):
+            _agrees(encoder, length, batch, how)
+        _splits(encoder, 128, how)
     if subject.constructor.declared:
         built = [shaped(partial(subject.encoder, torch.float32, length=n, n_layers=1)) for n in LONG]
         observed = growth([encoder.cost(n).total for n, encoder in zip(LONG, built, strict=True)])
-        if observed != built[0].scaling:
+        if built[0].scaling in SCALINGS and observed != built[0].scaling:
             raise Broken(f"work is declared to grow as {built[0].scaling}, but cost grows as {observed}")
 
 
@@ -402,19 +434,34 @@ def growth(work: Sequence[float]) -> str:
     return SCALINGS[place] if 1 <= place < len(SCALINGS) else f"none of {', '.join(SCALINGS)}"
 
 
-def _agrees(encoder: Encoder, length: int, how: str) -> None:
-    report, declared = encoder_flops(encoder, 1, length, device="", backward=False), encoder.cost(length)
+def _agrees(encoder: Encoder, length: int, batch: int, how: str) -> None:
+    report = encoder_flops(encoder, batch, length, device="", backward=False)
+    declared = encoder.cost(length).of_batch(batch)
     own = [work for op, work in report.operators.items() if op.startswith("lra.")]
     # the work of our own operators may be declared as matmul or as other; that of PyTorch's products may not
     sums = [report.matmul + sum(part) for n in range(len(own) + 1) for part in itertools.combinations(own, n)]
+    words = f"{how}cost({length}).of_batch({batch})"
     if all(abs(declared.matmul - counted) > 0.01 * max(counted, 1.0) for counted in sums):
         ratio = declared.matmul / max(report.matmul, 1.0)
         raise Broken(
-            f"{how}cost({length}).matmul is {declared.matmul:,.0f}, {ratio:.3g} times what was counted: "
+            f"{words}.matmul is {declared.matmul:,.0f}, {ratio:.3g} times what was counted: "
             f"{report.matmul:,.0f} in products, {sum(own):,.0f} in kernels (a multiply-add is 2)"
         )
     if declared.total < 0.5 * report.forward:
-        raise Broken(f"{how}cost({length}).total is {declared.total:,.0f}; counted were {report.forward:,.0f}")
+        raise Broken(f"{words}.total is {declared.total:,.0f}; counted were {report.forward:,.0f}")
+
+
+def _splits(encoder: Encoder, length: int, how: str) -> None:
+    """What is done once for a batch, and what for each sequence, is charged to the right one."""
+    one, more = (encoder_flops(encoder, n, length, device="", backward=False).forward for n in BATCHES)
+    once = (BATCHES[1] * one - BATCHES[0] * more) / (BATCHES[1] - BATCHES[0])
+    declared = encoder.cost(length)
+    shared = declared.batch_matmul + declared.batch_other
+    if abs(shared - once) > 0.2 * max(declared.total, one):
+        raise Broken(
+            f"{how}cost({length}) declares {shared:,.0f} as done once for a batch; counted were {once:,.0f} of "
+            f"{one:,.0f} at a batch of one: charge the kernels that sequences share with Cost.per_batch"
+        )
 
 
 def save(subject: Subject) -> None:

@@ -320,19 +320,21 @@ def measure_cell(cell: Cell, device: torch.device) -> dict[str, Any]:
     workload = Workload(cell, device)
     sizes = _memory(workload)
     given = workload.inputs(cell.length)
-    one = first_of(given)
-    work = flops.count(workload.model, *one)
+    # for the whole batch, because some work is done once for it; reported for one sequence
+    work, size = flops.count(workload.model, *given), cell.batch
     try:
-        declared: float | None = workload.model.cost(cell.length).matmul  # type: ignore[operator]
+        declared: float | None = workload.model.cost(cell.length).of_batch(size).matmul  # type: ignore[operator]
     except NotImplementedError:
         declared = None
+    products = work.matmul if declared is None else work.counterpart(declared)
 
     return {
         "parameters": sum(p.numel() for p in workload.model.parameters()),
         "flops": {
-            "forward": work.forward, "algorithmic": work.algorithmic, "forward_backward": work.forward_backward,
-            "matmul_counted": work.matmul if declared is None else work.counterpart(declared),
-            "matmul_by_formula": declared, "uncounted": tuple(sorted(work.uncounted)), "counted_on": work.device,
+            "forward": work.forward / size, "algorithmic": work.algorithmic / size,
+            "forward_backward": work.forward_backward / size, "matmul_counted": products / size,
+            "matmul_by_formula": None if declared is None else declared / size,
+            "uncounted": tuple(sorted(work.uncounted)), "counted_on": work.device,
         },
         **_times(workload, given),
         "memory": sizes,

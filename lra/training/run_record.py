@@ -35,7 +35,8 @@ def record(
     protocol, baseline, test = prepared.protocol, floors(prepared), records.Score(**measured["test"])
     majority = baseline["majority class"]
     other = {key: value for key, value in more.items() if key not in ("speed", "memory", "environment")}
-    speed, work = records.Speed(**more["speed"]), model_work(model, protocol)
+    speed = records.Speed(**more["speed"])
+    work = model_work(model, protocol, recipe.data.batch_size / recipe.train.accumulate)
     if "pretraining" in other:
         other["pretraining"] = records.PretrainingSpeed(**other["pretraining"])
         other["compute"] = _compute(other["pretraining"], speed, work.forward_backward or 0.0)
@@ -43,6 +44,9 @@ def record(
         other["refused_implementations"] = tuple(other["refused_implementations"])
     if "curve" in other:
         other["curve"] = tuple(records.CurvePoint(**point) for point in other["curve"])
+    if "rate_search" in other:
+        trials = tuple(records.Trial(**trial) for trial in other["rate_search"]["trials"])
+        other["rate_search"] = records.RateSearch(**other["rate_search"] | {"trials": trials})
     if "compile" in other:
         other["compile"] = records.Compilation(**other["compile"])
     where = dict(more["environment"])
@@ -100,24 +104,32 @@ def _compute(
     return stages | {"total": records.StageCompute(**total)}
 
 
-def model_work(model: Classifier, protocol: Protocol) -> records.ModelWork:
-    """Work for one example of the protocol's full length, counted and by formula."""
-    shape = (1, model.towers, protocol.length)
-    values = torch.zeros(shape if protocol.vocabulary else (*shape, protocol.channels), dtype=torch.uint8)
-    one = torch.zeros(1, dtype=torch.int64)
-    like = next(model.parameters())
-    batch = Batch(*(t.to(like.device) for t in (values, torch.ones(shape, dtype=torch.bool), one, one)))
-    report = flops.model_flops(model, batch)
+def model_work(model: Classifier, protocol: Protocol, size: float) -> records.ModelWork:
+    """Work for one example of a batch of `size`, whose towers are as long as the protocol allows, counted and by
+    formula. It includes the example's share of what is done once for a batch."""
+    one, two = (flops.model_flops(model, _full_batch(model, protocol, count)) for count in (1, 2))
+
+    def share(alone: float, pair: float) -> float:
+        return pair - alone + (2 * alone - pair) / size
+
     try:
-        analytic: float | None = model.cost(protocol.length).matmul
+        analytic: float | None = model.cost(protocol.length).of_batch(size).matmul / size
     except NotImplementedError:
         analytic = None
     return records.ModelWork(
         length=protocol.length,
-        forward=report.forward,
-        forward_backward=report.forward_backward,
-        matmul=report.matmul,
+        forward=share(one.forward, two.forward),
+        forward_backward=share(one.forward_backward, two.forward_backward),
+        matmul=share(one.matmul, two.matmul),
         matmul_by_formula=analytic,
-        uncounted=tuple(sorted(report.uncounted)),
-        convention="multiply-add = 2; one example",
+        uncounted=tuple(sorted(one.uncounted)),
+        convention=f"multiply-add = 2; one example of a batch of {size:g}",
     )
+
+
+def _full_batch(model: Classifier, protocol: Protocol, examples: int) -> Batch:
+    shape = (examples, model.towers, protocol.length)
+    values = torch.zeros(shape if protocol.vocabulary else (*shape, protocol.channels), dtype=torch.uint8)
+    numbers = torch.zeros(examples, dtype=torch.int64)
+    device = next(model.parameters()).device
+    return Batch(*(t.to(device) for t in (values, torch.ones(shape, dtype=torch.bool), numbers, numbers)))

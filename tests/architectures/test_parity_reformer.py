@@ -164,7 +164,7 @@ def seen_by(mixer: LSHMixer, buckets: Tensor) -> Tensor:
     """Equation 6 with an explicit L x L mask, over all rounds: (B, H, L, L)."""
     length = buckets.shape[-1]
     place = (buckets.long() * length + torch.arange(length)).argsort(-1).argsort(-1)
-    near, reach = (place, mixer.chunk) if mixer.causal else (place // mixer.chunk, 1)
+    near, reach = (place, mixer.chunk_size) if mixer.causal else (place // mixer.chunk_size, 1)
     apart = near[..., None] - near[..., None, :]
     return ((buckets[..., None] == buckets[..., None, :]) & (apart >= 0) & (apart <= reach)).any(2)
 

@@ -109,6 +109,16 @@ def test_a_cell_holds_work_speed_and_memory() -> None:
     assert set(found["seconds"]) == {"forward", "train", "step"}
 
 
+def test_work_done_once_for_a_batch_is_shared_by_its_sequences() -> None:
+    cell = Cell("linear_ssm", direction="causal", **SMALL)
+    found = profiler.measure_cell(cell, CPU)["flops"]
+    cost = profiler.Workload(cell, CPU).model.cost(cell.length)  # type: ignore[operator]
+    assert cost.batch_matmul > cost.matmul
+    assert found["matmul_by_formula"] == cost.matmul + cost.batch_matmul / cell.batch
+    assert found["matmul_counted"] == pytest.approx(found["matmul_by_formula"], rel=0.01)
+    assert found["forward"] < 0.75 * cost.total
+
+
 def test_a_classifier_of_bytes_and_a_kernel_that_is_a_product() -> None:
     found = profiler.measure_cell(Cell("gru", task="bytes", **SMALL), CPU)
     assert found["flops"]["matmul_counted"] == pytest.approx(found["flops"]["matmul_by_formula"], rel=0.01)

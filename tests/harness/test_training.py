@@ -133,6 +133,46 @@ def test_truncation_cuts_the_gradient_and_nothing_else() -> None:
         execution.truncate(encoder(direction="bidirectional"), 5)
 
 
+@pytest.mark.parametrize("name", ["gru", "s4d", "mamba", "tcn", "linear_ssm", "s4"])
+def test_a_cut_longer_than_the_sequence_changes_no_gradient(name: str) -> None:
+    net = encoder(name).double()
+    net._apply(lambda t: t.to(torch.complex128) if t.is_complex() else t)
+    x, mask = torch.randn(2, 20, 8, dtype=torch.float64), torch.ones(2, 20, dtype=torch.bool)
+    whole = gradients(net, x, mask)
+    execution.truncate(net, 50)
+    for a, b in zip(gradients(net, x, mask), whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("linear_ssm", ("A", "B", "log_dt")), ("s4", ("C_tilde", "B"))])
+def test_parameters_in_the_state_learn_from_every_chunk(name: str, parameters: tuple[str, ...]) -> None:
+    net = encoder(name)
+    execution.truncate(net, 5)
+    y = net(torch.randn(2, 20, 8), torch.ones(2, 20, dtype=torch.bool))
+    (y[:, -1] * torch.arange(8)).sum().backward()
+    for parameter in parameters:
+        assert net.layers[0].mixer.get_parameter(parameter).grad.abs().sum() > 0
+
+
+def test_chunks_are_recomputed_as_well() -> None:
+    net = encoder("gru", dropout=0.3)
+    x, mask = torch.randn(3, 20, 8), torch.ones(3, 20, dtype=torch.bool)
+    execution.truncate(net, 5)
+    plain, runs = gradients(net, x, mask), 0
+    inner = net.layers[0].mixer.chunk
+
+    def counted(*given: Any) -> Any:
+        nonlocal runs
+        runs += 1
+        return inner(*given)
+
+    net.layers[0].mixer.chunk = counted
+    execution.recompute(net)
+    again = gradients(net, x, mask)
+    assert runs == 8
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
 def test_a_run_may_be_truncated_and_recomputed(places: Path) -> None:
     record = go({"train.tbptt": "6", "model.direction": "causal", "train.checkpointing": "true"})
     assert record.recipe.train["tbptt"] == 6
