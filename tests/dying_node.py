@@ -31,7 +31,7 @@ def running(raylet: int) -> str:
         # processes end while they are looked at
         with suppress(OSError, ValueError):
             words, above = (place / "cmdline").read_text().split("\0"), int(place.name)
-            while "lra.cli.app" in words and above > 1:
+            while "lra.cli" in words and above > 1:
                 above = int(Path(f"/proc/{above}/stat").read_text().rpartition(")")[2].split()[1])
                 if above == raylet:
                     return " ".join(words)

@@ -20,7 +20,7 @@ def doctor(
     from lra.errors import unknown
     from lra.operators import doctor as diagnosis
     from lra.operators import parity
-    from lra.training.run import device
+    from lra.training.device import device
 
     if op and op not in parity.operators():
         raise unknown("operator", op, parity.operators())
@@ -51,7 +51,7 @@ def bench(
     from lra.operators import bench as benchmark
     from lra.operators import parity
     from lra.results import result
-    from lra.training.run import device
+    from lra.training.device import device
 
     here = device()
     if models:
@@ -84,7 +84,7 @@ def bench(
 def _models(name: str, budget: float) -> None:
     from lra.operators import bench as benchmark
     from lra.results import result
-    from lra.training.run import device
+    from lra.training.device import device
 
     with console.status("starting") as status:
         found = benchmark.bench_models(

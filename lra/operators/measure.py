@@ -23,7 +23,7 @@ from rich.console import Console
 from lra.results import result
 
 ROOT = Path(__file__).resolve().parents[2]
-LRA = ("-m", "lra.cli.app")
+LRA = ("-m", "lra.cli")
 PARTS: dict[str, tuple[tuple[str, ...], float]] = {
     "tests": (("-m", "pytest", "-q", "-m", "gpu", "tests"), 0.30),
     "bench": ((*LRA, "bench", "--budget", "0.5"), 0.25),

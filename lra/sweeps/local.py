@@ -34,12 +34,12 @@ def finished(cell: Cell, root: Path) -> bool:
         return False
     from lra.registry import tasks
     from lra.results import result
-    from lra.training.run import resolved
+    from lra.training.request import resolve
 
-    found, _, _ = resolved(cell.request())
+    recipe, _ = resolve(cell.request())
     place = root / "runs" / tasks.get(cell.task).cls.name / result.slug(cell.architecture)
-    pattern = f"*-{found.hash[:8]}-s{cell.seed}-*.json"
-    return any(_recipe_of(path) == found.hash for path in place.glob(pattern))
+    pattern = f"*-{recipe.hash[:8]}-s{cell.seed}-*.json"
+    return any(_recipe_of(path) == recipe.hash for path in place.glob(pattern))
 
 
 def _recipe_of(path: Path) -> str:
@@ -53,7 +53,7 @@ def _recipe_of(path: Path) -> str:
 
 
 def command(cell: Cell, *more: str) -> list[str]:
-    return [sys.executable, "-m", "lra.cli.app", *cell.arguments(), *more]
+    return [sys.executable, "-m", "lra.cli", *cell.arguments(), *more]
 
 
 def carry_out(
@@ -180,9 +180,9 @@ def begun(cell: Cell) -> bool:
     elsewhere = cell.options.get("checkpoint-dir")
     if not elsewhere and not result.unfinished().is_dir():
         return False
-    from lra.training.run import folder_of, resolved
+    from lra.training.request import folder_of, resolve
 
     request = cell.request()
-    folder = folder_of(request, resolved(request)[0])
+    folder = folder_of(request, resolve(request)[0])
     place = Path(elsewhere) / folder.name if elsewhere else folder / "checkpoints"
     return any((place / name).is_file() for name in ("last.ckpt", "pretraining/last.ckpt", "pretraining/done.ckpt"))

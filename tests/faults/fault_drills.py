@@ -42,7 +42,8 @@ def job_run(seed: int = 0, resume: bool = True, settings: Mapping[str, str] | No
     from rich.console import Console
 
     from lra.errors import UserError
-    from lra.training.run import Request, run
+    from lra.training.request import Request
+    from lra.training.run import run
 
     request = {"task": TINY, "architecture": "gru", "recipe": "quick", "seed": seed, "settings": settings or SMALL}
     try:
@@ -85,7 +86,7 @@ def job_sweep(**_: Any) -> int:
 
 
 def forked(words: list[str], *, stdout: Any, check: bool = False, **_: Any) -> Any:
-    """What `subprocess.run` of `python -m lra.cli.app ...` does, without the seconds of starting Python."""
+    """What `subprocess.run` of `python -m lra.cli ...` does, without the seconds of starting Python."""
     from typer.testing import CliRunner
 
     from lra.cli.app import app
@@ -94,7 +95,7 @@ def forked(words: list[str], *, stdout: Any, check: bool = False, **_: Any) -> A
     pid = os.fork()
     if pid == 0:
         local._end_with_parent()
-        done = CliRunner().invoke(app, words[words.index("lra.cli.app") + 1 :])
+        done = CliRunner().invoke(app, words[words.index("lra.cli") + 1 :])
         stdout.write(done.output + (repr(done.exception) if done.exception else ""))
         stdout.flush()
         os._exit(done.exit_code)

@@ -15,7 +15,8 @@ import pytest
 from rich.console import Console
 
 from lra.errors import UserError
-from lra.training.run import Request, run
+from lra.training.request import Request
+from lra.training.run import run
 
 HERE = Path(__file__).parents[1]
 TINY = f"{HERE / 'tiny_task.py'}:Tiny"
@@ -39,7 +40,7 @@ def go(*loggers: str) -> None:
 
 def launched(logger: str) -> None:
     """In a process of its own: these packages warn, thread and start services."""
-    command = [sys.executable, "-m", "lra.cli.app", "run", TINY, "gru", "--recipe", "quick", "--logger", logger]
+    command = [sys.executable, "-m", "lra.cli", "run", TINY, "gru", "--recipe", "quick", "--logger", logger]
     command += [part for key, value in SMALL.items() for part in ("--set", f"{key}={value}")]
     environment = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -77,5 +77,5 @@ def test_what_a_part_leaves_unused_goes_to_those_after_it(tmp_path: Path, monkey
 def test_the_parts_are_commands_of_this_project() -> None:
     assert sum(share for _, share in PARTS.values()) == pytest.approx(1)
     for arguments, _ in PARTS.values():
-        words = [*arguments[:3], "--help"] if "lra.cli.app" in arguments else [*arguments[:2], "--version"]
+        words = [*arguments[:3], "--help"] if "lra.cli" in arguments else [*arguments[:2], "--version"]
         assert subprocess.run([sys.executable, *words], capture_output=True, check=False).returncode == 0

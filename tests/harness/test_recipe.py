@@ -10,7 +10,7 @@ from lra.config import recipe
 from lra.config.recipe import Optim
 from lra.errors import UserError
 from lra.registry import architectures, tasks
-from lra.training.run import Request, resolved
+from lra.training.request import Request, resolve
 
 FILE = """
 [default.train]
@@ -120,14 +120,14 @@ def test_unknown_recipes_and_encoder_keys_get_the_nearest_name() -> None:
     with pytest.raises(UserError, match="did you mean 'quick'"):
         recipe.resolve("quik", "listops", "gru")
     with pytest.raises(UserError, match=r"did you mean 'encoder\.n_heads'"):
-        resolved(Request("listops", "transformer", "quick", settings={"encoder.n_head": "2"}))
+        resolve(Request("listops", "transformer", "quick", settings={"encoder.n_head": "2"}))
 
 
 @pytest.mark.parametrize("name", [n for n in recipe.names() if not n.startswith("paper/")])
 @pytest.mark.parametrize("task", tasks.names())
 @pytest.mark.parametrize("architecture", architectures.names())
 def test_every_recipe_resolves_for_every_cell(name: str, task: str, architecture: str) -> None:
-    found, origin, _ = resolved(Request(task, architecture, name))
+    found, origin = resolve(Request(task, architecture, name))
     assert found.train.steps >= found.train.evaluate_every
     assert all(source for source in origin.values())
 
@@ -136,7 +136,8 @@ def test_every_recipe_resolves_for_every_cell(name: str, task: str, architecture
 def test_matched_recipes_stay_within_110_percent_of_the_transformer(name: str) -> None:
     sizes = {}
     for architecture in ("transformer", name):
-        found, _, constructor = resolved(Request("image", architecture, "matched"))
+        found, _ = resolve(Request("image", architecture, "matched"))
+        constructor = architectures.get(architecture)
         shape = {"d_model": found.model.d_model, "n_layers": found.model.n_layers, "length": 1024}
         if "direction" in constructor.options():
             shape["direction"] = found.model.direction  # type: ignore[assignment]
