@@ -20,7 +20,7 @@ from lra.cli.operators import bench, doctor
 from lra.cli.profile import profile
 from lra.cli.report import diff, leaderboard, report
 from lra.cli.train import run, show, sweep
-from lra.errors import unknown
+from lra.errors import UserError, unknown
 from lra.registry import architectures, tasks
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -58,7 +58,7 @@ def list_(
         raise unknown("family", family, families)
     cards = [card for card in cards if not family or card["family"] == family]
     if not cards:
-        raise unknown("architecture", pattern, architectures.names(), where="the patterns of `lra list`")
+        raise UserError(f"no architecture matches {pattern!r}; `lra list` shows all")
     entries = [tasks.facts(name) for name in tasks.names()] if pattern == "*" and not family else []
     if as_json:
         print(json.dumps({"architectures": cards, "tasks": entries}, indent=1, sort_keys=True))

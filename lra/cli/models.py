@@ -29,9 +29,7 @@ SUFFIXES = (".txt", ".jsonl", ".npy")
 def predict(
     run: Run,
     file: Annotated[str, typer.Argument(metavar="FILE", help="train, validation, test, or a .txt, .jsonl or .npy.")],
-    probabilities: Annotated[
-        bool, typer.Option("--probabilities", help="Of every class, not the class alone.")
-    ] = False,
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="Those of every class.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a CSV file instead of printing.")] = None,
     dry_run: DryRun = False,
     checkpoint_dir: Checkpoints = None,

@@ -104,7 +104,7 @@ def resolve(request: Request) -> tuple[Recipe, dict[str, str]]:
     if request.protocol:
         recipe = replace(recipe, data=replace(recipe.data, protocol=request.protocol))
         origin["data.protocol"] = "--protocol"
-    if recipe.data.protocol:
+    if origin["data.protocol"].startswith("--"):
         _check_protocol(request.task, recipe.data.protocol)
     if request.pretrain:
         if request.pretrain not in OBJECTIVES:
