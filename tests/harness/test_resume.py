@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
@@ -20,6 +21,8 @@ from lra.registry import architectures
 from lra.results import result
 from lra.training import checkpoint
 from lra.training.callbacks import SCHEMA, Stop, ThroughputMeter
+from lra.training.metrics_file import MetricsFile
+from lra.training.module import Training
 from lra.training.placement import Placement
 from lra.training.request import Request
 from lra.training.run import run
@@ -78,15 +81,15 @@ def go(settings: dict[str, str] | None = None, **more: Any) -> Path:
     return run(Request(TINY, "gru", "quick", settings=SMALL | (settings or {}), **more), Console(quiet=True))
 
 
-def interrupted(monkeypatch: pytest.MonkeyPatch, **more: Any) -> None:
+def interrupted(monkeypatch: pytest.MonkeyPatch, at: int = 7, **more: Any) -> None:
     def stopping(self: Stop, trainer: Any, *rest: Any) -> None:
-        self.reason = "the test" if trainer.global_step == 7 else ""
+        self.reason = "the test" if trainer.global_step == at else ""
         original(self, trainer, *rest)
 
     original = Stop.on_train_batch_end
     with monkeypatch.context() as patch:
         patch.setattr(Stop, "on_train_batch_end", stopping)
-        with pytest.raises(Interrupted, match="step 7 of 12"):
+        with pytest.raises(Interrupted, match=f"step {at} of"):
             go(**more)
 
 
@@ -200,10 +203,58 @@ def test_a_run_resumed_twice_counts_every_leg() -> None:
     assert 1000 < meter.state_dict()["earlier"] < 1600
 
 
-def test_the_log_of_an_interrupted_run_is_kept(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_of_a_resumed_run_is_that_of_one_never_stopped(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def logged() -> list[tuple[str, str]]:
+        (log,) = places.rglob("metrics*.csv")
+        return [(row["step"], row["validation_loss"]) for row in csv.DictReader(log.read_text().splitlines())]
+
+    go()
+    whole = logged()
     interrupted(monkeypatch)
+    assert logged() == whole[:2]
     go(resume=True)
-    assert sorted(p.name for p in places.rglob("metrics*.csv")) == ["metrics-0.csv", "metrics.csv"]
+    assert logged() == whole
+    assert [step for step, _ in whole] == ["5", "5", "11", "11"]
+
+
+def test_rows_logged_after_the_checkpoint_are_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "log" / "metrics.csv"
+    first = MetricsFile(path)
+    for step, loss in ((5, 1.0), (9, 0.5)):
+        first.log_metrics({"loss": loss, "epoch": 0}, step)
+    with path.open("a") as file:
+        file.write("0,0.")
+    MetricsFile(path, 7).log_metrics({"loss": 0.4, "epoch": 0, "more": torch.tensor(2.0)}, 9)
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    assert [(row["step"], row["loss"], row["more"]) for row in rows] == [("5", "1.0", ""), ("9", "0.4", "2.0")]
+    MetricsFile(path).log_metrics({"loss": 3.0}, 1)
+    assert path.read_text().splitlines() == ["loss,step", "3.0,1"]
+
+
+def test_a_finished_run_is_not_resumed(places: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = go()
+    before = path.stat().st_mtime_ns
+    assert run(Request(TINY, "gru", "quick", settings=SMALL, resume=True), Console(width=500)) == path.resolve()
+    assert "this run is finished" in capsys.readouterr().out
+    assert path.stat().st_mtime_ns == before
+    assert list(places.rglob("runs/tiny/gru/*.json")) == [path]
+    path.unlink()
+    with pytest.raises(UserError, match="its result .* is gone"):
+        go(resume=True)
+
+
+def test_a_tie_in_accuracy_goes_to_the_lower_loss(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = {6: 2.0, 12: 1.0, 18: 3.0}
+
+    def validation_step(self: Training, batch: Any, _: int) -> None:
+        self.validation_accuracy.update(batch.labels, batch.labels)
+        self.validation_loss.update(torch.tensor(losses[self.trainer.global_step]))
+
+    monkeypatch.setattr(Training, "validation_step", validation_step)
+    assert result.read(go({"train.steps": "18"}))["validation"]["best_step"] == 12
+    # the loss to beat is in the checkpoint
+    interrupted(monkeypatch, settings={"train.steps": "18"}, at=13)
+    assert result.read(go({"train.steps": "18"}, resume=True))["validation"]["best_step"] == 12
 
 
 def test_more_devices_than_there_are_are_refused(places: Path) -> None:

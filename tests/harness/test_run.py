@@ -22,7 +22,8 @@ from lra.registry import tasks
 from lra.reports import leaderboard
 from lra.results import result
 from lra.training.callbacks import Stop
-from lra.training.request import Request
+from lra.training.construction import check_batch_memory
+from lra.training.request import Request, resolve
 from lra.training.run import run
 from lra.training.trained_run import load
 
@@ -172,6 +173,31 @@ def _until(condition: Callable[[], bool], process: subprocess.Popen[str], second
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.1)
+
+
+class Pair(torch.nn.Module):
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.map = torch.nn.Linear(d_model, d_model)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.map(x), x
+
+
+def test_what_cannot_run_is_one_line(places: Path) -> None:
+    for settings, architecture, says in (
+        ({"model.d_model": "1000000"}, "gru", r"model\.d_model=1000000 .* needs more than"),
+        ({}, Pair, r"Pair fails on its first batch: ValueError: Pair returned a tuple"),
+        ({"encoder.layer": "{...}"}, Pair, "Pair"),
+    ):
+        with pytest.raises(UserError, match=says) as error:
+            go(settings, architecture)  # type: ignore[arg-type]
+        assert "\n" not in str(error.value)
+    recipe, _ = resolve(Request(TINY, "gru", "quick", settings={"data.batch_size": "1000000000"}))
+    with pytest.raises(UserError, match=r"data\.batch_size=1000000000 .* needs more than"):
+        check_batch_memory(recipe, torch.device("cpu"), np.full((10**7, 1), 4000))
+    check_batch_memory(recipe, torch.device("cpu"), np.full((100, 1), 4000))
+    assert not list(places.rglob("recipe.json"))
 
 
 def test_two_seeds_make_one_row_with_an_interval(places: Path) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.utils
+from lightning.pytorch.strategies import FSDPStrategy
 from rich.console import Console
 
 from lra.config import match
@@ -292,6 +295,18 @@ def test_diagnostics_of_an_encoder_are_in_the_record(monkeypatch: pytest.MonkeyP
     assert go()["diagnostics"] == {"dropped": 0.25}
     (log,) = places.rglob("metrics.csv")
     assert "diagnostics/dropped" in log.read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("package", "owner", "name"),
+    [
+        ("lightning", FSDPStrategy, "_setup_model"),
+        ("torch", torch.nn.Module, "_compiled_call_impl"),
+        ("torch", torch._dynamo.utils, "counters"),
+    ],
+)
+def test_private_names_of_other_packages_are_where_they_are_used(package: str, owner: Any, name: str) -> None:
+    assert hasattr(owner, name), f"{package} {version(package)} has moved {name}, which lra.training uses"
 
 
 @pytest.fixture(autouse=True)
