@@ -69,7 +69,7 @@ profile: .venv/.stamp
 	@$(VENV)/lra profile $(if $(filter command,$(origin ARCH)),"$$ARCH") $(ARGS)
 
 bench: .venv/.stamp
-	@$(VENV)/lra bench $(if $(OP),"$$OP") $(ARGS)
+	@$(RUN) benchmarks operators $(if $(OP),"$$OP") $(ARGS)
 
 doctor: .venv/.stamp
 	@$(VENV)/lra doctor $(ARGS)
@@ -79,7 +79,7 @@ campaign: $(if $(PYTHON),,.venv/.stamp)
 
 # an accelerator machine has its own torch and no network
 gpu:
-	@PYTHONPATH=. $(or $(PYTHON),python3) -m lra.measure $(ARGS)
+	@PYTHONPATH=. $(or $(PYTHON),python3) -m benchmarks gpu $(ARGS)
 
 test-gpu:
 	@PYTHONPATH=. $(or $(PYTHON),python3) -m pytest -q -m gpu $(if $(K),-k "$$K") tests $(ARGS)
@@ -108,9 +108,11 @@ test-newest: .venv/.stamp
 	@OMP_NUM_THREADS=1 .cache/newest/bin/python -m pytest -q -n $(JOBS) $(if $(K),-k "$$K") $(ARGS)
 
 check: .venv/.stamp
+	@mkdir -p .cache
 	@$(RUN) ruff check --quiet .
 	@$(RUN) ruff format --check --quiet .
 	@$(RUN) mypy
+	@PYTHONPATH=. $(VENV)/lint-imports --no-cache > .cache/imports.txt || { cat .cache/imports.txt; exit 1; }
 	@$(VENV)/lra check "$$ARCH"
 
 fix: .venv/.stamp

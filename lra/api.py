@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,22 +137,22 @@ def load(
     return trained_run.load(folder, checkpoints=checkpoints, architecture=architecture, task=task)
 
 
-def results() -> pd.DataFrame:
-    """All results, one row a run; invalid files are left out."""
+def results(smoke: bool = False) -> pd.DataFrame:
+    """All results, one row a run; invalid files are left out. smoke: those of recipes that are smoke tests, instead."""
     import pandas as pd
 
-    rows = [_row(record) for record in _collection().records]
+    rows = [_row(record) for record in _collection(smoke).records]
     return pd.DataFrame(rows, columns=None if rows else ["id", "task", "architecture", "seed", "accuracy"])
 
 
-def leaderboard(task: str) -> pd.DataFrame:
+def leaderboard(task: str, smoke: bool = False) -> pd.DataFrame:
     """The ranked rows of a task, one for each architecture; rank is within task, protocol, recipe, regime and device.
-    Raises UserError for a task without results."""
+    smoke: as of `results`. Raises UserError for a task without results."""
     import pandas as pd
 
     from lra.reports import leaderboard as board
 
-    collection = _collection().only(task=task)
+    collection = _collection(smoke).only(task=task)
     rows = [
         asdict(group) | {
             "rank": row.rank, "architecture": row.label, "accuracy": row.accuracy.mean, "low": row.accuracy.low,
@@ -186,8 +186,12 @@ def compare(a: TrainedRun | str | Path, b: TrainedRun | str | Path) -> Compariso
     from lra.reports import comparison
     from lra.results.statistics import mcnemar
 
-    collection = _collection()
-    first, second = (comparison.find(collection, _record_name(run)) for run in (a, b))
+    names = [_record_name(run) for run in (a, b)]
+    both = [_collection(smoke) for smoke in (False, True)]
+    collection = replace(
+        both[0], records=[r for c in both for r in c.records], answers={**both[0].answers, **both[1].answers}
+    )
+    first, second = (comparison.find(collection, name) for name in names)
     x, y = (collection.answers.get(record["id"]) for record in (first, second))
     same_data = first["task"] == second["task"] and first["data"]["checksum"] == second["data"]["checksum"]
     if x is None or y is None or not same_data or not np.array_equal(x.example, y.example):
@@ -252,11 +256,11 @@ def _console() -> Any:
     return Console()
 
 
-def _collection() -> Any:
+def _collection(smoke: bool) -> Any:
     from lra.results import result
     from lra.results.collection import Collection
 
-    return Collection.read(result.folder())
+    return Collection.read(result.folder(), "smoke" if smoke else "runs")
 
 
 def _record_name(run: TrainedRun | str | Path) -> str:

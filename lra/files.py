@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from lra.errors import UserError
-from lra.results.schema import SCHEMA as SCHEMA
-from lra.results.schema import check as check
 
 
 @contextmanager
@@ -69,7 +67,7 @@ def _sync_folder(folder: Path) -> None:
 def seal(content: dict[str, Any]) -> str:
     """SHA-256 of JSON content, for its key `seal`: whatever is changed later shows."""
     unsealed = {key: value for key, value in content.items() if key != "seal"}
-    return _sha256(json.dumps(unsealed, sort_keys=True).encode(errors="surrogatepass"))
+    return sha256(json.dumps(unsealed, sort_keys=True).encode(errors="surrogatepass"))
 
 
 def check_writable(where: Path) -> None:
@@ -89,8 +87,8 @@ def safe(name: str, limit: int = 120) -> str:
     kept = "".join(c if c.isalnum() or c in "-_." else "_" for c in name).lstrip(".") or "_"
     if len(kept.encode()) <= limit:
         return kept
-    return f"{kept.encode()[: limit - 20].decode(errors='ignore')}-{_sha256(name.encode(errors='surrogatepass'))[:12]}"
+    return f"{kept.encode()[: limit - 20].decode(errors='ignore')}-{sha256(name.encode(errors='surrogatepass'))[:12]}"
 
 
-def _sha256(content: bytes) -> str:
+def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()

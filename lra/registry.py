@@ -97,13 +97,13 @@ class Registry:
 
     @cache  # noqa: B019
     def _plugins(self) -> Mapping[str, EntryPoint]:
-        found: dict[str, EntryPoint] = {}
+        points: dict[str, EntryPoint] = {}
         for point in entry_points(group=f"lra.{self.folder}"):
-            taken = point.name in found or point.name in self._files()
-            if taken and (point.name in self._files() or found[point.name].value != point.value):
+            taken = point.name in points or point.name in self._files()
+            if taken and (point.name in self._files() or points[point.name].value != point.value):
                 raise UserError(f"two {self.kind}s are called {point.name!r}: one comes from {point.value}; rename it")
-            found[point.name] = point
-        return MappingProxyType(found)
+            points[point.name] = point
+        return MappingProxyType(points)
 
     def names(self, variants: bool = False) -> list[str]:
         """Every registered name, with `name/variant` for declared variants of this project's own files on request."""
@@ -190,13 +190,13 @@ class Registry:
 
     def _only_class(self, module: ModuleType) -> type:
         contract = self._contract()
-        found = [
+        classes = [
             c for n, c in vars(module).items()
             if inspect.isclass(c) and issubclass(c, contract) and c.__module__ == module.__name__ and n[0] != "_"
         ]  # fmt: skip
-        if len(found) != 1:
-            raise UserError(f"{module.__file__} defines {len(found)} public {contract.__name__} classes; exactly one")
-        return found[0]
+        if len(classes) != 1:
+            raise UserError(f"{module.__file__} defines {len(classes)} public {contract.__name__} classes; exactly one")
+        return classes[0]
 
     def _contract(self) -> type:
         return getattr(importlib.import_module(f"lra.{self.kind if self.kind == 'task' else 'encoder'}"), self.contract)

@@ -93,11 +93,6 @@ class BadUrl(Good):
     card = replace(CARD, url="arxiv 2000.00001")
 
 
-class BadScaling(Good):
-    breaks = "card"
-    card = replace(CARD, scaling="L^3")
-
-
 class TwoScalings(Good):
     breaks = "card"
     card = replace(CARD, scaling="L^2")

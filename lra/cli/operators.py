@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from lra.cli.common import console, guarded
+
+if TYPE_CHECKING:
+    from lra.operators.bench import Peers
 
 
 @guarded
@@ -41,66 +44,43 @@ def doctor(
 
 @guarded
 def bench(
-    op: Annotated[str, typer.Argument(help="One operator or, with --models, architecture; all by default.")] = "",
-    models: Annotated[
-        bool, typer.Option("--models", help="Training steps of encoders beside other packages'.")
-    ] = False,
+    op: Annotated[str, typer.Argument(help="One operator; all by default.")] = "",
     budget: Annotated[float, typer.Option(min=0.1, help="Seconds for each measurement.")] = 1.5,
 ) -> None:
-    """Time of each operator beside what this machine could do; written to results/bench/ when all are measured."""
+    """Time each operator beside what this machine can do; written to results/bench/ when all are measured."""
+    from lra.operators.bench import no_peers
+
+    time_operators(op, budget, no_peers)
+
+
+def time_operators(op: str, budget: float, peers: Peers) -> None:
+    """Time one operator or all, beside the peers, print the table and write it where all were timed."""
     from lra.operators import bench as benchmark
     from lra.operators import parity
     from lra.results import result
     from lra.training.device import device
 
     here = device()
-    if models:
-        _models(op, budget)
-        return
     with console.status("starting") as status:
-        measured = benchmark.bench(
-            [op] if op else parity.operators(), here, budget=budget, seen=lambda name: status.update(f"timing {name}")
+        ops = [op] if op else parity.operators()
+        lines = list(
+            benchmark.bench(ops, here, budget=budget, peers=peers, seen=lambda name: status.update(f"timing {name}"))
         )
-        lines = list(measured)
-    bandwidth, rate = (max(getattr(x.machine, name) for x in lines) for name in ("bandwidth", "rate"))
+    bandwidth, rate = (max(getattr(line.machine, name) for line in lines) for name in ("bandwidth", "rate"))
     table = Table(
         title=f"at best {bandwidth / 1e9:.1f} GB/s, {rate / 1e9:.0f} GFLOP/s, {here.type}; floors beside each case",
         title_justify="left", pad_edge=False,
     )  # fmt: skip
     for column in ("operator", "case", "by", "pass", "ms", "GB/s", "GFLOP/s", "x floor"):
         table.add_column(column, justify="left" if column in ("operator", "case", "by", "pass") else "right")
-    for x in lines:
-        s = x.timing.median
-        by = x.implementation if here.type == "cpu" else f"{x.implementation}, {x.dtype}"
+    for line in lines:
+        seconds = line.timing.median
+        by = line.implementation if here.type == "cpu" else f"{line.implementation}, {line.dtype}"
         table.add_row(
-            x.op, x.case, by, x.passes, f"{1e3 * s:.2f}", f"{x.bytes / s / 1e9:.1f}",
-            f"{x.flops / s / 1e9:.1f}", f"{s / x.floor:.1f}",
+            line.op, line.case, by, line.passes, f"{1e3 * seconds:.2f}", f"{line.bytes / seconds / 1e9:.1f}",
+            f"{line.flops / seconds / 1e9:.1f}", f"{seconds / line.floor:.1f}",
         )  # fmt: skip
     console.print(table)
     if not op:
-        console.print(f"wrote {benchmark.write(lines, here, result.folder())}", soft_wrap=True)
-
-
-def _models(name: str, budget: float) -> None:
-    from lra.operators import bench as benchmark
-    from lra.results import result
-    from lra.training.device import device
-
-    with console.status("starting") as status:
-        found = benchmark.bench_models(
-            [name] if name else [], device(), budget=budget, seen=lambda now: status.update(f"timing {now}")
-        )
-        steps = list(found)
-    ours = {x.architecture: x.timing.median for x in steps if x.by == "lra"}
-    table = Table(title="training step: forward, backward, AdamW", title_justify="left", pad_edge=False)
-    for column in ("architecture", "by", "batch x L", "params", "ms", "IQR ms", "x ours"):
-        table.add_column(column, justify="left" if column in ("architecture", "by") else "right")
-    for x in steps:
-        s = x.timing
-        table.add_row(
-            x.architecture, x.by, f"{x.shape.batch} x {x.shape.length:,}", f"{x.parameters / 1e3:,.0f}k",
-            f"{1e3 * s.median:,.0f}", f"{1e3 * (s.high - s.low):,.0f}", f"{s.median / ours[x.architecture]:.2f}",
-        )  # fmt: skip
-    console.print(table)
-    if not name:
-        console.print(f"wrote {benchmark.write(steps, device(), result.folder())}", soft_wrap=True)
+        path = benchmark.write(benchmark.frame(lines, here), here.type, result.folder())
+        console.print(f"wrote {path}", soft_wrap=True)

@@ -58,7 +58,7 @@ def show(
     for column in ("key", "value", "from"):
         table.add_column(column, overflow="fold")
     values = resolved.as_dict()
-    sections = ["data", "model", "encoder", "optim", "train"]
+    sections = ["data", "model", "encoder", "optim", "train", *(["search"] if resolved.search.rates else [])]
     for section in [*sections, *(["pretrain"] if resolved.pretrain.objective != "none" else [])]:
         for key, value in _dotted(values[section]):
             source = origin.get(f"{section}.{key}", "built-in default" if section in SECTIONS else "")
@@ -115,21 +115,22 @@ def run(
 ) -> None:
     """Train, select on validation, test once, write the result, show the task's table."""
     from lra.training.placement import Placement
-    from lra.training.request import Request, check, folder_of, resolve
+    from lra.training.request import Request, check, folder_of, read, resolve
 
     request = Request(
         task, architecture, recipe, seed, protocol, settings_of(settings), source, seconds_of(time_limit), resume,
         pretrain, match, Placement(devices, nodes, strategy), checkpoint_dir, tuple(logger or ()), _search(search),
         select_only,
     )  # fmt: skip
-    resolved, _ = resolve(request)
+    resolved, _ = read(request)
     check(request, resolved)
     if dry_run:
+        resolved, _ = resolve(request)
         console.print(
             f"{request.command()}: recipe {resolved.hash[:8]}, in {folder_of(request, resolved)}", soft_wrap=True
         )
         return
-    console.print(f"recipe {resolved.name} [dim]{resolved.hash[:8]}[/], seed {seed}: loading PyTorch", soft_wrap=True)
+    console.print(f"{task} x {architecture}, recipe {resolved.name}, seed {seed}: loading PyTorch", soft_wrap=True)
     from lra.training import distributed
     from lra.training.run import run as train
 
@@ -146,7 +147,8 @@ def _show_result(path: Path) -> None:
     from lra.results.collection import Collection
 
     record = result.read(path)
-    collection = Collection.read(result.folder())
+    smoke = record["recipe"].get("smoke", False)
+    collection = Collection.read(result.folder(), "smoke" if smoke else "runs")
     for line in collection.problems:
         errors.print(f"[yellow]{escape(line)}[/]", soft_wrap=True)
     group = board.group_of(record)
@@ -160,6 +162,13 @@ def _show_result(path: Path) -> None:
     )
     if record["collapsed"]:
         console.print(f"[yellow]this run is {record['collapsed']}[/]")
+    if smoke:
+        task, architecture = record["task"], record["architecture"]
+        console.print(
+            f"This was a smoke test. For a comparison: `lra run {task} {architecture} --recipe standard` "
+            f"(`make {task} ARCH={architecture} RECIPE=standard`), about an hour of one core.",
+            soft_wrap=True,
+        )
 
 
 @guarded

@@ -22,17 +22,18 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from lra.config.sections import OWN_BETAS, Data, Expected, Model, Optim, Pretrain, Train, identity
+from lra.config.sections import OWN_BETAS, Data, Expected, Model, Optim, Pretrain, Search, Train, identity
 from lra.config.sections import SECTIONS as TYPED
 from lra.errors import UserError, brief, unknown
 
 FOLDER = Path(__file__).parent
-SECTIONS = ("data", "model", "encoder", "optim", "train", "pretrain")
+SECTIONS = ("data", "model", "encoder", "optim", "train", "pretrain", "search")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A resolved recipe: what a run does, apart from its seed. note: what to expect of it, told before it starts."""
+    """A resolved recipe: what a run does, apart from its seed. note: what to expect of it, told before it starts;
+    smoke: a run shows that things work and is no comparison, so that it stays out of the tables."""
 
     name: str
     task: str
@@ -43,8 +44,10 @@ class Recipe:
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
     pretrain: Pretrain = field(default_factory=Pretrain)
+    search: Search = field(default_factory=Search)
     regime: str = "scratch"
     note: str = ""
+    smoke: bool = False
     expected: Expected = field(default_factory=Expected)
 
     def as_dict(self) -> dict[str, Any]:
@@ -52,8 +55,8 @@ class Recipe:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of everything but name, note and expectation, as canonical JSON."""
-        content = {k: v for k, v in self.as_dict().items() if k not in ("name", "note", *TYPED)}
+        """SHA-256 of everything but name, note, smoke and expectation, as canonical JSON."""
+        content = {k: v for k, v in self.as_dict().items() if k not in ("name", "note", "smoke", *TYPED)}
         parts = {s: identity(getattr(self, s)) for s in TYPED if s != "expected"}
         content |= {s: part for s, part in parts.items() if part}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -97,11 +100,14 @@ def resolve(
         raise UserError(f"{path}: not valid TOML: {error}") from error
     values: dict[str, dict[str, Any]] = {section: {} for section in (*SECTIONS, "expected")}
     origin = {f"{s}.{f.name}": "built-in default" for s in SECTIONS if s != "encoder" for f in fields(TYPED[s])}
-    note = ""
+    note, smoke = "", False
     for where, table in _layers(tables, path, task, architecture):
         for section, entries in table.items():
             if section == "note" and isinstance(entries, str):
                 note = entries
+                continue
+            if section == "smoke" and isinstance(entries, bool):
+                smoke = entries
                 continue
             if section not in values or not isinstance(entries, dict):
                 raise unknown("section", section, values, where=f"{path.name} [{where}]")
@@ -123,22 +129,23 @@ def resolve(
         architecture=architecture,
         encoder=values["encoder"],
         note=note,
+        smoke=smoke,
         **{s: TYPED[s](**values[s]) for s in TYPED},
     )
     return recipe.trained_as(recipe.pretrain.objective), origin
 
 
-def of_variant(found: Recipe, origin: Mapping[str, str], preset: Mapping[str, Any]) -> tuple[Recipe, dict[str, str]]:
+def of_variant(recipe: Recipe, origin: Mapping[str, str], preset: Mapping[str, Any]) -> tuple[Recipe, dict[str, str]]:
     """The recipe of an architecture's variant: its preset before what the tables say of the plain architecture, whose
     expected accuracy is not its own. Raises UserError where a table or --set names the variant and contradicts it."""
-    given, encoder, origin = dict(_flat(found.encoder)), json.loads(json.dumps(found.encoder)), dict(origin)
+    given, encoder, origin = dict(_flat(recipe.encoder)), json.loads(json.dumps(recipe.encoder)), dict(origin)
     changed = {key: value for key, value in _flat(preset) if key not in given or given[key] != value}
     for key, value in changed.items():
         where, (*parents, last) = origin.get(f"encoder.{key}", ""), key.split(".")
-        if where == "--set" or found.architecture in where:
+        if where == "--set" or recipe.architecture in where:
             raise UserError(
-                f"encoder.{key} is {brief(given[key])} ({where}), which is not {found.architecture}: that has "
-                f"{brief(value)}; name {found.architecture.partition('/')[0]} instead"
+                f"encoder.{key} is {brief(given[key])} ({where}), which is not {recipe.architecture}: that has "
+                f"{brief(value)}; name {recipe.architecture.partition('/')[0]} instead"
             )
         if key.partition(".")[0] not in encoder:
             continue
@@ -147,8 +154,8 @@ def of_variant(found: Recipe, origin: Mapping[str, str], preset: Mapping[str, An
             place = place.setdefault(part, {})
         place[last], origin[f"encoder.{key}"] = value, "variant"
     about = origin.get("expected.accuracy", "")
-    own = found.architecture in about or about.startswith(f"{found.architecture.replace('/', '-')}.toml")
-    return replace(found, encoder=encoder, expected=found.expected if own or not changed else Expected()), origin
+    own = recipe.architecture in about or about.startswith(f"{recipe.architecture.replace('/', '-')}.toml")
+    return replace(recipe, encoder=encoder, expected=recipe.expected if own or not changed else Expected()), origin
 
 
 def from_dict(content: Mapping[str, Any]) -> Recipe:
@@ -158,7 +165,8 @@ def from_dict(content: Mapping[str, Any]) -> Recipe:
         for name, kind in TYPED.items():
             hints = get_type_hints(kind)
             sections[name] = kind(**{k: _typed(v, hints[k], f"{name}.{k}") for k, v in content.get(name, {}).items()})
-        plain = {f.name: content[f.name] for f in fields(Recipe) if f.name not in sections}
+        plain = {f.name: content[f.name] for f in fields(Recipe) if f.name not in sections and f.name != "smoke"}
+        plain["smoke"] = bool(content.get("smoke", False))
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"not a recipe of this version: {type(error).__name__}: {error}") from None
     return Recipe(**plain, **sections)
@@ -174,12 +182,12 @@ def _layers(
     names = list(dict.fromkeys((base, architecture)))
     inside = [("default",), ("task", task), *(("architecture", n) for n in names), *(("cell", task, n) for n in names)]
     for parts in inside:
-        found: Any = tables
+        table: Any = tables
         for part in parts:
-            found = found.get(part, {})
-            if not isinstance(found, dict):
-                raise UserError(f"{path.name}: {'.'.join(parts)} is {brief(found)}; a table")
-        yield ".".join(parts), found
+            table = table.get(part, {})
+            if not isinstance(table, dict):
+                raise UserError(f"{path.name}: {'.'.join(parts)} is {brief(table)}; a table")
+        yield ".".join(parts), table
 
 
 def _flat(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -228,6 +236,8 @@ def plain(value: Any, where: str) -> Any:
 def _typed(value: Any, kind: Any, where: str) -> Any:
     if get_origin(kind) is tuple:
         parts = get_args(kind)
+        if parts[-1] is Ellipsis and isinstance(value, list):
+            parts = parts[:1] * len(value)
         if not isinstance(value, list) or len(value) != len(parts):
             raise UserError(f"{where} is {brief(value)}; a list of {len(parts)} numbers")
         return tuple(_typed(v, k, where) for v, k in zip(value, parts, strict=True))

@@ -49,16 +49,24 @@ class Data:
 
 @dataclass(frozen=True)
 class Model:
-    """Width, depth and surroundings of the encoder; direction: "causal" or "bidirectional" (see lra.encoder)."""
+    """Width, depth and surroundings of the encoder; direction: "causal" or "bidirectional" (see lra.encoder).
+
+    budget: largest number of parameters of an encoder for 1,024 tokens, as a multiple of the Transformer's in the same
+    recipe (0 = no limit). An architecture above it gets the widest d_model that meets it, a multiple of width_step
+    below the d_model given here.
+    """
 
     d_model: int = 64
     n_layers: int = 2
     dropout: float = 0.0
     pooling: str = "mean"
     direction: str = "bidirectional"
+    budget: float = later(0.0)
+    width_step: int = later(16)
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "d_model", "n_layers")
+        _at_least(self, 1, "d_model", "n_layers", "width_step")
+        _at_least(self, 0, "budget")
         _one_of(self, "pooling", POOLINGS)
         _one_of(self, "direction", ("causal", "bidirectional", "concat", "add", "shared"))
         _share(self, "dropout")
@@ -105,7 +113,8 @@ class Optim:
 
 @dataclass(frozen=True)
 class Train:
-    """steps: optimiser steps; evaluate_every: steps between validations; precision: auto = bf16 on CUDA, else 32.
+    """steps: optimiser steps; evaluate_every: steps between validations; precision: auto = bf16 on devices with native
+    bf16 arithmetic (CUDA; CPUs with AVX512-BF16 or AMX), else 32.
 
     accumulate: parts a step's batch is worked on in, one after the other; checkpointing: forget the activations inside
     each block and compute them again; compile: torch.compile the encoder. tbptt: tokens after which the gradient
@@ -160,6 +169,22 @@ class Pretrain:
 
 
 @dataclass(frozen=True)
+class Search:
+    """The learning rate by a search on the selection split. rates: each is tried from the same initial weights for
+    `share` of the steps, with warm-up and schedule shortened alike; the one with the best validation accuracy (of
+    equals, the lowest validation loss) trains the model. Empty: optim.lr as it stands."""
+
+    rates: tuple[float, ...] = later(())
+    share: float = later(0.1)
+
+    def __post_init__(self) -> None:
+        if not all(0 < rate < math.inf for rate in self.rates) or len(set(self.rates)) != len(self.rates):
+            raise UserError(f"search.rates is {list(self.rates)}; different numbers above 0")
+        if not 0 < self.share <= 1:
+            raise UserError(f"search.share is {self.share}; above 0, at most 1")
+
+
+@dataclass(frozen=True)
 class Expected:
     """What to expect, for people and for an early warning; no part of a recipe's identity.
 
@@ -184,12 +209,23 @@ class Expected:
             raise UserError("expected.accuracy needs its source")
 
 
-SECTIONS = {"data": Data, "model": Model, "optim": Optim, "train": Train, "pretrain": Pretrain, "expected": Expected}
+SECTIONS = {
+    "data": Data,
+    "model": Model,
+    "optim": Optim,
+    "train": Train,
+    "pretrain": Pretrain,
+    "search": Search,
+    "expected": Expected,
+}
 
 
 def identity(section: Any) -> dict[str, Any]:
     """What of a section counts in a recipe's hash."""
-    if isinstance(section, Pretrain) and section.objective == "none":
+    unused = (isinstance(section, Pretrain) and section.objective == "none") or (
+        isinstance(section, Search) and not section.rates
+    )
+    if unused:
         return {}
     untouched = {f.name for f in fields(section) if f.metadata.get("later") and getattr(section, f.name) == _default(f)}
     return {f.name: getattr(section, f.name) for f in fields(section) if f.name not in untouched}

@@ -65,13 +65,13 @@ class Subject:
         """The default instance and, where the constructor lets one choose, that of the other direction; each with
         words for a message. No parameter is zero throughout: a map that starts at zero hides what lies behind it."""
         default = woken(self.encoder(dtype, **more))
-        found = [("", default)]
+        encoders = [("", default)]
         for other in ("causal", "bidirectional") if "direction" in self.constructor.options() else ():
             if other != default.direction and "direction" not in self.options:
                 with suppress(UserError):  # a direction may be refused; what the card promises, `causal` checks
                     built = self.encoder(dtype, direction=other, **more)
-                    found.append((f"with direction={other!r} ", woken(built)))
-        return found
+                    encoders.append((f"with direction={other!r} ", woken(built)))
+        return encoders
 
     def declares(self, what: str) -> bool:
         """Whether "card", "cost", "direction" or "step" is declared; an Encoder declares all, a wrapped layer some."""
@@ -113,8 +113,8 @@ def outputs(encoder: Encoder, x: Tensor, mask: Tensor, seed: int = 0) -> Tensor:
 
 def gap(a: Tensor, b: Tensor) -> float:
     """Largest difference over the RMS of b; infinite where either holds a NaN."""
-    found = ((a - b).abs().max() / b.square().mean().sqrt().clamp_min(1e-30)).item()
-    return math.inf if math.isnan(found) else found
+    ratio = ((a - b).abs().max() / b.square().mean().sqrt().clamp_min(1e-30)).item()
+    return math.inf if math.isnan(ratio) else ratio
 
 
 def reloaded(subjects: Sequence[Subject]) -> list[str]:
@@ -130,7 +130,12 @@ def reloaded(subjects: Sequence[Subject]) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder, "jobs.pt")
         torch.save({"jobs": jobs, "x": x, "mask": mask, "threads": torch.get_num_threads()}, place)
-        there = [sys.executable, "-c", "import sys; from lra import _subject; _subject.reload(sys.argv[1])", str(place)]
+        there = [
+            sys.executable,
+            "-c",
+            "import sys; from lra.conformance import checks; checks.reload(sys.argv[1])",
+            str(place),
+        ]
         paths = os.pathsep.join(p or os.getcwd() for p in sys.path)
         done = subprocess.run(
             there, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False
@@ -138,8 +143,8 @@ def reloaded(subjects: Sequence[Subject]) -> list[str]:
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             return [fault or f"a fresh process could not load it: {last}" for fault in faults]
-        found = torch.load(place, weights_only=True)
-    for i, (fault, y) in enumerate(zip(faults, found, strict=True)):
+        stored = torch.load(place, weights_only=True)
+    for i, (fault, y) in enumerate(zip(faults, stored, strict=True)):
         if isinstance(y, str):
             faults[i] = fault or f"a fresh process could not load it: {y}"
         elif not torch.equal(y, expected[i]):
@@ -190,8 +195,8 @@ def signature(subject: Subject) -> None:
     built = subject.encoder()
     wanted = {"d_model": WIDTH, "n_layers": LAYERS, "length": LONGEST, **subject.options}
     for name in ("d_model", "n_layers", "length"):
-        if (found := getattr(built, name, "missing")) != wanted[name]:
-            raise Broken(f"encoder.{name} is {found}; the constructor was given {wanted[name]}")
+        if (value := getattr(built, name, "missing")) != wanted[name]:
+            raise Broken(f"encoder.{name} is {value}; the constructor was given {wanted[name]}")
     if built.direction not in DIRECTIONS:
         raise Broken(f"encoder.direction is {built.direction!r}; one of {', '.join(DIRECTIONS)}")
 
@@ -209,8 +214,8 @@ def card(subject: Subject) -> None:
         raise Broken(f"url is {own.url!r}; the https address of the paper")
     if own.scaling not in SCALINGS:
         raise Broken(f"scaling is {own.scaling!r}; one of {', '.join(SCALINGS)}")
-    if not subject.options and not subject.constructor.preset and own.scaling != (found := subject.encoder().scaling):
-        raise Broken(f"scaling is {own.scaling!r}, but that of an encoder with no other arguments {found!r}")
+    if not subject.options and not subject.constructor.preset and own.scaling != (default := subject.encoder().scaling):
+        raise Broken(f"scaling is {own.scaling!r}, but that of an encoder with no other arguments {default!r}")
     for name, reason in own.exempt.items():
         if name not in CHECKS:
             raise Broken(f"exempt: {unknown('check', name, CHECKS)}")
@@ -246,9 +251,9 @@ def padding(subject: Subject) -> None:
     x, mask = inputs([LENGTH, 17, 1], LENGTH)
     other = torch.where(mask.unsqueeze(-1), x, 100 * x.flip(1))
     for how, encoder in subject.directions():
-        if (found := gap(outputs(encoder, other, mask), outputs(encoder, x, mask))) > EXACT:
+        if (change := gap(outputs(encoder, other, mask), outputs(encoder, x, mask))) > EXACT:
             raise Broken(
-                f"{how}outputs at real positions changed by {found:.2g} when the padding's content changed: "
+                f"{how}outputs at real positions changed by {change:.2g} when the padding's content changed: "
                 "your layer reads padded positions; take the argument `mask` (True = real) and use it"
             )
 
@@ -260,9 +265,9 @@ def padding_length(subject: Subject) -> None:
     for how, encoder in subject.directions():
         expected = outputs(encoder, x, mask)[:, :17]
         for total in (17, 18, LENGTH, 43):
-            if (found := gap(outputs(encoder, x[:, :total], mask[:, :total])[:, :17], expected)) > EXACT:
+            if (change := gap(outputs(encoder, x[:, :total], mask[:, :total])[:, :17], expected)) > EXACT:
                 raise Broken(
-                    f"{how}outputs of 17 real tokens changed by {found:.2g} between {total} and {LONGEST} positions: "
+                    f"{how}outputs of 17 real tokens changed by {change:.2g} between {total} and {LONGEST} positions: "
                     "your layer depends on the padded length; take lengths from the mask"
                 )
 
@@ -277,14 +282,14 @@ def batch(subject: Subject) -> None:
             together, mode = outputs(encoder, x, mask), f"in {'training' if training else 'evaluation'} mode"
             if training and gap(outputs(encoder, x, mask, seed=1), together) > EXACT:
                 continue  # it draws random numbers when training, and draws others for another batch
-            if (found := gap(outputs(encoder, x[order], mask[order]), together[order])) > EXACT:
+            if (change := gap(outputs(encoder, x[order], mask[order]), together[order])) > EXACT:
                 raise Broken(
-                    f"{how}outputs changed by {found:.2g} when the batch was reordered, {mode}: state is shared"
+                    f"{how}outputs changed by {change:.2g} when the batch was reordered, {mode}: state is shared"
                 )
             alone = torch.cat([outputs(encoder, x[i : i + 1], mask[i : i + 1]) for i in range(3)])
-            if (found := gap(alone, together)) > EXACT:
+            if (change := gap(alone, together)) > EXACT:
                 raise Broken(
-                    f"{how}a sequence alone and in a batch differs by {found:.2g}, {mode}: "
+                    f"{how}a sequence alone and in a batch differs by {change:.2g}, {mode}: "
                     "your layer mixes sequences, as batch normalisation does"
                 )
 
@@ -322,12 +327,12 @@ def causal(subject: Subject) -> None:
     """looks at the future if and only if it says so"""
     if not subject.declares("direction"):
         before, after = _reach(subject.encoder())
-        seen = [name for name, found in (("the past", after), ("the future", before)) if found > EXACT]
+        seen = [name for name, change in (("the past", after), ("the future", before)) if change > EXACT]
         raise NotDeclared(f"direction not declared; measured: a token sees {' and '.join(seen) or 'itself alone'}")
-    found = subject.directions()
-    if subject.card.causal and "direction" in subject.constructor.options() and not any(e.causal for _, e in found):
+    encoders = subject.directions()
+    if subject.card.causal and "direction" in subject.constructor.options() and not any(e.causal for _, e in encoders):
         raise Broken('the card says causal=True, but direction="causal" is refused')
-    for how, encoder in found:
+    for how, encoder in encoders:
         before, _ = _reach(encoder)
         if encoder.causal and before > EXACT:
             raise Broken(
@@ -356,8 +361,8 @@ def step(subject: Subject) -> str | None:
             y, state = encoder.step(x[:, t], state)
         if y.shape != x[:, t].shape:
             raise Broken(f"step returned {tuple(y.shape)} for a token of shape {tuple(x[:, t].shape)}")
-        if (found := (y - expected[:, t]).abs().max().item()) > EXACT:
-            raise Broken(f"step and forward differ by {found:.2g} at token {t} (float64): one of them is wrong")
+        if (error := (y - expected[:, t]).abs().max().item()) > EXACT:
+            raise Broken(f"step and forward differ by {error:.2g} at token {t} (float64): one of them is wrong")
     return None
 
 
@@ -370,9 +375,9 @@ def cost(subject: Subject) -> None:
             _agrees(encoder, length, how)
     if subject.constructor.declared:
         built = [shaped(partial(subject.encoder, torch.float32, length=n, n_layers=1)) for n in LONG]
-        found = growth([encoder.cost(n).total for n, encoder in zip(LONG, built, strict=True)])
-        if found != built[0].scaling:
-            raise Broken(f"work is declared to grow as {built[0].scaling}, but cost grows as {found}")
+        observed = growth([encoder.cost(n).total for n, encoder in zip(LONG, built, strict=True)])
+        if observed != built[0].scaling:
+            raise Broken(f"work is declared to grow as {built[0].scaling}, but cost grows as {observed}")
 
 
 def growth(work: Sequence[float]) -> str:
@@ -394,7 +399,7 @@ def _agrees(encoder: Encoder, length: int, how: str) -> None:
     own = [work for op, work in report.operators.items() if op.startswith("lra.")]
     # the work of our own operators may be declared as matmul or as other; that of PyTorch's products may not
     sums = [report.matmul + sum(part) for n in range(len(own) + 1) for part in itertools.combinations(own, n)]
-    if all(abs(declared.matmul - found) > 0.01 * max(found, 1.0) for found in sums):
+    if all(abs(declared.matmul - counted) > 0.01 * max(counted, 1.0) for counted in sums):
         ratio = declared.matmul / max(report.matmul, 1.0)
         raise Broken(
             f"{how}cost({length}).matmul is {declared.matmul:,.0f}, {ratio:.3g} times what was counted: "

@@ -120,9 +120,9 @@ def _train(
 def _evaluate(model: Classifier, length: int, number: int, draw: torch.Generator) -> float:
     model.eval()
     parts = [examples(64, length, draw) for _ in range(number // 64)]
-    found = sum(_accuracy(model(part), part.labels) for part in parts) / len(parts)
+    accuracy = sum(_accuracy(model(part), part.labels) for part in parts) / len(parts)
     model.train()
-    return found
+    return accuracy
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> float:

@@ -15,12 +15,17 @@ from lra.errors import UserError
 from lra.model import Batch
 from lra.task import Protocol, Split
 
+LENGTH_MULTIPLE = 64
+"""Batch lengths are rounded up to multiples of this. Lengths that never repeat fragment the heap of a CPU process until
+memory runs out, and cost compilers and GPU allocators a new shape each."""
+
 
 @dataclass(frozen=True)
 class DeviceSet:
     """A split from which batches on `device` are made: resident there, or on the host where it does not fit.
 
     lengths: (n, towers), in tokens, always on the host, so that planning a batch never waits for the device.
+    limit: longest length of the protocol.
     """
 
     values: Tensor
@@ -28,6 +33,7 @@ class DeviceSet:
     documents: Tensor
     labels: Tensor
     lengths: np.ndarray
+    limit: int
     channels: int
     device: torch.device
 
@@ -57,7 +63,9 @@ class DeviceSet:
             return torch.from_numpy(array).to(home)
 
         lengths, width = sizes[local] // channels, channels if protocol.channels else 0
-        return cls(tensor(values), tensor(offsets), tensor(local), tensor(labels), lengths, width, device)
+        return cls(
+            tensor(values), tensor(offsets), tensor(local), tensor(labels), lengths, protocol.length, width, device
+        )
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -67,9 +75,10 @@ class DeviceSet:
         return self.values.device.type == self.device.type
 
     def batch(self, examples: np.ndarray) -> Batch:
-        """The given examples, right-padded to the longest among them."""
+        """The given examples, right-padded to the longest of them, rounded up to a multiple of LENGTH_MULTIPLE."""
         home, channels = self.values.device, max(self.channels, 1)
-        length = int(self.lengths[examples].max())
+        longest = int(self.lengths[examples].max())
+        length = min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, self.limit)
         index = torch.from_numpy(np.ascontiguousarray(examples)).to(home, non_blocking=True)
         documents = self.documents[index]
         start, stop = self.offsets[documents], self.offsets[documents + 1]

@@ -17,8 +17,8 @@ def floors(prepared: Prepared) -> dict[str, float]:
         known = json.loads(place.read_text(encoding="utf-8"))
         if known["seal"] == seal(known) and known.get("checksum") == prepared.checksum:
             return known["floors"]
-    found = prepared.task.floors(prepared.split("train"), prepared.split("test"))
-    content = {"checksum": prepared.checksum, "floors": found}
+    accuracies = prepared.task.floors(prepared.split("train"), prepared.split("test"))
+    content = {"checksum": prepared.checksum, "floors": accuracies}
     with suppress(OSError), atomic(place) as temporary:
         temporary.write_text(json.dumps(content | {"seal": seal(content)}), encoding="utf-8")
-    return found
+    return accuracies

@@ -40,29 +40,29 @@ class _Member(tarfile.TarInfo):
     _proc_gnusparse_10 = _proc_sparse
 
 
-def pack(found: Prepared, target: Path, progress: Progress = silent) -> int:
+def pack(prepared: Prepared, target: Path, progress: Progress = silent) -> int:
     """Write a prepared set to `target`; returns its size in bytes. Raises DataError when a file of it has changed, and
     where the target cannot be written."""
     try:
-        _pack(found, target, progress)
+        _pack(prepared, target, progress)
         return target.stat().st_size
     except (OSError, ValueError) as error:
         raise DataError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _pack(found: Prepared, target: Path, progress: Progress) -> None:
+def _pack(prepared: Prepared, target: Path, progress: Progress) -> None:
     # where the raw files lay is nobody else's business
-    manifest = json.dumps(found.manifest | {"source": "packed"}, indent=2).encode()
-    whole, done = sum(facts["bytes"] for facts in found.manifest["files"].values()), 0
+    manifest = json.dumps(prepared.manifest | {"source": "packed"}, indent=2).encode()
+    whole, done = sum(facts["bytes"] for facts in prepared.manifest["files"].values()), 0
     with atomic(target) as temporary, tarfile.open(temporary, "w:xz", preset=6) as archive:
         entry = tarfile.TarInfo(MANIFEST)
         entry.size = len(manifest)
         archive.addfile(entry, io.BytesIO(manifest))
-        for name, facts in found.manifest["files"].items():
+        for name, facts in prepared.manifest["files"].items():
             progress(f"packing {name}", done, whole)
-            path = found.folder / name
+            path = prepared.folder / name
             if hash_file(path) != facts["sha256"]:
-                raise DataError(f"{path}: its SHA-256 is not the one in the manifest; remove {found.folder}")
+                raise DataError(f"{path}: its SHA-256 is not the one in the manifest; remove {prepared.folder}")
             entry = tarfile.TarInfo(name)
             entry.size = facts["bytes"]
             with path.open("rb") as file:
@@ -134,9 +134,9 @@ def _unpack(archive: tarfile.TarFile, source: Path, progress: Progress) -> Prepa
         finally:
             with contextlib.suppress(OSError):
                 shutil.rmtree(work)
-    found = prepared_sets.find(task, protocol)
-    assert found is not None
-    return found
+    prepared = prepared_sets.find(task, protocol)
+    assert prepared is not None
+    return prepared
 
 
 def _opened(archive: tarfile.TarFile, entry: tarfile.TarInfo) -> IO[bytes]:

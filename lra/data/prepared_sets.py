@@ -145,17 +145,17 @@ def source_folder(source: str | os.PathLike[str] | None = None) -> Path | None:
 
 def resolve(task: str | Task, protocol: str | Protocol | None = None) -> tuple[Task, Protocol]:
     """A task and one of its protocols (by default the first). Raises UserError with the nearest right name."""
-    found: Task = registry.tasks.get(task)() if isinstance(task, str) else task
-    if safe(found.name) != found.name:
-        raise DataError(f"a task is called {found.name!r}, which is no name for a folder; letters, digits and -_. only")
+    resolved: Task = registry.tasks.get(task)() if isinstance(task, str) else task
+    if safe(resolved.name) != resolved.name:
+        raise DataError(f"the task name {resolved.name!r} is no folder name; use letters, digits and -_. only")
     if isinstance(protocol, Protocol):
         if safe(protocol.name) != protocol.name:
             raise DataError(f"a protocol is called {protocol.name!r}, which is no name for a folder")
-        return found, protocol
-    name = protocol or next(iter(found.protocols))
-    if name not in found.protocols:
-        raise unknown(f"protocol of {found.name}", name, found.protocols)
-    return found, found.protocols[name]
+        return resolved, protocol
+    name = protocol or next(iter(resolved.protocols))
+    if name not in resolved.protocols:
+        raise unknown(f"protocol of {resolved.name}", name, resolved.protocols)
+    return resolved, resolved.protocols[name]
 
 
 def find(task: str | Task, protocol: str | Protocol | None = None) -> Prepared | None:
@@ -170,8 +170,8 @@ def find(task: str | Task, protocol: str | Protocol | None = None) -> Prepared |
     for name, facts in manifest["files"].items():
         size = (folder / name).stat().st_size if (folder / name).is_file() else None
         if size != facts["bytes"]:
-            found = "is missing" if size is None else f"holds {size:,} bytes instead of {facts['bytes']:,}"
-            raise DataError(f"{folder / name} {found}; {_remedy(owner, frozen, folder)}")
+            state = "is missing" if size is None else f"holds {size:,} bytes instead of {facts['bytes']:,}"
+            raise DataError(f"{folder / name} {state}; {_remedy(owner, frozen, folder)}")
     return Prepared(owner, frozen, folder, manifest)
 
 
@@ -192,11 +192,11 @@ def prepared(
     if source is not None and not frozen.raw:
         raise DataError(f"{owner.name} under {frozen.name!r} is generated here and reads no files; leave out --from")
     folder, report = cache_root() / owner.name / frozen.name, progress or silent
-    if found := find(owner, frozen):
-        return _same_source(_intact(found, report), source)
+    if existing := find(owner, frozen):
+        return _same_source(_intact(existing, report), source)
     with _locked(folder, report):
-        if found := find(owner, frozen):
-            return _same_source(_intact(found, report), source)
+        if existing := find(owner, frozen):
+            return _same_source(_intact(existing, report), source)
         _prepare(owner, frozen, folder, source_folder(source) if frozen.raw else None, workers or cpus(), report)
     done = find(owner, frozen)
     if done is None:
@@ -209,16 +209,17 @@ def verify(task: str | Task, protocol: str | Protocol | None = None, *, progress
     owner, frozen = resolve(task, protocol)
     report = progress or silent
     try:
-        found = find(owner, frozen)
-        if found is None:
+        existing = find(owner, frozen)
+        if existing is None:
             return [f"{owner.name} under {frozen.name!r} is not prepared: run `{owner.command(frozen)}`"]
-        remedy = _remedy(owner, frozen, found.folder)
-        if changed := _changed(found, report):
-            return [f"{found.folder / name}: its SHA-256 is not the one in the manifest; {remedy}" for name in changed]
-        counts, sums = _measure(owner, found.folder, report)
-        wrong = [f"counts of {s}" for s in SPLITS if found.manifest["counts"].get(s) != counts[s]]
-        wrong += [f"sha256 of {s}" for s in SPLITS if found.manifest["sha256"].get(s) != sums[s]]
-        return [f"{found.folder / MANIFEST}: {what} does not match the arrays; {remedy}" for what in wrong] + [
+        remedy = _remedy(owner, frozen, existing.folder)
+        if changed := _changed(existing, report):
+            said = "its SHA-256 is not the one in the manifest"
+            return [f"{existing.folder / name}: {said}; {remedy}" for name in changed]
+        counts, sums = _measure(owner, existing.folder, report)
+        wrong = [f"counts of {s}" for s in SPLITS if existing.manifest["counts"].get(s) != counts[s]]
+        wrong += [f"sha256 of {s}" for s in SPLITS if existing.manifest["sha256"].get(s) != sums[s]]
+        return [f"{existing.folder / MANIFEST}: {what} does not match the arrays; {remedy}" for what in wrong] + [
             f"{problem}; {remedy}" for problem in _departures(owner, frozen, counts, sums)
         ]
     except DataError as error:
@@ -244,34 +245,35 @@ def _remedy(task: Task, protocol: Protocol, folder: Path) -> str:
     return f"remove {folder} and run `{task.command(protocol)}`"
 
 
-def _intact(found: Prepared, progress: Progress) -> Prepared:
+def _intact(prepared_set: Prepared, progress: Progress) -> Prepared:
     """The set, every file compared with its checksum: once per process for as long as no file is touched."""
-    states = [(found.folder / name).stat() for name in found.manifest["files"]]
-    mark = (str(found.folder), *((s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in states))
+    states = [(prepared_set.folder / name).stat() for name in prepared_set.manifest["files"]]
+    mark = (str(prepared_set.folder), *((s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in states))
     if mark not in _known_intact:
-        if changed := _changed(found, progress):
+        if changed := _changed(prepared_set, progress):
             what = f"{', '.join(changed)} changed since {'it was' if len(changed) == 1 else 'they were'} written"
-            raise DataError(f"{found.folder}: {what}; {_remedy(found.task, found.protocol, found.folder)}")
+            remedy = _remedy(prepared_set.task, prepared_set.protocol, prepared_set.folder)
+            raise DataError(f"{prepared_set.folder}: {what}; {remedy}")
         _known_intact.add(mark)
-    return found
+    return prepared_set
 
 
-def _changed(found: Prepared, progress: Progress) -> list[str]:
+def _changed(prepared_set: Prepared, progress: Progress) -> list[str]:
     """The files that do not have the checksum of the manifest."""
-    files, wrong = found.manifest["files"], []
+    files, wrong = prepared_set.manifest["files"], []
     for number, (name, facts) in enumerate(files.items()):
         progress("checking files", number, len(files))
-        if hash_file(found.folder / name) != facts["sha256"]:
+        if hash_file(prepared_set.folder / name) != facts["sha256"]:
             wrong.append(name)
     return wrong
 
 
-def _same_source(found: Prepared, source: str | os.PathLike[str] | None) -> Prepared:
-    frozen, was = all(found.protocol.sha256.get(s) for s in SPLITS), found.manifest["source"]
+def _same_source(prepared_set: Prepared, source: str | os.PathLike[str] | None) -> Prepared:
+    frozen, was = all(prepared_set.protocol.sha256.get(s) for s in SPLITS), prepared_set.manifest["source"]
     if source is not None and not frozen and str(source_folder(source)) != was:
-        remedy = _remedy(found.task, found.protocol, found.folder)
-        raise DataError(f"{found.folder} was prepared from {was}; to prepare it from {source}, {remedy}")
-    return found
+        remedy = _remedy(prepared_set.task, prepared_set.protocol, prepared_set.folder)
+        raise DataError(f"{prepared_set.folder} was prepared from {was}; to prepare it from {source}, {remedy}")
+    return prepared_set
 
 
 @contextmanager
@@ -391,9 +393,9 @@ def _overlaps(task: Task, protocol: Protocol, folder: Path, progress: Progress) 
     progress("comparing splits", 0, 0)
     marks = {split: fingerprints(task.load(folder, split)) for split in SPLITS}
     pairs = [("train", "test")] if protocol.selection == "test" else list(combinations(SPLITS, 2))
-    found = [(a, b, shared(marks[a], marks[b]), len(marks[b])) for a, b in pairs]
+    overlaps = [(a, b, shared(marks[a], marks[b]), len(marks[b])) for a, b in pairs]
     return [
         f"{task.name} under {protocol.name!r}: {count:,} of the {total:,} examples of {b} are in {a} too"
-        for a, b, count, total in found
+        for a, b, count, total in overlaps
         if total >= COMPARED and count > total * OVERLAP
     ]

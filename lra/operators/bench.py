@@ -9,16 +9,15 @@ packages are held against the same floor. All that do the same work are timed in
 from __future__ import annotations
 
 import contextlib
-import csv
 import importlib
-import io
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,21 +27,10 @@ from lra.errors import UserError, unknown
 from lra.kernels._case import Case
 from lra.kernels._dispatch import choose
 from lra.operators import parity
-from lra.operators.peer_models import MATCHES, Shape, contestants
-from lra.operators.peers import Contender, peers
 from lra.profiling import memory
 from lra.profiling.peak import Machine
 from lra.profiling.timing import Timing, together
 from lra.results import environment
-
-FIELDS = (
-    "op", "case", "implementation", "dtype", "pass", "seconds", "low", "high", "repeats", "bytes", "flops",
-    "floor_seconds", "device", "torch", "commit", "date",
-)  # fmt: skip
-STEP_FIELDS = (
-    "architecture", "by", "batch", "length", "d_model", "n_layers", "n_heads", "parameters", "seconds", "low", "high",
-    "repeats", "device", "torch", "commit", "date",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,10 +54,29 @@ class Line:
         return max(self.bytes / self.machine.bandwidth, self.flops / self.machine.rate)
 
 
+@dataclass(frozen=True)
+class Contender:
+    """A call and the arguments it is timed with; both passes, or the forward pass alone."""
+
+    name: str
+    call: Callable[..., Any]
+    arguments: dict[str, Any]
+    backward: bool = True
+
+
+Peers = Callable[[str, dict[str, Any], str], Iterable[Contender]]
+"""peers(op, arguments, own): other implementations of `op` for these arguments, to time beside our `own`."""
+
+
+def no_peers(op: str, arguments: dict[str, Any], own: str) -> Iterable[Contender]:
+    return ()
+
+
 def bench(
-    ops: Iterable[str], device: torch.device, *, budget: float = 10.0, seen: Callable[[str], None] = lambda _: None
-) -> Iterator[Line]:
-    """The measurements case by case; budget: seconds for each of them.
+    ops: Iterable[str], device: torch.device, *, budget: float = 10.0, peers: Peers = no_peers,
+    seen: Callable[[str], None] = lambda _: None,
+) -> Iterator[Line]:  # fmt: skip
+    """The measurements case by case; budget: seconds for each of them; peers: what is timed beside our implementations.
 
     Raises UserError for an unknown operator.
     """
@@ -84,12 +91,14 @@ def bench(
     def lines() -> Iterator[Line]:
         for number, (op, case, dtype) in enumerate(todo, start=1):
             seen(f"{number} of {len(todo)}: {op} {case.name}")
-            yield from _case(op, case, dtype, device, budget)
+            yield from _case(op, case, dtype, device, budget, peers)
 
     return lines()
 
 
-def _case(op: str, case: Case, dtype: torch.dtype, device: torch.device, budget: float) -> Iterator[Line]:
+def _case(
+    op: str, case: Case, dtype: torch.dtype, device: torch.device, budget: float, peers: Peers
+) -> Iterator[Line]:  # fmt: skip
     module = importlib.import_module(f"lra.kernels.{op}")
     arguments = parity.arguments_of(case, dtype, device)
     own: list[Contender] = []
@@ -151,65 +160,39 @@ def _both(contender: Contender) -> Callable[[], object]:
     return work
 
 
-@dataclass(frozen=True)
-class Step:
-    """One measurement of a training step. by: "lra" or another package."""
-
-    architecture: str
-    by: str
-    shape: Shape
-    parameters: int
-    timing: Timing
-
-
-def bench_models(
-    names: Iterable[str], device: torch.device, *, budget: float = 10.0, seen: Callable[[str], None] = lambda _: None
-) -> Iterator[Step]:
-    """Training steps of our encoders in turns with those of other packages; all of MATCHES where no name is given.
-
-    Raises UserError for an architecture that has no match.
-    """
-    known = {match.architecture: match for match in MATCHES}
-    chosen = list(names) or list(known)
-    for name in chosen:
-        if name not in known:
-            raise unknown("architecture with peers", name, known)
-    memory.keep_freed()
-    for name in chosen:
-        seen(name)
-        found = {c.name: c for c in contestants(known[name], device)}
-        for by, timing in together({n: c.step for n, c in found.items()}, device, budget=budget).items():
-            yield Step(name, by, known[name].shape, found[by].parameters, timing)
+def frame(lines: Iterable[Line], device: torch.device) -> pd.DataFrame:
+    """One measurement a row, with hardware and versions."""
+    rows = [
+        {
+            "op": line.op, "case": line.case, "implementation": line.implementation, "dtype": line.dtype,
+            "pass": line.passes, **timing_columns(line.timing), "bytes": line.bytes, "flops": f"{line.flops:.0f}",
+            "floor_seconds": f"{line.floor:.6g}", **machine_columns(device),
+        }
+        for line in lines
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
 
 
-def table_csv(lines: Iterable[Line | Step], device: torch.device) -> str:
-    """Long format, one measurement a row, with hardware and versions."""
+def timing_columns(timing: Timing) -> dict[str, object]:
+    """The columns of a CSV file that say how long something took."""
+    times = {"seconds": timing.median, "low": timing.low, "high": timing.high}
+    return {**{name: f"{value:.6g}" for name, value in times.items()}, "repeats": timing.repeats}
+
+
+def machine_columns(device: torch.device) -> dict[str, object]:
+    """The columns of a CSV file that say where and when something was measured."""
     known = environment.environment()
-    hardware = known.get("gpu") if device.type == "cuda" else known["cpu"]
-    tail = [hardware, torch.__version__, known["commit"]["hash"][:12], datetime.now(UTC).date().isoformat()]
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    for number, x in enumerate(lines):
-        times = [*(f"{s:.6g}" for s in (x.timing.median, x.timing.low, x.timing.high)), x.timing.repeats]
-        if isinstance(x, Step):
-            head, row = STEP_FIELDS, [x.architecture, x.by, *astuple(x.shape), x.parameters, *times]
-        else:
-            head, row = FIELDS, [x.op, x.case, x.implementation, x.dtype, x.passes, *times]
-            row += [x.bytes, f"{x.flops:.0f}", f"{x.floor:.6g}"]
-        if not number:
-            writer.writerow(head)
-        writer.writerow([*row, *tail])
-    return out.getvalue()
+    hardware = known["gpu"] if device.type == "cuda" else known["cpu"]
+    commit, date = known["commit"]["hash"][:12], datetime.now(UTC).date().isoformat()
+    return {"device": hardware, "torch": torch.__version__, "commit": commit, "date": date}
 
 
-def write(lines: Sequence[Line | Step], device: torch.device, root: Path) -> Path:
-    """Write the CSV as `<root>/bench/<device type>.csv`, or `models-<device type>.csv`. Raises UserError where that is
-    not possible."""
-    kind = "models-" if isinstance(lines[0], Step) else ""
-    path = root / "bench" / f"{kind}{device.type}.csv"
+def write(rows: pd.DataFrame, name: str, root: Path) -> Path:
+    """Write the CSV as `<root>/bench/<name>.csv`. Raises UserError where that is not possible."""
+    path = root / "bench" / f"{name}.csv"
     try:
         with files.atomic(path) as temporary:
-            temporary.write_text(table_csv(lines, device), encoding="utf-8")
+            rows.to_csv(temporary, index=False, lineterminator="\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
     return path

@@ -64,7 +64,7 @@ def examine(
 ) -> list[Diagnosis]:
     """Diagnoses of the cpu and gpu paths of each operator, from the cache where hardware and code are the same."""
     known = {} if fresh else _cached()
-    found = []
+    diagnoses = []
     for op in ops:
         seen(op)
         key = _key(op, device)
@@ -72,8 +72,8 @@ def examine(
             own = [diagnose(op, name, device) for name in ("cpu", "gpu")]
             known[key] = [asdict(d) for d in own]
             _remember(key, known[key])
-        found += [Diagnosis(**d) for d in known[key]]
-    return found
+        diagnoses += [Diagnosis(**d) for d in known[key]]
+    return diagnoses
 
 
 def gate(ops: Iterable[str], device: torch.device) -> list[str]:

@@ -60,7 +60,7 @@ def run(function: Callable[..., Any], arguments: dict[str, Any], **options: Any)
     for name in names:
         arguments[name] = arguments[name].detach().requires_grad_()
     outputs = outputs_of(function(**arguments, **options))
-    found = {f"output {i}": t.detach() for i, t in enumerate(outputs)}
+    tensors = {f"output {i}": t.detach() for i, t in enumerate(outputs)}
     generator = torch.Generator().manual_seed(0)
     pairs = []
     for t in outputs:
@@ -72,21 +72,21 @@ def run(function: Callable[..., Any], arguments: dict[str, Any], **options: Any)
     grads = torch.autograd.grad(
         [t for t, _ in pairs], [arguments[n] for n in names], [c for _, c in pairs], materialize_grads=True
     )
-    return found | {f"gradient of {name}": g for name, g in zip(names, grads, strict=True)}
+    return tensors | {f"gradient of {name}": g for name, g in zip(names, grads, strict=True)}
 
 
-def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """RMS(found - wanted) / RMS(wanted); what lies below the smallest normal number of `found` counts as 0.
+def relative_error(actual: Tensor, wanted: Tensor) -> float:
+    """RMS(actual - wanted) / RMS(wanted); an error below the smallest normal number of the dtype counts as 0.
 
-    Infinite where the shapes differ or `found` is not finite.
+    Infinite where the shapes differ or `actual` is not finite.
     """
-    if found.shape != wanted.shape or not bool(
-        torch.isfinite(torch.view_as_real(found) if found.is_complex() else found).all()
+    if actual.shape != wanted.shape or not bool(
+        torch.isfinite(torch.view_as_real(actual) if actual.is_complex() else actual).all()
     ):
         return float("inf")
-    error = (wide(found) - wanted).abs().square().mean().sqrt().item()
+    error = (wide(actual) - wanted).abs().square().mean().sqrt().item()
     scale = wanted.abs().square().mean().sqrt().item()
-    return 0.0 if error < torch.finfo(found.dtype).tiny else error / max(scale, 1e-300)
+    return 0.0 if error < torch.finfo(actual.dtype).tiny else error / max(scale, 1e-300)
 
 
 def errors_of(
@@ -97,7 +97,7 @@ def errors_of(
     arguments = arguments_of(case, dtype, device)
     reference = import_module(f"lra.kernels.{op}.reference").reference
     wanted = run(reference, {name: wide(value) for name, value in arguments.items()})
-    found = run(operator(op), arguments, impl=impl)
-    errors = {name: relative_error(found[name], wanted[name]) for name in wanted}
-    first = found["output 0"].dtype
+    actual = run(operator(op), arguments, impl=impl)
+    errors = {name: relative_error(actual[name], wanted[name]) for name in wanted}
+    first = actual["output 0"].dtype
     return errors if first.is_complex or first == dtype else errors | {f"output 0 in {first}": float("inf")}

@@ -37,7 +37,9 @@ def build(collection: Collection, root: Path) -> str:
     colours = {name: i for i, name in enumerate(sorted({row.architecture for rows in found.values() for row in rows}))}
     rows = [_row(group, row, names[id(row)], collection) for group, listed in found.items() for row in listed]
     profiled = efficiency.load(root)
-    pages = Environment(loader=PackageLoader("lra"), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    pages = Environment(
+        loader=PackageLoader("lra.reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
     return pages.get_template("report.html").render(
         header=leaderboard.HEADER,
         rows=rows,

@@ -40,13 +40,14 @@ class Collection:
     reported: Sequence[Reported] = ()
 
     @classmethod
-    def read(cls, root: Path) -> Collection:
-        """Everything in a results folder. Never raises for the content of a file."""
+    def read(cls, root: Path, place: str = "runs") -> Collection:
+        """Everything in one place of a results folder: "runs", or "smoke" for smoke tests. Never raises for
+        the content of a file."""
         found: dict[str, Record] = {}
         paths: dict[str, Path] = {}
         clashing: set[str] = set()
         problems: list[str] = []
-        for path in sorted((root / "runs").rglob("*.json")):
+        for path in sorted((root / place).rglob("*.json")):
             try:
                 record = result.read(path)
             except UserError as error:

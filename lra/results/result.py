@@ -1,6 +1,7 @@
 """The record of one run: one JSON file, written once and whole, with the test predictions beside it.
 
-Layout: <results>/runs/<task>/<architecture>/<id>.json and <id>.npz. The id holds recipe, recipe hash, seed and time.
+Layout: <results>/runs/<task>/<architecture>/<id>.json and <id>.npz, or below <results>/smoke for a recipe that is a
+smoke test. The id holds recipe, recipe hash, seed and time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lra.errors import UserError
-from lra.files import _sha256, atomic, safe, seal
+from lra.files import atomic, safe, seal, sha256
 from lra.results.schema import SCHEMA as SCHEMA
 from lra.results.schema import check as check
 
@@ -37,22 +38,22 @@ def unfinished() -> Path:
     return Path(os.environ.get("LRA_RUNS", "runs"))
 
 
-def write(record: dict[str, Any], predictions: dict[str, np.ndarray], root: Path) -> Path:
+def write(record: dict[str, Any], predictions: dict[str, np.ndarray], root: Path, place: str = "runs") -> Path:
     """Write predictions, then the record that names their checksum. Returns the path of the JSON file.
 
     Nothing that exists is replaced: where the id is taken, by another process or a clock set back, the record gets the
     next free one. Raises UserError where the files cannot be written.
     """
-    place = root / "runs" / safe(record["task"]) / slug(record["architecture"])
+    folder = root / place / safe(record["task"]) / slug(record["architecture"])
     content = io.BytesIO()
     np.savez_compressed(content, **predictions)  # type: ignore[arg-type]
     first = safe(record["id"], 180)
-    record = record | {"id": first, "predictions": {"file": f"{first}.npz", "sha256": _sha256(content.getvalue())}}
+    record = record | {"id": first, "predictions": {"file": f"{first}.npz", "sha256": sha256(content.getvalue())}}
     if problem := check(record | {"seal": ""}):
         raise ValueError(f"refusing to write an invalid result: {problem}")
     try:
         for identity in (first, *(f"{first}-{n}" for n in range(2, 1000))):
-            data, path = place / f"{identity}.npz", place / f"{identity}.json"
+            data, path = folder / f"{identity}.npz", folder / f"{identity}.json"
             if path.exists():
                 continue
             try:
@@ -66,10 +67,10 @@ def write(record: dict[str, Any], predictions: dict[str, np.ndarray], root: Path
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(
-            f"cannot write the result to {place}: {reason}; the trained weights are kept: make room or set "
+            f"cannot write the result to {folder}: {reason}; the trained weights are kept: make room or set "
             "LRA_RESULTS, and run the same command with --resume"
         ) from error
-    raise UserError(f"{place} holds a thousand results called {first}; move some away")
+    raise UserError(f"{folder} holds a thousand results called {first}; move some away")
 
 
 def _write_json(path: Path, record: dict[str, Any], data: Path) -> None:
@@ -105,7 +106,7 @@ def read(path: Path) -> dict[str, Any]:
         content = data.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: its predictions {name} cannot be read: {error.strerror}") from None
-    if _sha256(content) != record["predictions"]["sha256"]:
+    if sha256(content) != record["predictions"]["sha256"]:
         raise UserError(f"{path}: its predictions {name} do not have the recorded checksum")
     if problem := _unsound(content):
         raise UserError(f"{path}: its predictions {name} are not plain arrays: {problem}")

@@ -43,15 +43,15 @@ def table(cells: list[Cell], console: Console) -> Table:
     with console.status("probing") as status:
         for group in groups.values():
             status.update(f"probing {group[0].name}")
-            found = probed(group[0])
+            probe = probed(group[0])
             name = group[0].name.replace(f" s{group[0].seed}", "", 1)
-            if "failed" in found:
-                shown.add_row(name, str(len(group)), found["failed"])
+            if "failed" in probe:
+                shown.add_row(name, str(len(group)), probe["failed"])
                 continue
-            whole += found["seconds"] * len(group)
+            whole += probe["seconds"] * len(group)
             shown.add_row(
-                name, str(len(group)), duration(found["seconds"]), duration(found["seconds"] * len(group)),
-                f"{found['bytes'] / 2**20:,.0f} MiB",
+                name, str(len(group)), duration(probe["seconds"]), duration(probe["seconds"] * len(group)),
+                f"{probe['bytes'] / 2**20:,.0f} MiB",
             )  # fmt: skip
     shown.caption = f"one after the other about {duration(whole)}"
     return shown
@@ -86,43 +86,43 @@ def measured(cell: Cell) -> dict[str, float]:
     from lra.training.request import resolve
     from lra.training.run import check_operators
 
-    found, _ = resolve(cell.request())
+    recipe, _ = resolve(cell.request())
     constructor = architectures.get(cell.architecture)
     here, total = device(), time.perf_counter() - start
-    prepared = prepared_sets.prepared(cell.task, found.data.protocol)
+    prepared = prepared_sets.prepared(cell.task, recipe.data.protocol)
     start = time.perf_counter()
-    model = build(found, constructor, prepared.task, prepared.protocol, cell.seed)
+    model = build(recipe, constructor, prepared.task, prepared.protocol, cell.seed)
     check_operators(model, prepared, constructor)
     # from here on in the order of a run, for the memory is that of its largest moment
     peak = memory.Peak(here)
     memory.keep_freed()
     split, selection = prepared.split("train"), prepared.split(prepared.protocol.selection)
-    data = DeviceSet.of(split, prepared.protocol, here, choose(len(split), found.data.train_examples))
-    stages.apply_execution(found, model)
-    if found.train.compile:
+    data = DeviceSet.of(split, prepared.protocol, here, choose(len(split), recipe.data.train_examples))
+    stages.apply_execution(recipe, model)
+    if recipe.train.compile:
         stages.compile_encoder(data, model.to(here))
     model.to(here)
     total += time.perf_counter() - start
-    if found.pretrain.objective != "none":
-        before = Pretraining(model, found, prepared.protocol).to(here)
-        total += _training(before, found, data, Sampler(data.lengths, before.batch_size, cell.seed))
-    held = DeviceSet.of(selection, prepared.protocol, here, choose(len(selection), found.data.validation_examples))
+    if recipe.pretrain.objective != "none":
+        before = Pretraining(model, recipe, prepared.protocol).to(here)
+        total += _training(before, recipe, data, Sampler(data.lengths, before.batch_size, cell.seed))
+    held = DeviceSet.of(selection, prepared.protocol, here, choose(len(selection), recipe.data.validation_examples))
     total += _training(
-        Training(model, found, prepared.task.classes), found, data, stages.training_sampler(found, data, cell.seed)
+        Training(model, recipe, prepared.task.classes), recipe, data, stages.training_sampler(recipe, data, cell.seed)
     )
     # the split that selects is scored once more at the end, and the test set once
-    times = found.train.steps // min(found.train.evaluate_every, found.train.steps) + 1
-    scored = times * len(held) + (found.data.test_examples or len(prepared.split("test")))
-    total += scored * _scoring(model, found, held)
+    times = recipe.train.steps // min(recipe.train.evaluate_every, recipe.train.steps) + 1
+    scored = times * len(held) + (recipe.data.test_examples or len(prepared.split("test")))
+    total += scored * _scoring(model, recipe, held)
     return {"seconds": total, "bytes": float(peak.read()["peak_bytes"])}
 
 
-def _training(module: Trainable, found: Recipe, data: DeviceSet, sampler: Sampler) -> float:
+def _training(module: Trainable, recipe: Recipe, data: DeviceSet, sampler: Sampler) -> float:
     """Seconds that all steps of a stage take. The longest batch is among those tried: it decides on the memory."""
     import numpy as np
     import torch
 
-    from lra.training import stages
+    from lra.training import precision
 
     module.setup("fit")
     optimiser = module.configure_optimizers()["optimizer"]
@@ -134,15 +134,15 @@ def _training(module: Trainable, found: Recipe, data: DeviceSet, sampler: Sample
     middles = by_length[(2 * np.arange(STEPS) + 1) * len(steps) // (2 * STEPS)]
     # mixed as in a run: memory freed by one length does not always serve the next
     np.random.default_rng(0).shuffle(middles)
-    seconds, parts = [], found.train.accumulate
+    seconds, parts = [], recipe.train.accumulate
     for step in (middles[0], *middles, by_length[-1]):
         start = time.perf_counter()
         for part in range(parts):
-            with stages.precise(found, data.device):
+            with precision.autocast(recipe, data.device):
                 loss: Any = module.training_step(data.batch(sampler.batch(int(step))[part::parts]), 0)
             (loss / parts).backward()
-        if found.optim.clip:
-            torch.nn.utils.clip_grad_norm_(module.parameters(), found.optim.clip)
+        if recipe.optim.clip:
+            torch.nn.utils.clip_grad_norm_(module.parameters(), recipe.optim.clip)
         optimiser.step()
         optimiser.zero_grad()
         _wait(data.device)
@@ -151,21 +151,21 @@ def _training(module: Trainable, found: Recipe, data: DeviceSet, sampler: Sample
     return seconds[0] - seconds[1] + module.steps * sum(seconds[1 : STEPS + 1]) / STEPS
 
 
-def _scoring(model: Classifier, found: Recipe, held: DeviceSet) -> float:
+def _scoring(model: Classifier, recipe: Recipe, held: DeviceSet) -> float:
     """Seconds an example takes in evaluation, from batches of all lengths, the longest among them."""
     import numpy as np
     import torch
 
     from lra.data.batches import EvaluationLoader
-    from lra.training import stages
+    from lra.training import precision
 
-    plan = EvaluationLoader(held, found.data.evaluation_batch_size).plan
+    plan = EvaluationLoader(held, recipe.data.evaluation_batch_size).plan
     chosen = [plan[i] for i in np.unique(np.linspace(0, len(plan) - 1, BATCHES).astype(int))]
     seconds = []
     model.eval()
     for examples in (chosen[0], *chosen):
         start = time.perf_counter()
-        with torch.no_grad(), stages.precise(found, held.device):
+        with torch.no_grad(), precision.autocast(recipe, held.device):
             model(held.batch(examples))
         _wait(held.device)
         seconds.append((time.perf_counter() - start) / len(examples))

@@ -30,14 +30,16 @@ _SET_PARENT_DEATH_SIGNAL = 1
 def finished(cell: Cell, root: Path) -> bool:
     """Whether a result with this cell's task, architecture, seed and recipe is on file."""
     # to resolve a cell takes the seconds that torch takes to load
-    if not (root / "runs").is_dir():
+    if not any((root / place).is_dir() for place in ("runs", "smoke")):
         return False
     from lra.registry import tasks
     from lra.results import result
     from lra.training.request import resolve
 
     recipe, _ = resolve(cell.request())
-    place = root / "runs" / tasks.get(cell.task).cls.name / result.slug(cell.architecture)
+    place = (
+        root / ("smoke" if recipe.smoke else "runs") / tasks.get(cell.task).cls.name / result.slug(cell.architecture)
+    )
     pattern = f"*-{recipe.hash[:8]}-s{cell.seed}-*.json"
     return any(_recipe_of(path) == recipe.hash for path in place.glob(pattern))
 
@@ -80,7 +82,7 @@ def carry_out(
     if only is not None:
         plan = Plan(plan.file, (plan.cells[only],), plan.retries)
     root = result.folder()
-    files.check_writable(root / "runs")
+    files.check_writable(root)
     open_ = [number for number, cell in enumerate(plan.cells) if not finished(cell, root)]
     if forecast and open_:
         from lra.sweeps import forecast as probing

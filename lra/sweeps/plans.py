@@ -63,14 +63,14 @@ class Cell:
         return f"{self.task} {self.architecture} s{self.seed}{varied}"
 
     def arguments(self) -> list[str]:
-        found = ["run", self.task, self.architecture, "--recipe", self.recipe, "--seed", str(self.seed)]
-        found += ["--protocol", self.protocol] if self.protocol else []
+        words = ["run", self.task, self.architecture, "--recipe", self.recipe, "--seed", str(self.seed)]
+        words += ["--protocol", self.protocol] if self.protocol else []
         for key, value in self.settings.items():
-            found += ["--set", f"{key}={json.dumps(value)}"]
+            words += ["--set", f"{key}={json.dumps(value)}"]
         for key, value in self.options.items():
             # a switch has no value
-            found += [f"--{key}"] if value is None else [f"--{key}", str(value)]
-        return found
+            words += [f"--{key}"] if value is None else [f"--{key}", str(value)]
+        return words
 
     def request(self) -> Request:
         from lra.training.request import Request

@@ -102,6 +102,11 @@ class ThroughputMeter(Callback):
         module.log("examples/s", (self.examples - examples) / (self.seconds - seconds), prog_bar=True)
         self._logged = (self.seconds, self.examples)
 
+    @property
+    def elapsed(self) -> float:
+        """Wall seconds since the run began, validation and earlier parts of a resumed run included."""
+        return self.earlier + time.perf_counter() - self._created
+
     def speed(self) -> dict[str, float | int]:
         """Training throughput over the whole run, first steps included. Tokens include padding, which costs as much."""
         seconds = max(self.seconds, 1e-9)
@@ -115,7 +120,7 @@ class ThroughputMeter(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         state = {"seconds": self.seconds, "examples": self.examples, "tokens": self.tokens, "steps": self.steps}
-        return state | {"earlier": self.earlier + time.perf_counter() - self._created}
+        return state | {"earlier": self.elapsed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for key, value in state.items():

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from lra.config.recipe import Recipe
+from lra.encoder import Encoder
 from lra.errors import UserError
 from lra.model import Classifier
 from lra.registry import Constructor
@@ -49,12 +50,17 @@ def seed_everything(seed: int) -> None:
 def build(recipe: Recipe, constructor: Constructor, task: Task, protocol: Protocol, seed: int) -> Classifier:
     """The classifier of a recipe with the weights that `seed` gives it. Seeds the global generators."""
     seed_everything(seed)
+    encoder = build_encoder(recipe, constructor, protocol.length)
+    return Classifier(encoder, protocol, task.classes, task.towers, recipe.model.pooling)
+
+
+def build_encoder(recipe: Recipe, constructor: Constructor, length: int) -> Encoder:
+    """The encoder of a recipe, for sequences of up to `length` tokens."""
     shape: dict[str, Any] = {"d_model": recipe.model.d_model, "n_layers": recipe.model.n_layers}
     extra = 1 if recipe.model.pooling == "cls" else 0
     if "direction" in constructor.options():
         shape["direction"] = recipe.model.direction
-    encoder = constructor(**shape, length=protocol.length + extra, dropout=recipe.model.dropout, **recipe.encoder)
-    return Classifier(encoder, protocol, task.classes, task.towers, recipe.model.pooling)
+    return constructor(**shape, length=length + extra, dropout=recipe.model.dropout, **recipe.encoder)
 
 
 def check_weight_memory(recipe: Recipe, device: torch.device) -> None:

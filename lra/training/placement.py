@@ -69,6 +69,7 @@ def unsupported_by_fsdp(recipe: Recipe) -> str:
         "optim.ema": recipe.optim.ema,
         f"optim.name={recipe.optim.name}": recipe.optim.name in ("adafactor", "muon", "sophia"),
         f"pretrain.objective={recipe.pretrain.objective}": recipe.pretrain.objective != "none",
+        "search.rates": recipe.search.rates,
         "train.tbptt": recipe.train.tbptt,
         "train.compile": recipe.train.compile,
     }

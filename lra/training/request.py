@@ -97,7 +97,18 @@ class Request:
 
 
 def resolve(request: Request) -> tuple[Recipe, dict[str, str]]:
-    """The recipe of a request and, for each dotted key, where its value comes from. Raises UserError."""
+    """The recipe of a request and, for each dotted key, where its value comes from. Raises UserError.
+
+    A width that meets a budget is found by building encoders, for which torch is imported.
+    """
+    recipe, origin = read(request)
+    if request.match:
+        return _matched(request, recipe, origin)
+    return _within_budget(request, recipe, origin) if recipe.model.budget else (recipe, origin)
+
+
+def read(request: Request) -> tuple[Recipe, dict[str, str]]:
+    """As `resolve`, but with the width as it is given: checks every argument without importing torch."""
     _check_task(request.task)
     architecture, name = architectures.declaration(request.architecture), request.architecture_name
     recipe, origin = recipes.resolve(request.recipe_name, request.task_name, name, request.settings)
@@ -115,8 +126,25 @@ def resolve(request: Request) -> tuple[Recipe, dict[str, str]]:
     for key in recipe.encoder:
         if key not in own:
             raise unknown("key", f"encoder.{key}", [f"encoder.{k}" for k in own], where=recipe.architecture)
-    recipe, origin = recipes.of_variant(recipe, origin, architecture.preset)
-    return _matched(request, recipe, origin) if request.match else (recipe, origin)
+    return recipes.of_variant(recipe, origin, architecture.preset)
+
+
+def _within_budget(request: Request, recipe: Recipe, origin: dict[str, str]) -> tuple[Recipe, dict[str, str]]:
+    """The recipe with a width that keeps to `model.budget`, relative to the Transformer under the same settings."""
+    from lra.config import match
+    from lra.training.construction import build_encoder
+
+    common = {key: text for key, text in (request.settings or {}).items() if not key.startswith("encoder.")}
+    reference, _ = recipes.resolve(request.recipe_name, recipe.task, "transformer", common)
+    constructor, transformer = architectures.get(request.architecture), architectures.get("transformer")
+    width, note = match.within_budget(
+        recipe, reference, lambda r: build_encoder(r, constructor, match.LENGTH),
+        lambda r: build_encoder(r, transformer, match.LENGTH),
+    )  # fmt: skip
+    if width == recipe.model.d_model:
+        return recipe, origin
+    origin["model.d_model"] = f"model.budget: {note}"
+    return replace(recipe, model=replace(recipe.model, d_model=width)), origin
 
 
 def _matched(request: Request, recipe: Recipe, origin: dict[str, str]) -> tuple[Recipe, dict[str, str]]:
@@ -143,9 +171,14 @@ def check(request: Request, recipe: Recipe) -> None:
         prepared_sets.source_folder(request.source)
 
 
-def result_folder(request: Request) -> Path:
+def result_place(recipe: Recipe) -> str:
+    """The part of the results folder that a recipe's records go to: smoke tests stay out of the tables."""
+    return "smoke" if recipe.smoke else "runs"
+
+
+def result_folder(request: Request, recipe: Recipe) -> Path:
     """Where the record of a run will be written."""
-    return result.folder() / "runs" / _task_folder(request) / result.slug(request.architecture_name)
+    return result.folder() / result_place(recipe) / _task_folder(request) / result.slug(request.architecture_name)
 
 
 def folder_of(request: Request, recipe: Recipe) -> Path:

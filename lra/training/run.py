@@ -29,7 +29,7 @@ from lra.results import environment, result
 from lra.training import construction, distributed, run_folder, stages
 from lra.training.callbacks import StepProgress
 from lra.training.device import device
-from lra.training.request import Request, check, checkpoint_folder, folder_of, resolve, result_folder
+from lra.training.request import Request, check, checkpoint_folder, folder_of, resolve, result_folder, result_place
 from lra.training.run_record import record
 from lra.training.stages import RunContext, TrainingResult
 
@@ -43,7 +43,7 @@ def run(request: Request, console: Console | None = None, progress: StepProgress
     """
     recipe, origin = resolve(request)
     check(request, recipe)
-    files.check_writable(result_folder(request))
+    files.check_writable(result_folder(request, recipe))
     console = console or Console(quiet=True)
     matmul_precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
@@ -91,7 +91,7 @@ def _run(
             _own_fields(request, trained, refused, context), started,
             trained.meter.earlier + time.perf_counter() - clock,
         )  # fmt: skip
-        path = result.write(content, scores["predictions"], result.folder())
+        path = result.write(content, scores["predictions"], result.folder(), result_place(recipe))
         run_folder.finish(folder, path)
         (context.checkpoints / "last.ckpt").unlink(missing_ok=True)
     return path

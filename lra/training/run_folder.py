@@ -72,7 +72,7 @@ def finished_record(folder: Path, missing_ok: bool = False) -> Path | None:
     if not path:
         return None
     # a results folder may have been moved
-    for candidate in (Path(path), result.folder() / "runs" / Path(*Path(path).parts[-3:])):
+    for candidate in (Path(path), result.folder() / Path(*Path(path).parts[-4:])):
         if candidate.is_file():
             return candidate
     if missing_ok:

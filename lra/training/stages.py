@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import shutil
 import time
 import warnings
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from lra.data.batches import DeviceSet, EvaluationLoader, Sampler, TrainingLoade
 from lra.data.prepared_sets import Prepared
 from lra.model import Classifier
 from lra.profiling import memory
-from lra.training import checkpoint, construction, distributed, execution, loggers
+from lra.training import checkpoint, construction, distributed, execution, loggers, precision, rate_search
 from lra.training.callbacks import (
     ExpectationCheck,
     ProgressBar,
@@ -92,6 +93,8 @@ def train(recipe: Recipe, prepared: Prepared, model: Classifier, context: RunCon
     selection = prepared.split(prepared.protocol.selection)
     examples = choose(len(selection), recipe.data.validation_examples)
     validation = DeviceSet.of(selection, prepared.protocol, device, examples)
+    if recipe.search.rates:
+        recipe, facts["rate_search"] = _search_rate(recipe, prepared, data, validation, model, context)
     sampler = training_sampler(recipe, data, context.seed)
     unsharded = copy.deepcopy(model) if context.placement.sharded else model
     module = Training(model, recipe, prepared.task.classes)
@@ -109,6 +112,33 @@ def train(recipe: Recipe, prepared: Prepared, model: Classifier, context: RunCon
     facts |= {"curve": module.curve} | ({"diagnostics": module.diagnostics} if module.diagnostics else {})
     facts |= {"off_course": expectation.warning} if expectation.warning else {}
     return TrainingResult(module, unsharded, trainer, meter, peak.read(), facts)
+
+
+def _search_rate(
+    recipe: Recipe, prepared: Prepared, data: DeviceSet, validation: DeviceSet, model: Classifier, context: RunContext
+) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe with the learning rate that did best in short runs, and what the search cost."""
+
+    def run_trial(trial: Recipe) -> rate_search.Trial:
+        rate, steps = trial.optim.lr, trial.train.steps
+        context.console.print(f"learning rate {rate:g}: {steps:,} steps")
+        module, meter = Training(model, trial, prepared.task.classes), ThroughputMeter(min(20, steps), steps)
+        folder = context.checkpoints / f"rate-{rate:g}"
+        loader = EvaluationLoader(validation, trial.data.evaluation_batch_size, distributed.shard(context.placement))
+        _fit(
+            module, trial, context, training_sampler(trial, data, context.seed), data, folder, meter, [],
+            stage=f"rate-{rate:g}", validation=loader, val_check_interval=steps * trial.train.accumulate,
+            check_val_every_n_epoch=None,
+        )  # fmt: skip
+        shutil.rmtree(folder, ignore_errors=True)
+        last, speed = module.curve[-1], meter.speed()
+        return {
+            "lr": rate, "steps": steps, "accuracy": last["validation_accuracy"], "loss": last["validation_loss"],
+            "examples": speed["examples"], "seconds": round(meter.elapsed, 3),
+        }  # fmt: skip
+
+    leads = distributed.rank() == 0
+    return rate_search.search(recipe, model, context.checkpoints / "rates.json", run_trial, leads)
 
 
 def training_sampler(recipe: Recipe, data: DeviceSet, seed: int) -> Sampler:
@@ -186,26 +216,16 @@ def _fit(
 
 
 def _trainer(recipe: Recipe, context: RunContext, **options: Any) -> L.Trainer:
-    precision: Any = "bf16-mixed" if bf16(recipe, context.device) else "32-true"
+    kind: Any = "bf16-mixed" if precision.uses_bf16(recipe, context.device) else "32-true"
     draw_bar = context.console.is_terminal and context.progress is None
     defaults = {"devices": 1, "logger": False, "enable_checkpointing": False}
     callbacks = [*options.pop("callbacks", []), *([ProgressBar(leave=False)] if draw_bar else [])]
     with quiet():
         return L.Trainer(
-            accelerator="gpu" if context.device.type == "cuda" else "cpu", precision=precision, callbacks=callbacks,
+            accelerator="gpu" if context.device.type == "cuda" else "cpu", precision=kind, callbacks=callbacks,
             default_root_dir=context.folder, num_sanity_val_steps=0, enable_progress_bar=draw_bar,
             enable_model_summary=False, **(defaults | options),
         )  # fmt: skip
-
-
-def bf16(recipe: Recipe, device: torch.device) -> bool:
-    """Whether a recipe computes in bfloat16 on a device."""
-    return recipe.train.precision == "bf16" or (recipe.train.precision == "auto" and device.type == "cuda")
-
-
-def precise(recipe: Recipe, device: torch.device) -> torch.autocast:
-    """Autocast to the precision of a recipe."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16(recipe, device))
 
 
 def score(
@@ -250,7 +270,7 @@ def _predict(
             parts: Any = _trainer(recipe, context).predict(trained.module, loader) or []
     else:
         model = trained.model.to(context.device).eval()
-        with torch.inference_mode(), precise(recipe, context.device):
+        with torch.inference_mode(), precision.autocast(recipe, context.device):
             parts = [(batch.example.cpu(), model(batch).argmax(dim=-1).cpu()) for batch in loader]
     columns = [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
     gathered = distributed.gather(columns)

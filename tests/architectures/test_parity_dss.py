@@ -121,7 +121,7 @@ def test_kernel_and_its_gradients_equal_the_dense_softmax(
     torch.manual_seed(0)
     mixer = signed(version=version, separate_dt=separate)
     torch.testing.assert_close(mixer.kernel(length), dense(mixer, length), rtol=0, atol=1e-5)
-    monkeypatch.setattr("lra.architectures.dss.EPSILON", 0.0)
+    monkeypatch.setattr("lra.architectures.state_space.dss.EPSILON", 0.0)
     close(mixer.kernel(length), dense(mixer, length))
     w = torch.randn(1, 4, length, dtype=torch.float64)
     names = ("log_dt", "Lambda_re", "Lambda_im", "W")

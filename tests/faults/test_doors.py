@@ -325,7 +325,7 @@ def idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shelf: Path) -> Path:
     for name in (
         "data.prepared_sets.prepared", "data.prepared_sets.verify", "training.run.run", "conformance.suite.check",
         "cli.template.architecture", "sweeps.local.carry_out", "profiling.profiler.profile",
-        "profiling.profiler.Subject", "profiling.fit.fit", "operators.bench.bench", "operators.bench.bench_models",
+        "profiling.profiler.Subject", "profiling.fit.fit", "operators.bench.bench",
         "operators.doctor.examine", "conformance.reach.reach", "conformance.recall.recall",
     ):  # fmt: skip
         monkeypatch.setattr(f"lra.{name}", stopped)

@@ -95,8 +95,9 @@ def test_show_says_where_each_value_comes_from() -> None:
         (("data", "prepare", "listop"), "did you mean 'listops'"),
         (("data", "verify", "listops"), "not prepared"),
         (("data", "show", "listops", "--split", "tset"), "did you mean 'test'"),
-        (("new", "architecture", "gru"), "already"),
-        (("new", "architecture", "My-Net"), "cannot be an architecture's name"),
+        (("new", "architecture", "gru", "--family", "recurrent"), "already"),
+        (("new", "architecture", "my_net", "--family", "recurent"), "did you mean 'recurrent'"),
+        (("new", "architecture", "My-Net", "--family", "recurrent"), "cannot be an architecture's name"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments: tuple[str, ...], says: str) -> None:

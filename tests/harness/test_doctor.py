@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import peers
 from lra.errors import UserError
 from lra.kernels import _dispatch
 from lra.kernels._case import KINDS, Case
-from lra.operators import bench, doctor, parity, peers
+from lra.operators import bench, doctor, parity
 
 CPU = torch.device("cpu")
 
@@ -110,7 +109,7 @@ def test_bench_measures_both_passes_against_a_floor(monkeypatch: pytest.MonkeyPa
     assert all(x.machine.bandwidth > 1e8 and x.machine.rate > 1e8 for x in lines)
     assert [x.passes for x in lines] == ["forward", "forward+backward"]
     assert all(x.floor > 0 and x.timing.median > 0 and x.bytes > 0 for x in lines)
-    rows = list(csv.DictReader(io.StringIO(bench.table_csv(lines, CPU))))
+    rows = bench.frame(lines, CPU).to_dict("records")
     assert [row["op"] for row in rows] == ["linear_scan"] * 2
     assert all(row["torch"] == torch.__version__ and row["date"] for row in rows)
     assert all(row["dtype"] == "float32" for row in rows)
@@ -141,12 +140,11 @@ def test_what_is_timed_beside_an_operator_does_its_work(op: str, case: str) -> N
 
 
 def test_a_peer_that_fails_is_said_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(op: str, arguments: dict[str, Any], own: str) -> list[peers.Contender]:
-        return [peers.Contender("broken", lambda **_: 1 / 0, arguments)]
+    def broken(op: str, arguments: dict[str, Any], own: str) -> list[bench.Contender]:
+        return [bench.Contender("broken", lambda **_: 1 / 0, arguments)]
 
     small = parity.cases_of("wkv", "small")[:1]
     monkeypatch.setattr(parity, "cases_of", lambda *_: small)
-    monkeypatch.setattr(bench, "peers", broken)
     with pytest.warns(RuntimeWarning, match="wkv: broken left out: ZeroDivisionError"):
-        lines = list(bench.bench(["wkv"], CPU, budget=0.01))
+        lines = list(bench.bench(["wkv"], CPU, budget=0.01, peers=broken))
     assert {x.implementation for x in lines} == {"cpu"}

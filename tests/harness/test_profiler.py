@@ -128,7 +128,7 @@ def test_peak_memory_in_a_fresh_process_is_that_of_the_step() -> None:
 def test_freed_memory_is_used_again_without_page_faults() -> None:
     code = """
 import resource, torch
-from lra import memory
+from lra.profiling import memory
 def faults(size=2**24):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(size)

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from lra import registry
-from lra.encoder import Card, Encoder
+from lra.encoder import FAMILIES, Card, Encoder
 from lra.errors import UserError
 from lra.registry import Registry, architectures, tasks
 
 ROOT = Path(__file__).parents[2]
 ENCODER = """
 from lra.architectures._stack import Stack
-from lra.architectures.gru import GRUMixer
+from lra.architectures.recurrent.gru import GRUMixer
 from lra.encoder import Card
 
 
@@ -168,14 +168,19 @@ def test_a_class_in_a_file_that_cannot_be_had(own: Path) -> None:
 
 
 def test_a_class_in_a_package() -> None:
-    assert architectures.get("lra.architectures.gru:GRU").cls is architectures.get("gru").cls
+    assert architectures.get("lra.architectures.recurrent.gru:GRU").cls is architectures.get("gru").cls
 
 
 def test_plug_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    plugged = plug(monkeypatch, ("outside", "lra.architectures.gru:GRU"), ("torn", "no_such_package:Net"))
+    plugged = plug(monkeypatch, ("outside", "lra.architectures.recurrent.gru:GRU"), ("torn", "no_such_package:Net"))
     assert {"outside", "gru"} <= set(plugged.names(variants=True))
     assert plugged.get("outside").cls is architectures.get("gru").cls
-    assert plugged.facts("outside") == {"name": "outside", "variants": {}, "plugin": "lra.architectures.gru:GRU"}
+    assert plugged.facts("outside") == {
+        "name": "outside",
+        "family": "",
+        "variants": {},
+        "plugin": "lra.architectures.recurrent.gru:GRU",
+    }
     assert "loading no_such_package:Net failed: ModuleNotFoundError" in said(plugged, "torn")
 
 
@@ -187,14 +192,32 @@ def test_two_things_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
     assert "net" in plug(monkeypatch, ("net", "a.package:Net"), ("net", "a.package:Net")).names()
 
 
-def test_a_file_defines_exactly_one_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import lra.architectures  # type: ignore[import-untyped, unused-ignore]
+def test_two_files_of_one_name_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for family in ("recurrent", "attention"):
+        (tmp_path / "architectures" / family).mkdir(parents=True)
+        (tmp_path / "architectures" / family / "net.py").touch()
+    monkeypatch.setattr(registry, "ROOT", tmp_path)
+    with pytest.raises(UserError, match=r"two architectures are called 'net': .*attention.*recurrent.*; rename one"):
+        Registry("architecture", "architectures", "Encoder").names()
 
-    (tmp_path / "two_nets.py").write_text(ENCODER.format(name="A") + ENCODER.format(name="B"), encoding="utf-8")
-    (tmp_path / "no_net.py").write_text(ENCODER.format(name="_Private"), encoding="utf-8")
-    monkeypatch.setattr(lra.architectures, "__path__", [*lra.architectures.__path__, str(tmp_path)])
+
+def test_the_family_is_the_folder() -> None:
+    assert architectures.family("s4d") == "state_space"
+    assert {architectures.family(name) for name in architectures.names()} <= set(FAMILIES)
+    with pytest.raises(UserError, match="did you mean 's4d'"):
+        architectures.family("s4dd")
+
+
+def test_a_file_defines_exactly_one_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lra.architectures.recurrent  # type: ignore[import-untyped, unused-ignore]
+
+    family = tmp_path / "recurrent"
+    family.mkdir()
+    (family / "two_nets.py").write_text(ENCODER.format(name="A") + ENCODER.format(name="B"), encoding="utf-8")
+    (family / "no_net.py").write_text(ENCODER.format(name="_Private"), encoding="utf-8")
+    monkeypatch.setattr(lra.architectures.recurrent, "__path__", [*lra.architectures.recurrent.__path__, str(family)])
     both = Registry("architecture", "architectures", "Encoder")
     both._files.cache_clear()
-    monkeypatch.setattr(Registry, "_files", lambda self: {p.stem: p for p in tmp_path.glob("*.py")})
+    monkeypatch.setattr(Registry, "_files", lambda self: {p.stem: p for p in family.glob("*.py")})
     assert said(both, "two_nets").endswith("defines 2 public Encoder classes; exactly one")
     assert said(both, "no_net").endswith("defines 0 public Encoder classes; exactly one")

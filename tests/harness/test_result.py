@@ -210,7 +210,7 @@ def test_a_record_knows_its_commit_and_whether_code_differs_from_it(
     code = tmp_path / "lra" / "result.py"
     code.parent.mkdir()
     code.write_text("one\n")
-    monkeypatch.setattr(result, "__file__", str(code))
+    monkeypatch.setattr(environment, "__file__", str(code))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert environment.commit() == {"hash": "", "dirty": True}
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "first"]):
@@ -258,7 +258,7 @@ def test_results_lie_in_the_named_folder_the_checkout_or_here(tmp_path: Path, mo
     monkeypatch.delenv("LRA_RESULTS", raising=False)
     assert result.folder() == Path(__file__).parents[2] / "results"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(result, "__file__", str(tmp_path / "site-packages" / "lra" / "result.py"))
+    monkeypatch.setattr(result, "__file__", str(tmp_path / "site-packages" / "lra" / "results" / "result.py"))
     assert result.folder() == tmp_path / "results"
     monkeypatch.setenv("LRA_RESULTS", "elsewhere")
     assert result.folder() == Path("elsewhere")
@@ -390,7 +390,7 @@ def test_the_command_of_a_record_does_the_whole_run_again(typed: str, monkeypatc
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes are not confined here")
 def test_a_confined_process_counts_the_processors_it_has() -> None:
-    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from lra import result; "
-    code += "print(result.environment()['cpu'], result.cpus())"
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from lra.results import environment; "
+    code += "print(environment.environment()['cpu'], environment.cpus())"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert (said[-2], said[-1]) == ("x1", "1")

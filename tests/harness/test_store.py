@@ -270,10 +270,10 @@ def test_an_interrupted_preparation_that_had_its_manifest_is_finished(
 
 @pytest.mark.parametrize("name", ["../up", ".hidden", "a/b", "", "x" * 300])
 def test_no_task_or_protocol_leaves_the_cache(task: Digits, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    with pytest.raises(DataError, match="no name for a folder"):
+    with pytest.raises(DataError, match="no folder name"):
         prepared_sets.prepared(task, protocol_with(name=name))
     monkeypatch.setattr(Digits, "name", name)
-    with pytest.raises(DataError, match="no name for a folder"):
+    with pytest.raises(DataError, match="no folder name"):
         prepared_sets.prepared(task)
 
 

@@ -173,7 +173,7 @@ def test_a_failed_run_is_tried_again_from_its_checkpoint(tmp_path: Path) -> None
 
 def test_a_worker_with_nothing_on_its_disk_starts_a_cell_without_loading_torch(tmp_path: Path) -> None:
     program = (
-        "import sys, subprocess, pathlib; from lra.sweeps.plans import Cell, attempt\n"
+        "import sys, subprocess, pathlib; from lra.sweeps.plans import Cell; from lra.sweeps.local import attempt\n"
         "start = lambda *_, **__: subprocess.CompletedProcess([], 0)\n"
         "said = attempt(Cell('listops', 'gru', 0, 'quick'), pathlib.Path('log'), 0, start=start)\n"
         "print(said, 'torch' in sys.modules)"

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from lra.operators import measure
-from lra.operators.measure import PARTS, main, run_part
+from benchmarks import gpu
+from benchmarks.gpu import PARTS, run_part
 
 
 def test_a_part_writes_its_log_and_says_how_it_ended(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def run_main(*words: str) -> tuple[int, str]:
     import typer
 
     app = typer.Typer()
-    app.command()(main)
+    app.command()(gpu.gpu)
     done = CliRunner().invoke(app, list(words))
     return done.exit_code, done.output
 
@@ -44,7 +44,7 @@ def run_main(*words: str) -> tuple[int, str]:
 def test_a_failing_part_does_not_keep_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LRA_RESULTS", str(tmp_path))
     parts = {"a": (("-c", "raise SystemExit(1)"), 0.5), "b": (("-c", "print(1)"), 0.5)}
-    monkeypatch.setattr(measure, "PARTS", parts)
+    monkeypatch.setattr(gpu, "PARTS", parts)
     code, said = run_main()
     assert code == 1
     assert [line.split(" after")[0] for line in said.splitlines()] == ["a: failed (1)", "b: ok"]
@@ -57,7 +57,7 @@ def test_a_failing_part_does_not_keep_the_others(tmp_path: Path, monkeypatch: py
 
 def test_what_a_part_leaves_unused_goes_to_those_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LRA_RESULTS", str(tmp_path))
-    monkeypatch.setattr(measure, "PARTS", {"a": (("a",), 0.5), "b": (("b",), 0.3), "c": (("c",), 0.2)})
+    monkeypatch.setattr(gpu, "PARTS", {"a": (("a",), 0.5), "b": (("b",), 0.3), "c": (("c",), 0.2)})
     clock, given = [1000.0], []
 
     def part(arguments: tuple[str, ...], log: Path, seconds: float) -> str:
@@ -65,8 +65,8 @@ def test_what_a_part_leaves_unused_goes_to_those_after_it(tmp_path: Path, monkey
         clock[0] += 10 if arguments == ("a",) else seconds
         return "ok"
 
-    monkeypatch.setattr(measure, "run_part", part)
-    monkeypatch.setattr(measure, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(gpu, "run_part", part)
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     code, said = run_main("--seconds", "100")
     assert code == 0
     # a takes 10 of its 50 seconds, which leaves 90 for shares of 3 to 2
@@ -77,5 +77,5 @@ def test_what_a_part_leaves_unused_goes_to_those_after_it(tmp_path: Path, monkey
 def test_the_parts_are_commands_of_this_project() -> None:
     assert sum(share for _, share in PARTS.values()) == pytest.approx(1)
     for arguments, _ in PARTS.values():
-        words = [*arguments[:3], "--help"] if "lra.cli" in arguments else [*arguments[:2], "--version"]
+        words = [*arguments[:2], "--version"] if "pytest" in arguments else [*arguments[:3], "--help"]
         assert subprocess.run([sys.executable, *words], capture_output=True, check=False).returncode == 0

@@ -1,10 +1,9 @@
-"""The operators' work done by PyTorch itself and by other packages, where they are installed: what `lra bench` times
-beside ours. None is needed for anything else."""
+"""The operators' work done by PyTorch itself and by other packages, where they are installed: what
+`python -m benchmarks operators` times beside ours."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 
 from lra.kernels.recurrent_cell import recurrent_cell
 from lra.kernels.recurrent_cell.reference import reference as loop_over_time
+from lra.operators.bench import Contender
 
 TORCH_LAYERS: dict[str, Callable[..., Any]] = {
     "lstm": torch.lstm,
@@ -22,16 +22,6 @@ TORCH_LAYERS: dict[str, Callable[..., Any]] = {
     "elman": torch.rnn_tanh,
     "elman_relu": torch.rnn_relu,
 }
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A call and the arguments it is timed with; both passes, or the way forward alone."""
-
-    name: str
-    call: Callable[..., Any]
-    arguments: dict[str, Any]
-    backward: bool = True
 
 
 def peers(op: str, arguments: dict[str, Any], own: str) -> Iterator[Contender]:

@@ -1,4 +1,4 @@
-"""Encoders beside the same ones in other packages: what `lra bench --models` times, where the packages are installed.
+"""Encoders beside the same ones in other packages, where these are installed: what `python -m benchmarks models` times.
 
 A peer is our own encoder with the other package's layer in the place of each mixer, so that norms, residuals and
 feed-forward parts are the same on both sides; packages whose layers do not come apart are taken whole. Both train on
@@ -7,17 +7,22 @@ float32 inputs, a sixteenth of them padding where the peer takes a mask.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.peers import installed
 from lra.encoder import Encoder
-from lra.operators.peers import installed
+from lra.errors import unknown
+from lra.operators.bench import machine_columns, timing_columns
+from lra.profiling import memory
+from lra.profiling.timing import Timing, together
 from lra.registry import architectures
 
 
@@ -244,3 +249,46 @@ def _contestant(name: str, model: nn.Module, x: Tensor, mask: Tensor) -> Contest
         optimizer.step()
 
     return Contestant(name, sum(p.numel() for p in model.parameters()), step)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One measurement of a training step. by: "lra" or another package."""
+
+    architecture: str
+    by: str
+    shape: Shape
+    parameters: int
+    timing: Timing
+
+
+def bench(
+    names: Iterable[str], device: torch.device, *, budget: float = 10.0, seen: Callable[[str], None] = lambda _: None
+) -> Iterator[Step]:
+    """Training steps of our encoders in turns with those of other packages; all of MATCHES where no name is given.
+
+    Raises UserError for an architecture that has no match.
+    """
+    known = {match.architecture: match for match in MATCHES}
+    chosen = list(names) or list(known)
+    for name in chosen:
+        if name not in known:
+            raise unknown("architecture with peers", name, known)
+    memory.keep_freed()
+    for name in chosen:
+        seen(name)
+        found = {c.name: c for c in contestants(known[name], device)}
+        for by, timing in together({n: c.step for n, c in found.items()}, device, budget=budget).items():
+            yield Step(name, by, known[name].shape, found[by].parameters, timing)
+
+
+def frame(steps: Iterable[Step], device: torch.device) -> pd.DataFrame:
+    """One measurement a row, with hardware and versions."""
+    rows = [
+        {
+            "architecture": step.architecture, "by": step.by, **asdict(step.shape), "parameters": step.parameters,
+            **timing_columns(step.timing), **machine_columns(device),
+        }
+        for step in steps
+    ]  # fmt: skip
+    return pd.DataFrame(rows)

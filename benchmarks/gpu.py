@@ -1,4 +1,4 @@
-"""Everything one machine can say of this code, in order and in limited time: `python -m lra.operators.measure`.
+"""Everything one machine can say of this code, in order and in limited time: `python -m benchmarks gpu`.
 
 The parts are those of PARTS: tests of the operators on a GPU, the operators' bench, the doctor, the efficiency profile
 of all architectures. Each part is a process of its own whose output goes to `measure/<part>.log` in the results folder
@@ -22,11 +22,11 @@ from rich.console import Console
 
 from lra.results import result
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 LRA = ("-m", "lra.cli")
 PARTS: dict[str, tuple[tuple[str, ...], float]] = {
     "tests": (("-m", "pytest", "-q", "-m", "gpu", "tests"), 0.30),
-    "bench": ((*LRA, "bench", "--budget", "0.5"), 0.25),
+    "bench": (("-m", "benchmarks", "operators", "--budget", "0.5"), 0.25),
     "doctor": ((*LRA, "doctor", "--fresh"), 0.10),
     "profile": ((*LRA, "profile", "--budget", "0.5"), 0.35),
 }
@@ -54,7 +54,7 @@ def run_part(arguments: Sequence[str], log: Path, seconds: float) -> str:
     return "ok" if code == 0 else f"failed ({code})"
 
 
-def main(
+def gpu(
     seconds: float = typer.Option(520.0, min=1, help="For all parts together."),
     only: list[str] = typer.Option([], help="Parts to run; all by default."),  # noqa: B008
 ) -> None:
@@ -74,7 +74,3 @@ def main(
         fine = fine and outcome == "ok"
         console.print(f"{name}: {outcome} after {time.monotonic() - begin:.0f} s, {folder / name}.log", soft_wrap=True)
     raise typer.Exit(0 if fine else 1)
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,0 +1,64 @@
+"""`python -m benchmarks`: operators and encoders beside other packages, and the parts for a machine with a GPU."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from benchmarks.gpu import gpu
+from lra.cli.common import console, guarded
+from lra.cli.operators import time_operators
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+Budget = Annotated[float, typer.Option(min=0.1, help="Seconds for each measurement.")]
+
+
+@app.command()
+@guarded
+def operators(
+    op: Annotated[str, typer.Argument(help="One operator; all by default.")] = "", budget: Budget = 1.5
+) -> None:
+    """Time the operators beside this machine's limits and other packages' operators."""
+    from benchmarks.peers import peers
+
+    time_operators(op, budget, peers)
+
+
+@app.command()
+@guarded
+def models(
+    architecture: Annotated[str, typer.Argument(help="One architecture; all that have peers by default.")] = "",
+    budget: Budget = 1.5,
+) -> None:
+    """Time training steps of encoders beside those of other packages."""
+    from benchmarks import models as encoders
+    from lra.operators.bench import write
+    from lra.results import result
+    from lra.training.device import device
+
+    with console.status("starting") as status:
+        names = [architecture] if architecture else []
+        steps = list(encoders.bench(names, device(), budget=budget, seen=lambda now: status.update(f"timing {now}")))
+    ours = {step.architecture: step.timing.median for step in steps if step.by == "lra"}
+    table = Table(title="training step: forward, backward, AdamW", title_justify="left", pad_edge=False)
+    for column in ("architecture", "by", "batch x L", "params", "ms", "IQR ms", "x ours"):
+        table.add_column(column, justify="left" if column in ("architecture", "by") else "right")
+    for step in steps:
+        timing, shape = step.timing, step.shape
+        table.add_row(
+            step.architecture, step.by, f"{shape.batch} x {shape.length:,}", f"{step.parameters / 1e3:,.0f}k",
+            f"{1e3 * timing.median:,.0f}", f"{1e3 * (timing.high - timing.low):,.0f}",
+            f"{timing.median / ours[step.architecture]:.2f}",
+        )  # fmt: skip
+    console.print(table)
+    if not architecture:
+        path = write(encoders.frame(steps, device()), f"models-{device().type}", result.folder())
+        console.print(f"wrote {path}", soft_wrap=True)
+
+
+app.command()(gpu)
+
+if __name__ == "__main__":
+    app()
