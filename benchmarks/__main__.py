@@ -36,7 +36,7 @@ def models(
     from benchmarks import models as encoders
     from lra.operators.bench import write
     from lra.results import result
-    from lra.training.run import device
+    from lra.training.device import device
 
     with console.status("starting") as status:
         names = [architecture] if architecture else []

@@ -11,7 +11,22 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 3, 60, 60, 
 
 
 class UserError(Exception):
-    """Wrong input: the message says what is wrong, where, and what is right."""
+    """Anything a user can act on: the message says what is wrong, where, and what is right."""
+
+
+class DataError(UserError):
+    """Data that are missing, damaged or not what their protocol defines."""
+
+
+class Interrupted(UserError):
+    """Training stopped before its last step (Ctrl-C, SIGTERM or a time limit) and left a checkpoint.
+
+    command: the shell command that resumes the run; empty until the run that was stopped is known.
+    """
+
+    def __init__(self, message: str, command: str = "") -> None:
+        super().__init__(message)
+        self.command = command
 
 
 def brief(value: object) -> str:

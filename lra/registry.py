@@ -5,6 +5,7 @@ architectures.get("s4d")             a file of this project
 architectures.get("s4d/inv")         a variant its card declares
 architectures.get("my.package:Net")  any importable class
 architectures.get("net.py:Net")      a class in a file of the user's own
+architectures.get(Net)               a class
 entry-point group `lra.architectures` (or `lra.tasks`) of an installed package: by its entry-point name
 """
 
@@ -55,8 +56,27 @@ class Constructor:
             raise UserError(f"{self.name} needs {', '.join(missing)}")
         try:
             return self.cls(**{**self.preset, **arguments})
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise UserError(f"{self.name}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a name declares about its constructor.
+
+    options: keyword arguments and their defaults, those of the variant included (`inspect.Parameter.empty` where
+    required; a default that is not a literal is its source text). preset: what the variant sets. facts: name and card
+    of an architecture, name and protocols of a task.
+    """
+
+    options: Mapping[str, Any]
+    preset: Mapping[str, Any]
+    facts: Mapping[str, Any]
+
+
+def reference_of(thing: str | type) -> str:
+    """The name under which a record keeps an architecture or task: of a class, `module:qualified name`."""
+    return thing if isinstance(thing, str) else f"{thing.__module__}:{thing.__qualname__}"
 
 
 class Registry:
@@ -110,7 +130,7 @@ class Registry:
             raise unknown(self.kind, name, self.names())
         path = self._files()[name]
         try:
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
                 if isinstance(node, ast.ClassDef):
                     facts |= _literals(node)
         except (SyntaxError, ValueError) as error:
@@ -119,8 +139,30 @@ class Registry:
             ) from None
         return facts
 
-    def get(self, reference: str) -> Constructor:
-        """The constructor behind a name. Raises UserError with the nearest right name."""
+    def declaration(self, reference: str | type) -> Declaration:
+        """What a name declares; a file of this project is read without importing it, everything else is imported.
+        Raises UserError with the nearest right name."""
+        name, _, variant = str(reference).partition("/")
+        if isinstance(reference, str) and name in self._files() and name not in self._plugins():
+            facts = self.facts(name)
+            if variant and variant not in facts["variants"]:
+                raise unknown(f"variant of {name}", variant, facts["variants"])
+            preset = facts["variants"].get(variant, {})
+            if "protocols" in facts:
+                return Declaration({}, {}, facts)
+            if (options := _signature(self._files()[name])) is not None:
+                return Declaration({k: preset.get(k, default) for k, default in options.items()}, preset, facts)
+        constructor = self.get(reference)
+        card = getattr(constructor.cls, "card", None)
+        facts = {"name": getattr(constructor.cls, "name", constructor.name), **(vars(card) if card else {})}
+        if self.kind == "task":
+            facts["protocols"] = list(constructor.cls.protocols)
+        return Declaration(constructor.options(), constructor.preset, facts)
+
+    def get(self, reference: str | type) -> Constructor:
+        """The constructor behind a name or a class. Raises UserError with the nearest right name."""
+        if not isinstance(reference, str):
+            return self._checked(reference_of(reference), reference, getattr(reference, "__name__", "the layer"))
         if ":" in reference:
             return self._checked(reference, *_load(reference, self.kind))
         name, _, variant = reference.partition("/")
@@ -173,15 +215,48 @@ class Registry:
 
 
 def _literals(node: ast.ClassDef) -> dict[str, Any]:
-    literals: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     for line in node.body:
         if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
             target, value = line.targets[0].id, line.value
             if target == "card" and isinstance(value, ast.Call):
-                literals |= {k.arg: ast.literal_eval(k.value) for k in value.keywords if k.arg}
+                facts |= {k.arg: ast.literal_eval(k.value) for k in value.keywords if k.arg}
             elif isinstance(value, ast.Constant):
-                literals[target] = value.value
-    return literals
+                facts[target] = value.value
+        elif isinstance(line, ast.AnnAssign) and isinstance(line.value, ast.Dict):
+            keys = [key.value for key in line.value.keys if isinstance(key, ast.Constant)]
+            if (
+                isinstance(line.target, ast.Name)
+                and line.target.id == "protocols"
+                and len(keys) == len(line.value.keys)
+            ):
+                facts["protocols"] = keys
+    return facts
+
+
+def _signature(path: Path) -> dict[str, Any] | None:
+    """Keyword arguments and defaults of the constructor of the class with a card; None where they cannot be read."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if not isinstance(node, ast.ClassDef) or "card" not in {
+            t.id for line in node.body if isinstance(line, ast.Assign) for t in line.targets if isinstance(t, ast.Name)
+        }:
+            continue
+        for function in node.body:
+            if isinstance(function, ast.FunctionDef) and function.name == "__init__":
+                given = function.args
+                if given.vararg or given.kwarg or len(given.args) > 1:
+                    return None
+                return {k.arg: _default(d) for k, d in zip(given.kwonlyargs, given.kw_defaults, strict=True)}
+    return None
+
+
+def _default(node: ast.expr | None) -> Any:
+    if node is None:
+        return inspect.Parameter.empty
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return ast.unparse(node)
 
 
 def _load(reference: str, kind: str) -> tuple[Any, str]:

@@ -21,6 +21,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from lra.errors import DataError as DataError
+
 SPLITS = ("train", "validation", "test")
 
 Progress = Callable[[str, int, int], None]
@@ -29,10 +31,6 @@ Progress = Callable[[str, int, int], None]
 
 def silent(what: str, done: int, total: int) -> None:
     """The progress callback that shows nothing."""
-
-
-class DataError(Exception):
-    """Data that are missing, corrupt or not what the protocol froze: says what is wrong, where, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +114,10 @@ class Task(ABC):
         """Accuracies in [0, 1] on `test` that need no sequence model: what a result has to beat to mean anything."""
         majority = np.bincount(train.labels, minlength=self.classes).argmax()
         return {"majority class": float((np.asarray(test.labels) == majority).mean())}
+
+    def encode(self, text: str, protocol: Protocol) -> np.ndarray:
+        """A text as one sequence of this task: (L,) tokens. Raises DataError where examples are no texts."""
+        raise DataError(f"{self.name} does not encode texts; give arrays of its tokens or bytes")
 
     @abstractmethod
     def describe(self, split: Split, example: int) -> str:

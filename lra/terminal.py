@@ -1,4 +1,4 @@
-"""What people see while they wait."""
+"""Progress bars for the terminal, and sheets of example images."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from lra import task
 
 @contextmanager
 def bar(console: Console, title: str) -> Iterator[task.Progress]:
-    """A progress callback that draws one bar per phase, and prints a line per phase where there is no terminal."""
+    """A progress callback that draws a bar for each phase; where there is no terminal it prints a line for each."""
     if not console.is_terminal:
-        seen: set[str] = set()
+        printed: set[str] = set()
 
-        def line(what: str, done: int, total: int) -> None:
-            if what not in seen:
-                seen.add(what)
+        def print_once(what: str, done: int, total: int) -> None:
+            if what not in printed:
+                printed.add(what)
                 console.print(f"{title}: {what}")
 
-        yield line
+        yield print_once
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}"))
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
@@ -39,7 +39,7 @@ def bar(console: Console, title: str) -> Iterator[task.Progress]:
 
 
 def contact_sheet(pictures: list[np.ndarray], path: Path, columns: int = 8, scale_to: int = 160) -> None:
-    """Draw images (H, W) or (H, W, 3) uint8, of one size, side by side to a PNG."""
+    """Write a PNG that shows images of one size, (H, W) or (H, W, 3) uint8, side by side, `columns` to a row."""
     from PIL import Image
 
     from lra.files import atomic

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from scipy.sparse import csr_matrix, diags
 
-from lra.task import SPLITS, DataError, Progress, Split, Task
+from lra.task import SPLITS, DataError, Progress, Protocol, Split, Task
 from lra.tasks._floors import MOST, bag_of_tokens
 from lra.tasks._overlap import sampled_windows
 from lra.tasks._storage import SHARED, open_split, write_documents, write_examples, write_notes
@@ -33,6 +33,9 @@ class Pairs(Task):
 
     def load(self, folder: Path, split: str) -> Split:
         return open_split(folder, split)
+
+    def encode(self, text: str, protocol: Protocol) -> np.ndarray:
+        return (as_characters if protocol.name == "s4" else as_bytes)(text.encode(), protocol.length)
 
     def floors(self, train: Split, test: Split) -> dict[str, float]:
         """Beside majority and bag of tokens: a threshold, fitted on train, on the cosine of n-gram TF-IDF vectors."""

@@ -20,7 +20,7 @@ class Curved(torch.optim.AdamW):
         self.estimates.append(self.steps)
         mine = [p.grad for group in self.param_groups for p in group["params"]]
         assert any(gradient.any() for gradient in mine)
-        for other in distributed.gathered(mine):
+        for other in distributed.gather(mine):
             assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True)), "the processes differ"
 
     def step(self, closure: Any = None) -> Any:

@@ -24,7 +24,8 @@ from lra.results import result
 from lra.results.record import RunRecord
 from lra.training import stages
 from lra.training.callbacks import Stop
-from lra.training.run import Request, run
+from lra.training.request import Request
+from lra.training.run import run
 
 SETTINGS = {
     "train.steps": "24", "train.evaluate_every": "8", "model.d_model": "16", "data.batch_size": "16",
@@ -59,7 +60,7 @@ def one(task: str, architecture: str, folder: Path, settings: dict[str, str], re
         return scoring(found, prepared, trained, setting, **more)
 
     if kill_at:
-        Stop.on_train_batch_end = die  # type: ignore[method-assign]
+        Stop.on_train_batch_end = die  # type: ignore[assignment,method-assign]
     stages.score = keep  # type: ignore[assignment]
     run(Request(task, architecture, "quick", settings=settings, resume=resume), Console(quiet=True))
 

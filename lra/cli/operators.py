@@ -23,7 +23,7 @@ def doctor(
     from lra.errors import unknown
     from lra.operators import doctor as diagnosis
     from lra.operators import parity
-    from lra.training.run import device
+    from lra.training.device import device
 
     if op and op not in parity.operators():
         raise unknown("operator", op, parity.operators())
@@ -58,7 +58,7 @@ def time_operators(op: str, budget: float, peers: Peers) -> None:
     from lra.operators import bench as benchmark
     from lra.operators import parity
     from lra.results import result
-    from lra.training.run import device
+    from lra.training.device import device
 
     here = device()
     with console.status("starting") as status:

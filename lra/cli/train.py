@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,9 +11,22 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from lra.cli.common import Architecture, ProtocolName, RecipeName, Settings, Source, TaskName, console, errors, guarded
+from lra.cli.common import (
+    Architecture,
+    DryRun,
+    ProtocolName,
+    RecipeName,
+    Settings,
+    Source,
+    TaskName,
+    console,
+    errors,
+    guarded,
+    seconds_of,
+    settings_of,
+)
 from lra.errors import UserError
-from lra.registry import architectures, tasks
+from lra.registry import architectures
 
 if TYPE_CHECKING:
     from lra.config.sections import Expected
@@ -33,36 +45,37 @@ def show(
     pretrain: Pretrain = "",
     match: Match = "",
 ) -> None:
-    """The resolved recipe of a cell, where each value comes from, and what to expect of it."""
+    """The resolved recipe of a run, where each value comes from, and the accuracy to expect."""
     from lra.config.sections import SECTIONS
-    from lra.training.run import SHAPE, Request, resolved
+    from lra.training.request import SHAPE, Request, resolve
 
-    found, origin, constructor = resolved(
-        Request(
-            task, architecture, recipe, protocol=protocol, settings=_settings(settings), pretrain=pretrain, match=match
-        )
+    request = Request(
+        task, architecture, recipe, protocol=protocol, settings=settings_of(settings), pretrain=pretrain, match=match
     )
-    table = Table(title=f"{task} x {architecture}, recipe {found.name}", title_justify="left", pad_edge=False)
+    resolved, origin = resolve(request)
+    declaration = architectures.declaration(architecture)
+    table = Table(title=f"{task} x {architecture}, recipe {resolved.name}", title_justify="left", pad_edge=False)
     for column in ("key", "value", "from"):
         table.add_column(column, overflow="fold")
-    values = found.as_dict()
-    shown = ["data", "model", "encoder", "optim", "train", *(["search"] if found.search.rates else [])]
-    for section in [*shown, *(["pretrain"] if found.pretrain.objective != "none" else [])]:
+    values = resolved.as_dict()
+    sections = ["data", "model", "encoder", "optim", "train", *(["search"] if resolved.search.rates else [])]
+    for section in [*sections, *(["pretrain"] if resolved.pretrain.objective != "none" else [])]:
         for key, value in _dotted(values[section]):
-            where = origin.get(f"{section}.{key}", "built-in default" if section in SECTIONS else "")
-            table.add_row(f"{section}.{key}", escape(json.dumps(value)), escape(where))
-    for key, value in constructor.options().items():
-        if key not in SHAPE and key not in found.encoder:
-            origin_of = "variant" if key in constructor.preset else "the architecture's default"
-            table.add_row(f"encoder.{key}", escape(str(value)), origin_of)
+            source = origin.get(f"{section}.{key}", "built-in default" if section in SECTIONS else "")
+            table.add_row(f"{section}.{key}", escape(json.dumps(value)), escape(source))
+    for key, value in declaration.options.items():
+        if key not in SHAPE and key not in resolved.encoder:
+            source = "variant" if key in declaration.preset else "the architecture's default"
+            table.add_row(f"encoder.{key}", escape(str(value)), source)
     console.print(table)
-    if (card := getattr(constructor.cls, "card", None)) and card.url:
-        console.print(escape(f"{card.title}, {card.year}: {card.url}"), soft_wrap=True)
-    for line in _expectations(found.expected):
+    if url := declaration.facts.get("url"):
+        title, year = declaration.facts.get("title", ""), declaration.facts.get("year", "")
+        console.print(escape(f"{title}, {year}: {url}"), soft_wrap=True)
+    for line in _expectations(resolved.expected):
         console.print(line, soft_wrap=True)
-    if found.note:
-        console.print(f"[yellow]{escape(found.note)}[/]", soft_wrap=True)
-    console.print(f"hash {found.hash}", soft_wrap=True)
+    if resolved.note:
+        console.print(f"[yellow]{escape(resolved.note)}[/]", soft_wrap=True)
+    console.print(f"hash {resolved.hash}", soft_wrap=True)
 
 
 def _expectations(expected: Expected) -> Iterator[str]:
@@ -85,8 +98,10 @@ def run(
     protocol: ProtocolName = "",
     settings: Settings = None,
     source: Source = None,
-    time_limit: Annotated[str, typer.Option(help="Stop cleanly before: 90s, 8m, 2h.")] = "",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run of this cell.")] = False,
+    time_limit: Annotated[str, typer.Option(help="Stop cleanly after: 90s, 8m, 2h, from the start.")] = "",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the interrupted run with these arguments.")
+    ] = False,
     checkpoint_dir: Annotated[Path | None, typer.Option(help="Keep checkpoints here instead of runs/.")] = None,
     pretrain: Pretrain = "",
     match: Match = "",
@@ -94,31 +109,45 @@ def run(
     nodes: Annotated[int, typer.Option(help="Nodes.")] = 1,
     strategy: Annotated[str, typer.Option(help="auto, ddp or fsdp.")] = "auto",
     logger: Annotated[list[str] | None, typer.Option(help="Beside csv: tensorboard, wandb, mlflow.")] = None,
+    dry_run: DryRun = False,
     search: Annotated[str, typer.Option(hidden=True)] = "",
     select_only: Annotated[bool, typer.Option("--select-only", hidden=True)] = False,
 ) -> None:
     """Train, select on validation, test once, write the result, show the task's table."""
-    architectures.get(architecture), tasks.get(task)
+    from lra.training.placement import Placement
+    from lra.training.request import Request, check, folder_of, read, resolve
+
+    request = Request(
+        task, architecture, recipe, seed, protocol, settings_of(settings), source, seconds_of(time_limit), resume,
+        pretrain, match, Placement(devices, nodes, strategy), checkpoint_dir, tuple(logger or ()), _search(search),
+        select_only,
+    )  # fmt: skip
+    resolved, _ = read(request)
+    check(request, resolved)
+    if dry_run:
+        resolved, _ = resolve(request)
+        console.print(
+            f"{request.command()}: recipe {resolved.hash[:8]}, in {folder_of(request, resolved)}", soft_wrap=True
+        )
+        return
+    console.print(f"{task} x {architecture}, recipe {resolved.name}, seed {seed}: loading PyTorch", soft_wrap=True)
+    from lra.training import distributed
+    from lra.training.run import run as train
+
+    path = train(request, console)
+    if distributed.rank() == 0:
+        console.print(f"validation only, in {path}", soft_wrap=True) if select_only else _show_result(path)
+
+
+def _show_result(path: Path) -> None:
+    """The table that a record belongs to, and its own scores."""
     from lra.reports import leaderboard as board
     from lra.reports import table
     from lra.reports.ranking import Leaderboard
     from lra.results import result
     from lra.results.collection import Collection
     from lra.results.record import AT_CHANCE
-    from lra.training.distributed import Placement
-    from lra.training.run import Request
-    from lra.training.run import run as train
 
-    limit = _seconds(time_limit) if time_limit else None
-    request = Request(
-        task, architecture, recipe, seed, protocol, _settings(settings), source, limit, resume, pretrain, match,
-        Placement(devices, nodes, strategy), checkpoint_dir, tuple(logger or ()), _search(search),
-        select_only,
-    )  # fmt: skip
-    path = train(request, console)
-    if select_only:
-        console.print(f"validation only, in {path}", soft_wrap=True)
-        return
     record = result.read(path)
     collection = Collection.read(result.folder(), "smoke" if record.recipe.smoke else "runs")
     for line in collection.problems:
@@ -135,8 +164,8 @@ def run(
         console.print(f"[yellow]this run is {AT_CHANCE}[/]")
     if record.recipe.smoke:
         console.print(
-            f"This was a smoke test. For a comparison: `lra run {task} {architecture} --recipe standard` "
-            f"(`make {task} ARCH={architecture} RECIPE=standard`), about an hour of one core.",
+            f"This was a smoke test. For a comparison: `lra run {record.task} {record.architecture} --recipe standard` "
+            f"(`make {record.task} ARCH={record.architecture} RECIPE=standard`), about an hour of one core.",
             soft_wrap=True,
         )
 
@@ -162,35 +191,18 @@ def sweep(
         raise UserError("--time-limit is of a sweep on this machine; with --ray, put time-limit under [run]")
     failed = local.carry_out(
         plan, console, ray=ray, only=cell, forecast=forecast and cell is None, dry_run=dry_run,
-        seconds=_seconds(time_limit) if time_limit else None,
+        seconds=seconds_of(time_limit),
     )  # fmt: skip
     if failed:
         raise typer.Exit(1)
 
 
 def _search(text: str) -> Any:
-    """What a search says of its trials, for the record."""
+    """The description of a search, from the search to the record."""
     try:
         return json.loads(text or "null")
     except ValueError as error:
         raise UserError(f"--search is not JSON: {error}") from None
-
-
-def _settings(given: list[str] | None) -> dict[str, str]:
-    found = {}
-    for text in given or []:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise UserError(f"--set {text}: expected key=value, for example --set train.steps=500")
-        found[key.strip()] = value.strip()
-    return found
-
-
-def _seconds(text: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h)", text)
-    if not match:
-        raise UserError(f"--time-limit is {text!r}; expected a number and a unit, for example 90s, 8m or 2h")
-    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
 
 
 def _dotted(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -88,7 +88,7 @@ def within_budget(
     step = recipe.model.width_step
     size, refusal = 0, ""
     for width in (recipe.model.d_model, *range((recipe.model.d_model - 1) // step * step, 0, -step)):
-        sized = replace(recipe, model=replace(recipe.model, d_model=width))
+        sized = replace(recipe, width=width)
         try:
             size = _size(shaped(lambda sized=sized: build(sized)))  # type: ignore[misc]
         except UserError as error:

@@ -34,7 +34,9 @@ SECTIONS = ("data", "model", "encoder", "optim", "train", "pretrain", "search")
 @dataclass(frozen=True)
 class Recipe:
     """A resolved recipe: what a run does, apart from its seed. note: what to expect of it, told before it starts;
-    smoke: a run shows that things work and is no comparison, so that it stays out of the tables."""
+    smoke: a run shows that things work and is no comparison, so that it stays out of the tables; width: the d_model
+    that meets `model.budget`, 0 where that is model.d_model itself.
+    """
 
     name: str
     task: str
@@ -46,6 +48,7 @@ class Recipe:
     train: Train = field(default_factory=Train)
     pretrain: Pretrain = field(default_factory=Pretrain)
     search: Search = field(default_factory=Search)
+    width: int = 0
     regime: str = "scratch"
     note: str = ""
     smoke: bool = False
@@ -55,9 +58,14 @@ class Recipe:
         return json.loads(json.dumps(asdict(self)))
 
     @property
+    def d_model(self) -> int:
+        """The width that encoders of this recipe are built with."""
+        return self.width or self.model.d_model
+
+    @property
     def hash(self) -> str:
-        """SHA-256 of everything but name, note, smoke and expectation, as canonical JSON."""
-        content = {k: v for k, v in self.as_dict().items() if k not in ("name", "note", "smoke", *TYPED)}
+        """SHA-256 of everything but name, note, smoke, width and expectation, as canonical JSON."""
+        content = {k: v for k, v in self.as_dict().items() if k not in ("name", "note", "smoke", "width", *TYPED)}
         parts = {s: identity(getattr(self, s)) for s in TYPED if s != "expected"}
         content |= {s: part for s, part in parts.items() if part}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -176,8 +184,8 @@ def from_dict(content: Mapping[str, Any]) -> Recipe:
         for name, kind in TYPED.items():
             hints = _types(kind)
             sections[name] = kind(**{k: _typed(v, hints[k], f"{name}.{k}") for k, v in content.get(name, {}).items()})
-        plain = {f.name: content[f.name] for f in fields(Recipe) if f.name not in sections and f.name != "smoke"}
-        plain["smoke"] = bool(content.get("smoke", False))
+        plain = {f.name: content[f.name] for f in fields(Recipe) if f.name not in (*sections, "smoke", "width")}
+        plain |= {"smoke": bool(content.get("smoke", False)), "width": int(content.get("width", 0))}
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"not a recipe of this version: {type(error).__name__}: {error}") from None
     return Recipe(**plain, **sections)

@@ -1,4 +1,4 @@
-"""Batches: a prepared split moved to the device once, and a sampler that is a pure function of seed, epoch and step."""
+"""Batches: a prepared split moved to the device once, and a sampler that is a pure function of seed and step."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ memory runs out, and cost compilers and GPU allocators a new shape each."""
 
 @dataclass(frozen=True)
 class DeviceSet:
-    """A split for batches on `device`: resident there, or on the host where it does not fit (`fits`).
+    """A split from which batches on `device` are made: resident there, or on the host where it does not fit.
 
-    `lengths` (n, towers) stays on the host, so that batching never waits for it. `limit`: longest length
-    of the protocol.
+    lengths: (n, towers), in tokens, always on the host, so that planning a batch never waits for the device.
+    limit: longest length of the protocol.
     """
 
     values: Tensor
@@ -59,11 +59,13 @@ class DeviceSet:
         labels = np.asarray(split.labels)[keep].astype(np.int64)
         home = device if fits(values.nbytes, device) else torch.device("cpu")
 
-        def held(array: np.ndarray) -> Tensor:
+        def tensor(array: np.ndarray) -> Tensor:
             return torch.from_numpy(array).to(home)
 
         lengths, width = sizes[local] // channels, channels if protocol.channels else 0
-        return cls(held(values), held(offsets), held(local), held(labels), lengths, protocol.length, width, device)
+        return cls(
+            tensor(values), tensor(offsets), tensor(local), tensor(labels), lengths, protocol.length, width, device
+        )
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -93,12 +95,12 @@ class DeviceSet:
 
 
 def fits(size: int, device: torch.device) -> bool:
-    """Whether `size` bytes may live on `device`: a quarter of its free memory leaves room to train."""
+    """Whether `size` bytes may stay on `device`: at most a quarter of its free memory, so that training has room."""
     return device.type != "cuda" or size <= torch.cuda.mem_get_info(device)[0] // 4
 
 
 def choose(count: int, wanted: int) -> np.ndarray | None:
-    """A fixed random subset of `count` examples (the same for every run seed), in order; None for all of them."""
+    """Indices of a random subset of `count` examples, sorted and the same for every seed of a run; None for all."""
     if wanted == 0 or wanted >= count:
         return None
     return np.sort(np.random.default_rng(0).permutation(count)[:wanted])
@@ -106,11 +108,11 @@ def choose(count: int, wanted: int) -> np.ndarray | None:
 
 @dataclass
 class Sampler:
-    """Training batches: batch(step) depends on nothing but the arguments, so any step can be resumed exactly.
+    """Examples of each training step. batch(step) depends only on the arguments, so any step can be resumed exactly.
 
-    Each epoch is a permutation cut into windows of `window` batches; inside a window examples are ordered by length,
-    so that little is spent on padding, and the batches of the epoch are then shuffled. The tail that fills no batch
-    is left out of that epoch. Over the first `grow_steps` steps the longest example grows from `grow_from` tokens.
+    Each epoch is a random permutation, cut into windows of `window` batches. Inside a window examples are sorted by
+    length, which saves padding; the batches of the epoch are then shuffled. Examples that do not fill a last batch are
+    left out of that epoch. Over the first `grow_steps` steps the longest example grows from `grow_from` tokens.
     """
 
     lengths: np.ndarray
@@ -157,64 +159,63 @@ class Sampler:
 
 
 @dataclass(frozen=True)
-class Share:
-    """Which part of every batch this process works on: `rank` of `world`."""
+class Shard:
+    """The part of every batch that one process works on."""
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
 
 
-class Steps:
-    """The training batches of steps `first` to `total`, as the iterable a trainer reads; `first` moves on resuming.
+class TrainingLoader:
+    """Iterates over the training batches of steps `first` to `total`. Resuming sets `first`.
 
-    A step's batch comes in `parts` equal parts, of each of which this process has its share.
+    The batch of a step comes in `parts` equal parts for gradient accumulation; this process gets its shard of each.
     """
 
     def __init__(
-        self, data: DeviceSet, sampler: Sampler, total: int, parts: int = 1, share: Share | None = None
+        self, data: DeviceSet, sampler: Sampler, total: int, parts: int = 1, shard: Shard | None = None
     ) -> None:
         self.data, self.sampler, self.total, self.first = data, sampler, total, 0
-        self.parts, self.share = parts, share or Share()
+        self.parts, self.shard = parts, shard or Shard()
 
     def __len__(self) -> int:
         return self.total * self.parts
 
     def __iter__(self) -> Iterator[Batch]:
-        return _ahead(self.data, self._plan())
+        return _prefetched(self.data, self._plan())
 
     def _plan(self) -> Iterator[np.ndarray]:
         for step in range(self.first, self.total):
-            examples = self.sampler.batch(step)[self.share.rank :: self.share.world]
+            examples = self.sampler.batch(step)[self.shard.rank :: self.shard.world_size]
             yield from (examples[part :: self.parts] for part in range(self.parts))
 
 
-class Sweep:
-    """Every example once, in order of length, for evaluation; the last batch may be smaller. Several processes have
-    every example once between them."""
+class EvaluationLoader:
+    """Iterates once over every example, sorted by length; the last batch may be smaller. Several processes share the
+    examples: each gets its shard."""
 
-    def __init__(self, data: DeviceSet, batch_size: int, share: Share | None = None) -> None:
-        self.data = data
-        rank, world = (share.rank, share.world) if share else (0, 1)
-        order = np.argsort(data.lengths.max(axis=1), kind="stable")[rank::world]
+    def __init__(self, data: DeviceSet, batch_size: int, shard: Shard | None = None) -> None:
+        self.data, shard = data, shard or Shard()
+        order = np.argsort(data.lengths.max(axis=1), kind="stable")[shard.rank :: shard.world_size]
         self.plan = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def __iter__(self) -> Iterator[Batch]:
-        return _ahead(self.data, iter(self.plan))
+        return _prefetched(self.data, iter(self.plan))
 
 
-def _ahead(data: DeviceSet, plan: Iterator[np.ndarray]) -> Iterator[Batch]:
-    """The planned batches. Those of a set held elsewhere are made while the device works on the one before."""
+def _prefetched(data: DeviceSet, plan: Iterator[np.ndarray]) -> Iterator[Batch]:
+    """The planned batches. Where the set is on the host, the next batch is made while the device works."""
     if data.resident:
         yield from (data.batch(examples) for examples in plan)
         return
     with ThreadPoolExecutor(1) as worker:
-        coming: deque[Future[Batch]] = deque()
+        pending: deque[Future[Batch]] = deque()
         for examples in plan:
-            coming.append(worker.submit(data.batch, examples))
-            if len(coming) > 1:
-                yield coming.popleft().result()
-        while coming:
-            yield coming.popleft().result()
+            pending.append(worker.submit(data.batch, examples))
+            if len(pending) > 1:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

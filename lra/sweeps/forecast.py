@@ -77,25 +77,30 @@ def measured(cell: Cell) -> dict[str, float]:
     from lra.data import prepared_sets
     from lra.data.batches import DeviceSet, Sampler, choose
     from lra.profiling import memory
+    from lra.registry import architectures
     from lra.training import stages
+    from lra.training.construction import build
+    from lra.training.device import device
     from lra.training.module import Training
     from lra.training.pretraining import Pretraining
-    from lra.training.run import build, device, gate, resolved
+    from lra.training.request import resolve
+    from lra.training.run import check_operators
 
-    recipe, _, constructor = resolved(cell.request())
+    recipe, _ = resolve(cell.request())
+    constructor = architectures.get(cell.architecture)
     here, total = device(), time.perf_counter() - start
     prepared = prepared_sets.prepared(cell.task, recipe.data.protocol)
     start = time.perf_counter()
     model = build(recipe, constructor, prepared.task, prepared.protocol, cell.seed)
-    gate(model, prepared)
+    check_operators(model, prepared, constructor)
     # from here on in the order of a run, for the memory is that of its largest moment
     peak = memory.Peak(here)
     memory.keep_freed()
     split, selection = prepared.split("train"), prepared.split(prepared.protocol.selection)
     data = DeviceSet.of(split, prepared.protocol, here, choose(len(split), recipe.data.train_examples))
-    stages.arranged(recipe, model)
+    stages.apply_execution(recipe, model)
     if recipe.train.compile:
-        stages.efficient(data, model.to(here))
+        stages.compile_encoder(data, model.to(here))
     model.to(here)
     total += time.perf_counter() - start
     if recipe.pretrain.objective != "none":
@@ -103,7 +108,7 @@ def measured(cell: Cell) -> dict[str, float]:
         total += _training(before, recipe, data, Sampler(data.lengths, before.batch_size, cell.seed))
     held = DeviceSet.of(selection, prepared.protocol, here, choose(len(selection), recipe.data.validation_examples))
     total += _training(
-        Training(model, recipe, prepared.task.classes), recipe, data, stages.sampled(recipe, data, cell.seed)
+        Training(model, recipe, prepared.task.classes), recipe, data, stages.training_sampler(recipe, data, cell.seed)
     )
     # the split that selects is scored once more at the end, and the test set once
     times = recipe.train.steps // min(recipe.train.evaluate_every, recipe.train.steps) + 1
@@ -151,10 +156,10 @@ def _scoring(model: Classifier, recipe: Recipe, held: DeviceSet) -> float:
     import numpy as np
     import torch
 
-    from lra.data.batches import Sweep
+    from lra.data.batches import EvaluationLoader
     from lra.training import precision
 
-    plan = Sweep(held, recipe.data.evaluation_batch_size).plan
+    plan = EvaluationLoader(held, recipe.data.evaluation_batch_size).plan
     chosen = [plan[i] for i in np.unique(np.linspace(0, len(plan) - 1, BATCHES).astype(int))]
     seconds = []
     model.eval()

@@ -34,9 +34,9 @@ def finished(cell: Cell, root: Path) -> bool:
         return False
     from lra.registry import tasks
     from lra.results import result
-    from lra.training.run import resolved
+    from lra.training.request import resolve
 
-    recipe, _, _ = resolved(cell.request())
+    recipe, _ = resolve(cell.request())
     place = (
         root / ("smoke" if recipe.smoke else "runs") / tasks.get(cell.task).cls.name / result.slug(cell.architecture)
     )
@@ -182,9 +182,9 @@ def begun(cell: Cell) -> bool:
     elsewhere = cell.options.get("checkpoint-dir")
     if not elsewhere and not result.unfinished().is_dir():
         return False
-    from lra.training.run import folder_of, resolved
+    from lra.training.request import folder_of, resolve
 
     request = cell.request()
-    folder = folder_of(request, resolved(request)[0])
+    folder = folder_of(request, resolve(request)[0])
     place = Path(elsewhere) / folder.name if elsewhere else folder / "checkpoints"
     return any((place / name).is_file() for name in ("last.ckpt", "pretraining/last.ckpt", "pretraining/done.ckpt"))

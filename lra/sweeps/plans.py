@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 from lra.errors import UserError, brief, unknown
 
 if TYPE_CHECKING:
-    from lra.training.run import Request
+    from lra.training.request import Request
 KEYS = ("tasks", "architectures", "seeds", "recipe", "protocol", "retries", "set", "grid", "run", "search", "device")
 DEVICES = {"": "", "gpu": "cuda", "cpu": "cpu"}
 KINDS = {
@@ -73,7 +73,7 @@ class Cell:
         return words
 
     def request(self) -> Request:
-        from lra.training.run import Request
+        from lra.training.request import Request
 
         settings = {k: json.dumps(v) for k, v in self.settings.items()}
         pretrain, match = (str(self.options.get(key, "")) for key in ("pretrain", "match"))
@@ -120,11 +120,11 @@ def read(path: Path) -> Plan:
     retries = content.get("retries", 0)
     if type(retries) is not int or retries < 0:
         raise UserError(f"{path}: retries is {retries!r}; a whole number from 0")
-    from lra.training.run import resolved
+    from lra.training.request import resolve
 
     known = set()
     for cell in cells:
-        run = (cell.task, cell.architecture, cell.seed, resolved(cell.request())[0].hash)
+        run = (cell.task, cell.architecture, cell.seed, resolve(cell.request())[0].hash)
         if run in known:
             raise UserError(f"{path}: two cells are the same run: {cell.name}")
         known.add(run)
@@ -156,9 +156,9 @@ def _cells(content: Mapping[str, Any], path: Path, most: int) -> list[Cell]:
             raise UserError(f"{path}: grid.{key} is {brief(values)}; a list of at least one value")
     if (device := content.get("device", "")) not in DEVICES:
         raise unknown("device", device, [name for name in DEVICES if name], where=str(path))
-    from lra.training.run import device as here
+    from lra.training import device as devices
 
-    if device and DEVICES[device] != here().type:
+    if device and DEVICES[device] != devices.device_type():
         return []
     count = math.prod(len(values) for values in (*lists.values(), *grid.values()))
     if count > most:

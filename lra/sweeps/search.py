@@ -106,8 +106,8 @@ SELECT = "select-only"
 
 def outcome(cell: Cell) -> float | None:
     """The validation accuracy of a finished trial."""
-    from lra.training.run import folder_of, resolved
+    from lra.training.request import folder_of, resolve
 
     request = cell.request()
-    file = folder_of(request, resolved(request)[0]) / "selection.json"
+    file = folder_of(request, resolve(request)[0]) / "selection.json"
     return float(json.loads(file.read_text())["accuracy"]) if file.is_file() else None

@@ -1,10 +1,12 @@
-"""What happens around the steps of training: measuring, stopping, saving, resuming, warning."""
+"""Callbacks of training: throughput, progress, checkpoints, resuming, stopping, early warning."""
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,30 +18,35 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from lra.config.sections import Expected
-from lra.data.batches import Steps
-from lra.errors import UserError
+from lra.data.batches import TrainingLoader
+from lra.errors import Interrupted, UserError
 from lra.model import Batch
 from lra.training import checkpoint, distributed
-from lra.training.module import Interrupted, Trainable, Training
+from lra.training.module import Trainable, Training
 
-SCHEMA = 3
-# between two checkpoints for resuming when validations are further apart
+SCHEMA = 4
+"""Version of the checkpoints."""
 CHECKPOINT_EVERY = timedelta(minutes=10)
+"""Time between two checkpoints for resuming, where validations are further apart."""
+StepProgress = Callable[[int, int, Mapping[str, float]], None]
+"""progress(step, steps, metrics): called as training goes on, with the latest value of every metric."""
 
 
-class Meter(Callback):
-    """Logs loss, accuracy and examples/s every `every` steps, without waiting for the device in between, and stops a
-    run whose loss is no longer a number. Time spent in validation and checkpoints is not training time.
+class ThroughputMeter(Callback):
+    """Logs loss, accuracy and examples per second, and stops a run whose loss is not finite.
 
-    validate_every: steps between validations, before each of which the loss is looked at too (0 = none).
-    earlier: wall seconds, all included, that a resumed run had spent before, up to its last checkpoint.
+    The loss is read every `every` steps only, so that the host does not wait for the device in between. Validation and
+    checkpoints do not count as training time.
+
+    validate_every: steps between validations (0 = none); the loss is also read before each of them.
+    earlier: wall seconds that a resumed run had spent before, up to its checkpoint.
     """
 
     def __init__(self, every: int, validate_every: int = 0) -> None:
         self.every, self.validate_every = every, validate_every
         self.seconds, self.examples, self.tokens, self.steps = 0.0, 0, 0, 0
-        self.earlier, self._begun = 0.0, time.perf_counter()
-        self._since = (0.0, 0)
+        self.earlier, self._created = 0.0, time.perf_counter()
+        self._logged = (0.0, 0)
         self._losses: list[Tensor] = []
         self._checked = 0
 
@@ -47,58 +54,61 @@ class Meter(Callback):
         self._checked = trainer.global_step
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        self._begin, self._before = time.perf_counter(), trainer.global_step
+        self._begin = time.perf_counter()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Any) -> None:
-        # on a CPU looking costs nothing, and the weights still are those that gave the loss
+        # on a CPU reading the loss costs nothing, and the weights are still those that gave it
         assert isinstance(module, Trainable)
         if module.latest is not None and module.device.type == "cpu" and not torch.isfinite(module.latest[0]):
-            raise _lost(float(module.latest[0]), trainer.global_step + 1, culprit(module, module.latest[1]))
+            raise _diverged(
+                float(module.latest[0]), trainer.global_step + 1, locate_nonfinite(module, module.latest[1])
+            )
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Batch, _: int
     ) -> None:
+        assert isinstance(module, Trainable)
         step = trainer.global_step
-        stepped = step != self._before
-        last = stepped and (step % self.every == 0 or step == trainer.max_steps)
-        look = last or (stepped and self.validate_every > 0 and step % self.validate_every == 0)
+        stepped = step != module.step_before
+        log = stepped and (step % self.every == 0 or step == trainer.max_steps)
+        read = log or (stepped and self.validate_every > 0 and step % self.validate_every == 0)
         self._losses.append(outputs["loss"].detach())
-        if look:
+        if read:
             losses = torch.stack(self._losses)
             self._losses = []
             per_step = losses.unflatten(0, (step - self._checked, -1)).float().mean(dim=1)
             per_step = distributed.mean(per_step)
             loss = per_step[-1].item()
         self.seconds += time.perf_counter() - self._begin
-        self.examples += len(batch.labels) * distributed.world()
-        self.tokens += batch.mask.numel() * distributed.world()
+        self.examples += len(batch.labels) * distributed.world_size()
+        self.tokens += batch.mask.numel() * distributed.world_size()
         self.steps += stepped
-        if not look:
+        if not read:
             return
-        wrong = (~torch.isfinite(per_step)).nonzero()
-        if len(wrong):
-            first = int(wrong[0])
-            raise _lost(per_step[first].item(), self._checked + first + 1, culprit(module, batch))
+        nonfinite = (~torch.isfinite(per_step)).nonzero()
+        if len(nonfinite):
+            first = int(nonfinite[0])
+            raise _diverged(per_step[first].item(), self._checked + first + 1, locate_nonfinite(module, batch))
         self._checked = step
-        if last and isinstance(module, Trainable):
+        if log:
             self._log(module, loss)
 
     def _log(self, module: Trainable, loss: float) -> None:
-        seconds, examples = self._since
+        seconds, examples = self._logged
         module.log("loss", loss, prog_bar=True)
         if isinstance(module, Training):
             module.log("accuracy", distributed.mean(module.train_accuracy.compute()), prog_bar=True)
             module.train_accuracy.reset()
         module.log("examples/s", (self.examples - examples) / (self.seconds - seconds), prog_bar=True)
-        self._since = (self.seconds, self.examples)
+        self._logged = (self.seconds, self.examples)
 
     @property
     def elapsed(self) -> float:
         """Wall seconds since the run began, validation and earlier parts of a resumed run included."""
-        return self.earlier + time.perf_counter() - self._begun
+        return self.earlier + time.perf_counter() - self._created
 
     def speed(self) -> dict[str, float | int]:
-        """Training throughput of the whole run, first steps included; tokens count padding, which is worked on too."""
+        """Training throughput over the whole run, first steps included. Tokens include padding, which costs as much."""
         seconds = max(self.seconds, 1e-9)
         return {
             "examples_per_second": round(self.examples / seconds, 3),
@@ -115,60 +125,80 @@ class Meter(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for key, value in state.items():
             setattr(self, key, value)
-        self._since = (self.seconds, self.examples)
+        self._logged = (self.seconds, self.examples)
 
 
-def culprit(module: nn.Module, batch: Batch) -> str:
-    """Where numbers stop being finite: in weights, else in the first module of a forward pass that makes such ones."""
+def locate_nonfinite(module: nn.Module, batch: Batch) -> str:
+    """Locate the first non-finite values: in the weights, otherwise in the first module whose output has them."""
     for name, parameter in module.named_parameters():
         if not torch.isfinite(parameter).all():
-            return f"the weights {name.removeprefix('model.')} are not finite"
-    found: list[str] = []
+            return f"non-finite weights in {name.removeprefix('model.')}"
+    names: list[str] = []
 
-    def looking(name: str) -> Any:
+    def record(name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             parts = output if isinstance(output, tuple) else (output,)
-            if not found and any(isinstance(p, Tensor) and not torch.isfinite(p).all() for p in parts):
-                found.append(name)
+            if any(isinstance(p, Tensor) and not torch.isfinite(p).all() for p in parts):
+                names.append(name)
 
         return hook
 
     model = getattr(module, "model", module)
-    hooks = [m.register_forward_hook(looking(name or "the model")) for name, m in model.named_modules()]
+    hooks = [m.register_forward_hook(record(name or "the model")) for name, m in model.named_modules()]
     try:
         with torch.no_grad():
             model(batch)
     finally:
         for hook in hooks:
             hook.remove()
-    return f"{found[0]} is the first module to put out such values" if found else "no module puts out such values"
+    return f"non-finite output in {names[0]}" if names else "every module's output is finite"
 
 
-def _lost(loss: float, step: int, where: str) -> UserError:
+def _diverged(loss: float, step: int, where: str) -> UserError:
     return UserError(
-        f"the loss is {loss} at step {step}: {where}; lower optim.lr or raise optim.warmup; "
-        "the last good checkpoint is kept"
+        f"the loss is {loss} at step {step} ({where}): lower optim.lr or raise optim.warmup; the last good checkpoint "
+        "is kept"
     )
 
 
-class Resume(Callback):
-    """Puts into each checkpoint what Lightning leaves out (generator states, recipe, schema) and reads it back."""
+class ProgressReport(Callback):
+    """Calls progress(step, steps, metrics) every `every` steps and after each validation."""
 
-    def __init__(self, steps: Steps, recipe_hash: str) -> None:
-        self.steps, self.recipe_hash = steps, recipe_hash
+    def __init__(self, progress: StepProgress, every: int) -> None:
+        self.progress, self.every = progress, every
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        assert isinstance(module, Trainable)
+        step = trainer.global_step
+        if step != module.step_before and (step % self.every == 0 or step == trainer.max_steps):
+            self._call(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._call(trainer)
+
+    def _call(self, trainer: L.Trainer) -> None:
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        self.progress(trainer.global_step, trainer.max_steps, metrics)
+
+
+class ResumeState(Callback):
+    """Adds to each checkpoint what Lightning leaves out (generator states, recipe hash, schema) and restores it."""
+
+    def __init__(self, loader: TrainingLoader, recipe_hash: str) -> None:
+        self.loader, self.recipe_hash = loader, recipe_hash
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, content: dict[str, Any]) -> None:
         for name, parameter in module.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise UserError(
-                    f"the weights {name.removeprefix('model.')} are not finite after step {trainer.global_step}: "
-                    "lower optim.lr or raise optim.warmup; the last good checkpoint is kept"
+                    f"non-finite weights in {name.removeprefix('model.')} after step {trainer.global_step}: lower "
+                    "optim.lr or raise optim.warmup; the last good checkpoint is kept"
                 )
         random = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             random["cuda"] = torch.cuda.get_rng_state()
         content["lra"] = {
-            "schema": SCHEMA, "recipe": self.recipe_hash, "random": distributed.gathered(random),
+            "schema": SCHEMA, "recipe": self.recipe_hash, "random": distributed.gather(random),
         }  # fmt: skip
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, content: dict[str, Any]) -> None:
@@ -181,9 +211,9 @@ class Resume(Callback):
         folder = next(str(c.dirpath) for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint))
         for state in content["callbacks"].values():
             if "best_k_models" in state:
-                _follow(state, folder)
+                _relocate(state, folder)
         self.random = own["random"][trainer.global_rank]
-        self.steps.first = content["global_step"]
+        self.loader.first = content["global_step"]
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if hasattr(self, "random"):
@@ -191,24 +221,24 @@ class Resume(Callback):
             if torch.cuda.is_available() and "cuda" in self.random:
                 torch.cuda.set_rng_state(self.random["cuda"])
         elif trainer.global_rank:
-            # weights are drawn alike everywhere, dropout is not
+            # all processes draw the same weights, and each its own dropout
             torch.manual_seed(torch.initial_seed() + trainer.global_rank)
 
 
-def _follow(state: dict[str, Any], folder: str) -> None:
-    """Lightning forgets its best score where the checkpoints have another path than when they were written."""
+def _relocate(state: dict[str, Any], folder: str) -> None:
+    """Point the state of a ModelCheckpoint to `folder`: Lightning drops the best score of a folder that was moved."""
 
-    def here(path: str) -> str:
+    def moved(path: str) -> str:
         return str(Path(folder) / Path(path).name) if path else path
 
     state["dirpath"] = folder
-    state["best_k_models"] = {here(path): score for path, score in state["best_k_models"].items()}
+    state["best_k_models"] = {moved(path): score for path, score in state["best_k_models"].items()}
     for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
-        state[key] = here(state[key])
+        state[key] = moved(state[key])
 
 
-def check_checkpoint(path: Path, recipe_hash: str) -> None:
-    """Raise UserError unless a run of this recipe can go on from this file."""
+def check_checkpoint(path: Path, recipe_hash: str) -> int:
+    """The step of a checkpoint. Raises UserError unless a run of this recipe can be resumed from it."""
     content = checkpoint.read(path)
     own = content.get("lra", {})
     if own.get("schema") != SCHEMA:
@@ -217,10 +247,11 @@ def check_checkpoint(path: Path, recipe_hash: str) -> None:
         raise UserError(
             f"{path} was written by another recipe; resume with the recipe and settings it was started with"
         )
+    return int(content["global_step"])
 
 
-class Bar(RichProgressBar):
-    """Lightning's rich bar in this suite's words, which counts steps and not epochs."""
+class ProgressBar(RichProgressBar):
+    """Lightning's rich progress bar, counting steps instead of epochs."""
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "training"
@@ -237,64 +268,92 @@ class Bar(RichProgressBar):
         return {k: v for k, v in super().get_metrics(trainer, module).items() if k != "v_num"}
 
 
-class Band(Callback):
-    """Says once, early, when a run is below what its source had reached by then."""
+class ExpectationCheck(Callback):
+    """Warns once, early, when a run is below the accuracy that the source of its recipe had reached by then."""
 
     def __init__(self, expected: Expected, steps_per_epoch: int, console: Console) -> None:
         self.expected, self.steps, self.console = expected, expected.epoch * steps_per_epoch, console
-        self.best, self.below = 0.0, ""
+        self.best, self.warning = 0.0, ""
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.best = max(self.best, float(trainer.callback_metrics.get("validation_accuracy", 0.0)))
-        if not self.steps or self.below or trainer.global_step < self.steps or self.best >= self.expected.by:
+        if not self.steps or self.warning or trainer.global_step < self.steps or self.best >= self.expected.by:
             return
-        self.below = (
-            f"after {self.expected.epoch} epochs the best validation accuracy is {100 * self.best:.1f} %, where the "
-            f"source of this recipe had reached {100 * self.expected.by:.0f} %: this run is off"
+        self.warning = (
+            f"after {self.expected.epoch} epochs the best validation accuracy is {100 * self.best:.1f} %, below the "
+            f"{100 * self.expected.by:.0f} % that the source of this recipe had reached"
         )
-        self.console.print(f"[yellow]{self.below}[/]", soft_wrap=True)
+        self.console.print(f"[yellow]{self.warning}[/]", soft_wrap=True)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "below": self.below}
+        return {"best": self.best, "warning": self.warning}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best, self.below = state["best"], state["below"]
+        self.best, self.warning = state["best"], state["warning"]
 
 
-def between_steps(trainer: L.Trainer, validate_every: int) -> bool:
-    """Whether a run could go on from here: not amid the accumulated parts of one step, nor with a validation due, which
-    a resumed run would leave out."""
-    due = validate_every > 0 and trainer.global_step % validate_every == 0
-    return not trainer.fit_loop._should_accumulate() and not due
+def resumable(trainer: L.Trainer, module: L.LightningModule, validate_every: int) -> bool:
+    """Whether a checkpoint written now can be resumed from exactly: not between the accumulated parts of a step, and
+    not where a validation is due, which a resumed run would skip."""
+    assert isinstance(module, Trainable)
+    validation_due = validate_every > 0 and trainer.global_step % validate_every == 0
+    return trainer.global_step != module.step_before and not validation_due
 
 
-class BetweenSteps(ModelCheckpoint):
-    """Saves where a run can go on; after a validation the other checkpoints are written."""
+class TimedCheckpoint(ModelCheckpoint):
+    """Saves after a time interval, at the next step that can be resumed from."""
 
     def __init__(self, *arguments: Any, validate_every: int, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.validate_every = validate_every
 
-    def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
-        if between_steps(trainer, self.validate_every):
-            super().on_train_batch_end(trainer, *rest)
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *rest: Any) -> None:
+        if resumable(trainer, module, self.validate_every):
+            super().on_train_batch_end(trainer, module, *rest)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the weights with the highest validation accuracy. Ties go to the lower validation loss: with some hundred
+    validation examples they are common."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(
+            folder, filename="best", monitor="validation_accuracy", mode="max", save_top_k=1,
+            enable_version_counter=False,
+        )  # fmt: skip
+        self.best_loss = math.inf
+
+    def check_monitor_top_k(self, trainer: L.Trainer, current: Tensor | None = None) -> bool:
+        if current is None:
+            return False
+        loss = float(trainer.callback_metrics["validation_loss"])
+        best = self.best_model_score
+        better = best is None or bool(current > best) or (bool(current == best) and loss < self.best_loss)
+        better = trainer.strategy.reduce_boolean_decision(better)
+        if better:
+            self.best_loss = loss
+        return better
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"best_loss": self.best_loss}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.best_loss = state["best_loss"]
 
 
 def checkpoints(folder: Path, validate_every: int) -> list[Callback]:
-    """The best on validation, where there is one (validate_every > 0), and the last for resuming."""
-    common: dict[str, Any] = {"save_top_k": 1, "enable_version_counter": False}
-    best = ModelCheckpoint(folder, filename="best", monitor="validation_accuracy", mode="max", **common)
-    last = ModelCheckpoint(folder, filename="last", **common)
-    timed = BetweenSteps(
-        folder, filename="last", train_time_interval=CHECKPOINT_EVERY, validate_every=validate_every, **common
-    )
-    return [best, last, timed] if validate_every else [timed]
+    """The best checkpoint on validation, where there is one (validate_every > 0), and the last one for resuming."""
+    last: dict[str, Any] = {"filename": "last", "save_top_k": 1, "enable_version_counter": False}
+    timed = TimedCheckpoint(folder, train_time_interval=CHECKPOINT_EVERY, validate_every=validate_every, **last)
+    return [BestCheckpoint(folder), ModelCheckpoint(folder, **last), timed] if validate_every else [timed]
 
 
 class Stop(Callback):
     """Stops between two steps, with a checkpoint, on Ctrl-C, SIGTERM or a deadline; a second Ctrl-C stops at once.
 
-    validate_every: steps between validations (0 = none); where one is due it is done first.
+    Signals are handled in the main thread only, and their handlers are restored afterwards.
+    deadline: of `time.monotonic`. validate_every: steps between validations (0 = none); one that is due runs first.
     """
 
     def __init__(self, checkpoint: Path, deadline: float | None, validate_every: int = 0) -> None:
@@ -305,11 +364,11 @@ class Stop(Callback):
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._heard)
+                self._before[number] = signal.signal(number, self._on_signal)
 
-    def _heard(self, number: int, _: Any) -> None:
+    def _on_signal(self, number: int, _: Any) -> None:
         now = time.monotonic()
-        # `timeout` and a shell's Ctrl-C each deliver the same signal twice; only a later one means impatience
+        # `timeout` and a shell's Ctrl-C deliver the same signal twice; only a later one asks to stop at once
         if self.reason and number == signal.SIGINT and now - self._first > 1:
             self._restore()
             raise KeyboardInterrupt
@@ -320,26 +379,26 @@ class Stop(Callback):
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self._look_at_the_clock()
-        if between_steps(trainer, self.validate_every) and trainer.global_step < trainer.max_steps:
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        self._check_deadline()
+        if resumable(trainer, module, self.validate_every) and trainer.global_step < trainer.max_steps:
             self._stop(trainer, save=True)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._look_at_the_clock()
+        self._check_deadline()
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        # by now the checkpoints of the validation before this step are written
+        # the checkpoints of the validation before this step are written by now
         if self.validate_every and trainer.global_step and trainer.global_step % self.validate_every == 0:
             self._stop(trainer, save=False)
 
-    def _look_at_the_clock(self) -> None:
+    def _check_deadline(self) -> None:
         if self.deadline is not None and time.monotonic() > self.deadline:
             self.reason = "the time limit"
 
     def _stop(self, trainer: L.Trainer, save: bool) -> None:
-        # saving is the work of all processes, so they stop at the same step
-        reasons = [r for r in distributed.gathered(self.reason) if r] if trainer.world_size > 1 else [self.reason]
+        # saving needs all processes, so they stop at the same step
+        reasons = [r for r in distributed.gather(self.reason) if r] if trainer.world_size > 1 else [self.reason]
         if not reasons or not reasons[0]:
             return
         if save:

@@ -1,4 +1,4 @@
-"""Optimiser and schedule by name, with the encoder's own parameter groups."""
+"""Optimisers and schedules by name, with the parameter groups of the encoder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lra.encoder import Encoder
 from lra.errors import UserError, unknown
 
 KEYS = ("lr", "lr_scale", "weight_decay")
-PLACES = {
+CLASSES = {
     "adamw": ("torch.optim", "AdamW"),
     "adam": ("torch.optim", "Adam"),
     "sgd": ("torch.optim", "SGD"),
@@ -27,16 +27,17 @@ PLACES = {
     "sophia": ("sophia_opt", "SophiaG"),
     "schedule_free": ("schedulefree", "AdamWScheduleFree"),
 }
-SHARDED = "_fsdp_wrapped_module."
+FSDP_PREFIX = "_fsdp_wrapped_module."
 PACKAGES = {"lion_pytorch": "lion-pytorch", "sophia_opt": "sophia-opt", "schedulefree": "schedulefree"}
 
 
 def parameter_groups(
     model: nn.Module, encoder: Encoder, recipe: Optim, dimensions: Mapping[str, int] | None = None
 ) -> list[dict[str, Any]]:
-    """Parameters grouped by (rate, weight decay): the encoder's patterns first, else the recipe's, with decay on
-    matrices only unless it says "all". dimensions: of each parameter by name, where a strategy has flattened them.
+    """Parameters grouped by learning rate and weight decay.
 
+    The encoder's patterns come first, then the recipe, which decays matrices only unless it says "all".
+    dimensions: original rank of each parameter by name; needed where FSDP has flattened them.
     Raises UserError for a pattern that matches no parameter or a setting that does not exist.
     """
     patterns = dict(encoder.optim)
@@ -45,100 +46,102 @@ def parameter_groups(
         wrong = [key for key in settings if key not in KEYS]
         if wrong:
             raise UserError(f"{type(encoder).__name__}.optim[{pattern!r}] has {wrong[0]!r}; one of {', '.join(KEYS)}")
-    inside = {id(p): name.replace(SHARDED, "") for name, p in encoder.named_parameters()}
+    encoder_names = {id(p): name.replace(FSDP_PREFIX, "") for name, p in encoder.named_parameters()}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for full, parameter in model.named_parameters():
-        name = inside.get(id(parameter))
+        name = encoder_names.get(id(parameter))
         hits = [p for p in patterns if name is not None and fnmatch(name, p)]
         for pattern in hits:
             matched[pattern] = True
         own = patterns[hits[0]] if hits else {}
         rate = min(own.get("lr", recipe.lr), recipe.lr * own.get("lr_scale", 1.0))
-        decays = recipe.decay == "all" or (dimensions or {}).get(full.replace(SHARDED, ""), parameter.ndim) >= 2
+        decays = recipe.decay == "all" or (dimensions or {}).get(full.replace(FSDP_PREFIX, ""), parameter.ndim) >= 2
         decay = own.get("weight_decay", recipe.weight_decay if decays else 0.0)
         groups.setdefault((rate, decay), []).append(parameter)
-    idle = [p for p, hit in matched.items() if not hit]
-    if idle:
-        raise UserError(f"{type(encoder).__name__}.optim[{idle[0]!r}] matches no parameter")
+    unmatched = [p for p, hit in matched.items() if not hit]
+    if unmatched:
+        raise UserError(f"{type(encoder).__name__}.optim[{unmatched[0]!r}] matches no parameter")
     return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
 
 
 def build(
-    model: nn.Module, encoder: Encoder, recipe: Optim, labels: int = 1, dimensions: Mapping[str, int] | None = None
+    model: nn.Module, encoder: Encoder, recipe: Optim, batch_size: int = 1, dimensions: Mapping[str, int] | None = None
 ) -> torch.optim.Optimizer:
-    """The recipe's optimiser over `parameter_groups`. Raises UserError for one that is not installed or refuses.
+    """The recipe's optimiser over `parameter_groups`.
 
-    labels: that Sophia's estimate of the curvature is a mean over, by which it scales it.
+    batch_size: examples over which Sophia averages its Hessian estimate (it rescales by this).
+    Raises UserError where the optimiser is not installed or rejects its arguments.
     """
     groups = parameter_groups(model, encoder, recipe, dimensions)
-    make = located(recipe.name)
+    make = optimizer_class(recipe.name)
     if recipe.name == "muon":
         return _muon(make, groups, encoder, recipe)
     if recipe.name == "sophia":
-        make = _with_batch_size(make, labels)
-    return _made(make, recipe.name, groups, recipe)
+        make = _with_batch_size(make, batch_size)
+    return _instantiate(make, recipe.name, groups, recipe)
 
 
-def _with_batch_size(kind: Any, labels: int) -> Any:
-    class Sophia(kind):
+def _with_batch_size(sophia: Any, batch_size: int) -> Any:
+    class Sophia(sophia):
         def step(self, closure: Callable[[], Any] | None = None) -> Any:
-            return super().step(closure, bs=labels)
+            return super().step(closure, bs=batch_size)
 
     return Sophia
 
 
-def located(name: str) -> Callable[..., torch.optim.Optimizer]:
-    """The class behind a name of `OPTIMISERS` or `module:attr`. Raises UserError."""
-    module, attribute = PLACES[name] if name in PLACES else name.rsplit(":", 1)
+def optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
+    """The class behind a name of `OPTIMISERS` or `module:attribute`. Raises UserError."""
+    module_name, attribute = CLASSES[name] if name in CLASSES else name.rsplit(":", 1)
     try:
-        place = importlib.import_module(module)
+        module = importlib.import_module(module_name)
     except ImportError as error:
-        package = PACKAGES.get(module.partition(".")[0])
-        remedy = f"; `pip install {package}`" if package and error.name == module.partition(".")[0] else ""
-        raise UserError(f"optim.name {name!r} needs {module}, which cannot be imported: {error}{remedy}") from None
-    if not hasattr(place, attribute):
-        classes = [n for n, c in vars(place).items() if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer)]
-        raise unknown("optimiser", attribute, classes, where=module)
-    return getattr(place, attribute)
+        top = module_name.partition(".")[0]
+        remedy = f"; `pip install {PACKAGES[top]}`" if top in PACKAGES and error.name == top else ""
+        raise UserError(f"optim.name {name!r} needs {module_name}, which cannot be imported: {error}{remedy}") from None
+    if not hasattr(module, attribute):
+        classes = [n for n, c in vars(module).items() if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer)]
+        raise unknown("optimiser", attribute, classes, where=module_name)
+    return getattr(module, attribute)
 
 
-def _made(
+def _instantiate(
     make: Callable[..., Any],
     name: str,
     groups: list[dict[str, Any]],
     recipe: Optim,
     options: Mapping[str, Any] | None = None,
 ) -> torch.optim.Optimizer:
-    taken = inspect.signature(make).parameters
+    accepted = inspect.signature(make).parameters
     arguments = {"lr": recipe.lr, **(recipe.options if options is None else options)}
-    if "betas" in taken:
+    if "betas" in accepted:
         arguments.setdefault("betas", recipe.betas)
     if name == "schedule_free":
         arguments.setdefault("warmup_steps", recipe.warmup)
     try:
-        made = make(groups, **arguments)
+        optimizer = make(groups, **arguments)
     except (TypeError, ValueError) as error:
-        raise UserError(f"optim.name {name!r} refuses its arguments: {error}; see optim.options") from None
-    if not isinstance(made, torch.optim.Optimizer):
+        raise UserError(f"optim.name {name!r} rejects its arguments: {error}; see optim.options") from None
+    if not isinstance(optimizer, torch.optim.Optimizer):
         raise UserError(f"optim.name {name!r} is not a torch.optim.Optimizer")
-    return made
+    return optimizer
 
 
 def _muon(make: Callable[..., Any], groups: list[dict[str, Any]], encoder: Encoder, recipe: Optim) -> Combined:
-    """Muon on the encoder's matrices without settings of their own, AdamW on everything else, as its authors use it."""
+    """Muon for the encoder's matrices that have no settings of their own, AdamW for everything else, as its authors use
+    it."""
     special = {n for n, _ in encoder.named_parameters() if any(fnmatch(n, p) for p in encoder.optim)}
     matrices = {id(p) for n, p in encoder.named_parameters() if p.ndim == 2 and n not in special}
     hidden: list[dict[str, Any]] = []
     rest: list[dict[str, Any]] = []
     for group in groups:
-        for kept, wanted in ((hidden, True), (rest, False)):
-            params = [p for p in group["params"] if (id(p) in matrices) is wanted]
+        for selected, is_matrix in ((hidden, True), (rest, False)):
+            params = [p for p in group["params"] if (id(p) in matrices) is is_matrix]
             if params:
-                kept.append(group | {"params": params})
+                selected.append(group | {"params": params})
     if not hidden:
-        raise UserError("optim.name 'muon' turns matrices, and this encoder has none without settings of their own")
-    plain = _made(torch.optim.AdamW, "adamw", rest, recipe, options={}) if rest else None
-    return Combined([_made(make, "muon", hidden, recipe), *([plain] if plain else [])])
+        raise UserError("optim.name 'muon' is for matrices; every matrix of this encoder has settings of its own")
+    adamw = [_instantiate(torch.optim.AdamW, "adamw", rest, recipe, options={})] if rest else []
+    return Combined([_instantiate(make, "muon", hidden, recipe), *adamw])
 
 
 class Combined(torch.optim.Optimizer):
@@ -147,7 +150,7 @@ class Combined(torch.optim.Optimizer):
     def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
         self.parts = parts
         super().__init__([g for part in parts for g in part.param_groups], {})
-        # the very dictionaries of the parts, so that a schedule reaches them
+        # the same dictionaries as those of the parts, so that a schedule changes both
         self.param_groups = [g for part in parts for g in part.param_groups]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -169,14 +172,14 @@ class Combined(torch.optim.Optimizer):
 
 
 class Plateau:
-    """Multiplier of the rate that falls when the accuracy has not risen for some validations."""
+    """Learning-rate multiplier that shrinks when validation accuracy has not improved for `patience` validations."""
 
     def __init__(self, recipe: Optim) -> None:
         self.shrink, self.patience = recipe.plateau_factor, recipe.plateau_patience
         self.scale, self.best, self.waited = 1.0, -math.inf, 0
 
-    def seen(self, accuracy: float) -> None:
-        """After each validation."""
+    def update(self, accuracy: float) -> None:
+        """Record the accuracy of one validation."""
         if accuracy > self.best:
             self.best, self.waited = accuracy, 0
             return
@@ -187,12 +190,12 @@ class Plateau:
     def state(self) -> dict[str, float]:
         return {"scale": self.scale, "best": self.best, "waited": self.waited}
 
-    def restore(self, state: Mapping[str, float]) -> None:
+    def load_state(self, state: Mapping[str, float]) -> None:
         self.scale, self.best, self.waited = state["scale"], state["best"], int(state["waited"])
 
 
 def factor(recipe: Optim, steps: int, plateau: Plateau | None = None) -> Callable[[int], float]:
-    """Multiplier of every group's rate at a step: linear warm-up over `warmup` steps, then the schedule."""
+    """Learning-rate multiplier as a function of the step: linear warm-up over `warmup` steps, then the schedule."""
     if recipe.name == "schedule_free":
         return lambda step: 1.0
 

@@ -1,8 +1,8 @@
-"""Self-pretraining: the encoder first learns to predict the task's own training inputs, no label in sight.
+"""Self-pretraining: the encoder first learns to predict the task's own training inputs, without labels.
 
-Amos et al. 2023, arXiv:2310.02980. "mlm": a share of the real positions is replaced by one learned vector and predicted
-from the rest; "causal": each position predicts the next, which needs a causal encoder. Tokens are predicted by
-cross-entropy, continuous values by the absolute error of (byte / 255 - mean) / std or as one of 256 byte values.
+Amos et al. 2023, arXiv:2310.02980. "mlm" replaces a fraction of the real positions by one learned vector and predicts
+them from the rest. "causal" predicts the next position from the earlier ones and needs a causal encoder. The loss is
+cross-entropy over tokens or byte values, or the absolute error of (byte / 255 - mean) / std.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ BYTES = 256
 
 
 class Predictor(nn.Module):
-    """A classifier's embedding and encoder under a head that predicts inputs: Batch -> loss, a mean over targets."""
+    """A classifier's embedding and encoder with a head that predicts inputs: Batch -> mean loss over the targets."""
 
     def __init__(self, model: Classifier, protocol: Protocol, objective: str, mask: float, loss: str) -> None:
         super().__init__()
         if objective == "causal" and not model.encoder.causal:
             raise UserError(
-                f"pretrain.objective=causal predicts the next position, which a {model.encoder.direction} encoder "
-                "sees; set model.direction=causal"
+                f"pretrain.objective=causal needs a causal encoder, and this one is {model.encoder.direction}: it sees "
+                "the position it predicts; set model.direction=causal"
             )
         if loss == "l1" and protocol.vocabulary:
             raise UserError("pretrain.loss=l1 is for continuous values; this protocol has tokens")
@@ -41,7 +41,7 @@ class Predictor(nn.Module):
         width, channels = model.encoder.d_model, max(protocol.channels, 1)
         self.classes = protocol.vocabulary or BYTES
         self.head = nn.Linear(width, channels if self.l1 else channels * self.classes)
-        self.hidden = nn.Parameter(torch.randn(width) * 0.02)
+        self.mask_vector = nn.Parameter(torch.randn(width) * 0.02)
 
     def forward(self, batch: Batch) -> Tensor:
         values, mask = batch.values.flatten(0, 1), batch.mask.flatten(0, 1)
@@ -49,26 +49,27 @@ class Predictor(nn.Module):
         if self.objective == "causal":
             x, _ = self.classifier.encode_embedded(x, mask)
             return self._loss(x[:, -mask.shape[1] :][:, :-1], values[:, 1:], mask[:, 1:])
-        chosen = self._chosen(mask)
-        x, _ = self.classifier.encode_embedded(torch.where(chosen.unsqueeze(-1), self.hidden.to(x.dtype), x), mask)
-        return self._loss(x[:, -mask.shape[1] :], values, chosen)
+        masked = self._masked_positions(mask)
+        x = torch.where(masked.unsqueeze(-1), self.mask_vector.to(x.dtype), x)
+        x, _ = self.classifier.encode_embedded(x, mask)
+        return self._loss(x[:, -mask.shape[1] :], values, masked)
 
-    def _chosen(self, mask: Tensor) -> Tensor:
-        """Hidden positions: each real one with probability `mask`, at least one of each row."""
+    def _masked_positions(self, mask: Tensor) -> Tensor:
+        """(B, L) bool: each real position with probability `self.mask`, at least one in each row."""
         draw = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, 2)
         return (draw < self.mask) | (draw == draw.amin(dim=1, keepdim=True))
 
-    def _loss(self, x: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
-        """x: (B, L, D); values: (B, L[, channels]); wanted: (B, L) bool, the positions that count."""
-        said, true = self.head(x[wanted]).float(), values[wanted]
+    def _loss(self, x: Tensor, values: Tensor, targets: Tensor) -> Tensor:
+        """x: (B, L, D); values: (B, L[, channels]); targets: (B, L) bool, the positions to predict."""
+        predicted, true = self.head(x[targets]).float(), values[targets]
         if self.l1:
             mean, std = self.scale
-            return F.l1_loss(said, (true.float() / 255 - mean) / std)
-        return F.cross_entropy(said.view(-1, self.classes), true.reshape(-1).long())
+            return F.l1_loss(predicted, (true.float() / 255 - mean) / std)
+        return F.cross_entropy(predicted.view(-1, self.classes), true.reshape(-1).long())
 
 
 class Pretraining(Trainable):
-    """The stage before fine-tuning, with the recipe's optimiser at the rate of its pretrain section, then constant."""
+    """The stage before training: the recipe's optimiser at the rate of its pretrain section, constant after warm-up."""
 
     model: Classifier
 
@@ -77,7 +78,7 @@ class Pretraining(Trainable):
         settings: Optim = replace(recipe.optim, lr=own.lr, warmup=own.warmup, schedule="constant", ema=0.0)
         super().__init__(model, settings, own.steps)
         if settings.name == "sophia":
-            raise UserError("optim.name 'sophia' estimates its curvature from classes, and pretraining predicts none")
+            raise UserError("optim.name 'sophia' estimates its Hessian from classes, and pretraining predicts none")
         self.batch_size = own.batch_size or recipe.data.batch_size
         self.predictor = Predictor(model, protocol, own.objective, own.mask, own.loss)
 

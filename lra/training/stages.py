@@ -1,9 +1,8 @@
-"""The stages of a run under Lightning's trainer: self-pretraining, training, scoring."""
+"""The stages of a run with Lightning's trainer: self-pretraining, training, scoring."""
 
 from __future__ import annotations
 
 import copy
-import importlib
 import logging
 import shutil
 import time
@@ -21,27 +20,35 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from rich.console import Console
 
 from lra.config.recipe import Recipe
-from lra.data.batches import DeviceSet, Sampler, Steps, Sweep, choose
+from lra.data.batches import DeviceSet, EvaluationLoader, Sampler, TrainingLoader, choose
 from lra.data.prepared_sets import Prepared
-from lra.errors import UserError, unknown
 from lra.model import Classifier
 from lra.profiling import memory
-from lra.training import checkpoint, distributed, execution, precision, rate_search
-from lra.training.callbacks import Band, Bar, Meter, Resume, Stop, check_checkpoint, checkpoints
-from lra.training.distributed import Placement
+from lra.training import checkpoint, construction, distributed, execution, loggers, precision, rate_search
+from lra.training.callbacks import (
+    ExpectationCheck,
+    ProgressBar,
+    ProgressReport,
+    ResumeState,
+    StepProgress,
+    Stop,
+    ThroughputMeter,
+    check_checkpoint,
+    checkpoints,
+)
+from lra.training.checkpoint_io import AtomicCheckpointIO
 from lra.training.module import Trainable, Training
+from lra.training.placement import Placement
 from lra.training.pretraining import Pretraining
-
-LOGGERS = {
-    "tensorboard": ("lightning.pytorch.loggers", "TensorBoardLogger", "tensorboard"),
-    "wandb": ("lightning.pytorch.loggers", "WandbLogger", "wandb"),
-    "mlflow": ("lightning.pytorch.loggers", "MLFlowLogger", "mlflow"),
-}
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Where and how a run is trained, none of which is part of its recipe."""
+class RunContext:
+    """Where and how a run is trained: everything that is not part of its recipe.
+
+    console: where a progress bar is drawn and warnings are printed. progress: called instead of the bar, if given.
+    deadline: of `time.monotonic`.
+    """
 
     device: torch.device
     folder: Path
@@ -52,66 +59,76 @@ class Setting:
     loggers: tuple[str, ...] = ()
     deadline: float | None = None
     resume: bool = False
+    progress: StepProgress | None = None
 
 
 @dataclass
-class Trained:
-    """module: as it was trained, in shards perhaps; model: whole, with the last weights or, in shards, the first."""
+class TrainingResult:
+    """A trained model and what was measured meanwhile.
+
+    module: as it was trained, with FSDP in shards. model: the same model, with FSDP an unsharded copy that has the
+    initial weights. facts: fields of the record that only training knows.
+    """
 
     module: Training
     model: Classifier
     trainer: L.Trainer
-    meter: Meter
+    meter: ThroughputMeter
     memory: dict[str, int | str]
     facts: dict[str, Any]
-    """What the record says of the way it was trained."""
 
 
-def train(found: Recipe, prepared: Prepared, model: Classifier, setting: Setting) -> Trained:
+def train(recipe: Recipe, prepared: Prepared, model: Classifier, context: RunContext) -> TrainingResult:
     """Pretrain if the recipe says so, then train with validation. Raises UserError, Interrupted."""
-    here = setting.device
-    peak = memory.Peak(here)
+    device = context.device
+    peak = memory.Peak(device)
     memory.keep_freed()
     split = prepared.split("train")
-    data = DeviceSet.of(split, prepared.protocol, here, choose(len(split), found.data.train_examples))
-    arranged(found, model)
-    facts = efficient(data, model.to(here)) if found.train.compile else {}
-    if found.pretrain.objective != "none":
-        facts["pretraining"] = _pretrain(found, prepared, data, model, setting)
+    data = DeviceSet.of(split, prepared.protocol, device, choose(len(split), recipe.data.train_examples))
+    construction.check_batch_memory(recipe, device, data.lengths)
+    apply_execution(recipe, model)
+    facts = compile_encoder(data, model.to(device)) if recipe.train.compile else {}
+    if recipe.pretrain.objective != "none":
+        facts["pretraining"] = _pretrain(recipe, prepared, data, model, context)
     selection = prepared.split(prepared.protocol.selection)
-    held = DeviceSet.of(selection, prepared.protocol, here, choose(len(selection), found.data.validation_examples))
-    if found.search.rates:
-        found, facts["rate_search"] = _search_rate(found, prepared, data, held, model, setting)
-    sampler = sampled(found, data, setting.seed)
-    whole = copy.deepcopy(model) if setting.placement.sharded else model
-    module = Training(model, found, prepared.task.classes)
-    every = min(found.train.evaluate_every, found.train.steps)
-    meter, band = Meter(min(20, every), every), Band(found.expected, sampler.per_epoch, setting.console)
-    averaged = [EMAWeightAveraging(decay=found.optim.ema)] if found.optim.ema else []
+    examples = choose(len(selection), recipe.data.validation_examples)
+    validation = DeviceSet.of(selection, prepared.protocol, device, examples)
+    if recipe.search.rates:
+        recipe, facts["rate_search"] = _search_rate(recipe, prepared, data, validation, model, context)
+    sampler = training_sampler(recipe, data, context.seed)
+    unsharded = copy.deepcopy(model) if context.placement.sharded else model
+    module = Training(model, recipe, prepared.task.classes)
+    every = min(recipe.train.evaluate_every, recipe.train.steps)
+    meter = ThroughputMeter(min(20, every), every)
+    expectation = ExpectationCheck(recipe.expected, sampler.per_epoch, context.console)
+    averaging = [EMAWeightAveraging(decay=recipe.optim.ema)] if recipe.optim.ema else []
     trainer = _fit(
-        module, found, setting, sampler, data, setting.checkpoints, meter, [*averaged, band],
-        validation=Sweep(held, found.data.evaluation_batch_size, distributed.share(setting.placement)),
-        val_check_interval=every * found.train.accumulate, check_val_every_n_epoch=None,
+        module, recipe, context, sampler, data, context.checkpoints, meter, [*averaging, expectation],
+        validation=EvaluationLoader(
+            validation, recipe.data.evaluation_batch_size, distributed.shard(context.placement)
+        ),
+        val_check_interval=every * recipe.train.accumulate, check_val_every_n_epoch=None,
     )  # fmt: skip
     facts |= {"curve": module.curve} | ({"diagnostics": module.diagnostics} if module.diagnostics else {})
-    facts |= {"off_course": band.below} if band.below else {}
-    return Trained(module, whole, trainer, meter, peak.read(), facts)
+    facts |= {"off_course": expectation.warning} if expectation.warning else {}
+    return TrainingResult(module, unsharded, trainer, meter, peak.read(), facts)
 
 
 def _search_rate(
-    found: Recipe, prepared: Prepared, data: DeviceSet, held: DeviceSet, model: Classifier, setting: Setting
+    recipe: Recipe, prepared: Prepared, data: DeviceSet, validation: DeviceSet, model: Classifier, context: RunContext
 ) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe with the rate that did best in short runs, and what the search cost."""
+    """The recipe with the learning rate that did best in short runs, and what the search cost."""
 
     def run_trial(trial: Recipe) -> rate_search.Trial:
         rate, steps = trial.optim.lr, trial.train.steps
-        setting.console.print(f"learning rate {rate:g}: {steps:,} steps")
-        module, meter = Training(model, trial, prepared.task.classes), Meter(min(20, steps), steps)
-        folder = setting.checkpoints / f"rate-{rate:g}"
+        context.console.print(f"learning rate {rate:g}: {steps:,} steps")
+        module, meter = Training(model, trial, prepared.task.classes), ThroughputMeter(min(20, steps), steps)
+        folder = context.checkpoints / f"rate-{rate:g}"
+        loader = EvaluationLoader(validation, trial.data.evaluation_batch_size, distributed.shard(context.placement))
         _fit(
-            module, trial, setting, sampled(trial, data, setting.seed), data, folder, meter, [], name=f"rate-{rate:g}",
-            validation=Sweep(held, trial.data.evaluation_batch_size, distributed.share(setting.placement)),
-            val_check_interval=steps * trial.train.accumulate, check_val_every_n_epoch=None,
+            module, trial, context, training_sampler(trial, data, context.seed), data, folder, meter, [],
+            stage=f"rate-{rate:g}", validation=loader, val_check_interval=steps * trial.train.accumulate,
+            check_val_every_n_epoch=None,
         )  # fmt: skip
         shutil.rmtree(folder, ignore_errors=True)
         last, speed = module.curve[-1], meter.speed()
@@ -121,181 +138,158 @@ def _search_rate(
         }  # fmt: skip
 
     leads = distributed.rank() == 0
-    return rate_search.search(found, model, setting.checkpoints / "rates.json", run_trial, leads)
+    return rate_search.search(recipe, model, context.checkpoints / "rates.json", run_trial, leads)
 
 
-def sampled(found: Recipe, data: DeviceSet, seed: int) -> Sampler:
-    """The batches of training proper."""
-    growth = {"grow_from": found.train.curriculum_length, "grow_steps": found.train.curriculum_steps}
-    return Sampler(data.lengths, found.data.batch_size, seed, **growth)
+def training_sampler(recipe: Recipe, data: DeviceSet, seed: int) -> Sampler:
+    """The sampler of the training stage, with the recipe's length curriculum."""
+    growth = {"grow_from": recipe.train.curriculum_length, "grow_steps": recipe.train.curriculum_steps}
+    return Sampler(data.lengths, recipe.data.batch_size, seed, **growth)
 
 
-def arranged(found: Recipe, model: Classifier) -> None:
-    if found.train.checkpointing:
+def apply_execution(recipe: Recipe, model: Classifier) -> None:
+    """Switch on gradient checkpointing and truncated backpropagation where the recipe says so."""
+    if recipe.train.checkpointing:
         execution.recompute(model.encoder)
-    if found.train.tbptt:
-        execution.truncate(model.encoder, found.train.tbptt)
+    if recipe.train.tbptt:
+        execution.truncate(model.encoder, recipe.train.tbptt)
 
 
-def efficient(data: DeviceSet, model: Classifier) -> dict[str, Any]:
-    """Compile, tried on two examples without touching the generators a run is seeded with."""
+def compile_encoder(data: DeviceSet, model: Classifier) -> dict[str, Any]:
+    """Compile the encoder and try it on two examples; the random state is left as it was."""
     batch = data.batch(np.arange(min(2, len(data))))
     with torch.random.fork_rng(devices=[data.device] if data.device.type == "cuda" else []):
-        said = execution.compiled(model.encoder, lambda: model(batch))
-    return {"compile": said}
+        return {"compile": execution.compiled(model.encoder, lambda: model(batch))}
 
 
 def _pretrain(
-    found: Recipe, prepared: Prepared, data: DeviceSet, model: Classifier, setting: Setting
+    recipe: Recipe, prepared: Prepared, data: DeviceSet, model: Classifier, context: RunContext
 ) -> dict[str, Any]:
-    """Leave the model with pretrained weights; what it cost. A finished stage is not repeated when a run goes on."""
-    folder = setting.checkpoints / "pretraining"
+    """Give the model pretrained weights and return what that took. A resumed run does not repeat a finished stage."""
+    folder = context.checkpoints / "pretraining"
     done = folder / "done.ckpt"
-    module = Pretraining(model, found, prepared.protocol)
-    if not (setting.resume and done.is_file()):
-        sampler = Sampler(data.lengths, module.batch_size, setting.seed)
-        meter = Meter(min(20, found.pretrain.steps))
-        _fit(module, found, setting, sampler, data, folder, meter, [], name="pretraining")
+    module = Pretraining(model, recipe, prepared.protocol)
+    if not (context.resume and done.is_file()):
+        sampler = Sampler(data.lengths, module.batch_size, context.seed)
+        meter = ThroughputMeter(min(20, recipe.pretrain.steps))
+        _fit(module, recipe, context, sampler, data, folder, meter, [], stage="pretraining")
         if distributed.rank() == 0:
             state = {k: v.cpu() for k, v in model.state_dict().items()}
             checkpoint.write({"model": state, "speed": meter.speed(), "random": torch.get_rng_state()}, done)
             (folder / "last.ckpt").unlink(missing_ok=True)
-        if distributed.world() > 1:
+        if distributed.world_size() > 1:
             torch.distributed.barrier()
-    kept = checkpoint.read(done)
-    model.load_state_dict(kept["model"])
-    torch.set_rng_state(kept["random"])
-    return {"objective": found.pretrain.objective, **kept["speed"]}
+    saved = checkpoint.read(done)
+    model.load_state_dict(saved["model"])
+    torch.set_rng_state(saved["random"])
+    return {"objective": recipe.pretrain.objective, **saved["speed"]}
 
 
 def _fit(
-    module: Trainable, found: Recipe, setting: Setting, sampler: Sampler, data: DeviceSet, folder: Path, meter: Meter,
-    callbacks: list[Any], validation: Sweep | None = None, name: str = "", **more: Any,
+    module: Trainable, recipe: Recipe, context: RunContext, sampler: Sampler, data: DeviceSet, folder: Path,
+    meter: ThroughputMeter, callbacks: list[Any], validation: EvaluationLoader | None = None, stage: str = "",
+    **options: Any,
 ) -> L.Trainer:  # fmt: skip
-    parts, last = found.train.accumulate, folder / "last.ckpt"
-    steps = Steps(data, sampler, module.steps, parts, distributed.share(setting.placement))
-    goes_on = setting.resume and last.is_file()
-    if goes_on:
-        check_checkpoint(last, found.hash)
-        _keep_log(setting.folder / "log" / name / "metrics.csv")
+    """Train one stage to its last step, resuming from `folder` if asked to. stage: "" for training proper."""
+    parts, last = recipe.train.accumulate, folder / "last.ckpt"
+    loader = TrainingLoader(data, sampler, module.steps, parts, distributed.shard(context.placement))
+    resumed_from = last if context.resume and last.is_file() else None
+    resume_step = None if resumed_from is None else check_checkpoint(resumed_from, recipe.hash)
     block = next((type(b) for b in execution.blocks(module.model.encoder)), None)
+    reports = [ProgressReport(context.progress, meter.every)] if context.progress else []
     trainer = _trainer(
-        found, setting, name=name,
+        recipe, context,
         callbacks=[
-            meter, Resume(steps, found.hash), Stop(last, setting.deadline, meter.validate_every), *callbacks,
-            *checkpoints(folder, meter.validate_every),
+            meter, *reports, ResumeState(loader, recipe.hash), Stop(last, context.deadline, meter.validate_every),
+            *callbacks, *checkpoints(folder, meter.validate_every),
         ],
-        max_steps=module.steps, max_epochs=-1, log_every_n_steps=meter.every, accumulate_grad_batches=parts,
-        gradient_clip_val=found.optim.clip or None, plugins=[checkpoint.Whole()], **more,
-        **setting.placement.for_trainer(block),
+        logger=loggers.create(
+            context.loggers if distributed.rank() == 0 else (), context.folder / "log", stage, resume_step
+        ),
+        enable_checkpointing=True, max_steps=module.steps, max_epochs=-1, log_every_n_steps=meter.every,
+        accumulate_grad_batches=parts, gradient_clip_val=recipe.optim.clip or None, plugins=[AtomicCheckpointIO()],
+        **options, **distributed.trainer_options(context.placement, block),
     )  # fmt: skip
     with quiet():
-        trainer.fit(module, steps, validation, ckpt_path=last if goes_on else None, weights_only=True)
+        trainer.fit(module, loader, validation, ckpt_path=resumed_from, weights_only=True)
     return trainer
 
 
-def _keep_log(file: Path) -> None:
-    """The logger starts its file anew; what was logged before the interruption stays beside it."""
-    if file.is_file():
-        number = len(list(file.parent.glob("metrics-*.csv")))
-        file.rename(file.with_name(f"metrics-{number}.csv"))
-
-
-def _trainer(found: Recipe, setting: Setting, *, name: str = "", **more: Any) -> L.Trainer:
-    kind: Any = "bf16-mixed" if precision.uses_bf16(found, setting.device) else "32-true"
-    terminal = setting.console.is_terminal
-    callbacks = [*more.pop("callbacks", []), *([Bar(leave=False)] if terminal else [])]
-    training = "max_steps" in more
+def _trainer(recipe: Recipe, context: RunContext, **options: Any) -> L.Trainer:
+    kind: Any = "bf16-mixed" if precision.uses_bf16(recipe, context.device) else "32-true"
+    draw_bar = context.console.is_terminal and context.progress is None
+    defaults = {"devices": 1, "logger": False, "enable_checkpointing": False}
+    callbacks = [*options.pop("callbacks", []), *([ProgressBar(leave=False)] if draw_bar else [])]
     with quiet():
         return L.Trainer(
-            accelerator="gpu" if setting.device.type == "cuda" else "cpu", precision=kind, callbacks=callbacks,
-            logger=_loggers(setting, name) if training else False, default_root_dir=setting.folder,
-            num_sanity_val_steps=0, enable_progress_bar=terminal, enable_model_summary=False,
-            enable_checkpointing=training, **({"devices": 1} | more),
+            accelerator="gpu" if context.device.type == "cuda" else "cpu", precision=kind, callbacks=callbacks,
+            default_root_dir=context.folder, num_sanity_val_steps=0, enable_progress_bar=draw_bar,
+            enable_model_summary=False, **(defaults | options),
         )  # fmt: skip
 
 
-def _loggers(setting: Setting, name: str) -> list[Any]:
-    """CSV always, and the named ones beside it. Raises UserError for a package that is missing."""
-    found: list[Any] = [L.pytorch.loggers.CSVLogger(setting.folder / "log", name="", version=name)]
-    for wanted in setting.loggers if distributed.rank() == 0 else ():
-        if wanted == "csv":
-            continue
-        if wanted not in LOGGERS:
-            raise unknown("logger", wanted, ("csv", *LOGGERS))
-        module, kind, package = LOGGERS[wanted]
-        try:
-            make = getattr(importlib.import_module(module), kind)
-            folder = (setting.folder / "log").resolve()
-            folder.mkdir(parents=True, exist_ok=True)
-            # MLflow takes a database and gives up plain files
-            place = {"tracking_uri": f"sqlite:///{folder / 'mlflow.db'}", "artifact_location": folder.as_uri()}
-            found.append(make(**(place if wanted == "mlflow" else {"save_dir": folder})))
-        except (ImportError, ModuleNotFoundError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"--logger {wanted} needs the package {package}: `pip install {package}` ({reason})"
-            ) from None
-    return found
+def score(
+    recipe: Recipe, prepared: Prepared, trained: TrainingResult, context: RunContext, test: bool = True
+) -> dict[str, Any]:
+    """Score the best checkpoint on the selection split and, if `test`, once on the test split.
 
-
-def score(found: Recipe, prepared: Prepared, trained: Trained, setting: Setting, test: bool = True) -> dict[str, Any]:
-    """Score the selection split and, once, the test split with the best checkpoint; every example exactly once."""
-    best = checkpoint.read(setting.checkpoints / "best.ckpt")
-    model = trained.model
-    model.load_state_dict({k.removeprefix("model."): v for k, v in best["state_dict"].items() if k[:6] == "model."})
+    Returns {split: accuracy, correct, n, seconds}, best_step, and the predictions for the last split.
+    """
+    best = checkpoint.read(context.checkpoints / "best.ckpt")
+    trained.model.load_state_dict(checkpoint.model_weights(best))
     scores: dict[str, Any] = {"best_step": int(best["global_step"])}
-    splits = [(prepared.protocol.selection, found.data.validation_examples)]
-    for name, wanted in [*splits, ("test", found.data.test_examples)] if test else splits:
+    splits = [(prepared.protocol.selection, recipe.data.validation_examples)]
+    for name, count in [*splits, ("test", recipe.data.test_examples)] if test else splits:
         split = prepared.split(name)
-        kept = choose(len(split), wanted)
-        data = DeviceSet.of(split, prepared.protocol, setting.device, kept)
+        examples = choose(len(split), count)
+        data = DeviceSet.of(split, prepared.protocol, context.device, examples)
         clock = time.perf_counter()
-        index, predicted = _predicted(found, trained, data, setting)
+        index, predicted = _predict(recipe, trained, data, context)
         seconds = time.perf_counter() - clock
         if not np.array_equal(index, np.arange(len(data))):
-            raise RuntimeError(f"scoring {name} met {len(index)} examples, not each of {len(data)} once")
+            raise RuntimeError(f"scoring {name} covered {len(index)} examples, not each of {len(data)} once")
         labels = data.labels.cpu().numpy()
-        right = int((predicted == labels).sum())
+        correct = int((predicted == labels).sum())
         scores[name] = {
-            "accuracy": right / len(labels), "correct": right, "n": len(labels), "seconds": round(seconds, 3),
+            "accuracy": correct / len(labels), "correct": correct, "n": len(labels), "seconds": round(seconds, 3),
         }  # fmt: skip
         scores["predictions"] = {
             "prediction": predicted, "label": labels.astype(np.uint8),
-            "example": (np.arange(len(split)) if kept is None else kept).astype(np.int32),
+            "example": (np.arange(len(split)) if examples is None else examples).astype(np.int32),
         }  # fmt: skip
     return scores
 
 
-def _predicted(found: Recipe, trained: Trained, data: DeviceSet, setting: Setting) -> tuple[np.ndarray, np.ndarray]:
-    """Places and predicted classes of all examples, in order, from all processes."""
-    sweep = Sweep(data, found.data.evaluation_batch_size, distributed.share(setting.placement))
-    trainer = _trainer(found, setting) if setting.placement.world == 1 else None
-    if trainer is not None:
+def _predict(
+    recipe: Recipe, trained: TrainingResult, data: DeviceSet, context: RunContext
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices and predicted classes of all examples, sorted by index, from all processes."""
+    loader = EvaluationLoader(data, recipe.data.evaluation_batch_size, distributed.shard(context.placement))
+    if context.placement.world_size == 1:
         with quiet():
-            parts: Any = trainer.predict(trained.module, sweep) or []
+            parts: Any = _trainer(recipe, context).predict(trained.module, loader) or []
     else:
-        here = trained.model.to(setting.device).eval()
-        with torch.inference_mode(), precision.autocast(found, setting.device):
-            parts = [(batch.example.cpu(), here(batch).argmax(dim=-1).cpu()) for batch in sweep]
+        model = trained.model.to(context.device).eval()
+        with torch.inference_mode(), precision.autocast(recipe, context.device):
+            parts = [(batch.example.cpu(), model(batch).argmax(dim=-1).cpu()) for batch in loader]
     columns = [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
-    every = distributed.gathered(columns)
-    index, predicted = (np.concatenate(column) for column in zip(*every, strict=True))
+    gathered = distributed.gather(columns)
+    index, predicted = (np.concatenate(column) for column in zip(*gathered, strict=True))
     order = np.argsort(index, kind="stable")
     return index[order], predicted[order].astype(np.uint8)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without Lightning's remarks on loaders and devices, none of which concern data that already are on the device."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
+    """Silence Lightning's advice on data loaders and devices: the data are on the device already."""
+    names = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in names]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\..*")
-        for logger in loggers:
+        for logger in names:
             logger.setLevel(logging.ERROR)
         try:
             yield
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
+            for logger, level in zip(names, levels, strict=True):
                 logger.setLevel(level)

@@ -46,16 +46,20 @@ def _parsed(line: str, where: str) -> np.ndarray:
     columns = line.rstrip("\r\n").split("\t")
     if len(columns) != 2 or not columns[1].isdecimal():
         raise DataError(f"{where}: {len(columns)} columns instead of an expression and a digit; is the file complete?")
-    symbols = columns[0].replace("(", " ").replace(")", " ").split()
-    try:
-        tokens = np.array([IDS[symbol] for symbol in symbols], np.uint8)
-    except KeyError as error:
-        raise DataError(f"{where}: unknown symbol {error}; known: {' '.join(IDS)}") from None
+    tokens = _tokens(columns[0], where)
     value = evaluate(tokens)
     if value != int(columns[1]):
         found = "the expression is malformed" if value < 0 else f"the expression is {value}"
         raise DataError(f"{where}: the label is {columns[1]}, {found}; the file is damaged")
     return tokens
+
+
+def _tokens(expression: str, where: str) -> np.ndarray:
+    symbols = expression.replace("(", " ").replace(")", " ").split()
+    try:
+        return np.array([IDS[symbol] for symbol in symbols], np.uint8)
+    except KeyError as error:
+        raise DataError(f"{where}: unknown symbol {error}; known: {' '.join(IDS)}") from None
 
 
 class ListOps(Task):
@@ -114,6 +118,10 @@ class ListOps(Task):
                     if done % 1000 == 0:
                         progress("reading expressions" if protocol.raw else "generating expressions", done, total)
             write_examples(folder, split, np.array(labels))
+
+    def encode(self, text: str, protocol: Protocol) -> np.ndarray:
+        tokens = _tokens(text, repr(text[:60]))
+        return np.append(tokens, np.uint8(EOS)) if protocol.name == "s4" else tokens
 
     def load(self, folder: Path, split: str) -> Split:
         return open_split(folder, split)

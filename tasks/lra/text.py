@@ -108,8 +108,7 @@ class Text(Task):
         train, test = (_read(split, source, self.command(protocol)) for split in ("train", "test"))
         progress("encoding", 1, 3)
         texts, labels, total = train[0] + test[0], np.array(train[1] + test[1]), len(train[0])
-        encode = _characters if protocol.name == "s4" else _bytes
-        write_documents(folder, SHARED, (encode(text, protocol.length) for text in texts))
+        write_documents(folder, SHARED, (self.encode(text, protocol) for text in texts))
         parts = {"train": np.arange(total), "test": np.arange(total, len(labels))}
         if protocol.selection == "test":
             parts["validation"] = parts["test"]
@@ -123,6 +122,9 @@ class Text(Task):
         progress("looking for near-duplicates", 2, 3)
         write_notes(folder, _overlap(texts, parts))
         progress("looking for near-duplicates", 3, 3)
+
+    def encode(self, text: str, protocol: Protocol) -> np.ndarray:
+        return (_characters if protocol.name == "s4" else _bytes)(text, protocol.length)
 
     def load(self, folder: Path, split: str) -> Split:
         return open_split(folder, split)

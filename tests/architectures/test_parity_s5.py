@@ -13,7 +13,7 @@ from stepping import stepped
 from torch import Tensor, nn
 
 from lra.architectures.state_space.s5 import S5, S5Mixer, hippo_block
-from lra.training.run import Request, resolved
+from lra.training.request import Request, resolve
 
 SSMS: dict[str, dict[str, Any]] = {
     "s5_unidirectional": {},
@@ -168,7 +168,7 @@ def test_the_three_starts_of_C(c_init: str, variance: float, direction: str) -> 
 
 def test_published_settings_start_C_as_each_script_does() -> None:
     started = {
-        task: resolved(Request(task, "s5", "paper"))[0].encoder["c_init"] for task in ("listops", "pathx", "text")
+        task: resolve(Request(task, "s5", "paper"))[0].encoder["c_init"] for task in ("listops", "pathx", "text")
     }
     assert started == {"listops": "lecun_normal", "pathx": "complex_normal", "text": "lecun_normal"}
 

@@ -42,7 +42,8 @@ def job_run(seed: int = 0, resume: bool = True, settings: Mapping[str, str] | No
     from rich.console import Console
 
     from lra.errors import UserError
-    from lra.training.run import Request, run
+    from lra.training.request import Request
+    from lra.training.run import run
 
     request = {"task": TINY, "architecture": "gru", "recipe": "quick", "seed": seed, "settings": settings or SMALL}
     try:

@@ -30,6 +30,7 @@ from lra.results.collection import Collection
 from lra.results.record import RunRecord
 from lra.task import SPLITS, DataError
 from lra.training import checkpoint
+from lra.training.checkpoint_io import AtomicCheckpointIO
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def test_kept_floors(prepared: prepared_sets.Prepared, data: st.DataObject) -> N
 def saved(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     content = {"global_step": 3, "state_dict": {"w": torch.arange(64.0), "b": torch.ones(3)}, "lra": {"schema": 1}}
     path = tmp_path / "best.ckpt"
-    checkpoint.Whole().save_checkpoint(content, path)
+    AtomicCheckpointIO().save_checkpoint(content, path)
     return path, content
 
 
@@ -126,10 +127,10 @@ def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path) -> None:
 
 def test_a_trainer_reads_what_it_wrote(saved: tuple[Path, dict[str, Any]]) -> None:
     path, content = saved
-    assert checkpoint.Whole().load_checkpoint(str(path))["lra"] == content["lra"]
+    assert AtomicCheckpointIO().load_checkpoint(str(path))["lra"] == content["lra"]
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match="is damaged"):
-        checkpoint.Whole().load_checkpoint(str(path))
+        AtomicCheckpointIO().load_checkpoint(str(path))
 
 
 def test_a_checkpoint_is_still_one_of_torch(saved: tuple[Path, dict[str, Any]]) -> None:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lra.data.batches import DeviceSet, Sampler, Steps, Sweep, choose
+from lra.data.batches import DeviceSet, EvaluationLoader, Sampler, TrainingLoader, choose
 from lra.task import Protocol, Split
 
 CPU = torch.device("cpu")
@@ -89,7 +89,7 @@ def test_epochs_and_seeds_differ_and_buckets_are_narrow() -> None:
 
 def test_steps_start_where_they_are_told() -> None:
     data = DeviceSet.of(ragged([2] * 20), Protocol("p", length=2, vocabulary=99), CPU)
-    steps = Steps(data, Sampler(data.lengths, 4, 0), total=7)
+    steps = TrainingLoader(data, Sampler(data.lengths, 4, 0), total=7)
     every = [b.example.tolist() for b in steps]
     steps.first = 5
     assert [b.example.tolist() for b in steps] == every[5:]
@@ -98,21 +98,21 @@ def test_steps_start_where_they_are_told() -> None:
 
 def test_a_set_that_does_not_fit_stays_on_the_host_and_its_batches_move(monkeypatch: pytest.MonkeyPatch) -> None:
     split, protocol = ragged([3, 9, 1, 7, 2]), Protocol("p", length=9, vocabulary=99)
-    here = [batch for data in [DeviceSet.of(split, protocol, CPU)] for batch in Sweep(data, 2)]
+    here = [batch for data in [DeviceSet.of(split, protocol, CPU)] for batch in EvaluationLoader(data, 2)]
     monkeypatch.setattr("lra.data.batches.fits", lambda size, device: device.type == "cpu")
     away = DeviceSet.of(split, protocol, torch.device("meta"))
     assert not away.resident
     assert away.values.device == CPU
-    sent = list(Sweep(away, 2))
+    sent = list(EvaluationLoader(away, 2))
     assert {part.device.type for batch in sent for part in batch} == {"meta"}
     assert [batch.values.shape for batch in sent] == [batch.values.shape for batch in here]
-    steps = Steps(away, Sampler(away.lengths, 2, 0), total=3)
+    steps = TrainingLoader(away, Sampler(away.lengths, 2, 0), total=3)
     assert len(list(steps)) == 3
 
 
 def test_a_sweep_shows_every_example_once() -> None:
     data = DeviceSet.of(ragged([3, 9, 1, 7, 2]), Protocol("p", length=9, vocabulary=99), CPU)
-    batches = list(Sweep(data, 2))
+    batches = list(EvaluationLoader(data, 2))
     assert sorted(torch.cat([b.example for b in batches]).tolist()) == list(range(5))
     assert [len(b.labels) for b in batches] == [2, 2, 1]
 

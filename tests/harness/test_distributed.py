@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from lra.config import recipe
-from lra.data.batches import Sampler, Share, Steps, Sweep
+from lra.data.batches import EvaluationLoader, Sampler, Shard, TrainingLoader
 from lra.errors import UserError
 from lra.results import result
-from lra.training.distributed import Placement
+from lra.training.distributed import trainer_options
+from lra.training.placement import Placement
 
 HERE = Path(__file__).parents[1]
 TINY = f"{HERE / 'tiny_task.py'}:Tiny"
@@ -36,13 +37,15 @@ class Listed:
 
 def test_shares_of_a_batch_are_the_batch_and_of_a_sweep_the_set() -> None:
     data: Any = Listed()
-    alone = list(Steps(data, Sampler(data.lengths, 12, 0), 8))
-    shares = [list(Steps(data, Sampler(data.lengths, 12, 0), 8, parts=2, share=Share(rank, 3))) for rank in range(3)]
+    alone = list(TrainingLoader(data, Sampler(data.lengths, 12, 0), 8))
+    shares = [
+        list(TrainingLoader(data, Sampler(data.lengths, 12, 0), 8, parts=2, shard=Shard(rank, 3))) for rank in range(3)
+    ]
     for step, whole in enumerate(alone):
         parts = [part for share in shares for part in share[2 * step : 2 * step + 2]]
         assert all(len(part) == 2 for part in parts)
         assert sorted(np.concatenate(parts)) == sorted(whole)
-    swept = [e for rank in range(3) for batch in Sweep(data, 8, Share(rank, 3)) for e in batch]
+    swept = [e for rank in range(3) for batch in EvaluationLoader(data, 8, Shard(rank, 3)) for e in batch]
     assert sorted(swept) == list(range(101))
 
 
@@ -81,10 +84,10 @@ def launched(folder: Path, *more: str) -> dict[str, Any]:
 )
 def test_what_needs_a_whole_model_is_not_sharded(settings: dict[str, str], says: str) -> None:
     found, _ = recipe.resolve("quick", "listops", "gru", settings)
-    here = torch.device("cpu")
-    assert Placement(1, 1, "fsdp").checked(here, found).for_trainer(None)["strategy"] == "auto"
-    with pytest.raises(UserError, match=f"no process a whole model, as {says} needs; use ddp"):
-        Placement(1, 2, "fsdp").checked(here, found)
+    Placement(1, 1, "fsdp").validate("cpu", found)
+    assert trainer_options(Placement(1, 1, "fsdp"), None)["strategy"] == "auto"
+    with pytest.raises(UserError, match=f"{says} needs all of it on one device; use ddp"):
+        Placement(1, 2, "fsdp").validate("cpu", found)
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two processors")

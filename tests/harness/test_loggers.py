@@ -15,7 +15,8 @@ import pytest
 from rich.console import Console
 
 from lra.errors import UserError
-from lra.training.run import Request, run
+from lra.training.request import Request
+from lra.training.run import run
 
 HERE = Path(__file__).parents[1]
 TINY = f"{HERE / 'tiny_task.py'}:Tiny"

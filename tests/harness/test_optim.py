@@ -37,7 +37,7 @@ class Problem(nn.Module):
 
 def learnt(recipe: Optim, steps: int = 60) -> tuple[float, float]:
     problem = Problem()
-    optimiser = optimisers.build(problem, problem.encoder, recipe, labels=6)
+    optimiser = optimisers.build(problem, problem.encoder, recipe, batch_size=6)
     if hasattr(optimiser, "train"):
         optimiser.train()
     before = problem.loss().item()
@@ -106,7 +106,7 @@ def test_decay_on_all_reaches_vectors_but_not_what_the_encoder_exempts() -> None
     [
         ("torch.optim:AdmaW", "did you mean 'AdamW'"),
         ("no.such.module:Adam", "cannot be imported"),
-        ("torch.nn:Linear", "refuses its arguments|is not a torch"),
+        ("torch.nn:Linear", "rejects its arguments|is not a torch"),
     ],
 )
 def test_a_wrong_optimiser_is_one_clear_line(name: str, says: str) -> None:
@@ -140,7 +140,7 @@ def test_schedules() -> None:
     at = optimisers.factor(Optim(schedule="plateau"), 100, plateau)
     seen = []
     for accuracy in (0.1, 0.2, 0.2, 0.1, 0.3, 0.3, 0.3):
-        plateau.seen(accuracy)
+        plateau.update(accuracy)
         seen.append(at(1))
     assert seen == [1, 1, 1, 0.5, 0.5, 0.5, 0.25]
 

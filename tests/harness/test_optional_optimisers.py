@@ -14,10 +14,11 @@ from curved import Curved
 from rich.console import Console
 
 from lra.config import recipe
-from lra.errors import UserError
+from lra.errors import Interrupted, UserError
 from lra.training.callbacks import Stop
-from lra.training.module import Interrupted, Training
-from lra.training.run import Request, run
+from lra.training.module import Training
+from lra.training.request import Request
+from lra.training.run import run
 
 TINY = f"{Path(__file__).parents[1] / 'tiny_task.py'}:Tiny"
 SMALL = {
@@ -161,7 +162,7 @@ def test_sophia_scales_by_the_labels_of_one_estimate(places: Path, monkeypatch: 
 
 
 def test_sophia_does_not_pretrain() -> None:
-    with pytest.raises(UserError, match="estimates its curvature from classes"):
+    with pytest.raises(UserError, match="estimates its Hessian from classes"):
         go("sophia", {"pretrain.steps": "6"}, pretrain="mlm")
 
 

@@ -19,7 +19,8 @@ from lra.data import prepared_sets
 from lra.errors import UserError
 from lra.registry import architectures
 from lra.results import literature
-from lra.training.run import Request, build, resolved
+from lra.training.construction import build
+from lra.training.request import Request, resolve
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path.stem for path in (recipe.FOLDER / "paper").glob("*.toml"))
@@ -43,12 +44,12 @@ def test_every_file_resolves_and_fits_its_architecture(file: str) -> None:
     told = list(content(file)["task"])
     assert set(told) <= set(TASKS)
     for task in told:
-        found, origin, constructor = resolved(Request(task, name, "paper"))
+        found, origin = resolve(Request(task, name, "paper"))
         assert origin["data.protocol"].startswith(f"{file}.toml")
         assert found.train.steps >= found.train.evaluate_every
         own, protocol = prepared_sets.resolve(task, found.data.protocol)
         assert protocol.name in ("lra2020", "s4")
-        model = match.shaped(partial(build, found, constructor, own, protocol, 0))
+        model = match.shaped(partial(build, found, architectures.get(name), own, protocol, 0))
         assert sum(p.numel() for p in model.parameters()) > 1000
 
 
@@ -107,10 +108,10 @@ def test_reported_ranges_hold_every_comparable_figure_on_file(file: str) -> None
 
 
 def test_a_variant_is_itself_under_published_settings() -> None:
-    found = {name: resolved(Request("image", name, "paper"))[0] for name in ("s4d", "s4d/inv", "s4d/lin")}
+    found = {name: resolve(Request("image", name, "paper"))[0] for name in ("s4d", "s4d/inv", "s4d/lin")}
     assert [recipe.encoder["init"] for recipe in found.values()] == ["inv", "inv", "lin"]
     assert found["s4d/inv"].expected == found["s4d"].expected != found["s4d/lin"].expected
-    llama, origin, _ = resolved(Request("image", "transformer/llama", "paper"))
+    llama, origin = resolve(Request("image", "transformer/llama", "paper"))
     assert llama.encoder["block"] == {"expand": 2.6875, "norm": "rms", "ffn": "swiglu", "embedding_dropout": 0.3}
     assert origin["encoder.block.norm"] == "variant"
     # what is expected of the plain architecture is not expected of another
@@ -121,8 +122,8 @@ def test_a_variant_is_itself_under_published_settings() -> None:
 def test_no_recipe_turns_a_variant_into_something_else(name: str) -> None:
     for kind in ("quick", "matched", *(["paper"] if name.partition("/")[0] in FILES else [])):
         for task in TASKS:
-            found, _, constructor = resolved(Request(task, name, kind))
-            for key, value in constructor.preset.items():
+            found, _ = resolve(Request(task, name, kind))
+            for key, value in architectures.declaration(name).preset.items():
                 if key in found.encoder and isinstance(value, dict):
                     assert value.items() <= found.encoder[key].items()
                 elif key in found.encoder:
@@ -131,6 +132,6 @@ def test_no_recipe_turns_a_variant_into_something_else(name: str) -> None:
 
 def test_a_setting_that_contradicts_a_variant_is_one_line() -> None:
     with pytest.raises(UserError, match=r"encoder.init is 'inv' \(--set\), which is not s4d/lin: that has 'lin'"):
-        resolved(Request("image", "s4d/lin", "paper", settings={"encoder.init": "inv"}))
-    found, _, _ = resolved(Request("image", "s4d/lin", "paper", settings={"encoder.init": "lin"}))
+        resolve(Request("image", "s4d/lin", "paper", settings={"encoder.init": "inv"}))
+    found, _ = resolve(Request("image", "s4d/lin", "paper", settings={"encoder.init": "lin"}))
     assert found.encoder["init"] == "lin"

@@ -12,7 +12,8 @@ from lra.config.match import shaped
 from lra.config.recipe import Optim
 from lra.errors import UserError
 from lra.registry import architectures, tasks
-from lra.training.run import Request, encoder, resolved
+from lra.training.construction import build_encoder
+from lra.training.request import Request, resolve
 
 FILE = """
 [default.train]
@@ -122,14 +123,14 @@ def test_unknown_recipes_and_encoder_keys_get_the_nearest_name() -> None:
     with pytest.raises(UserError, match="did you mean 'quick'"):
         recipe.resolve("quik", "listops", "gru")
     with pytest.raises(UserError, match=r"did you mean 'encoder\.n_heads'"):
-        resolved(Request("listops", "transformer", "quick", settings={"encoder.n_head": "2"}))
+        resolve(Request("listops", "transformer", "quick", settings={"encoder.n_head": "2"}))
 
 
 @pytest.mark.parametrize("name", [n for n in recipe.names() if not n.startswith("paper/")])
 @pytest.mark.parametrize("task", tasks.names())
 @pytest.mark.parametrize("architecture", architectures.names())
 def test_every_recipe_resolves_for_every_cell(name: str, task: str, architecture: str) -> None:
-    found, origin, _ = resolved(Request(task, architecture, name))
+    found, origin = resolve(Request(task, architecture, name))
     assert found.train.steps >= found.train.evaluate_every
     assert all(source for source in origin.values())
 
@@ -143,12 +144,14 @@ TOO_LARGE = {"standard": {"synthesizer/random", "linformer/unshared"}, "matched"
 def test_recipes_with_a_budget_stay_within_it(name: str, recipe_name: str) -> None:
     if name in TOO_LARGE[recipe_name]:
         with pytest.raises(UserError, match="parameters at its narrowest"):
-            resolved(Request("image", name, recipe_name))
+            resolve(Request("image", name, recipe_name))
         return
     sizes = {}
     for architecture in ("transformer", name):
-        found, _, constructor = resolved(Request("image", architecture, recipe_name))
-        sizes[architecture] = sum(p.numel() for p in shaped(lambda: encoder(found, constructor, 1024)).parameters())  # noqa: B023
+        found, _ = resolve(Request("image", architecture, recipe_name))
+        constructor = architectures.get(architecture)
+        shape = shaped(lambda: build_encoder(found, constructor, 1024))  # noqa: B023
+        sizes[architecture] = sum(p.numel() for p in shape.parameters())
         assert found.model.d_model % found.model.width_step == 0
     assert sizes[name] <= 1.1 * sizes["transformer"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
@@ -15,14 +16,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from lra.errors import UserError
+from lra.errors import Interrupted, UserError
 from lra.registry import architectures
 from lra.results import result
 from lra.training import checkpoint
-from lra.training.callbacks import SCHEMA, Meter, Stop
-from lra.training.distributed import Placement
-from lra.training.module import Interrupted
-from lra.training.run import Request, run
+from lra.training.callbacks import SCHEMA, Stop, ThroughputMeter
+from lra.training.metrics_file import MetricsFile
+from lra.training.module import Training
+from lra.training.placement import Placement
+from lra.training.request import Request
+from lra.training.run import run
 
 HERE = Path(__file__).parents[1]
 TINY = f"{HERE / 'tiny_task.py'}:Tiny"
@@ -78,15 +81,15 @@ def go(settings: dict[str, str] | None = None, **more: Any) -> Path:
     return run(Request(TINY, "gru", "quick", settings=SMALL | (settings or {}), **more), Console(quiet=True))
 
 
-def interrupted(monkeypatch: pytest.MonkeyPatch, **more: Any) -> None:
+def interrupted(monkeypatch: pytest.MonkeyPatch, at: int = 7, **more: Any) -> None:
     def stopping(self: Stop, trainer: Any, *rest: Any) -> None:
-        self.reason = "the test" if trainer.global_step == 7 else ""
+        self.reason = "the test" if trainer.global_step == at else ""
         original(self, trainer, *rest)
 
     original = Stop.on_train_batch_end
     with monkeypatch.context() as patch:
         patch.setattr(Stop, "on_train_batch_end", stopping)
-        with pytest.raises(Interrupted, match="step 7 of 12"):
+        with pytest.raises(Interrupted, match=f"step {at} of"):
             go(**more)
 
 
@@ -187,7 +190,7 @@ def test_a_resumed_run_counts_the_time_of_its_earlier_legs(places: Path, monkeyp
     interrupted(monkeypatch)
     (last,) = places.rglob("last.ckpt")
     saved = torch.load(last, weights_only=True)
-    (meter,) = (state for name, state in saved["callbacks"].items() if name.startswith("Meter"))
+    (meter,) = (state for name, state in saved["callbacks"].items() if name.startswith("ThroughputMeter"))
     assert 0 < meter["earlier"] < 600
     meter["earlier"] += 1000.0
     checkpoint.write(saved, last)
@@ -195,15 +198,63 @@ def test_a_resumed_run_counts_the_time_of_its_earlier_legs(places: Path, monkeyp
 
 
 def test_a_run_resumed_twice_counts_every_leg() -> None:
-    meter = Meter(1)
+    meter = ThroughputMeter(1)
     meter.load_state_dict(meter.state_dict() | {"earlier": 1000.0})
     assert 1000 < meter.state_dict()["earlier"] < 1600
 
 
-def test_the_log_of_an_interrupted_run_is_kept(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_of_a_resumed_run_is_that_of_one_never_stopped(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def logged() -> list[tuple[str, str]]:
+        (log,) = places.rglob("metrics*.csv")
+        return [(row["step"], row["validation_loss"]) for row in csv.DictReader(log.read_text().splitlines())]
+
+    go()
+    whole = logged()
     interrupted(monkeypatch)
+    assert logged() == whole[:2]
     go(resume=True)
-    assert sorted(p.name for p in places.rglob("metrics*.csv")) == ["metrics-0.csv", "metrics.csv"]
+    assert logged() == whole
+    assert [step for step, _ in whole] == ["5", "5", "11", "11"]
+
+
+def test_rows_logged_after_the_checkpoint_are_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "log" / "metrics.csv"
+    first = MetricsFile(path)
+    for step, loss in ((5, 1.0), (9, 0.5)):
+        first.log_metrics({"loss": loss, "epoch": 0}, step)
+    with path.open("a") as file:
+        file.write("0,0.")
+    MetricsFile(path, 7).log_metrics({"loss": 0.4, "epoch": 0, "more": torch.tensor(2.0)}, 9)
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    assert [(row["step"], row["loss"], row["more"]) for row in rows] == [("5", "1.0", ""), ("9", "0.4", "2.0")]
+    MetricsFile(path).log_metrics({"loss": 3.0}, 1)
+    assert path.read_text().splitlines() == ["loss,step", "3.0,1"]
+
+
+def test_a_finished_run_is_not_resumed(places: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = go()
+    before = path.stat().st_mtime_ns
+    assert run(Request(TINY, "gru", "quick", settings=SMALL, resume=True), Console(width=500)) == path.resolve()
+    assert "this run is finished" in capsys.readouterr().out
+    assert path.stat().st_mtime_ns == before
+    assert list(places.rglob("tiny/gru/*.json")) == [path]
+    path.unlink()
+    with pytest.raises(UserError, match=r"its result .* is gone"):
+        go(resume=True)
+
+
+def test_a_tie_in_accuracy_goes_to_the_lower_loss(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = {6: 2.0, 12: 1.0, 18: 3.0}
+
+    def validation_step(self: Training, batch: Any, _: int) -> None:
+        self.validation_accuracy.update(batch.labels, batch.labels)
+        self.validation_loss.update(torch.tensor(losses[self.trainer.global_step]))
+
+    monkeypatch.setattr(Training, "validation_step", validation_step)
+    assert result.read(go({"train.steps": "18"})).validation.best_step == 12
+    # the loss to beat is in the checkpoint
+    interrupted(monkeypatch, settings={"train.steps": "18"}, at=13)
+    assert result.read(go({"train.steps": "18"}, resume=True)).validation.best_step == 12
 
 
 def test_more_devices_than_there_are_are_refused(places: Path) -> None:
@@ -211,7 +262,7 @@ def test_more_devices_than_there_are_are_refused(places: Path) -> None:
         go(placement=Placement(devices=4096))
     with pytest.raises(UserError, match="one of auto"):
         go(placement=Placement(strategy="dpp"))
-    with pytest.raises(UserError, match="do not divide"):
+    with pytest.raises(UserError, match="not divisible"):
         go({"train.accumulate": "3"})
 
 
@@ -230,7 +281,7 @@ def test_a_loss_that_is_no_number_names_step_and_module_and_keeps_the_checkpoint
         return plain(self, x, mask)
 
     monkeypatch.setattr(Classifier, "pool", breaking)
-    with pytest.raises(UserError, match=r"the loss is nan at step 10: the weights head.weight are not finite"):
+    with pytest.raises(UserError, match=r"the loss is nan at step 10 \(non-finite weights in head.weight\)"):
         go()
     (last,) = places.rglob("last.ckpt")
     kept = torch.load(last, weights_only=True)
@@ -238,20 +289,20 @@ def test_a_loss_that_is_no_number_names_step_and_module_and_keeps_the_checkpoint
     assert all(torch.isfinite(v).all() for v in kept["state_dict"].values())
 
 
-def test_a_module_that_puts_out_no_numbers_is_named(places: Path) -> None:
+def test_the_module_with_the_first_non_finite_output_is_named(places: Path) -> None:
     from lra.config.recipe import resolve
     from lra.data import prepared_sets
     from lra.data.batches import DeviceSet
-    from lra.training.callbacks import culprit
-    from lra.training.run import build
+    from lra.training.callbacks import locate_nonfinite
+    from lra.training.construction import build
 
     prepared = prepared_sets.prepared(TINY)
     found, _ = resolve("quick", TINY, "gru", SMALL)
     model = build(found, architectures.get("gru"), prepared.task, prepared.protocol, 0)
     batch = DeviceSet.of(prepared.split("train"), prepared.protocol, torch.device("cpu")).batch(torch.arange(4).numpy())
-    assert culprit(model, batch) == "no module puts out such values"
+    assert locate_nonfinite(model, batch) == "every module's output is finite"
     model.get_submodule("encoder.layers.0.norm").register_forward_hook(lambda *a: a[-1] / 0)
-    assert culprit(model, batch).startswith("encoder.layers.0.norm is the first")
+    assert locate_nonfinite(model, batch) == "non-finite output in encoder.layers.0.norm"
 
 
 def test_out_of_memory_says_what_to_lower(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:

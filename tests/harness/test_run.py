@@ -16,14 +16,18 @@ import torch
 from rich.console import Console
 
 from lra.data import prepared_sets
-from lra.data.batches import DeviceSet, Sweep
-from lra.errors import UserError
+from lra.data.batches import DeviceSet, EvaluationLoader
+from lra.errors import Interrupted, UserError
 from lra.registry import tasks
 from lra.reports.ranking import Leaderboard
 from lra.results import result
 from lra.results.collection import Collection
 from lra.results.record import AT_CHANCE
-from lra.training.run import Request, Stop, restore, run
+from lra.training.callbacks import Stop
+from lra.training.construction import check_batch_memory
+from lra.training.request import Request, resolve
+from lra.training.run import run
+from lra.training.trained_run import load
 
 TINY = f"{Path(__file__).parents[1] / 'tiny_task.py'}:Tiny"
 SMALL = {
@@ -83,8 +87,6 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(places: Pa
 def test_an_interrupted_run_resumes_to_the_same_weights(
     architecture: str, stop_at: int, places: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lra.training.module import Interrupted
-
     # evaluating once, at the end, makes the best checkpoint the last weights
     settings = {"train.evaluate_every": "24"}
     go(settings, architecture)
@@ -115,8 +117,6 @@ def test_a_run_at_chance_is_labelled_and_one_that_left_it_is_not(places: Path) -
 
 
 def test_a_time_limit_stops_with_a_checkpoint(places: Path) -> None:
-    from lra.training.module import Interrupted
-
     with pytest.raises(Interrupted, match="time limit"):
         go(time_limit=0.0)
     assert list((places / "lra_runs").glob("*/checkpoints/last.ckpt"))
@@ -131,24 +131,18 @@ def test_resuming_nothing_or_another_recipe_is_refused(places: Path) -> None:
 def test_a_saved_model_scores_the_same_in_a_fresh_process(places: Path) -> None:
     record = result.read(go({"train.steps": "60", "optim.lr": "0.01"}))
     folder = next((places / "lra_runs").iterdir())
-    code = (
-        "import sys, torch, numpy as np; from pathlib import Path; from lra.data import prepared_sets\n"
-        "from lra.data.batches import DeviceSet, Sweep; from lra.training.run import restore\n"
-        f"model = restore(Path({str(folder)!r})); found = prepared_sets.prepared({TINY!r})\n"
-        "data = DeviceSet.of(found.split('test'), found.protocol, torch.device('cpu'))\n"
-        "with torch.no_grad(): print(sum(int((model(b).argmax(-1) == b.labels).sum()) for b in Sweep(data, 64)))"
-    )
+    code = f"import lra; run = lra.load({str(folder)!r})\nprint(run.evaluate().correct, run.record['id'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert int(done.stdout.split()[-1]) == record.test.correct
+    assert done.stdout.split() == [str(record.test.correct), record.id]
 
 
 def test_padding_and_company_do_not_change_predictions(places: Path) -> None:
     go(architecture="transformer")
-    model = restore(next((places / "lra_runs").iterdir()))
+    model = load(next((places / "lra_runs").iterdir())).model
     found = prepared_sets.prepared(TINY)
     data = DeviceSet.of(found.split("test"), found.protocol, torch.device("cpu"))
     with torch.no_grad():
-        together = torch.cat([model(b)[b.example.argsort()] for b in Sweep(data, 150)])
+        together = torch.cat([model(b)[b.example.argsort()] for b in EvaluationLoader(data, 150)])
         alone = torch.cat([model(data.batch(np.array([i]))) for i in range(20)])
     torch.testing.assert_close(together[:20], alone, atol=1e-5, rtol=1e-5)
 
@@ -181,6 +175,31 @@ def _until(condition: Callable[[], bool], process: subprocess.Popen[str], second
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.1)
+
+
+class Pair(torch.nn.Module):
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.map = torch.nn.Linear(d_model, d_model)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.map(x), x
+
+
+def test_what_cannot_run_is_one_line(places: Path) -> None:
+    for settings, architecture, says in (
+        ({"model.d_model": "1000000"}, "gru", r"model\.d_model=1000000 .* needs more than"),
+        ({}, Pair, r"Pair fails on its first batch: ValueError: Pair returned a tuple"),
+        ({"encoder.layer": "{...}"}, Pair, "Pair"),
+    ):
+        with pytest.raises(UserError, match=says) as error:
+            go(settings, architecture)  # type: ignore[arg-type]
+        assert "\n" not in str(error.value)
+    recipe, _ = resolve(Request(TINY, "gru", "quick", settings={"data.batch_size": "1000000000"}))
+    with pytest.raises(UserError, match=r"data\.batch_size=1000000000 .* needs more than"):
+        check_batch_memory(recipe, torch.device("cpu"), np.full((10**7, 1), 4000))
+    check_batch_memory(recipe, torch.device("cpu"), np.full((100, 1), 4000))
+    assert not list(places.rglob("recipe.json"))
 
 
 def test_two_seeds_make_one_row_with_an_interval(places: Path) -> None:

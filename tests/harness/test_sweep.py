@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -72,10 +71,10 @@ seeds = [0, 1]
 device = "gpu"
 architectures = ["lru"]
 '''
-    monkeypatch.setattr("lra.training.run.device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("lra.training.device.device_type", lambda: "cpu")
     cells = plans.read(written(tmp_path, text)).cells
     assert [(cell.architecture, cell.seed) for cell in cells] == [("s4d", 0), ("gru", 0), ("gru", 1)]
-    monkeypatch.setattr("lra.training.run.device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("lra.training.device.device_type", lambda: "cuda")
     assert [cell.architecture for cell in plans.read(written(tmp_path, text)).cells][3:] == ["lru"]
     with pytest.raises(UserError, match="did you mean 'gpu'"):
         plans.read(written(tmp_path, text.replace('"gpu"', '"gpus"')))
@@ -86,7 +85,7 @@ architectures = ["lru"]
 def test_the_campaign_resolves_on_either_device(monkeypatch: pytest.MonkeyPatch) -> None:
     file = HERE.parent / "results" / "campaign.toml"
     for kind, most in (("cpu", 200), ("cuda", 600)):
-        monkeypatch.setattr("lra.training.run.device", lambda kind=kind: torch.device(kind))
+        monkeypatch.setattr("lra.training.device.device_type", lambda kind=kind: kind)
         assert 100 < len(plans.read(file).cells) < most
 
 
@@ -161,9 +160,9 @@ def test_a_failed_run_is_tried_again_from_its_checkpoint(tmp_path: Path) -> None
 
     def start(arguments: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
         seen.append(arguments)
-        from lra.training.run import folder_of, resolved
+        from lra.training.request import folder_of, resolve
 
-        checkpoint = folder_of(cell.request(), resolved(cell.request())[0]) / "checkpoints" / "last.ckpt"
+        checkpoint = folder_of(cell.request(), resolve(cell.request())[0]) / "checkpoints" / "last.ckpt"
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write_bytes(b"")
         return subprocess.CompletedProcess(arguments, 0 if len(seen) == 3 else 7)

@@ -5,28 +5,33 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.utils
+from lightning.pytorch.strategies import FSDPStrategy
 from rich.console import Console
 
 from lra.config import match
 from lra.config.sections import Expected
 from lra.data import prepared_sets
 from lra.data.batches import DeviceSet, Sampler
-from lra.errors import UserError
+from lra.errors import Interrupted, UserError
 from lra.model import Classifier
 from lra.registry import architectures
 from lra.results import result
 from lra.results.record import RunRecord
 from lra.training import execution
-from lra.training.callbacks import Band, Stop
-from lra.training.module import Interrupted
+from lra.training.callbacks import ExpectationCheck, Stop
+from lra.training.construction import build
 from lra.training.pretraining import Predictor
-from lra.training.run import Request, build, resolved, restore, run
+from lra.training.request import Request, resolve
+from lra.training.run import run
+from lra.training.trained_run import load
 
 TINY = f"{Path(__file__).parents[1] / 'tiny_task.py'}:Tiny"
 SMALL = {
@@ -89,7 +94,7 @@ def test_averaged_weights_are_the_average(places: Path, monkeypatch: pytest.Monk
     torch.testing.assert_close(kept, average)
     assert not torch.equal(kept, seen[-1])
     # what is restored is what was tested
-    assert torch.equal(restore(next((places / "lra_runs").iterdir())).get_parameter("head.weight"), kept)
+    assert torch.equal(load(next((places / "lra_runs").iterdir())).model.get_parameter("head.weight"), kept)
 
 
 def gradients(net: Any, x: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
@@ -207,16 +212,16 @@ def test_lengths_grow_and_every_step_is_a_function_of_its_number() -> None:
 
 
 def test_a_run_below_its_source_says_so_once(capsys: pytest.CaptureFixture[str]) -> None:
-    band = Band(Expected(epoch=2, by=0.5), 10, Console(width=200))
+    check = ExpectationCheck(Expected(epoch=2, by=0.5), 10, Console(width=200))
 
     class Seen:
         global_step, callback_metrics = 0, {"validation_accuracy": torch.tensor(0.3)}
 
     for step in (10, 19, 20, 30):
         Seen.global_step = step
-        band.on_validation_end(Seen(), None)  # type: ignore[arg-type]
-    assert capsys.readouterr().out.count("30.0 %, where the source of this recipe had reached 50 %") == 1
-    assert band.below
+        check.on_validation_end(Seen(), None)  # type: ignore[arg-type]
+    assert capsys.readouterr().out.count("30.0 %, below the 50 %") == 1
+    assert check.warning
 
 
 @pytest.mark.parametrize("objective", ["mlm", "causal"])
@@ -273,14 +278,14 @@ def test_causal_pretraining_of_an_encoder_that_sees_the_future_is_refused() -> N
 
 
 def model_of(name: str, **settings: str) -> tuple[Classifier, Any]:
-    found, _, constructor = resolved(Request(TINY, name, "quick", settings=SMALL | settings))
+    found, _ = resolve(Request(TINY, name, "quick", settings=SMALL | settings))
     task, protocol = prepared_sets.resolve(TINY)
-    return build(found, constructor, task, protocol, 0), found
+    return build(found, architectures.get(name), task, protocol, 0), found
 
 
 @pytest.mark.parametrize("name", ["gru", "s4d", "transformer"])
 def test_a_width_is_solved_for_a_budget(name: str) -> None:
-    found, origin, _ = resolved(Request(TINY, name, "quick", settings=SMALL, match="params=60k"))
+    found, origin = resolve(Request(TINY, name, "quick", settings=SMALL, match="params=60k"))
     model, _ = model_of(name, **{"model.d_model": str(found.model.d_model)})
     size = sum(p.numel() for p in model.parameters())
     assert f"{size:,}" in origin["model.d_model"]
@@ -294,7 +299,7 @@ def test_a_width_is_solved_for_a_budget(name: str) -> None:
 def test_more_of_a_budget_is_more_width() -> None:
     for kind, small, large in (("flops", "5M", "50M"), ("memory", "10M", "100M")):
         widths = [
-            resolved(Request(TINY, "gru", "quick", settings=SMALL, match=f"{kind}={b}"))[0].model.d_model
+            resolve(Request(TINY, "gru", "quick", settings=SMALL, match=f"{kind}={b}"))[0].model.d_model
             for b in (small, large)
         ]
         assert widths[0] < widths[1]
@@ -333,6 +338,18 @@ def test_diagnostics_of_an_encoder_are_in_the_record(monkeypatch: pytest.MonkeyP
     assert go().diagnostics == {"dropped": 0.25}
     (log,) = places.rglob("metrics.csv")
     assert "diagnostics/dropped" in log.read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("package", "owner", "name"),
+    [
+        ("lightning", FSDPStrategy, "_setup_model"),
+        ("torch", torch.nn.Module, "_compiled_call_impl"),
+        ("torch", torch._dynamo.utils, "counters"),
+    ],
+)
+def test_private_names_of_other_packages_are_where_they_are_used(package: str, owner: Any, name: str) -> None:
+    assert hasattr(owner, name), f"{package} {version(package)} has moved {name}, which lra.training uses"
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,228 @@
+"""The Python API: the functions behind `lra.train`, `lra.load` and the others. Use them as attributes of `lra`.
+
+Everything heavy is imported inside the function that needs it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lra import registry
+from lra.errors import UserError
+from lra.registry import reference_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lra.data.examples import LoadedTask
+    from lra.encoder import Encoder
+    from lra.reports.comparison import Comparison
+    from lra.results.record import RunRecord
+    from lra.task import Task
+    from lra.training.trained_run import TrainedRun
+
+
+def list_architectures(pattern: str = "*") -> list[str]:
+    """Names of the registered architectures that match a pattern: "*ssm*". One with a slash also matches variants."""
+    names = registry.architectures.names(variants="/" in pattern)
+    return [name for name in names if fnmatchcase(name, pattern)]
+
+
+def architectures() -> pd.DataFrame:
+    """The cards of the registered architectures: name, family, title, year, url, scaling, causal, variants."""
+    import pandas as pd
+
+    columns = ["name", "family", "title", "year", "url", "scaling", "causal", "variants"]
+    cards = [registry.architectures.facts(name) for name in registry.architectures.names()]
+    return pd.DataFrame([card | {"variants": list(card["variants"])} for card in cards], columns=columns)
+
+
+def create_encoder(architecture: str | type, **options: Any) -> Encoder:
+    """An encoder by name or class: `create_encoder("s4d/inv", d_model=64, n_layers=2, length=1024)`.
+
+    options: constructor arguments; `lra show TASK ARCH` lists them. Raises UserError for an unknown name or argument.
+    """
+    return registry.architectures.get(architecture)(**options)
+
+
+def load_task(task: str | type | Task, protocol: str = "", *, source: str | Path | None = None) -> LoadedTask:
+    """A task, prepared now if it is not: `load_task("image").train[0]`.
+
+    protocol: by default the first of the task. source: folder with the raw files. Raises UserError.
+    """
+    from lra import terminal
+    from lra.data import examples
+
+    console = _console()
+    name = task if isinstance(task, str) else getattr(task, "name", "the task")
+    with terminal.bar(console, f"preparing {name}") if console else nullcontext() as progress:
+        return examples.load(task, protocol, source=source, progress=progress)
+
+
+def train(
+    task: str | type | LoadedTask,
+    architecture: str | type,
+    *,
+    recipe: str = "auto",
+    seed: int = 0,
+    overrides: Mapping[str, Any] | None = None,
+    protocol: str = "",
+    source: str | Path | None = None,
+    time_limit: float | None = None,
+    resume: bool = False,
+    checkpoint_dir: str | Path | None = None,
+    pretrain: str = "",
+    match: str = "",
+    devices: int = 1,
+    nodes: int = 1,
+    strategy: str = "auto",
+    loggers: Sequence[str] = (),
+    progress: Callable[[int, int, Mapping[str, float]], None] | None = None,
+) -> TrainedRun:
+    """Train, select on validation, test once, and write the record, as `lra run` does.
+
+    task, architecture: a registered name, `file.py:Class`, `package.module:Class`, or a class.
+    overrides: recipe values by dotted key, {"train.steps": 500}. time_limit: seconds, after which the run stops with a
+    checkpoint. progress: called as progress(step, steps, metrics); without it a bar is drawn where there is a terminal.
+    The other arguments are those of `lra run`.
+
+    The global random state is left as it was. Raises UserError; `lra.errors.Interrupted`, which is one, when the run
+    was stopped and can be resumed with resume=True.
+    """
+    from lra.data.examples import LoadedTask
+    from lra.training.placement import Placement
+    from lra.training.request import Request, check, folder_of, resolve, setting_texts
+
+    if isinstance(task, LoadedTask):
+        default = next(iter(task.task.protocols))
+        protocol = protocol or ("" if task.protocol.name == default else task.protocol.name)
+        task = task.reference
+    request = Request(
+        task, architecture, recipe, seed, protocol, setting_texts(overrides), None if source is None else Path(source),
+        time_limit, resume, pretrain, match, Placement(devices, nodes, strategy),
+        None if checkpoint_dir is None else Path(checkpoint_dir), tuple(loggers),
+    )  # fmt: skip
+    resolved, _ = resolve(request)
+    check(request, resolved)
+    from lra.training.run import run
+
+    run(request, _console(), progress)
+    return load(
+        folder_of(request, resolved),
+        checkpoints=checkpoint_dir,
+        architecture=architecture if isinstance(architecture, type) else None,
+        task=task if isinstance(task, type) else None,
+    )
+
+
+def load(
+    folder: str | Path,
+    *,
+    checkpoints: str | Path | None = None,
+    architecture: str | type | None = None,
+    task: str | type | None = None,
+) -> TrainedRun:
+    """The trained model of a run's folder (below runs/) or of a folder that `lra export` wrote.
+
+    checkpoints: the checkpoint folder, if it was moved. architecture, task: the class, where the name in the recipe no
+    longer leads to it. Raises UserError.
+    """
+    from lra.training import trained_run
+
+    return trained_run.load(folder, checkpoints=checkpoints, architecture=architecture, task=task)
+
+
+def results(smoke: bool = False) -> pd.DataFrame:
+    """All results, one row a run; invalid files are left out. smoke: those of recipes that are smoke tests, instead."""
+    return _collection(smoke).frame()
+
+
+def leaderboard(task: str, smoke: bool = False) -> pd.DataFrame:
+    """The ranked rows of a task, one for each architecture; rank is within task, protocol, recipe, regime and device.
+    smoke: as of `results`. Raises UserError for a task without results."""
+    from lra.reports import leaderboard as board
+
+    return board.frame(_collection(smoke).only(task=task))
+
+
+def compare(a: TrainedRun | str | Path, b: TrainedRun | str | Path) -> Comparison:
+    """Paired difference of two runs, each given as what `train` or `load` returned, as an id or its start, or as the
+    file of its record. Raises UserError where they were not tested on the same examples."""
+    from lra.reports import comparison
+
+    runs, smoke = _collection(False), _collection(True)
+    both = replace(runs, records=[*runs.records, *smoke.records], predictions={**runs.predictions, **smoke.predictions})
+    return comparison.compare(_record_of(a), _record_of(b), both)
+
+
+def check(architecture: str | type, **options: Any) -> pd.DataFrame:
+    """The conformance checks of an architecture or of your own layer: check, status, message, seconds.
+
+    options: constructor arguments to use instead of the defaults. Raises UserError for an unknown name.
+    """
+    import pandas as pd
+
+    from lra.conformance import suite
+
+    findings = suite.check(registry.architectures.get(architecture), options=options)
+    return pd.DataFrame([asdict(finding) for finding in findings])
+
+
+def profile(
+    architectures: Sequence[str | type],
+    lengths: Sequence[int] = (512, 1024, 2048),
+    *,
+    batch: int = 1,
+    d_model: int = 64,
+    n_layers: int = 2,
+    direction: str = "bidirectional",
+    budget: float = 0.3,
+) -> pd.DataFrame:
+    """Work, speed and memory of encoders, one row for each architecture and length, measured in fresh processes.
+
+    budget: seconds for each timing. Cells that were measured before are read from results/profile/. Raises UserError.
+    """
+    import pandas as pd
+
+    from lra.profiling import profiler
+    from lra.results import result
+
+    names = [reference_of(architecture) for architecture in architectures]
+    for name in names:
+        if name.startswith("__main__:"):
+            raise UserError(f"{name} is measured in a fresh process, which cannot import it; put it into a file")
+        registry.architectures.get(name)
+    cells = [
+        profiler.Cell(name, length, batch, d_model, n_layers, direction, budget)
+        for length in sorted(lengths) for name in names
+    ]  # fmt: skip
+    frame = pd.json_normalize(profiler.profile(cells, result.folder()))
+    return frame.rename(columns=lambda column: column.removeprefix("cell."))
+
+
+def _console() -> Any:
+    """A rich console where there is a terminal, else None."""
+    if not sys.stdout.isatty():
+        return None
+    from rich.console import Console
+
+    return Console()
+
+
+def _collection(smoke: bool) -> Any:
+    from lra.results import result
+    from lra.results.collection import Collection
+
+    return Collection.read(result.folder(), "smoke" if smoke else "runs")
+
+
+def _record_of(run: TrainedRun | str | Path) -> RunRecord | str | Path:
+    if isinstance(run, str | Path):
+        return run
+    return run.record

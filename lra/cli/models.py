@@ -1,0 +1,156 @@
+"""`lra predict`, `lra evaluate`, `lra export`: what to do with a trained run."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from lra.cli.common import DryRun, console, guarded
+from lra.errors import UserError
+
+if TYPE_CHECKING:
+    from lra.training.trained_run import TrainedRun
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A folder below runs/, or one that `lra export` wrote.")]
+Checkpoints = Annotated[Path | None, typer.Option("--checkpoint-dir", help="Where the checkpoints are, if elsewhere.")]
+SUFFIXES = (".txt", ".jsonl", ".npy")
+
+
+@guarded
+def predict(
+    run: Run,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="train, validation, test, or a .txt, .jsonl or .npy.")],
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="Those of every class.")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a CSV file instead of printing.")] = None,
+    dry_run: DryRun = False,
+    checkpoint_dir: Checkpoints = None,
+) -> None:
+    """Classify every line of a text file, every value of a JSON Lines file, every row of an array, or a split."""
+    inputs = _inputs(file)
+    loaded = _load(run, checkpoint_dir)
+    if dry_run:
+        what = f"the {inputs} split" if isinstance(inputs, str) else f"{len(inputs):,} inputs"
+        console.print(f"would classify {what} with {escape(str(loaded))}", soft_wrap=True)
+        return
+    predicted = loaded.predict(inputs, probabilities=probabilities)
+    header = [f"class {n}" for n in range(predicted.shape[1])] if probabilities else ["class"]
+    rows = [
+        ["example", *header],
+        *([n, *(row if probabilities else [row])] for n, row in enumerate(predicted.tolist())),
+    ]
+    if out is None:
+        csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
+        return
+    with _writing(out) as temporary, temporary.open("w", newline="", encoding="utf-8") as target:
+        csv.writer(target).writerows(rows)
+    console.print(f"wrote {escape(str(out))}", soft_wrap=True)
+
+
+@guarded
+def evaluate(
+    run: Run,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the scores as JSON, too.")] = None,
+    dry_run: DryRun = False,
+    checkpoint_dir: Checkpoints = None,
+) -> None:
+    """Score a trained run on a split again, beside what its record says."""
+    from lra.errors import unknown
+    from lra.task import SPLITS
+
+    if split not in SPLITS:
+        raise unknown("split", split, SPLITS)
+    loaded = _load(run, checkpoint_dir)
+    if dry_run:
+        console.print(f"would score {escape(str(loaded))} on the {split} split", soft_wrap=True)
+        return
+    scores = loaded.evaluate(split)
+    console.print(
+        f"{split} accuracy [bold]{100 * scores.accuracy:.2f} %[/] of {scores.n:,} examples "
+        f"({100 * scores.low:.2f} to {100 * scores.high:.2f} %, 95 % interval)",
+        soft_wrap=True,
+    )
+    if split == "test" and loaded.finished:
+        console.print(f"the record says {100 * loaded.accuracy:.2f} %")
+    if out is not None:
+        with _writing(out) as temporary:
+            temporary.write_text(json.dumps(asdict(scores), indent=1) + "\n", encoding="utf-8")
+        console.print(f"wrote {escape(str(out))}", soft_wrap=True)
+
+
+@guarded
+def export(
+    run: Run,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder.")],
+    dry_run: DryRun = False,
+    checkpoint_dir: Checkpoints = None,
+) -> None:
+    """Write config.json, model.safetensors and a model card (README.md), the layout of model hubs."""
+    from lra.training import export as exporting
+
+    loaded = _load(run, checkpoint_dir)
+    if dry_run:
+        exporting.check(loaded, folder)
+        console.print(f"would write {escape(str(loaded))} to {escape(str(folder))}", soft_wrap=True)
+        return
+    console.print(f"wrote {escape(str(exporting.write(loaded, folder)))}", soft_wrap=True)
+
+
+def _load(run: Path, checkpoints: Path | None) -> TrainedRun:
+    if not run.is_dir():
+        raise UserError(f"{run} is not a folder; give a folder below runs/ or one that `lra export` wrote")
+    from lra.training import trained_run
+
+    return trained_run.load(run, checkpoints=checkpoints)
+
+
+def _inputs(file: str) -> Any:
+    """A split's name, or the inputs in a file. Raises UserError."""
+    from lra.task import SPLITS
+
+    if file in SPLITS:
+        return file
+    path = Path(file)
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{file} is neither a split ({', '.join(SPLITS)}) nor a file ending in {', '.join(SUFFIXES)}")
+    try:
+        if path.suffix == ".npy":
+            import numpy as np
+
+            return list(np.load(path, allow_pickle=False))
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if path.suffix == ".txt":
+        return lines
+    inputs = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path} line {number}: not JSON: {error}") from None
+        # a list of two texts or lists is a pair, for tasks with two towers
+        pair = isinstance(value, list) and len(value) == 2 and all(isinstance(part, str | list) for part in value)
+        inputs.append(tuple(value) if pair else value)
+    return inputs
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    """A temporary file that becomes `path`. Raises UserError where it cannot be written."""
+    from lra import files
+
+    try:
+        with files.atomic(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None

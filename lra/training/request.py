@@ -1,0 +1,231 @@
+"""What a user asks for, and the recipe it resolves to. Nothing here imports torch unless a GPU or a budget needs it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lra import files
+from lra.config import recipe as recipes
+from lra.config.recipe import Recipe
+from lra.config.sections import OBJECTIVES
+from lra.errors import UserError, brief, unknown
+from lra.registry import architectures, reference_of, tasks
+from lra.results import result
+from lra.training import device, loggers
+from lra.training.placement import Placement
+
+SHAPE = ("d_model", "n_layers", "length", "dropout", "direction")
+"""Constructor arguments that the model section of a recipe sets."""
+LARGEST_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """One run as a user asks for it.
+
+    task, architecture: a registered name, `file.py:Class`, `package.module:Class`, or a class.
+    recipe: a name, a TOML file, or "auto" ("quick" on a CPU, "matched" on a GPU).
+    settings: recipe values to override, as text: {"train.steps": "500"}.
+    source: folder with the raw data. time_limit: seconds, counted from `created` (of `time.monotonic`).
+    pretrain: "" as the recipe says, else one of OBJECTIVES. match: a budget to solve the width for (lra.config.match).
+    checkpoint_dir: folder for checkpoints, by default the run's own. search: how these settings were searched for.
+    select_only: stop before the test set is read.
+    """
+
+    task: str | type
+    architecture: str | type
+    recipe: str = "auto"
+    seed: int = 0
+    protocol: str = ""
+    settings: Mapping[str, str] | None = None
+    source: Path | None = None
+    time_limit: float | None = None
+    resume: bool = False
+    pretrain: str = ""
+    match: str = ""
+    placement: Placement = field(default_factory=Placement)
+    checkpoint_dir: Path | None = None
+    loggers: tuple[str, ...] = ()
+    search: Mapping[str, Any] | None = None
+    select_only: bool = False
+    created: float = field(default_factory=time.monotonic, compare=False)
+
+    @property
+    def task_name(self) -> str:
+        return reference_of(self.task)
+
+    @property
+    def architecture_name(self) -> str:
+        return reference_of(self.architecture)
+
+    @property
+    def recipe_name(self) -> str:
+        """The recipe's name or file, with "auto" resolved for this machine."""
+        if self.recipe != "auto":
+            return self.recipe
+        return "matched" if device.device_type() == "cuda" else "quick"
+
+    @property
+    def deadline(self) -> float | None:
+        """The time of `time.monotonic` at which to stop; None without a limit."""
+        return None if self.time_limit is None else self.created + self.time_limit
+
+    def command(self, *more: str) -> str:
+        """The shell command that repeats this run."""
+        words = ["lra", "run", self.task_name, self.architecture_name]
+        words += ["--recipe", self.recipe_name, "--seed", str(self.seed)]
+        words += ["--protocol", self.protocol] if self.protocol else []
+        for key, value in (self.settings or {}).items():
+            words += ["--set", f"{key}={value}"]
+        defaults = Placement()
+        for name, given, default in (
+            ("pretrain", self.pretrain, ""),
+            ("match", self.match, ""),
+            ("devices", self.placement.devices, defaults.devices),
+            ("nodes", self.placement.nodes, defaults.nodes),
+            ("strategy", self.placement.strategy, defaults.strategy),
+            ("from", self.source, None),
+        ):
+            words += [f"--{name}", str(given)] if given != default else []
+        return shlex.join([*words, *more])
+
+
+def resolve(request: Request) -> tuple[Recipe, dict[str, str]]:
+    """The recipe of a request and, for each dotted key, where its value comes from. Raises UserError.
+
+    A width that meets a budget is found by building encoders, for which torch is imported.
+    """
+    recipe, origin = read(request)
+    if request.match:
+        return _matched(request, recipe, origin)
+    return _within_budget(request, recipe, origin) if recipe.model.budget else (recipe, origin)
+
+
+def read(request: Request) -> tuple[Recipe, dict[str, str]]:
+    """As `resolve`, but with the width as it is given: checks every argument without importing torch."""
+    _check_task(request.task)
+    architecture, name = architectures.declaration(request.architecture), request.architecture_name
+    recipe, origin = recipes.resolve(request.recipe_name, request.task_name, name, request.settings)
+    if request.protocol:
+        recipe = replace(recipe, data=replace(recipe.data, protocol=request.protocol))
+        origin["data.protocol"] = "--protocol"
+    if origin["data.protocol"].startswith("--"):
+        _check_protocol(request.task, recipe.data.protocol)
+    if request.pretrain:
+        if request.pretrain not in OBJECTIVES:
+            raise unknown("objective", request.pretrain, OBJECTIVES, where="--pretrain")
+        recipe = recipe.trained_as(request.pretrain)
+        origin["pretrain.objective"] = "--pretrain"
+    own = [key for key in architecture.options if key not in SHAPE]
+    for key in recipe.encoder:
+        if key not in own:
+            raise unknown("key", f"encoder.{key}", [f"encoder.{k}" for k in own], where=recipe.architecture)
+    return recipes.of_variant(recipe, origin, architecture.preset)
+
+
+def _within_budget(request: Request, recipe: Recipe, origin: dict[str, str]) -> tuple[Recipe, dict[str, str]]:
+    """The recipe with a width that keeps to `model.budget`, relative to the Transformer under the same settings."""
+    from lra.config import match
+    from lra.training.construction import build_encoder
+
+    common = {key: text for key, text in (request.settings or {}).items() if not key.startswith("encoder.")}
+    reference, _ = recipes.resolve(request.recipe_name, recipe.task, "transformer", common)
+    constructor, transformer = architectures.get(request.architecture), architectures.get("transformer")
+    width, note = match.within_budget(
+        recipe, reference, lambda r: build_encoder(r, constructor, match.LENGTH),
+        lambda r: build_encoder(r, transformer, match.LENGTH),
+    )  # fmt: skip
+    if width == recipe.model.d_model:
+        return recipe, origin
+    return replace(recipe, width=width), origin | {"width": f"model.budget: {note}"}
+
+
+def _matched(request: Request, recipe: Recipe, origin: dict[str, str]) -> tuple[Recipe, dict[str, str]]:
+    from lra.config import match
+    from lra.data import prepared_sets
+    from lra.training.construction import build
+
+    constructor = architectures.get(request.architecture)
+    task, protocol = prepared_sets.resolve(tasks.get(request.task)(), recipe.data.protocol or None)
+    width, note = match.solved(request.match, recipe, lambda r: build(r, constructor, task, protocol, 0), protocol)
+    origin["model.d_model"] = f"--match: {note}"
+    return replace(recipe, model=replace(recipe.model, d_model=width)), origin
+
+
+def check(request: Request, recipe: Recipe) -> None:
+    """Raise UserError for everything in a request that can be seen to be wrong before data and model are loaded."""
+    if type(request.seed) is not int or not 0 <= request.seed <= LARGEST_SEED:
+        raise UserError(f"seed is {brief(request.seed)}; a whole number from 0 to {LARGEST_SEED}")
+    request.placement.validate(device.device_type(), recipe)
+    loggers.check(request.loggers)
+    if request.source is not None:
+        from lra.data import prepared_sets
+
+        prepared_sets.source_folder(request.source)
+
+
+def result_place(recipe: Recipe) -> str:
+    """The part of the results folder that a recipe's records go to: smoke tests stay out of the tables."""
+    return "smoke" if recipe.smoke else "runs"
+
+
+def result_folder(request: Request, recipe: Recipe) -> Path:
+    """Where the record of a run will be written."""
+    return result.folder() / result_place(recipe) / _task_folder(request) / result.slug(request.architecture_name)
+
+
+def folder_of(request: Request, recipe: Recipe) -> Path:
+    """The folder of a run: its recipe, log and checkpoints."""
+    recipe_name = files.safe(recipe.name.replace("/", "-"), 60)
+    name = f"{_task_folder(request)}-{result.slug(request.architecture_name)}-{recipe_name}"
+    return result.unfinished() / f"{name}-{recipe.hash[:8]}-s{request.seed}"
+
+
+def checkpoint_folder(request: Request, folder: Path) -> Path:
+    """Where the run of a folder keeps its checkpoints."""
+    return request.checkpoint_dir / folder.name if request.checkpoint_dir else folder / "checkpoints"
+
+
+def setting_texts(overrides: Mapping[str, Any] | None) -> dict[str, str]:
+    """Recipe values as the text of `--set`: {"train.steps": 500} -> {"train.steps": "500"}; tables become dotted keys.
+    Raises UserError for a value that no recipe can hold."""
+    texts: dict[str, str] = {}
+    for key, value in _dotted(overrides or {}):
+        try:
+            texts[key] = json.dumps(recipes.plain(value, key))
+        except TypeError:
+            raise UserError(f"{key} is {brief(value)}; a number, a text, true, false, or a list of these") from None
+    return texts
+
+
+def _dotted(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+
+
+def _check_task(task: str | type) -> None:
+    """Raise UserError for a task that does not exist. A task of this project is not imported for that."""
+    if isinstance(task, str) and ":" not in task:
+        tasks.facts(task)
+    else:
+        tasks.get(task)
+
+
+def _check_protocol(task: str | type, protocol: str) -> None:
+    names = tasks.declaration(task).facts["protocols"]
+    if protocol not in names:
+        raise unknown(f"protocol of {reference_of(task)}", protocol, names)
+
+
+def _task_folder(request: Request) -> str:
+    task = request.task
+    return tasks.facts(task)["name"] if isinstance(task, str) and ":" not in task else tasks.get(task).cls.name

@@ -1,0 +1,238 @@
+"""A trained classifier with its recipe, task and record: what `lra.train` and `lra.load` return."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lra.config import recipe as recipes
+from lra.config.recipe import Recipe
+from lra.data import prepared_sets
+from lra.data.batches import DeviceSet, EvaluationLoader, choose
+from lra.data.examples import split_of
+from lra.errors import UserError, brief, unknown
+from lra.model import Batch, Classifier
+from lra.registry import architectures, tasks
+from lra.results import record as records
+from lra.results import result, statistics
+from lra.results.record import RunRecord
+from lra.task import SPLITS, Protocol, Task
+from lra.training import checkpoint, construction, run_folder
+
+CONFIG, WEIGHTS, BEST = "config.json", "model.safetensors", "best.ckpt"
+FORMAT = 1
+"""Version of config.json."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracy of a model on one split, with a 95 % Wilson interval; accuracies in [0, 1]."""
+
+    split: str
+    accuracy: float
+    correct: int
+    n: int
+    low: float
+    high: float
+
+
+class TrainedRun:
+    """A trained classifier.
+
+    model: the classifier, on the CPU in evaluation mode. recipe, seed, task, protocol: what it was trained with.
+    folder: where it was loaded from.
+    """
+
+    def __init__(
+        self,
+        model: Classifier,
+        recipe: Recipe,
+        task: Task,
+        protocol: Protocol,
+        folder: Path,
+        record: RunRecord | None,
+        seed: int,
+    ) -> None:
+        self.model, self.recipe, self.task, self.protocol = model, recipe, task, protocol
+        self.folder, self.seed, self._record = folder, seed, record
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has a record: it was tested and its result was written."""
+        return self._record is not None
+
+    @property
+    def record(self) -> RunRecord:
+        """The record of the run. Raises UserError for a run that has none."""
+        if self._record is None:
+            raise UserError(f"{self.folder} has no record of a finished run; call evaluate() for its accuracy")
+        return self._record
+
+    @property
+    def accuracy(self) -> float:
+        """Test accuracy in [0, 1] as the record has it. Raises UserError for a run without a record."""
+        return self.record.test.accuracy
+
+    def predict(self, inputs: Any, *, probabilities: bool = False, batch_size: int = 0) -> np.ndarray:
+        """Predicted classes (n,), or with `probabilities` (n, classes), in the order of the inputs.
+
+        inputs: the name of a split, or texts, arrays or tensors as in `lra.data.examples.split_of`.
+        batch_size: by default that of the recipe's evaluations. Raises UserError.
+        """
+        logits = np.stack(self._map(self._data(inputs), self.model, batch_size))
+        if not probabilities:
+            return logits.argmax(axis=1)
+        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+    def features(self, inputs: Any, *, pooled: bool = True, batch_size: int = 0) -> Any:
+        """Outputs of the encoder, float32. inputs: as of `predict`.
+
+        pooled: an array (n, d_model), which the head maps to classes; (n, 2, d_model) for a task with two towers.
+        Otherwise a list with one array (L, d_model) for each example, without padding; a pair of them for two towers.
+        """
+        data = self._data(inputs)
+        if pooled:
+            return np.stack(self._map(data, self._pooled, batch_size))
+        return self._map(data, self._positions, batch_size)
+
+    def evaluate(self, split: str = "test") -> Evaluation:
+        """Accuracy on a split, computed now, over the examples that the recipe evaluates. Raises UserError."""
+        if split not in SPLITS:
+            raise unknown("split", split, SPLITS)
+        data = self._data(split)
+        predicted = np.stack(self._map(data, self.model, 0)).argmax(axis=1)
+        correct, n = int((predicted == data.labels.cpu().numpy()).sum()), len(data)
+        interval = statistics.of_test_set(correct / n, n)
+        return Evaluation(split, correct / n, correct, n, interval.low, interval.high)
+
+    def export(self, folder: str | Path) -> Path:
+        """Write config.json, model.safetensors and README.md to a new folder and return it. Raises UserError."""
+        from lra.training import export
+
+        return export.write(self, Path(folder))
+
+    def __repr__(self) -> str:
+        accuracy = "not finished" if not self.finished else f"test accuracy {100 * self.accuracy:.2f} %"
+        return f"<run of {self.recipe.architecture} on {self.task.name} ({self.protocol.name}): {accuracy}>"
+
+    def _data(self, inputs: Any) -> DeviceSet:
+        """A split by name, or a user's inputs, for the model's device."""
+        device = next(self.model.parameters()).device
+        if not (isinstance(inputs, str) and inputs in SPLITS):
+            return DeviceSet.of(split_of(inputs, self.task, self.protocol), self.protocol, device)
+        split = prepared_sets.prepared(self.task, self.protocol).split(inputs)
+        limits = {"test": self.recipe.data.test_examples, "train": self.recipe.data.train_examples}
+        examples = choose(len(split), limits.get(inputs, self.recipe.data.validation_examples))
+        return DeviceSet.of(split, self.protocol, device, examples)
+
+    def _map(self, data: DeviceSet, function: Callable[[Batch], Any], batch_size: int) -> list[Any]:
+        """function(batch) for batches of every example, as one entry for each example, in their order."""
+        outputs: list[Any] = [None] * len(data)
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.inference_mode(), self._autocast(data.device):
+                for batch in EvaluationLoader(data, batch_size or self.recipe.data.evaluation_batch_size):
+                    rows = function(batch)
+                    rows = rows.float().cpu().numpy() if isinstance(rows, Tensor) else rows
+                    for example, row in zip(batch.example.tolist(), rows, strict=True):
+                        outputs[example] = row
+        finally:
+            self.model.train(training)
+        return outputs
+
+    def _pooled(self, batch: Batch) -> Tensor:
+        model = self.model
+        pooled = model.pool(*model.encode(batch.values.flatten(0, 1), batch.mask.flatten(0, 1)))
+        return pooled if model.towers == 1 else pooled.unflatten(0, (-1, model.towers))
+
+    def _positions(self, batch: Batch) -> list[Any]:
+        encoded, _ = self.model.encode(batch.values.flatten(0, 1), batch.mask.flatten(0, 1))
+        # without the position of a CLS token
+        encoded = encoded[:, -batch.mask.shape[-1] :].float().cpu().unflatten(0, batch.mask.shape[:2])
+        lengths = batch.mask.sum(dim=-1).tolist()
+        examples = [
+            tuple(tower[:length].numpy() for tower, length in zip(example, row, strict=True))
+            for example, row in zip(encoded, lengths, strict=True)
+        ]
+        return examples if self.model.towers > 1 else [example[0] for example in examples]
+
+    def _autocast(self, device: torch.device) -> torch.autocast:
+        """The precision that the run was scored in; float32 where there is no record."""
+        precision = str(self.record.environment.precision or "") if self.finished else ""
+        return torch.autocast(device.type, torch.bfloat16, enabled=precision.startswith("bf16"))
+
+
+def load(
+    folder: str | Path, *, checkpoints: str | Path | None = None, architecture: str | type | None = None,
+    task: str | type | None = None,
+) -> TrainedRun:  # fmt: skip
+    """The trained model of a run's folder or of an exported folder.
+
+    checkpoints: where the checkpoints are, if they were moved. architecture, task: the class, where the name in the
+    recipe no longer leads to it. Leaves the global random state alone. Raises UserError.
+    """
+    path = Path(folder).expanduser()
+    if (path / CONFIG).is_file():
+        return _load_export(path, architecture, task)
+    try:
+        recipe = recipes.from_dict(json.loads((path / run_folder.RECIPE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, UserError) as error:
+        raise UserError(f"{path} is neither a run's folder nor an exported one: {error}") from None
+    about = run_folder.read(path)
+    places = [path / "checkpoints", Path(about.get("checkpoints") or path)]
+    if checkpoints is not None:
+        places = [Path(checkpoints), Path(checkpoints) / path.name]
+    best = next((place / BEST for place in places if (place / BEST).is_file()), None)
+    if best is None:
+        raise UserError(f"{path} has no trained model yet: no {BEST} in {' or '.join(map(str, places))}")
+    run = _untrained(recipe, architecture, task, path, about.get("seed", 0))
+    _load_weights(run.model, checkpoint.model_weights(checkpoint.read(best)), best)
+    record = run_folder.finished_record(path, missing_ok=True)
+    run._record = None if record is None else result.read(record)
+    return run
+
+
+def _load_export(path: Path, architecture: str | type | None, task: str | type | None) -> TrainedRun:
+    from safetensors.torch import load_file
+
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        if config.get("format") != FORMAT:
+            raise ValueError(f"format is {brief(config.get('format'))}; this version reads {FORMAT}")
+        recipe = recipes.from_dict(config["recipe"])
+        weights = load_file(path / WEIGHTS)
+    except Exception as error:  # noqa: BLE001  (safetensors raises an exception type of its own)
+        raise UserError(f"{path} is not an exported model of this version: {error}") from None
+    run = _untrained(recipe, architecture, task, path, config.get("seed", 0))
+    # names that share a tensor are stored once
+    weights |= {name: weights[stored] for name, stored in config.get("shared", {}).items()}
+    _load_weights(run.model, weights, path / WEIGHTS)
+    stored = config.get("record")
+    run._record = None if stored is None else records.from_json(stored)
+    return run
+
+
+def _untrained(
+    recipe: Recipe, architecture: str | type | None, task: str | type | None, folder: Path, seed: int
+) -> TrainedRun:
+    instance, protocol = prepared_sets.resolve(tasks.get(task or recipe.task)(), recipe.data.protocol or None)
+    constructor = architectures.get(architecture or recipe.architecture)
+    with construction.kept_random_state():
+        model = construction.build(recipe, constructor, instance, protocol, seed)
+    return TrainedRun(model.eval(), recipe, instance, protocol, folder, None, seed)
+
+
+def _load_weights(model: Classifier, weights: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{path} holds the weights of another model: {' '.join(str(error).split())[:300]}") from None
