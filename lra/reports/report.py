@@ -234,7 +234,9 @@ def _matrix(
     for title, of in leaderboard.AVERAGES.items():
         means = {name: e for name, by_task in cells.items() if (e := leaderboard.average(by_task, of))}
         if means:
-            axis = charts.limits(100 * min(e.low for e in means.values()), 100 * max(e.high for e in means.values()))
+            # the mean of single runs has no interval
+            ends = [value for e in means.values() for value in (e.mean, e.low, e.high) if not math.isnan(value)]
+            axis = charts.limits(100 * min(ends), 100 * max(ends))
             places = leaderboard.places([e.mean for e in means.values()])
             columns[title] = {n: _cell(e, place, axis) for (n, e), place in zip(means.items(), places, strict=True)}
     names = sorted(cells, key=lambda n: (-len(cells[n]), -sum(r.accuracy.mean for r in cells[n].values()), n))
@@ -250,8 +252,9 @@ def _matrix(
 
 def _cell(estimate: Estimate, place: int, axis: tuple[float, float]) -> dict[str, Any]:
     mean, low, high = (100 * value for value in (estimate.mean, estimate.low, estimate.high))
-    return {"value": mean, "half": 100 * estimate.half_width, "place": place, "bar": _bar(mean, low, high, axis),
-            "row": "", "chance": False, "group": None}  # fmt: skip
+    bar = None if math.isnan(low) else _bar(mean, low, high, axis)
+    half = "" if bar is None else f"± {100 * estimate.half_width:.1f}"
+    return {"value": mean, "half": half, "place": place, "bar": bar, "row": "", "chance": False, "group": None}
 
 
 def _largest_first(tables: Mapping[Any, Mapping[str, Mapping[str, Row]]]) -> list[tuple[Any, Any]]:

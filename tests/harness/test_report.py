@@ -182,6 +182,20 @@ def test_every_chart_finds_its_data(page: str) -> None:
     assert names(data["specs"][data["seeds"]]) == {"runs"}
 
 
+def test_an_average_is_a_column_only_where_it_exists(tmp_path: Path) -> None:
+    """Of single runs it has no interval."""
+    tasks = ("listops", "text", "retrieval", "image", "pathfinder")
+    for task in tasks[:4]:
+        write(tmp_path, record("gru", 0, 0.5, task=task))
+    headings = r'<button type="button" data-kind="number">([a-z0-9 ]+)</button>'
+    page = report.build(Collection.read(tmp_path), tmp_path)
+    assert re.findall(headings, page) == list(tasks[:4])
+    write(tmp_path, record("gru", 0, 0.6, task=tasks[4]))
+    page = report.build(Collection.read(tmp_path), tmp_path)
+    assert re.findall(headings, page) == [*tasks, "avg 5"]
+    assert re.findall(r'data-sort="52\.000" class="place0">52\.00 <small></small></td>', page)
+
+
 def test_memory_comes_from_the_profile_of_the_device(page: str) -> None:
     rows = {r["label"]: r for rows in contents(page)["datasets"].values() for r in rows if r.get("status")}
     assert rows["s4d"]["memory"] == "16 MiB, a step of 1,024 tokens"
