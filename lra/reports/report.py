@@ -42,6 +42,8 @@ CURVES = {
     "validation_loss": ("validation loss", "validation loss"), "loss": ("training loss", "training loss"),
 }  # fmt: skip
 """What is drawn against training steps: key of a run's curve -> (title, axis label)."""
+PANEL = "the names in a panel"
+"""Stands for them in a specification that several panels share."""
 
 
 @dataclass
@@ -67,14 +69,14 @@ class _Page:
 
     def add_curves(self) -> dict[str, int]:
         """Add a specification for each kind of learning curve that some run has, and one by seed: kind -> its number.
-        It takes its data from the dataset "runs"."""
+        It serves every panel: the script fills in the dataset "runs" and the names, where PANEL stands."""
         numbers = {}
         for kind, (_, label) in CURVES.items():
             if some := [run for run in self.runs if kind in run][:1]:
-                numbers[kind] = self._add_runs(charts.curves(pd.DataFrame(some), kind, label))
+                numbers[kind] = self._add_runs(charts.curves(pd.DataFrame(some).assign(label=PANEL), kind, label))
         if self.runs:
-            chart = charts.curves(pd.DataFrame(self.runs[:1]), "accuracy", CURVES["accuracy"][1], name="seed")
-            numbers["seeds"] = self._add_runs(chart)
+            one = pd.DataFrame(self.runs[:1]).assign(seed=PANEL)
+            numbers["seeds"] = self._add_runs(charts.curves(one, "accuracy", CURVES["accuracy"][1], name="seed"))
         return numbers
 
     def _add_runs(self, chart: Any) -> int:
@@ -119,7 +121,7 @@ def build(collection: Collection, root: Path) -> str:
         data={
             "evidence": evidence, "parts": parts, "specs": page.specs, "charts": page.charts,
             "datasets": page.datasets, "runs": page.runs, "seeds": kinds.get("seeds"), "lines": charts.LINES,
-            "runColumns": RUN_COLUMNS, "themes": {name: charts.theme(name) for name in charts.INK},
+            "runColumns": RUN_COLUMNS, "panel": PANEL, "themes": {name: charts.theme(name) for name in charts.INK},
         },
     )  # fmt: skip
 

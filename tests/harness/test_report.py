@@ -359,6 +359,7 @@ const use = async () => {
   dialog.close();
   all.find((row) => row.textContent.includes("alert(1)")).click();
   await until(() => dialog.querySelector("svg"));
+  said.legend = [...dialog.querySelectorAll("svg .role-legend-label text")].map((text) => text.textContent);
   said.injected = dialog.querySelectorAll("script").length;
   dialog.close();
   for (const part of document.querySelectorAll("details")) part.open = true;
@@ -415,6 +416,7 @@ def test_in_a_browser_it_sorts_filters_draws_and_opens_its_evidence(width: int, 
     assert said["opened"]
     assert said["title"].startswith("s4d on listops")
     assert said["commands"] == [f"lra run listops s4d --seed {seed}" for seed in range(3)]
+    assert said["legend"] == ["seed 0"]
     assert said["injected"] == 0
     assert said["charts"] == len(contents(page)["charts"])
     assert said["byDot"]
