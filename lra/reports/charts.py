@@ -202,12 +202,14 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _identity(field: str, domain: Sequence[str] | None, shown: Sequence[str] = ()) -> dict[str, Any]:
-    """Colour and marker of the names in `domain`, or of those in the data where it is None. The legend holds those in
-    `shown`, or all. Raises ValueError for more names than there are colours."""
-    scale = alt.Undefined if domain is None else alt.Scale(domain=_require_distinct(domain))
+def _identity(field: str, domain: Sequence[str], shown: Sequence[str] = ()) -> dict[str, Any]:
+    """Colour and marker of the names in `domain`; the legend holds those in `shown`, or all. Raises ValueError for more
+    names than there are colours."""
+    if len(domain) > LINES:
+        raise ValueError(f"{len(domain)} names in one panel; at most {LINES} can be told apart")
+    scale = alt.Scale(domain=list(domain))
     # a column holds about 20 characters of the narrowest page
-    columns = 2 if domain is None or max(map(len, shown or domain), default=0) > 12 else 3
+    columns = 2 if max(map(len, shown or domain), default=0) > 12 else 3
     words = "replace(datum.label, /_/g, ' ')" if field == "family" else alt.Undefined
     legend = alt.Legend(
         title=None, orient="bottom", columns=columns, symbolOpacity=1, labelExpr=words,
@@ -217,12 +219,6 @@ def _identity(field: str, domain: Sequence[str] | None, shown: Sequence[str] = (
         "color": alt.Color(f"{field}:N", scale=scale, legend=legend),
         "shape": alt.Shape(f"{field}:N", scale=scale, legend=legend),
     }
-
-
-def _require_distinct(names: Sequence[str]) -> list[str]:
-    if len(names) > LINES:
-        raise ValueError(f"{len(names)} names in one panel; at most {LINES} can be told apart")
-    return list(names)
 
 
 def dots(frame: pd.DataFrame, baselines: Mapping[str, float]) -> Layers:
@@ -246,8 +242,7 @@ def dots(frame: pd.DataFrame, baselines: Mapping[str, float]) -> Layers:
 
 
 def curves(frame: pd.DataFrame, value: str, label: str, name: str = "label") -> Layers:
-    """`value` against training step, one line per `name`, at most `LINES` of them. One specification serves every panel
-    of the same `value`.
+    """`value` against training step, one line per `name`, at most `LINES` of them.
 
     frame: one row per run, with `name`, `row` and the lists `step` and `value`, so that a point takes few characters.
     """
@@ -255,8 +250,7 @@ def curves(frame: pd.DataFrame, value: str, label: str, name: str = "label") -> 
     x = alt.X("step:Q", title="training step", axis=alt.Axis(tickCount=5))
     y = alt.Y(f"{value}:Q", title=label, scale=alt.Scale(zero=False))
     tip = [alt.Tooltip(f"{name}:N"), alt.Tooltip("step:Q"), alt.Tooltip(f"{value}:Q", format=".4~g", title=label)]
-    _require_distinct(frame[name].unique())
-    return _lines(base, x, y, name, None, tip).properties(width="container", height=180)
+    return _lines(base, x, y, name, sorted(frame[name].unique()), tip).properties(width="container", height=180)
 
 
 def by_length(
@@ -309,7 +303,7 @@ def _lines(
     x: alt.X,
     y: alt.Y,
     name: str,
-    names: Sequence[str] | None,
+    names: Sequence[str],
     tip: Sequence[alt.Tooltip],
     interactive: bool = True,
 ) -> Layers:

@@ -44,6 +44,8 @@ CURVES = {
     "validation_loss": ("validation loss", "validation loss"), "loss": ("training loss", "training loss"),
 }  # fmt: skip
 """What is drawn against training steps: key of a run's curve -> (title, axis label)."""
+PANEL = "the names in a panel"
+"""Stands for them in a specification that several panels share."""
 
 
 @dataclass
@@ -69,14 +71,14 @@ class _Page:
 
     def add_curves(self) -> dict[str, int]:
         """Add a specification for each kind of learning curve that some run has, and one by seed: kind -> its number.
-        It takes its data from the dataset "runs"."""
+        It serves every panel: the script fills in the dataset "runs" and the names, where PANEL stands."""
         numbers = {}
         for kind, (_, label) in CURVES.items():
             if some := [run for run in self.runs if kind in run][:1]:
-                numbers[kind] = self._add_runs(charts.curves(pd.DataFrame(some), kind, label))
+                numbers[kind] = self._add_runs(charts.curves(pd.DataFrame(some).assign(label=PANEL), kind, label))
         if self.runs:
-            chart = charts.curves(pd.DataFrame(self.runs[:1]), "accuracy", CURVES["accuracy"][1], name="seed")
-            numbers["seeds"] = self._add_runs(chart)
+            one = pd.DataFrame(self.runs[:1]).assign(seed=PANEL)
+            numbers["seeds"] = self._add_runs(charts.curves(one, "accuracy", CURVES["accuracy"][1], name="seed"))
         return numbers
 
     def _add_runs(self, chart: Any) -> int:
@@ -126,7 +128,7 @@ def build(collection: Collection, root: Path) -> str:
         data={
             "evidence": evidence, "parts": parts, "specs": page.specs, "charts": page.charts,
             "datasets": page.datasets, "runs": page.runs, "seeds": kinds.get("seeds"), "lines": charts.LINES,
-            "runColumns": RUN_COLUMNS, "themes": {name: charts.theme(name) for name in charts.INK},
+            "runColumns": RUN_COLUMNS, "panel": PANEL, "themes": {name: charts.theme(name) for name in charts.INK},
         },
     )  # fmt: skip
 
@@ -241,7 +243,9 @@ def _matrix(
     for title in AVERAGES:
         means = {name: e for name, averages in board.averages[key].items() if (e := averages[title])}
         if means:
-            axis = charts.limits(100 * min(e.low for e in means.values()), 100 * max(e.high for e in means.values()))
+            # the mean of single runs has no interval
+            ends = [value for e in means.values() for value in (e.mean, e.low, e.high) if not math.isnan(value)]
+            axis = charts.limits(100 * min(ends), 100 * max(ends))
             places = leaderboard.places([e.mean for e in means.values()])
             columns[title] = {n: _cell(e, place, axis) for (n, e), place in zip(means.items(), places, strict=True)}
     names = sorted(cells, key=lambda n: (-len(cells[n]), -sum(r.accuracy.mean for r in cells[n].values()), n))
@@ -257,8 +261,9 @@ def _matrix(
 
 def _cell(estimate: Estimate, place: int, axis: tuple[float, float]) -> dict[str, Any]:
     mean, low, high = (100 * value for value in (estimate.mean, estimate.low, estimate.high))
-    return {"value": mean, "half": 100 * estimate.half_width, "place": place, "bar": _bar(mean, low, high, axis),
-            "row": "", "chance": False, "group": None}  # fmt: skip
+    bar = None if math.isnan(low) else _bar(mean, low, high, axis)
+    half = "" if bar is None else f"± {100 * estimate.half_width:.1f}"
+    return {"value": mean, "half": half, "place": place, "bar": bar, "row": "", "chance": False, "group": None}
 
 
 def _largest_first(board: Leaderboard) -> list[Overall]:

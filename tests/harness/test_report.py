@@ -182,6 +182,20 @@ def test_every_chart_finds_its_data(page: str) -> None:
     assert names(data["specs"][data["seeds"]]) == {"runs"}
 
 
+def test_an_average_is_a_column_only_where_it_exists(tmp_path: Path) -> None:
+    """Of single runs it has no interval."""
+    tasks = ("listops", "text", "retrieval", "image", "pathfinder")
+    for task in tasks[:4]:
+        write(tmp_path, record("gru", 0, 0.5, task=task))
+    headings = r'<button type="button" data-kind="number">([a-z0-9 ]+)</button>'
+    page = report.build(Collection.read(tmp_path), tmp_path)
+    assert re.findall(headings, page) == list(tasks[:4])
+    write(tmp_path, record("gru", 0, 0.6, task=tasks[4]))
+    page = report.build(Collection.read(tmp_path), tmp_path)
+    assert re.findall(headings, page) == [*tasks, "avg 5"]
+    assert re.findall(r'data-sort="52\.000" class="place0">52\.00 <small></small></td>', page)
+
+
 def test_memory_comes_from_the_profile_of_the_device(page: str) -> None:
     rows = {r["label"]: r for rows in contents(page)["datasets"].values() for r in rows if r.get("status")}
     assert rows["s4d"]["memory"] == "16 MiB, a step of 1,024 tokens"
@@ -345,6 +359,7 @@ const use = async () => {
   dialog.close();
   all.find((row) => row.textContent.includes("alert(1)")).click();
   await until(() => dialog.querySelector("svg"));
+  said.legend = [...dialog.querySelectorAll("svg .role-legend-label text")].map((text) => text.textContent);
   said.injected = dialog.querySelectorAll("script").length;
   dialog.close();
   for (const part of document.querySelectorAll("details")) part.open = true;
@@ -401,6 +416,7 @@ def test_in_a_browser_it_sorts_filters_draws_and_opens_its_evidence(width: int, 
     assert said["opened"]
     assert said["title"].startswith("s4d on listops")
     assert said["commands"] == [f"lra run listops s4d --seed {seed}" for seed in range(3)]
+    assert said["legend"] == ["seed 0"]
     assert said["injected"] == 0
     assert said["charts"] == len(contents(page)["charts"])
     assert said["byDot"]
