@@ -43,9 +43,9 @@ def test_chance_is_told_from_skill() -> None:
 
 
 def test_success_rate() -> None:
-    found = statistics.success_rate(3, 5)
-    assert found.mean == 0.6
-    assert 0.2 < found.low < 0.6 < found.high < 0.9
+    rate = statistics.success_rate(3, 5)
+    assert rate.mean == 0.6
+    assert 0.2 < rate.low < 0.6 < rate.high < 0.9
     assert statistics.success_rate(0, 5).low == 0
 
 
