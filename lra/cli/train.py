@@ -179,6 +179,7 @@ def sweep(
     forecast: Annotated[bool, typer.Option(help="Probe time and memory before starting.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show cells and forecast, run nothing.")] = False,
     time_limit: Annotated[str, typer.Option(help="Stop in time, and go on with the next call: 90s, 8m, 2h.")] = "",
+    jobs: Annotated[int, typer.Option(min=1, help="Cells at a time; set OMP_NUM_THREADS to share the cores.")] = 1,
 ) -> None:
     """Run a grid of cells, one process each; finished cells are skipped, failed ones reported at the end."""
     from lra.sweeps import local, plans
