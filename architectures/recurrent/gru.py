@@ -8,17 +8,18 @@ acts after the recurrent product. Per token, with h: (B, H) and H = D:
     n = tanh(W_n x + b_n + r * (U_n h + c_n))              candidate
     h = z * h + (1 - z) * n                                the output, (B, H)
 
-Variant coupled: r = 1 - z; a unit that takes in the new lets its candidate see the old.
+Variants:
+    coupled        r = 1 - z; a unit that takes in the new lets its candidate see the old
+    reset-first    n = tanh(W_n x + b_n + U_n (r * h) + c_n), the form of the paper's third version
 
 Initialisation: U_r, U_z, U_n each orthogonal (as in the paper, after Saxe et al.); W Xavier uniform, because the
 paper's Gaussian of 0.01 starves a deep stack; b_z = log(u), u uniform in [1, horizon - 1], the chrono rule of
 arXiv:1804.11188: the gates start with memories from two tokens to `horizon`; other biases 0.
 
-Departures: version 3 of the paper applies the reset gate to h before U_n. One layer is this recurrence in a pre-norm
-residual block followed by a feed-forward part, the setting in which arXiv:2405.04517 (appendix B, "LSTM (Block)")
-reports recurrent networks on these tasks; the paper has neither.
+Departures: one layer is this recurrence in a pre-norm residual block followed by a feed-forward part, the setting in
+which arXiv:2405.04517 (appendix B, "LSTM (Block)") reports recurrent networks on these tasks; the paper has neither.
 
-Checked against: torch.nn.GRU; for both forms a float64 loop over the equations above; outputs and gradients.
+Checked against: torch.nn.GRU; for every form a float64 loop over the equations above; outputs and gradients.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ from lra.kernels.recurrent_cell import recurrent_cell
 class GRUMixer(Mixer):
     """The recurrence over a sequence: (B, L, D) -> (B, L, D). Padding comes after all real tokens: no mask needed."""
 
-    def __init__(self, d_model: int, horizon: int, coupled: bool = False) -> None:
+    def __init__(self, d_model: int, horizon: int, coupled: bool = False, reset_first: bool = False) -> None:
         super().__init__()
         gates = 2 if coupled else 3
-        self.cell = "gru_coupled" if coupled else "gru"
+        self.cell = "gru_coupled" if coupled else "gru_reset_first" if reset_first else "gru"
         self.input = nn.Linear(d_model, gates * d_model)  # rows: r unless coupled, z, n
         self.U = nn.Parameter(torch.empty(gates * d_model, d_model))
         self.c = nn.Parameter(torch.zeros(gates * d_model))  # beside U h, as torch.nn has it for every gate
@@ -72,13 +73,18 @@ class GRUMixer(Mixer):
         *u_reset, u_z, u_n = (state @ self.U.T + self.c).chunk(len(reset) + 2, dim=-1)
         z = torch.sigmoid(z + u_z)
         r = torch.sigmoid(reset[0] + u_reset[0]) if reset else 1 - z
-        h = z * state + (1 - z) * torch.tanh(n + r * u_n)
+        if self.cell == "gru_reset_first":
+            width = self.U.shape[1]
+            inside = (r * state) @ self.U[-width:].T + self.c[-width:]
+        else:
+            inside = r * u_n
+        h = z * state + (1 - z) * torch.tanh(n + inside)
         return h, h
 
 
 class GRU(Stack):
     """horizon: the longest memory, in tokens, that the update gates start with; `length` unless given, 2 for none.
-    coupled: the reset gate is 1 - z."""
+    coupled: the reset gate is 1 - z. reset_first: the reset gate acts before the recurrent product."""
 
     card = Card(
         title="Learning Phrase Representations using RNN Encoder-Decoder for Statistical Machine Translation",
@@ -86,7 +92,7 @@ class GRU(Stack):
         url="https://arxiv.org/abs/1406.1078",
         scaling="L",
         causal=True,
-        variants={"coupled": {"coupled": True}},
+        variants={"coupled": {"coupled": True}, "reset-first": {"reset_first": True}},
     )
 
     def __init__(
@@ -99,12 +105,15 @@ class GRU(Stack):
         direction: str = "causal",
         horizon: int | None = None,
         coupled: bool = False,
+        reset_first: bool = False,
         block: Mapping[str, Any] | None = None,
     ) -> None:
         reach = length if horizon is None else horizon
         if reach < 1:
             raise ValueError(f"horizon is {reach}; at least 1 token")
+        if coupled and reset_first:
+            raise ValueError("reset_first is of the plain cell: without coupled")
         super().__init__(
-            lambda _: GRUMixer(d_model, reach, coupled),
+            lambda _: GRUMixer(d_model, reach, coupled, reset_first),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
         )  # fmt: skip
