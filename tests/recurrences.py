@@ -18,7 +18,7 @@ def golden(name: str) -> dict[str, Tensor]:
 
 
 def padded(t: Tensor, *shape: int) -> Tensor:
-    """`t` with zeros behind it in every dimension: a stored layer takes D features to H, a mixer as many as it takes."""
+    """`t` with zeros behind it in every dimension, for a stored layer that takes fewer features than it puts out."""
     return F.pad(t, [n for size, wanted in zip(t.shape[::-1], shape[::-1], strict=True) for n in (0, wanted - size)])
 
 
@@ -54,7 +54,7 @@ def agrees(mixer: Any, g: dict[str, Tensor], state: Any, y: float = 1e-9, grad: 
 
 
 def same_gradients(mixer: Any, x: Tensor, expected: Tensor) -> None:
-    """Output and every gradient of the mixer's forward equal those of `expected`, computed from x and its parameters."""
+    """The mixer's output and all its gradients equal those of `expected`, computed from x and the same parameters."""
     y = mixer(x, torch.ones(x.shape[:2], dtype=torch.bool))
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-11)
     w, inputs = torch.randn_like(y), (x, *mixer.parameters())
