@@ -61,3 +61,18 @@ class Loop(Recurrence):
                 y, state = self.advance(token, state, *weights)
                 outputs.append(y)
             return torch.stack(outputs, dim=1).to(x.dtype), state
+
+
+class Timed(Loop):
+    """A loop whose tokens come some time after one another; `advance` finds the time in the last column it is given."""
+
+    def elapsed(self, x: Tensor) -> Tensor:
+        """Time from the token before to each token, (B, C, 1): 1, sequences being evenly spaced."""
+        return x.new_ones(*x.shape[:2], 1)
+
+    @abstractmethod
+    def project(self, x: Tensor) -> Tensor:
+        """x: (B, C, D) -> (B, C, G), what each token brings beside its time."""
+
+    def enter(self, x: Tensor) -> Tensor:
+        return torch.cat([wide(self.project(x)), wide(self.elapsed(x))], dim=-1)
