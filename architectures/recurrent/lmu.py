@@ -1,4 +1,4 @@
-"""LMU: a linear memory that holds the last `theta` tokens of one signal as Legendre coefficients, and a nonlinear reader.
+"""LMU: a linear memory that holds the last `theta` tokens of one signal as Legendre coefficients, read by a network.
 
 Voelker, Kajic and Eliasmith 2019 (NeurIPS 32). Per token, with h: (B, H), H = D, and the memory m: (B, M), both 0:
 
@@ -21,7 +21,7 @@ theta = `length`, M = `order` = 64.
 
 Departures: a pre-norm residual block followed by a feed-forward part around the recurrence.
 
-The loop over time of the first form is Python's: `recurrent_cell` would need this cell, elman with units that are linear.
+The loop over time of the first form is Python's: `recurrent_cell` would need elman with linear units.
 
 Checked against: tensors of pytorch-lmu, both forms: matrices, memories, outputs, gradient of x.
 """
