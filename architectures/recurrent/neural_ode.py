@@ -10,10 +10,10 @@ arXiv:1907.03907. Per token that comes a time t after the one before (here t = 1
 Nothing is integrated before the first token. A step of length s is one of
     euler        h + s f(h)
     midpoint     h + s f(h + s/2 f(h))
-    rk4          the 3/8 rule of order four, which torchdiffeq calls rk4: nodes 0, 1/3, 2/3, 1, weights 1/8, 3/8, 3/8, 1/8
+    rk4          the 3/8 rule, torchdiffeq's rk4: nodes 0, 1/3, 2/3, 1 with weights 1/8, 3/8, 3/8, 1/8, of order four
 
-Initialisation: W_1 and the maps of the GRU Xavier uniform, its recurrent matrices orthogonal, biases 0; W_2 Gaussian with
-deviation 0.1 / sqrt(U), so that the state hardly moves at first. Hidden units U = D.
+Initialisation: W_1 and the maps of the GRU Xavier uniform, its recurrent matrices orthogonal, biases 0; W_2 Gaussian
+with deviation 0.1 / sqrt(U), so that the state hardly moves at first. Hidden units U = D.
 
 Departures: gradients flow through the steps of the solver, not by the adjoint equation; steps are fixed, where the
 papers' solvers adapt them; a pre-norm residual block followed by a feed-forward part around the network.

@@ -21,7 +21,11 @@ def loaded(g: dict[str, Tensor], method: str) -> tuple[NeuralODEMixer, Tensor]:
     times = g["in.t"].clone().requires_grad_()
     spans = torch.cat([times[:1] * 0 + 5, times.diff()])  # whatever time came before the first token has no effect
     asked = iter(spans)
-    setattr(mixer, "elapsed", lambda x: (spans if x.shape[1] > 1 else next(asked)[None]).expand(len(x), -1)[..., None])
+
+    def elapsed(x: Tensor) -> Tensor:
+        return (spans if x.shape[1] > 1 else next(asked)[None]).expand(len(x), -1).unsqueeze(-1)
+
+    mixer.elapsed = elapsed  # type: ignore[method-assign]
     return mixer, times
 
 
