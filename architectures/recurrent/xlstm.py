@@ -1,4 +1,4 @@
-"""xLSTM: LSTMs with exponential input gates, one that mixes its memory (sLSTM) and one whose memory is a matrix (mLSTM).
+"""xLSTM: LSTMs with exponential input gates, one whose units meet (sLSTM), one whose memory is a matrix (mLSTM).
 
 Beck et al. 2024, arXiv:2405.04517. Per token and head, in stabilised form: m follows the largest exponent, every sum is
 held divided by exp(m).
@@ -27,9 +27,9 @@ pattern: the kinds of the layers, repeated over the depth: "ms" (default), "s" (
 Released names, but for those that the released code swaps: here `igate` feeds the input gate of the sLSTM, `fgate` its
 forget gate.
 
-Initialisation: maps Gaussian with deviation sqrt(2 / 5 D), those that end a layer 2 / (n_layers sqrt(D)); R = 0 and skip
-= 1; mLSTM gates W = 0, b_f from 3 to 6 over the heads, b_i Gaussian with deviation 0.1, all as released. The b_f of the
-sLSTM is log(u), u uniform in [1, length - 1]: memories up to the length, where the code has a fixed spread.
+Initialisation: maps Gaussian with deviation sqrt(2 / 5 D), those that end a layer 2 / (n_layers sqrt(D)); R = 0,
+skip = 1; mLSTM gates W = 0, b_f from 3 to 6 over the heads, b_i Gaussian with deviation 0.1, all as released. The b_f of
+the sLSTM is log(u), u uniform in [1, length - 1]: memories up to the length, where the code has a fixed spread.
 
 Departures: that bias; norms of blocks with offset. Inner widths are multiples of 64 as released.
 
@@ -77,7 +77,7 @@ def head_norm(x: Tensor, weight: Tensor, heads: int) -> Tensor:
 
 
 def convolved(x: Tensor, recent: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """silu of the causal convolution after the tokens in `recent` (B, K - 1, D), and the tokens that are recent then."""
+    """silu of the causal convolution after the tokens in `recent` (B, K - 1, D), and the last K - 1 tokens of all."""
     seen = torch.cat([recent.to(x.dtype), x], dim=1)
     past = recent.shape[1]
     return causal_conv1d(seen, weight, bias, "silu")[:, past:], seen[:, seen.shape[1] - past :]
