@@ -71,13 +71,13 @@ class DeltaElmanMixer(Loop):
 
     def _operator(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         U = torch.diag(self.r_h) if self.r_h is not None else cast(Tensor, self.W_h)
-        cell, entering = "elman", self.W_x(x)
+        cell = "elman"
         if self.W_delta is not None:
-            cell, entering, U = "rhn", self.enter(x), torch.cat([U, torch.zeros_like(U)])
-        return cast(tuple[Tensor, Tensor], recurrent_cell(entering, U, None, cell, state, return_state=True))
+            cell, U = "rhn", torch.cat([U, torch.zeros_like(U)])
+        return cast(tuple[Tensor, Tensor], recurrent_cell(self.enter(x), U, None, cell, state, return_state=True))
 
     def enter(self, x: Tensor) -> Tensor:
-        return torch.cat([self.W_x(x), cast(nn.Linear, self.W_delta)(x)], dim=-1)
+        return self.W_x(x) if self.W_delta is None else torch.cat([self.W_x(x), self.W_delta(x)], dim=-1)
 
     def weights(self) -> tuple[Tensor, ...]:
         return (cast(Tensor, self.r_h),)

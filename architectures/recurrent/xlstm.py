@@ -28,8 +28,8 @@ Released names, but for those that the released code swaps: here `igate` feeds t
 forget gate.
 
 Initialisation: maps Gaussian with deviation sqrt(2 / 5 D), those that end a layer 2 / (n_layers sqrt(D)); R = 0,
-skip = 1; mLSTM gates W = 0, b_f from 3 to 6 over the heads, b_i Gaussian with deviation 0.1, all as released. The b_f of
-the sLSTM is log(u), u uniform in [1, length - 1]: memories up to the length, where the code has a fixed spread.
+skip = 1; mLSTM gates W = 0, b_f from 3 to 6 over the heads, b_i Gaussian with deviation 0.1, all as released. The b_f
+of the sLSTM is log(u), u uniform in [1, length - 1]: memories up to the length, where the code has a fixed spread.
 
 Departures: that bias; norms of blocks with offset. Inner widths are multiples of 64 as released.
 
