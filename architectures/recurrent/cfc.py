@@ -38,7 +38,7 @@ Checked against: tensors of ncps (all forms, irregular times), with the gradient
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -86,18 +86,18 @@ class CfCMixer(Timed):
 
     def project(self, x: Tensor) -> Tensor:
         """What the token adds in the first layer of the backbone, and in the LSTM."""
-        first = self.backbone["0"]
+        first = cast(nn.Linear, self.backbone["0"])
         entering = nn.functional.linear(x, first.weight[:, : self.d_model], first.bias)
         return entering if self.lstm is None else torch.cat([entering, self.lstm["input_map"](x)], dim=-1)
 
     def weights(self) -> tuple[Tensor, ...]:
-        second = self.backbone["2"]
+        first, second = cast(nn.Linear, self.backbone["0"]), cast(nn.Linear, self.backbone["2"])
         heads = [part for part in (self.ff1, self.ff2, self.time_a, self.time_b) if part is not None]
         shared = (
-            self.backbone["0"].weight[:, self.d_model :].T, second.weight.T, second.bias,
+            first.weight[:, self.d_model :].T, second.weight.T, second.bias,
             torch.cat([part.weight for part in heads]).T, torch.cat([part.bias for part in heads]),
         )  # fmt: skip
-        return shared if self.lstm is None else (*shared, self.lstm["recurrent_map"].weight.T)
+        return shared if self.lstm is None else (*shared, cast(nn.Linear, self.lstm["recurrent_map"]).weight.T)
 
     def advance(self, entering: Tensor, state: Any, *weights: Tensor) -> tuple[Tensor, Any]:
         """State: h (B, D), with mixed memory also the LSTM's cell (B, D)."""
@@ -135,6 +135,15 @@ class CfCMixer(Timed):
 
 class LTCMixer(Timed):
     """The network that CfC approximates: (B, L, D) -> (B, L, D). units: N."""
+
+    sigma: nn.Parameter
+    mu: nn.Parameter
+    w: nn.Parameter
+    erev: nn.Parameter
+    sensory_sigma: nn.Parameter
+    sensory_mu: nn.Parameter
+    sensory_w: nn.Parameter
+    sensory_erev: nn.Parameter
 
     def __init__(self, d_model: int, units: int, unfolds: int) -> None:
         super().__init__()

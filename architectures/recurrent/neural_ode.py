@@ -27,7 +27,7 @@ gradient (rk4).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ class NeuralODEMixer(Timed):
         return nn.functional.linear(x, self.cell.weight_ih, self.cell.bias_ih)
 
     def weights(self) -> tuple[Tensor, ...]:
-        first, last = self.net[0], self.net[2]
+        first, last = cast(nn.Linear, self.net[0]), cast(nn.Linear, self.net[2])
         return first.weight.T, first.bias, last.weight.T, last.bias, self.cell.weight_hh.T, self.cell.bias_hh
 
     def advance(self, entering: Tensor, state: State, *weights: Tensor) -> tuple[Tensor, State]:

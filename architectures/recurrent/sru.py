@@ -79,7 +79,9 @@ class SRUMixer(Recurrence):
         return (skip + torch.sigmoid(highway) * (shown - skip)).to(x.dtype), c[:, -1]
 
     def cost(self, length: int) -> Cost:
-        return Cost.linear(length, *self.weight.shape, bias=False) + Cost(other=25.0 * length * self.d_model)
+        return Cost.linear(length, self.d_model, self.weight.shape[1], bias=False) + Cost(
+            other=25.0 * length * self.d_model
+        )
 
     def init_state(self, batch: int) -> Tensor:
         return self.zeros(batch, self.d_model)

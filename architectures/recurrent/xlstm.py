@@ -212,8 +212,8 @@ class MLSTMMixer(Recurrence):
         if self.qkv_bias is not None:
             q, k, v = q + self.qkv_bias[0], k + self.qkv_bias[1], v + self.qkv_bias[2]
         qkv = torch.cat([q, k, v], dim=-1)
-        by_head = [t.unflatten(-1, (self.heads, -1)) for t in (q, k, v)]
-        h, (memory, m) = mlstm(*by_head, self.igate(qkv), self.fgate(qkv), (state[1], state[2]))
+        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (q, k, v))
+        h, (memory, m) = mlstm(q, k, v, self.igate(qkv), self.fgate(qkv), (state[1], state[2]))
         h = head_norm(h.flatten(-2), self.outnorm, self.heads) + self.learnable_skip * seen
         return self.proj_down(h.to(x.dtype) * F.silu(gate)), (recent, memory, m)
 

@@ -17,8 +17,8 @@ from lra.architectures.recurrent.delta_elman import STEPS, DeltaElman, DeltaElma
 def equations(mixer: DeltaElmanMixer, x: Tensor) -> Tensor:
     h, outputs = torch.zeros_like(x[:, 0]), []
     for token in x.unbind(1):
-        turned = h @ mixer.W_h.T if mixer.W_h is not None else mixer.r_h * h
-        candidate = torch.tanh(mixer.W_x(token) + turned)
+        turned = torch.diag(mixer.r_h) @ h.T if mixer.r_h is not None else mixer.get_parameter("W_h") @ h.T
+        candidate = torch.tanh(mixer.W_x(token) + turned.T)
         delta = torch.sigmoid(mixer.W_delta(token)) if mixer.W_delta is not None else 1
         h = (1 - delta) * h + delta * candidate
         y = h

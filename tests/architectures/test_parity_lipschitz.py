@@ -15,8 +15,8 @@ from lra.architectures.recurrent.lipschitz import Lipschitz, LipschitzMixer
 def test_layer_equals_the_authors(gated: bool) -> None:
     """Their matrices stand on the right of the state: B and C are transposed."""
     g = golden("lipschitz_rnn_gated" if gated else "lipschitz_rnn")
-    constants = [g[f"cfg.{name}"].item() for name in ("eps", "beta", "gamma", "alpha")]
-    mixer = LipschitzMixer(5, *constants, gated=gated).double()
+    constants = {name: g[f"cfg.{name}"].item() for name in ("eps", "beta", "gamma", "alpha")}
+    mixer = LipschitzMixer(5, gated=gated, **constants).double()
     maps = {f"{e}__weight": padded(g[f"param.{e}.weight"], 5, 5) for e in ("E", "E_gate")[: 1 + gated]}
     biases = {f"{e}__bias": g[f"param.{e}.bias"] for e in ("E", "E_gate")[: 1 + gated]}
     load(mixer, B=g["param.B"].T, C=g["param.C"].T, **maps, **biases)

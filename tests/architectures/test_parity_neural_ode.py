@@ -65,7 +65,7 @@ def test_order_of_convergence(method: str, order: int) -> None:
     def last(steps: int) -> Tensor:
         torch.manual_seed(1)
         mixer = NeuralODEMixer(4, 8, method, steps).double()
-        torch.nn.init.normal_(mixer.net[2].weight, std=0.5)
+        torch.nn.init.normal_(mixer.get_parameter("net.2.weight"), std=0.5)
         return mixer(x, mask)[0, 1]
 
     exact = last(512)

@@ -33,8 +33,8 @@ def test_penalty_holds_the_scales_at_one() -> None:
     mixers = [layer.mixer for layer in encoder.blocks]
     assert encoder.aux_loss() == 0
     with torch.no_grad():
-        mixers[0].alpha.copy_(torch.tensor([1.0, 3.0]))  # type: ignore[union-attr,operator]
-        mixers[1].alpha.copy_(torch.tensor([0.0, 1.0]))  # type: ignore[union-attr,operator]
+        mixers[0].alpha.copy_(torch.tensor([1.0, 3.0]))  # type: ignore[operator]
+        mixers[1].alpha.copy_(torch.tensor([0.0, 1.0]))  # type: ignore[operator]
     loss = encoder.aux_loss()
     assert loss is not None
     assert loss.item() == pytest.approx(0.5 * (4 + 1))

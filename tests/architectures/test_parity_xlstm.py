@@ -137,7 +137,8 @@ def test_mlstm_block_and_every_gradient_equal_the_authors() -> None:
 
 def test_chunks_of_any_size_equal_the_whole() -> None:
     torch.manual_seed(0)
-    for mixer in (SLSTMMixer(8, 2, horizon=20), MLSTMMixer(8, 2, 16, n_layers=1)):
+    mixers: list[Any] = [SLSTMMixer(8, 2, horizon=20), MLSTMMixer(8, 2, 16, n_layers=1)]
+    for mixer in mixers:
         mixer.double()
         for parameter in mixer.parameters():
             torch.nn.init.normal_(parameter, std=0.5)
