@@ -22,11 +22,6 @@ def padded(t: Tensor, *shape: int) -> Tensor:
     return F.pad(t, [n for size, wanted in zip(t.shape[::-1], shape[::-1], strict=True) for n in (0, wanted - size)])
 
 
-def rows(t: Tensor, gates: int, *shape: int) -> Tensor:
-    """`padded`, gate by gate, of `gates` blocks stacked along the first dimension."""
-    return torch.cat([padded(block, *shape) for block in t.chunk(gates)])
-
-
 def load(mixer: nn.Module, **values: Tensor) -> None:
     """Copy values into parameters; underscores in pairs stand for dots. Every parameter must be given."""
     given = {name.replace("__", "."): value for name, value in values.items()}
@@ -61,12 +56,3 @@ def same_gradients(mixer: Any, x: Tensor, expected: Tensor) -> None:
     ours, others = (torch.autograd.grad((out * w).sum(), inputs) for out in (y, expected))
     for own, other in zip(ours, others, strict=True):
         torch.testing.assert_close(own, other, rtol=0, atol=1e-9)
-
-
-def worst(mixer: Any, g: dict[str, Tensor], state: Any) -> tuple[float, float]:
-    """Largest differences of `agrees`, for a report."""
-    x = padded(g["x"], *g["x"].shape[:2], mixer.d_model).requires_grad_()
-    out = mixer.chunk(x, state)[0][..., : g["y"].shape[-1]]
-    (grad,) = torch.autograd.grad((out * g["w"]).sum(), x)
-    grad = grad[..., : g["x"].shape[-1]]
-    return (out - g["y"]).abs().max().item(), (grad - g["grad.x"]).abs().max().item()
