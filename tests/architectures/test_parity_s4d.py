@@ -13,7 +13,8 @@ import torch
 from stepping import stepped
 from torch import Tensor
 
-from lra.architectures.state_space.s4d import S4D, S4DMixer, modes
+from lra.architectures._diagonal import modes
+from lra.architectures.state_space.s4d import S4D, S4DMixer
 
 LAYERS: dict[str, dict[str, Any]] = {
     "s4d_lin_zoh": {"init": "lin"},
