@@ -60,7 +60,7 @@ class LongConvMixer(Mixer):
         """(ways C, D, length); the second half of the rows looks ahead."""
         if length > self.length:
             raise ValueError(f"length {length} exceeds the {self.length} taps of this LongConv's kernels")
-        k = self.kernel
+        k: Tensor = self.kernel
         if self.smoothing > 1:
             k = F.avg_pool1d(k, self.smoothing, stride=1, padding=self.smoothing // 2)
         return F.softshrink(k[..., :length], self.lam)

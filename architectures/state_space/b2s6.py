@@ -117,7 +117,7 @@ class B2S6Mixer(Mixer):
         return self._project(self.unit(x) + self.D * x)
 
     def cost(self, length: int) -> Cost:
-        (_, share, states), width = self.C.shape, len(self.D)
+        states, width = self.C.shape[2], len(self.D)
         parts = self.B_weight.shape[-1]
         selection = Cost(2.0 * length * width * states * (1 + parts))
         scan = (30.0 if parts == 2 else 10.0) * width * states

@@ -84,7 +84,8 @@ class S4DMixer(DiagonalSSM, Mixer):
 
 class S4D(Stack):
     """state_size: N, even. n_ssm: independent state matrices, d_model unless given, which it divides. init: lin, inv,
-    legs, real or diag. dt_min, dt_max: range of the initial step sizes. ssm_lr: highest learning rate of A, B and dt."""
+    legs, real or diag. dt_min, dt_max: range of the initial step sizes. ssm_lr: highest learning rate of A, B and
+    dt."""
 
     card = Card(
         title="On the Parameterization and Initialization of Diagonal State Space Models",

@@ -8,7 +8,6 @@ import pytest
 import torch
 from golden_tensors import assert_near, assert_same_gradients, everything, golden
 from torch import Tensor
-from torch.nn import functional as F
 
 from lra.architectures.convolution.sgconv import SGConv, SGConvMixer
 
