@@ -15,8 +15,9 @@ sequence of l tokens read from its end, v_j = u_{l-1-j}:
     pb   c_p(t) = 2 Re(sum_m Cl_m dB_m) g_p q_p(t)       Abar of these terms set to 1
     kb   c_p = irfft(fft(K g_p, l + 1) rfft(q_p, 2 l))   bin by bin; as the two grids differ, no convolution with K
 
-So a token's output depends on the end of the sequence: Liquid-S4 as released is not causal, whatever its kernel. With
-`ways` = 2 a second kernel and a second Cl look ahead, the latter with q_p(l-1-t); pb alone.
+`contract` takes the tanh of every product. So a token's output depends on the end of the sequence: Liquid-S4 as
+released is not causal, whatever its kernel. With `ways` = 2 a second kernel and a second Cl look ahead, the latter with
+q_p(l - 1 - t); pb alone.
 
 Initialisation: that of S4 (HiPPO-LegS); Cl starts as the conjugate of C, as released.
 
@@ -63,10 +64,10 @@ class LiquidS4Mixer(DPLRSSM, Mixer):
 
     def __init__(
         self, d_model: int, length: int, state_size: int, init: str, dt_min: float, dt_max: float, n_ssm: int,
-        ways: int, degree: int, liquid: str, products: str, dropout: float,
+        ways: int, degree: int, liquid: str, products: str, contract: bool, dropout: float,
     ) -> None:  # fmt: skip
         super().__init__(d_model, length, state_size, init, dt_min, dt_max, n_ssm, ways)
-        self.degree, self.liquid, self.products = degree, liquid, products
+        self.degree, self.liquid, self.products, self.contract = degree, liquid, products, contract
         if liquid == "pb":
             self.C_liquid = nn.Parameter(torch.view_as_real(self.output().conj().resolve_conj()).float())
         self.D = nn.Parameter(torch.randn(d_model))
@@ -101,6 +102,7 @@ class LiquidS4Mixer(DPLRSSM, Mixer):
         total = torch.zeros_like(v)
         for p in range(2, self.degree + 1):
             q, gain = wide(self._products(v, p)), s ** (2 ** (p - 1) - 1)
+            q = q.tanh() if self.contract else q
             if self.liquid == "kb":
                 total = total + self._spectral(q, kernel[0] * gain.unsqueeze(-1), mask)
                 continue
@@ -148,10 +150,10 @@ def _mismatched(q: Tensor, kernel: Tensor) -> Tensor:
 
 
 class LiquidS4(Stack):
-    """degree: most inputs in a product. liquid: pb or kb. products: all or shift. ways: 1, a kernel that looks back, or
-    2, one each way. state_size: N, even. n_ssm: independent state matrices, d_model unless given, which it divides.
-    init: legs, fout, legt or hippo. dt_min, dt_max: range of the initial step sizes. ssm_lr: highest learning rate of
-    A, B, P and dt."""
+    """degree: of the highest products. liquid: pb or kb. products: all or shift. contract: tanh of every product.
+    ways: 1, a kernel that looks back, or 2, one each way. state_size: N, even. n_ssm: independent state matrices,
+    d_model unless given, which it divides. init: legs, fout, legt or hippo. dt_min, dt_max: range of the initial step
+    sizes. ssm_lr: highest learning rate of A, B, P and dt."""
 
     card = Card(
         title="Liquid Structural State-Space Models",
@@ -178,6 +180,7 @@ class LiquidS4(Stack):
         degree: int = 2,
         liquid: str = "pb",
         products: str = "all",
+        contract: bool = False,
         ways: int = 2,
         state_size: int = 64,
         init: str = "legs",
@@ -203,7 +206,8 @@ class LiquidS4(Stack):
         self.ssm_lr = ssm_lr
         super().__init__(
             lambda _: LiquidS4Mixer(
-                d_model, length, state_size, init, dt_min, dt_max, copies, ways, degree, liquid, products, dropout
+                d_model, length, state_size, init, dt_min, dt_max, copies, ways, degree, liquid, products, contract,
+                dropout,
             ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block=block,

@@ -15,7 +15,7 @@ from lra.architectures.state_space.liquid_s4 import LiquidS4, LiquidS4Mixer, sub
 SETS: dict[str, dict[str, Any]] = {
     "liquid_s4_polyb_p2": {"ways": 1},
     "liquid_s4_polyb_p3_allcombs_bidirectional": {"degree": 3},
-    "liquid_s4_polyb_p3_shift": {"ways": 1, "degree": 3, "products": "shift"},
+    "liquid_s4_polyb_p3_shift": {"ways": 1, "degree": 3, "products": "shift", "contract": True},
     "liquid_s4_kb_p2": {"ways": 1, "liquid": "kb"},
 }
 
