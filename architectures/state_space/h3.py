@@ -1,6 +1,6 @@
 """H3: a shift state space model remembers keys, a diagonal one their products with values, and queries read them.
 
-Fu, Dao, Saab, Thomas, Rudra and Re 2023, arXiv:2212.14052. With head_dim = d channels a head and H = D / d heads:
+Fu, Dao, Saab, Thomas, Rudra and Re 2022, arXiv:2212.14052. With head_dim = d channels a head and H = D / d heads:
 
     q = W_q x + b_q,  k = W_k x + b_k,  v = W_v x + b_v          (B, L, D)   H heads of d channels
     k'_t = sum_{j < N} s_j k_{t-j} + ssm_k_D k_t                 (B, L, D)   shift SSM, N taps a channel
