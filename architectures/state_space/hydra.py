@@ -1,7 +1,7 @@
 """Hydra: a state space model that reads both ways by itself, a quasiseparable matrix made of two scans and a diagonal.
 
-Hwang, Lahoti, Puduppully, Dao and Gu 2024, arXiv:2407.09941. With E = expand D, H = E / P heads of P channels, N the state size and
-G groups of heads that share B and C; f is the scan ahead, b the scan back:
+Hwang, Lahoti, Puduppully, Dao and Gu 2024, arXiv:2407.09941. With E = expand D, H = E / P heads of P channels, N the
+state size and G groups of heads that share B and C; f is the scan ahead, b the scan back:
 
     z, xBC, dt = split(in_proj u)                      (B, L, E), (B, L, E + 4 G N), (B, L, 2 H)
     x, B^f, C^f, B^b, C^b = split(silu(conv xBC))      depthwise, centred, over d_conv tokens

@@ -68,6 +68,22 @@ def test_gradients_equal_the_recurrence_over_three_chunks() -> None:
     assert_same_gradients(mixer, x, lambda x: mixer(x, everything(x)), lambda x: stepped(mixer, x))
 
 
+def test_rotary_positions_turn_neighbours_and_start_anew_in_each_chunk() -> None:
+    """The stored heads have one pair of features; of two pairs each is a complex number that turns at its own rate."""
+    torch.manual_seed(0)
+    mixer = mixer_of(n_heads=1, chunk=5)
+    q, k, v = (torch.randn(1, 8, size, dtype=torch.float64) for size in (4, 4, 8))
+    rate = torch.tensor([1.0, 0.01], dtype=torch.float64)
+    expected = []
+    for start, stop in ((0, 5), (5, 8)):
+        turn = torch.polar(torch.ones(1, dtype=torch.float64), torch.arange(stop - start).unsqueeze(1) * rate)
+        turned = [torch.view_as_complex(t[0, start:stop].unflatten(-1, (2, 2))) * turn for t in (q, k)]
+        scores = (turned[0] @ turned[1].mH).real
+        later = torch.ones_like(scores, dtype=torch.bool).triu(1)
+        expected.append(scores.masked_fill(later, -torch.inf).softmax(-1) @ v[0, start:stop])
+    assert_near(mixer.attention(q, k, v)[0], torch.cat(expected), "attention")
+
+
 def test_the_norm_knows_the_tokens_so_far_alone() -> None:
     """At each token the statistics are those of torch over the group's channels of all tokens up to it."""
     norm = mixer_of().timenorm
