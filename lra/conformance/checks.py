@@ -130,7 +130,12 @@ def reloaded(subjects: Sequence[Subject]) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder, "jobs.pt")
         torch.save({"jobs": jobs, "x": x, "mask": mask, "threads": torch.get_num_threads()}, place)
-        there = [sys.executable, "-c", "import sys; from lra import _subject; _subject.reload(sys.argv[1])", str(place)]
+        there = [
+            sys.executable,
+            "-c",
+            "import sys; from lra.conformance.checks import reload as r; r(sys.argv[1])",
+            str(place),
+        ]
         paths = os.pathsep.join(p or os.getcwd() for p in sys.path)
         done = subprocess.run(
             there, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False
