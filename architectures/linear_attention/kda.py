@@ -16,8 +16,8 @@ twice the sigmoid, as in DeltaNet.
 Initialisation: maps and taps are PyTorch's own; A_log and dt_bias start as in Mamba-2, so that channels remember from
 a few tokens to some thousand, and learn without weight decay.
 
-Departures: that start; the released layer has exp(A_log) uniform in (1, 16) and dt_bias 0, with which no channel keeps
-more than half of a value for one token. The epsilon of the norm is 1e-5, as released. The paper interleaves three layers
+Departures: that start; the released layer has exp(A_log) uniform in (1, 16) and dt_bias 0, where no channel keeps more
+than half of a value for one token. The epsilon of the norm is 1e-5, as released. The paper interleaves three layers
 with one of attention without positions, which is left out. Four heads by default, of width D / H, where the released
 models have 128. A block has a SwiGLU part of width 8/3 D, with biases, and RMS norm.
 
