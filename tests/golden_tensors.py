@@ -55,3 +55,16 @@ def assert_same_gradients(
     gradients = (torch.autograd.grad((t * w).sum(), leaves) for t in (y, z))
     for name, mine, reference in zip(names, *gradients, strict=True):
         assert_near(mine, reference, f"grad.{name}", tolerance)
+
+
+def assert_close(own: Tensor | None, stored: Tensor, atol: float = 1e-11, name: str = "") -> None:
+    assert own is not None, name
+    torch.testing.assert_close(own, stored, rtol=0, atol=atol, msg=lambda text: f"{name}: {text}" if name else text)
+
+
+def assert_stored_gradients(module: nn.Module, stored: Mapping[str, Tensor], atol: float = 1e-11) -> None:
+    """Every parameter of `module` has the stored gradient of its name, and no other is stored."""
+    parameters = dict(module.named_parameters())
+    assert parameters.keys() == stored.keys()
+    for name, parameter in parameters.items():
+        assert_close(parameter.grad, stored[name].view_as(parameter), atol, name)
