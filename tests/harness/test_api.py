@@ -110,7 +110,7 @@ def test_every_public_name_exists() -> None:
         assert callable(getattr(lra, name)), name
         assert name in dir(lra)
     with pytest.raises(AttributeError, match="trian"):
-        _ = lra.trian  # type: ignore[attr-defined]
+        _ = lra.trian
 
 
 def test_architectures_are_listed_with_their_cards() -> None:
