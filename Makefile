@@ -42,7 +42,7 @@ report: ## one HTML file with every result, figure and piece of evidence
 profile: ## speed, memory and work of ARCH, or of all architectures
 bench: ## time of the operators, or of OP, beside what this machine could do
 doctor: ## which implementations this machine has, and whether each is right
-campaign: ## the next cells of results/campaign.toml, for TIME=8m; PYTHON=python3 for a machine with its own packages
+campaign: ## run the next cells of results/campaign.toml, JOBS=2 at a time, for TIME=8m; PYTHON=python3 uses that Python
 gpu: ## on a machine with a GPU and its own packages, no .venv: operator tests, bench, doctor and profile in 9 minutes
 test-gpu: ## the operator tests that need a GPU, likewise
 test: ## run the tests, or those that match K
@@ -75,7 +75,8 @@ doctor: .venv/.stamp
 	@$(VENV)/lra doctor $(ARGS)
 
 campaign: $(if $(PYTHON),,.venv/.stamp)
-	@PYTHONPATH=. $(or $(PYTHON),$(VENV)/python) -m lra.cli sweep results/campaign.toml --no-forecast $(if $(TIME),--time-limit "$$TIME") $(ARGS)
+	@OMP_NUM_THREADS=1 PYTHONPATH=. nice -n 19 $(or $(PYTHON),$(VENV)/python) -m lra.cli sweep results/campaign.toml \
+	    --no-forecast --jobs $(if $(filter auto,$(JOBS)),1,$(JOBS)) $(if $(TIME),--time-limit "$$TIME") $(ARGS)
 
 # an accelerator machine has its own torch and no network
 gpu:

@@ -4,8 +4,8 @@ Nothing has to be inherited. What the layer may say of itself, under the names `
 
     forward(x, mask)                     a second argument `mask`, (B, L) bool, True = real, if there is one
     causal = True                        class attribute: no output depends on later tokens
-    cost(length) -> Cost                 analytic forward work for one sequence
-    init_state(batch), step(x, state)    recurrent mode
+    cost(length) -> Cost                 analytic forward work for a sequence, and for a batch
+    init_state(batch), step(x, state)    recurrent mode, and chunk(x, state) where it has one
 """
 
 from __future__ import annotations
@@ -47,6 +47,10 @@ class AdoptedMixer(Mixer):
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         return self._own("step")(x, state)
+
+    def chunk(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        own = getattr(self.inner, "chunk", None)  # often the name of a number
+        return own(x, state) if callable(own) else super().chunk(x, state)
 
     def _own(self, method: str) -> Any:
         if not hasattr(self.inner, method):

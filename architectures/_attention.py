@@ -40,6 +40,19 @@ def added_positions(positions: str) -> str:
     return positions if positions in ("sinusoidal", "learned") else "none"
 
 
+def checked_dropout(rate: float) -> float:
+    """`rate` itself. Raises ValueError where it is no share of attention weights."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"attention_dropout is {rate}; from 0 up to, not including, 1")
+    return rate
+
+
+def drop_keys(v: Tensor, rate: float) -> Tensor:
+    """Dropout on attention weights that are never formed: leave a key out for all queries of its head, v: (B, H, L, d).
+    Normalising sums stay those of all keys, as with dropout on each weight."""
+    return v * F.dropout(torch.ones_like(v[..., :1]), rate) if rate else v
+
+
 def at_least(least: int, **numbers: int) -> None:
     """ValueError for the first of the named numbers that is below `least`."""
     for name, value in numbers.items():
@@ -57,16 +70,19 @@ class AttentionMixer(Mixer):
     """Multi-head attention over a pattern that `attend` computes: (B, L, D) -> (B, L, D).
 
     width: of all query heads together; n_kv_heads: of keys and values, each shared by n_heads / n_kv_heads consecutive
-    query heads. Initialisation: Xavier uniform for each of W_q, W_k, W_v, W_o, as the LRA code, so that Q K' / sqrt(d)
-    has unit variance for normalised inputs and the softmax starts soft; zero biases, which that code leaves out.
+    query heads; dropout: on the attention weights. Initialisation: Xavier uniform for each of W_q, W_k, W_v, W_o, as
+    the LRA code, so that Q K' / sqrt(d) has unit variance for normalised inputs and the softmax starts soft; zero
+    biases, which that code leaves out.
     """
 
     slopes: Tensor | None
 
     def __init__(
-        self, d_model: int, n_heads: int, width: int, positions: str, causal: bool, n_kv_heads: int | None = None
-    ) -> None:
+        self, d_model: int, n_heads: int, width: int, positions: str, causal: bool, n_kv_heads: int | None = None, *,
+        dropout: float = 0.0,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.dropout = checked_dropout(dropout)
         self.n_heads, self.n_kv_heads, self.causal = n_heads, n_kv_heads or n_heads, causal
         self.head, self.rotary = width // n_heads, positions == "rope"
         self.widths = width, self.n_kv_heads * self.head, self.n_kv_heads * self.head
@@ -78,6 +94,11 @@ class AttentionMixer(Mixer):
         nn.init.zeros_(self.out.bias)
         slopes = alibi_slopes(n_heads).float() if positions == "alibi" else None
         self.register_buffer("slopes", slopes, persistent=False)
+
+    @property
+    def rate(self) -> float:
+        """Of the dropout on the attention weights: 0 when not training."""
+        return self.dropout if self.training else 0.0
 
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -121,18 +142,40 @@ class AttentionMixer(Mixer):
         time = int(state[2])
         q, k, v = self.heads(x.unsqueeze(1), time)
         keys, values = torch.cat([state[0], k], dim=2), torch.cat([state[1], v], dim=2)
-        j = torch.arange(time + 1 - keys.shape[2], time + 1, device=x.device)
-        seen, bias = self.sees(time, j), None
-        if seen is not None or self.slopes is not None:
-            ago = 0 if self.slopes is None else self.slopes[:, None] * (time - j)
-            bias = q.new_zeros(self.n_heads, len(j)) - ago
-            bias = bias if seen is None else bias.masked_fill(~seen, -torch.inf)
-            bias = bias.to(q.dtype).unflatten(0, (self.n_kv_heads, -1))[None]
+        first = time + 1 - keys.shape[2]
+        bias = self._bias(time, 1, first, q).view(1, self.n_kv_heads, -1, keys.shape[2])
         # queries that share a key head are rows of one product
         q = q.flatten(1).unflatten(1, (self.n_kv_heads, -1, self.head))
         y = F.scaled_dot_product_attention(q, keys, values, bias)
-        gone = max(0, self.oldest(time + 1) - int(j[0]))
+        gone = max(0, self.oldest(time + 1) - first)
         return self.out(y.flatten(1)), (keys[:, :, gone:], values[:, :, gone:], state[2] + 1)
+
+    def chunk(self, x: Tensor, state: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        time, tokens = int(state[2]), x.shape[1]
+        q, k, v = self.heads(x, time)
+        keys, values = torch.cat([state[0], k], dim=2), torch.cat([state[1], v], dim=2)
+        first = time + tokens - keys.shape[2]
+        if time == 0:
+            y = self.attend(q, k, v, x.new_ones(x.shape[:2], dtype=torch.bool))
+        else:
+            bias = self._bias(time, tokens, first, q)
+            shared = (t.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1) for t in (keys, values))
+            keys_of_all, values_of_all = shared
+            y = F.scaled_dot_product_attention(q, keys_of_all, values_of_all, bias[None], self.rate)
+        gone = max(0, self.oldest(time + tokens) - first)
+        return self.out(merge_heads(y)), (keys[:, :, gone:], values[:, :, gone:], state[2] + tokens)
+
+    def _bias(self, time: int, tokens: int, first: int, like: Tensor) -> Tensor:
+        """Of queries from position `time` to the keys from `first` up to the last query: (H, tokens, t)."""
+        i = torch.arange(time, time + tokens, device=like.device)[:, None]
+        j = torch.arange(first, time + tokens, device=like.device)
+        bias = like.new_zeros(self.n_heads, tokens, len(j))
+        if self.slopes is not None:
+            bias = bias - (self.slopes[:, None, None] * (i - j)).to(bias.dtype)
+        rows = [self.sees(time + row, j) for row in range(tokens)]
+        everything = torch.ones_like(j, dtype=torch.bool).expand(self.n_heads, -1)
+        seen = torch.stack([everything if r is None else r.expand(self.n_heads, -1) for r in rows], dim=1)
+        return bias.masked_fill(~seen | (j > i), -torch.inf)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

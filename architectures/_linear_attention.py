@@ -25,20 +25,33 @@ def summed(
     log_decay: (B, L, H), by which causal sums shrink before a key is added; for features whose scale moves along.
     Padding comes after all real tokens: the causal sums need no mask.
     """
-    # a last value of 1 at real tokens makes the sum of the keys a column of S
-    v = F.pad(v, (0, 1), value=1.0)
     if causal:
-        if log_decay is None:
-            log_decay = q.new_zeros(q.shape[1], dtype=torch.promote_types(q.dtype, torch.float32))
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        o = decay_attention(q, k, v, log_decay, CHUNK, scale=1.0)
-        assert isinstance(o, Tensor)
-        o = o.transpose(1, 2)
-    else:
-        with torch.autocast(q.device.type, enabled=False):
-            q, k, v = wide(q), wide(k), wide(v.masked_fill(~mask[:, None, :, None], 0))
-            o = q @ (k.mT @ v)
+        top, bottom, _, _ = summed_chunk(q, k, v, None, log_decay)
+        return top, bottom
+    v = _with_ones(v)
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, v = wide(q), wide(k), wide(v.masked_fill(~mask[:, None, :, None], 0))
+        o = q @ (k.mT @ v)
     return o[..., :-1], o[..., -1:]
+
+
+def summed_chunk(
+    q: Tensor, k: Tensor, v: Tensor, sums: tuple[Tensor, Tensor] | None, log_decay: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Causal `summed` that starts from sums, S: (B, H, M, d) and z: (B, H, M), zero where None; returns both products
+    and the S and z after the last token."""
+    if log_decay is None:
+        log_decay = q.new_zeros(q.shape[1], dtype=torch.promote_types(q.dtype, torch.float32))
+    h0 = None if sums is None else torch.cat([sums[0], sums[1].unsqueeze(-1)], dim=-1)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, _with_ones(v)))
+    o, state = decay_attention(q, k, v, log_decay, CHUNK, scale=1.0, h0=h0, return_state=True)
+    o = o.transpose(1, 2)
+    return o[..., :-1], o[..., -1:], state[..., :-1], state[..., -1]
+
+
+def _with_ones(v: Tensor) -> Tensor:
+    """A last value of 1 makes the sum of the keys a column of S."""
+    return F.pad(v, (0, 1), value=1.0)
 
 
 def summed_step(q: Tensor, k: Tensor, v: Tensor, S: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

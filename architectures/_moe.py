@@ -58,9 +58,11 @@ class Experts(nn.Module, ABC):
         """Analytic forward work of `route` in evaluation mode."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, L, D), (B, L) -> (B, L, D); or (B, D) -> (B, D), one token a sequence."""
+        """(B, L, D), (B, L) -> (B, L, D), all tokens real without a mask; or (B, D) -> (B, D), one token a sequence."""
+        if x.dim() == 2:
+            return self(x.unsqueeze(1)).squeeze(1)
         if mask is None:
-            return self(x.unsqueeze(1), torch.ones(len(x), 1, dtype=torch.bool, device=x.device)).squeeze(1)
+            mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         with torch.autocast(x.device.type, enabled=False):
             index, gate, self.loss = self.route(wide(x), mask)
         chosen = index.masked_fill(~mask.unsqueeze(-1), -1)

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 class UnionOfRounds(torch.autograd.Function):
     """y_i = sum over rounds s and keys j of exp(q_si . k_sj + bias_sij) v_sj, over the same sum without v.
 
-    q: (B, H, r, chunks, m, d), scaled; k, v: (B, H, r, chunks, n, d), the keys a chunk sees, in the type of q; bias:
+    q: (B, H, r, chunks, m, d); k, v: (B, H, r, chunks, n, d), the keys a chunk sees, in the type of q; bias:
     (..., m, n), finite for one key of each row at least, without a gradient; order, place: (B, H, r, L), the token at
     each sorted row, and its inverse. Returns (B, H, L, d) in the order of the tokens. The softmax of
     each round, in the type of `bias`, is all that is kept of the size of the scores.

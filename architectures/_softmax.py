@@ -11,15 +11,8 @@ from lra.encoder import Cost
 class SoftmaxMixer(AttentionMixer):
     """Multi-head softmax attention, dropout on its weights: (B, L, D) -> (B, L, D)."""
 
-    def __init__(
-        self, d_model: int, n_heads: int, width: int, positions: str, causal: bool, dropout: float = 0.0
-    ) -> None:
-        super().__init__(d_model, n_heads, width, positions, causal)
-        self.dropout = dropout
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
-        return attend(q, k, v, mask, causal=self.causal, slopes=self.slopes, dropout=dropout)
+        return attend(q, k, v, mask, causal=self.causal, slopes=self.slopes, dropout=self.rate)
 
     def pairs(self, length: int) -> float:
         return float(self.n_heads * length**2)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._dropout import Dropout, tie_dropout
 from lra.architectures._moe import MIXTURES, Experts
 from lra.architectures._norm import BatchNorm, ScaleNorm, normalised
 from lra.encoder import Cost, Encoder, Mixer, lengths_of
@@ -27,6 +28,8 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 POSITIONS = ("none", "sinusoidal", "learned")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 FFNS = (*ACTIVATIONS, "swiglu", "none", *MIXTURES)
+Advance = Callable[[Tensor, Any], tuple[Tensor, Any]]
+"""`step` or `chunk` of a mixer."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,9 @@ class Block:
     norm: "layer", "rms", "scale" (rms with one gain for all channels), or "batch" (in training over the real tokens of
     the whole batch); prenorm: before each part (else after the sum).
     positions: added to the input: "none", "sinusoidal" (fixed), "learned" (up to `length`).
+    embedding_dropout: rate of the dropout on the input once positions are added.
+    tie_dropout: every dropout of the encoder but that on attention weights drops a channel at all tokens of a sequence
+    or at none.
     """
 
     ffn: str = "gelu"
@@ -47,6 +53,8 @@ class Block:
     prenorm: bool = True
     positions: str = "none"
     experts: Mapping[str, Any] = field(default_factory=dict)
+    embedding_dropout: float = 0.0
+    tie_dropout: bool = False
 
     def __post_init__(self) -> None:
         for key, allowed in (("ffn", FFNS), ("norm", tuple(NORMS)), ("positions", POSITIONS)):
@@ -55,6 +63,10 @@ class Block:
                 raise ValueError(f"block.{key} is {value!r}; one of {', '.join(allowed)}")
         if self.expand <= 0:
             raise ValueError(f"block.expand is {self.expand}; more than 0")
+        if not 0 <= self.embedding_dropout < 1:
+            raise ValueError(f"block.embedding_dropout is {self.embedding_dropout}; from 0 up to, not including, 1")
+        if not isinstance(self.tie_dropout, bool):
+            raise ValueError(f"block.tie_dropout is {self.tie_dropout!r}; true or false")
         options = _options(MIXTURES[self.ffn]) if self.ffn in MIXTURES else []
         for key in self.experts:
             if not options:
@@ -89,7 +101,7 @@ class FeedForward(nn.Module):
         self.kind, self.hidden = kind, round(d_model * expand)
         self.up = nn.Linear(d_model, self.hidden * (2 if kind == "swiglu" else 1))
         self.down = nn.Linear(self.hidden, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         h = self.up(x)
@@ -124,7 +136,7 @@ class Layer(nn.Module):
         self.norm = NORMS[block.norm](d_model)
         self.ffn = feed_forward(block, d_model, dropout)
         self.ffn_norm = None if self.ffn is None else NORMS[block.norm](d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def _around(
         self, x: Tensor, norm: nn.Module, part: Callable[[Tensor], Tensor], mask: Tensor | None = None
@@ -142,10 +154,17 @@ class Layer(nn.Module):
         return x
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        return self._advance(self.mixer.step, x, state)
+
+    def chunk(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        return self._advance(self.mixer.chunk, x, state)
+
+    def _advance(self, mixer: Advance, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """x: (B, D) or (B, C, D), as `mixer` takes it."""
         after: list[Any] = []
 
         def mix(h: Tensor) -> Tensor:
-            y, new = self.mixer.step(h, state)
+            y, new = mixer(h, state)
             after.append(new)
             return y
 
@@ -233,16 +252,27 @@ class Stack(Encoder):
             self.register_buffer("positions", sinusoidal(length, d_model), persistent=False)
         elif shape.positions == "learned":
             self.positions = nn.Parameter(torch.randn(length, d_model) * 0.02)
+        self.embedding_dropout = Dropout(shape.embedding_dropout)
+        tie_dropout(self, shape.tie_dropout)
 
     @property
     def blocks(self) -> list[Layer]:
         return [layer for layer in self.layers if isinstance(layer, Layer)]
 
+    def enter(self, x: Tensor, time: Tensor | int = 0) -> Tensor:
+        """Add positions to a sequence (B, L, D) that starts at `time`, or to one token (B, D), and drop."""
+        if self.positions is not None and x.dim() == 2:
+            x = x + self.positions[time].to(x.dtype)
+        elif self.positions is not None:
+            start = int(time)
+            end = start + x.shape[1]
+            if end > len(self.positions):
+                raise ValueError(f"length {end} exceeds the {len(self.positions)} positions this encoder has")
+            x = x + self.positions[start:end].to(x.dtype)
+        return self.embedding_dropout(x)
+
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        if self.positions is not None:
-            if x.shape[1] > len(self.positions):
-                raise ValueError(f"length {x.shape[1]} exceeds the {len(self.positions)} positions this encoder has")
-            x = x + self.positions[: x.shape[1]].to(x.dtype)
+        x = self.enter(x)
         for layer in self.blocks:
             x = layer(x, mask)
         return normalised(self.norm, x, mask)
@@ -265,13 +295,19 @@ class Stack(Encoder):
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         time, before = state
-        if self.positions is not None:
-            x = x + self.positions[time].to(x.dtype)
-        after = []
+        x, after = self.enter(x, time), []
         for layer, own in zip(self.blocks, before, strict=True):
             x, own = layer.step(x, own)
             after.append(own)
         return self.norm(x), (time + 1, tuple(after))
+
+    def chunk(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        time, before = state
+        tokens, x, after = x.shape[1], self.enter(x, time), []
+        for layer, own in zip(self.blocks, before, strict=True):
+            x, own = layer.chunk(x, own)
+            after.append(own)
+        return self.norm(x), (time + tokens, tuple(after))
 
     def aux_loss(self) -> Tensor | None:
         experts = [layer.ffn for layer in self.blocks if isinstance(layer.ffn, Experts)]

@@ -20,33 +20,15 @@ if _find_spec("lra.tasks") is None:
     )
 
 if TYPE_CHECKING:
-    from lra.api import (
-        check as check,
-    )
-    from lra.api import (
-        compare as compare,
-    )
-    from lra.api import (
-        create_encoder as create_encoder,
-    )
-    from lra.api import (
-        leaderboard as leaderboard,
-    )
-    from lra.api import (
-        list_architectures as list_architectures,
-    )
-    from lra.api import (
-        load as load,
-    )
-    from lra.api import (
-        load_task as load_task,
-    )
-    from lra.api import (
-        profile as profile,
-    )
-    from lra.api import (
-        train as train,
-    )
+    from lra.api import check as check
+    from lra.api import compare as compare
+    from lra.api import create_encoder as create_encoder
+    from lra.api import leaderboard as leaderboard
+    from lra.api import list_architectures as list_architectures
+    from lra.api import load as load
+    from lra.api import load_task as load_task
+    from lra.api import profile as profile
+    from lra.api import train as train
     from lra.data.module import DataModule as DataModule
     from lra.errors import UserError as UserError
     from lra.training.trained_run import TrainedRun as TrainedRun

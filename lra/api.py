@@ -8,13 +8,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lra import registry
-from lra.errors import UserError, brief
+from lra.errors import UserError
 from lra.registry import reference_of
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from lra.data.examples import LoadedTask
     from lra.encoder import Encoder
-    from lra.results.collection import Record
+    from lra.reports.comparison import Comparison
+    from lra.results.record import RunRecord
     from lra.task import Task
     from lra.training.trained_run import TrainedRun
 
@@ -139,67 +140,25 @@ def load(
 
 def results(smoke: bool = False) -> pd.DataFrame:
     """All results, one row a run; invalid files are left out. smoke: those of recipes that are smoke tests, instead."""
-    import pandas as pd
-
-    rows = [_row(record) for record in _collection(smoke).records]
-    return pd.DataFrame(rows, columns=None if rows else ["id", "task", "architecture", "seed", "accuracy"])
+    return _collection(smoke).frame()
 
 
 def leaderboard(task: str, smoke: bool = False) -> pd.DataFrame:
     """The ranked rows of a task, one for each architecture; rank is within task, protocol, recipe, regime and device.
     smoke: as of `results`. Raises UserError for a task without results."""
-    import pandas as pd
-
     from lra.reports import leaderboard as board
 
-    collection = _collection(smoke).only(task=task)
-    rows = [
-        asdict(group) | {
-            "rank": row.rank, "architecture": row.label, "accuracy": row.accuracy.mean, "low": row.accuracy.low,
-            "high": row.accuracy.high, "seeds": row.seeds, "at_chance": row.collapsed, "parameters": row.parameters,
-            "minutes": row.minutes,
-        }
-        for group, ranked in board.rows(collection.records, collection.answers).items() for row in ranked
-    ]  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two runs on the same test examples: accuracy of the first minus that of the second, its 95 % interval (normal
-    approximation over examples), and McNemar's p."""
-
-    a: str
-    b: str
-    difference: float
-    low: float
-    high: float
-    p: float
-    n: int
+    return board.frame(_collection(smoke).only(task=task))
 
 
 def compare(a: TrainedRun | str | Path, b: TrainedRun | str | Path) -> Comparison:
     """Paired difference of two runs, each given as what `train` or `load` returned, as an id or its start, or as the
     file of its record. Raises UserError where they were not tested on the same examples."""
-    import numpy as np
-
     from lra.reports import comparison
-    from lra.results.statistics import mcnemar
 
-    names = [_record_name(run) for run in (a, b)]
-    both = [_collection(smoke) for smoke in (False, True)]
-    collection = replace(
-        both[0], records=[r for c in both for r in c.records], answers={**both[0].answers, **both[1].answers}
-    )
-    first, second = (comparison.find(collection, name) for name in names)
-    x, y = (collection.answers.get(record["id"]) for record in (first, second))
-    same_data = first["task"] == second["task"] and first["data"]["checksum"] == second["data"]["checksum"]
-    if x is None or y is None or not same_data or not np.array_equal(x.example, y.example):
-        raise UserError(f"{first['id']} and {second['id']} were not tested on the same examples")
-    paired = x.right.astype(float) - y.right.astype(float)
-    half = 1.96 * paired.std(ddof=1) / len(paired) ** 0.5
-    mean = float(paired.mean())
-    return Comparison(first["id"], second["id"], mean, mean - half, mean + half, mcnemar(x.right, y.right), len(paired))
+    runs, smoke = _collection(False), _collection(True)
+    both = replace(runs, records=[*runs.records, *smoke.records], predictions={**runs.predictions, **smoke.predictions})
+    return comparison.compare(_record_of(a), _record_of(b), both)
 
 
 def check(architecture: str | type, **options: Any) -> pd.DataFrame:
@@ -263,31 +222,7 @@ def _collection(smoke: bool) -> Any:
     return Collection.read(result.folder(), "smoke" if smoke else "runs")
 
 
-def _record_name(run: TrainedRun | str | Path) -> str:
+def _record_of(run: TrainedRun | str | Path) -> RunRecord | str | Path:
     if isinstance(run, str | Path):
-        return str(run)
-    if run.record is None:
-        raise UserError(f"{brief(str(run.folder))} has no record of a finished run")
-    return str(run.record["id"])
-
-
-def _row(record: Record) -> dict[str, Any]:
-    from lra.results.collection import facts
-
-    test, validation = record["test"], record["validation"]
-    return {
-        "id": record["id"],
-        "architecture": record["architecture"],
-        **facts(record),
-        "seed": record["seed"],
-        "accuracy": test["accuracy"],
-        "n": test["n"],
-        "validation_accuracy": validation.get("accuracy"),
-        "at_chance": bool(record.get("collapsed")),
-        "parameters": record["parameters"],
-        "flops": record["flops"].get("forward"),
-        "peak_bytes": record["memory"]["peak_bytes"],
-        "minutes": record["wall_seconds"] / 60,
-        "started": record["started"],
-        "command": record["command"],
-    }
+        return run
+    return run.record

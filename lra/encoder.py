@@ -11,7 +11,7 @@ positions never depend on what the padding holds or on how much of it there is; 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -27,24 +27,45 @@ DIRECTIONS = ("causal", "bidirectional", "concat", "add", "shared")
 
 @dataclass(frozen=True)
 class Cost:
-    """Forward work for one sequence in floating-point operations; one multiply-add counts as 2.
+    """Forward work in floating-point operations; one multiply-add counts as 2.
 
     `matmul` is what a dispatcher-level counter sees (matrix products, convolutions); `other` is everything else
-    (FFTs, scans, softmax, norms, element-wise work).
+    (FFTs, scans, softmax, norms, element-wise work). Both are for one sequence. `batch_matmul` and `batch_other` are
+    done once for a batch, however many sequences it has, such as making the kernel of a state space model.
     """
 
     matmul: float = 0.0
     other: float = 0.0
+    batch_matmul: float = 0.0
+    batch_other: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.matmul + self.other
+        """Work of a batch of one sequence."""
+        return self.matmul + self.other + self.batch_matmul + self.batch_other
+
+    @property
+    def per_batch(self) -> Cost:
+        """This work done once for a batch instead of once for each sequence."""
+        return Cost(batch_matmul=self.matmul + self.batch_matmul, batch_other=self.other + self.batch_other)
+
+    def of_sequences(self, count: float) -> Cost:
+        """Work of `count` sequences that share a batch."""
+        return Cost(self.matmul * count, self.other * count, self.batch_matmul, self.batch_other)
+
+    def of_batch(self, size: float) -> Cost:
+        """All work of a batch of `size` sequences, in `matmul` and `other`."""
+        return Cost(self.matmul * size + self.batch_matmul, self.other * size + self.batch_other)
 
     def __add__(self, more: Cost) -> Cost:
-        return Cost(self.matmul + more.matmul, self.other + more.other)
+        return Cost(
+            self.matmul + more.matmul, self.other + more.other,
+            self.batch_matmul + more.batch_matmul, self.batch_other + more.batch_other,
+        )  # fmt: skip
 
     def __mul__(self, times: float) -> Cost:
-        return Cost(self.matmul * times, self.other * times)
+        """This work repeated, with what is done once for a batch."""
+        return Cost(self.matmul * times, self.other * times, self.batch_matmul * times, self.batch_other * times)
 
     __rmul__ = __mul__
 
@@ -62,7 +83,8 @@ class Card:
     scaling: growth of work with length L, one of SCALINGS, each encoder built for its length.
     causal: whether the mathematics only looks back (such a mixer runs bidirectionally through a wrapper).
     variants: name -> constructor arguments; `s4d/inv` is the constructor of s4d with those arguments preset.
-    exempt: conformance check -> reason. The check is then expected to fail, and failing to fail is an error.
+    exempt: conformance check -> reason, or `variant/check` where one variant alone fails it. The check is then expected
+    to fail, and failing to fail is an error.
     """
 
     title: str
@@ -109,7 +131,7 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def cost(self, length: int) -> Cost:
-        """Analytic forward work for one sequence of `length` tokens, from shapes alone."""
+        """Analytic forward work for sequences of `length` tokens, from shapes alone."""
 
     def init_state(self, batch: int) -> Any:
         """Recurrent state before the first token: tensors, or nested tuples of them. Raises NotImplementedError if
@@ -119,6 +141,15 @@ class Encoder(nn.Module, ABC):
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """One token: x: (B, D), state -> y: (B, D), next state. Equal to `forward` position by position."""
         raise NotImplementedError(f"{type(self).__name__} has no recurrent mode")
+
+    def chunk(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Any number of tokens: x: (B, C, D) with C >= 1, state -> y: (B, C, D), state after the last token.
+
+        Equal to C calls of `step`, which is the default; an encoder whose operators take a state does it faster.
+        Prefill, streaming and truncated backpropagation rest on it. Raises NotImplementedError without a recurrent
+        mode.
+        """
+        return stepwise(self.step, x, state)
 
     def state_bytes(self, tokens: int = 0) -> int:
         """Bytes of recurrent state that one more sequence of a batch takes after `tokens` tokens; what sequences share,
@@ -154,13 +185,17 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def cost(self, length: int) -> Cost:
-        """Analytic forward work for one sequence of `length` tokens."""
+        """Analytic forward work for sequences of `length` tokens."""
 
     def init_state(self, batch: int) -> Any:
         raise NotImplementedError(f"{type(self).__name__} has no recurrent mode")
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         raise NotImplementedError(f"{type(self).__name__} has no recurrent mode")
+
+    def chunk(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """x: (B, C, D), state -> y: (B, C, D), state after the last token; equal to C calls of `step`."""
+        return stepwise(self.step, x, state)
 
     def aux_loss(self) -> Tensor | None:
         return None
@@ -169,3 +204,12 @@ class Mixer(nn.Module, ABC):
 def lengths_of(mask: Tensor) -> Tensor:
     """Real tokens per row of a right-padded mask: (B, L) bool -> (B,) int64."""
     return mask.sum(dim=1, dtype=torch.int64)
+
+
+def stepwise(step: Callable[[Tensor, Any], tuple[Tensor, Any]], x: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """`chunk` as a loop: call step on each token of x: (B, C, D) -> (B, C, D), state after the last token."""
+    outputs = []
+    for token in x.unbind(1):
+        y, state = step(token, state)
+        outputs.append(y)
+    return torch.stack(outputs, dim=1), state

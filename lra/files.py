@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, checksums, names that stay in their folder."""
+"""Atomic writes, checksums, and names that are safe in a folder."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from lra.errors import UserError
 
 @contextmanager
 def atomic(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
-    """A temporary sibling to write; it becomes `path` when the block succeeds and vanishes when it does not.
+    """A temporary file beside `path` to write to. It is renamed to `path` if the block succeeds, else deleted.
 
-    exclusive: FileExistsError where `path` exists by then. A killed process leaves a hidden `.partial` nobody reads.
+    exclusive: raise FileExistsError if `path` exists by then. A killed process leaves a hidden `.partial` file, which
+    no reader opens.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".partial")
@@ -40,7 +41,7 @@ def atomic(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
 
 
 def _publish(name: str, path: Path) -> None:
-    """Rename without replacing what is there."""
+    """Rename a file. Raises FileExistsError if the target exists."""
     try:
         os.link(name, path)
     except FileExistsError:
@@ -55,7 +56,7 @@ def _publish(name: str, path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    # a rename outlives a power cut only once its folder is on disk; some file systems refuse
+    # a rename survives a power cut only once the folder is on disk; some file systems refuse to sync one
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -65,13 +66,13 @@ def _sync_folder(folder: Path) -> None:
 
 
 def seal(content: dict[str, Any]) -> str:
-    """SHA-256 of JSON content, for its key `seal`: whatever is changed later shows."""
+    """SHA-256 of JSON content without its key `seal`; stored under that key, it shows any later change."""
     unsealed = {key: value for key, value in content.items() if key != "seal"}
     return sha256(json.dumps(unsealed, sort_keys=True).encode(errors="surrogatepass"))
 
 
 def check_writable(where: Path) -> None:
-    """Raise UserError now rather than after an hour of training."""
+    """Raise UserError if results cannot be written to a folder; called before training starts."""
     try:
         where.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=where):
@@ -83,7 +84,7 @@ def check_writable(where: Path) -> None:
 
 
 def safe(name: str, limit: int = 120) -> str:
-    """A file name that stays in its folder: letters, digits, `-_.`, no leading dot, at most `limit` bytes of UTF-8."""
+    """A valid file name: letters, digits, `-_.`, no leading dot, at most `limit` bytes of UTF-8."""
     kept = "".join(c if c.isalnum() or c in "-_." else "_" for c in name).lstrip(".") or "_"
     if len(kept.encode()) <= limit:
         return kept
@@ -91,4 +92,5 @@ def safe(name: str, limit: int = 120) -> str:
 
 
 def sha256(content: bytes) -> str:
+    """SHA-256 as 64 hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()

@@ -82,13 +82,13 @@ class Classifier(nn.Module):
         return (total / lengths_of(mask).unsqueeze(-1)).to(x.dtype)
 
     def cost(self, length: int) -> Cost:
-        """Forward work for one example whose towers hold `length` tokens each. Raises NotImplementedError where the
-        encoder declares no cost."""
+        """Forward work for an example whose towers hold `length` tokens each, and once for a batch of examples. Raises
+        NotImplementedError where the encoder declares no cost."""
         inside = length + (self.cls is not None)
         total = self.encoder.cost(inside)
         if isinstance(self.embedding, nn.Linear):
             total += Cost.linear(length, self.embedding.in_features, self.embedding.out_features)
-        total *= self.towers
+        total = total.of_sequences(self.towers)
         for layer in self.head.modules():
             if isinstance(layer, nn.Linear):
                 total += Cost.linear(1, layer.in_features, layer.out_features)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -10,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lra.encoder import Card, Cost, Encoder
+from lra.encoder import Card, Cost, Encoder, Mixer
+from lra.kernels.linear_scan import linear_scan
 
 CARD = Card(title="A leaky mean", year=2000, url="https://example.org/paper", scaling="L", causal=True)
 
@@ -33,10 +35,8 @@ class Good(Encoder):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         for layer, (norm, inner) in enumerate(zip(self.norms, self.maps, strict=True)):
-            a, mean = self.rates[layer].sigmoid(), [torch.zeros_like(x[:, 0])]
-            for token in inner(norm(x)).unbind(1):
-                mean.append(a * mean[-1] + (1 - a) * token)
-            x = x + torch.stack(mean[1:], dim=1)
+            a = self.rates[layer].sigmoid()
+            x = x + linear_scan(a[None, None], (1 - a) * inner(norm(x)))
         return self.finish(x)
 
     def finish(self, x: Tensor) -> Tensor:
@@ -255,6 +255,13 @@ class StepsDifferently(Good):
         return super().step(x, tuple(2 * mean for mean in state))
 
 
+class ForgetsBetweenChunks(Good):
+    breaks = "step"
+
+    def chunk(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        return super().chunk(x, self.init_state(len(x)))
+
+
 class DoubledCost(Good):
     breaks = "cost"
 
@@ -270,6 +277,18 @@ class ForgottenWork(Good):
     def finish(self, x: Tensor) -> Tensor:
         waves = torch.fft.rfft(x.detach().repeat(1, 512) if x.dim() == 2 else x.detach().repeat(1, 1, 512)).real
         return x + 0 * waves[..., : x.shape[-1]]
+
+
+class ChargedToEverySequence(Good):
+    """A transform of its parameters, done once for a batch."""
+
+    breaks = "cost"
+
+    def finish(self, x: Tensor) -> Tensor:
+        return x + 0 * torch.fft.rfft(self.rates.detach()[0].repeat(4096)).real[: x.shape[-1]].to(x.dtype)
+
+    def cost(self, length: int) -> Cost:
+        return super().cost(length) + Cost(other=2.5 * 4096 * self.d_model * math.log2(4096 * self.d_model))
 
 
 class OverstatedGrowth(Good):
@@ -340,6 +359,70 @@ class MisspeltSetting(Good):
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
         return {"rates": {"learning_rate": 1e-3}}
+
+
+class Stepping(Good):
+    """With a step size for each channel, spared with its norms and biases from weight decay."""
+
+    def __init__(self, *, d_model: int, n_layers: int, length: int, dropout: float = 0.0) -> None:
+        super().__init__(d_model=d_model, n_layers=n_layers, length=length)
+        self.log_dt = nn.Parameter(torch.zeros(d_model))
+
+    @property
+    def optim(self) -> Mapping[str, Mapping[str, float]]:
+        return {pattern: {"weight_decay": 0.0} for pattern in ("log_dt", "norms.*", "*.bias")}
+
+    def finish(self, x: Tensor) -> Tensor:
+        return x * self.log_dt.exp()
+
+
+class DecaysItsSteps(Stepping):
+    breaks = "optim_groups"
+
+    @property
+    def optim(self) -> Mapping[str, Mapping[str, float]]:
+        return {pattern: settings for pattern, settings in super().optim.items() if pattern != "log_dt"}
+
+
+class DecaysItsNorms(Stepping):
+    breaks = "optim_norms"
+
+    @property
+    def optim(self) -> Mapping[str, Mapping[str, float]]:
+        return {pattern: settings for pattern, settings in super().optim.items() if pattern != "norms.*"}
+
+
+class Sum(Mixer):
+    """Of all magnitudes so far: it grows with the length."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x.abs().cumsum(1)
+
+    def cost(self, length: int) -> Cost:
+        return Cost()
+
+
+class GrowsWithTheLength(Good):
+    breaks = "magnitudes"
+
+    def __init__(self, *, d_model: int, n_layers: int, length: int, dropout: float = 0.0) -> None:
+        super().__init__(d_model=d_model, n_layers=n_layers, length=length)
+        self.sum = Sum()
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return super().forward(x, mask) + 1e-3 * self.sum(x, mask)
+
+    def init_state(self, batch: int) -> Any:
+        raise NotImplementedError
+
+
+class GrowsWithTheDepth(Good):
+    """Without mixers: what the whole encoder puts out is measured."""
+
+    breaks = "magnitudes"
+
+    def finish(self, x: Tensor) -> Tensor:
+        return x * 12.0 ** (self.n_layers // 4)
 
 
 class _Uphill(torch.autograd.Function):

@@ -78,7 +78,7 @@ def main(task: str, folder: Path) -> None:
     print(json.dumps({
         "killed": len(killed), "killed_after_results": killed, "cut_short": cut,
         "failed": [cell.name for cell in failed], "results": len(files),
-        "cells": [f"{r['seed']} {r['recipe_hash']}" for r in records],
+        "cells": [f"{r.seed} {r.recipe_hash}" for r in records],
         "seconds": round(seconds, 1),
     }))  # fmt: skip
 

@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 
 from lra.results import result
+from lra.results.record import RunRecord
 from lra.training import stages
 from lra.training.callbacks import Stop
 from lra.training.request import Request
@@ -64,7 +65,7 @@ def one(task: str, architecture: str, folder: Path, settings: dict[str, str], re
     run(Request(task, architecture, "quick", settings=settings, resume=resume), Console(quiet=True))
 
 
-def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], np.ndarray, dict[str, Any]]:
+def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], np.ndarray, RunRecord]:
     (path,) = (folder / "results").rglob("*.json")
     return torch.load(folder / "final.pt"), np.load(path.with_suffix(".npz"))["prediction"], result.read(path)
 
@@ -87,8 +88,8 @@ def main(task: str, place: Path, cases: list[str]) -> None:
             (a, p, x), (b, q, y) = outcome(whole), outcome(broken)
             said["weights"] = all(torch.equal(a[key], b[key]) for key in a)
             said["predictions"] = bool((p == q).all())
-            said["steps"] = [x["speed"]["steps"], y["speed"]["steps"]]
-            said["validation"] = [x["validation"]["accuracy"], y["validation"]["accuracy"]]
+            said["steps"] = [x.speed.steps, y.speed.steps]
+            said["validation"] = [x.validation.accuracy, y.validation.accuracy]
         print(json.dumps({"architecture": architecture, **said}), flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Records as `lra.results.result` writes them, made up for tests of what reads them."""
+"""Invented run records, for tests of what reads them."""
 
 from __future__ import annotations
 
@@ -7,21 +7,27 @@ from typing import Any
 
 import numpy as np
 
+from lra.results import record as records
 from lra.results import result
 from lra.results.collection import Collection
+from lra.results.official import shipped_recipe
+from lra.results.record import AT_CHANCE, RunRecord
 
 ACCURACIES = {"s4d": 0.62, "gru": 0.40, "transformer": 0.402}
 
 
-def record(
+def content(
     architecture: str = "gru", seed: int = 0, accuracy: float = 0.5, n: int = 2000, **changes: Any
 ) -> dict[str, Any]:
+    """JSON content of a record of the shipped recipe `quick`. changes: other values of its fields."""
     task, started = changes.get("task", "listops"), changes.get("started", "2026-01-01T00:00:00+00:00")
-    made = {
-        "schema": result.SCHEMA, "task": task, "architecture": architecture,
+    recipe = shipped_recipe("quick", task, architecture)
+    assert recipe is not None
+    return {
+        "schema": records.SCHEMA, "task": task, "architecture": architecture,
         "id": f"quick-{task}-{result.slug(architecture)}-s{seed}-{started[:10]}",
         "protocol": {"name": "strict", "length": 2000, "encoding": "tokens"},
-        "recipe": {"name": "quick", "optim": {"lr": 0.01}}, "recipe_hash": "a" * 64, "seed": seed, "regime": "scratch",
+        "recipe": recipe.as_dict(), "recipe_hash": recipe.hash, "seed": seed, "regime": "scratch",
         "direction": "bidirectional", "test": {"accuracy": accuracy, "n": n, "correct": round(n * accuracy)},
         "validation": {"accuracy": 0.4, "n": 500, "best_step": 300, "split": "validation"}, "collapsed": "",
         "floors": {"majority class": 0.17, "root operator": 0.36}, "parameters": 12345,
@@ -33,9 +39,20 @@ def record(
             "cpu": "a cpu x2", "device": "cpu", "python": "3.11.7", "versions": {"torch": "2.13.0"},
             "commit": {"hash": "0" * 40, "dirty": False},
         },
-        "command": f"lra run {task} {architecture} --seed {seed}", "started": started, "predictions": {},
-    }  # fmt: skip
-    return made | changes
+        "command": f"lra run {task} {architecture} --seed {seed}", "started": started,
+        "predictions": {"file": "", "sha256": ""},
+    } | changes  # fmt: skip
+
+
+def record(architecture: str = "gru", seed: int = 0, accuracy: float = 0.5, n: int = 2000, **changes: Any) -> RunRecord:
+    return records.from_json(content(architecture, seed, accuracy, n, **changes))
+
+
+def modified(name: str, architecture: str = "gru", seed: int = 0, accuracy: float = 0.5, **settings: Any) -> RunRecord:
+    """A record whose recipe has a name and settings of section `optim` of the caller's choice."""
+    recipe = content(architecture)["recipe"]
+    recipe |= {"name": name, "optim": recipe["optim"] | settings}
+    return record(architecture, seed, accuracy, recipe=recipe, recipe_hash=(name + str(settings)).ljust(64, "0"))
 
 
 def answered(accuracy: float, n: int, seed: int) -> dict[str, np.ndarray]:
@@ -50,10 +67,9 @@ def answered(accuracy: float, n: int, seed: int) -> dict[str, np.ndarray]:
     }  # fmt: skip
 
 
-def write(root: Path, made: dict[str, Any]) -> Path:
+def write(root: Path, made: RunRecord) -> Path:
     """With predictions that say what the record says."""
-    test = made["test"]
-    return result.write(made, answered(test["accuracy"], test["n"], made["seed"]), root)
+    return result.write(made, answered(made.test.accuracy, made.test.n, made.seed), root)
 
 
 def filled(root: Path, seeds: int = 3) -> Collection:
@@ -63,8 +79,6 @@ def filled(root: Path, seeds: int = 3) -> Collection:
             for seed in range(seeds):
                 collapses = (task, name, seed) == ("pathfinder", "gru", 0)
                 value = 0.5 if collapses else accuracy + shift + 0.002 * seed
-                write(root, record(
-                    name, seed, round(value * 2000) / 2000, task=task,
-                    collapsed="not above the best blind guess" if collapses else "",
-                ))  # fmt: skip
+                accuracy_of_run = round(value * 2000) / 2000
+                write(root, record(name, seed, accuracy_of_run, task=task, collapsed=AT_CHANCE if collapses else ""))
     return Collection.read(root)

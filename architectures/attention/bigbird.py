@@ -45,9 +45,9 @@ class BigBirdMixer(AttentionMixer):
 
     def __init__(
         self, d_model: int, n_heads: int, width: int, positions: str, causal: bool, size: int, n_random: int,
-        length: int,
+        length: int, dropout: float = 0.0,
     ) -> None:  # fmt: skip
-        super().__init__(d_model, n_heads, width, positions, causal)
+        super().__init__(d_model, n_heads, width, positions, causal, dropout=dropout)
         self.size = size
         self.register_buffer("random_blocks", drawn(n_heads, -(-length // size), n_random, causal))
 
@@ -62,6 +62,7 @@ class BigBirdMixer(AttentionMixer):
             q, k, v, mask, (1, 0 if self.causal else 1), 1, first, chosen if chosen.numel() else None,
             # ahead of the first block there is nothing it could see besides itself
             global_mask=last, mutual=not self.causal, block=self.size, causal=self.causal, slopes=self.slopes,
+            dropout=self.rate,
         )  # fmt: skip
 
     def pairs(self, length: int) -> float:
@@ -92,7 +93,8 @@ def drawn(heads: int, blocks: int, n_random: int, causal: bool) -> Tensor:
 
 class BigBird(Stack):
     """size: tokens in a block. n_random: random blocks for each block. n_heads: must divide qkv_dim, the width of all
-    heads together, d_model unless given. positions: "sinusoidal", "learned", "rope", "alibi", "none"."""
+    heads together, d_model unless given. positions: "sinusoidal", "learned", "rope", "alibi", "none".
+    attention_dropout: on the attention weights."""
 
     card = Card(
         title="Big Bird: Transformers for Longer Sequences",
@@ -115,6 +117,7 @@ class BigBird(Stack):
         n_random: int = 3,
         qkv_dim: int | None = None,
         positions: str = "sinusoidal",
+        attention_dropout: float = 0.0,
         block: Mapping[str, Any] | None = None,
     ) -> None:
         width = checked_width(d_model, n_heads, qkv_dim, positions)
@@ -122,7 +125,9 @@ class BigBird(Stack):
         at_least(0, n_random=n_random)
         causal = direction == "causal"
         super().__init__(
-            lambda _: BigBirdMixer(d_model, n_heads, width, positions, causal, size, n_random, length),
+            lambda _: BigBirdMixer(
+                d_model, n_heads, width, positions, causal, size, n_random, length, attention_dropout
+            ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block={"positions": added_positions(positions), **(block or {})},
         )  # fmt: skip

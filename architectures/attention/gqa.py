@@ -40,7 +40,7 @@ class GQAMixer(AttentionMixer):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         # fused kernels want a key head per query head; the copy costs far less than the product
         k, v = (t.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1) for t in (k, v))
-        return attend(q, k, v, mask, causal=self.causal, slopes=self.slopes)
+        return attend(q, k, v, mask, causal=self.causal, slopes=self.slopes, dropout=self.rate)
 
     def pairs(self, length: int) -> float:
         return float(self.n_heads * length**2)
@@ -48,7 +48,8 @@ class GQAMixer(AttentionMixer):
 
 class GQA(Stack):
     """n_heads: must divide qkv_dim; n_kv_heads: must divide n_heads. qkv_dim: width of all query heads together,
-    d_model unless given. positions: "sinusoidal", "learned", "rope", "alibi" or "none"."""
+    d_model unless given. positions: "sinusoidal", "learned", "rope", "alibi" or "none". attention_dropout: on the
+    attention weights."""
 
     card = Card(
         title="GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints",
@@ -71,13 +72,16 @@ class GQA(Stack):
         n_kv_heads: int = 2,
         qkv_dim: int | None = None,
         positions: str = "sinusoidal",
+        attention_dropout: float = 0.0,
         block: Mapping[str, Any] | None = None,
     ) -> None:
         width = checked_width(d_model, n_heads, qkv_dim, positions)
         if n_kv_heads < 1 or n_heads % n_kv_heads:
             raise ValueError(f"n_kv_heads is {n_kv_heads}; a divisor of n_heads, {n_heads}")
         super().__init__(
-            lambda _: GQAMixer(d_model, n_heads, width, positions, direction == "causal", n_kv_heads),
+            lambda _: GQAMixer(
+                d_model, n_heads, width, positions, direction == "causal", n_kv_heads, dropout=attention_dropout
+            ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block={"positions": added_positions(positions), **(block or {})},
         )  # fmt: skip

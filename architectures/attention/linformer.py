@@ -53,9 +53,10 @@ class LinformerMixer(AttentionMixer):
     """(B, L, D) -> (B, L, D). of_keys, of_values: E and F, the same parameter where they are shared."""
 
     def __init__(
-        self, d_model: int, n_heads: int, qkv_dim: int, of_keys: nn.Parameter, of_values: nn.Parameter
-    ) -> None:
-        super().__init__(d_model, n_heads, qkv_dim, "none", causal=False)
+        self, d_model: int, n_heads: int, qkv_dim: int, of_keys: nn.Parameter, of_values: nn.Parameter,
+        dropout: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__(d_model, n_heads, qkv_dim, "none", causal=False, dropout=dropout)
         self.of_keys, self.of_values = of_keys, of_values
 
     def _shortened(self, x: Tensor, mask: Tensor, mixture: Tensor, linear: tuple[Tensor, Tensor]) -> Tensor:
@@ -79,7 +80,7 @@ class LinformerMixer(AttentionMixer):
         return self.out(merge_heads(self.attend(q, k, v, mask)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=self.rate)
 
     def pairs(self, length: int) -> float:
         return float(self.n_heads * length * self.of_keys.shape[-1])
@@ -97,7 +98,7 @@ class LinformerMixer(AttentionMixer):
 
 class Linformer(Stack):
     """n_heads: must divide qkv_dim. qkv_dim: width of all heads together, d_model unless given. k: mixtures of
-    positions. sharing: one of SHARING."""
+    positions. sharing: one of SHARING. attention_dropout: on the attention weights."""
 
     card = Card(
         title="Linformer: Self-Attention with Linear Complexity",
@@ -125,6 +126,7 @@ class Linformer(Stack):
         k: int = 128,
         sharing: str = "layer",
         positions: str = "sinusoidal",
+        attention_dropout: float = 0.0,
         block: Mapping[str, Any] | None = None,
     ) -> None:
         width = checked_width(d_model, n_heads, qkv_dim, "none")
@@ -141,7 +143,7 @@ class Linformer(Stack):
         def make(_: int) -> LinformerMixer:
             of_keys = length_map(*shape) if of_all is None else of_all
             of_values = length_map(*shape) if sharing in ("head", "none") else of_keys
-            return LinformerMixer(d_model, n_heads, width, of_keys, of_values)
+            return LinformerMixer(d_model, n_heads, width, of_keys, of_values, attention_dropout)
 
         super().__init__(
             make, d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,

@@ -47,20 +47,23 @@ class LocalMixer(AttentionMixer):
     """Attention to the own block, `before` blocks back and `after` ahead: (B, L, D) -> (B, L, D)."""
 
     def __init__(
-        self, d_model: int, n_heads: int, width: int, positions: str, causal: bool, size: int, before: int, after: int
-    ) -> None:
-        super().__init__(d_model, n_heads, width, positions, causal)
+        self, d_model: int, n_heads: int, width: int, positions: str, causal: bool, size: int, before: int, after: int,
+        dropout: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__(d_model, n_heads, width, positions, causal, dropout=dropout)
         self.size, self.window = size, (before, 0 if causal else after)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         if any(self.window):
-            return banded(q, k, v, mask, self.window, block=self.size, causal=self.causal, slopes=self.slopes)
+            options = {"causal": self.causal, "slopes": self.slopes, "dropout": self.rate}
+            return banded(q, k, v, mask, self.window, block=self.size, **options)
         # blocks that see themselves alone are sequences of their own
         length, missing = mask.shape[1], -mask.shape[1] % self.size
         q, k, v = (self.apart(F.pad(t, (0, 0, 0, missing))) for t in (q, k, v))
         real = F.pad(mask, (0, missing)).unflatten(1, (-1, self.size)).flatten(0, 1)
         # one of padding alone sees itself: its rows are not read, but must not be a softmax over nothing
-        y = attend(q, k, v, real | ~real.any(dim=1, keepdim=True), causal=self.causal, slopes=self.slopes)
+        real = real | ~real.any(dim=1, keepdim=True)
+        y = attend(q, k, v, real, causal=self.causal, slopes=self.slopes, dropout=self.rate)
         return y.transpose(1, 2).unflatten(0, (len(mask), -1)).flatten(1, 2).transpose(1, 2)[:, :, :length]
 
     def apart(self, x: Tensor) -> Tensor:
@@ -84,7 +87,7 @@ class LocalMixer(AttentionMixer):
 class Local(Stack):
     """size: tokens in a block. before, after: blocks looked at besides the own one. n_heads: must divide qkv_dim,
     the width of all heads together, d_model unless given. positions: "sinusoidal", "learned", "rope", "alibi", "none".
-    """
+    attention_dropout: on the attention weights."""
 
     card = Card(
         title="Long Range Arena: A Benchmark for Efficient Transformers",
@@ -109,6 +112,7 @@ class Local(Stack):
         after: int = 0,
         qkv_dim: int | None = None,
         positions: str = "sinusoidal",
+        attention_dropout: float = 0.0,
         block: Mapping[str, Any] | None = None,
     ) -> None:
         width = checked_width(d_model, n_heads, qkv_dim, positions)
@@ -116,7 +120,7 @@ class Local(Stack):
         at_least(0, before=before, after=after)
         causal = direction == "causal"
         super().__init__(
-            lambda _: LocalMixer(d_model, n_heads, width, positions, causal, size, before, after),
+            lambda _: LocalMixer(d_model, n_heads, width, positions, causal, size, before, after, attention_dropout),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block={"positions": added_positions(positions), **(block or {})},
         )  # fmt: skip

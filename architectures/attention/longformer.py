@@ -52,9 +52,9 @@ class LongformerMixer(AttentionMixer):
 
     def __init__(
         self, d_model: int, n_heads: int, width: int, positions: str, causal: bool, window: int, dilation: list[int],
-        n_global: int,
+        n_global: int, dropout: float = 0.0,
     ) -> None:  # fmt: skip
-        super().__init__(d_model, n_heads, width, positions, causal)
+        super().__init__(d_model, n_heads, width, positions, causal, dropout=dropout)
         self.window, self.dilation, self.n_global = (window, 0 if causal else window), dilation, n_global
         self.qkv_global: nn.Linear | None = None
         if n_global and not causal:
@@ -62,7 +62,7 @@ class LongformerMixer(AttentionMixer):
             self.qkv_global.load_state_dict(self.qkv.state_dict())
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        options = {"causal": self.causal, "mutual": self.causal, "slopes": self.slopes}
+        options = {"causal": self.causal, "mutual": self.causal, "slopes": self.slopes, "dropout": self.rate}
         return banded(q, k, v, mask, self.window, self.dilation, min(self.n_global, q.shape[2]), **options)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class LongformerMixer(AttentionMixer):
             position = torch.arange(x.shape[1], device=x.device)
             fading = -self.slopes[:, None, None] * (position[: first.shape[1], None] - position).abs()
             allowed = fading.to(q.dtype)[None].masked_fill(~allowed, -torch.inf)
-        return F.scaled_dot_product_attention(q, k, v, allowed)
+        return F.scaled_dot_product_attention(q, k, v, allowed, self.rate)
 
     def pairs(self, length: int) -> float:
         named = min(self.n_global, length) * (2 if self.causal else 1)
@@ -112,7 +112,8 @@ class LongformerMixer(AttentionMixer):
 class Longformer(Stack):
     """window: keys on each side. dilation: the largest, reached in the last layer; dilated_heads: how many heads have
     it. n_global: global tokens, the first ones. n_heads: must divide qkv_dim, the width of all heads together, d_model
-    unless given. positions: "sinusoidal", "learned", "rope", "alibi", "none"."""
+    unless given. positions: "sinusoidal", "learned", "rope", "alibi", "none". attention_dropout: on the
+    attention weights."""
 
     card = Card(
         title="Longformer: The Long-Document Transformer",
@@ -138,6 +139,7 @@ class Longformer(Stack):
         n_global: int = 1,
         qkv_dim: int | None = None,
         positions: str = "sinusoidal",
+        attention_dropout: float = 0.0,
         block: Mapping[str, Any] | None = None,
     ) -> None:
         width = checked_width(d_model, n_heads, qkv_dim, positions)
@@ -148,7 +150,9 @@ class Longformer(Stack):
         def mixer(layer: int) -> LongformerMixer:
             above = max(0, layer + 1 - n_layers // 2)
             steps = [1] * (n_heads - stretched) + [1 - above * (1 - dilation) // upper] * stretched
-            return LongformerMixer(d_model, n_heads, width, positions, direction == "causal", window, steps, n_global)
+            return LongformerMixer(
+                d_model, n_heads, width, positions, direction == "causal", window, steps, n_global, attention_dropout
+            )
 
         super().__init__(
             mixer,

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import at_least, checked_width, merge_heads, split_heads
+from lra.architectures._attention import at_least, checked_dropout, checked_width, merge_heads, split_heads
 from lra.architectures._norm import normalised
 from lra.architectures._precision import wide
 from lra.architectures._stack import NORMS, Block, Layer, Stack
@@ -67,7 +67,8 @@ class LunaMixer(Mixer):
         dropout: float,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.n_heads, self.pack_heads, self.causal, self.dropout = n_heads, pack_heads, causal, dropout
+        self.n_heads, self.pack_heads, self.causal = n_heads, pack_heads, causal
+        self.dropout = checked_dropout(dropout)
         self.memory = memory
         self.pq, self.pk = nn.Linear(d_model, d_model), nn.Linear(d_model, d_model)
         self.pv = None if tied or causal else nn.Linear(d_model, d_model)
@@ -116,7 +117,9 @@ class LunaMixer(Mixer):
         head, own = d_model // self.n_heads, 1 if self.v is None else 2
         of_tokens, of_memory = 3 if self.pv is None else 4, 1
         if self.causal:
-            maps = Cost.linear((of_tokens + own) * length + of_memory * rows, d_model, d_model)
+            # the queries of P are the same for all sequences
+            maps = Cost.linear((of_tokens + own) * length, d_model, d_model)
+            maps += Cost.linear(of_memory * rows, d_model, d_model).per_batch
             sums = 4.0 * (CHUNK * (head + rows) + 2 * head * rows)
             return maps + Cost(2.0 * length * rows * d_model, length * self.n_heads * (sums + 12.0 * rows))
         maps = Cost.linear(of_tokens * length + (of_memory + own) * rows, d_model, d_model)
@@ -191,10 +194,7 @@ class Luna(Stack):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         if self.causal:
             return super().forward(x, mask)
-        if self.positions is not None:
-            if x.shape[1] > len(self.positions):
-                raise ValueError(f"length {x.shape[1]} exceeds the {len(self.positions)} positions this encoder has")
-            x = x + self.positions[: x.shape[1]].to(x.dtype)
+        x = self.enter(x)
         p = self.memory.expand(len(x), -1, -1)
         for layer, norm in zip(self.blocks, self.memory_norms, strict=True):
             x, p = both(layer, norm, x, p, mask)

@@ -86,7 +86,8 @@ class MovingAverages(nn.Module):
     def cost(self, length: int) -> Cost:
         rows, averages = self.gamma.shape
         transform = 2.5 * 2 * length * math.log2(2 * length)  # a real FFT over the doubled length
-        return Cost(other=4.0 * rows * averages * length + (rows + 2 * len(self.omega)) * transform)
+        kernel = rows * (4.0 * averages * length + transform)
+        return Cost(other=2 * len(self.omega) * transform, batch_other=kernel)
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """State: s (B, D, N)."""
@@ -103,7 +104,7 @@ class MegaMixer(Mixer):
         attention: str, bias: str, chunk: int | None, causal: bool,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.attention, self.chunk, self.causal = attention, chunk, causal
+        self.attention, self.chunk_size, self.causal = attention, chunk, causal
         self.sizes = [d_model, z_dim, value_dim, d_model]
         self.norm = norm
         self.averages = MovingAverages(d_model, averages, causal)
@@ -149,7 +150,7 @@ class MegaMixer(Mixer):
         length = x.shape[1]
         xn = normalised(self.norm, x, mask).masked_fill(~mask.unsqueeze(-1), 0)
         u, q, k, r, c = self._views(self.averages(xn))
-        block = length if self.chunk is None else min(self.chunk, length)
+        block = length if self.chunk_size is None else min(self.chunk_size, length)
         spare = -length % block
         q, k, v = (F.pad(t, (0, 0, 0, spare)).unflatten(1, (-1, block)) for t in (q, k, F.silu(self.value(xn))))
         keys = F.pad(mask, (0, spare)).view(-1, block)
@@ -161,12 +162,12 @@ class MegaMixer(Mixer):
 
     def cost(self, length: int) -> Cost:
         width, z_dim, value_dim, _ = self.sizes
-        block = length if self.chunk is None else min(self.chunk, length)
+        block = length if self.chunk_size is None else min(self.chunk_size, length)
         chunks = -(-length // block)
         maps = Cost.linear(length, width, value_dim) + Cost.linear(length, width, sum(self.sizes))
         maps = maps + Cost.linear(length, value_dim, width) + self.averages.cost(length)
         turned = 2.0 * block**2 * z_dim if self.angles is not None else 0.0
-        attention = Cost(2.0 * chunks * block**2 * (z_dim + value_dim) + turned, 8.0 * chunks * block**2)
+        attention = Cost(2.0 * chunks * block**2 * (z_dim + value_dim), 8.0 * chunks * block**2, turned)
         return maps + attention + Cost(other=length * (20.0 * width + 8.0 * (z_dim + value_dim)))
 
     def init_state(self, batch: int) -> State:
@@ -180,7 +181,7 @@ class MegaMixer(Mixer):
         xn = self.norm(x)
         m, s = self.averages.step(xn, s)
         u, q, k, r, c = self._views(m)
-        if keys.shape[1] == self.chunk:
+        if keys.shape[1] == self.chunk_size:
             keys, values = keys[:, :0], values[:, :0]
         keys = torch.cat([keys, k.unsqueeze(1)], dim=1)
         values = torch.cat([values, F.silu(self.value(xn)).unsqueeze(1)], dim=1)
@@ -228,7 +229,7 @@ class Mega(Stack):
                 raise ValueError(f"{name} is {size}; at least 1")
         if bias == "rotary" and z_dim % 2:
             raise ValueError(f"z_dim is {z_dim}; even, as rotary positions turn pairs of features")
-        self.chunk = chunk
+        self.chunk_size = chunk
         shape = type(self).block.updated(block)
 
         def mixer(_: int) -> MegaMixer:
@@ -251,4 +252,4 @@ class Mega(Stack):
 
     @property
     def scaling(self) -> str:
-        return "L^2" if self.chunk is None else "L log L"
+        return "L^2" if self.chunk_size is None else "L log L"

@@ -70,8 +70,11 @@ def inverse(A: Tensor, Z: Tensor, iterations: int) -> Tensor:
 class NystromformerMixer(AttentionMixer):
     """(B, L, D) -> (B, L, D)."""
 
-    def __init__(self, d_model: int, n_heads: int, qkv_dim: int, landmarks: int, kernel: int, iterations: int) -> None:
-        super().__init__(d_model, n_heads, qkv_dim, "none", causal=False)
+    def __init__(
+        self, d_model: int, n_heads: int, qkv_dim: int, landmarks: int, kernel: int, iterations: int,
+        dropout: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__(d_model, n_heads, qkv_dim, "none", causal=False, dropout=dropout)
         self.landmarks, self.iterations = landmarks, iterations
         self.conv = nn.Conv2d(n_heads, n_heads, (kernel, 1), padding=(kernel // 2, 0), groups=n_heads, bias=False)
 
@@ -85,8 +88,8 @@ class NystromformerMixer(AttentionMixer):
             scores = wide(mark_q) @ wide(mark_k).mT * self.head**-0.5
             A = scores.masked_fill(~known, -torch.inf).softmax(-1) * known.mT
             Z = inverse(A, A.mT / A.sum(-2).amax(-1)[..., None, None], self.iterations)
-        rows = F.scaled_dot_product_attention(mark_q, k, v, mask[:, None, None, :])
-        y = F.scaled_dot_product_attention(q, mark_k, (Z @ wide(rows)).to(v.dtype), known)
+        rows = F.scaled_dot_product_attention(mark_q, k, v, mask[:, None, None, :], self.rate)
+        y = F.scaled_dot_product_attention(q, mark_k, (Z @ wide(rows)).to(v.dtype), known, self.rate)
         return y + self.conv(v)
 
     def pairs(self, length: int) -> float:
@@ -103,7 +106,8 @@ class NystromformerMixer(AttentionMixer):
 
 class Nystromformer(Stack):
     """n_heads: must divide qkv_dim. qkv_dim: width of all heads together, d_model unless given. landmarks: m. kernel:
-    taps of conv, odd. iterations: for Z."""
+    taps of conv, odd. iterations: for Z. attention_dropout: on the softmaxes over landmarks and over tokens, not
+    on A."""
 
     card = Card(
         title="Nystromformer: A Nystrom-Based Algorithm for Approximating Self-Attention",
@@ -127,6 +131,7 @@ class Nystromformer(Stack):
         kernel: int = 35,
         iterations: int = 6,
         positions: str = "sinusoidal",
+        attention_dropout: float = 0.0,
         block: Mapping[str, Any] | None = None,
     ) -> None:
         width = checked_width(d_model, n_heads, qkv_dim, "none")
@@ -138,7 +143,7 @@ class Nystromformer(Stack):
         if direction != "bidirectional":
             raise ValueError(f"direction is {direction!r}; bidirectional, means of segments see the future")
         super().__init__(
-            lambda _: NystromformerMixer(d_model, n_heads, width, landmarks, kernel, iterations),
+            lambda _: NystromformerMixer(d_model, n_heads, width, landmarks, kernel, iterations, attention_dropout),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block={"positions": positions, **(block or {})},
         )  # fmt: skip

@@ -2,11 +2,15 @@
 
 Kitaev et al. 2020, arXiv:2001.04451. With m = `chunk`, r = `n_hashes`, d = qkv_dim / H, per head (section 2):
 
-    q, V = x W_qk, x W_v;  k = q / |q|                     queries and keys share a map; (B, L, D) -> (B, H, L, d)
+    q, V = x W_qk, x W_v                                   queries and keys share a map; (B, L, D) -> (B, H, L, d)
+    k = q / sqrt(|q|^2 + 1e-6 d)                           keys have length 1
     bucket_s(i) = argmax [q_i R_s, -q_i R_s]               R_s: (d, b / 2) normal; rounds s = 1 .. r
     place_s(i): rank of token i when sorted by (bucket, position); chunk_s = floor(place_s / m)
     i sees j in round s  where  their buckets are equal, and chunk_s(i) - chunk_s(j) is 0 or 1      equation 5
-    y = W_o concat_h softmax over the union of rounds of (q_i . k_j / sqrt(d)), itself at -1e5    equation 6
+    y = W_o concat_h softmax over the union of rounds of (q_i . k_j), itself at -1e5              equation 6
+
+The scores are not divided by sqrt(d) again: with unit keys q . k is |q| times a cosine, of unit variance where the
+features of q have it. trax and Hugging Face compute the same, with keys of length sqrt(d) and the division.
 
 Rounds are softmaxes of their own, merged by their log-sum-exp, a key seen in several counted once (N_ij, appendix A).
 Layers act on two streams X1 = X2 = x (section 3):  Y1 = X1 + attention(norm(X2)),  Y2 = X2 + feedforward(norm(Y1)).
@@ -22,9 +26,10 @@ Departures: chunks do not reach across rounds, nor around the end; in the author
 sees the m tokens before it in its bucket: with whole chunks, what it sees would hang on how many later tokens come into
 lower buckets. The streams are averaged at the end and normalised.
 
-Checked against: buckets of Hugging Face's LSHSelfAttention, its chunks sent through the softmax over rounds here, and
-its layers through the reversible pass, outputs and gradients; softmax attention under the explicit L x L mask of the
-equation; autograd through the same layers; inputs recovered from outputs.
+Checked against: tensors of Hugging Face's LSHSelfAttention: its buckets; the forward pass over its chunks, outputs and
+gradients; forward and step against its stored probabilities among the keys that are seen here; its layers through the
+reversible pass. Softmax attention under the explicit L x L mask of the equation; the entropy of one bucket in closed
+form; autograd through the same layers; inputs recovered from outputs.
 """
 
 from __future__ import annotations
@@ -41,7 +46,9 @@ from lra.architectures._attention import (  # fmt: skip
     added_positions,
     alibi_slopes,
     at_least,
+    checked_dropout,
     checked_width,
+    drop_keys,
     merge_heads,
     rope,
     split_heads,
@@ -49,7 +56,7 @@ from lra.architectures._attention import (  # fmt: skip
 from lra.architectures._reversible import Step, reversible
 from lra.architectures._rounds import Reordered, UnionOfRounds
 from lra.architectures._stack import Layer, Stack
-from lra.encoder import Card, Cost, Mixer
+from lra.encoder import Card, Cost, Mixer, stepwise
 
 ITSELF = -1e5
 """Score of a token for itself: it looks at itself only when nothing else is there."""
@@ -63,11 +70,12 @@ class LSHMixer(Mixer):
 
     def __init__(
         self, d_model: int, n_heads: int, width: int, positions: str, causal: bool, n_hashes: int, n_buckets: int,
-        chunk: int,
+        chunk: int, dropout: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
+        self.dropout = checked_dropout(dropout)
         self.n_heads, self.head, self.causal, self.rotary = n_heads, width // n_heads, causal, positions == "rope"
-        self.n_hashes, self.n_buckets, self.chunk = n_hashes, n_buckets, chunk
+        self.n_hashes, self.n_buckets, self.chunk_size = n_hashes, n_buckets, chunk
         self.qk, self.v = nn.Linear(d_model, width, bias=False), nn.Linear(d_model, width, bias=False)
         self.out = nn.Linear(width, d_model, bias=False)
         for layer in (self.qk, self.v, self.out):
@@ -91,23 +99,22 @@ class LSHMixer(Mixer):
     def forward(self, x: Tensor, mask: Tensor, buckets: Tensor | None = None) -> Tensor:
         """`buckets` of these tokens, where they are known already."""
         length = x.shape[1]
-        m = min(self.chunk, length)  # all tokens fit into one chunk then
+        m = min(self.chunk_size, length)  # all tokens fit into one chunk then
         missing = -length % m
         buckets = self.buckets(x, mask) if buckets is None else buckets
         x, buckets = F.pad(x, (0, 0, 0, missing)), F.pad(buckets, (0, missing), value=self.n_buckets)
         q, k = self.queries_and_keys(split_heads(self.qk(x), self.n_heads))
-        v = split_heads(self.v(x), self.n_heads)
+        v = drop_keys(split_heads(self.v(x), self.n_heads), self.dropout if self.training else 0.0)
         order = buckets.sort(dim=-1, stable=True).indices
         place = torch.empty_like(order).scatter_(-1, order, torch.arange(x.shape[1], device=x.device).expand_as(order))
-        # the scale goes with the queries: they are fewer than the scores
-        q, k = (q * self.head**-0.5).to(v.dtype), k.to(v.dtype)
+        q, k = q.to(v.dtype), k.to(v.dtype)
         q, k, v = (Reordered.apply(t.unsqueeze(2), order, place).unflatten(3, (-1, m)) for t in (q, k, v))
         bias = self.bias(order, place, buckets, m, torch.promote_types(v.dtype, torch.float32))
         y = UnionOfRounds.apply(q, with_chunk_before(k), with_chunk_before(v), bias, order, place)
         return self.out(merge_heads(y))[:, :length]
 
     def queries_and_keys(self, qk: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
-        k = F.normalize(qk, dim=-1)
+        k = F.rms_norm(qk, qk.shape[-1:], eps=1e-6) * self.head**-0.5
         return (rope(qk, start), rope(k, start)) if self.rotary else (qk, k)
 
     @torch.no_grad()
@@ -141,7 +148,7 @@ class LSHMixer(Mixer):
 
     def cost(self, length: int) -> Cost:
         d_model, width = self.out.out_features, self.out.in_features
-        m = min(self.chunk, length)
+        m = min(self.chunk_size, length)
         total = -(-length // m) * m
         maps = 2 * Cost.linear(total, d_model, width, bias=False) + Cost.linear(total, width, d_model, bias=False)
         # the buckets are found before padding, by a product of their own
@@ -167,12 +174,12 @@ class LSHMixer(Mixer):
         keys, values = (torch.cat([old, t], dim=2) for old, t in zip(state, new, strict=False))
         buckets = torch.cat([state[2], found], dim=3)
         same = buckets == found
-        seen = (same & (same.flip(-1).cumsum(-1).flip(-1) <= self.chunk + 1)).any(dim=2, keepdim=True)
+        seen = (same & (same.flip(-1).cumsum(-1).flip(-1) <= self.chunk_size + 1)).any(dim=2, keepdim=True)
         bias = torch.zeros(seen.shape, dtype=q.dtype, device=x.device).masked_fill_(~seen, -torch.inf)
         if self.slopes is not None:
             bias -= self.slopes.view(-1, 1, 1) * torch.arange(time, -1, -1, device=x.device)
         bias[..., -1] = ITSELF
-        y = ((q * self.head**-0.5) @ keys.mT + bias).softmax(dim=-1) @ values
+        y = (q @ keys.mT + bias).softmax(dim=-1) @ values
         return self.out(merge_heads(y)).squeeze(1), (keys, values, buckets)
 
 
@@ -185,7 +192,7 @@ def with_chunk_before(x: Tensor, first: float = 0) -> Tensor:
 class Reformer(Stack):
     """n_hashes: r, rounds of hashing. chunk: m. n_buckets: b, even; None for 2 ceil(length / m). n_heads: must divide
     qkv_dim, the width of all heads together, d_model unless given. positions: "sinusoidal", "learned", "rope", "alibi",
-    "none"."""
+    "none". attention_dropout: a key is left out for all queries of a head."""
 
     card = Card(
         title="Reformer: The Efficient Transformer",
@@ -209,6 +216,7 @@ class Reformer(Stack):
         n_buckets: int | None = None,
         qkv_dim: int | None = None,
         positions: str = "sinusoidal",
+        attention_dropout: float = 0.0,
         block: Mapping[str, Any] | None = None,
     ) -> None:
         width = checked_width(d_model, n_heads, qkv_dim, positions)
@@ -218,7 +226,7 @@ class Reformer(Stack):
             raise ValueError(f"n_buckets is {count}; an even number from 2 to {2**15 - 2}")
         causal, self.follows_length = direction == "causal", n_buckets is None
         super().__init__(
-            lambda _: LSHMixer(d_model, n_heads, width, positions, causal, n_hashes, count, chunk),
+            lambda _: LSHMixer(d_model, n_heads, width, positions, causal, n_hashes, count, chunk, attention_dropout),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block={"positions": added_positions(positions), **(block or {})},
         )  # fmt: skip
@@ -231,10 +239,7 @@ class Reformer(Stack):
 
     def streams(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Both streams after the last layer, before they are averaged: (B, L, D) each."""
-        if self.positions is not None:
-            if x.shape[1] > len(self.positions):
-                raise ValueError(f"length {x.shape[1]} exceeds the {len(self.positions)} positions this encoder has")
-            x = x + self.positions[: x.shape[1]].to(x.dtype)
+        x = self.enter(x)
         return reversible(x, x, [reversible_step(layer, mask) for layer in self.blocks], random=self.training)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -243,8 +248,7 @@ class Reformer(Stack):
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         time, before = state
-        if self.positions is not None:
-            x = x + self.positions[time].to(x.dtype)
+        x = self.enter(x, time)
         x1, x2, after = x, x, []
         for layer, own in zip(self.blocks, before, strict=True):
             assert layer.ffn is not None
@@ -254,6 +258,9 @@ class Reformer(Stack):
             x2 = x2 + layer.ffn(layer.ffn_norm(x1))
             after.append(own)
         return self.norm((x1 + x2) / 2), (time + 1, tuple(after))
+
+    def chunk(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        return stepwise(self.step, x, state)
 
 
 def reversible_step(layer: Layer, mask: Tensor) -> Step:

@@ -19,8 +19,9 @@ brings mostly padding hides it (the mask of a mixed block is that of its largest
 sorting and SortCut are not built, so there is no causal direction; alibi has no meaning for mixed keys. The LRA code
 multiplies a sum over all blocks instead of sorting them, and adds two softmaxes.
 
-Checked against: tensors of the package sinkhorn-transformer (balancing, and attention with its values mended), and a
-loop over blocks, outputs and gradients; softmax attention under the explicit L x L mask of a hard permutation.
+Checked against: tensors of the package sinkhorn-transformer (balancing; the layer with its values, and with its values
+mended, outputs and gradients); a loop over blocks, outputs and gradients; softmax attention under the explicit L x L
+mask of a hard permutation.
 """
 
 from __future__ import annotations
@@ -45,18 +46,22 @@ def balanced(logits: Tensor, iterations: int) -> Tensor:
     return logits.exp()
 
 
-def sorted_attention(q: Tensor, k: Tensor, v: Tensor, real: Tensor, sort: Tensor) -> Tensor:
+def brought(sort: Tensor, blocks: Tensor) -> Tensor:
+    """For each block the mixture of blocks that the sorting brings it: (B, H, N, N), (B, H, N, W, d) -> the latter."""
+    return torch.matmul(sort, blocks.flatten(3)).view_as(blocks)
+
+
+def sorted_attention(q: Tensor, k: Tensor, v: Tensor, real: Tensor, sort: Tensor, dropout: float = 0.0) -> Tensor:
     """q, k, v: (B, H, N, W, d); real: (B, N, W) bool; sort: (B, H, N, N), row u = the shares of what block u is brought
     -> (B, H, N, W, d)."""
-    brought = (torch.matmul(sort, t.flatten(3)).view_as(t) for t in (k, v))
-    keys, values = (torch.cat([one, two], dim=3) for one, two in zip(brought, (k, v), strict=True))
+    keys, values = (torch.cat([brought(sort, t), t], dim=3) for t in (k, v))
     source = sort.argmax(dim=-1)
     batch = torch.arange(len(q), device=q.device)[:, None, None]
     # a block of padding alone sees itself: its rows are never read, but must not be a softmax over nothing
     own = (real | ~real.any(dim=-1, keepdim=True))[:, None].expand(-1, q.shape[1], -1, -1)
     seen = torch.cat([real[batch, source], own], dim=-1).unsqueeze(-2)
     queries, keys, values, seen = (t.flatten(0, 1) for t in (q, keys, values, seen))
-    return F.scaled_dot_product_attention(queries, keys, values, seen).view_as(q)
+    return F.scaled_dot_product_attention(queries, keys, values, seen, dropout).view_as(q)
 
 
 class SinkhornMixer(AttentionMixer):
@@ -64,9 +69,9 @@ class SinkhornMixer(AttentionMixer):
 
     def __init__(
         self, d_model: int, n_heads: int, width: int, positions: str, size: int | None, iterations: int,
-        temperature: float, length: int,
+        temperature: float, length: int, dropout: float = 0.0,
     ) -> None:  # fmt: skip
-        super().__init__(d_model, n_heads, width, positions, causal=False)
+        super().__init__(d_model, n_heads, width, positions, causal=False, dropout=dropout)
         self.given, self.length, self.iterations, self.temperature = size, length, iterations, temperature
         self.size = self.block_size(length)
         self.pool = nn.Linear(d_model, d_model)
@@ -90,7 +95,7 @@ class SinkhornMixer(AttentionMixer):
         q, *shared = self.heads(x)
         k, v = (t * mask[:, None, :, None] for t in shared)
         q, k, v = (t.unflatten(2, (-1, self.size)) for t in (q, k, v))
-        y = sorted_attention(q, k, v, real, sort.to(q.dtype))
+        y = sorted_attention(q, k, v, real, sort.to(q.dtype), self.rate)
         return self.out(merge_heads(y.flatten(2, 3)))[:, :length]
 
     def sorting(self, x: Tensor, real: Tensor) -> Tensor:
@@ -128,7 +133,7 @@ class SinkhornMixer(AttentionMixer):
 class Sinkhorn(Stack):
     """size: W, tokens in a block, None for round(sqrt(length)). iterations: of the balancing. temperature: T, the lower
     the harder the sorting. n_heads: must divide qkv_dim, the width of all heads together, d_model unless given.
-    positions: "sinusoidal", "learned", "rope", "none"."""
+    positions: "sinusoidal", "learned", "rope", "none". attention_dropout: on the attention weights."""
 
     card = Card(
         title="Sparse Sinkhorn Attention",
@@ -152,6 +157,7 @@ class Sinkhorn(Stack):
         temperature: float = 0.75,
         qkv_dim: int | None = None,
         positions: str = "sinusoidal",
+        attention_dropout: float = 0.0,
         block: Mapping[str, Any] | None = None,
     ) -> None:
         width = checked_width(d_model, n_heads, qkv_dim, positions)
@@ -164,7 +170,9 @@ class Sinkhorn(Stack):
             raise ValueError(f"temperature is {temperature}; more than 0")
         self.follows_length = size is None
         super().__init__(
-            lambda _: SinkhornMixer(d_model, n_heads, width, positions, size, iterations, temperature, length),
+            lambda _: SinkhornMixer(
+                d_model, n_heads, width, positions, size, iterations, temperature, length, attention_dropout
+            ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block={"positions": added_positions(positions), **(block or {})},
         )  # fmt: skip

@@ -43,9 +43,9 @@ class SparseMixer(AttentionMixer):
 
     def __init__(
         self, d_model: int, n_heads: int, width: int, positions: str, causal: bool, pattern: str, stride: int | None,
-        summary: int | None, length: int,
+        summary: int | None, length: int, dropout: float = 0.0,
     ) -> None:  # fmt: skip
-        super().__init__(d_model, n_heads, width, positions, causal)
+        super().__init__(d_model, n_heads, width, positions, causal, dropout=dropout)
         self.pattern, self.given, self.length = pattern, (stride, summary), length
 
     def shape(self, length: int) -> tuple[int, int, int]:
@@ -69,7 +69,8 @@ class SparseMixer(AttentionMixer):
             slopes = None if self.slopes is None else self.slopes[heads]
             ahead = 0 if self.causal else window
             given = (t[:, heads] for t in (q, k, v))
-            return banded(*given, mask, (window, ahead), dilation, causal=self.causal, slopes=slopes, **options)
+            options |= {"causal": self.causal, "slopes": slopes, "dropout": self.rate}
+            return banded(*given, mask, (window, ahead), dilation, **options)
 
         if self.pattern == "strided":
             parts = [some(slice(near), stride - 1), some(slice(near, None), -(-length // stride), stride)]
@@ -110,7 +111,7 @@ class SparseMixer(AttentionMixer):
 class Sparse(Stack):
     """pattern: "strided" or "fixed". stride: l, None for round(sqrt(length)). summary: c, the columns of a stripe.
     n_heads: must divide qkv_dim, the width of all heads together, d_model unless given. positions: "sinusoidal",
-    "learned", "rope", "alibi", "none"."""
+    "learned", "rope", "alibi", "none". attention_dropout: on the attention weights."""
 
     card = Card(
         title="Generating Long Sequences with Sparse Transformers",
@@ -135,6 +136,7 @@ class Sparse(Stack):
         summary: int | None = None,
         qkv_dim: int | None = None,
         positions: str = "sinusoidal",
+        attention_dropout: float = 0.0,
         block: Mapping[str, Any] | None = None,
     ) -> None:
         width = checked_width(d_model, n_heads, qkv_dim, positions)
@@ -148,7 +150,9 @@ class Sparse(Stack):
             raise ValueError(f"summary is {summary}; at most the stride, {reach}")
         causal, self.follows_length = direction == "causal", stride is None
         super().__init__(
-            lambda _: SparseMixer(d_model, n_heads, width, positions, causal, pattern, stride, summary, length),
+            lambda _: SparseMixer(
+                d_model, n_heads, width, positions, causal, pattern, stride, summary, length, attention_dropout
+            ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block={"positions": added_positions(positions), **(block or {})},
         )  # fmt: skip

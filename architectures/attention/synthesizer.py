@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import merge_heads, split_heads
+from lra.architectures._attention import checked_dropout, merge_heads, split_heads
 from lra.architectures._stack import Stack
 from lra.encoder import Card, Cost, Mixer
 
@@ -46,9 +46,11 @@ class SynthesizerMixer(Mixer):
     """(B, L, D) -> (B, L, D). parts: of LOGITS; size: N; k: rank of the factorised logits."""
 
     def __init__(
-        self, d_model: int, n_heads: int, qkv_dim: int, parts: tuple[str, ...], size: int, k: int, causal: bool
-    ) -> None:
+        self, d_model: int, n_heads: int, qkv_dim: int, parts: tuple[str, ...], size: int, k: int, causal: bool,
+        dropout: float = 0.0,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.dropout = checked_dropout(dropout)
         self.n_heads, self.parts, self.size, self.causal = n_heads, parts, size, causal
         head = qkv_dim // n_heads
         self.value = nn.Linear(d_model, qkv_dim)
@@ -95,7 +97,8 @@ class SynthesizerMixer(Mixer):
         """(B, H, n, W), (B, H, t, W), (B, H, t, d) -> (B, n, D)."""
         head = v.shape[-1]
         v = F.pad(v.to(q.dtype), (0, self.width - head))
-        y = F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal, scale=1.0)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, bias, dropout, is_causal=causal, scale=1.0)
         return self.out(merge_heads(y[..., :head]))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -134,7 +137,8 @@ class SynthesizerMixer(Mixer):
 
 class Synthesizer(Stack):
     """n_heads: must divide qkv_dim. qkv_dim: width of all heads together, d_model unless given. logits: of LOGITS, with
-    "+" between; "random" has H length^2 parameters a layer. k: rank of the factorised logits."""
+    "+" between; "random" has H length^2 parameters a layer. k: rank of the factorised logits.
+    attention_dropout: on the attention weights."""
 
     card = Card(
         title="Synthesizer: Rethinking Self-Attention in Transformer Models",
@@ -163,6 +167,7 @@ class Synthesizer(Stack):
         logits: str = "factorised",
         k: int = 8,
         positions: str = "sinusoidal",
+        attention_dropout: float = 0.0,
         block: Mapping[str, Any] | None = None,
     ) -> None:
         width = d_model if qkv_dim is None else qkv_dim
@@ -177,7 +182,7 @@ class Synthesizer(Stack):
             raise ValueError(f"k is {k}; at least 1")
         causal = direction == "causal"
         super().__init__(
-            lambda _: SynthesizerMixer(d_model, n_heads, width, parts, length, k, causal),
+            lambda _: SynthesizerMixer(d_model, n_heads, width, parts, length, k, causal, attention_dropout),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block={"positions": positions, **(block or {})},
         )  # fmt: skip

@@ -69,7 +69,9 @@ class Transformer(Stack):
     ) -> None:
         width = checked_width(d_model, n_heads, qkv_dim, positions)
         super().__init__(
-            lambda _: SoftmaxMixer(d_model, n_heads, width, positions, direction == "causal", attention_dropout),
+            lambda _: SoftmaxMixer(
+                d_model, n_heads, width, positions, direction == "causal", dropout=attention_dropout
+            ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block={"positions": added_positions(positions), **(block or {})},
         )  # fmt: skip

@@ -9,17 +9,22 @@ it):
 
 and the filters, at the time t = step / (length - 1) in [0, 1]:
 
-    z(t) = [t, cos(f_k w t), -sin(f_k w t)]                w t = 2 pi step / length, f_k from 1e-4 to (E - 1)/2 - 1
+    z(t) = [t, cos(f_k phi), -sin(f_k phi)]                phi = 2 pi step / length, f_k from 1e-4 to (E - 1)/2 - 1
     h(t) = M_3 sin(s M_2 sin(s M_1 sin(s M_0 z)))          ((N - 1) D), M_0 .. M_2 with biases, one frequency s a unit
     h_n(t) = h(t) (exp(-t |delta|) + shift)                window; delta even over the channels
 
-Initialisation, the authors': maps PyTorch's own, a standard normal, s = 1, delta from log(0.01) / 1.5 to
-log(0.01) / 0.3 so that windows fall to 0.01 after 0.3 to 1.5 of the sequence, shift = 0; the filter learns
-without weight decay, its positional features z at 1e-5.
+Initialisation, the authors': maps PyTorch's own, a standard normal, s = w, delta from log(0.01) / 1.5 to
+log(0.01) / 0.3 so that windows fall to 0.01 after 0.3 to 1.5 of the sequence, shift = 0. The filter learns without
+weight decay. The positional features z are fixed, as in the authors' longest experiment (associative recall over
+131,072 tokens), so that the number of parameters does not grow with the length; a `position_lr` makes them learn.
+
+E = 33 with w = 1 is one of the settings of the released experiments; others are 33 with 14 and 5 with 10. None of them
+uses E = 3, the default of the released class: its one frequency is 1e-4, so that two of its three features are constant
+and the filters start without detail.
 
 Departures: as the released code, N - 1 long convolutions; definition 3.1 has N, the first on v. It stands in the
-pre-norm block of this suite. For N > 2 the authors' complete
-module orders the filters' channels otherwise than their standalone one, which this follows.
+pre-norm block of this suite. For N > 2 the authors' complete module orders the filters' channels otherwise than their
+standalone one, which this follows.
 
 Checked against: tensors of the authors' standalone HyenaOperator, orders 2 and 3, outputs and gradient.
 """
@@ -43,21 +48,28 @@ from lra.kernels.fft_conv import fft_conv
 class HyenaFilter(nn.Module):
     """h: (channels, L) for the first L of `length` steps."""
 
+    z: Tensor
     t: Tensor
     deltas: Tensor
 
-    def __init__(self, channels: int, length: int, features: int, width: int, shift: float) -> None:
+    def __init__(
+        self, channels: int, length: int, *, features: int, width: int, shift: float, w: float, learn_z: bool
+    ) -> None:
         super().__init__()
         self.shift = shift
         step = torch.arange(length, dtype=torch.float64)
         bands = (features - 1) // 2
         angle = torch.linspace(1e-4, bands - 1, bands, dtype=torch.float64) * (2 * math.pi * step / length).unsqueeze(1)
         t = step / max(length - 1, 1)
-        self.z = nn.Parameter(torch.cat([t.unsqueeze(1), angle.cos(), -angle.sin()], dim=1).float())
+        z = torch.cat([t.unsqueeze(1), angle.cos(), -angle.sin()], dim=1).float()
+        if learn_z:
+            self.z = nn.Parameter(z)
+        else:
+            self.register_buffer("z", z, persistent=False)
         self.sizes = [features, width, width, width]
         self.maps = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(self.sizes))
         self.last = nn.Linear(width, channels, bias=False)
-        self.frequency = nn.Parameter(torch.ones(width))
+        self.frequency = nn.Parameter(torch.full((width,), float(w)))
         self.register_buffer("t", t.float(), persistent=False)
         deltas = torch.linspace(math.log(0.01) / 1.5, math.log(0.01) / 0.3, channels)
         self.register_buffer("deltas", deltas, persistent=False)
@@ -79,7 +91,10 @@ class HyenaFilter(nn.Module):
 class HyenaMixer(Mixer):
     """(B, L, D) -> (B, L, D). Causal; padding comes after all real tokens: no mask needed."""
 
-    def __init__(self, d_model: int, length: int, order: int, features: int, width: int, shift: float) -> None:
+    def __init__(
+        self, d_model: int, length: int, *, order: int, features: int, width: int, shift: float, w: float = 1.0,
+        learn_z: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.order, self.length = order, length
         self.input = nn.Linear(d_model, (order + 1) * d_model)
@@ -87,7 +102,9 @@ class HyenaMixer(Mixer):
         assert short.bias is not None
         self.short = nn.Parameter(short.weight.detach().squeeze(1))
         self.short_bias = nn.Parameter(short.bias.detach())
-        self.filter = HyenaFilter((order - 1) * d_model, length, features, width, shift)
+        self.filter = HyenaFilter(
+            (order - 1) * d_model, length, features=features, width=width, shift=shift, w=w, learn_z=learn_z
+        )
         self.skip = nn.Parameter(torch.randn(order - 1, d_model))
         self.out = nn.Linear(d_model, d_model)
 
@@ -105,14 +122,16 @@ class HyenaMixer(Mixer):
         width = self.out.in_features
         maps = Cost.linear(length, width, (self.order + 1) * width) + Cost.linear(length, width, width)
         transform = 2.5 * 2 * length * math.log2(2 * length)  # a real FFT over the doubled length
-        convolution = width * (3 * transform + 6 * length)
+        convolution = width * (2 * transform + 6 * length)
         light = length * width * (7.0 * (self.order + 1) + self.order)
-        return maps + self.filter.cost(length) + Cost(other=(self.order - 1) * convolution + light)
+        filters = (self.filter.cost(length) + Cost(other=(self.order - 1) * width * transform)).per_batch
+        return maps + filters + Cost(other=(self.order - 1) * convolution + light)
 
 
 class Hyena(Stack):
     """order: N, multiplications. features: of the filters' positions, E, odd. width: of the filters' network. shift:
-    what the window leaves after it has faded. filter_lr, position_lr: highest rates of the filters and of z."""
+    what the window leaves after it has faded. w: frequency that the sines of the network start with. filter_lr,
+    position_lr: highest rates of the filters and of z; 0 keeps z fixed."""
 
     card = Card(
         title="Hyena Hierarchy: Towards Larger Convolutional Language Models",
@@ -121,6 +140,7 @@ class Hyena(Stack):
         scaling="L log L",
         causal=True,
         variants={"order3": {"order": 3}},
+        exempt={"order3/magnitudes": "filters have no norm, as released: both convolutions grow with the length"},
     )
 
     def __init__(
@@ -132,11 +152,12 @@ class Hyena(Stack):
         dropout: float = 0.0,
         direction: str = "causal",
         order: int = 2,
-        features: int = 3,
+        features: int = 33,
         width: int = 64,
         shift: float = 0.0,
+        w: float = 1.0,
         filter_lr: float = 0.001,
-        position_lr: float = 1e-5,
+        position_lr: float = 0.0,
         block: Mapping[str, Any] | None = None,
     ) -> None:
         if order < 2:
@@ -145,15 +166,19 @@ class Hyena(Stack):
             raise ValueError(f"features is {features}; an odd number of at least 3: time, cosines and sines")
         if width < 1:
             raise ValueError(f"width is {width}; at least 1")
+        if not w > 0:
+            raise ValueError(f"w is {w}; more than 0")
+        if position_lr < 0:
+            raise ValueError(f"position_lr is {position_lr}; at least 0, and 0 keeps the positional features fixed")
         self.filter_lr, self.position_lr = filter_lr, position_lr
         super().__init__(
-            lambda _: HyenaMixer(d_model, length, order, features, width, shift),
+            lambda _: HyenaMixer(
+                d_model, length, order=order, features=features, width=width, shift=shift, w=w, learn_z=position_lr > 0
+            ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
         )  # fmt: skip
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
-        return {
-            "*.filter.z": {"lr": self.position_lr, "weight_decay": 0.0},
-            "*.filter.*": {"lr": self.filter_lr, "weight_decay": 0.0},
-        }
+        own = {"*.filter.z": {"lr": self.position_lr, "weight_decay": 0.0}} if self.position_lr else {}
+        return {**own, "*.filter.*": {"lr": self.filter_lr, "weight_decay": 0.0}}

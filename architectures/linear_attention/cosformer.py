@@ -34,8 +34,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lra.architectures._attention import AttentionMixer, at_least, checked_width
-from lra.architectures._linear_attention import summed, summed_step, sums_cost
+from lra.architectures._attention import AttentionMixer, at_least, checked_width, drop_keys, merge_heads
+from lra.architectures._linear_attention import summed, summed_chunk, summed_step, sums_cost
 from lra.architectures._precision import wide
 from lra.architectures._stack import Stack
 from lra.encoder import Card, Cost
@@ -48,8 +48,8 @@ State = tuple[Tensor, Tensor, Tensor]
 class CosformerMixer(AttentionMixer):
     """(B, L, D) -> (B, L, D). span: M."""
 
-    def __init__(self, d_model: int, n_heads: int, qkv_dim: int, causal: bool, span: int) -> None:
-        super().__init__(d_model, n_heads, qkv_dim, "none", causal)
+    def __init__(self, d_model: int, n_heads: int, qkv_dim: int, causal: bool, span: int, dropout: float = 0.0) -> None:
+        super().__init__(d_model, n_heads, qkv_dim, "none", causal, dropout=dropout)
         self.span = span
 
     def features(self, x: Tensor, start: int = 0) -> Tensor:
@@ -62,7 +62,7 @@ class CosformerMixer(AttentionMixer):
         return torch.cat([x * angle.cos().to(x.dtype), x * angle.sin().to(x.dtype)], dim=-1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        top, bottom = summed(self.features(q), self.features(k), v, mask, self.causal)
+        top, bottom = summed(self.features(q), self.features(k), drop_keys(v, self.rate), mask, self.causal)
         return top / bottom.clamp(min=LEAST)
 
     def pairs(self, length: int) -> float:
@@ -84,10 +84,17 @@ class CosformerMixer(AttentionMixer):
         top, bottom, S, z = summed_step(q, k, v, state[1], state[2])
         return self.out((top / bottom.clamp(min=LEAST)).flatten(1)), (state[0] + 1, S, z)
 
+    def chunk(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        q, k, v = self.heads(x)
+        time, v = int(state[0]), drop_keys(v, self.rate)
+        top, bottom, S, z = summed_chunk(self.features(q, time), self.features(k, time), v, state[1:])
+        return self.out(merge_heads(top / bottom.clamp(min=LEAST))), (state[0] + x.shape[1], S, z)
+
 
 class Cosformer(Stack):
     """n_heads: must divide qkv_dim. qkv_dim: width of all heads together, d_model unless given. span: M, the distance
-    at which weights would reach 0, `length` unless given."""
+    at which weights would reach 0, `length` unless given. attention_dropout:
+    on weights that are never formed: a key is left out for all queries of a head."""
 
     card = Card(
         title="cosFormer: Rethinking Softmax in Attention",
@@ -109,6 +116,7 @@ class Cosformer(Stack):
         qkv_dim: int | None = None,
         span: int | None = None,
         positions: str = "sinusoidal",
+        attention_dropout: float = 0.0,
         block: Mapping[str, Any] | None = None,
     ) -> None:
         width = checked_width(d_model, n_heads, qkv_dim, "none")
@@ -118,7 +126,7 @@ class Cosformer(Stack):
         at_least(length, span=reach)
         causal = direction == "causal"
         super().__init__(
-            lambda _: CosformerMixer(d_model, n_heads, width, causal, reach),
+            lambda _: CosformerMixer(d_model, n_heads, width, causal, reach, attention_dropout),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block={"positions": positions, **(block or {})},
         )  # fmt: skip

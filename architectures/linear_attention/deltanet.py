@@ -38,9 +38,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._ssm import initial_log_dt
 from lra.architectures._stack import Block, Stack
+from lra.architectures._window import continued_conv1d
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.causal_conv1d import causal_conv1d
 from lra.kernels.delta_rule import delta_rule
@@ -125,6 +127,13 @@ class DeltaNetMixer(Mixer):
         o, S = advance(q, k, v, beta, log_alpha, state[1])
         return self._finish(o, gate), (window[:, 1:], S)
 
+    def chunk(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        qkv, beta, log_alpha, gate = self._projected(x)
+        qkv, window = continued_conv1d(qkv, state[0], self.conv_weight, None, "silu")
+        q, k, v = self._heads(qkv)
+        o, S = delta_rule(q, k, v, beta, log_alpha, CHUNK, h0=state[1], return_state=True)
+        return self._finish(o, gate), (window, S)
+
 
 class DeltaNet(Stack):
     """n_heads: H. expand_k, expand_v: width of all keys, and of all values, over d_model. d_conv: taps of the
@@ -170,4 +179,4 @@ class DeltaNet(Stack):
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
-        return {f"*.{name}": {"weight_decay": 0.0} for name in ("A_log", "dt_bias") if self.gated}
+        return undecayed(self, "A_log") if self.gated else {}

@@ -94,6 +94,11 @@ class GLAMixer(Mixer):
         o, S = advance(q, k, v, log_alpha, state)
         return self._finish(o, r), S
 
+    def chunk(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v, log_alpha, r = self._projected(x)
+        o, S = decay_attention(q, k, v, log_alpha, CHUNK, h0=state, return_state=True)
+        return self._finish(o, r), S
+
 
 class GLA(Stack):
     """n_heads: H. expand_k, expand_v: width of all keys, and of all values, over d_model. gate_rank: R. tau: the root

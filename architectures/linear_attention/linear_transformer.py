@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import AttentionMixer, checked_width
-from lra.architectures._linear_attention import summed, summed_step, sums_cost
+from lra.architectures._attention import AttentionMixer, checked_width, drop_keys, merge_heads
+from lra.architectures._linear_attention import summed, summed_chunk, summed_step, sums_cost
 from lra.architectures._precision import wide
 from lra.architectures._stack import Stack
 from lra.encoder import Card, Cost, lengths_of
@@ -52,9 +52,10 @@ class LinearTransformerMixer(AttentionMixer):
     projection: Tensor | None
 
     def __init__(
-        self, d_model: int, n_heads: int, qkv_dim: int, feature_map: str, causal: bool, n_features: int
-    ) -> None:
-        super().__init__(d_model, n_heads, qkv_dim, "none", causal)
+        self, d_model: int, n_heads: int, qkv_dim: int, feature_map: str, causal: bool, n_features: int,
+        dropout: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__(d_model, n_heads, qkv_dim, "none", causal, dropout=dropout)
         self.feature_map = feature_map
         self.width = 2 * n_features if feature_map == "random" else self.head  # M
         self.sigma, projection = None, None
@@ -80,7 +81,7 @@ class LinearTransformerMixer(AttentionMixer):
         return top / torch.maximum(bottom, keys * least)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        top, bottom = summed(self.features(q), self.features(k), v, mask, self.causal)
+        top, bottom = summed(self.features(q), self.features(k), drop_keys(v, self.rate), mask, self.causal)
         if self.causal:
             keys = torch.arange(1, q.shape[2] + 1, device=q.device)[:, None]
         else:
@@ -110,10 +111,17 @@ class LinearTransformerMixer(AttentionMixer):
         y = self._divided(top.unsqueeze(2), bottom.unsqueeze(2), count)
         return self.out(y.flatten(1)), (count, S, z)
 
+    def chunk(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        q, k, v = self.heads(x)
+        top, bottom, S, z = summed_chunk(self.features(q), self.features(k), drop_keys(v, self.rate), state[1:])
+        keys = state[0] + torch.arange(1, x.shape[1] + 1, device=x.device)[:, None]
+        return self.out(merge_heads(self._divided(top, bottom, keys))), (state[0] + x.shape[1], S, z)
+
 
 class LinearTransformer(Stack):
     """n_heads: must divide qkv_dim. qkv_dim: width of all heads together, d_model unless given. feature_map: one of
-    FEATURE_MAPS. n_features: frequencies of the random map, each giving a sine and a cosine."""
+    FEATURE_MAPS. n_features: frequencies of the random map, each giving a sine and a cosine. attention_dropout:
+    on weights that are never formed: a key is left out for all queries of a head."""
 
     card = Card(
         title="Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention",
@@ -141,6 +149,7 @@ class LinearTransformer(Stack):
         feature_map: str = "elu",
         n_features: int = 64,
         positions: str = "sinusoidal",
+        attention_dropout: float = 0.0,
         block: Mapping[str, Any] | None = None,
     ) -> None:
         width = checked_width(d_model, n_heads, qkv_dim, "none")
@@ -151,7 +160,9 @@ class LinearTransformer(Stack):
             raise ValueError(f"n_features is {n_features}; at least 1")
         causal = direction == "causal"
         super().__init__(
-            lambda _: LinearTransformerMixer(d_model, n_heads, width, feature_map, causal, n_features),
+            lambda _: LinearTransformerMixer(
+                d_model, n_heads, width, feature_map, causal, n_features, attention_dropout
+            ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block={"positions": positions, **(block or {})},
         )  # fmt: skip

@@ -37,8 +37,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lra.architectures._attention import AttentionMixer, checked_width
-from lra.architectures._linear_attention import summed, summed_step, sums_cost
+from lra.architectures._attention import AttentionMixer, checked_width, drop_keys, merge_heads
+from lra.architectures._linear_attention import summed, summed_chunk, summed_step, sums_cost
 from lra.architectures._precision import wide
 from lra.architectures._stack import Stack
 from lra.encoder import Card, Cost
@@ -64,9 +64,10 @@ class PerformerMixer(AttentionMixer):
     projection: Tensor
 
     def __init__(
-        self, d_model: int, n_heads: int, qkv_dim: int, feature_map: str, causal: bool, n_features: int, redraw: int
-    ) -> None:
-        super().__init__(d_model, n_heads, qkv_dim, "none", causal)
+        self, d_model: int, n_heads: int, qkv_dim: int, feature_map: str, causal: bool, n_features: int, redraw: int,
+        dropout: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__(d_model, n_heads, qkv_dim, "none", causal, dropout=dropout)
         self.feature_map, self.redraw = feature_map, redraw
         self.eps = 1e-4 if feature_map == "softmax" else 1e-3
         self.seed, self.passes = int(torch.randint(2**31, ())), 0
@@ -103,18 +104,22 @@ class PerformerMixer(AttentionMixer):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         if self.training:
             self._redraw()
-        return self._sums(self.projected(q), self.projected(k), v, mask)
+        return self._sums(self.projected(q), self.projected(k), drop_keys(v, self.rate), mask)
 
-    def _sums(self, q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor], v: Tensor, mask: Tensor) -> Tensor:
-        decay, top_k = None, k[0].detach().amax(-1, keepdim=True)  # (B, H, L, 1)
-        if self.causal:
-            top_k = top_k.cummax(2).values
-            if self.feature_map == "softmax":
-                decay = -top_k.diff(dim=2, prepend=top_k[:, :, :1]).squeeze(-1).transpose(1, 2)
-        else:
+    def largest_key(self, dots: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """c of each key, (B, H, L, 1), from W x' (B, H, L, m), and how much the sums shrink as it grows, (B, L, H)."""
+        top = dots.detach().amax(-1, keepdim=True)
+        if not self.causal:
             padding = ~mask[:, None, :, None]
             # padding may exceed the largest real key: left out of the sums, its features must stay finite
-            top_k = top_k.masked_fill(padding, -torch.inf).amax(2, keepdim=True).masked_fill(padding, torch.inf)
+            return top.masked_fill(padding, -torch.inf).amax(2, keepdim=True).masked_fill(padding, torch.inf), None
+        top = top.cummax(2).values
+        if self.feature_map != "softmax":
+            return top, None
+        return top, -top.diff(dim=2, prepend=top[:, :, :1]).squeeze(-1).transpose(1, 2)
+
+    def _sums(self, q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor], v: Tensor, mask: Tensor) -> Tensor:
+        top_k, decay = self.largest_key(k[0], mask)
         top_q = q[0].detach().amax(-1, keepdim=True)
         top, bottom = summed(self.features(q, top_q), self.features(k, top_k), v, mask, self.causal, decay)
         return top / bottom
@@ -146,10 +151,23 @@ class PerformerMixer(AttentionMixer):
         top, bottom, S, z = summed_step(phi_q, phi_k, v.squeeze(2), S, z)
         return self.out((top / bottom).flatten(1)), (top_k, S, z)
 
+    def chunk(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        before, S, z = state
+        query, key, v = self.heads(x)
+        q, k, v = self.projected(query), self.projected(key), drop_keys(v, self.rate)
+        top_k = torch.maximum(before.unsqueeze(2), k[0].detach().amax(-1, keepdim=True).cummax(2).values)
+        decay = None
+        if self.feature_map == "softmax":
+            decay = -top_k.diff(dim=2, prepend=before.unsqueeze(2)).squeeze(-1).transpose(1, 2)
+        phi_q = self.features(q, q[0].detach().amax(-1, keepdim=True))
+        top, bottom, S, z = summed_chunk(phi_q, self.features(k, top_k), v, (S, z), decay)
+        return self.out(merge_heads(top / bottom)), (top_k[:, :, -1], S, z)
+
 
 class Performer(Stack):
     """n_heads: must divide qkv_dim. qkv_dim: width of all heads together, d_model unless given. feature_map: one of
-    FEATURE_MAPS. n_features: m, d ln d unless given. redraw: forward passes in training between draws of W."""
+    FEATURE_MAPS. n_features: m, d ln d unless given. redraw: forward passes in training between draws of W.
+    attention_dropout: on weights that are never formed: a key is left out for all queries of a head."""
 
     card = Card(
         title="Rethinking Attention with Performers",
@@ -174,6 +192,7 @@ class Performer(Stack):
         n_features: int | None = None,
         redraw: int = 1000,
         positions: str = "sinusoidal",
+        attention_dropout: float = 0.0,
         block: Mapping[str, Any] | None = None,
     ) -> None:
         width = checked_width(d_model, n_heads, qkv_dim, "none")
@@ -186,7 +205,7 @@ class Performer(Stack):
             raise ValueError(f"n_features is {features} and redraw {redraw}; at least 1 and at least 0")
         causal = direction == "causal"
         super().__init__(
-            lambda _: PerformerMixer(d_model, n_heads, width, feature_map, causal, features, redraw),
+            lambda _: PerformerMixer(d_model, n_heads, width, feature_map, causal, features, redraw, attention_dropout),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block={"positions": positions, **(block or {})},
         )  # fmt: skip

@@ -98,6 +98,13 @@ class RetNetMixer(Mixer):
         S = gamma * state[1] + (k * k.shape[-1] ** -0.5).unsqueeze(-1) * v.unsqueeze(-2)
         return self.finish(torch.einsum("bhk,bhkv->bhv", q, S), gate), (state[0] + 1, S)
 
+    def chunk(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        q, k, v, gate = self._projected(x, int(state[0]))
+        decay = self.log_decay().to(wide(x).dtype)
+        # S of step holds k / sqrt(K); the operator puts the root into what it reads
+        o, S = decay_attention(q, k * k.shape[-1] ** -0.5, v, decay, CHUNK, scale=1.0, h0=state[1], return_state=True)
+        return self.finish(o, gate), (state[0] + x.shape[1], S)
+
 
 class RetNet(Stack):
     """n_heads: H; d_model / H must be even. value_dim: width of all values together, 2 d_model unless given."""

@@ -16,7 +16,8 @@ Initialisation, that of the released code, where l of n counts the layers from 0
 i: mu_k = p, mu_v = p + 0.3 l / (n - 1), mu_r = p^(1/2), mu' = p, so that deeper layers look less at the token before;
 w = -5 + 8 (i / (E - 1))^(0.7 + 1.3 l / (n - 1)), memories from 150 tokens down to less than one; u_i = log 0.3 + 0.5
 ((i + 1) mod 3 - 1). W_v and W'_k are orthogonal, times the root of rows over columns where they widen; all other maps
-are 0, so that each layer starts as the identity. w, u and mu learn without weight decay.
+are 0, and so is bidirectionally the bias of the map that joins both ways, so that each layer starts as the identity. w,
+u, mu, biases and norms learn without weight decay.
 
 Departures: the embedding belongs to the suite; the paper starts it within 1e-4 of 0, ahead of norm_0. Dropout, of which
 the paper has none, where the suite's block has it. Bidirectional, each of the two parts of a layer runs both ways.
@@ -36,8 +37,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._norm import normalised
+from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
-from lra.architectures._stack import NORMS, Block, Stack
+from lra.architectures._stack import NORMS, Bidirectional, Block, Stack
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.wkv import wkv
 
@@ -47,9 +49,11 @@ def mixed(x: Tensor, before: Tensor, mu: Tensor) -> Tensor:
     return mu * x + (1 - mu) * before
 
 
-def shifted(x: Tensor) -> Tensor:
-    """The token before each one, 0 before the first: (B, L, D) -> (B, L, D)."""
-    return F.pad(x[:, :-1], (0, 0, 1, 0))
+def shifted(x: Tensor, before: Tensor | None = None) -> Tensor:
+    """The token before each one, `before` (B, D) or 0 before the first: (B, L, D) -> (B, L, D)."""
+    if before is None:
+        return F.pad(x[:, :-1], (0, 0, 1, 0))
+    return torch.cat([before.unsqueeze(1), x[:, :-1]], dim=1)
 
 
 def ramp(d_model: int, layer: int, n_layers: int) -> Tensor:
@@ -105,6 +109,12 @@ class TimeMix(Mixer):
         o, sums = wkv(k.unsqueeze(1), v.unsqueeze(1), self.w, self.u, h0=sums, return_state=True)
         return self.output(r * o.squeeze(1)), (x, sums)
 
+    def chunk(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        before, sums = state
+        r, k, v = self._views(x, shifted(x, before))
+        o, sums = wkv(k, v, self.w, self.u, h0=sums, return_state=True)
+        return self.output(r * o), (x[:, -1], sums)
+
 
 class ChannelMix(Mixer):
     """(B, L, D) -> (B, L, D): the feed-forward part, which sees the token before."""
@@ -139,6 +149,9 @@ class ChannelMix(Mixer):
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """State: the token before (B, D)."""
         return self._mix(x, state), x
+
+    def chunk(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return self._mix(x, shifted(x, state)), x[:, -1]
 
 
 class RWKV4(Stack):
@@ -183,12 +196,16 @@ class RWKV4(Stack):
             mixer,
             d_model=d_model, n_layers=2 * n_layers, length=length, dropout=dropout, direction=direction, block=block,
         )  # fmt: skip
+        for layer in self.blocks:
+            if isinstance(layer.mixer, Bidirectional) and layer.mixer.project is not None:
+                # zero from both ways must stay zero, so that a layer starts as the identity here too
+                nn.init.zeros_(layer.mixer.project.bias)
         self.n_layers = n_layers
         self.norm_0 = NORMS[shape.norm](d_model)
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
-        return {f"*.{name}": {"weight_decay": 0.0} for name in ("w", "u", "mu_?")}
+        return undecayed(self, "w", "u", "mu_?")
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         return super().forward(normalised(self.norm_0, x, mask), mask)
@@ -198,3 +215,6 @@ class RWKV4(Stack):
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         return super().step(self.norm_0(x), state)
+
+    def chunk(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        return super().chunk(self.norm_0(x), state)

@@ -58,12 +58,15 @@ class SwitchTransformer(Stack):
         positions: str = "sinusoidal",
         n_experts: int = 8,
         capacity: float = 1.25,
+        attention_dropout: float = 0.0,
         block: Mapping[str, Any] | None = None,
     ) -> None:
         width = checked_width(d_model, n_heads, qkv_dim, positions)
         experts = {"n_experts": n_experts, "capacity": capacity}
         super().__init__(
-            lambda _: SoftmaxMixer(d_model, n_heads, width, positions, direction == "causal"),
+            lambda _: SoftmaxMixer(
+                d_model, n_heads, width, positions, direction == "causal", dropout=attention_dropout
+            ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, native=True,
             block={"positions": added_positions(positions), "ffn": "switch", "experts": experts, **(block or {})},
         )  # fmt: skip

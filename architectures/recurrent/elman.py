@@ -75,7 +75,8 @@ class ElmanMixer(Mixer):
         width = self.input.in_features
         bounded = {"free": 0.0, "spectral": 20.0, "orthogonal": 3.0}[self.recurrent] * width**3  # a factorisation
         turned = 2.0 * width**3 if self.recurrent == "orthogonal" else 0.0
-        return 2 * Cost.linear(length, width, width) + Cost(turned, bounded + 5.0 * length * width)
+        own = 2 * Cost.linear(length, width, width) + Cost(other=5.0 * length * width)
+        return own + Cost(turned, bounded).per_batch
 
     def init_state(self, batch: int) -> Tensor:
         return self.input.weight.new_zeros(batch, self.input.in_features)
@@ -85,6 +86,11 @@ class ElmanMixer(Mixer):
         h = self.input(x) + state @ self.U.T
         h = torch.tanh(h) if self.activation == "tanh" else torch.relu(h)
         return h, h
+
+    def chunk(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        cell = ACTIVATIONS[self.activation]
+        h, last = recurrent_cell(self.input(x), self.U, None, cell, state, return_state=True)
+        return h, last
 
 
 class Elman(Stack):
@@ -96,6 +102,7 @@ class Elman(Stack):
         url="https://doi.org/10.1207/s15516709cog1402_1",
         scaling="L",
         causal=True,
+        exempt={"relu/magnitudes": "the matrix starts as the identity (arXiv:1504.00941): units sum over the length"},
         variants={
             "relu": {"activation": "relu"},
             "spectral": {"recurrent": "spectral"},

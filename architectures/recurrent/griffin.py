@@ -13,7 +13,7 @@ De et al. 2024, arXiv:2402.19427. With R = rnn_dim, c = 8, G = n_blocks, section
 
 Initialisation: a^c uniform in [0.9, 0.999], as the paper has it (the released code draws a itself so, whose memories
 are an eighth as long); the rest as the code: maps normal of variance 1 / columns, those that end a residual branch 2 /
-(n_layers columns), the convolution 0.01 / d_conv, biases 0. Lambda learns without weight decay.
+(n_layers columns), the convolution 0.01 / d_conv, biases 0. Lambda, biases and norms learn without weight decay.
 
 Departures: the first token enters whole, as in the code, where the paper's equation takes sqrt(1 - a_1^2) of it; the
 code's bound on the derivative of the root (1000) is not needed, as a gate that is 0 passes no gradient here. Rotary
@@ -35,8 +35,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._attention import AttentionMixer, at_least, banded, checked_width
+from lra.architectures._dropout import tie_dropout
+from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._stack import NORMS, Block, FeedForward, Stack
+from lra.architectures._window import continued_conv1d
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.band_attention.tiles import pairs
 from lra.kernels.causal_conv1d import causal_conv1d
@@ -118,6 +121,14 @@ class RecurrentMixer(Mixer):
         a, scale, enter = self.lru.terms(torch.einsum("bkr,rk->br", window, self.conv_weight) + self.conv_bias)
         h = a * state[1] + torch.where(state[2], scale, 1.0) * enter
         return self.out(h * F.gelu(gate, approximate="tanh")), (window[:, 1:], h, torch.ones_like(state[2]))
+
+    def chunk(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        x, gate = self.into(x).chunk(2, dim=-1)
+        x, window = continued_conv1d(x, state[0], self.conv_weight, self.conv_bias)
+        a, scale, enter = self.lru.terms(x)
+        scale = torch.cat([torch.where(state[2], scale[:, :1], 1.0), scale[:, 1:]], dim=1)
+        h = linear_scan(a, scale * enter, state[1])
+        return self.out(h * F.gelu(gate, approximate="tanh")), (window, h[:, -1], torch.ones_like(state[2]))
 
 
 class LocalMixer(AttentionMixer):
@@ -217,7 +228,8 @@ class Griffin(Stack):
         for layer in self.blocks:
             layer.ffn = GatedMLP(d_model, shape.expand, dropout, n_layers)
             layer.ffn_norm = NORMS[shape.norm](d_model)
+        tie_dropout(self, shape.tie_dropout)
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
-        return {"*.lru.decay": {"weight_decay": 0.0}}
+        return undecayed(self, "decay")

@@ -76,6 +76,10 @@ class MinGRUMixer(Mixer):
         h = keep * state + enter
         return self._output(h), h
 
+    def chunk(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        h = linear_scan(*self._terms(x), state)
+        return self._output(h), h[:, -1]
+
 
 class MinGRU(Stack):
     """expand: width of the state over d_model. horizon: the longest memory, in tokens, that the gates start with;

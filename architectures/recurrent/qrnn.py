@@ -88,6 +88,12 @@ class QRNNMixer(Mixer):
         c = keep * state[1] + enter
         return c if out is None else out * c, (recent[:, 1:], c)
 
+    def chunk(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        recent = torch.cat([state[0], x], dim=1)
+        keep, enter, out = self._terms(self.conv(recent.mT).mT)
+        c = linear_scan(keep, enter, state[1])
+        return c if out is None else out * c, (recent[:, x.shape[1] :], c[:, -1])
+
 
 class QRNN(Stack):
     """pooling: of POOLINGS. window: tokens the convolution sees. zoneout: probability of keeping a feature's state when

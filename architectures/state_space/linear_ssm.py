@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._dropout import Dropout
 from lra.architectures._hippo import legs
 from lra.architectures._ssm import checked_copies, initial_log_dt
 from lra.architectures._stack import Block, Stack
@@ -91,7 +92,7 @@ class LinearSSMMixer(Mixer):
         self.C = nn.Parameter(torch.randn(1 if causal else 2, d_model, state_size))
         self.d = nn.Parameter(torch.randn(d_model))
         self.out = nn.Linear(d_model, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def discrete(self) -> tuple[Tensor, Tensor]:
         """Abar: (D, N, N), Bbar: (D, N), float64."""
@@ -126,9 +127,10 @@ class LinearSSMMixer(Mixer):
         # a solve of N equations with N + 1 right sides; the exponential takes some 15 products
         discrete = width * N**3 * (8 / 3 if self.discretization == "bilinear" else 30.0)
         transform = 2.5 * 2 * length * math.log2(2 * length)  # a real FFT over the doubled length
-        spectral = width * ((2 + kernels) * transform + 6 * length)
-        matmul = Cost(powers + 2.0 * kernels * width * near * far * N, discrete + spectral + 12.0 * length * width)
-        return matmul + Cost.linear(length, width, width)
+        light = width * (2 * transform + 6 * length) + 12.0 * length * width
+        product = powers + 2.0 * kernels * width * near * far * N
+        kernel = Cost(product, discrete + kernels * width * transform).per_batch
+        return kernel + Cost.linear(length, width, width) + Cost(other=light)
 
     def init_state(self, batch: int) -> State:
         """s_0 = 0, and the discrete matrices, which take a solve of N equations a channel."""
@@ -142,6 +144,17 @@ class LinearSSMMixer(Mixer):
         y = (self.C[0] * after).sum(-1).to(x.dtype) + self.d * x
         return self._project(y), (after.to(before.dtype), A, B)
 
+    def chunk(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        (before, A, B), tokens = state, x.shape[1]
+        reads = orbit(A.mT, self.C[0].double(), tokens + 1)[0]  # C Abar^l
+        K = (reads[:, :tokens] @ B.unsqueeze(-1)).squeeze(-1)
+        y = fft_conv(x, K.to(torch.promote_types(x.dtype, torch.float32)), self.d)
+        y = y + torch.einsum("dln,bdn->bld", reads[:, 1 : tokens + 1], before.to(A.dtype)).to(y.dtype)
+        enters = orbit(A, B, tokens)[0][:, :tokens].flip(1)  # Abar^(C - 1 - l) Bbar
+        after = torch.einsum("dij,bdj->bdi", torch.linalg.matrix_power(A, tokens), before.to(A.dtype))
+        after = after + torch.einsum("dln,bld->bdn", enters, x.to(A.dtype))
+        return self._project(y), (after.to(before.dtype), A, B)
+
 
 class LinearSSM(Stack):
     """state_size: N. n_ssm: independent (A, B), a divisor of d_model. discretization: of DISCRETIZATIONS. fixed: A, B
@@ -153,6 +166,7 @@ class LinearSSM(Stack):
         url="https://arxiv.org/abs/2110.13985",
         scaling="L log L",
         causal=True,
+        exempt={"optim_norms": "trained as S4, whose optimiser spares dt, A and B alone"},
         variants={"zoh": {"discretization": "zoh"}, "fixed": {"fixed": True}},
     )
     block = Block(ffn="none")

@@ -9,6 +9,9 @@ Orvieto et al. 2023, arXiv:2303.06349. Per token, with N complex states:
 
 There are no conjugate pairs: N counts complex states, each of which is used.
 
+Bidirectional, as in S5, whose code the paper follows: a second scan of the same exp(gamma) B x with the same lambda
+runs backwards and is read by a C of its own; both include x_t.
+
 Initialisation: |lambda|^2 uniform in [r_min^2, r_max^2], which is uniform over the area of the ring, phase uniform in
 [0, max_phase]; exp(gamma) = sqrt(1 - |lambda|^2) gives every state the variance of white noise, and is learnt freely
 from there; parts of B normal of variance 1 / 2D, of C of 1 / N, d standard normal; W, b PyTorch's own. The paper
@@ -19,8 +22,8 @@ Departures: layer norm unless the recipe says otherwise, as in S4D and unlike th
 depend on the rest of the batch.
 
 Checked against: tensors of minimal-LRU, an independent implementation, as the authors published no repository: the
-recurrence with its gradient, the ring, the whole residual layer; parameter gradients against the recurrence step by
-step.
+recurrence with its gradient, the ring, the whole residual layer with layer and batch norm before and after; parameter
+gradients against the recurrence step by step; the backward scan against the recurrence over each reversed sequence.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._dropout import Dropout
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
 from lra.encoder import Card, Cost, Mixer
@@ -46,10 +50,10 @@ def ring(u: Tensor, v: Tensor, r_min: float, r_max: float, max_phase: float) -> 
 
 
 class LRUMixer(Mixer):
-    """(B, L, D) -> (B, L, D). Padding comes after all real tokens: no mask needed."""
+    """(B, L, D) -> (B, L, D). The padding is zero, so the backward scan reaches the last real token with no state."""
 
     def __init__(
-        self, d_model: int, state_size: int, r_min: float, r_max: float, max_phase: float, dropout: float
+        self, d_model: int, state_size: int, r_min: float, r_max: float, max_phase: float, causal: bool, dropout: float
     ) -> None:
         super().__init__()
         # float64: 1 - |lambda| of float32 is off by 1e-4 of itself at |lambda| = 0.999; 1 - u is never 0
@@ -59,10 +63,11 @@ class LRUMixer(Mixer):
         self.gamma = nn.Parameter(gamma.float())
         # complex numbers are kept as pairs of reals, which every optimiser and checkpoint format takes
         self.B = nn.Parameter(torch.randn(state_size, 2, d_model) / math.sqrt(2 * d_model))
-        self.C = nn.Parameter(torch.randn(d_model, state_size, 2) / math.sqrt(state_size))
+        # the second C reads the backward scan
+        self.C = nn.Parameter(torch.randn(1 if causal else 2, d_model, state_size, 2) / math.sqrt(state_size))
         self.d = nn.Parameter(torch.randn(d_model))
         self.out = nn.Linear(d_model, 2 * d_model)  # rows: W_1, W_2
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def _decay(self) -> Tensor:
         """lambda: (N,) complex."""
@@ -73,26 +78,30 @@ class LRUMixer(Mixer):
         B = (self.gamma.exp()[:, None, None] * self.B).flatten(0, 1)
         return torch.view_as_complex(wide(F.linear(x, B)).unflatten(-1, (-1, 2)))
 
-    def _leave(self, s: Tensor, x: Tensor) -> Tensor:
-        """Re(C s) + d x: (..., N) complex, (..., D) -> (..., D)."""
+    def _leave(self, states: list[Tensor], x: Tensor) -> Tensor:
+        """Re(C s) + d x: one (..., N) complex for each direction, (..., D) -> (..., D)."""
         real, imaginary = self.C.unbind(-1)
-        C = torch.stack([real, -imaginary], dim=-1).flatten(1)
-        return F.linear(torch.view_as_real(s).flatten(-2), C) + self.d * x
+        C = torch.stack([real, -imaginary], dim=-1)  # (1 or 2, D, N, 2)
+        s = torch.cat([torch.view_as_real(s).flatten(-2) for s in states], dim=-1)
+        return F.linear(s, C.flatten(2).transpose(0, 1).flatten(1)) + self.d * x
 
     def _project(self, y: Tensor) -> Tensor:
         return F.glu(self.out(self.dropout(F.gelu(y, approximate="tanh"))), dim=-1)
 
     def recurrence(self, x: Tensor) -> Tensor:
         """y of the equations: (B, L, D) -> (B, L, D)."""
-        return self._leave(linear_scan(self._decay()[None, None], self._enter(x)), x)
+        decay, entering = self._decay()[None, None], self._enter(x)
+        ways = [False, True][: len(self.C)]
+        return self._leave([linear_scan(decay, entering, reverse=way) for way in ways], x)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         return self._project(self.recurrence(x))
 
     def cost(self, length: int) -> Cost:
-        width, states = len(self.d), len(self.nu)
-        maps = 2 * Cost.linear(length, width, 2 * states, bias=False) + Cost.linear(length, width, 2 * width)
-        return maps + Cost(other=8.0 * length * states + 20.0 * length * width)
+        ways, width, states, _ = self.C.shape
+        maps = (1 + ways) * Cost.linear(length, width, 2 * states, bias=False)
+        maps += Cost.linear(length, width, 2 * width)
+        return maps + Cost(other=8.0 * length * ways * states + 20.0 * length * width)
 
     def init_state(self, batch: int) -> Tensor:
         return torch.zeros(batch, len(self.nu), dtype=self.nu.dtype.to_complex(), device=self.nu.device)
@@ -100,7 +109,11 @@ class LRUMixer(Mixer):
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """State: s (B, N) complex."""
         state = self._decay() * state + self._enter(x)
-        return self._project(self._leave(state, x)), state
+        return self._project(self._leave([state], x)), state
+
+    def chunk(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        s = linear_scan(self._decay()[None, None], self._enter(x), state)
+        return self._project(self._leave([s], x)), s[:, -1]
 
 
 class LRU(Stack):
@@ -113,6 +126,7 @@ class LRU(Stack):
         url="https://arxiv.org/abs/2303.06349",
         scaling="L",
         causal=True,
+        exempt={"optim_norms": "the paper decays all but recurrent parameters (appendix B)"},
         variants={"slow": {"max_phase": 0.314}},
     )
     block = Block(ffn="none")
@@ -140,8 +154,9 @@ class LRU(Stack):
             raise ValueError(f"max_phase is {max_phase}; an angle in (0, 2 pi]")
         self.recurrent_lr_scale = recurrent_lr_scale
         super().__init__(
-            lambda _: LRUMixer(d_model, state_size, r_min, r_max, max_phase, dropout),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+            lambda _: LRUMixer(d_model, state_size, r_min, r_max, max_phase, direction == "causal", dropout),
+            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
+            direction=direction, native=True, block=block,
         )  # fmt: skip
 
     @property

@@ -11,7 +11,8 @@ Gu and Dao 2023, arXiv:2312.00752. With E = expand D, N the state size and R the
 
 Initialisation (section 3.6 and the released code): A = -1, ..., -N in every channel (S4D-Real); dt at x = 0 uniform in
 the logarithm between dt_min and dt_max, at least 1e-4; W_dt uniform within R^-1/2; d = 1; W_out divided by
-sqrt(n_layers), as there is one residual a layer; the rest PyTorch's own. A_log and d learn without weight decay.
+sqrt(n_layers), as there is one residual a layer; the rest PyTorch's own. A_log, d, biases, b_dt among them,
+and norms learn without weight decay.
 
 Departures: the paper's optional norm inside the mixer is left out, as in the released code. A block is the mixer alone,
 with RMS norm, as in the paper; `bias` adds biases, 0 at first, to W_in and W_out, which the released code offers and
@@ -31,9 +32,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._ssm import initial_log_dt
 from lra.architectures._stack import Block, Stack
+from lra.architectures._window import continued_conv1d
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.causal_conv1d import causal_conv1d
 from lra.kernels.selective_scan import selective_scan
@@ -108,6 +111,12 @@ class MambaMixer(Mixer):
         y = torch.einsum("ben,bn->be", h, C) + self.d * u
         return self.out(y * F.silu(z)), (window[:, 1:], h)
 
+    def chunk(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        u, z = self.into(x).chunk(2, dim=-1)
+        u, window = continued_conv1d(u, state[0], self.conv_weight, self.conv_bias, "silu")
+        y, h = selective_scan(u, *self._scan_arguments(u), self.d, z, h0=state[1], return_state=True)
+        return self.out(y), (window, h)
+
 
 class Mamba(Stack):
     """state_size: N. expand: E over d_model. d_conv: taps of the convolution. dt_rank: R, d_model / 16 rounded up
@@ -150,4 +159,4 @@ class Mamba(Stack):
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
-        return {f"*.{name}": {"weight_decay": 0.0} for name in ("A_log", "d")}
+        return undecayed(self, "A_log", "d")

@@ -12,7 +12,7 @@ that share B and C:
 
 Initialisation, that of the released code: A uniform in [-16, -1]; dt at x = 0 uniform in the logarithm between dt_min
 and dt_max, at least 1e-4; d = 1; W_out divided by sqrt(n_layers), as there is one residual a layer; the rest PyTorch's
-own. A_log, d and b_dt learn without weight decay.
+own. A_log, d, biases, b_dt among them, and norms learn without weight decay.
 
 Departures: none known in the mixer. N is 64 unless told, where the paper's language models have 128, and P the largest
 power of two up to 64 that divides E. A block is the mixer alone, with RMS norm, as in the paper; `bias` adds biases, 0
@@ -32,9 +32,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._ssm import initial_log_dt
 from lra.architectures._stack import Block, Stack
+from lra.architectures._window import continued_conv1d
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.causal_conv1d import causal_conv1d
 from lra.kernels.ssd import ssd
@@ -117,6 +119,14 @@ class Mamba2Mixer(Mixer):
         h = decay * state[1] + torch.einsum("bh,bhp,bhn->bhpn", dt, heads, B)
         return self._finish(torch.einsum("bhpn,bhn->bhp", h, C), heads, z), (window[:, 1:], h)
 
+    def chunk(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        z, xBC, dt = self.into(x).split(self.sizes, dim=-1)
+        xBC, window = continued_conv1d(xBC, state[0], self.conv_weight, self.conv_bias, "silu")
+        heads, B, C = self._split(xBC)
+        dt = F.softplus(wide(dt) + self.dt_bias)
+        y, h = ssd(heads, dt, -self.A_log.exp(), B, C, CHUNK, h0=state[1], return_state=True)
+        return self._finish(y, heads, z), (window, h)
+
 
 class Mamba2(Stack):
     """state_size: N. head_dim: P, which divides expand * d_model. n_groups: G, which divides the number of heads.
@@ -168,4 +178,4 @@ class Mamba2(Stack):
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
-        return {f"*.{name}": {"weight_decay": 0.0} for name in ("A_log", "d", "dt_bias")}
+        return undecayed(self, "A_log", "d")

@@ -15,8 +15,10 @@ Bidirectional: a second C gives a second kernel of the same modes; it looks ahea
 Initialisation of A and B (section 4), half of the pairs, n = 0 .. M - 1:
     lin   A = -1/2 + i pi n,                          B = 1    frequencies of a Fourier basis
     inv   A = -1/2 + i (N / pi) (N / (2 n + 1) - 1),  B = 1    the asymptotic law of LegS
-    legs  A = the eigenvalues of the normal part of HiPPO-LegS, B = |V* B_LegS| / 2: with these the kernels tend to
-          those of LegS, a Legendre basis, as N grows. The phases of B are free, as those of V are.
+    legs  A = the eigenvalues of the normal part of HiPPO-LegS, B = |V* B_LegS| / 2. The phases of B are free, as those
+          of V are. As N grows the kernels tend to those of LegS, a Legendre basis, on average only: against exp(-t),
+          the first of them, the error over 8 units of time stays at 0.7 of its norm for N = 8 and 64, as modes of ever
+          higher frequency remain; of running means over half a unit it falls from 0.29 to 0.05.
 C complex and D real standard normal; log_dt uniform between log dt_min and log dt_max, so that channels remember from
 1 / dt_max to 1 / dt_min tokens; W, b PyTorch's own. A, B and dt learn at `ssm_lr` at most and without weight decay.
 
@@ -37,8 +39,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._dropout import Dropout
 from lra.architectures._hippo import legs_modes
-from lra.architectures._ssm import checked_copies, initial_log_dt
+from lra.architectures._ssm import checked_copies, initial_log_dt, weighted_sum
 from lra.architectures._stack import Block, Stack
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.fft_conv import fft_conv
@@ -79,7 +82,8 @@ class S4DMixer(Mixer):
         self.C = nn.Parameter(torch.randn(1 if causal else 2, d_model, len(A), 2) * 0.5**0.5)
         self.D = nn.Parameter(torch.randn(d_model))
         self.out = nn.Linear(d_model, 2 * d_model)
-        self.dropout = nn.Dropout(dropout)
+        # the released block drops before its activation as well, at each position even where it ties the other masks
+        self.inner_dropout, self.dropout = nn.Dropout(dropout), Dropout(dropout)
 
     def _continuous(self) -> tuple[Tensor, Tensor, Tensor]:
         """A: (H, M), C B: (1 or 2, H, M), dt: (H,)."""
@@ -93,7 +97,7 @@ class S4DMixer(Mixer):
         return ssm_kernel_diag(*self._continuous(), length, self.discretization)
 
     def _project(self, y: Tensor) -> Tensor:
-        return F.glu(self.out(self.dropout(F.gelu(y))), dim=-1)
+        return F.glu(self.out(self.dropout(F.gelu(self.inner_dropout(y)))), dim=-1)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         K = self.kernel(x.shape[1])
@@ -102,9 +106,9 @@ class S4DMixer(Mixer):
     def cost(self, length: int) -> Cost:
         kernels, width, modes, _ = self.C.shape
         transform = 2.5 * 2 * length * math.log2(2 * length)  # a real FFT over the doubled length
-        spectral = width * ((2 + kernels) * transform + 6 * length)
-        vandermonde = 4.0 * kernels * width * modes * length
-        return Cost.linear(length, width, 2 * width) + Cost(other=spectral + vandermonde + 20.0 * length * width)
+        light = width * (2 * transform + 6 * length) + 20.0 * length * width
+        kernel = kernels * width * (4.0 * modes * length + transform)  # a Vandermonde product, and its transform
+        return Cost.linear(length, width, 2 * width) + Cost(other=light, batch_other=kernel)
 
     def init_state(self, batch: int) -> Tensor:
         return torch.zeros(batch, *self.C.shape[1:3], dtype=self.C.dtype.to_complex(), device=self.C.device)
@@ -112,13 +116,27 @@ class S4DMixer(Mixer):
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """State: x_t, (B, H, M) complex. One step is in double precision: rounding Abar would grow with time."""
         A, C, dt = self._continuous()
-        z = (dt.unsqueeze(-1) * A).to(torch.complex128)
-        if self.discretization == "zoh":
-            decay, enter = z.exp(), torch.expm1(z) / A
-        else:
-            decay, enter = (1 + z / 2) / (1 - z / 2), dt.unsqueeze(-1) / (1 - z / 2)
+        decay, enter = self._discrete(A, dt)
         state = (decay * state + enter * x.unsqueeze(-1)).to(state.dtype)
         return self._project(2 * (C[0] * state).sum(-1).real.to(x.dtype) + self.D * x), state
+
+    def chunk(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The kernel filters the tokens; what the state adds is a kernel too, one for each sequence."""
+        tokens, (A, C, dt) = x.shape[1], self._continuous()
+        decay, enter = self._discrete(A, dt)
+        reads = (C[0] * state * decay / enter).to(A.dtype)
+        before = ssm_kernel_diag(A, reads, dt, tokens, self.discretization).transpose(1, 2)
+        y = fft_conv(x, self.kernel(tokens)[0], self.D) + before.to(x.dtype)
+        z = decay.log().unsqueeze(-1)
+        after = decay**tokens * state + enter * weighted_sum(x, lambda place: z * (tokens - 1 - place))
+        return self._project(y), after.to(state.dtype)
+
+    def _discrete(self, A: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+        """Abar, and Bbar / B: (H, M) complex128."""
+        z = (dt.unsqueeze(-1) * A).to(torch.complex128)
+        if self.discretization == "zoh":
+            return z.exp(), torch.expm1(z) / A
+        return (1 + z / 2) / (1 - z / 2), dt.unsqueeze(-1) / (1 - z / 2)
 
 
 class S4D(Stack):
@@ -131,6 +149,7 @@ class S4D(Stack):
         url="https://arxiv.org/abs/2206.11893",
         scaling="L log L",
         causal=True,
+        exempt={"optim_norms": "the authors' optimiser spares dt, A and B alone"},
         variants={
             "lin": {"init": "lin"},
             "inv": {"init": "inv"},

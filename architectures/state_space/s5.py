@@ -14,9 +14,13 @@ dt = exp(log_dt) for each mode:
 Bidirectional: a second scan of the same Bbar x runs backwards and is read by a C of its own; both include x_t.
 
 Initialisation (section 3.4, appendix B.1): A = n_blocks copies of the eigenvalues of the normal part of HiPPO-LegS of
-size state_size / n_blocks, with eigenvectors V; B = V* B', C = C' V, with B' real and the two parts of C' normal of
-variance 1 / state_size, as released; d standard normal; log_dt uniform between log dt_min and log dt_max for each mode;
-W, b PyTorch's own. A, B and dt learn at `ssm_lr` at most and without weight decay.
+size state_size / n_blocks, with eigenvectors V; B = V* B' with B' real and normal of variance 1 / state_size; d
+standard normal; log_dt uniform between log dt_min and log dt_max for each mode; W, b PyTorch's own. A, B and dt learn
+at `ssm_lr` at most and without weight decay. C has one of the three forms released, by the names they have there:
+    trunc_standard_normal   C = C' V, both parts of C' normal of variance 1 / state_size
+    lecun_normal            C = C' V, both parts of C' normal of variance 1 / (D state_size)
+    complex_normal          both parts of C itself normal of variance 1 / 2
+The released runs take the second for ListOps, Text and Image, the third for Path-X, the first for the others.
 
 Departures: normal draws where JAX cuts tails off at two deviations; layer norm unless the recipe says otherwise, not
 batch norm, whose statistics depend on the rest of the batch. Of each pair the mode of negative frequency is kept, as in
@@ -36,6 +40,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._dropout import Dropout
 from lra.architectures._hippo import legs_modes
 from lra.architectures._precision import wide
 from lra.architectures._ssm import initial_log_dt
@@ -45,6 +50,18 @@ from lra.kernels.linear_scan import linear_scan
 
 DISCRETIZATIONS = ("zoh", "bilinear")
 ACTIVATIONS = ("half_glu1", "half_glu2")
+C_INITS = ("trunc_standard_normal", "lecun_normal", "complex_normal")
+
+
+def output_matrix(c_init: str, d_model: int, n_blocks: int, basis: Tensor, ways: int) -> Tensor:
+    """C: (ways, D, P) complex128; basis: V of one block, (size, size / 2)."""
+    if c_init == "complex_normal":
+        # a complex draw of variance 1, whose parts have half of it
+        return torch.randn(ways, d_model, n_blocks * basis.shape[1], dtype=torch.complex128)
+    state_size = n_blocks * len(basis)
+    variance = 1 / (state_size if c_init == "trunc_standard_normal" else d_model * state_size)
+    C = torch.randn(ways, d_model, n_blocks, len(basis), 2, dtype=torch.float64) * math.sqrt(variance)
+    return (torch.view_as_complex(C) @ basis).flatten(2)
 
 
 def hippo_block(size: int) -> tuple[Tensor, Tensor]:
@@ -60,16 +77,14 @@ class S5Mixer(Mixer):
 
     def __init__(
         self, d_model: int, state_size: int, n_blocks: int, discretization: str, dt_min: float, dt_max: float,
-        clip_eigs: bool, activation: str, causal: bool, dropout: float,
+        clip_eigs: bool, activation: str, causal: bool, dropout: float, c_init: str = C_INITS[0],
     ) -> None:  # fmt: skip
         super().__init__()
         self.discretization, self.clip_eigs, self.activation = discretization, clip_eigs, activation
         modes, basis = hippo_block(state_size // n_blocks)
-        scale, ways = 1 / math.sqrt(state_size), 1 if causal else 2
-        B = scale * torch.randn(n_blocks, len(basis), d_model, dtype=torch.float64)
+        B = torch.randn(n_blocks, len(basis), d_model, dtype=torch.float64) / math.sqrt(state_size)
         B = (basis.mH @ B.to(basis.dtype)).flatten(0, 1)
-        C = scale * torch.view_as_complex(torch.randn(ways, d_model, n_blocks, len(basis), 2, dtype=torch.float64))
-        C = (C @ basis).flatten(2)
+        C = output_matrix(c_init, d_model, n_blocks, basis, 1 if causal else 2)
         self.A_real = nn.Parameter(modes.real.float().repeat(n_blocks))
         self.A_imag = nn.Parameter(modes.imag.float().repeat(n_blocks))
         # complex numbers are kept as pairs of reals, which every optimiser and checkpoint format takes
@@ -78,7 +93,7 @@ class S5Mixer(Mixer):
         self.d = nn.Parameter(torch.randn(d_model))
         self.log_dt = nn.Parameter(initial_log_dt(len(B), dt_min, dt_max))
         self.gate = nn.Linear(d_model, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def discrete(self) -> tuple[Tensor, Tensor]:
         """Abar: (P,), Bbar: (P, D), complex."""
@@ -130,11 +145,17 @@ class S5Mixer(Mixer):
         state = decay * state + self._enter(x, B)
         return self._activate(self._leave([state], x)), state
 
+    def chunk(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        decay, B = self.discrete()
+        s = linear_scan(decay[None, None], self._enter(x, B), state)
+        return self._activate(self._leave([s], x)), s[:, -1]
+
 
 class S5(Stack):
     """state_size: real dimensions of the state, in n_blocks blocks of even size. discretization: of DISCRETIZATIONS.
     dt_min, dt_max: range of the initial step sizes. clip_eigs: hold Re A at -1e-4 or below, so that training cannot
-    make it unstable. activation: of ACTIVATIONS. ssm_lr: highest learning rate of A, B and dt."""
+    make it unstable. activation: of ACTIVATIONS. c_init: how C starts, of C_INITS. ssm_lr: highest learning
+    rate of A, B and dt."""
 
     card = Card(
         title="Simplified State Space Layers for Sequence Modeling",
@@ -142,6 +163,7 @@ class S5(Stack):
         url="https://arxiv.org/abs/2208.04933",
         scaling="L",
         causal=True,
+        exempt={"optim_norms": "the authors' optimiser spares A, B and dt alone"},
         variants={"bilinear": {"discretization": "bilinear"}},
     )
     block = Block(ffn="none")
@@ -161,6 +183,7 @@ class S5(Stack):
         dt_max: float = 0.1,
         clip_eigs: bool = False,
         activation: str = "half_glu1",
+        c_init: str = "trunc_standard_normal",
         ssm_lr: float = 0.001,
         block: Mapping[str, Any] | None = None,
     ) -> None:
@@ -170,11 +193,13 @@ class S5(Stack):
             raise ValueError(f"discretization is {discretization!r}; one of {', '.join(DISCRETIZATIONS)}")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}; one of {', '.join(ACTIVATIONS)}")
+        if c_init not in C_INITS:
+            raise ValueError(f"c_init is {c_init!r}; one of {', '.join(C_INITS)}")
         self.ssm_lr = ssm_lr
         super().__init__(
             lambda _: S5Mixer(
                 d_model, state_size, n_blocks, discretization, dt_min, dt_max, clip_eigs, activation,
-                direction == "causal", dropout,
+                direction == "causal", dropout, c_init,
             ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block=block,

@@ -33,6 +33,7 @@ def band_attention(
     mutual: bool = True,
     slopes: Tensor | None = None,
     scale: float | None = None,
+    dropout: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
     """o_i = sum_j softmax_j(scale q_i . k_j - slope |i - j|) v_j over the keys j that i sees: `mask[j]` and any one of
@@ -48,7 +49,9 @@ def band_attention(
     blocks (BigBird's three blocks: window 1; block-local attention: window 0).
     dilation: one int, or one per head. n_global: the first tokens are global; global_mask: (B, L) bool, further ones.
     random_blocks: (H, ceil(L / block), r) integer, -1 for none. slopes: (H,) of ALiBi, no gradient; on a GPU they take
-    the plain torch path, as do heads wider than 256. scale: 1 / sqrt(head size) unless given.
+    the plain torch path, as do heads wider than 256 and dropout. scale: 1 / sqrt(head size) unless given.
+    dropout: probability of leaving a pair out once the weights sum to 1, the rest being divided by 1 - dropout; the
+    masks come from a seed drawn from torch's generator, and are drawn again in the backward pass.
 
     q, k: (B, L, H, E); v: (B, L, H, V); mask: (B, L) bool, True = real key, or None -> o: (B, L, H, V) in the dtype of
     q. Only keys are masked: rows of padding hold what a query there would see. Half precision is computed in float32.
@@ -89,10 +92,12 @@ def band_attention(
     if slopes is not None:
         fits = slopes.shape == (heads,) and slopes.is_floating_point() and slopes.device == device
         check(fits, op, "slopes", f"{tuple(slopes.shape)} {slopes.dtype} on {slopes.device}", f"({heads},) on {device}")
+    check(0 <= dropout < 1, op, "dropout", dropout, "from 0 up to, not including, 1")
     scale = size**-0.5 if scale is None else scale
     positions = _globals(n_global, global_mask, batch, device)
-    # the Triton kernels compute in float32, hold whole heads and know no slopes
-    plain = slopes is not None or torch.float64 in (q.dtype, k.dtype, v.dtype) or max(size, v.shape[-1]) > WIDEST
+    # the Triton kernels compute in float32, hold whole heads and know neither slopes nor dropout
+    plain = slopes is not None or dropout > 0 or max(size, v.shape[-1]) > WIDEST
+    plain = plain or torch.float64 in (q.dtype, k.dtype, v.dtype)
     chosen = choose(op, impl, device, portable=PORTABLE, has_gpu=HAS_GPU and not plain)
     if chosen == "reference":
         from lra.kernels.band_attention.reference import reference
@@ -100,15 +105,18 @@ def band_attention(
         return reference(
             q, k, v, mask, (behind, ahead), steps, n_global, random_blocks,
             global_mask=global_mask, block=block, causal=causal, mutual=mutual, slopes=slopes, scale=scale,
+            dropout=dropout,
         )  # fmt: skip
     from lra.kernels.band_attention.cpu import attend
 
     # a window beyond the sequence is the sequence
     behind, ahead = min(behind, length), min(ahead, length)
     pattern = (behind, ahead, steps, block, causal, mutual)
+    seed = torch.randint(2**62, ()) if dropout else None
     # autocast would take the products to half precision
     with torch.autocast(device.type, enabled=False):
-        return attend(q, k, v, mask, positions, random_blocks, slopes, *pattern, scale, chosen == "gpu")[0]
+        tensors = (q, k, v, mask, positions, random_blocks, slopes, seed)
+        return attend(*tensors, *pattern, scale, dropout, chosen == "gpu")[0]
 
 
 def _globals(first: int, mask: Tensor | None, batch: int, device: torch.device) -> Tensor | None:

@@ -22,12 +22,13 @@ from lra.kernels.band_attention.tiles import HIDDEN, Pattern, pairs
 @torch.library.custom_op("lra::band_attention", mutates_args=())
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, positions: Tensor | None, random_blocks: Tensor | None,
-    slopes: Tensor | None, behind: int, ahead: int, dilation: Sequence[int], block: int, causal: bool, mutual: bool,
-    scale: float, gpu: bool,
+    slopes: Tensor | None, seed: Tensor | None, behind: int, ahead: int, dilation: Sequence[int], block: int,
+    causal: bool, mutual: bool, scale: float, dropout: float, gpu: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output (B, L, H, V) and log-sum-exp (B, L, H, 1) of the scores. positions: (B, G), -1 after the last."""
+    """Output (B, L, H, V) and log-sum-exp (B, L, H, 1) of the scores. positions: (B, G), -1 after the last; seed: a
+    number, where there is dropout."""
     pattern = Pattern(behind, ahead, dilation, block, causal, band=not gpu)
-    x = Inputs(q, k, v, mask, positions, random_blocks, slopes, pattern, scale)
+    x = Inputs(q, k, v, mask, positions, random_blocks, slopes, pattern, scale, seed, dropout)
     if gpu:
         from lra.kernels.band_attention.gpu import band_forward
 
@@ -51,11 +52,12 @@ def _joined(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[T
 @torch.library.custom_op("lra::band_attention_backward", mutates_args=())
 def attend_backward(
     dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
-    positions: Tensor | None, random_blocks: Tensor | None, slopes: Tensor | None, behind: int, ahead: int,
-    dilation: Sequence[int], block: int, causal: bool, mutual: bool, scale: float, gpu: bool,
+    positions: Tensor | None, random_blocks: Tensor | None, slopes: Tensor | None, seed: Tensor | None,
+    behind: int, ahead: int, dilation: Sequence[int], block: int, causal: bool, mutual: bool, scale: float,
+    dropout: float, gpu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     pattern = Pattern(behind, ahead, dilation, block, causal, band=not gpu)
-    x = Inputs(q, k, v, mask, positions, random_blocks, slopes, pattern, scale)
+    x = Inputs(q, k, v, mask, positions, random_blocks, slopes, pattern, scale, seed, dropout)
     # rows that see nothing stand still; the log-sum-exp that makes exp(score - lse) 0 in them
     empty = lse < HIDDEN / 2
     dout, lse = dout.to(x.work).masked_fill(empty, 0), lse.masked_fill(empty, -HIDDEN)
@@ -101,15 +103,15 @@ def _(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*output, *inputs[:7])
-    ctx.options = inputs[7:]
+    ctx.save_for_backward(*output, *inputs[:8])
+    ctx.options = inputs[8:]
 
 
 def _backward(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     out, lse, *inputs = ctx.saved_tensors
     with torch.autocast(dout.device.type, enabled=False):
         grads = attend_backward(dout, out, lse, *inputs, *ctx.options)
-    return *grads, *[None] * 12
+    return *grads, *[None] * 14
 
 
 attend.register_autograd(_backward, setup_context=_setup)
@@ -125,8 +127,8 @@ def _pairs(
 
 @register_flop_formula(torch.ops.lra.band_attention)
 def _flops(
-    q: Any, k: Any, v: Any, mask: Any, positions: Any, random_blocks: Any, slopes: Any, behind: int, ahead: int,
-    dilation: Any, block: int, causal: bool, mutual: bool, *_: Any, **__: Any,
+    q: Any, k: Any, v: Any, mask: Any, positions: Any, random_blocks: Any, slopes: Any, seed: Any, behind: int,
+    ahead: int, dilation: Any, block: int, causal: bool, mutual: bool, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     return 2 * (q[-1] + v[-1]) * _pairs(q, positions, random_blocks, behind, ahead, dilation, block, mutual)
 
@@ -134,7 +136,7 @@ def _flops(
 @register_flop_formula(torch.ops.lra.band_attention_backward)
 def _flops_backward(
     dout: Any, out: Any, lse: Any, q: Any, k: Any, v: Any, mask: Any, positions: Any, random_blocks: Any, slopes: Any,
-    behind: int, ahead: int, dilation: Any, block: int, causal: bool, mutual: bool, *_: Any, **__: Any,
+    seed: Any, behind: int, ahead: int, dilation: Any, block: int, causal: bool, mutual: bool, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     """Scores again, then the gradients of weights, q, k and v."""
     count = _pairs(q, positions, random_blocks, behind, ahead, dilation, block, mutual)

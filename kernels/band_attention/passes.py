@@ -24,6 +24,7 @@ def forward(x: Inputs) -> tuple[Tensor, Tensor]:
     for tile in x.tiles():
         s = x.score(tile)
         weights, log_sum, empty = _softmax(s.scores)
+        weights = _times(weights, x.kept(weights))
         keys = s.k.shape[1]
         o = torch.bmm(weights[..., :keys], s.v)
         if s.far_v is not None:
@@ -41,11 +42,16 @@ def global_forward(x: Inputs, out: Tensor, lse: Tensor) -> None:
     for rows in x.global_rows():
         _, _, v, scores = x.every_key(rows)
         weights, log_sum, empty = _softmax(scores)
+        weights = _times(weights, x.kept(weights))
         o = torch.bmm(weights, v).masked_fill_(empty, 0)
         b, g = (x.positions[rows] >= 0).nonzero(as_tuple=True)
         at = x.globals[rows][b, g]
         for target, value in ((out, o), (lse, log_sum)):
             target[rows][b, at] = value.unflatten(0, (-1, x.heads)).transpose(1, 2)[b, g]
+
+
+def _times(weights: Tensor, kept: Tensor | None) -> Tensor:
+    return weights if kept is None else weights.mul_(kept)
 
 
 def _score_gradient(weights: Tensor, delta: Tensor, dweights: Tensor) -> Tensor:
@@ -69,7 +75,9 @@ def backward(x: Inputs, dout: Tensor, lse: Tensor, delta: Tensor, grads: tuple[T
             dweights = torch.cat([dweights, far.reshape(*g.shape[:2], -1)], dim=-1)
         # scores of the whole row, or of what another kernel left; exp of hidden scores is slow on a CPU, softmax is not
         weights = s.scores.softmax(-1) if x.pattern.band else s.scores.sub_(log_sum).exp_()
-        dscores = _score_gradient(weights, d, dweights)
+        kept = x.kept(weights)
+        dscores = _score_gradient(weights, d, _times(dweights, kept))
+        weights = _times(weights, kept)
         tile_dq = torch.bmm(dscores[..., :keys], s.k)
         if s.far_k is not None:
             far_w, far_s = (t[..., keys:].reshape(len(s.far_k), block, -1) for t in (weights, dscores))
@@ -113,7 +121,9 @@ def global_backward(x: Inputs, dout: Tensor, delta: Tensor, grads: tuple[Tensor,
             for t in (dout, delta)
         )
         weights = scores.softmax(-1)
-        dscores = _score_gradient(weights, d, torch.bmm(g, v.mT))
+        kept = x.kept(weights)
+        dscores = _score_gradient(weights, d, _times(torch.bmm(g, v.mT), kept))
+        weights = _times(weights, kept)
         back = [torch.bmm(dscores, k).mul_(x.scale), torch.bmm(dscores.mT, q), torch.bmm(weights.mT, g)]
         rows_dq, all_dk, all_dv = (t.unflatten(0, (-1, x.heads)).transpose(1, 2) for t in back)
         _add_at_globals(x, dq, rows_dq, rows)

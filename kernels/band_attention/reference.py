@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def allowed(
@@ -57,6 +58,7 @@ def reference(
     mutual: bool = True,
     slopes: Tensor | None = None,
     scale: float | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Arguments of `band_attention`."""
     batch, length, heads, size = q.shape
@@ -71,4 +73,4 @@ def reference(
     # a row without keys stays out of the softmax, whose gradient would be nan there
     nothing = ~sees.any(-1, keepdim=True)
     weights = scores.masked_fill(~sees & ~nothing, -torch.inf).softmax(-1).masked_fill(nothing, 0)
-    return torch.einsum("bhij,bjhe->bihe", weights, v.to(q.dtype))
+    return torch.einsum("bhij,bjhe->bihe", F.dropout(weights, dropout), v.to(q.dtype))

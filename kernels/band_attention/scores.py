@@ -30,7 +30,8 @@ class Inputs:
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, positions: Tensor | None,
-        random_blocks: Tensor | None, slopes: Tensor | None, pattern: Pattern, scale: float,
+        random_blocks: Tensor | None, slopes: Tensor | None, pattern: Pattern, scale: float, seed: Tensor | None,
+        dropout: float,
     ) -> None:  # fmt: skip
         self.batch, self.length, self.heads = q.shape[:3]
         self.pattern, self.scale, self.random_blocks, self.device = pattern, scale, random_blocks, q.device
@@ -57,6 +58,17 @@ class Inputs:
             0 if random_blocks is None else random_blocks.shape[2] * pattern.block
         )
         self.use = None if random_blocks is None else distinct(random_blocks, pattern)
+        self.dropout = dropout
+        self.generator = None if seed is None else torch.Generator(q.device).manual_seed(int(seed))
+
+    def kept(self, weights: Tensor) -> Tensor | None:
+        """What dropout multiplies these weights by: 0 or 1 / (1 - dropout); None without dropout. The backward pass
+        asks in the order of the forward pass, and so draws the same."""
+        if self.generator is None:
+            return None
+        share = 1 - self.dropout
+        mask = torch.empty(weights.shape, dtype=weights.dtype, device=weights.device)
+        return mask.bernoulli_(share, generator=self.generator).div_(share)
 
     def blocks(self, x: Tensor) -> Tensor:
         """(B, L, H, E) -> (B, H, blocks, block, E), zeros after the end."""

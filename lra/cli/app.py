@@ -18,7 +18,7 @@ from lra.cli.data import audit, data
 from lra.cli.models import evaluate, export, predict
 from lra.cli.operators import bench, doctor
 from lra.cli.profile import profile
-from lra.cli.report import diff, leaderboard, report
+from lra.cli.report import compare, leaderboard, report
 from lra.cli.train import run, show, sweep
 from lra.errors import UserError, unknown
 from lra.registry import architectures, tasks
@@ -98,7 +98,7 @@ def new_architecture(
 
 
 for command in (
-    run, show, sweep, predict, evaluate, export, check, leaderboard, diff, report, audit, profile, bench, doctor,
+    run, show, sweep, predict, evaluate, export, check, leaderboard, compare, report, audit, profile, bench, doctor,
 ):  # fmt: skip
     app.command()(command)
 

@@ -60,8 +60,11 @@ def _reach(constructor: Constructor, png: Path | None) -> None:
     console.print(gradient_reach.plot(norms), highlight=False, soft_wrap=True)
     console.print(f"first input {norms[0]:.1e}, last {norms[-1]:.1e}: |d last output / d input t|, untrained")
     if png is not None:
+        from lra.reports import charts
+
         try:
-            gradient_reach.draw(constructor.name, norms, png)
+            norms = norms.clamp_min(gradient_reach.FLOOR)
+            charts.save(charts.gradient_reach(norms.tolist(), f"{constructor.name}, untrained"), png)
         except OSError as error:
             raise UserError(f"--png {png}: {error.strerror or error}") from None
         console.print(f"wrote {escape(str(png))}", soft_wrap=True)

@@ -79,7 +79,7 @@ def evaluate(
         f"({100 * scores.low:.2f} to {100 * scores.high:.2f} %, 95 % interval)",
         soft_wrap=True,
     )
-    if split == "test" and loaded.record is not None:
+    if split == "test" and loaded.finished:
         console.print(f"the record says {100 * loaded.accuracy:.2f} %")
     if out is not None:
         with _writing(out) as temporary:

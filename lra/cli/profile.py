@@ -1,4 +1,4 @@
-"""`lra profile`: work, speed and memory of encoders, as tables, CSV and plots."""
+"""`lra profile`: work, speed and memory of encoders, as tables, CSV and figures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -14,15 +14,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from lra.cli.common import console, guarded
-from lra.errors import UserError
+from lra.errors import UserError, unknown
 from lra.registry import architectures
-
-if TYPE_CHECKING:
-    from lra.profiling.profiler import Cell
+from lra.results.profile import DTYPES, Cell
 
 PATIENCE = 450.0
 """Seconds of the quick form after which cells are not timed a third time."""
-QUICK = {"lengths": "512,1024,2048", "batch": 1, "d_model": 64, "layers": 2, "budget": 0.3}
+QUICK = {"lengths": "1024,2048,4096,8192,16384", "batch": 1, "d_model": 64, "layers": 2, "budget": 0.3}
 FULL = {"lengths": ",".join(str(2**n) for n in range(8, 17)), "batch": 1, "d_model": 128, "layers": 4, "budget": 3.0}
 LRA = {"lengths": "1024,2048,3072,4096", "batch": 32, "d_model": 64, "layers": 2, "budget": 3.0}
 Size = Annotated[int | None, typer.Option(min=1)]
@@ -31,11 +29,12 @@ Size = Annotated[int | None, typer.Option(min=1)]
 @guarded
 def profile(
     names: Annotated[list[str] | None, typer.Argument(metavar="[ARCH]...", help="All by default.")] = None,
-    lengths: Annotated[str, typer.Option(help="Comma-separated; 512,1024,2048 by default.")] = "",
+    lengths: Annotated[str, typer.Option(help="Comma-separated; 1024 to 16384 by default.")] = "",
     batch: Size = None,
     d_model: Size = None,
     layers: Size = None,
     direction: Annotated[str, typer.Option(help="causal or bidirectional.")] = "bidirectional",
+    dtype: Annotated[str, typer.Option(help=f"Of the arithmetic: {', '.join(DTYPES)}.")] = "float32",
     budget: Annotated[float | None, typer.Option(min=0.01, help="Seconds for each timing.")] = None,
     full: Annotated[bool, typer.Option("--full", help="256 to 65,536 tokens, d_model 128, 4 layers: hours.")] = False,
     lra_table: Annotated[bool, typer.Option("--lra-table", help="LRA's table: bytes, 1K to 4K, batch 32.")] = False,
@@ -54,15 +53,15 @@ def profile(
         raise UserError(f"--lengths is {lengths!r}; expected whole numbers and commas, for example 1024,4096")
     if direction not in ("causal", "bidirectional"):
         raise UserError(f"--direction is {direction!r}; causal or bidirectional")
-    from lra.profiling.profiler import Cell
-
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES, where="--dtype")
     chosen = names or architectures.names()
     if lra_table and names and "transformer" not in names:
         chosen = ["transformer", *names]
-    # all architectures at one length before the next: what is interrupted is complete up to there
+    # all architectures at one length before the next: an interrupted profile is complete up to a length
     cells = [
         Cell(name, length, shape["batch"], shape["d_model"], shape["layers"], direction, shape["budget"],
-             "bytes" if lra_table else "")
+             "bytes" if lra_table else "", dtype)
         for length in sorted(map(int, parts)) for name in chosen
     ]  # fmt: skip
     if tree:
@@ -76,8 +75,8 @@ def profile(
 
 def _measure(cells: Sequence[Cell], fresh: bool, lra_table: bool, patience: float) -> None:
     from lra.profiling import profiler
-    from lra.reports import efficiency, sheets
-    from lra.reports.lra_table import sheets as lra_sheets
+    from lra.reports import efficiency, table
+    from lra.reports.lra_table import tables as lra_tables
     from lra.results import result
 
     begin = time.monotonic()
@@ -85,34 +84,32 @@ def _measure(cells: Sequence[Cell], fresh: bool, lra_table: bool, patience: floa
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         row = progress.add_task("starting", total=len(cells))
 
-        def seen(cell: Cell, done: int, total: int) -> None:
-            said = f"{cell.architecture} at {cell.length:,}" + (", again" if done >= len(cells) else "")
-            progress.update(row, description=said, completed=done, total=total)
+        def on_cell(cell: Cell, done: int, total: int) -> None:
+            text = f"{cell.architecture} at {cell.length:,}" + (", again" if done >= len(cells) else "")
+            progress.update(row, description=text, completed=done, total=total)
 
-        found = profiler.profile(cells, result.folder(), fresh=fresh, patience=patience, seen=seen)
-    found.sort(key=lambda p: (p["cell"]["architecture"], p["cell"]["length"]))
-    shown = lra_sheets(found, result.folder()) if lra_table else efficiency.sheets(found)
-    for sheet in shown:
-        console.print(sheets.terminal(sheet), *map(escape, sheet.notes), sep="\n")
+        records = profiler.profile(cells, result.folder(), fresh=fresh, patience=patience, on_cell=on_cell)
+    records.sort(key=lambda p: (p.cell.architecture, p.cell.length))
+    for shown in lra_tables(records, result.folder()) if lra_table else efficiency.tables(records):
+        console.print(table.terminal(shown), *map(escape, shown.notes), sep="\n")
     for path in _write(result.folder()):
         console.print(f"wrote {path}", soft_wrap=True)
     console.print(f"{len(cells)} cells in {(time.monotonic() - begin) / 60:.1f} min")
 
 
 def _write(root: Path) -> list[Path]:
-    """CSV of everything that is on file, and its plots."""
+    """Write a CSV of everything that is on file, and its figures."""
     from lra import files
     from lra.reports import efficiency
 
-    profiles, written = efficiency.load(root), [root / "profile" / "profile.csv"]
-    with files.atomic(written[0]) as temporary:
+    profiles, table = efficiency.load(root), root / "profile" / "profile.csv"
+    with files.atomic(table) as temporary:
         temporary.write_text(efficiency.table_csv(profiles), encoding="utf-8")
     try:
-        from lra.reports import pictures
-    except ImportError:  # a machine with its own packages may have no matplotlib
-        console.print("no plots: matplotlib is not installed here")
-        return written
-    return written + pictures.write(profiles, root / "profile")
+        return [table, *efficiency.write_figures(profiles, root / "profile")]
+    except ImportError:  # a machine with its own packages may lack Altair
+        console.print("no figures: altair and vl-convert-python are not installed here")
+        return [table]
 
 
 def _tree(cell: Cell) -> None:
@@ -120,14 +117,14 @@ def _tree(cell: Cell) -> None:
 
     from lra.profiling import flops, profiler
 
-    subject = profiler.Subject(cell, torch.device("cpu"))
-    report = flops.count(subject.model, *profiler.first_of(subject.inputs(cell.length)))
+    workload = profiler.Workload(cell, torch.device("cpu"))
+    report = flops.count(workload.model, *profiler.first_of(workload.inputs(cell.length)))
     table = Table(title=f"{cell.architecture} at {cell.length:,}: FLOPs of one forward", title_justify="left")
     table.add_column("module")
     for column in ("MFLOP", "%"):
         table.add_column(column, justify="right")
     for name, work in report.tree.items():
-        # a list of modules is never called and has no row: its members hang from what is above it
+        # a ModuleList is never called and has no row: its members are listed under the module above it
         above = [other for other in report.tree if name.startswith(f"{other}.")]
         label = name.removeprefix(f"{max(above, key=len)}.") if above else "all"
         if name != "Global" and not above:
@@ -152,8 +149,11 @@ def _fit(cells: Sequence[Cell], text: str) -> None:
         row = [cell.architecture]
         for vary, other in (("batch", cell.length), ("length", cell.batch)):
             with console.status(f"{cell.architecture}: {vary}"):
-                found = search.fit(cell, vary, budget)
-            more = "≥ " if found.capped else ""
-            row += [f"{more}{found.value:,} at {other:,}" if found.value else "none", f"{found.peak / 2**20:,.0f}"]
+                largest = search.fit(cell, vary, budget)
+            more = "≥ " if largest.capped else ""
+            row += [
+                f"{more}{largest.value:,} at {other:,}" if largest.value else "none",
+                f"{largest.peak / 2**20:,.0f}",
+            ]
         table.add_row(*row)
     console.print(table)

@@ -1,4 +1,4 @@
-"""`lra leaderboard`, `lra diff`, `lra report`: what the results say."""
+"""`lra leaderboard`, `lra compare`, `lra report`: tables and comparisons of results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from lra.cli.common import console, errors, guarded
 from lra.errors import UserError
@@ -23,82 +22,74 @@ def leaderboard(
     recipe: Filter = "",
     regime: Filter = "",
     device: Annotated[str, typer.Option(metavar="NAME", help="A part of its name, for example h200.")] = "",
-    literature: Annotated[bool, typer.Option("--reported", help="Show what the literature reports, too.")] = False,
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write there, filtered or not.")] = None,
+    literature: Annotated[bool, typer.Option("--reported", help="Also show published results.")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write the files there.")] = None,
 ) -> None:
-    """Print the table of all results and write it beside them; with a filter print only, in --format where given."""
+    """Print the tables of all results and write them to files; with a filter only print, in --format if given."""
     from lra.reports import leaderboard as board
-    from lra.reports import sheets, tables
+    from lra.reports import table
+    from lra.reports.ranking import Leaderboard
     from lra.results import result
     from lra.results.collection import Collection
 
-    chosen = [f for f in formats.split(",") if f] or list(tables.FORMATS)
-    root, whole = result.folder(), Collection.read(result.folder())
-    for line in whole.problems:
+    chosen = [form for form in formats.split(",") if form] or list(board.FORMATS)
+    root = result.folder()
+    everything = Collection.read(root)
+    for line in everything.problems:
         errors.print(f"[yellow]{escape(line)}[/]", soft_wrap=True)
-    if not whole.records:
+    if not everything.records:
         console.print(f"no results in {root / 'runs'} yet: `make listops` makes one", soft_wrap=True)
         return
-    found = whole.only(task=task, protocol=protocol, recipe=recipe, regime=regime, device=device)
-    if not found.records:
+    selected = everything.only(task=task, protocol=protocol, recipe=recipe, regime=regime, device=device)
+    if not selected.records:
         raise UserError("no result matches all of these filters")
+    ranked = Leaderboard.of(selected)
     filtered = bool(task or protocol or recipe or regime or device)
     if filtered and formats and out is None:
         for form in chosen:
-            print(tables.build(found, form), end="")
+            print(board.build(ranked, form), end="")
         return
-    shown = board.sheets(found)
-    if literature and (beside := board.beside(board.rows(found.records, found.answers), found)):
+    shown = board.all_tables(ranked)
+    if literature and (beside := board.beside(ranked)):
         shown.append(beside)
-    for sheet in shown:
-        console.print(sheets.terminal(sheet), *map(escape, sheet.notes), sep="\n")
+    for each in shown:
+        console.print(table.terminal(each), *map(escape, each.notes), sep="\n")
     if out is None and filtered:
         return
-    for path in tables.write(out or root, found, chosen):
+    for path in board.write(out or root, ranked, chosen):
         console.print(f"wrote {escape(str(path))}", soft_wrap=True)
     readme = root.parent / "README.md"
-    if not filtered and out is None and tables.update_readme(readme, found):
+    if not filtered and out is None and board.update_readme(readme, ranked):
         console.print(f"updated the table in {escape(str(readme))}", soft_wrap=True)
 
 
 @guarded
-def diff(
-    first: Annotated[str, typer.Argument(metavar="A", help="A run: its id, the start of it, or its file.")],
-    second: Annotated[str, typer.Argument(metavar="B")],
+def compare(
+    first: Annotated[str, typer.Argument(metavar="A", help="A run: its id, the start of its id, or its file.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another run.")],
 ) -> None:
-    """Every field in which two runs differ; exit code 1 where there is one, 0 where they are the same."""
-    from lra.reports import comparison
-    from lra.results import result
-    from lra.results.collection import Collection
+    """The paired difference in accuracy of two runs, with its interval and p, and the settings that differ."""
+    from lra.reports import comparison, table
 
-    found = Collection.read(result.folder())
-    a, b = comparison.find(found, first), comparison.find(found, second)
-    differences = comparison.differences(a, b)
-    if not differences:
-        console.print("no field differs")
-        return
-    table = Table(pad_edge=False)
-    for column in ("field", a["id"], b["id"]):
-        table.add_column(escape(column), overflow="fold")
-    for field, mine, theirs in differences:
-        table.add_row(escape(field), escape(mine), escape(theirs))
-    console.print(table)
-    if line := comparison.predictions(found, a, b):
-        console.print(line)
-    raise typer.Exit(1)
+    runs = comparison.compare(first, second)
+    console.print(escape(str(runs)))
+    if runs.fields:
+        console.print(table.terminal(runs.table()))
+    else:
+        console.print("no setting differs")
 
 
 @guarded
 def report(
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where to write it; results/ by default.")] = None,
 ) -> None:
-    """Write one HTML file with every result, figure and piece of evidence; it opens from disk, without a network."""
+    """Write one HTML file with all results, figures and records behind them; it opens from disk, without a network."""
     from lra.reports import report as page
     from lra.results import result
     from lra.results.collection import Collection
 
     root = result.folder()
-    found = Collection.read(root)
-    for line in found.problems:
+    collection = Collection.read(root)
+    for line in collection.problems:
         errors.print(f"[yellow]{escape(line)}[/]", soft_wrap=True)
-    console.print(f"wrote {escape(str(page.write(found, root, out or root)))}", soft_wrap=True)
+    console.print(f"wrote {escape(str(page.write(collection, root, out or root)))}", soft_wrap=True)

@@ -143,31 +143,30 @@ def run(
 def _show_result(path: Path) -> None:
     """The table that a record belongs to, and its own scores."""
     from lra.reports import leaderboard as board
-    from lra.reports import sheets
+    from lra.reports import table
+    from lra.reports.ranking import Leaderboard
     from lra.results import result
     from lra.results.collection import Collection
+    from lra.results.record import AT_CHANCE
 
     record = result.read(path)
-    smoke = record["recipe"].get("smoke", False)
-    collection = Collection.read(result.folder(), "smoke" if smoke else "runs")
+    collection = Collection.read(result.folder(), "smoke" if record.recipe.smoke else "runs")
     for line in collection.problems:
         errors.print(f"[yellow]{escape(line)}[/]", soft_wrap=True)
-    group = board.group_of(record)
-    sheet = board.sheet(group, board.rows(collection.records, collection.answers)[group], collection.records)
-    console.print(sheets.terminal(sheet), *map(escape, sheet.notes), sep="\n")
-    test, validation = record["test"], record["validation"]
+    shown = board.table_with(Leaderboard.of(collection), record)
+    console.print(table.terminal(shown), *map(escape, shown.notes), sep="\n")
+    test, selection = record.test, record.validation
     console.print(
-        f"test accuracy [bold]{100 * test['accuracy']:.2f} %[/] of {test['n']:,} "
-        f"({validation['split']} {100 * validation['accuracy']:.2f} % at step {validation['best_step']}), in {path}",
+        f"test accuracy [bold]{100 * test.accuracy:.2f} %[/] of {test.n:,} "
+        f"({selection.split} {100 * (selection.accuracy or 0):.2f} % at step {selection.best_step}), in {path}",
         soft_wrap=True,
     )
-    if record["collapsed"]:
-        console.print(f"[yellow]this run is {record['collapsed']}[/]")
-    if smoke:
-        task, architecture = record["task"], record["architecture"]
+    if record.at_chance:
+        console.print(f"[yellow]this run is {AT_CHANCE}[/]")
+    if record.recipe.smoke:
         console.print(
-            f"This was a smoke test. For a comparison: `lra run {task} {architecture} --recipe standard` "
-            f"(`make {task} ARCH={architecture} RECIPE=standard`), about an hour of one core.",
+            f"This was a smoke test. For a comparison: `lra run {record.task} {record.architecture} --recipe standard` "
+            f"(`make {record.task} ARCH={record.architecture} RECIPE=standard`), about an hour of one core.",
             soft_wrap=True,
         )
 
@@ -181,6 +180,7 @@ def sweep(
     forecast: Annotated[bool, typer.Option(help="Probe time and memory before starting.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show cells and forecast, run nothing.")] = False,
     time_limit: Annotated[str, typer.Option(help="Stop in time, and go on with the next call: 90s, 8m, 2h.")] = "",
+    jobs: Annotated[int, typer.Option(min=1, help="Cells at a time; set OMP_NUM_THREADS to share the cores.")] = 1,
 ) -> None:
     """Run a grid of cells, one process each; finished cells are skipped, failed ones reported at the end."""
     from lra.sweeps import local, plans

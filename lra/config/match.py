@@ -1,4 +1,6 @@
-"""A width for a budget: `params=600k`, `flops=1.2G` (forward and backward, one full-length example) or `memory=8G`.
+"""A width for a budget: `params=600k`, `flops=1.2G` (forward and backward) or `memory=8G`.
+
+FLOPs are those of one full-length example, with its share of what is done once for a batch.
 
 The model is built on the meta device, where it has shapes but no numbers. Memory is an estimate: weights, gradients
 and the two moments of an optimiser in float32, and, for each example of a batch, what the layers keep.
@@ -86,7 +88,7 @@ def within_budget(
     step = recipe.model.width_step
     size, refusal = 0, ""
     for width in (recipe.model.d_model, *range((recipe.model.d_model - 1) // step * step, 0, -step)):
-        sized = replace(recipe, model=replace(recipe.model, d_model=width))
+        sized = replace(recipe, width=width)
         try:
             size = _size(shaped(lambda sized=sized: build(sized)))  # type: ignore[misc]
         except UserError as error:
@@ -121,11 +123,12 @@ def _cost(kind: str, model: Classifier, recipe: Recipe, protocol: Protocol) -> f
     parameters = sum(p.numel() for p in model.parameters())
     if kind == "params":
         return float(parameters)
+    size = recipe.data.batch_size / recipe.train.accumulate
     if kind == "flops":
         try:
-            return 3 * model.cost(protocol.length).total
+            return 3 * model.cost(protocol.length).of_batch(size).total / size
         except NotImplementedError:
             raise UserError(f"--match flops: {recipe.architecture} declares no cost") from None
-    rows = recipe.data.batch_size / recipe.train.accumulate * model.towers
+    rows = size * model.towers
     tokens = rows * protocol.length * recipe.model.d_model
     return 16.0 * parameters + 4.0 * tokens * KEPT * (1 if recipe.train.checkpointing else recipe.model.n_layers)

@@ -19,6 +19,7 @@ import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -33,7 +34,9 @@ SECTIONS = ("data", "model", "encoder", "optim", "train", "pretrain", "search")
 @dataclass(frozen=True)
 class Recipe:
     """A resolved recipe: what a run does, apart from its seed. note: what to expect of it, told before it starts;
-    smoke: a run shows that things work and is no comparison, so that it stays out of the tables."""
+    smoke: a run shows that things work and is no comparison, so that it stays out of the tables; width: the d_model
+    that meets `model.budget`, 0 where that is model.d_model itself.
+    """
 
     name: str
     task: str
@@ -45,6 +48,7 @@ class Recipe:
     train: Train = field(default_factory=Train)
     pretrain: Pretrain = field(default_factory=Pretrain)
     search: Search = field(default_factory=Search)
+    width: int = 0
     regime: str = "scratch"
     note: str = ""
     smoke: bool = False
@@ -54,9 +58,14 @@ class Recipe:
         return json.loads(json.dumps(asdict(self)))
 
     @property
+    def d_model(self) -> int:
+        """The width that encoders of this recipe are built with."""
+        return self.width or self.model.d_model
+
+    @property
     def hash(self) -> str:
-        """SHA-256 of everything but name, note, smoke and expectation, as canonical JSON."""
-        content = {k: v for k, v in self.as_dict().items() if k not in ("name", "note", "smoke", *TYPED)}
+        """SHA-256 of everything but name, note, smoke, width and expectation, as canonical JSON."""
+        content = {k: v for k, v in self.as_dict().items() if k not in ("name", "note", "smoke", "width", *TYPED)}
         parts = {s: identity(getattr(self, s)) for s in TYPED if s != "expected"}
         content |= {s: part for s, part in parts.items() if part}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -95,7 +104,7 @@ def resolve(
     """The recipe of one cell and, per dotted key, where its value comes from. Raises UserError."""
     path = path_of(name, architecture)
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = _parse(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid TOML: {error}") from error
     values: dict[str, dict[str, Any]] = {section: {} for section in (*SECTIONS, "expected")}
@@ -135,6 +144,16 @@ def resolve(
     return recipe.trained_as(recipe.pretrain.objective), origin
 
 
+@lru_cache
+def _parse(content: bytes) -> dict[str, Any]:
+    return tomllib.loads(content.decode())
+
+
+@cache
+def _types(section: type) -> dict[str, Any]:
+    return get_type_hints(section)
+
+
 def of_variant(recipe: Recipe, origin: Mapping[str, str], preset: Mapping[str, Any]) -> tuple[Recipe, dict[str, str]]:
     """The recipe of an architecture's variant: its preset before what the tables say of the plain architecture, whose
     expected accuracy is not its own. Raises UserError where a table or --set names the variant and contradicts it."""
@@ -163,10 +182,10 @@ def from_dict(content: Mapping[str, Any]) -> Recipe:
     sections = {}
     try:
         for name, kind in TYPED.items():
-            hints = get_type_hints(kind)
+            hints = _types(kind)
             sections[name] = kind(**{k: _typed(v, hints[k], f"{name}.{k}") for k, v in content.get(name, {}).items()})
-        plain = {f.name: content[f.name] for f in fields(Recipe) if f.name not in sections and f.name != "smoke"}
-        plain["smoke"] = bool(content.get("smoke", False))
+        plain = {f.name: content[f.name] for f in fields(Recipe) if f.name not in (*sections, "smoke", "width")}
+        plain |= {"smoke": bool(content.get("smoke", False)), "width": int(content.get("width", 0))}
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"not a recipe of this version: {type(error).__name__}: {error}") from None
     return Recipe(**plain, **sections)
@@ -202,7 +221,7 @@ def _put(values: dict[str, dict[str, Any]], section: str, key: str, value: Any, 
     if section == "encoder":
         _nest(values["encoder"], key, value, "encoder", where)
         return
-    hints = get_type_hints(TYPED[section])
+    hints = _types(TYPED[section])
     head, _, rest = key.partition(".")
     if rest and get_origin(hints.get(head)) is Mapping:
         _nest(values[section].setdefault(head, {}), rest, value, f"{section}.{head}", where)

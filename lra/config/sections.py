@@ -118,7 +118,7 @@ class Train:
 
     accumulate: parts a step's batch is worked on in, one after the other; checkpointing: forget the activations inside
     each block and compute them again; compile: torch.compile the encoder. tbptt: tokens after which the gradient
-    through the recurrent state is cut (0 = never); such an encoder is run token by token.
+    through the recurrent state is cut (0 = never); such an encoder is run in chunks of that many tokens.
     curriculum_steps: over these first steps the longest example grows from curriculum_length tokens to the longest.
     """
 

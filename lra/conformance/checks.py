@@ -25,18 +25,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from lra.config.match import shaped
-from lra.encoder import DIRECTIONS, SCALINGS, Card, Encoder
+from lra.config.sections import Optim
+from lra.encoder import DIRECTIONS, SCALINGS, Card, Encoder, Mixer
 from lra.errors import UserError, unknown
 from lra.profiling.flops import encoder_flops
 from lra.registry import Constructor, architectures
-from lra.training.optimisers import KEYS
+from lra.training.optimisers import KEYS, parameter_groups
 
 WIDTH, LAYERS, LENGTH, LONGEST = 16, 2, 32, 64
+BATCHES = (1, 3)
+SPLITS = 2
 
 
 class Broken(Exception):
@@ -130,15 +133,14 @@ def reloaded(subjects: Sequence[Subject]) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder, "jobs.pt")
         torch.save({"jobs": jobs, "x": x, "mask": mask, "threads": torch.get_num_threads()}, place)
-        there = [
-            sys.executable,
-            "-c",
-            "import sys; from lra.conformance import checks; checks.reload(sys.argv[1])",
-            str(place),
-        ]
+        script = "import sys; from lra.conformance import checks; checks.reload(sys.argv[1])"
         paths = os.pathsep.join(p or os.getcwd() for p in sys.path)
         done = subprocess.run(
-            there, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False
+            [sys.executable, "-c", script, str(place)],
+            env={**os.environ, "PYTHONPATH": paths},
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -179,6 +181,14 @@ LONG = tuple(3 * 4**i for i in range(6, 10))
 """12,288 to 786,432 tokens: growth is judged beyond any window or number of landmarks."""
 
 
+RECURRENCE = re.compile(r"(log_)?(dt|step|A|decay|nu|theta|tau)(_log|_real|_imag|_re|_im|_bias)?|[Ll]ambda.*")
+"""Last names of parameters that set how long a recurrence remembers: step sizes, state matrices, decay rates."""
+SPREAD = 10.0
+"""Largest ratio between the outputs of two mixers of one encoder, at any of SHAPES."""
+SHAPES = ((256, 4), (1024, 4), (4096, 2))
+"""Length and layers: depth where a layer is cheap."""
+
+
 def signature(subject: Subject) -> None:
     """built from keyword arguments; a misspelt one is an error"""
     parameters = inspect.signature(subject.constructor.cls).parameters
@@ -216,11 +226,14 @@ def card(subject: Subject) -> None:
         raise Broken(f"scaling is {own.scaling!r}; one of {', '.join(SCALINGS)}")
     if not subject.options and not subject.constructor.preset and own.scaling != (default := subject.encoder().scaling):
         raise Broken(f"scaling is {own.scaling!r}, but that of an encoder with no other arguments {default!r}")
-    for name, reason in own.exempt.items():
+    for key, reason in own.exempt.items():
+        variant, _, name = key.rpartition("/")
         if name not in CHECKS:
             raise Broken(f"exempt: {unknown('check', name, CHECKS)}")
+        if variant and variant not in own.variants:
+            raise Broken(f"exempt: {unknown('variant', variant, own.variants)}")
         if not reason.strip():
-            raise Broken(f"the exemption from {name} gives no reason")
+            raise Broken(f"the exemption from {key} gives no reason")
     if ":" not in subject.constructor.name:
         try:
             architectures.facts(subject.constructor.name.partition("/")[0])
@@ -344,7 +357,7 @@ def causal(subject: Subject) -> None:
 
 
 def step(subject: Subject) -> str | None:
-    """token by token, step gives what forward gives"""
+    """token by token and in chunks, recurrent mode gives what forward gives"""
     if not subject.declares("step"):
         raise NotDeclared("recurrent mode not declared")
     x, mask = inputs([LENGTH, LENGTH], LENGTH)
@@ -353,8 +366,8 @@ def step(subject: Subject) -> str | None:
         state = encoder.init_state(len(x))
     except NotImplementedError:
         return "no recurrent mode: init_state is not implemented"
-    state = tree_map_only(Tensor, lambda t: cast(t, torch.float64), state)
-    expected = outputs(encoder, x, mask)
+    start = tree_map_only(Tensor, lambda t: cast(t, torch.float64), state)
+    expected, state = outputs(encoder, x, mask), start
     torch.manual_seed(0)
     for t in range(LENGTH):
         with torch.no_grad():
@@ -363,20 +376,47 @@ def step(subject: Subject) -> str | None:
             raise Broken(f"step returned {tuple(y.shape)} for a token of shape {tuple(x[:, t].shape)}")
         if (error := (y - expected[:, t]).abs().max().item()) > EXACT:
             raise Broken(f"step and forward differ by {error:.2g} at token {t} (float64): one of them is wrong")
+    for number in range(SPLITS):
+        _chunks(encoder, x, expected, start, number)
     return None
 
 
+@torch.no_grad()
+def _chunks(encoder: Encoder, x: Tensor, expected: Tensor, state: Any, number: int) -> None:
+    """Chunks between places drawn at random, chunks and steps in turns from the second split on."""
+    draw = torch.Generator().manual_seed(number)
+    places = torch.randperm(LENGTH - 1, generator=draw)[:4].add(1).sort().values.tolist()
+    for first, last in pairwise([0, *places, LENGTH]):
+        middle = first + (1 if number else 0)
+        parts = []
+        if middle > first:
+            y, state = encoder.step(x[:, first], state)
+            parts.append(y.unsqueeze(1))
+        if middle < last:
+            y, state = encoder.chunk(x[:, middle:last], state)
+            parts.append(y)
+        y = torch.cat(parts, dim=1)
+        if y.shape != x[:, first:last].shape:
+            raise Broken(f"chunk returned {tuple(y.shape)} for tokens of shape {tuple(x[:, first:last].shape)}")
+        if not (found := (y - expected[:, first:last]).abs().max().item()) <= EXACT:
+            raise Broken(
+                f"chunk and forward differ by {found:.2g} in tokens {first} to {last - 1} (float64), cut at "
+                f"{', '.join(map(str, places))}: chunk starts from the state or leaves it wrongly"
+            )
+
+
 def cost(subject: Subject) -> None:
-    """cost(length) agrees with the FLOP counter"""
+    """cost(length) agrees with the FLOP counter, at more than one batch size"""
     if not subject.declares("cost"):
         raise NotDeclared("cost not declared; FLOPs are those PyTorch's dispatcher counts")
     for how, encoder in subject.directions(torch.float32, length=128):
-        for length in (32, 64, 128):
-            _agrees(encoder, length, how)
+        for length, batch in ((32, 1), (64, 3), (128, 1)):
+            _agrees(encoder, length, batch, how)
+        _splits(encoder, 128, how)
     if subject.constructor.declared:
         built = [shaped(partial(subject.encoder, torch.float32, length=n, n_layers=1)) for n in LONG]
         observed = growth([encoder.cost(n).total for n, encoder in zip(LONG, built, strict=True)])
-        if observed != built[0].scaling:
+        if built[0].scaling in SCALINGS and observed != built[0].scaling:
             raise Broken(f"work is declared to grow as {built[0].scaling}, but cost grows as {observed}")
 
 
@@ -394,19 +434,34 @@ def growth(work: Sequence[float]) -> str:
     return SCALINGS[place] if 1 <= place < len(SCALINGS) else f"none of {', '.join(SCALINGS)}"
 
 
-def _agrees(encoder: Encoder, length: int, how: str) -> None:
-    report, declared = encoder_flops(encoder, 1, length, device="", backward=False), encoder.cost(length)
+def _agrees(encoder: Encoder, length: int, batch: int, how: str) -> None:
+    report = encoder_flops(encoder, batch, length, device="", backward=False)
+    declared = encoder.cost(length).of_batch(batch)
     own = [work for op, work in report.operators.items() if op.startswith("lra.")]
     # the work of our own operators may be declared as matmul or as other; that of PyTorch's products may not
     sums = [report.matmul + sum(part) for n in range(len(own) + 1) for part in itertools.combinations(own, n)]
+    words = f"{how}cost({length}).of_batch({batch})"
     if all(abs(declared.matmul - counted) > 0.01 * max(counted, 1.0) for counted in sums):
         ratio = declared.matmul / max(report.matmul, 1.0)
         raise Broken(
-            f"{how}cost({length}).matmul is {declared.matmul:,.0f}, {ratio:.3g} times what was counted: "
+            f"{words}.matmul is {declared.matmul:,.0f}, {ratio:.3g} times what was counted: "
             f"{report.matmul:,.0f} in products, {sum(own):,.0f} in kernels (a multiply-add is 2)"
         )
     if declared.total < 0.5 * report.forward:
-        raise Broken(f"{how}cost({length}).total is {declared.total:,.0f}; counted were {report.forward:,.0f}")
+        raise Broken(f"{words}.total is {declared.total:,.0f}; counted were {report.forward:,.0f}")
+
+
+def _splits(encoder: Encoder, length: int, how: str) -> None:
+    """What is done once for a batch, and what for each sequence, is charged to the right one."""
+    one, more = (encoder_flops(encoder, n, length, device="", backward=False).forward for n in BATCHES)
+    once = (BATCHES[1] * one - BATCHES[0] * more) / (BATCHES[1] - BATCHES[0])
+    declared = encoder.cost(length)
+    shared = declared.batch_matmul + declared.batch_other
+    if abs(shared - once) > 0.2 * max(declared.total, one):
+        raise Broken(
+            f"{how}cost({length}) declares {shared:,.0f} as done once for a batch; counted were {once:,.0f} of "
+            f"{one:,.0f} at a batch of one: charge the kernels that sequences share with Cost.per_batch"
+        )
 
 
 def save(subject: Subject) -> None:
@@ -449,6 +504,80 @@ def optim(subject: Subject) -> None:
             raise Broken(f"optim pattern {pattern!r} matches no parameter; they are called {', '.join(names[:3])}, ...")
         if pattern not in winners:
             raise Broken(f"optim pattern {pattern!r} never applies: an earlier one matches all its parameters")
+
+
+def _decayed(subject: Subject) -> tuple[list[str], list[str]]:
+    """Names of an encoder's parameters that a recipe with `optim.decay = "all"` decays: those of its recurrence, and
+    biases, norms and skips (D). Both are empty for an encoder without a recurrence by these names: there such a recipe
+    is taken at its word, as LRA's own optimiser decays every parameter."""
+    encoder = subject.encoder(torch.float32)
+    try:
+        groups = parameter_groups(encoder, encoder, Optim(weight_decay=0.1, decay="all"))
+    except UserError:
+        return [], []  # the check of the patterns says what is wrong with them
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    norms = {id(p) for module in encoder.modules() if "Norm" in type(module).__name__ for p in module.parameters()}
+    recurrence, rest, any_recurrence = [], [], False
+    for name, p in encoder.named_parameters():
+        last = name.rpartition(".")[2]
+        if RECURRENCE.fullmatch(last) or (p.ndim == 1 and last in ("u", "w")):
+            any_recurrence = True
+            recurrence += [name] if id(p) in decayed else []
+        elif id(p) in decayed and (id(p) in norms or "norm" in last or last in ("d", "D") or last.endswith("bias")):
+            rest.append(name)
+    return (recurrence, rest) if any_recurrence else ([], [])
+
+
+def optim_groups(subject: Subject) -> None:
+    """step sizes and state matrices are never decayed"""
+    recurrence, _ = _decayed(subject)
+    if recurrence:
+        raise Broken(
+            f'a recipe with optim.decay = "all" decays {", ".join(recurrence[:3])}: '
+            "give what sets the memory of a recurrence `weight_decay: 0.0` in `optim`"
+        )
+
+
+def optim_norms(subject: Subject) -> None:
+    """nor are skips, biases and norms beside a recurrence"""
+    _, rest = _decayed(subject)
+    if rest:
+        raise Broken(
+            f'a recipe with optim.decay = "all" decays {", ".join(rest[:3])}: give the skip, biases and norms '
+            "`weight_decay: 0.0` in `optim`, or say on the card whose optimiser decays them"
+        )
+
+
+def magnitudes(subject: Subject) -> None:
+    """mixers stay alike in size over depth and length"""
+    sizes: list[tuple[float, str]] = []
+
+    def note(place: str, module: nn.Module, given: Any, y: Tensor) -> None:
+        sizes.append((y.square().mean().sqrt().item(), place))
+
+    for length, layers in SHAPES:
+        encoder, before = woken(subject.encoder(torch.float32, length=length, n_layers=layers)), len(sizes)
+        for name, mixer in _mixers(encoder).items():
+            mixer.register_forward_hook(partial(note, f"{name} at {length} tokens"))
+        x = torch.randn(1, length, WIDTH, generator=torch.Generator().manual_seed(7))
+        y = outputs(encoder, x, torch.ones(1, length, dtype=torch.bool))
+        if len(sizes) == before:  # no mixers, or an encoder that calls their parts itself
+            note(f"the encoder at {length} tokens", encoder, x, y)
+    first, place = sizes[0]
+    for size, where in sizes:
+        if not first / SPREAD <= size <= first * SPREAD:
+            raise Broken(
+                f"outputs of {where} have RMS {size:.3g}, those of {place} {first:.3g}: "
+                "in a residual stack one layer drowns the others; scale the output or its initialisation"
+            )
+
+
+def _mixers(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
+    """The outermost mixers by name, in order."""
+    found: dict[str, nn.Module] = {}
+    for name, child in module.named_children():
+        found |= {prefix + name: child} if isinstance(child, Mixer) else _mixers(child, f"{prefix}{name}.")
+    return found
 
 
 def trains(subject: Subject) -> None:
@@ -495,6 +624,6 @@ CHECKS: dict[str, Callable[[Subject], str | None]] = {
     f.__name__: f
     for f in (
         signature, card, shape, padding, padding_length, batch, gradients, causal, step, cost, save, precision, optim,
-        trains, seed,
+        optim_groups, optim_norms, magnitudes, trains, seed,
     )
 }  # fmt: skip

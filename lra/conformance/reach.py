@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -55,21 +54,3 @@ def plot(norms: Tensor, columns: int = 64, rows: int = 12) -> str:
     lines.append(" " * 7 + "+" + "-" * len(shares))
     lines.append(" " * 8 + "t = 1" + f"L = {len(norms):,}".rjust(len(shares) - 5))
     return "\n".join(lines)
-
-
-def draw(name: str, norms: Tensor, path: Path) -> None:
-    """Write the plot as a PNG. Raises OSError where that is not possible."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    from lra.files import atomic
-
-    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    axes.semilogy(range(1, len(norms) + 1), norms.clamp_min(FLOOR))
-    axes.set(xlabel="input t", ylabel="|d last output / d input t|", title=f"{name}, untrained", ylim=(FLOOR / 2, None))
-    axes.grid(alpha=0.3)
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
-    plt.close(figure)

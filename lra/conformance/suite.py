@@ -80,8 +80,10 @@ def check(
 
 def _finding(name: str, subject: Subject) -> Finding:
     card = getattr(subject.constructor.cls, "card", None)
-    reason = card.exempt.get(name) if isinstance(card, Card) else None
-    as_declared = not subject.options and not subject.constructor.preset
+    exempt = card.exempt if isinstance(card, Card) else {}
+    own = f"{subject.constructor.name.partition('/')[2]}/{name}"
+    reason = exempt.get(own, exempt.get(name))
+    as_declared = not subject.options and (own in exempt or not subject.constructor.preset)
     started = time.perf_counter()
     try:
         remark = CHECKS[name](subject)

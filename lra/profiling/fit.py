@@ -1,15 +1,17 @@
-"""The largest batch or length whose training step fits a memory budget: found by trying, each in a fresh process."""
+"""The largest batch or length whose training step fits a memory budget; each candidate runs in a fresh process."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import msgspec
 import torch
 
 from lra.errors import UserError
-from lra.profiling.profiler import Cell, in_process, measure_memory
+from lra.profiling.profiler import in_process, measure_memory
+from lra.results.profile import Cell
 
 LIMITS = {"batch": 4096, "length": 65_536}
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -17,8 +19,8 @@ UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 @dataclass(frozen=True)
 class Fit:
-    """value: the largest found, 0 where not even the smallest fits; peak: bytes it took; capped: it is the largest that
-    was tried, more may fit; tries: training steps that were run."""
+    """value: the largest that fits, 0 if the smallest does not; peak: bytes it took; capped: the search ended at its
+    upper limit, so more may fit; tries: number of training steps that were run."""
 
     value: int
     peak: int
@@ -44,10 +46,10 @@ def largest(
     tries, low, peak, size = 0, 0, 0, first
     high: int | None = None
     while high is None or high - low > max(1, int(precision * low)):
-        found = peak_of(size)
+        used = peak_of(size)
         tries += 1
-        if found is not None and found <= budget:
-            low, peak = size, found
+        if used is not None and used <= budget:
+            low, peak = size, used
         else:
             high = size
         if low >= most or high == first:
@@ -61,9 +63,9 @@ def fit(cell: Cell, vary: str, budget: int, *, timeout: float = 120.0) -> Fit:
     here = "cuda" if torch.cuda.is_available() else "cpu"
 
     def peak_of(size: int) -> int | None:
-        # beyond twice the budget nobody wants to know how much it would have been
-        tried = replace(cell, **{vary: size})  # type: ignore[arg-type]
-        found = in_process(measure_memory, tried, here, timeout, limit=2 * budget + 2**29)
-        return None if "failed" in found else int(found["peak_bytes"])
+        # beyond twice the budget the exact peak does not matter
+        candidate = msgspec.structs.replace(cell, **{vary: size})
+        used = in_process(measure_memory, candidate, here, timeout, limit=2 * budget + 2**29)
+        return None if "failed" in used else int(used["peak_bytes"])
 
     return largest(peak_of, budget, first=getattr(cell, vary), most=LIMITS[vary])

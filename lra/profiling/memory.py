@@ -1,10 +1,11 @@
-"""Peak memory of the work between two points: CUDA's own counter, or the kernel's high-water mark of this process; and
-what the C library does with memory that is freed."""
+"""Peak memory of the work between two points, from CUDA's own counter or the high-water mark that the system keeps of
+this process, and control over memory that the C library has freed."""
 
 from __future__ import annotations
 
 import ctypes
 import resource
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,14 +40,16 @@ class Peak:
         if self.start:
             peak = max(status("VmHWM") - self.start, 0)
         else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            # getrusage(2): kilobytes on Linux and the BSDs, bytes on macOS
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         return {"peak_bytes": int(peak), "method": self.method}
 
 
 def keep_freed() -> bool:
-    """Have freed memory kept for what is asked for next. Returns whether the C library does so (glibc).
+    """Make the C library keep freed memory for later allocations. Returns whether it does so (glibc only).
 
-    By default it takes every block above 32 MiB from the system and hands it back, so that each activation of that size
+    By default it maps every block above 32 MiB anew and returns it when freed, so that each activation of that size
     costs a page fault per 4 KiB in every step: a third to half of the time of attention on a CPU.
     """
     with suppress(OSError, AttributeError):
@@ -56,13 +59,13 @@ def keep_freed() -> bool:
 
 
 def give_back() -> None:
-    """Hand freed memory to the system, so that what is in use is what is seen (glibc; elsewhere nothing)."""
+    """Return freed memory to the system, so that its counters show what is in use (glibc; elsewhere a no-op)."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def status(key: str) -> int:
-    """A size of this process in bytes: VmRSS, VmHWM, VmSize. Raises OSError where the system does not tell."""
+    """A size of this process in bytes: VmRSS, VmHWM, VmSize. Raises OSError on a system without it."""
     for line in STATUS.read_text().splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024

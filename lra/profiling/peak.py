@@ -1,13 +1,14 @@
-"""What this machine can do: the bandwidth of an element-wise sum and the rate of a matrix product, measured."""
+"""What this machine can do: the bandwidth of an element-wise sum and the rate of matrix products, measured."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from lra.profiling.timing import Timing, together
+from lra.profiling.timing import Timing, time_once
 
 # elements of the sum, width of the product
 SIZES = {"cpu": (2**23, 1024), "cuda": (2**27, 4096)}
@@ -21,10 +22,6 @@ class Machine:
 
     bandwidth: float
     rate: float
-
-    @classmethod
-    def measured(cls, device: torch.device) -> Machine:
-        return cls.among(together(cls.probes(device), device, budget=2.0), device)
 
     @staticmethod
     def probes(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, Callable[[], object]]:
@@ -40,3 +37,29 @@ class Machine:
         """The machine as it was while these were timed."""
         elements, width = SIZES[device.type]
         return cls(3 * 4 * elements / timings[SUM].median, 2 * width**3 / timings[PRODUCT].median)
+
+
+def peak_rate(
+    shapes: Iterable[tuple[int, int, int]], device: torch.device, dtype: torch.dtype, *, budget: float = 0.2
+) -> float:
+    """FLOP/s of the fastest of many matrix products, the ceiling a utilisation is measured against.
+
+    shapes: (m, k, n) of products (m, k) @ (k, n) in the model at hand; a large square product is tried beside them.
+    budget: seconds for each shape.
+    """
+    width = SIZES[device.type][1]
+    best = 0.0
+    for m, k, n in {*shapes, (width, width, width)}:
+        a, b = torch.rand(m, k, device=device).to(dtype), torch.rand(k, n, device=device).to(dtype)
+        out = torch.empty(m, n, device=device, dtype=dtype)
+
+        def product(a: torch.Tensor = a, b: torch.Tensor = b, out: torch.Tensor = out) -> None:
+            torch.mm(a, b, out=out)
+
+        product()
+        end = time.monotonic() + budget
+        seconds = [time_once(product, device) for _ in range(3)]
+        while time.monotonic() < end:
+            seconds.append(time_once(product, device))
+        best = max(best, 2 * m * k * n / min(seconds))
+    return best

@@ -1,60 +1,97 @@
-"""Two runs, field by field."""
+"""Comparison of two runs: how far apart they are on the same test examples, and which settings differ."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lra.errors import UserError, unknown
+from lra.reports.table import Table, TableCell
 from lra.results import result
-from lra.results.collection import Collection, Record
-from lra.results.statistics import mcnemar
-
-ABSENT = "-"
-
-
-def find(collection: Collection, name: str) -> Record:
-    """A record by its file, its id, or a beginning of its id that no other has. Raises UserError."""
-    if name.endswith(".json"):
-        return result.read(Path(name))
-    known = {r["id"]: r for r in collection.records}
-    matching = [identity for identity in known if identity.startswith(name)] if name not in known else [name]
-    if len(matching) > 1:
-        raise UserError(f"{name!r} begins {len(matching)} run ids: {', '.join(matching[:5])}; give more of it")
-    if not matching:
-        raise unknown("run", name, known)
-    return known[matching[0]]
+from lra.results.collection import Collection, Predictions, load_run
+from lra.results.official import differences, recipe_settings
+from lra.results.record import RunRecord
+from lra.results.statistics import Estimate, mcnemar, paired_difference
 
 
-def flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted field, value as JSON), in the order of the fields' names."""
-    for key in sorted(record):
-        value = record[key]
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs a and b on one test set.
+
+    difference: accuracy of a less that of b, with a 95 % interval over test examples; p: of McNemar's exact test that
+    they are equally accurate; only_a, only_b: test examples that only one of them predicts correctly. All four are None
+    if the runs were not tested on the same examples. fields: setting -> (value in a, value in b) where they differ.
+    """
+
+    a: RunRecord
+    b: RunRecord
+    fields: Mapping[str, tuple[str, str]]
+    difference: Estimate | None = None
+    p: float | None = None
+    only_a: int | None = None
+    only_b: int | None = None
+
+    def __str__(self) -> str:
+        """The difference in one line."""
+        accuracies = f"{100 * self.a.test.accuracy:.2f} % and {100 * self.b.test.accuracy:.2f} %"
+        if self.difference is None:
+            return f"accuracy {accuracies}; not tested on the same examples, so there is no paired difference"
+        d = self.difference
+        return (
+            f"accuracy {accuracies}: difference {100 * d.mean:+.2f} points, 95 % interval [{100 * d.low:+.2f}, "
+            f"{100 * d.high:+.2f}], p = {self.p:.3g} (McNemar); of {self.a.test.n:,} test examples only the first is "
+            f"right on {self.only_a:,}, only the second on {self.only_b:,}. This holds for these two trained models, "
+            "not for other seeds."
+        )
+
+    def table(self) -> Table:
+        """The fields that differ."""
+        rows = [[TableCell(text) for text in (name, *values)] for name, values in self.fields.items()]
+        return Table("Settings that differ", ("field", "first", "second"), rows)
 
 
-def differences(a: Record, b: Record) -> list[tuple[str, str, str]]:
-    """(field, value in a, value in b) of every field that differs; "-" where one lacks it."""
-    left, right = dict(flat(a)), dict(flat(b))
-    fields = sorted(left.keys() | right.keys())
-    return [(f, left.get(f, ABSENT), right.get(f, ABSENT)) for f in fields if left.get(f) != right.get(f)]
+def compare(a: RunRecord | Path | str, b: RunRecord | Path | str, collection: Collection | None = None) -> Comparison:
+    """Compare two runs. a, b: records, paths of result files, or ids (or their unique beginnings) of runs in
+    `collection`, by default the results folder. Raises UserError for a run that does not exist or is damaged."""
+    (first, one), (second, two) = (_load(run, collection) for run in (a, b))
+    fields = differences(_fields(first), _fields(second))
+    same_data = first.task == second.task and first.data.checksum == second.data.checksum
+    if one is None or two is None or not same_data or not np.array_equal(one.example, two.example):
+        return Comparison(first, second, fields)
+    return Comparison(
+        first, second, fields, paired_difference(one.correct, two.correct), mcnemar(one.correct, two.correct),
+        int((one.correct & ~two.correct).sum()), int((two.correct & ~one.correct).sum()),
+    )  # fmt: skip
 
 
-def predictions(collection: Collection, a: Record, b: Record) -> str:
-    """How often the two were right on the same test examples, in one line; empty where that cannot be said."""
-    x, y = collection.answers.get(a["id"]), collection.answers.get(b["id"])
-    same_data = a["task"] == b["task"] and a["data"].get("checksum") == b["data"].get("checksum")
-    if x is None or y is None or not same_data or not np.array_equal(x.example, y.example):
-        return ""
-    one, other = int((x.right & ~y.right).sum()), int((y.right & ~x.right).sum())
-    return (
-        f"of {len(x.right):,} test examples the first alone is right on {one:,}, the second alone on {other:,}: "
-        f"p = {mcnemar(x.right, y.right):.3g} (McNemar, these two trained models)"
-    )
+def find(collection: Collection, name: str) -> RunRecord:
+    """The record with an id, or with the only id that begins like that. Raises UserError."""
+    by_id = {record.id: record for record in collection.records}
+    matches = [name] if name in by_id else [identity for identity in by_id if identity.startswith(name)]
+    if len(matches) > 1:
+        raise UserError(f"{len(matches)} run ids begin with {name!r}: {', '.join(matches[:5])}; give more of the id")
+    if not matches:
+        raise unknown("run", name, by_id)
+    return by_id[matches[0]]
+
+
+def _load(run: RunRecord | Path | str, collection: Collection | None) -> tuple[RunRecord, Predictions | None]:
+    if isinstance(run, Path) or (isinstance(run, str) and run.endswith(".json")):
+        return load_run(Path(run))
+    collection = collection or Collection.read(result.folder())
+    record = find(collection, run) if isinstance(run, str) else run
+    return record, collection.predictions.get(record.id)
+
+
+def _fields(record: RunRecord) -> dict[str, str]:
+    """What a reader may want to know of two runs beside their accuracy; no timings, which always differ."""
+    facts = {
+        "task": record.task, "architecture": record.architecture, "protocol": record.protocol.name,
+        "data": record.data.checksum[:8], "recipe": record.recipe.name, "recipe hash": record.recipe_hash[:8],
+        "regime": record.regime, "direction": record.direction, "seed": str(record.seed),
+        "parameters": str(record.parameters), "device": record.hardware, "commit": record.environment.commit.hash[:12],
+    }  # fmt: skip
+    return facts | recipe_settings(record)

@@ -1,83 +1,150 @@
-"""What profiles say: tables, growth with length beside what is declared, charts. A pure function of their files.
+"""Tables of profiles: cells, growth with length beside the declared scaling. A pure function of the profile files.
 
 exponent    slope of log(time) over log(length), least squares, with its 95 % interval from three lengths on
 crossover   the length from which a training step takes less time than the Transformer's at the same shape
-MFU         counted forward and backward FLOPs per second over the rate of a large matrix product on this machine
+MFU         counted forward and backward FLOPs per second over the rate of the fastest matrix product at these shapes
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import pandas as pd
 from scipy import stats
 
 from lra.config.match import shaped
 from lra.errors import UserError
 from lra.registry import architectures
-from lra.reports.plots import Series, chart
-from lra.reports.sheets import Cell, Sheet
-from lra.results.profiles import problem, read
+from lra.reports.table import Table, TableCell
+from lra.results import profile as stored
+from lra.results.profile import CLOSE, FailedProfile, Profile, agreed, machine_name
 
-Profile = dict[str, Any]
-Shape = tuple[str, str, int, int, int, str]
+AnyProfile = Profile | FailedProfile
+Shape = tuple[str, str, str, int, int, int, str]
 BASE = "transformer"
-CLOSE = 0.1
-"""How far apart the two fastest rounds of a cell may be."""
+OUTSIDE = "outside"
+"""Family of an architecture that is not a file of this project."""
 COLUMNS = (
     "architecture", "L", "params", "GFLOP", "formula %", "fwd ms", "step ms", "IQR %", "decode µs", "tokens/s",
     "MFU %", "MiB", "activations", "tokens/MiB",
 )  # fmt: skip
 FIELDS = (
-    "device", "task", "batch", "d_model", "n_layers", "direction", "architecture", "length", "failed", "parameters",
-    "flops_forward", "flops_algorithmic", "flops_forward_backward", "matmul_counted", "matmul_by_formula", "uncounted",
-    "forward_seconds", "forward_low", "forward_high", "forward_repeats", "train_seconds", "train_low", "train_high",
-    "train_repeats", "step_seconds", "tokens_per_second", "mfu", "peak_bytes", "parameter_bytes", "gradient_bytes",
-    "optimiser_bytes", "activation_bytes", "torch", "commit",
+    "device", "dtype", "task", "batch", "d_model", "n_layers", "direction", "architecture", "length", "failed",
+    "parameters", "flops_forward", "flops_algorithmic", "flops_forward_backward", "matmul_counted", "matmul_by_formula",
+    "uncounted", "forward_seconds", "forward_low", "forward_high", "forward_repeats", "train_seconds", "train_low",
+    "train_high", "train_repeats", "step_seconds", "tokens_per_second", "mfu", "peak_bytes", "parameter_bytes",
+    "gradient_bytes", "optimiser_bytes", "activation_bytes", "torch", "commit",
 )  # fmt: skip
 
 
-def load(root: Path) -> list[Profile]:
-    """Every sound cell below <root>/profile, by device, shape, architecture and length."""
-    found = [content for path in _files(root) if not problem(content := read(path))]
-    return sorted(found, key=lambda p: (shape_of(p), p["cell"]["architecture"], p["cell"]["length"]))
+def load(root: Path) -> list[AnyProfile]:
+    """Every valid cell below <root>/profile, by device, shape, architecture and length. Of two measurements of one cell
+    the one in the newer place (`Cell.path`) counts."""
+    profiles, _ = stored.load(root)
+    cells = {(shape_of(profile), profile.cell.architecture, profile.cell.length): profile for profile in profiles}
+    return [cells[key] for key in sorted(cells)]
 
 
 def problems(root: Path) -> list[str]:
     """What is wrong with the other files there, one line each."""
-    return [f"{path}: not a profile: {why}" for path in _files(root) if (why := problem(read(path)))]
+    return stored.load(root)[1]
 
 
-def _files(root: Path) -> list[Path]:
-    return sorted((root / "profile").rglob("*.json"))
+def shape_of(profile: AnyProfile) -> Shape:
+    """What profiles must share to be compared: device and threads, dtype, task, batch, width, depth, direction."""
+    c = profile.cell
+    return (machine_name(profile.environment), c.dtype, c.task, c.batch, c.d_model, c.n_layers, c.direction)
 
 
-def shape_of(profile: Profile) -> Shape:
-    """What profiles have to share to be compared: device and threads, task, batch, width, depth, direction."""
-    cell, environment = profile["cell"], profile["environment"]
-    threads = environment.get("threads")
-    device = environment.get("gpu") or environment["cpu"] + (
-        f", {threads} thread{'s' * (threads > 1)}" if threads else ""
-    )
-    return (device, cell.get("task", ""), *(cell[key] for key in ("batch", "d_model", "n_layers", "direction")))
+def measured(profiles: Iterable[AnyProfile]) -> list[Profile]:
+    """The profiles of cells whose measurement did not fail."""
+    return [profile for profile in profiles if isinstance(profile, Profile)]
 
 
-def by_shape(profiles: Iterable[Profile]) -> dict[Shape, list[Profile]]:
-    found: dict[Shape, list[Profile]] = {}
+def _place(profile: AnyProfile) -> str:
+    return f"{profile.cell.architecture} at {profile.cell.length:,}"
+
+
+AnyKind = TypeVar("AnyKind", Profile, AnyProfile)
+
+
+def by_shape(profiles: Iterable[AnyKind]) -> dict[Shape, list[AnyKind]]:
+    groups: dict[Shape, list[AnyKind]] = {}
     for profile in profiles:
-        found.setdefault(shape_of(profile), []).append(profile)
-    return found
+        groups.setdefault(shape_of(profile), []).append(profile)
+    return groups
 
 
 def title(shape: Shape) -> str:
-    device, task, batch, width, depth, direction = shape
+    device, dtype, task, batch, width, depth, direction = shape
     whole = f"classifier on {task}" if task else "encoder"
-    return f"{whole}, batch {batch}, d_model {width}, {depth} layers, {direction}, {device}"
+    return f"{whole}, batch {batch}, d_model {width}, {depth} layers, {direction}, {dtype}, {device}"
+
+
+def family(architecture: str) -> str:
+    """The family an architecture belongs to; OUTSIDE for one that is not a file of this project."""
+    try:
+        return architectures.family(architecture.partition("/")[0]) or OUTSIDE
+    except UserError:
+        return OUTSIDE
+
+
+def frame(profiles: Sequence[AnyProfile]) -> pd.DataFrame:
+    """One row per cell: the columns of FIELDS, and what the charts show (milliseconds, MiB, GFLOP, family)."""
+    # objects, so that counts stay whole numbers in a column that has gaps
+    table = pd.DataFrame([_values(p) for p in profiles], columns=[*FIELDS, "family", "rounds"], dtype=object)
+    table = table.astype(dict.fromkeys(("forward_seconds", "train_seconds", "tokens_per_second", "mfu"), "float64"))
+    return table.assign(
+        forward_ms=1e3 * table["forward_seconds"], train_ms=1e3 * table["train_seconds"],
+        # a chart has a logarithmic axis
+        peak_mib=table["peak_bytes"].astype("float64").clip(lower=1) / 2**20,
+        gflop=table["flops_forward"].astype("float64") / 1e9,
+    )  # fmt: skip
+
+
+def _values(p: AnyProfile) -> dict[str, Any]:
+    values: dict[str, Any] = dict(zip(FIELDS, shape_of(p), strict=False)) | {
+        "architecture": p.cell.architecture, "length": p.cell.length, "failed": "",
+        "torch": p.environment.versions.get("torch", ""), "family": family(p.cell.architecture),
+        "commit": p.environment.commit.hash[:12],
+    }  # fmt: skip
+    if isinstance(p, FailedProfile):
+        return values | {"failed": p.failed}
+    work, seconds, memory = p.flops, p.seconds, p.memory
+    formula = work.matmul_by_formula
+    values |= {f"flops_{key}": round(getattr(work, key)) for key in ("forward", "algorithmic", "forward_backward")}
+    for key, timing in (("forward", seconds.forward), ("train", seconds.train)):
+        values |= {f"{key}_low": timing.low, f"{key}_high": timing.high, f"{key}_repeats": timing.repeats}
+        values[f"{key}_seconds"] = timing.median
+    return values | {
+        "parameters": p.parameters, "matmul_counted": round(work.matmul_counted),
+        "matmul_by_formula": None if formula is None else round(formula), "uncounted": " ".join(work.uncounted),
+        "step_seconds": None if seconds.step is None else seconds.step.median,
+        "tokens_per_second": p.tokens_per_second, "mfu": p.mfu, "peak_bytes": round(memory.peak_bytes),
+        "parameter_bytes": round(memory.parameters), "gradient_bytes": round(memory.gradients),
+        "optimiser_bytes": round(memory.optimiser), "activation_bytes": round(memory.activations),
+        "rounds": "agree" if agreed(p.rounds) else "differ",
+    }  # fmt: skip
+
+
+def table_csv(profiles: Sequence[AnyProfile]) -> str:
+    """Long format, one cell a row."""
+    return frame(profiles)[list(FIELDS)].to_csv(index=False, float_format="%.6g", lineterminator="\n")
+
+
+def memory_near(profiles: Iterable[AnyProfile], cpu_or_gpu: str, length: int) -> dict[str, tuple[int, int]]:
+    """Peak bytes of a training step on a device, as architecture -> (bytes, length measured at): at the length nearest
+    to `length`, at the shape with most cells there, so that the numbers can be compared."""
+    here = [p for p in measured(profiles) if cpu_or_gpu in (p.environment.gpu, p.environment.cpu) and not p.cell.task]
+    cells = max(by_shape(here).values(), key=len, default=[])
+    if not cells or not length:
+        return {}
+    nearest = min({p.cell.length for p in cells}, key=lambda n: abs(math.log(n / length)))
+    return {p.cell.architecture: (int(p.memory.peak_bytes), nearest) for p in cells if p.cell.length == nearest}
 
 
 def exponent(lengths: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
@@ -103,108 +170,103 @@ def crossover(values: Mapping[int, float], others: Mapping[int, float]) -> float
     return float(lengths[0])
 
 
-def sheets(profiles: Sequence[Profile]) -> list[Sheet]:
+def tables(profiles: Sequence[AnyProfile]) -> list[Table]:
     """For each shape: the cells, and growth with length where there are two lengths."""
-    found = []
+    made = []
     for shape, cells in by_shape(profiles).items():
-        notes = [failure(p) for p in cells if "failed" in p]
+        good = measured(cells)
+        notes = [failure(p) for p in cells if isinstance(p, FailedProfile)]
         notes += [
-            f"{p['cell']['architecture']}: not counted: {', '.join(p['flops']['uncounted'])}"
-            for p in cells if "failed" not in p and p["flops"]["uncounted"]
-        ]  # fmt: skip
-        notes += [_agreement(cells), *_unsteady(cells), NOTE]
-        lines = [[Cell(text) for text in texts(p)] for p in cells if "failed" not in p]
+            f"{p.cell.architecture}: not counted: {', '.join(p.flops.uncounted)}" for p in good if p.flops.uncounted
+        ]
+        notes += [_agreement(good), *_suspect(good), NOTE]
+        rows = [[TableCell(text) for text in texts(p)] for p in good]
         hidden = frozenset({"formula %", "IQR %", "tokens/MiB", "activations"})
-        found.append(Sheet(f"Efficiency: {title(shape)}", COLUMNS, lines, notes, hidden))
-        growth = [line for line in _growth(cells) if line]
-        if growth:
-            found.append(Sheet(f"Growth with length: {title(shape)}", GROWTH, growth, [GROWTH_NOTE]))
-    return found
+        made.append(Table(f"Efficiency: {title(shape)}", COLUMNS, rows, notes, hidden))
+        if growth := _growth(good):
+            made.append(Table(f"Growth with length: {title(shape)}", GROWTH, growth, [GROWTH_NOTE]))
+    return made
 
 
 def _agreement(cells: Sequence[Profile]) -> str:
-    """How far apart the two numbers of FLOPs are, where they are furthest."""
+    """How far apart the counted and the declared number of FLOPs are, where they differ most."""
     worst, where = 0.0, ""
     for p in cells:
-        formula = None if "failed" in p else p["flops"]["matmul_by_formula"]
-        if formula and (apart := abs(p["flops"]["matmul_counted"] / formula - 1)) >= worst:
-            worst, where = apart, f"{p['cell']['architecture']} at {p['cell']['length']:,}"
+        formula = p.flops.matmul_by_formula
+        if formula and (apart := abs(p.flops.matmul_counted / formula - 1)) >= worst:
+            worst, where = apart, _place(p)
     return f"matrix work counted and by formula: at most {100 * worst:.2f} % apart ({where})" if where else "no formula"
 
 
-def agreed(rounds: Sequence[Mapping[str, float]]) -> bool:
-    """Whether the two lowest medians of each timing differ by at most CLOSE. rounds: timing -> median seconds."""
-    for name in rounds[0]:
-        lowest = sorted(taken[name] for taken in rounds if name in taken)[:2]
-        if len(lowest) < 2 or lowest[1] > (1 + CLOSE) * lowest[0]:
-            return False
-    return True
-
-
-def _unsteady(cells: Sequence[Profile]) -> list[str]:
-    """Which cells no two rounds measured alike."""
-    apart = [
-        f"{p['cell']['architecture']} at {p['cell']['length']:,}"
-        for p in cells if "failed" not in p and not agreed(p["rounds"])
-    ]  # fmt: skip
-    return [f"two fastest rounds more than {100 * CLOSE:.0f} % apart: {', '.join(apart)}"] if apart else []
+def _suspect(cells: Sequence[Profile]) -> list[str]:
+    """Which cells have timings that should not be relied on, and why."""
+    reasons = {
+        f"two fastest rounds more than {100 * CLOSE:.0f} % apart": [p for p in cells if not agreed(p.rounds)],
+        "forward timed slower than the whole step": [
+            p for p in cells if p.seconds.forward.median > p.seconds.train.median
+        ],
+        "MFU left out, above 100 % of a peak measured at other shapes": [p for p in cells if p.mfu > 1],
+    }
+    return [f"{why}: {', '.join(map(_place, wrong))}" for why, wrong in reasons.items() if wrong]
 
 
 NOTE = (
     "times: median of the fastest of several rounds; GFLOP: forward of one sequence, multiply-add = 2; formula: matrix "
     "work counted over what cost() says; IQR: of the training step, over its median; MiB: peak of a training step, "
-    "activations: what it takes beside parameters, gradients and optimiser; MFU: of the rate of a large float32 matrix "
-    "product here"
+    "activations: what it takes beside parameters, gradients and optimiser; MFU: of the rate of the fastest matrix "
+    "product at these shapes and in this dtype"
 )
 
 
-def failure(p: Profile) -> str:
-    return f"{p['cell']['architecture']} at {p['cell']['length']:,}: {p['failed']}"
+def failure(p: FailedProfile) -> str:
+    return f"{_place(p)}: {p.failed}"
 
 
 def texts(p: Profile) -> list[str]:
     """A profile's row, in the order of COLUMNS."""
-    seconds, memory, work = p["seconds"], p["memory"], p["flops"]
-    train, formula, step = seconds["train"], work["matmul_by_formula"], seconds.get("step")
+    seconds, memory, work = p.seconds, p.memory, p.flops
+    train, formula, step = seconds.train, work.matmul_by_formula, seconds.step
     return [
-        p["cell"]["architecture"], f"{p['cell']['length']:,}", f"{p['parameters'] / 1e3:,.0f}k",
-        f"{work['forward'] / 1e9:.3g}", "-" if not formula else f"{100 * work['matmul_counted'] / formula:.1f}",
-        f"{1e3 * seconds['forward']['median']:.1f}", f"{1e3 * train['median']:.1f}",
-        f"{100 * (train['high'] - train['low']) / train['median']:.0f}",
-        "-" if step is None else f"{1e6 * step['median']:,.0f}", f"{p['tokens_per_second']:,.0f}",
-        f"{100 * p['mfu']:.1f}", f"{memory['peak_bytes'] / 2**20:,.0f}", f"{memory['activations'] / 2**20:,.0f}",
-        f"{p['cell']['batch'] * p['cell']['length'] / (memory['peak_bytes'] / 2**20):,.0f}",
+        p.cell.architecture, f"{p.cell.length:,}", f"{p.parameters / 1e3:,.0f}k",
+        f"{work.forward / 1e9:.3g}", "-" if not formula else f"{100 * work.matmul_counted / formula:.1f}",
+        f"{1e3 * seconds.forward.median:.1f}", f"{1e3 * train.median:.1f}",
+        f"{100 * (train.high - train.low) / train.median:.0f}",
+        "-" if step is None else f"{1e6 * step.median:,.0f}", f"{p.tokens_per_second:,.0f}",
+        "-" if p.mfu > 1 else f"{100 * p.mfu:.1f}", f"{memory.peak_bytes / 2**20:,.0f}",
+        f"{memory.activations / 2**20:,.0f}",
+        f"{p.cell.batch * p.cell.length / (memory.peak_bytes / 2**20):,.0f}",
     ]  # fmt: skip
 
 
 GROWTH = ("architecture", "lengths", "declared", "work", "time", "±", "memory", "faster than transformer")
 GROWTH_NOTE = (
     "exponents of length: work counted, time and peak memory of a training step, with the half-width of the 95 % "
-    "interval of that of time; last: from which length on a step is faster than the Transformer's"
+    "interval of that of time, over the lengths at which two rounds agree; last: from which length on a step is faster "
+    "than the Transformer's"
 )
 
 
-def _growth(cells: Sequence[Profile]) -> list[list[Cell]]:
-    measured = _by_architecture(cells)
-    base = {n: p["seconds"]["train"]["median"] for n, p in measured.get(BASE, {}).items()}
-    lines = []
-    for name, by_length in sorted(measured.items()):
+def _growth(cells: Sequence[Profile]) -> list[list[TableCell]]:
+    by_name = _by_architecture(p for p in cells if agreed(p.rounds))
+    base = {n: p.seconds.train.median for n, p in by_name.get(BASE, {}).items()}
+    rows = []
+    for name, by_length in sorted(by_name.items()):
         lengths = sorted(by_length)
         if len(lengths) < 2:
             continue
-        taken = {n: by_length[n]["seconds"]["train"]["median"] for n in lengths}
-        slope, half = exponent(lengths, list(taken.values()))
-        work, _ = exponent(lengths, [max(by_length[n]["flops"]["forward"], 1.0) for n in lengths])
-        memory, _ = exponent(lengths, [max(by_length[n]["memory"]["peak_bytes"], 1) for n in lengths])
-        at = None if name == BASE else crossover(taken, base)
+        seconds = {n: by_length[n].seconds.train.median for n in lengths}
+        slope, half = exponent(lengths, list(seconds.values()))
+        work, _ = exponent(lengths, [max(by_length[n].flops.forward, 1.0) for n in lengths])
+        memory, _ = exponent(lengths, [max(by_length[n].memory.peak_bytes, 1) for n in lengths])
+        at = None if name == BASE else crossover(seconds, base)
         words = [
             name, f"{lengths[0]:,} .. {lengths[-1]:,}", declared(name), f"{work:.2f}", f"{slope:.2f}",
             "-" if math.isnan(half) else f"{half:.2f}", f"{memory:.2f}",
             "-" if name == BASE or not base else "not up to there" if at is None
             else f"from {at:,.0f}" if at > lengths[0] else "everywhere",
         ]  # fmt: skip
-        lines.append([Cell(word) for word in words])
-    return lines
+        rows.append([TableCell(word) for word in words])
+    return rows
 
 
 def declared(name: str) -> str:
@@ -218,62 +280,42 @@ def declared(name: str) -> str:
 
 
 def _by_architecture(cells: Iterable[Profile]) -> dict[str, dict[int, Profile]]:
-    found: dict[str, dict[int, Profile]] = {}
+    by_name: dict[str, dict[int, Profile]] = {}
     for p in cells:
-        if "failed" not in p:
-            found.setdefault(p["cell"]["architecture"], {})[p["cell"]["length"]] = p
-    return found
+        by_name.setdefault(p.cell.architecture, {})[p.cell.length] = p
+    return by_name
 
 
-def charts(profiles: Sequence[Profile]) -> list[tuple[str, str]]:
-    """(caption, SVG): time and memory of a training step against length, for each shape with several lengths."""
-    found = []
-    for shape, cells in by_shape(profiles).items():
-        for what, label, values in curves(cells):
-            series = [Series(name, points, colour=i) for i, (name, points) in enumerate(values)]
-            svg = chart(what, "length", label, series, log_x=True, log_y=True, powers_of_two=True)
-            found.append((f"{what}: {title(shape)}", svg))
-    return found
+CURVES = {"training": ("train_ms", "Training step", "ms"), "memory": ("peak_mib", "Peak memory of a step", "MiB")}
+"""What is drawn against length: key -> (column, title, unit)."""
 
 
-Curve = tuple[str, list[tuple[float, float]]]
+def curves(profiles: Sequence[AnyProfile]) -> dict[Shape, pd.DataFrame]:
+    """For each shape the cells of architectures measured at two lengths or more, as `charts.by_length` takes them."""
+    charted = {}
+    for shape, cells in by_shape(measured(profiles)).items():
+        table = frame(cells)
+        lengths = table.groupby("architecture")["length"].transform("nunique") if len(table) else table["length"]
+        if len(table := table[lengths > 1]):
+            charted[shape] = table[list(CHARTED)].astype({"length": "int64"})
+    return charted
 
 
-def curves(cells: Sequence[Profile]) -> list[tuple[str, str, list[Curve]]]:
-    """(what, axis label, curves) of architectures that were measured at several lengths."""
-    several = {name: by_length for name, by_length in sorted(_by_architecture(cells).items()) if len(by_length) > 1}
-    if not several:
-        return []
-    time: list[Curve] = []
-    memory: list[Curve] = []
-    for name, by_length in several.items():
-        time.append((name, [(n, 1e3 * by_length[n]["seconds"]["train"]["median"]) for n in sorted(by_length)]))
-        memory.append((name, [(n, max(by_length[n]["memory"]["peak_bytes"], 1) / 2**20) for n in sorted(by_length)]))
-    return [("Training step", "ms", time), ("Peak memory of a training step", "MiB", memory)]
+CHARTED = (
+    "architecture", "family", "length", "train_ms", "forward_ms", "peak_mib", "tokens_per_second", "gflop", "rounds",
+)  # fmt: skip
 
 
-def table_csv(profiles: Sequence[Profile]) -> str:
-    """Long format, one cell a row."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(FIELDS)
-    for p in profiles:
-        device, task, batch, width, depth, direction = shape_of(p)
-        head = [device, task, batch, width, depth, direction, p["cell"]["architecture"], p["cell"]["length"]]
-        environment = p["environment"]
-        tail = [environment.get("versions", {}).get("torch", ""), environment.get("commit", {}).get("hash", "")[:12]]
-        if "failed" in p:
-            writer.writerow([*head, p["failed"], *[""] * (len(FIELDS) - len(head) - 1 - len(tail)), *tail])
-            continue
-        work, seconds, memory = p["flops"], p["seconds"], p["memory"]
-        timed = [f"{seconds[k][q]:.6g}" if q != "repeats" else seconds[k][q]
-                 for k in ("forward", "train") for q in ("median", "low", "high", "repeats")]  # fmt: skip
-        writer.writerow([
-            *head, "", p["parameters"], *(f"{work[k]:.0f}" for k in ("forward", "algorithmic", "forward_backward",
-            "matmul_counted")), "" if work["matmul_by_formula"] is None else f"{work['matmul_by_formula']:.0f}",
-            " ".join(work["uncounted"]), *timed,
-            f"{seconds['step']['median']:.6g}" if "step" in seconds else "", f"{p['tokens_per_second']:.1f}",
-            f"{p['mfu']:.4f}", memory["peak_bytes"], memory["parameters"], memory["gradients"], memory["optimiser"],
-            memory["activations"], *tail,
-        ])  # fmt: skip
-    return out.getvalue()
+def write_figures(profiles: Sequence[AnyProfile], folder: Path, suffix: str = ".png") -> list[Path]:
+    """One figure for each shape and entry of CURVES, by family. Raises ImportError without Altair."""
+    from lra.reports import charts
+
+    written = []
+    for shape, table in curves(profiles).items():
+        device, dtype, task, batch, width, depth, direction = shape
+        stem = f"{device}-{dtype}-{task or 'encoder'}-d{width}-n{depth}-b{batch}-{direction}"
+        stem = "-".join("".join(c if c.isalnum() else " " for c in stem.lower()).split())
+        for key, (column, what, unit) in CURVES.items():
+            figure = charts.figure(charts.growth(table, column, unit, interactive=False), f"{what}: {title(shape)}")
+            written.append(charts.save(figure, folder / f"{stem}-{key}{suffix}"))
+    return written

@@ -1,131 +1,159 @@
-"""All results below a folder, read with suspicion: what cannot be trusted is left out and named, never averaged.
+"""All results below a folder. Results that fail a check are left out and reported, never averaged.
 
-Taking in somebody else's results is copying their files under `runs/`: where a file lies does not matter, what it says
-does. The same record twice counts once; two records that share an id and differ are both left out.
+To add somebody else's results, copy their files below `runs/`; the subfolder does not matter. A record that is there
+twice counts once. If two records share an id and differ, both are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lra.errors import UserError, unknown
 from lra.results import literature, result
 from lra.results.literature import Reported
+from lra.results.official import Settings, settings_of
+from lra.results.record import RunRecord
 
-Record = dict[str, Any]
-FILTERS = ("task", "protocol", "recipe", "regime", "device")
+if TYPE_CHECKING:
+    import pandas as pd
+
+FILTERS: dict[str, Callable[[RunRecord], str]] = {
+    "task": lambda record: record.task,
+    "protocol": lambda record: record.protocol.name,
+    "recipe": lambda record: record.recipe.name,
+    "regime": lambda record: record.regime,
+    "device": lambda record: record.hardware,
+}
+"""What results can be selected by."""
 
 
 @dataclass(frozen=True)
-class Answers:
-    """One run on the test set, in order of example: which examples, and whether each was answered right."""
+class Predictions:
+    """Test predictions of one run, ordered by example: the examples' numbers, and whether each prediction is right."""
 
     example: np.ndarray
-    right: np.ndarray
+    correct: np.ndarray
 
 
 @dataclass(frozen=True)
 class Collection:
-    """records: in order of id; problems: one line per file or row that was left out; answers: id -> what the stored
-    predictions say, where they say it; reported: the literature."""
+    """records: ordered by id; problems: one line for each file or row that was left out; predictions: by id of the
+    run, where they are stored with labels; reported: the literature."""
 
-    records: Sequence[Record]
+    records: Sequence[RunRecord]
     problems: Sequence[str] = ()
-    answers: Mapping[str, Answers] = field(default_factory=dict)
+    predictions: Mapping[str, Predictions] = field(default_factory=dict)
     reported: Sequence[Reported] = ()
 
     @classmethod
     def read(cls, root: Path, place: str = "runs") -> Collection:
-        """Everything in one place of a results folder: "runs", or "smoke" for smoke tests. Never raises for
-        the content of a file."""
-        found: dict[str, Record] = {}
+        """Everything in one place of a results folder: "runs", or "smoke" for smoke tests. Damaged files are reported
+        in `problems` and never raise."""
+        records: dict[str, RunRecord] = {}
+        predictions: dict[str, Predictions] = {}
         paths: dict[str, Path] = {}
-        clashing: set[str] = set()
+        clashes: set[str] = set()
         problems: list[str] = []
         for path in sorted((root / place).rglob("*.json")):
             try:
-                record = result.read(path)
+                record, stored = load_run(path)
             except UserError as error:
                 problems.append(f"left out {error}")
                 continue
-            identity = record["id"]
-            if identity not in found:
-                found[identity], paths[identity] = record, path
-            elif found[identity] == record:
-                problems.append(f"counted once: {path} is a copy of {paths[identity]}")
+            if record.id not in records:
+                records[record.id], paths[record.id] = record, path
+                if stored is not None:
+                    predictions[record.id] = stored
+            elif records[record.id].seal == record.seal:
+                problems.append(f"counted once: {path} is a copy of {paths[record.id]}")
             else:
-                problems.append(f"left out {path}: it has the id of {paths[identity]} and differs from it")
-                clashing.add(identity)
-        for identity in sorted(clashing):
+                problems.append(f"left out {path}: it has the id of {paths[record.id]} and differs from it")
+                clashes.add(record.id)
+        for identity in sorted(clashes):
             problems.append(f"left out {paths[identity]}: another record has its id {identity} and differs from it")
-            del found[identity]
-        answers = {}
-        for identity in sorted(found):
-            known, problem = _answers(paths[identity], found[identity])
-            if problem:
-                problems.append(f"left out {paths[identity]}: {problem}")
-                del found[identity]
-            elif known is not None:
-                answers[identity] = known
-        reported_rows: list[Reported] = []
+            del records[identity]
+            predictions.pop(identity, None)
+        reported: list[Reported] = []
         try:
-            reported_rows = literature.load(root)
+            reported = literature.load(root)
         except UserError as error:
             problems.append(f"left out the literature: {error}")
-        return cls([found[key] for key in sorted(found)], problems, answers, reported_rows)
+        return cls([records[key] for key in sorted(records)], problems, predictions, reported)
 
     def only(self, **wanted: str) -> Collection:
         """The records that match: task, protocol, recipe and regime by name, device by a part of its name in any case.
-        Raises UserError for a value no record has."""
-        kept = list(self.records)
+        Raises UserError for a value that no record has."""
+        selected = list(self.records)
         for key, value in wanted.items():
             if not value:
                 continue
-            known = sorted({facts(r)[key] for r in self.records})
+            value_of = FILTERS[key]
+            known = sorted({value_of(record) for record in self.records})
             if key == "device":
-                kept = [r for r in kept if value.lower() in facts(r)[key].lower()]
-                if not any(value.lower() in name.lower() for name in known):
+                matches = [name for name in known if value.lower() in name.lower()]
+                if not matches:
                     raise UserError(f"no result of a device like {value!r}; known: {', '.join(known) or 'none'}")
             elif value not in known:
                 raise unknown(key, value, known, where="the results")
             else:
-                kept = [r for r in kept if facts(r)[key] == value]
-        return replace(self, records=kept)
+                matches = [value]
+            selected = [record for record in selected if value_of(record) in matches]
+        return replace(self, records=selected)
+
+    @cached_property
+    def settings(self) -> Mapping[str, Settings]:
+        """How each run, by id, relates to the shipped recipe of its name."""
+        return {record.id: settings_of(record) for record in self.records}
+
+    def frame(self) -> pd.DataFrame:
+        """One row for each run, ordered by id; columns as in COLUMNS. Accuracies are from 0 to 1, `status` says whether
+        the run used the shipped recipe, and `changed` lists the settings in which it departs from it."""
+        import pandas as pd
+
+        frame = pd.DataFrame([_row(record, self.settings[record.id]) for record in self.records], columns=list(COLUMNS))
+        started = pd.to_datetime(frame["started"], format="ISO8601", errors="coerce", utc=True)
+        return frame.assign(started=started)
 
 
-def facts(record: Record) -> dict[str, str]:
-    """What results are grouped and filtered by."""
-    environment = record["environment"]
-    on_gpu = environment.get("device", "cuda" if "gpu" in environment else "cpu") == "cuda"
-    return {
-        "task": record["task"],
-        "protocol": record["protocol"]["name"],
-        "recipe": record["recipe"]["name"],
-        "regime": record["regime"],
-        "device": environment["gpu"] if on_gpu and "gpu" in environment else environment["cpu"],
-        "data": str(record["data"].get("checksum", ""))[:8],
-    }
+COLUMNS = (
+    "id", "task", "protocol", "recipe", "recipe_hash", "status", "changed", "regime", "architecture", "direction",
+    "seed", "accuracy", "n", "at_chance", "validation_accuracy", "best_step", "parameters", "flops_forward",
+    "flops_forward_backward", "examples", "examples_per_second", "peak_bytes", "minutes", "device", "threads", "data",
+    "started", "command",
+)  # fmt: skip
+"""Columns of `Collection.frame`."""
 
 
-def _answers(path: Path, record: Record) -> tuple[Answers | None, str]:
-    """What the stored predictions say, or what is wrong with them. Records without labels say nothing."""
-    place = path.with_name(Path(record["predictions"]["file"]).name)
-    try:
-        with np.load(place, allow_pickle=False) as file:
-            if not {"prediction", "label", "example"} <= set(file):
-                return None, ""
-            prediction, label, example = (file[key] for key in ("prediction", "label", "example"))
-    except (OSError, ValueError, KeyError) as error:
-        return None, f"its predictions cannot be read: {error}"
-    if not prediction.shape == label.shape == example.shape == (record["test"]["n"],):
-        return None, f"it tells of {record['test']['n']} test examples and stores {prediction.shape} predictions"
+def _row(record: RunRecord, settings: Settings) -> tuple[Any, ...]:
+    return (
+        record.id, record.task, record.protocol.name, record.recipe.name, record.recipe_hash, settings.status,
+        settings.describe(), record.regime, record.architecture, record.direction, record.seed, record.test.accuracy,
+        record.test.n, record.at_chance, record.validation.accuracy, record.validation.best_step, record.parameters,
+        record.flops.forward, record.flops.forward_backward, record.speed.examples, record.speed.examples_per_second,
+        record.memory.peak_bytes, record.wall_seconds / 60, record.hardware, record.environment.threads,
+        record.data.checksum, record.started, record.command,
+    )  # fmt: skip
+
+
+def load_run(path: Path) -> tuple[RunRecord, Predictions | None]:
+    """A record and its test predictions; None if they are stored without labels. Raises UserError if the file is
+    damaged or the predictions contradict the record."""
+    record, arrays = result.read_with_predictions(path)
+    if not {"prediction", "label", "example"} <= arrays.keys():
+        return record, None
+    prediction, label, example = (arrays[key] for key in ("prediction", "label", "example"))
+    if not prediction.shape == label.shape == example.shape == (record.test.n,):
+        raise UserError(f"{path}: it names {record.test.n} test examples and stores {prediction.shape} predictions")
     order = np.argsort(example, kind="stable")
-    right = (prediction == label)[order]
-    if abs(right.mean() - record["test"]["accuracy"]) > 1e-9:
-        return None, f"its predictions are {right.mean():.4f} right, its accuracy is {record['test']['accuracy']:.4f}"
-    return Answers(example[order], right), ""
+    correct = (prediction == label)[order]
+    if abs(correct.mean() - record.test.accuracy) > 1e-9:
+        raise UserError(
+            f"{path}: {correct.mean():.4f} of its predictions are right, but its accuracy is {record.test.accuracy:.4f}"
+        )
+    return record, Predictions(example[order], correct)

@@ -1,4 +1,4 @@
-"""What a number depends on and the code does not show: hardware, versions, commit, command line."""
+"""Hardware, versions, commit and command line: what a result depends on beside the code."""
 
 from __future__ import annotations
 
@@ -12,24 +12,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lra.results.schema import SCHEMA as SCHEMA
-from lra.results.schema import check as check
-
 ONCE = {"--resume": 0, "--time-limit": 1, "--checkpoint-dir": 1}
-"""Options about one call rather than the run, and the number of their values."""
+"""Options that concern one call and not the run, with the number of their values."""
 PACKAGES = ("torch", "lightning", "torchmetrics", "numba", "numpy", "triton", "datasets", "lra-suite")
 
 
 def environment() -> dict[str, Any]:
-    """Hardware, versions and commit: what a number depends on and cannot be seen in the code."""
+    """Content of `lra.results.record.Environment`, as far as this process knows it."""
     import torch
 
     versions = {}
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
             versions[package] = version(package)
-    versions["torch"] = str(torch.__version__)  # its metadata may lack the +cu132
-    found = {
+    versions["torch"] = str(torch.__version__)  # the package metadata may lack the suffix +cu132
+    facts: dict[str, Any] = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu(),
@@ -38,14 +35,14 @@ def environment() -> dict[str, Any]:
         "commit": commit(),
     }
     if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-        found["cuda"] = torch.version.cuda
-    return found
+        facts["gpu"] = torch.cuda.get_device_name()
+        facts["cuda"] = torch.version.cuda
+    return facts
 
 
 @cache
 def _cpu() -> str:
-    """Model, and how many of its processors this process may use: it may be confined to some of them."""
+    """Model of the processor, and how many processors this process may use."""
     name = platform.processor() or "unknown"
     with suppress(OSError):
         models = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
@@ -54,12 +51,12 @@ def _cpu() -> str:
 
 
 def cpus() -> int:
-    """Processors that this process may use."""
+    """Number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def commit() -> dict[str, Any]:
-    """The git commit of the running code and whether files that matter differ from it."""
+    """The git commit of the running code, and whether Python or TOML files differ from it."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -74,14 +71,14 @@ def commit() -> dict[str, Any]:
 
 
 def command_line(repeatable: bool = False) -> str:
-    """What was typed; `repeatable`: without the options of ONCE, so that the whole run can be done again."""
+    """The command line of this process. repeatable: without the options in ONCE, so that it repeats the whole run."""
     import shlex
 
-    words, kept = iter(sys.argv[1:]), ["lra"]
+    words, typed = iter(sys.argv[1:]), ["lra"]
     for word in words:
         flag, equals, _ = word.partition("=")
         if not repeatable or flag not in ONCE:
-            kept.append(word)
+            typed.append(word)
         elif ONCE[flag] and not equals:
             next(words, None)
-    return shlex.join(kept)
+    return shlex.join(typed)

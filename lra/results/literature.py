@@ -1,4 +1,4 @@
-"""The literature: figures read in a source, beside which measured ones are shown and with which they are never ranked.
+"""The literature: published figures, read in their sources. They stand beside measured ones and are never ranked.
 
 `results/reported.csv`: one row per model and source, accuracies in %, FAIL where the source says that training failed.
 protocol: the data pipeline behind the row where it is known; not_comparable: tasks on which the source itself did
@@ -33,15 +33,15 @@ class Reported:
     note: str
 
     def differs(self, task: str, protocol: str, recipe: str) -> list[str]:
-        """Why this row does not answer for a run of ours; empty where it does."""
-        found = []
+        """In what this row differs from a measured one; empty if the two can be compared."""
+        reasons = []
         if self.protocol != protocol:
-            found.append(f"protocol {self.protocol or 'not stated'}")
+            reasons.append(f"protocol {self.protocol or 'not stated'}")
         if task in self.not_comparable:
-            found.append("other data or task, see note")
+            reasons.append("other data or task, see note")
         if not recipe.startswith("paper"):
-            found.append("other recipe")
-        return found
+            reasons.append("other recipe")
+        return reasons
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Efficiency:
 
 
 def load(root: Path) -> list[Reported]:
-    """The rows of <root>/reported.csv; none where there is no such file. Raises UserError for a row that is not one."""
-    found = []
+    """The rows of <root>/reported.csv; none if there is no such file. Raises UserError for an invalid row."""
+    rows = []
     for number, row in _rows(root / FILE):
         where = f"{root / FILE}, line {number}"
         values: dict[str, float] = {}
@@ -69,23 +69,23 @@ def load(root: Path) -> list[Reported]:
             if text:
                 values[task] = math.nan if text == "FAIL" else _number(text, where, 0, 100)
         if not row["source"].strip():
-            raise UserError(f"{where}: a reported row names its source")
+            raise UserError(f"{where}: the source is missing")
         other = frozenset(row["not_comparable"].split())
-        found.append(
+        rows.append(
             Reported(row["architecture"], row["name"], row["protocol"], values, other, row["source"], row["note"])
         )
-    return found
+    return rows
 
 
 def efficiency(root: Path) -> list[Efficiency]:
-    """The rows of <root>/reported_efficiency.csv; none where there is no such file. Raises UserError."""
-    found = []
+    """The rows of <root>/reported_efficiency.csv; none if there is no such file. Raises UserError."""
+    figures = []
     for number, row in _rows(root / EFFICIENCY):
         value = _number(row["value"], f"{root / EFFICIENCY}, line {number}", 0, math.inf)
         length = int(row["length"]) if row["length"] else None
         what, model, name, metric = (row[key] for key in ("table", "architecture", "name", "metric"))
-        found.append(Efficiency(what, model, name, metric, length, value, row["hardware"], row["source"]))
-    return found
+        figures.append(Efficiency(what, model, name, metric, length, value, row["hardware"], row["source"]))
+    return figures
 
 
 def _rows(path: Path) -> Sequence[tuple[int, dict[str, str]]]:
@@ -99,7 +99,7 @@ def _rows(path: Path) -> Sequence[tuple[int, dict[str, str]]]:
             raise UserError(f"{path}: not a CSV file: {error}") from None
     for number, row in rows:
         if None in row or None in row.values():
-            raise UserError(f"{path}, line {number}: another number of columns than the header")
+            raise UserError(f"{path}, line {number}: it has another number of columns than the header")
     return rows
 
 

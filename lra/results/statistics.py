@@ -3,7 +3,7 @@
     over seeds        would another seed say the same?      t interval, Welch's t, stratified bootstrap
     of the test set   would other test examples say so?     Wilson interval, McNemar, paired permutation
 
-`separation` asks both questions of two architectures; `ranks` gives one rank to what it does not tell apart.
+`separation` compares two architectures in both respects; in `ranks`, those that are not separated share a rank.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import signal, stats
+from scipy import fft, optimize, special, stats
 
 LEVEL = 0.05
 
@@ -70,8 +70,8 @@ def success_rate(succeeded: int, runs: int) -> Estimate:
 def task_average(scores: Mapping[str, Sequence[float]], *, resamples: int = 10_000, seed: int = 0) -> Estimate:
     """Unweighted mean over tasks of the mean over seeds; the interval resamples seeds within each task.
 
-    A percentile bootstrap: with k seeds it sees (k - 1) / k of a task's variance, so it is narrow for few of them.
-    Where a task has one seed there is no interval (NaN). Raises ValueError where a task has no score.
+    The interval is a percentile bootstrap. With k seeds it covers (k - 1) / k of a task's variance, so it is too narrow
+    for few seeds. If a task has one seed, there is no interval (NaN). Raises ValueError if a task has no score.
     """
     if not scores or not all(len(values) for values in scores.values()):
         raise ValueError("a task average needs a score of every task")
@@ -88,39 +88,89 @@ def task_average(scores: Mapping[str, Sequence[float]], *, resamples: int = 10_0
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
-    """Exact two-sided p that two classifiers are right equally often. a, b: (n,) bool, right on each test example."""
+    """Exact two-sided p that two classifiers are equally accurate. a, b: (n,) bool, whether predictions are right."""
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+
+
+def paired_difference(a: np.ndarray, b: np.ndarray) -> Estimate:
+    """Accuracy of a less that of b on the same test examples, with a 95 % interval over test examples.
+
+    a, b: (n,) bool, whether each prediction is right. The interval is Tango's score interval for paired proportions
+    (1998), which holds for small numbers of examples too.
+    """
+    n, only_a, only_b = len(a), int((a & ~b).sum()), int((b & ~a).sum())
+    difference, z = (only_a - only_b) / n, float(stats.norm.ppf(1 - LEVEL / 2))
+
+    def score(delta: float) -> float:
+        """Standardised distance of the observed difference from `delta`."""
+        # maximum likelihood estimate of the probability that only b is right, if the difference were delta
+        linear = (2 * n - only_a + only_b) * delta - only_a - only_b
+        constant = -only_b * delta * (1 - delta)
+        q = (math.sqrt(max(linear**2 - 8 * n * constant, 0.0)) - linear) / (4 * n)
+        variance = n * (2 * q + delta * (1 - delta))
+        return (only_a - only_b - n * delta) / math.sqrt(variance) if variance > 0 else 0.0
+
+    def bound(end: float, target: float) -> float:
+        """Where the score takes the target value, between the difference and an end of [-1, 1]."""
+        inside = end * (1 - 1e-12)
+        if (score(inside) - target) * end > 0:
+            return end
+        return float(optimize.brentq(lambda delta: score(delta) - target, difference, inside))
+
+    return Estimate(difference, bound(-1.0, z), bound(1.0, -z), 1, "test set")
 
 
 def paired_permutation(a: np.ndarray, b: np.ndarray) -> float:
     """Exact two-sided p that a and b are exchangeable example by example, each averaged over its runs.
 
-    a: (runs, n) bool, b: (other runs, n) bool, right on each test example. The sum of differences under random signs
-    is a sum of scaled binomials, so all 2^n sign changes are counted without visiting them. One run each: McNemar.
+    a: (runs, n) bool, b: (other runs, n) bool, whether each test prediction is right. One run each: McNemar's test.
+
+    Under random signs the sum of the differences is -reach + 2 U, where U = sum of d_i over the examples with a plus.
+    All 2^n sign changes are counted at once: the distribution of U is the inverse Fourier transform of the product of
+    (1 + exp(i d_i t)) / 2 over the examples.
     """
-    common = math.lcm(len(a), len(b))
-    each = a.sum(axis=0, dtype=np.int64) * (common // len(a)) - b.sum(axis=0, dtype=np.int64) * (common // len(b))
-    observed, mass, reach = abs(int(each.sum())), np.ones(1), 0
-    for size, count in zip(*np.unique(np.abs(each[each != 0]), return_counts=True), strict=True):
-        step = np.zeros(2 * size * count + 1)
-        step[:: 2 * size] = stats.binom.pmf(np.arange(count + 1), count, 0.5)
-        mass, reach = signal.fftconvolve(mass, step), reach + int(size * count)
-    sums = np.arange(-reach, reach + 1)
-    return float(np.clip(mass[np.abs(sums) >= observed].sum(), 0, 1))
+    differences = _differences(a, b)
+    observed, sizes = abs(int(differences.sum())), np.abs(differences[differences != 0])
+    reach = int(sizes.sum())
+    if not reach:
+        return 1.0
+    points = fft.next_fast_len(reach + 1, real=True)
+    angles = np.pi * np.arange(points // 2 + 1) / points
+    spectrum = np.exp(-1j * reach * angles)
+    for size, count in zip(*np.unique(sizes, return_counts=True), strict=True):
+        spectrum *= np.cos(size * angles) ** count
+    mass = fft.irfft(spectrum, points)[: reach + 1]
+    # sums of at least `observed` in size are at both ends; neighbouring sums differ by 2
+    tail = (reach - observed) // 2 + 1
+    return float(np.clip(mass[:tail].sum() + mass[-tail:].sum(), 0, 1)) if observed else 1.0
+
+
+def _differences(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Differences of the numbers of right predictions for each example, as if both had equally many runs."""
+    runs = math.lcm(len(a), len(b))
+    scaled = (x.sum(axis=0, dtype=np.int64) * (runs // len(x)) for x in (a, b))
+    return np.subtract(*scaled)
+
+
+def permutation_bound(a: np.ndarray, b: np.ndarray) -> float:
+    """An upper bound of `paired_permutation` that is cheap to compute (Hoeffding 1963)."""
+    differences = _differences(a, b)
+    square = float((differences**2).sum())
+    return min(1.0, 2 * math.exp(-(float(differences.sum()) ** 2) / (2 * square))) if square else 1.0
 
 
 def welch(a: Sequence[float], b: Sequence[float]) -> float:
-    """Two-sided p that the means over seeds are equal, the variances being what they are."""
-    if np.ptp(a) == 0 and np.ptp(b) == 0:
-        return 1.0 if a[0] == b[0] else 0.0
-    of_a, of_b = ((np.mean(x), np.std(x, ddof=1), len(x)) for x in (a, b))
-    # ttest_ind warns where the runs of one of them agree
-    return float(stats.ttest_ind_from_stats(*of_a, *of_b, equal_var=False).pvalue)
+    """Two-sided p that the means over seeds are equal; the variances may differ."""
+    (mean_a, square_a), (mean_b, square_b) = ((np.mean(x), np.var(x, ddof=1) / len(x)) for x in (a, b))
+    if not square_a + square_b:
+        return 1.0 if mean_a == mean_b else 0.0
+    freedom = (square_a + square_b) ** 2 / (square_a**2 / (len(a) - 1) + square_b**2 / (len(b) - 1))
+    return float(2 * special.stdtr(freedom, -abs(mean_a - mean_b) / math.sqrt(square_a + square_b)))
 
 
 def holm(pvalues: Sequence[float]) -> list[float]:
-    """P values adjusted for how many there are (Holm 1979), in the order given."""
+    """P values adjusted for multiple testing (Holm 1979), in the order given."""
     adjusted, highest = [0.0] * len(pvalues), 0.0
     for place, index in enumerate(sorted(range(len(pvalues)), key=lambda i: pvalues[i])):
         highest = max(highest, min(1.0, (len(pvalues) - place) * pvalues[index]))
@@ -130,41 +180,51 @@ def holm(pvalues: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Runs:
-    """What is known of one architecture. accuracies: one a run; right: (runs, n) bool on the same test examples for
-    all that are compared, or None where predictions are not at hand."""
+    """The runs of one architecture. accuracies: one for each run; correct: (runs, n) bool on the same test examples for
+    all architectures that are compared, or None where predictions are not stored."""
 
     accuracies: Sequence[float]
-    right: np.ndarray | None = None
+    correct: np.ndarray | None = None
 
 
-def separation(a: Runs, b: Runs) -> float:
-    """P value that a and b are equally good: the larger of that over seeds and that of the test set, so that both have
-    to speak. With one run of either, seeds cannot speak and the test set alone does; 1 where neither can."""
-    found = []
-    if min(len(a.accuracies), len(b.accuracies)) > 1:
-        found.append(welch(a.accuracies, b.accuracies))
-    if a.right is not None and b.right is not None and a.right.shape[1] == b.right.shape[1]:
-        found.append(paired_permutation(a.right, b.right))
-    return max(found, default=1.0)
+def separation(a: Runs, b: Runs, decided: float = 0.0) -> float:
+    """P value that a and b are equally good: the larger of Welch's test over seeds and the permutation test over test
+    examples, so with two or more seeds both must be significant. With one run of either, only the test examples count;
+    1 if there are no predictions either.
+
+    decided: a value so small that a p below it need not be exact; an upper bound below it is returned then, and 1 for
+    values of LEVEL and above.
+    """
+    over_seeds = welch(a.accuracies, b.accuracies) if min(len(a.accuracies), len(b.accuracies)) > 1 else None
+    if a.correct is None or b.correct is None or a.correct.shape[1] != b.correct.shape[1]:
+        return 1.0 if over_seeds is None else over_seeds
+    if decided and over_seeds is not None and over_seeds >= LEVEL:
+        return 1.0
+    bound = permutation_bound(a.correct, b.correct) if decided else 1.0
+    of_examples = bound if bound < decided else paired_permutation(a.correct, b.correct)
+    return max(of_examples, over_seeds or 0.0)
 
 
 def ranks(runs: Sequence[Runs]) -> list[int]:
-    """1 + the number of others that are better and told apart from it (5 %, Holm over all pairs), and never above one
-    with a higher mean: an architecture whose runs scatter is not lifted by being hard to tell from anything."""
+    """1 + the number of others that are significantly better (5 %, Holm over all pairs), and never above a row with a
+    higher mean: an architecture whose runs scatter does not gain from being hard to separate."""
     means = [math.fsum(r.accuracies) / len(r.accuracies) for r in runs]
     pairs = [(i, j) for i in range(len(runs)) for j in range(i)]
-    found = [1] * len(runs)
-    for (i, j), p in zip(pairs, holm([separation(runs[i], runs[j]) for i, j in pairs]), strict=True):
+    # what Bonferroni's bound rejects, Holm's procedure rejects in any order
+    decided = LEVEL / max(len(pairs), 1)
+    ranks = [1] * len(runs)
+    for (i, j), p in zip(pairs, holm([separation(runs[i], runs[j], decided) for i, j in pairs]), strict=True):
         if p < LEVEL and means[i] != means[j]:
-            found[i if means[i] < means[j] else j] += 1
+            ranks[i if means[i] < means[j] else j] += 1
     highest = 1
     for i in sorted(range(len(runs)), key=lambda i: -means[i]):
-        found[i] = highest = max(highest, found[i])
-    return found
+        ranks[i] = highest = max(highest, ranks[i])
+    return ranks
 
 
 def seeds_needed(deviation: float, half_width: float, have: int = 0) -> int:
-    """Runs still to make until the 95 % t interval over seeds is at most ± half_width, should `deviation` stay."""
+    """Number of further runs until the 95 % t interval over seeds is at most ± half_width, if `deviation` stays as it
+    is. have: runs there are."""
     if half_width <= 0:
         raise ValueError(f"half_width is {half_width}; more than 0")
     n = 2

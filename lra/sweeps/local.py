@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +51,7 @@ def _recipe_of(path: Path) -> str:
     from lra.results import result
 
     try:
-        return str(result.read(path)["recipe_hash"])
+        return result.read(path).recipe_hash
     except UserError:
         return ""
 
@@ -67,8 +69,9 @@ def carry_out(
     forecast: bool = True,
     dry_run: bool = False,
     seconds: float | None = None,
+    jobs: int = 1,
 ) -> list[Cell]:
-    """Run what is not finished, for at most about `seconds`. Returns the cells that failed."""
+    """Run what is not finished, for at most about `seconds`, `jobs` cells at a time. Returns the cells that failed."""
     from lra import files
     from lra.results import result
 
@@ -98,7 +101,7 @@ def carry_out(
 
         failed = cluster.run(plan, open_, ray, console)
     else:
-        failed = _local(plan, console, open_, deadline)
+        failed = _local(plan, console, open_, deadline, jobs)
     for number in failed:
         where = f"{plan.cells[number].name}: {plan.logs / f'{number}.log'}"
         console.print(f"[red]failed[/] {escape(where)}", soft_wrap=True)
@@ -107,33 +110,48 @@ def carry_out(
     return [plan.cells[number] for number in failed]
 
 
-def _local(plan: Plan, console: Console, open_: list[int] | None = None, deadline: float | None = None) -> list[int]:
-    """One process after the other, none begun after `deadline`, and the one it finds running stopped with a checkpoint.
-    Returns the numbers of those that failed."""
+def _local(
+    plan: Plan, console: Console, open_: list[int] | None = None, deadline: float | None = None, jobs: int = 1
+) -> list[int]:
+    """Run the cells in order, `jobs` processes at a time. None is started after `deadline`, and the running ones stop
+    then with a checkpoint. Returns the numbers of the cells that failed."""
     board = Board([cell.name for cell in plan.cells], console)
+    numbers = range(len(plan.cells)) if open_ is None else open_
     for number in range(len(plan.cells)):
-        if open_ is not None and number not in open_:
+        if number not in numbers:
             board.set(number, "finished")
-    failed = []
-    with watched(board):
-        for number in range(len(plan.cells)) if open_ is None else open_:
+    waiting, lock = iter(numbers), threading.Lock()
+
+    def work() -> list[int]:
+        failed: list[int] = []
+        while True:
+            with lock:
+                number = next(waiting, None)
+            if number is None:
+                return failed
             cell = plan.cells[number]
             if deadline is not None:
                 left = deadline - time.monotonic()
                 if left < 1:
-                    break
+                    return failed
                 cell = replace(cell, options={**cell.options, "time-limit": f"{left:.0f}s"})
             board.set(number, "running")
-            code, said = attempt(cell, plan.logs / f"{number}.log", plan.retries)
+            code, message = attempt(cell, plan.logs / f"{number}.log", plan.retries)
             if code == 130 and deadline is not None and time.monotonic() > deadline - 1:
-                board.set(number, "waiting", "goes on next time")
-                break
-            board.set(number, "done" if code == 0 else "failed", said)
+                board.set(number, "waiting", "continues next time")
+                return failed
+            board.set(number, "done" if code == 0 else "failed", message)
             if code == 130:
                 raise KeyboardInterrupt
             if code:
                 failed.append(number)
-    return failed
+
+    with watched(board):
+        if jobs == 1:
+            return work()
+        with ThreadPoolExecutor(jobs) as pool:
+            futures = [pool.submit(work) for _ in range(jobs)]
+            return sorted(number for future in futures for number in future.result())
 
 
 def together(*arguments: Any, **options: Any) -> Any:

@@ -56,7 +56,7 @@ def build(recipe: Recipe, constructor: Constructor, task: Task, protocol: Protoc
 
 def build_encoder(recipe: Recipe, constructor: Constructor, length: int) -> Encoder:
     """The encoder of a recipe, for sequences of up to `length` tokens."""
-    shape: dict[str, Any] = {"d_model": recipe.model.d_model, "n_layers": recipe.model.n_layers}
+    shape: dict[str, Any] = {"d_model": recipe.d_model, "n_layers": recipe.model.n_layers}
     extra = 1 if recipe.model.pooling == "cls" else 0
     if "direction" in constructor.options():
         shape["direction"] = recipe.model.direction
@@ -69,8 +69,8 @@ def check_weight_memory(recipe: Recipe, device: torch.device) -> None:
     Counted is one d_model x d_model matrix in each layer, which is a lower bound for almost every architecture.
     """
     model = recipe.model
-    size = BYTES_PER_PARAMETER * model.n_layers * model.d_model**2
-    _check_fits(size, device, f"model.d_model={model.d_model} with model.n_layers={model.n_layers}", "lower them")
+    size = BYTES_PER_PARAMETER * model.n_layers * recipe.d_model**2
+    _check_fits(size, device, f"model.d_model={recipe.d_model} with model.n_layers={model.n_layers}", "lower them")
 
 
 def check_batch_memory(recipe: Recipe, device: torch.device, lengths: np.ndarray) -> None:
@@ -80,7 +80,7 @@ def check_batch_memory(recipe: Recipe, device: torch.device, lengths: np.ndarray
     """
     rows = min(recipe.data.batch_size, len(lengths)) / recipe.train.accumulate
     tokens = rows * float(lengths.sum(axis=1).mean())
-    size = 4 * tokens * recipe.model.d_model * recipe.model.n_layers
+    size = 4 * tokens * recipe.d_model * recipe.model.n_layers
     what = f"data.batch_size={recipe.data.batch_size} with train.accumulate={recipe.train.accumulate}"
     _check_fits(size, device, what, "lower the first or raise the second")
 

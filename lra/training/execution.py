@@ -1,4 +1,4 @@
-"""How an encoder is executed without changing what it computes: recomputed blocks, compiled, or token by token."""
+"""How an encoder is executed without changing what it computes: recomputed blocks, compiled, in chunks of tokens."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from lra.encoder import Encoder
@@ -29,8 +30,9 @@ def recompute(encoder: Encoder) -> None:
     if not layers:
         raise UserError(f"train.checkpointing: {type(encoder).__name__} has no list of blocks")
     for block in layers:
-        plain: Callable[..., Any] = block.forward
-        block.forward = partial(_recomputed, block, plain)
+        for name in ("forward", "chunk"):
+            if hasattr(block, name):
+                setattr(block, name, partial(_recomputed, block, getattr(block, name)))
 
 
 def _recomputed(block: nn.Module, plain: Callable[..., Any], *arguments: Any) -> Any:
@@ -40,28 +42,27 @@ def _recomputed(block: nn.Module, plain: Callable[..., Any], *arguments: Any) ->
 
 
 def truncate(encoder: Encoder, tokens: int) -> None:
-    """Cut the gradient through the recurrent state every `tokens` tokens; raises UserError without recurrent mode."""
+    """Run the encoder in chunks of `tokens` tokens and cut the gradient of its recurrent state between them. Raises
+    UserError without a recurrent mode."""
     try:
         encoder.init_state(1)
     except NotImplementedError as error:
         raise UserError(f"train.tbptt: {error}; it needs a recurrent encoder and model.direction=causal") from None
-    encoder.forward = partial(_stepped, encoder, tokens)  # type: ignore[method-assign]
+    encoder.forward = partial(_in_chunks, encoder, tokens)  # type: ignore[method-assign]
 
 
-def _stepped(encoder: Encoder, tokens: int, x: Tensor, mask: Tensor) -> Tensor:
-    state, out = encoder.init_state(len(x)), []
-    for time, token in enumerate(x.unbind(1)):
-        if time and time % tokens == 0:
-            state = _detached(state)
-        y, state = encoder.step(token, state)
-        out.append(y)
-    return torch.stack(out, dim=1)
+def _in_chunks(encoder: Encoder, tokens: int, x: Tensor, mask: Tensor) -> Tensor:
+    start = state = encoder.init_state(len(x))
+    outputs = []
+    for chunk in x.split(tokens, dim=1):
+        y, state = encoder.chunk(chunk, tree_map(_cut, state, start))
+        outputs.append(y)
+    return torch.cat(outputs, dim=1)
 
 
-def _detached(state: Any) -> Any:
-    if isinstance(state, Tensor):
-        return state.detach()
-    return type(state)(_detached(part) for part in state) if isinstance(state, (tuple, list)) else state
+def _cut(value: Tensor, at_start: Tensor) -> Tensor:
+    # what no chunk has replaced is made of parameters, such as a discrete matrix, and keeps their gradient
+    return value if value is at_start else value.detach()
 
 
 def compiled(encoder: Encoder, trial: Callable[[], Tensor]) -> dict[str, Any]:

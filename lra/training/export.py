@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lra import __version__
 from lra.errors import UserError
+from lra.results import record as records
 from lra.results import statistics
 from lra.training.trained_run import CONFIG, FORMAT, WEIGHTS, TrainedRun
 
@@ -28,7 +29,7 @@ ARENA = """@inproceedings{tay2021long,
 
 def check(run: TrainedRun, folder: Path) -> None:
     """Raise UserError unless a run can be exported to a folder."""
-    if run.record is None:
+    if not run.finished:
         raise UserError(f"{run.folder} has no record of a finished run, which the model card needs; finish it first")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already and not empty; give a new folder")
@@ -74,15 +75,15 @@ def config(run: TrainedRun) -> dict[str, Any]:
         "recipe": run.recipe.as_dict(),
         "recipe_hash": run.recipe.hash,
         "seed": run.seed,
-        "record": run.record,
+        "record": records.to_json(run.record),
     }  # fmt: skip
 
 
 def card(run: TrainedRun) -> str:
     """README.md: a model card with task, protocol, accuracy, interval, recipe and citation."""
-    record, test = run.record, run.record["test"]
-    interval = statistics.of_test_set(test["accuracy"], test["n"])
-    accuracy, low, high = (100 * value for value in (test["accuracy"], interval.low, interval.high))
+    record, test = run.record, run.record.test
+    interval = statistics.of_test_set(test.accuracy, test.n)
+    accuracy, low, high = (100 * value for value in (test.accuracy, interval.low, interval.high))
     name, task = run.recipe.architecture, run.task
     about = getattr(type(run.model.encoder), "card", None)
     paper = f"{about.title} ({about.year}), {about.url}" if about is not None and about.url else ""
@@ -102,7 +103,7 @@ def card(run: TrainedRun) -> str:
         "      split: test",
         "    metrics:",
         "    - type: accuracy",
-        f"      value: {test['accuracy']:.6f}",
+        f"      value: {test.accuracy:.6f}",
         "---",
         "",
         f"# {name} on {task.title}",
@@ -111,12 +112,12 @@ def card(run: TrainedRun) -> str:
         "|---|---|",
         f"| task | {task.title} (`{task.name}`), {task.classes} classes |",
         f"| protocol | `{run.protocol.name}`, length {run.protocol.length:,} |",
-        f"| test accuracy | {accuracy:.2f} % of {test['n']:,} examples |",
+        f"| test accuracy | {accuracy:.2f} % of {test.n:,} examples |",
         f"| 95 % interval | {low:.2f} to {high:.2f} % (Wilson, one run) |",
-        *([f"| note | {record['collapsed']} |"] if record.get("collapsed") else []),
-        f"| architecture | `{name}`, {record['parameters']:,} parameters{f': {paper}' if paper else ''} |",
+        *([f"| note | {records.AT_CHANCE} |"] if record.at_chance else []),
+        f"| architecture | `{name}`, {record.parameters:,} parameters{f': {paper}' if paper else ''} |",
         f"| recipe | `{run.recipe.name}`, hash `{run.recipe.hash[:16]}`, seed {run.seed} |",
-        f"| trained with | `{record['command']}` |",
+        f"| trained with | `{record.command}` |",
         "",
         "## Use",
         "",

@@ -143,8 +143,7 @@ def _within_budget(request: Request, recipe: Recipe, origin: dict[str, str]) -> 
     )  # fmt: skip
     if width == recipe.model.d_model:
         return recipe, origin
-    origin["model.d_model"] = f"model.budget: {note}"
-    return replace(recipe, model=replace(recipe.model, d_model=width)), origin
+    return replace(recipe, width=width), origin | {"width": f"model.budget: {note}"}
 
 
 def _matched(request: Request, recipe: Recipe, origin: dict[str, str]) -> tuple[Recipe, dict[str, str]]:

@@ -1,4 +1,4 @@
-"""What a finished run says of itself: floors, work, and the whole record."""
+"""Builds the record of a finished run."""
 
 from __future__ import annotations
 
@@ -16,90 +16,120 @@ from lra.kernels import _dispatch
 from lra.model import Batch, Classifier
 from lra.profiling import flops
 from lra.registry import Constructor
-from lra.results import environment, result, statistics
+from lra.results import environment, statistics
+from lra.results import record as records
+from lra.results.official import changed_settings
+from lra.results.record import RunRecord
 from lra.task import Protocol
-
-COLLAPSED = "not above the best blind guess"
 
 
 def record(
-    architecture: str, seed: int, found: Recipe, prepared: Prepared, constructor: Constructor, model: Classifier,
+    architecture: str, seed: int, recipe: Recipe, prepared: Prepared, constructor: Constructor, model: Classifier,
     measured: Mapping[str, Any], more: Mapping[str, Any], started: datetime, seconds: float,
-) -> dict[str, Any]:  # fmt: skip
-    """measured: scores by split and best_step. more: fields only the caller knows. seconds: of wall time."""
-    protocol, baseline, test = prepared.protocol, floors(prepared), measured["test"]
-    blind = max(v for k, v in baseline.items() if k == "majority class")
-    identity = f"{files.safe(found.name.replace('/', '-'))}-{found.hash[:8]}-s{seed}-{started:%Y%m%dT%H%M%S}"
-    work = model_work(model, protocol)
-    return (
-        {
-            "schema": result.SCHEMA,
-            "id": identity,
-            "task": prepared.task.name,
-            "architecture": architecture,
-            "protocol": {"name": protocol.name, "length": protocol.length, "encoding": protocol.encoding},
-            "recipe": found.as_dict(),
-            "recipe_hash": found.hash,
-            "seed": seed,
-            "regime": found.regime,
-            "direction": model.encoder.direction if constructor.declared else "not declared",
-            "test": test,
-            "validation": measured[protocol.selection]
-            | {"split": protocol.selection, "best_step": measured["best_step"]},
-            "collapsed": COLLAPSED if statistics.at_chance(test["accuracy"], test["n"], blind) else "",
-            "floors": baseline,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "flops": work,
-            "wall_seconds": round(seconds, 2),
-            "implementations": _dispatch.used(),
-            "data": {"checksum": prepared.checksum, "counts": prepared.manifest["counts"]},
-            "command": environment.command_line(repeatable=True),
-            "started": started.isoformat(timespec="seconds"),
-            "predictions": {},
-            **more,
-        }
-        | _charged(more, work["forward_backward"])
-        | _reach(model, protocol)
+) -> RunRecord:  # fmt: skip
+    """The record of a finished run.
+
+    measured: scores by split, and best_step. more: speed, memory, environment and other fields of RunRecord that the
+    caller knows. seconds: wall time of the whole run.
+    """
+    protocol, baseline, test = prepared.protocol, floors(prepared), records.Score(**measured["test"])
+    majority = baseline["majority class"]
+    other = {key: value for key, value in more.items() if key not in ("speed", "memory", "environment")}
+    speed = records.Speed(**more["speed"])
+    work = model_work(model, protocol, recipe.data.batch_size / recipe.train.accumulate)
+    if "pretraining" in other:
+        other["pretraining"] = records.PretrainingSpeed(**other["pretraining"])
+        other["compute"] = _compute(other["pretraining"], speed, work.forward_backward or 0.0)
+    if "refused_implementations" in other:
+        other["refused_implementations"] = tuple(other["refused_implementations"])
+    if "curve" in other:
+        other["curve"] = tuple(records.CurvePoint(**point) for point in other["curve"])
+    if "rate_search" in other:
+        trials = tuple(records.Trial(**trial) for trial in other["rate_search"]["trials"])
+        other["rate_search"] = records.RateSearch(**other["rate_search"] | {"trials": trials})
+    if "compile" in other:
+        other["compile"] = records.Compilation(**other["compile"])
+    where = dict(more["environment"])
+    return RunRecord(
+        schema=records.SCHEMA,
+        id=f"{files.safe(recipe.name.replace('/', '-'))}-{recipe.hash[:8]}-s{seed}-{started:%Y%m%dT%H%M%S}",
+        task=prepared.task.name,
+        architecture=architecture,
+        protocol=records.ProtocolName(name=protocol.name, length=protocol.length, encoding=protocol.encoding),
+        recipe=records.ResolvedRecipe(**recipe.as_dict()),
+        recipe_hash=recipe.hash,
+        changed=changed_settings(recipe),
+        seed=seed,
+        regime=recipe.regime,
+        direction=model.encoder.direction if constructor.declared else "not declared",
+        test=test,
+        validation=records.Selection(
+            **measured[protocol.selection], split=protocol.selection, best_step=measured["best_step"]
+        ),
+        collapsed=records.AT_CHANCE if statistics.at_chance(test.accuracy, test.n, majority) else "",
+        floors=baseline,
+        parameters=sum(p.numel() for p in model.parameters()),
+        flops=work,
+        speed=speed,
+        memory=records.Memory(**more["memory"]),
+        wall_seconds=round(seconds, 2),
+        implementations=_dispatch.used(),
+        data=records.Data(checksum=prepared.checksum, counts=prepared.manifest["counts"]),
+        environment=records.Environment(**where | {"commit": records.Commit(**where["commit"])}),
+        command=environment.command_line(repeatable=True),
+        started=started.isoformat(timespec="seconds"),
+        predictions=records.PredictionsFile(file="", sha256=""),
+        receptive_field=_receptive_field(model, protocol),
+        **other,
     )
 
 
-def _reach(model: Classifier, protocol: Protocol) -> dict[str, int]:
-    """Tokens an output can depend on, where they are fewer than a sequence holds: such a model is a control."""
+def _receptive_field(model: Classifier, protocol: Protocol) -> int | None:
+    """Number of tokens that an output depends on, if it is fewer than a sequence holds: such a model is a control."""
     field = getattr(model.encoder, "receptive_field", None)
-    return {} if field is None or field >= protocol.length else {"receptive_field": int(field)}
+    return None if field is None or field >= protocol.length else int(field)
 
 
-def _charged(more: Mapping[str, Any], per_example: float) -> dict[str, Any]:
-    """The compute of both stages of a self-pretrained run, at the work of one full-length example."""
-    if "pretraining" not in more:
-        return {}
-    stages = {"pretraining": more["pretraining"], "fine-tuning": more["speed"]}
-    charged = {
-        name: {"seconds": s["training_seconds"], "examples": s["examples"], "flops": per_example * s["examples"]}
-        for name, s in stages.items()
+def _compute(
+    pretraining: records.Speed, fine_tuning: records.Speed, per_example: float
+) -> dict[str, records.StageCompute]:
+    """Cost of the stages of a self-pretrained run and of both. per_example: FLOPs of one full-length example."""
+    stages = {
+        name: records.StageCompute(
+            seconds=speed.training_seconds or 0.0, examples=speed.examples, flops=per_example * speed.examples
+        )
+        for name, speed in (("pretraining", pretraining), ("fine-tuning", fine_tuning))
     }
-    whole = {key: sum(stage[key] for stage in charged.values()) for key in ("seconds", "examples", "flops")}
-    return {"compute": charged | {"total": whole}}
+    total = {key: sum(getattr(stage, key) for stage in stages.values()) for key in ("seconds", "examples", "flops")}
+    return stages | {"total": records.StageCompute(**total)}
 
 
-def model_work(model: Classifier, protocol: Protocol) -> dict[str, Any]:
-    """Work for one example whose towers are as long as the protocol allows, counted and by formula."""
-    shape = (1, model.towers, protocol.length)
-    values = torch.zeros(shape if protocol.vocabulary else (*shape, protocol.channels), dtype=torch.uint8)
-    one = torch.zeros(1, dtype=torch.int64)
-    like = next(model.parameters())
-    batch = Batch(*(t.to(like.device) for t in (values, torch.ones(shape, dtype=torch.bool), one, one)))
-    report = flops.model_flops(model, batch)
+def model_work(model: Classifier, protocol: Protocol, size: float) -> records.ModelWork:
+    """Work for one example of a batch of `size`, whose towers are as long as the protocol allows, counted and by
+    formula. It includes the example's share of what is done once for a batch."""
+    one, two = (flops.model_flops(model, _full_batch(model, protocol, count)) for count in (1, 2))
+
+    def share(alone: float, pair: float) -> float:
+        return pair - alone + (2 * alone - pair) / size
+
     try:
-        analytic: float | None = model.cost(protocol.length).matmul
+        analytic: float | None = model.cost(protocol.length).of_batch(size).matmul / size
     except NotImplementedError:
         analytic = None
-    return {
-        "length": protocol.length,
-        "forward": report.forward,
-        "forward_backward": report.forward_backward,
-        "matmul": report.matmul,
-        "matmul_by_formula": analytic,
-        "uncounted": sorted(report.uncounted),
-        "convention": "multiply-add = 2; one example",
-    }
+    return records.ModelWork(
+        length=protocol.length,
+        forward=share(one.forward, two.forward),
+        forward_backward=share(one.forward_backward, two.forward_backward),
+        matmul=share(one.matmul, two.matmul),
+        matmul_by_formula=analytic,
+        uncounted=tuple(sorted(one.uncounted)),
+        convention=f"multiply-add = 2; one example of a batch of {size:g}",
+    )
+
+
+def _full_batch(model: Classifier, protocol: Protocol, examples: int) -> Batch:
+    shape = (examples, model.towers, protocol.length)
+    values = torch.zeros(shape if protocol.vocabulary else (*shape, protocol.channels), dtype=torch.uint8)
+    numbers = torch.zeros(examples, dtype=torch.int64)
+    device = next(model.parameters()).device
+    return Batch(*(t.to(device) for t in (values, torch.ones(shape, dtype=torch.bool), numbers, numbers)))

@@ -20,7 +20,9 @@ from lra.data.examples import split_of
 from lra.errors import UserError, brief, unknown
 from lra.model import Batch, Classifier
 from lra.registry import architectures, tasks
+from lra.results import record as records
 from lra.results import result, statistics
+from lra.results.record import RunRecord
 from lra.task import SPLITS, Protocol, Task
 from lra.training import checkpoint, construction, run_folder
 
@@ -45,21 +47,38 @@ class TrainedRun:
     """A trained classifier.
 
     model: the classifier, on the CPU in evaluation mode. recipe, seed, task, protocol: what it was trained with.
-    folder: where it was loaded from. record: the record of the run; None where the run has none.
+    folder: where it was loaded from.
     """
 
     def __init__(
-        self, model: Classifier, recipe: Recipe, task: Task, protocol: Protocol, folder: Path, record: Any, seed: int
+        self,
+        model: Classifier,
+        recipe: Recipe,
+        task: Task,
+        protocol: Protocol,
+        folder: Path,
+        record: RunRecord | None,
+        seed: int,
     ) -> None:
         self.model, self.recipe, self.task, self.protocol = model, recipe, task, protocol
-        self.folder, self.record, self.seed = folder, record, seed
+        self.folder, self.seed, self._record = folder, seed, record
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has a record: it was tested and its result was written."""
+        return self._record is not None
+
+    @property
+    def record(self) -> RunRecord:
+        """The record of the run. Raises UserError for a run that has none."""
+        if self._record is None:
+            raise UserError(f"{self.folder} has no record of a finished run; call evaluate() for its accuracy")
+        return self._record
 
     @property
     def accuracy(self) -> float:
         """Test accuracy in [0, 1] as the record has it. Raises UserError for a run without a record."""
-        if self.record is None:
-            raise UserError(f"{self.folder} has no record of a finished run; call evaluate() for its accuracy")
-        return float(self.record["test"]["accuracy"])
+        return self.record.test.accuracy
 
     def predict(self, inputs: Any, *, probabilities: bool = False, batch_size: int = 0) -> np.ndarray:
         """Predicted classes (n,), or with `probabilities` (n, classes), in the order of the inputs.
@@ -101,7 +120,7 @@ class TrainedRun:
         return export.write(self, Path(folder))
 
     def __repr__(self) -> str:
-        accuracy = "not finished" if self.record is None else f"test accuracy {100 * self.accuracy:.2f} %"
+        accuracy = "not finished" if not self.finished else f"test accuracy {100 * self.accuracy:.2f} %"
         return f"<run of {self.recipe.architecture} on {self.task.name} ({self.protocol.name}): {accuracy}>"
 
     def _data(self, inputs: Any) -> DeviceSet:
@@ -148,7 +167,7 @@ class TrainedRun:
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         """The precision that the run was scored in; float32 where there is no record."""
-        precision = "" if self.record is None else self.record["environment"].get("precision", "")
+        precision = str(self.record.environment.precision or "") if self.finished else ""
         return torch.autocast(device.type, torch.bfloat16, enabled=precision.startswith("bf16"))
 
 
@@ -178,7 +197,7 @@ def load(
     run = _untrained(recipe, architecture, task, path, about.get("seed", 0))
     _load_weights(run.model, checkpoint.model_weights(checkpoint.read(best)), best)
     record = run_folder.finished_record(path, missing_ok=True)
-    run.record = None if record is None else result.read(record)
+    run._record = None if record is None else result.read(record)
     return run
 
 
@@ -197,7 +216,8 @@ def _load_export(path: Path, architecture: str | type | None, task: str | type |
     # names that share a tensor are stored once
     weights |= {name: weights[stored] for name, stored in config.get("shared", {}).items()}
     _load_weights(run.model, weights, path / WEIGHTS)
-    run.record = config.get("record")
+    stored = config.get("record")
+    run._record = None if stored is None else records.from_json(stored)
     return run
 
 

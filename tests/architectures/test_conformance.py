@@ -6,6 +6,7 @@ import inspect
 import io
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lra.conformance.checks import LONG, Subject, growth, reloaded
 from lra.conformance.suite import CHECKS, Finding, check, meaning, render
 from lra.encoder import Encoder
 from lra.errors import UserError
-from lra.registry import architectures
+from lra.registry import Constructor, architectures
 
 HERE = Path(__file__).parents[1]
 NAMES = architectures.names(variants=True)
@@ -118,14 +119,46 @@ def test_exemptions_are_strict() -> None:
     assert other.status == "pass"
 
 
+def test_an_exemption_may_be_that_of_one_variant() -> None:
+    """The others must pass; the variant must fail."""
+    for name, status in (("hyena", "pass"), ("hyena/order3", "exempt")):
+        assert [f.status for f in check(name, only=["magnitudes"])] == [status]
+
+    class Stale(bad_encoders.Good):
+        card = replace(bad_encoders.CARD, variants={"two": {}}, exempt={"two/padding": "it reads the padding"})
+
+    for name, status in (("stale", "pass"), ("stale/two", "stale")):
+        assert [f.status for f in check(Constructor(name, Stale), only=["padding"])] == [status]
+
+
+def test_an_exemption_names_a_variant_that_exists() -> None:
+    class Wrong(bad_encoders.Good):
+        card = replace(bad_encoders.CARD, variants={"two": {}}, exempt={"tow/padding": "it reads the padding"})
+
+    [found] = check(Constructor("file.py:Wrong", Wrong), only=["card"])
+    assert found.failed
+    assert "unknown variant 'tow'; did you mean 'two'?" in found.message
+
+
+def test_weight_decay_is_left_to_the_recipe_without_a_recurrence() -> None:
+    """LRA's own optimiser decays every parameter of its Transformers."""
+    assert [f.status for f in check("transformer", only=["optim_groups", "optim_norms"])] == ["pass", "pass"]
+    assert [f.status for f in check("s4d", only=["optim_groups", "optim_norms"])] == ["pass", "exempt"]
+    assert [f.status for f in check("mamba", only=["optim_groups", "optim_norms"])] == ["pass", "pass"]
+
+
 def test_messages_say_what_is_wrong() -> None:
     for name, said in (
         ("ReadsPadding", "your layer reads padded positions; take the argument `mask`"),
         ("DeadParameter", "1 of 14 parameters get no gradient: unused"),
         ("LeaksOnTheWayBack", "with direction='bidirectional' outputs at real positions changed by"),
         ("StepsDifferently", "at token 1 (float64)"),
-        ("DoubledCost", "cost(32).matmul is 524,288, 2 times what was counted: 262,144 in products"),
+        ("DoubledCost", "cost(32).of_batch(1).matmul is 524,288, 2 times what was counted: 262,144 in products"),
+        ("ForgetsBetweenChunks", "chunk starts from the state or leaves it wrongly"),
+        ("ChargedToEverySequence", "declares 0 as done once for a batch; counted were 2,621,440 of"),
         ("OverstatedGrowth", "work is declared to grow as L^2, but cost grows as L"),
+        ("DecaysItsSteps", 'a recipe with optim.decay = "all" decays log_dt'),
+        ("GrowsWithTheLength", "outputs of sum at 4096 tokens have RMS"),
         ("UnknownExemption", "unknown check 'paddin'; did you mean 'padding'?"),
         ("TakesAnything", "argument more is variadic keyword"),
         ("CannotBeBuilt", "it cannot be built: raised RuntimeError: no such thing (bad_encoders.py:"),

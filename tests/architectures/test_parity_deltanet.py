@@ -189,10 +189,11 @@ def test_gated_is_the_gated_paper() -> None:
     assert mixer.sizes == (48, 4, 4, 24)
 
 
-def test_weight_decay_spares_decays_and_steps() -> None:
+def test_weight_decay_spares_decays_steps_biases_and_norms() -> None:
     encoder = DeltaNet(d_model=8, n_layers=1, length=8, gated=True)
     own = {name for name, _ in encoder.named_parameters() if any(fnmatch(name, pattern) for pattern in encoder.optim)}
-    assert own == {"layers.0.mixer.A_log", "layers.0.mixer.dt_bias"}
+    rest = {name for name, _ in encoder.named_parameters() if name.endswith("bias") or "norm" in name}
+    assert own == {"layers.0.mixer.A_log", "layers.0.mixer.dt_bias"} | rest
     assert all(settings == {"weight_decay": 0.0} for settings in encoder.optim.values())
     assert not DeltaNet(d_model=8, n_layers=1, length=8).optim
 

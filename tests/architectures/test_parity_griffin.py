@@ -250,10 +250,11 @@ def test_state_stops_growing_with_the_window() -> None:
     assert encoder.state_bytes(5) == encoder.state_bytes(40) == fixed + 4 * 5 * 2 * 2
 
 
-def test_weight_decay_spares_lambda_alone() -> None:
+def test_weight_decay_spares_lambda_biases_and_norms() -> None:
     encoder = Griffin(d_model=8, n_layers=3, length=8)
     own = {name for name, _ in encoder.named_parameters() if any(fnmatch(name, pattern) for pattern in encoder.optim)}
-    assert own == {"layers.0.mixer.lru.decay", "layers.1.mixer.lru.decay"}
+    rest = {name for name, _ in encoder.named_parameters() if name.endswith("bias") or "norm" in name}
+    assert own == {"layers.0.mixer.lru.decay", "layers.1.mixer.lru.decay"} | rest
     assert all(settings == {"weight_decay": 0.0} for settings in encoder.optim.values())
 
 

@@ -23,7 +23,9 @@ def golden(name: str) -> dict[str, Tensor]:
 def test_operator_equals_the_authors(name: str) -> None:
     g = golden(name)
     order, length, features = int(g["param.order"]), int(g["param.l_max"]), g["param.filter_fn.pos_emb.z"].shape[2]
-    mixer = HyenaMixer(4, length, order, features, width=6, shift=float(g["param.shift"])).double()
+    mixer = HyenaMixer(
+        4, length, order=order, features=features, width=6, shift=float(g["param.shift"]), learn_z=True
+    ).double()
     filters = mixer.filter
     torch.testing.assert_close(filters.z, g["mid.init.z"][0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(filters.t, g["mid.init.t"][0, :, 0], rtol=1e-6, atol=1e-6)
@@ -59,7 +61,7 @@ def test_operator_equals_the_authors(name: str) -> None:
 
 def test_gradients_of_every_parameter_equal_a_dense_convolution() -> None:
     torch.manual_seed(0)
-    mixer = HyenaMixer(3, 12, order=3, features=5, width=4, shift=0.1).double()
+    mixer = HyenaMixer(3, 12, order=3, features=5, width=4, shift=0.1, learn_z=True).double()
     x = torch.randn(2, 10, 3, dtype=torch.float64, requires_grad=True)
     w = torch.randn_like(x)
     u = mixer.input(x)
@@ -90,13 +92,38 @@ def test_windows_fall_to_a_hundredth_within_their_range() -> None:
 
 
 def test_positions_and_filters_have_rates_of_their_own() -> None:
-    optim = Hyena(d_model=4, n_layers=1, length=8, filter_lr=5e-4).optim
+    optim = Hyena(d_model=4, n_layers=1, length=8, filter_lr=5e-4, position_lr=1e-5).optim
     assert list(optim.values()) == [{"lr": 1e-5, "weight_decay": 0.0}, {"lr": 5e-4, "weight_decay": 0.0}]
 
 
+def test_parameters_do_not_grow_with_the_length() -> None:
+    sizes = [sum(p.numel() for p in Hyena(d_model=4, n_layers=1, length=n).parameters()) for n in (8, 80)]
+    assert sizes[0] == sizes[1]
+
+
+def lowest_share(**options: Any) -> float:
+    """Of the energy of the initial filters over 1,024 steps, that in the lowest 2 of 513 frequencies."""
+    torch.manual_seed(0)
+    mixer = Hyena(d_model=64, n_layers=1, length=1024, **options).blocks[0].mixer
+    assert isinstance(mixer, HyenaMixer)
+    with torch.no_grad():
+        energy = torch.fft.rfft(mixer.filter(1024)).abs().square()
+    return (energy[:, :2].sum(1) / energy.sum(1)).mean().item()
+
+
+def test_initial_filters_have_detail() -> None:
+    """With the three features of the released class, two of them constant, most of a filter is its window; w scales the
+    frequencies."""
+    assert lowest_share(features=3) > 0.5
+    assert lowest_share() < 0.35
+    assert lowest_share(w=14.0) < 0.02
+
+
 @pytest.mark.parametrize(
-    ("wrong", "says"), [({"order": 1}, "order is 1"), ({"features": 4}, "features is 4"), ({"width": 0}, "width is 0")]
-)
+    ("wrong", "says"),
+    [({"order": 1}, "order is 1"), ({"features": 4}, "features is 4"), ({"width": 0}, "width is 0"),
+     ({"w": 0.0}, "w is 0.0"), ({"position_lr": -1.0}, "position_lr is -1.0")],
+)  # fmt: skip
 def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Hyena(d_model=8, n_layers=1, length=8, **wrong)

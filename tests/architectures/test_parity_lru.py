@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from stepping import stepped
-from torch import Tensor, nn
+from torch import Tensor
 
 from lra.architectures.state_space.lru import LRU, LRUMixer, ring
 
@@ -21,16 +21,16 @@ def golden(name: str) -> dict[str, Tensor]:
         return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
-def loaded(g: dict[str, Tensor], prefix: str = "param.") -> LRU:
+def loaded(g: dict[str, Tensor], prefix: str = "param.", **own: Any) -> LRU:
     """One layer of 8 features and 12 states with the stored recurrence; the gate is the module's own."""
-    encoder = LRU(d_model=8, n_layers=1, length=40, state_size=12).double()
+    encoder = LRU(d_model=8, n_layers=1, length=40, state_size=12, **own).double()
     mixer = mixer_of(encoder)
     state = {
         "nu": g[f"{prefix}nu_log"],
         "theta": g[f"{prefix}theta_log"],
         "gamma": g[f"{prefix}gamma_log"],
         "B": torch.stack([g[f"{prefix}B_re"], g[f"{prefix}B_im"]], dim=1),
-        "C": torch.stack([g[f"{prefix}C_re"], g[f"{prefix}C_im"]], dim=2),
+        "C": torch.stack([g[f"{prefix}C_re"], g[f"{prefix}C_im"]], dim=2).unsqueeze(0),
         "d": g[f"{prefix}D"],
     }
     missing, unexpected = mixer.load_state_dict(state, strict=False)
@@ -54,22 +54,56 @@ def test_recurrence_equals_its_source() -> None:
     torch.testing.assert_close(x.grad, g["grad.x"], rtol=1e-11, atol=1e-12)
 
 
-def test_residual_layer_equals_its_source() -> None:
+@pytest.mark.parametrize("order", ["prenorm", "postnorm"])
+@pytest.mark.parametrize("kind", ["layer", "batch"])
+def test_residual_layer_equals_its_source(kind: str, order: str) -> None:
+    """The stored gradient is that of batch norm, before the recurrence."""
     g = golden("lru_layer")
-    encoder = loaded(g, "param.seq.")
+    encoder = loaded(g, "param.seq.", block={"norm": kind, "prenorm": order == "prenorm"})
     layer = encoder.blocks[0]
-    norm = layer.norm
-    assert isinstance(norm, nn.LayerNorm)
-    norm.eps = 1e-6  # of flax
+    norm: Any = layer.norm
     state = {
         "norm.weight": g["param.normalization.scale"],
         "norm.bias": g["param.normalization.bias"],
         "mixer.out.weight": torch.cat([g["param.out1.kernel"].T, g["param.out2.kernel"].T]),
         "mixer.out.bias": torch.cat([g["param.out1.bias"], g["param.out2.bias"]]),
     }
+    if kind == "batch":
+        state |= {"norm.running_mean": g["param.batch_stats.mean"], "norm.running_var": g["param.batch_stats.var"]}
+    else:
+        norm.eps = 1e-6  # of flax
     assert not layer.load_state_dict(state, strict=False).unexpected_keys
-    y = layer(g["x"], torch.ones(g["x"].shape[:2], dtype=torch.bool))
-    torch.testing.assert_close(y, g["mid.y.layernorm.prenorm"], rtol=1e-11, atol=1e-12)
+    x = g["x"].requires_grad_()
+    y = layer.eval()(x, torch.ones(x.shape[:2], dtype=torch.bool))
+    torch.testing.assert_close(y, g[f"mid.y.{kind}norm.{order}"], rtol=1e-11, atol=1e-12)
+    if (kind, order) == ("batch", "prenorm"):
+        torch.testing.assert_close(y, g["y"], rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(torch.autograd.grad(y, x, g["w"])[0], g["grad.x"], rtol=1e-11, atol=1e-12)
+
+
+def test_bidirectional_adds_a_scan_of_each_reversed_sequence() -> None:
+    """Two causal recurrences of the same lambda, gamma and B, one on the reversed real tokens; d x counts once."""
+    torch.manual_seed(0)
+    mixer = mixer_of(LRU(d_model=6, n_layers=1, length=30, state_size=9, direction="bidirectional")).double()
+    ahead, back = (mixer_of(LRU(d_model=6, n_layers=1, length=30, state_size=9)).double() for _ in range(2))
+    for way, one in enumerate((ahead, back)):
+        one.load_state_dict({**mixer.state_dict(), "C": mixer.C[way : way + 1]})
+    x, mask = torch.randn(2, 30, 6, dtype=torch.float64), torch.arange(30) < torch.tensor([[30], [17]])
+    x = x.masked_fill(~mask.unsqueeze(-1), 0)
+    y = mixer.recurrence(x)
+    for row, length in enumerate((30, 17)):
+        own = x[row : row + 1, :length]
+        twice = ahead.recurrence(own) + back.recurrence(own.flip(1)).flip(1)
+        torch.testing.assert_close(y[row : row + 1, :length], twice - mixer.d * own, rtol=1e-12, atol=1e-12)
+
+
+def test_bidirectional_shares_all_but_a_second_output_matrix() -> None:
+    sizes = {}
+    for direction in ("causal", "bidirectional"):
+        encoder = LRU(d_model=64, n_layers=2, length=64, direction=direction)
+        sizes[direction] = sum(p.numel() for p in encoder.parameters())
+    assert sizes["bidirectional"] - sizes["causal"] == 2 * 64 * 64 * 2
+    assert sizes["bidirectional"] < 1.4 * sizes["causal"]
 
 
 def test_gradients_of_every_parameter_equal_the_recurrence() -> None:

@@ -104,10 +104,11 @@ def test_outer_biases_start_at_zero() -> None:
     assert not mixer.out.bias.any()
 
 
-def test_weight_decay_spares_the_modes_and_the_skip() -> None:
+def test_weight_decay_spares_modes_steps_skip_biases_and_norms() -> None:
     encoder = Mamba(d_model=8, n_layers=1, length=8)
     own = {name for name, _ in encoder.named_parameters() if any(fnmatch(name, pattern) for pattern in encoder.optim)}
-    assert own == {"layers.0.mixer.A_log", "layers.0.mixer.d"}
+    rest = {name for name, _ in encoder.named_parameters() if name.endswith("bias") or "norm" in name}
+    assert own == {f"layers.0.mixer.{name}" for name in ("A_log", "d", "dt_bias")} | rest
     assert all(settings == {"weight_decay": 0.0} for settings in encoder.optim.values())
 
 

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lra.architectures import _moe
 from lra.architectures._moe import NoisyTopK, cv_squared
 from lra.architectures._stack import FeedForward
 from lra.architectures.mixture.moe import MoE
+from lra.kernels.expert_mlp import expert_mlp
 
 MASK = torch.arange(12) < torch.tensor([[12], [7]])
 
@@ -41,6 +43,39 @@ def test_gates_and_losses_are_the_paper_s() -> None:
             torch.testing.assert_close(load, g["mid.paper_load"], rtol=0, atol=1e-12)
             for found, name in ((importance, "importance"), (load, "load")):
                 torch.testing.assert_close(cv_squared(found) * 5 / 4, g[f"mid.paper_{name}_loss"], rtol=0, atol=1e-9)
+
+
+def test_layer_equals_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What theirs has beside the paper's equations is put in: each expert ends with a softmax over its outputs, and has
+    biases (one more input that is 1, one more unit that puts it out); their gates have 1e-6 in a denominator."""
+    g = golden()
+    experts = NoisyTopK(7, 8 / 7, n_experts=5, k=2).double()
+    first = [
+        torch.cat([g[f"param.experts.{e}.fc1.weight"].T, g[f"param.experts.{e}.fc1.bias"][None]]) for e in range(5)
+    ]
+    second = [
+        torch.cat([g[f"param.experts.{e}.fc2.weight"].T, g[f"param.experts.{e}.fc2.bias"][None]]) for e in range(5)
+    ]
+    pass_on = F.one_hot(torch.tensor(6), 7).double()[:, None]  # the constant, through a unit of its own
+    experts.w1.data = torch.stack([torch.cat([w, pass_on], dim=1) for w in first])
+    experts.w2.data = F.pad(torch.stack(second), (0, 2))
+    experts.w_gate.data, experts.w_noise.data = (F.pad(g[f"param.{n}"], (0, 0, 0, 1)) for n in ("w_gate", "w_noise"))
+    monkeypatch.setattr(torch, "randn_like", lambda t: g["mid.noise"].view_as(t))
+
+    def with_softmax(x: Tensor, index: Tensor, gate: Tensor, *weights: Tensor, **options: Any) -> Tensor:
+        one = torch.ones_like(gate[:, :1])
+        parts = [expert_mlp(x, index[:, j : j + 1], one, *weights, **options)[:, :5].softmax(-1) for j in range(2)]
+        return F.pad(torch.stack(parts, dim=-1) @ gate.unsqueeze(-1), (0, 0, 0, 2)).squeeze(-1)
+
+    monkeypatch.setattr(_moe, "expert_mlp", with_softmax)
+    x = g["x"].requires_grad_()
+    given = F.pad(x, (0, 1), value=1.0).unsqueeze(0)
+    y = experts.train()(given, torch.ones(1, 12, dtype=torch.bool))[0, :, :5]
+    noisy = given[0] @ experts.w_gate + g["mid.noise"] * (F.softplus(given[0] @ experts.w_noise) + 0.01)
+    best = noisy.softmax(-1).topk(2).values.sum(-1, keepdim=True)
+    y = y * best / (best + 1e-6)
+    torch.testing.assert_close(y, g["y"], rtol=0, atol=1e-13)
+    torch.testing.assert_close(torch.autograd.grad(y, x, g["w"])[0], g["grad.x"], rtol=0, atol=1e-12)
 
 
 def filled(**options: Any) -> NoisyTopK:

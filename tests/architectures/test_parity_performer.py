@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from lra.architectures._attention import merge_heads, split_heads
 from lra.architectures._linear_attention import summed
+from lra.architectures.linear_attention import performer
 from lra.architectures.linear_attention.performer import Performer, PerformerMixer, orthogonal_features
 
 both = pytest.mark.parametrize("causal", [False, True])
@@ -32,23 +33,36 @@ def everything(x: Tensor) -> Tensor:
 
 @both
 @maps
-def test_features_and_sums_equal_performer_pytorch(feature_map: str, causal: bool) -> None:
-    """Its features carry a further m^-1/2, and causally its sums of keys a further 1e-6 each."""
+def test_layer_equals_performer_pytorch(feature_map: str, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layer whose maps hand on q, k and v: features, outputs and gradients. Causally theirs differ in two places,
+    which are put in here: its sums of keys carry a further 1e-6 for each feature, which are m^-1/2 smaller there, and
+    its c is the largest of the whole sequence."""
     g = golden(f"performer_{feature_map}{'_causal' if causal else ''}")
-    mixer = PerformerMixer(6, 1, 6, feature_map, causal, n_features=14, redraw=0).double()
+    mixer = PerformerMixer(36, 2, 12, feature_map, causal, n_features=14, redraw=0).double()
     mixer.projection = g["mid.projection"]
-    q, k, v = (g[f"in.{name}"].requires_grad_() for name in "qkv")
+    identity = torch.eye(36, dtype=torch.float64)
+    mixer.load_state_dict({"qkv.weight": identity, "out.weight": identity[:, :12]}, strict=False)
     scale = 14**-0.5 if feature_map == "softmax" else 1.0
-    phi_q = mixer.features(mixer.projected(q), g["mid.max_q"])
-    phi_k = mixer.features(mixer.projected(k), g["mid.max_k"])
-    torch.testing.assert_close(phi_q * scale, g["mid.phi_q"], rtol=0, atol=1e-13)
-    torch.testing.assert_close(phi_k * scale, g["mid.phi_k"], rtol=0, atol=1e-13)
-    top, bottom = summed(phi_q, phi_k, v, torch.ones(2, 11, dtype=torch.bool), causal)
+    features: dict[str, Tensor] = {}
+
+    def sums(phi_q: Tensor, phi_k: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
+        features.update(q=phi_q, k=phi_k)
+        top, bottom = summed(phi_q, phi_k, *more)
+        return top, bottom + (1e-6 / scale * phi_q.sum(-1, keepdim=True) if causal else 0)
+
+    def largest(dots: Tensor, mask: Tensor) -> tuple[Tensor, None]:
+        return g["mid.max_k"].expand(-1, -1, dots.shape[2], -1), None
+
+    monkeypatch.setattr(performer, "summed", sums)
     if causal:
-        bottom = bottom + 1e-6 / scale * phi_q.sum(-1, keepdim=True)
-    torch.testing.assert_close(top / bottom, g["y"], rtol=0, atol=1e-12)
-    grads = torch.autograd.grad((top / bottom * g["w"]).sum(), (q, k, v))
-    for name, grad in zip("qkv", grads, strict=True):
+        monkeypatch.setattr(mixer, "largest_key", largest)
+    given = [g[f"in.{name}"].requires_grad_() for name in "qkv"]
+    x = torch.cat([merge_heads(t) for t in given], dim=-1)
+    y = split_heads(mixer(x, everything(x))[..., :12], 2)
+    torch.testing.assert_close(features["q"] * scale, g["mid.phi_q"], rtol=0, atol=1e-13)
+    torch.testing.assert_close(features["k"] * scale, g["mid.phi_k"], rtol=0, atol=1e-13)
+    torch.testing.assert_close(y, g["y"], rtol=0, atol=1e-12)
+    for name, grad in zip("qkv", torch.autograd.grad(y, given, g["w"]), strict=True):
         torch.testing.assert_close(grad, g[f"grad.{name}"], rtol=0, atol=1e-11)
 
 

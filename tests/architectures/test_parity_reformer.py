@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from dense_attention import distances, real_prefixes
+from stepping import stepped
 from torch import Tensor
 
 from lra.architectures._attention import merge_heads, split_heads
 from lra.architectures._reversible import Step, reversible
-from lra.architectures._rounds import Reordered, UnionOfRounds
+from lra.architectures.attention import reformer
 from lra.architectures.attention.reformer import ITSELF, LSHMixer, Reformer
 from lra.conformance.suite import check
 
@@ -39,31 +41,105 @@ def test_buckets_equal_hugging_face(name: str) -> None:
     assert torch.equal(found.sort(dim=-1, stable=True).indices, g["mid.sorted_positions"])
 
 
+def loaded(g: dict[str, Tensor], rounds: slice = slice(None)) -> LSHMixer:
+    """Their maps and some of their rounds; they return the heads before the output map, which is the identity here."""
+    heads, size, buckets, chunk = (int(g[f"cfg.{n}"]) for n in ("H", "d", "n_buckets", "chunk"))
+    rotations, causal = g["mid.rotations"][:, :, rounds], bool(g["cfg.causal"])
+    mixer = LSHMixer(int(g["cfg.D"]), heads, heads * size, "none", causal, rotations.shape[2], buckets, chunk).double()
+    mixer.load_state_dict({
+        "qk.weight": g["param.query_key.weight"],
+        "v.weight": g["param.value.weight"],
+        "out.weight": torch.eye(heads * size, dtype=torch.float64),
+        "rotations": rotations,
+    })  # fmt: skip
+    return mixer
+
+
 @pytest.mark.parametrize("name", ["reformer_lsh", "reformer_lsh_causal"])
-def test_rounds_equal_hugging_face(name: str) -> None:
-    """Their chunks through our softmax over all rounds: they look around the ends and into the next round, at any
+def test_forward_equals_hugging_face_over_its_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only who sees whom is replaced by their rule: chunks look around the ends and into the next round, at any
     bucket, and a key counts as often as it is seen."""
     g = golden(name)
-    heads, size, chunk = (int(g[f"cfg.{n}"]) for n in ("H", "d", "chunk"))
-    x, order = g["x"].requires_grad_(), g["mid.sorted_positions"]
-    qk, v = (split_heads(x @ g[f"param.{n}.weight"].T, heads) for n in ("query_key", "value"))
-    k = qk / (qk.square().mean(-1, keepdim=True) + 1e-6).sqrt() / size**0.5
-    place = order.argsort(-1)
-    q, k, v = (Reordered.apply(t.unsqueeze(2), order, place).unflatten(3, (-1, chunk)) for t in (qk, k, v))
+    x, real = g["x"].requires_grad_(), g["mask"] > 0
+    offsets = range(-int(g["cfg.before"]), int(g["cfg.after"]) + 1)
 
-    def seen(t: Tensor) -> Tensor:
+    def seen(t: Tensor, first: float = 0) -> Tensor:
         """(B, H, r, chunks, m, ...) -> (B, H, r, chunks, keys, ...)."""
-        offsets = range(-int(g["cfg.before"]), int(g["cfg.after"]) + 1)
         return torch.cat([t.flatten(2, 3).roll(-o, 2) for o in offsets], 3).unflatten(2, t.shape[2:4])
 
-    at = order.unflatten(3, (-1, chunk))
-    real = (g["mask"] > 0)[:, None, None].expand_as(order).gather(3, order).view_as(at)
-    keys = seen(at).unsqueeze(-2)
-    hidden = ~seen(real).unsqueeze(-2) | ((keys > at.unsqueeze(-1)) & bool(g["cfg.causal"]))
-    bias = torch.zeros(hidden.shape).double().masked_fill(hidden, -1e9).masked_fill(keys == at.unsqueeze(-1), ITSELF)
-    y = merge_heads(UnionOfRounds.apply(q, seen(k), seen(v), bias, order, place))
+    def bias(self: LSHMixer, order: Tensor, place: Tensor, buckets: Tensor, m: int, dtype: torch.dtype) -> Tensor:
+        at = order.unflatten(3, (-1, m))
+        keys = seen(at).unsqueeze(-2)
+        token = real[:, None, None].expand_as(order).gather(3, order).view_as(at)
+        hidden = ~seen(token).unsqueeze(-2) | ((keys > at.unsqueeze(-1)) & self.causal)
+        scores = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, -1e9)
+        return scores.masked_fill(keys == at.unsqueeze(-1), ITSELF)
+
+    monkeypatch.setattr(reformer, "with_chunk_before", seen)
+    monkeypatch.setattr(LSHMixer, "bias", bias)
+    y = loaded(g)(x, real)
+    # a score near -1e5 keeps eleven digits behind the point
     torch.testing.assert_close(y, g["y"], rtol=0, atol=1e-11)
-    torch.testing.assert_close(torch.autograd.grad(y, x, g["w"])[0], g["grad.x"], rtol=0, atol=1e-9)
+    torch.testing.assert_close(torch.autograd.grad(y, x, g["w"])[0], g["grad.x"], rtol=0, atol=1e-10)
+
+
+def hugging_face_probabilities(g: dict[str, Tensor], s: int) -> Tensor:
+    """Theirs of round s, from sorted chunks to tokens: (B, H, L, L)."""
+    order, chunk = g["mid.sorted_positions"], int(g["cfg.chunk"])
+    offsets = range(-int(g["cfg.before"]), int(g["cfg.after"]) + 1)
+    at = order.flatten(2).unflatten(2, (-1, chunk))  # (B, H, chunks of all rounds, m)
+    keys = torch.cat([at.roll(-o, 2) for o in offsets], 3)
+    # in one chunk each key stands once in its own round; the last and first chunk also see the other round
+    own = torch.cat([(torch.arange(at.shape[2]) * chunk // order.shape[3]).roll(-o)[:, None] for o in offsets], 1)
+    own = own.repeat_interleave(chunk, 1) == s
+    p = g["mid.attention_probs"].masked_fill(~own[:, None], 0)
+    found = torch.zeros(*order.shape[:2], order.shape[3], order.shape[3], dtype=torch.float64)
+    for c in range(s * order.shape[3] // chunk, (s + 1) * order.shape[3] // chunk):
+        rows = torch.zeros(*order.shape[:2], chunk, order.shape[3], dtype=torch.float64)
+        rows.scatter_add_(3, keys[:, :, None, c].expand(-1, -1, chunk, -1), p[:, :, c])
+        found.scatter_(2, at[:, :, c].unsqueeze(-1).expand_as(rows), rows)
+    return found
+
+
+@pytest.mark.parametrize("s", [0, 1])
+@pytest.mark.parametrize("name", ["reformer_lsh", "reformer_lsh_causal"])
+def test_forward_and_step_weigh_keys_as_hugging_face(name: str, s: int) -> None:
+    """The pattern is ours, a part of theirs; among the keys that both see, the weights are their probabilities."""
+    g = golden(name)
+    mixer, real = loaded(g, slice(s, s + 1)), g["mask"] > 0
+    sees = seen_by(mixer, mixer.buckets(g["x"], real)) & real[:, None, None] & ~torch.eye(16, dtype=torch.bool)
+    weights = hugging_face_probabilities(g, s) * sees
+    assert ((sees.sum(-1) > 1) & real[:, None]).sum() > 20, "hardly a token has a choice: the test shows nothing"
+    assert ((weights > 0) == sees)[real[:, None].expand(-1, 2, -1)].all(), "their chunks miss some of our keys"
+    alone = torch.eye(16, dtype=torch.float64) * ~sees.any(-1, keepdim=True)
+    weights = alone + weights / weights.sum(-1, keepdim=True).clamp_min(1e-300)
+    expected = merge_heads(weights @ split_heads(g["x"] @ g["param.value.weight"].T, 2))[real]
+    torch.testing.assert_close(mixer(g["x"], real)[real], expected, rtol=0, atol=1e-13)
+    if mixer.causal:
+        torch.testing.assert_close(stepped(mixer, g["x"])[real], expected, rtol=0, atol=1e-13)
+
+
+def test_scores_in_one_bucket_have_the_spread_of_the_queries() -> None:
+    """Half the tokens are a e0 + b e1, half a e0 - b e1: q . k / |k| is 2 b^2 / |q| larger for a key of its half than
+    for one of the other, which gives the entropy of each row in closed form, for 64 features and 64 tokens. The values
+    are one-hot, so that the probabilities come out. Divided by sqrt(64) again, the rows would be nearly uniform."""
+    a, b = 4.0, 3.0
+    mixer = LSHMixer(128, 1, 64, "none", causal=False, n_hashes=1, n_buckets=2, chunk=64).double()
+    identity = torch.eye(64, dtype=torch.float64)
+    x = torch.zeros(1, 64, 128, dtype=torch.float64)
+    x[..., 64:] = identity
+    x[..., 0], x[..., 1] = a, b * (1 - 2 * (torch.arange(64) % 2))
+    zeros = torch.zeros_like(identity)
+    mixer.qk.weight.data, mixer.v.weight.data = torch.cat([identity, zeros], 1), torch.cat([zeros, identity], 1)
+    mixer.out.weight.data = torch.cat([identity, zeros])
+    with torch.no_grad():
+        y = mixer(x, torch.ones(1, 64, dtype=torch.bool), torch.zeros(1, 1, 1, 64, dtype=torch.int16))[0, :, :64]
+    entropy = -torch.special.xlogy(y, y).sum(-1)
+    likelier = math.exp(2 * b**2 / math.sqrt(a**2 + b**2 + 64e-6))
+    total = 31 * likelier + 32
+    expected = math.log(total) - 31 * likelier * math.log(likelier) / total
+    torch.testing.assert_close(entropy, torch.full_like(entropy, expected), rtol=0, atol=1e-12)
+    assert expected < 3.6, "far from the log(63) = 4.14 of a uniform row"
 
 
 def test_near_vectors_share_buckets() -> None:
@@ -88,7 +164,7 @@ def seen_by(mixer: LSHMixer, buckets: Tensor) -> Tensor:
     """Equation 6 with an explicit L x L mask, over all rounds: (B, H, L, L)."""
     length = buckets.shape[-1]
     place = (buckets.long() * length + torch.arange(length)).argsort(-1).argsort(-1)
-    near, reach = (place, mixer.chunk) if mixer.causal else (place // mixer.chunk, 1)
+    near, reach = (place, mixer.chunk_size) if mixer.causal else (place // mixer.chunk_size, 1)
     apart = near[..., None] - near[..., None, :]
     return ((buckets[..., None] == buckets[..., None, :]) & (apart >= 0) & (apart <= reach)).any(2)
 
@@ -104,7 +180,7 @@ def test_equals_dense_definition(causal: bool, rounds: int, positions: str) -> N
     x = leaf.masked_fill(~mask[..., None], 0)
     sees = seen_by(mixer, mixer.buckets(x, mask))
     q, k = mixer.queries_and_keys(split_heads(mixer.qk(x), 4))
-    scores = q @ k.mT / 2
+    scores = q @ k.mT
     if mixer.slopes is not None:
         scores = scores - mixer.slopes[:, None, None] * distances(30).abs()
     scores = scores.masked_fill(~sees, -torch.inf) - 1e5 * torch.eye(30, dtype=torch.float64)

@@ -189,9 +189,10 @@ def test_initialisation(n_layers: int) -> None:
         torch.testing.assert_close(channel.key.weight.T @ channel.key.weight, 4 * torch.eye(8), rtol=0, atol=1e-5)
 
 
-def test_it_starts_as_the_identity_and_every_map_learns_within_three_steps() -> None:
+@pytest.mark.parametrize("direction", ["causal", "bidirectional", "add"])
+def test_it_starts_as_the_identity_and_every_map_learns_within_three_steps(direction: str) -> None:
     torch.manual_seed(0)
-    encoder = RWKV4(d_model=8, n_layers=2, length=16)
+    encoder = RWKV4(d_model=8, n_layers=2, length=16, direction=direction)
     before = {name: p.clone() for name, p in encoder.named_parameters()}
     optimizer = torch.optim.Adam(encoder.parameters(), lr=0.01)
     x, target = torch.randn(2, 4, 16, 8)
@@ -204,12 +205,13 @@ def test_it_starts_as_the_identity_and_every_map_learns_within_three_steps() -> 
     assert [name for name, p in encoder.named_parameters() if torch.equal(p, before[name])] == []
 
 
-def test_weight_decay_spares_decays_bonuses_and_shifts() -> None:
+def test_weight_decay_spares_decays_bonuses_shifts_biases_and_norms() -> None:
     encoder = RWKV4(d_model=8, n_layers=1, length=8)
     own = {name for name, _ in encoder.named_parameters() if any(fnmatch(name, pattern) for pattern in encoder.optim)}
     time, channel = (f"layers.{i}.mixer." for i in (0, 1))
     wanted = {time + name for name in ("w", "u", "mu_r", "mu_k", "mu_v")} | {channel + "mu_r", channel + "mu_k"}
-    assert own == wanted
+    rest = {name for name, _ in encoder.named_parameters() if name.endswith("bias") or "norm" in name}
+    assert own == wanted | rest
     assert all(settings == {"weight_decay": 0.0} for settings in encoder.optim.values())
 
 

@@ -13,6 +13,7 @@ import torch
 from stepping import stepped
 from torch import Tensor
 
+from lra.architectures._hippo import legs_modes
 from lra.architectures.state_space.s4d import S4D, S4DMixer, modes
 
 LAYERS: dict[str, dict[str, Any]] = {
@@ -135,6 +136,22 @@ def test_legs_modes_are_the_spectrum_of_the_normal_part() -> None:
     assert (A.real == -0.5).all()
     # V is unitary: all modes together have the norm of B_LegS, halved
     np.testing.assert_allclose(2 * B.square().sum(), (2 * n + 1).sum() / 4, rtol=1e-10)
+
+
+def test_legs_kernels_tend_to_those_of_the_full_matrix_on_average_only() -> None:
+    """Against exp(-t), the first kernel of LegS, with the C that the basis of the normal part gives."""
+    t = torch.linspace(0, 8, 801, dtype=torch.float64)
+    exact, errors = torch.exp(-t), {}
+    for state_size in (8, 64):
+        (A, B), (frequency, basis, b) = modes("legs", state_size), legs_modes(state_size)
+        kept = frequency > 0
+        inside = (basis.mH @ b.to(basis.dtype))[kept]
+        C = basis[0, kept] * inside / inside.abs()
+        kernel = 2 * torch.einsum("m,tm->t", C * B, torch.exp(t.unsqueeze(1) * A)).real
+        means = (torch.stack([kernel - exact, exact]).unfold(1, 51, 1).mean(-1)).norm(dim=1)
+        errors[state_size] = (kernel - exact).norm() / exact.norm(), means[0] / means[1]
+    assert errors[8] == pytest.approx((0.69, 0.29), abs=0.01)
+    assert errors[64] == pytest.approx((0.71, 0.05), abs=0.01)
 
 
 def test_step_sizes_fill_their_range() -> None:

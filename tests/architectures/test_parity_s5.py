@@ -13,6 +13,7 @@ from stepping import stepped
 from torch import Tensor, nn
 
 from lra.architectures.state_space.s5 import S5, S5Mixer, hippo_block
+from lra.training.request import Request, resolve
 
 SSMS: dict[str, dict[str, Any]] = {
     "s5_unidirectional": {},
@@ -151,6 +152,27 @@ def test_scales_and_step_sizes_at_the_start() -> None:
     assert 2e-3 < dt.median() < 5e-3  # uniform in the logarithm: the geometric mean, 3.2e-3
 
 
+@pytest.mark.parametrize("direction", ["causal", "bidirectional"])
+@pytest.mark.parametrize(
+    ("c_init", "variance"),
+    # of a part of C: one of C' for each, whose sum over a unit column of V has twice that in all; then that of C itself
+    [("trunc_standard_normal", 1 / 512), ("lecun_normal", 1 / (512 * 64)), ("complex_normal", 1 / 2)],
+)
+def test_the_three_starts_of_C(c_init: str, variance: float, direction: str) -> None:
+    torch.manual_seed(0)
+    C = mixer_of(encoder_of(d_model=64, state_size=512, n_blocks=8, c_init=c_init, direction=direction)).C
+    assert C.shape == (1 if direction == "causal" else 2, 64, 256, 2)
+    for part in C.unbind(-1):
+        assert abs(part.square().mean().item() / variance - 1) < 0.05
+
+
+def test_published_settings_start_C_as_each_script_does() -> None:
+    started = {
+        task: resolve(Request(task, "s5", "paper"))[0].encoder["c_init"] for task in ("listops", "pathx", "text")
+    }
+    assert started == {"listops": "lecun_normal", "pathx": "complex_normal", "text": "lecun_normal"}
+
+
 def test_optimiser_settings_reach_the_ssm_alone() -> None:
     encoder = S5(d_model=8, n_layers=1, length=8, ssm_lr=5e-4)
     own = {name for name, _ in encoder.named_parameters() if any(fnmatch(name, pattern) for pattern in encoder.optim)}
@@ -165,6 +187,7 @@ def test_optimiser_settings_reach_the_ssm_alone() -> None:
         ({"n_blocks": 0}, "state_size is 64"),
         ({"discretization": "euler"}, "zoh, bilinear"),
         ({"activation": "relu"}, "half_glu1, half_glu2"),
+        ({"c_init": "normal"}, "trunc_standard_normal, lecun_normal, complex_normal"),
         ({"dt_min": 0.2}, r"dt_min is 0\.2"),
     ],
 )

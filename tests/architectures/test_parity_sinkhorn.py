@@ -12,7 +12,9 @@ from dense_attention import real_prefixes
 from torch import Tensor
 from torch.nn import functional as F
 
-from lra.architectures.attention.sinkhorn import Sinkhorn, SinkhornMixer, balanced, sorted_attention
+from lra.architectures._attention import merge_heads, split_heads
+from lra.architectures.attention import sinkhorn
+from lra.architectures.attention.sinkhorn import Sinkhorn, SinkhornMixer, balanced, brought, sorted_attention
 from lra.conformance.suite import check
 
 SMALL: dict[str, Any] = {"d_model": 16, "n_layers": 2, "length": 24, "size": 4}
@@ -23,26 +25,63 @@ def golden(name: str) -> dict[str, Tensor]:
         return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
-@pytest.mark.parametrize("name", ["sinkhorn_gumbel", "sinkhorn_gumbel_sortnet"])
-def test_equals_the_package(name: str) -> None:
-    """Balancing of their logits, log(relu(score) + 1e-6) + noise over the temperature, and attention to the sorted
-    blocks, its values sorted too (theirs takes the keys for them)."""
-    g = golden(name)
-    batch, heads, size = int(g["cfg.B"]), int(g["cfg.H"]), int(g["cfg.block"])
-    q, k, v = (g[f"in.{n}"].unflatten(2, (-1, size)) for n in "qkv")
-    if name.endswith("sortnet"):
+def package_logits(g: dict[str, Tensor], q: Tensor, k: Tensor) -> Tensor:
+    """Theirs, log(relu(score) + 1e-6) + noise over the temperature: (B, H, N, W, d) twice -> (B, H, N, N)."""
+    if "param.sort_net.linear" in g:
         pooled = torch.cat([q.sum(3), k.sum(3)], dim=-1)
         score = torch.einsum("bhnd,hdm->bhnm", pooled, g["param.sort_net.linear"][0])[..., : q.shape[2]]
     else:
         score = q.mean(3) @ k.mean(3).mT / q.shape[-1] ** 0.5
-    noise = g["mid.gumbel"].unflatten(0, (batch, heads))
-    logits = ((score.relu() + 1e-6).log() + noise) / float(g["cfg.temperature"])
-    sort = balanced(logits, int(g["cfg.iters"]))
+    noise = g["mid.gumbel"].unflatten(0, (int(g["cfg.B"]), int(g["cfg.H"])))[: len(q)]
+    return ((score.relu() + 1e-6).log() + noise) / float(g["cfg.temperature"])
+
+
+@pytest.mark.parametrize("name", ["sinkhorn_gumbel", "sinkhorn_gumbel_sortnet"])
+def test_balancing_and_attention_equal_the_package(name: str) -> None:
+    """With padding, and with the values sorted (theirs takes the keys for them)."""
+    g = golden(name)
+    q, k, v = (g[f"in.{n}"].unflatten(2, (-1, int(g["cfg.block"]))) for n in "qkv")
+    sort = balanced(package_logits(g, q, k), int(g["cfg.iters"]))
     torch.testing.assert_close(sort.flatten(0, 1), g["mid.R"], rtol=0, atol=1e-12)
-    real = (g["mask"] > 0).unflatten(1, (-1, size))
+    real = (g["mask"] > 0).unflatten(1, (-1, int(g["cfg.block"])))
     y = sorted_attention(q, k, v, real, sort).flatten(2, 3)
     rows = (g["mask"] > 0)[:, None, :, None]
     torch.testing.assert_close(y * rows, g["mid.y_intended"] * rows, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["sinkhorn_gumbel", "sinkhorn_gumbel_sortnet"])
+def test_layer_equals_the_package(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layer whose maps hand on q, k and v, sorted by their logits: the row without padding, whose values are mixed
+    into other blocks only there. First as intended, then with their fault, for which the gradients are stored."""
+    g = golden(name)
+    heads, size, block = (int(g[f"cfg.{n}"]) for n in ("H", "d", "block"))
+    width = heads * size
+    mixer = SinkhornMixer(3 * width, heads, width, "none", block, int(g["cfg.iters"]), 0.75, 12).double()
+    identity = torch.eye(3 * width, dtype=torch.float64)
+    state = {"qkv.weight": identity, "out.weight": identity[:, :width]}
+    mixer.load_state_dict(state, strict=False)
+    row = g["mask"].all(1)
+    given = [g[f"in.{n}"][row].requires_grad_() for n in "qkv"]
+
+    def sorting(x: Tensor, real: Tensor) -> Tensor:
+        q, k, _ = (t.unflatten(2, (-1, block)) for t in mixer.heads(x))
+        return balanced(package_logits(g, q, k), mixer.iterations)
+
+    monkeypatch.setattr(mixer, "sorting", sorting)
+    x, mask = torch.cat([merge_heads(t) for t in given], dim=-1), torch.ones(1, 12, dtype=torch.bool)
+    y = split_heads(mixer(x, mask)[..., :width], heads)
+    torch.testing.assert_close(y, g["mid.y_intended"][row], rtol=0, atol=1e-12)
+    of_keys: list[Tensor] = []
+
+    def keys_for_values(sort: Tensor, blocks: Tensor) -> Tensor:
+        of_keys.append(brought(sort, blocks))
+        return of_keys[0]
+
+    monkeypatch.setattr(sinkhorn, "brought", keys_for_values)
+    y = split_heads(mixer(x, mask)[..., :width], heads)
+    torch.testing.assert_close(y, g["y"][row], rtol=0, atol=1e-12)
+    for n, grad in zip("qkv", torch.autograd.grad(y, given, g["w"][row]), strict=True):
+        torch.testing.assert_close(grad, g[f"grad.{n}"][row], rtol=0, atol=1e-9)
 
 
 def test_balancing_is_doubly_stochastic() -> None:

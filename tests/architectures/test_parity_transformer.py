@@ -105,8 +105,17 @@ def test_rope_pairs_halves_as_llama() -> None:
 def test_rope_interleaved_as_gptj() -> None:
     g, turned = golden("rope_interleaved"), int(golden("rope_interleaved")["cfg.rd"])
     for t, position in enumerate(g["in.position_ids"].tolist()):
-        got = rope(g["in.q"][:, t, :, None, :turned], position, interleaved=True)[..., 0, :]
-        torch.testing.assert_close(got, g["y"][:, t, :, :turned], rtol=1e-12, atol=1e-12)
+        for name, expected in (("q", g["y"]), ("k", g["mid.k_rot"])):
+            got = rope(g[f"in.{name}"][:, t, :, None, :turned], position, interleaved=True)[..., 0, :]
+            torch.testing.assert_close(got, expected[:, t, :, :turned], rtol=1e-12, atol=1e-12)
+    q = g["in.q"].requires_grad_()
+    parts = [
+        torch.cat([rope(q[:, t, :, None, :turned], int(p), interleaved=True)[..., 0, :], q[:, t, :, turned:]], dim=-1)
+        for t, p in enumerate(g["in.position_ids"])
+    ]
+    y = torch.stack(parts, dim=1)
+    torch.testing.assert_close(y, g["y"], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(y, q, g["w"])[0], g["grad.q"], rtol=1e-12, atol=1e-12)
 
 
 def test_rope_scores_depend_on_distance_only() -> None:

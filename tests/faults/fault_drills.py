@@ -64,13 +64,15 @@ def job_result(count: int = 1, seed: int = 0, **_: Any) -> list[str]:
 
 
 def job_leaderboard(**_: Any) -> list[str]:
-    from lra.reports import tables
+    from lra.reports import leaderboard
+    from lra.reports.ranking import Leaderboard
     from lra.results import result
     from lra.results.collection import Collection
 
     root = result.folder()
-    written = [str(p) for p in tables.write(root, Collection.read(root), list(tables.FORMATS))]
-    tables.update_readme(root.parent / "README.md", Collection.read(root))
+    board = Leaderboard.of(Collection.read(root))
+    written = [str(p) for p in leaderboard.write(root, board, list(leaderboard.FORMATS))]
+    leaderboard.update_readme(root.parent / "README.md", board)
     return written
 
 
@@ -120,12 +122,12 @@ def job_look(**_: Any) -> dict[str, Any]:
     steps = {path.name: checkpoint.read(path).get("global_step") for path in kept}
     predictions = {}
     for record in found.records:
-        [place] = result.folder().rglob(record["predictions"]["file"])
-        predictions[record["id"]] = np.load(place, allow_pickle=False)["prediction"].tolist()
+        [place] = result.folder().rglob(record.predictions.file)
+        predictions[record.id] = np.load(place, allow_pickle=False)["prediction"].tolist()
     return {
-        "problems": list(found.problems), "ids": [r["id"] for r in found.records], "predictions": predictions,
-        "cells": [[r["architecture"], r["seed"], r["recipe_hash"]] for r in found.records], "steps": steps,
-        "sane": all(0 < r["wall_seconds"] < 600 and r["speed"]["examples_per_second"] > 0 for r in found.records),
+        "problems": list(found.problems), "ids": [r.id for r in found.records], "predictions": predictions,
+        "cells": [[r.architecture, r.seed, r.recipe_hash] for r in found.records], "steps": steps,
+        "sane": all(0 < r.wall_seconds < 600 and r.speed.examples_per_second > 0 for r in found.records),
         "prepared": prepared_sets.verify(task) if ready else None,
     }  # fmt: skip
 

@@ -11,12 +11,12 @@ import torch
 from lra.architectures.recurrent import gru
 from lra.cli import app
 from lra.data import prepared_sets
-from lra.reports import tables
+from lra.reports import leaderboard
 from lra.results import collection
 from lra.sweeps import local
 from lra.training import checkpoint, run
 
 __all__ = [
-    "app", "checkpoint", "collection", "fault_drills", "gru", "lightning", "local", "prepared_sets", "records", "run",
-    "tables", "tiny_task", "torch",
+    "app", "checkpoint", "collection", "fault_drills", "gru", "leaderboard", "lightning", "local", "prepared_sets",
+    "records", "run", "tiny_task", "torch",
 ]  # fmt: skip

@@ -27,6 +27,7 @@ from lra.data.floors import floors
 from lra.errors import UserError
 from lra.results import result
 from lra.results.collection import Collection
+from lra.results.record import RunRecord
 from lra.task import SPLITS, DataError
 from lra.training import checkpoint
 from lra.training.checkpoint_io import AtomicCheckpointIO
@@ -142,7 +143,7 @@ def test_a_checkpoint_is_still_one_of_torch(saved: tuple[Path, dict[str, Any]]) 
 
 
 @pytest.fixture
-def results(tmp_path: Path) -> tuple[Path, Path, dict[str, Any]]:
+def results(tmp_path: Path) -> tuple[Path, Path, RunRecord]:
     write(tmp_path, record("s4d", n=40))
     path = write(tmp_path, record("gru", n=40))
     return tmp_path, path, result.read(path)
@@ -150,7 +151,7 @@ def results(tmp_path: Path) -> tuple[Path, Path, dict[str, Any]]:
 
 @given(data=st.data())
 @CASES
-def test_a_result(results: tuple[Path, Path, dict[str, Any]], data: st.DataObject) -> None:
+def test_a_result(results: tuple[Path, Path, RunRecord], data: st.DataObject) -> None:
     root, path, right = results
     place = data.draw(st.sampled_from([path, path.with_suffix(".npz")]))
     whole = place.read_bytes()

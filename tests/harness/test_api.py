@@ -149,9 +149,9 @@ def test_a_task_is_a_sequence_of_examples() -> None:
 
 
 def test_a_run_is_returned_with_its_record(run: lra.TrainedRun, steps: list[Any]) -> None:
-    assert run.accuracy == run.record["test"]["accuracy"]
-    assert run.record["architecture"] == f"{MyLayer.__module__}:MyLayer"
-    assert run.record["seed"] == run.seed == 1
+    assert run.accuracy == run.record.test.accuracy
+    assert run.record.architecture == f"{MyLayer.__module__}:MyLayer"
+    assert run.record.seed == run.seed == 1
     assert result.read(next(result.folder().rglob("*.json"))) == run.record
     assert [step for step, *_ in steps] == [6, 6, 12, 12]
     assert all(total == 12 for _, total, _ in steps)
@@ -159,7 +159,7 @@ def test_a_run_is_returned_with_its_record(run: lra.TrainedRun, steps: list[Any]
 
 
 def test_the_recorded_command_is_rebuilt_from_the_request(run: lra.TrainedRun) -> None:
-    words = run.record["command"].split()
+    words = run.record.command.split()
     assert words[:4] == ["lra", "run", f"{Tiny.__module__}:Tiny", f"{MyLayer.__module__}:MyLayer"]
     assert words[words.index("--recipe") + 1] == "quick"
     assert "train.steps=12" in words
@@ -275,7 +275,7 @@ def test_an_interrupted_run_says_how_to_resume(tmp_path: Path) -> None:
     assert isinstance(error.value, UserError)
     assert error.value.command.startswith("lra run tiny_task:Tiny gru --recipe quick --seed 5 --set ")
     assert error.value.command.endswith(" --resume")
-    assert lra.train(Tiny, "gru", recipe="quick", seed=5, overrides=SMALL, resume=True).record["speed"]["steps"] == 12
+    assert lra.train(Tiny, "gru", recipe="quick", seed=5, overrides=SMALL, resume=True).record.speed.steps == 12
 
 
 def test_an_export_is_a_model_that_loads(run: lra.TrainedRun, tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_an_export_is_a_model_that_loads(run: lra.TrainedRun, tmp_path: Path) ->
     assert config["recipe_hash"] == run.recipe.hash
     text = (folder / "README.md").read_text()
     assert f"{100 * run.accuracy:.2f} % of 150" in text
-    assert run.record["command"] in text
+    assert run.record.command in text
     assert "95 % interval" in text
     assert "2011.04006" in text
     with pytest.raises(UserError, match="not empty"):
@@ -325,14 +325,16 @@ def test_shared_tensors_are_stored_once() -> None:
 def test_results_the_leaderboard_and_a_comparison(run: lra.TrainedRun) -> None:
     other = lra.train(Tiny, "gru", recipe="quick", seed=1, overrides=SMALL)
     rows = lra.results(smoke=True).set_index("id")  # type: ignore[operator]
-    assert rows.loc[run.record["id"], "accuracy"] == run.accuracy
+    assert rows.loc[run.record.id, "accuracy"] == run.accuracy
     board = lra.leaderboard("tiny", smoke=True)
-    assert {"gru", run.record["architecture"]} <= set(board["architecture"].str.split(" ").str[0])
+    assert {"gru", run.record.architecture} <= set(board["architecture"].str.split(" ").str[0])
     assert (board["rank"] >= 1).all()
-    compared = lra.compare(run, other.record["id"])
-    assert compared.difference == pytest.approx(run.accuracy - other.accuracy)
-    assert compared.low <= compared.difference <= compared.high
-    assert (compared.n, 0 <= compared.p <= 1) == (150, True)
+    compared = lra.compare(run, other.record.id)
+    assert compared.difference is not None
+    assert compared.p is not None
+    assert compared.difference.mean == pytest.approx(run.accuracy - other.accuracy)
+    assert compared.difference.low <= compared.difference.mean <= compared.difference.high
+    assert 0 <= compared.p <= 1
     with pytest.raises(UserError, match="unknown run"):
         lra.compare(run, "nothing")
 
@@ -414,7 +416,7 @@ def test_the_commands_of_a_trained_run(run: lra.TrainedRun, tmp_path: Path) -> N
     assert f"the record says {100 * run.accuracy:.2f} %" in invoke(
         "evaluate", folder, "--out", str(tmp_path / "s.json")
     )
-    assert json.loads((tmp_path / "s.json").read_text())["correct"] == run.record["test"]["correct"]
+    assert json.loads((tmp_path / "s.json").read_text())["correct"] == run.record.test.correct
     file = tmp_path / "inputs.jsonl"
     file.write_text("\n".join(json.dumps(e.values.tolist()) for e in lra.load_task(Tiny).test[:7]))
     printed = list(csv.DictReader(invoke("predict", folder, str(file)).splitlines()))

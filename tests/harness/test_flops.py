@@ -278,7 +278,7 @@ def test_formula_and_counter_agree_at_three_lengths_and_everything_is_counted(na
     constructor = architectures.get(name)
     encoder = constructor(d_model=32, n_layers=1, length=1000)
     for length in (130, 512, 1000):
-        report, declared = encoder_flops(encoder, 1, length, backward=length == 130), encoder.cost(length)
+        report, declared = encoder_flops(encoder, 1, length, backward=length == 130), encoder.cost(length).of_batch(1)
         assert report.counterpart(declared.matmul) == pytest.approx(declared.matmul, rel=0.01)
         assert 0 < report.algorithmic <= report.forward
         assert set(report.uncounted) == UNCOUNTED.get(name, set())

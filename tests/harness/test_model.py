@@ -8,12 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lra.config.recipe import Optim
+from lra.config import match
+from lra.config.recipe import Data, Optim, Recipe
 from lra.encoder import Cost, Encoder
 from lra.errors import UserError
 from lra.model import Batch, Classifier
+from lra.profiling import flops
+from lra.registry import architectures
 from lra.task import Protocol
 from lra.training import optimisers
+from lra.training.run_record import model_work
 
 TOKENS = Protocol("tokens", length=8, vocabulary=11)
 PIXELS = Protocol("pixels", length=8, channels=3, scale=(0.5, 0.25))
@@ -92,6 +96,40 @@ def test_cost_counts_both_towers_and_the_cls_token() -> None:
     assert one == 80 + 2 * 6 * 2
     assert Classifier(Identity(), TOKENS, 2, 1, "cls").cost(8).matmul == one + 10
     assert Classifier(Identity(), TOKENS, 2, 2, "mean").cost(8).matmul == 160 + 2 * (24 * 6 + 6 * 2)
+
+
+def test_work_of_a_batch_is_charged_once() -> None:
+    kernel, token = Cost(30.0, 6.0).per_batch, Cost(4.0, 1.0)
+    both = kernel + 3 * token
+    assert (both.matmul, both.other, both.batch_matmul, both.batch_other) == (12, 3, 30, 6)
+    assert both.total == 51
+    assert both.of_batch(4) == Cost(78, 18)
+    assert 2 * both == Cost(24, 6, 60, 12)
+
+    class WithKernel(Identity):
+        def cost(self, length: int) -> Cost:
+            return both
+
+    # two towers are two sequences of one batch
+    head = 2 * (24 * 6 + 6 * 2)
+    found = Classifier(WithKernel(), TOKENS, 2, 2, "mean").cost(8)
+    assert (found.matmul, found.batch_matmul) == (24 + head, 30)
+
+
+@pytest.mark.parametrize("towers", [1, 2])
+def test_a_record_and_a_budget_charge_an_example_its_share_of_the_batch(towers: int) -> None:
+    encoder = architectures.get("linear_ssm")(d_model=6, n_layers=1, length=8)
+    model = Classifier(encoder, TOKENS, 2, towers, "mean")
+    work = model_work(model, TOKENS, 4)
+    shape = (4, towers, 8)
+    zeros = torch.zeros(shape, dtype=torch.uint8), torch.ones(shape, dtype=torch.bool), *torch.zeros(2, 4).long()
+    counted = flops.model_flops(model, Batch(*zeros))
+    for key in ("forward", "matmul", "forward_backward"):
+        assert getattr(work, key) == pytest.approx(getattr(counted, key) / 4, rel=1e-6)
+    assert work.matmul_by_formula == pytest.approx(work.matmul, rel=0.01)
+    assert work.convention.endswith("one example of a batch of 4")
+    recipe = Recipe("r", "listops", "linear_ssm", data=Data(batch_size=4))
+    assert match._cost("flops", model, recipe, TOKENS) == 3 * model.cost(8).of_batch(4).total / 4
 
 
 def groups(patterns: Mapping[str, Mapping[str, float]], lr: float = 0.01) -> dict[int, tuple[float, float]]:

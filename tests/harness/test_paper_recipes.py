@@ -112,7 +112,7 @@ def test_a_variant_is_itself_under_published_settings() -> None:
     assert [recipe.encoder["init"] for recipe in found.values()] == ["inv", "inv", "lin"]
     assert found["s4d/inv"].expected == found["s4d"].expected != found["s4d/lin"].expected
     llama, origin = resolve(Request("image", "transformer/llama", "paper"))
-    assert llama.encoder["block"] == {"expand": 2.6875, "norm": "rms", "ffn": "swiglu"}
+    assert llama.encoder["block"] == {"expand": 2.6875, "norm": "rms", "ffn": "swiglu", "embedding_dropout": 0.3}
     assert origin["encoder.block.norm"] == "variant"
     # what is expected of the plain architecture is not expected of another
     assert llama.expected == Expected()

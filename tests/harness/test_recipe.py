@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from lra.config import recipe
@@ -162,7 +163,7 @@ def test_committed_results_keep_their_recipe_identity() -> None:
     files = sorted((Path(recipe.__file__).parents[2] / "results" / "runs").rglob("*.json"))
     for file in files:
         record = result.read(file)
-        assert recipe.from_dict(record["recipe"]).hash == record["recipe_hash"], file.name
+        assert recipe.from_dict(msgspec.to_builtins(record.recipe)).hash == record.recipe_hash, file.name
     assert files
 
 

@@ -108,12 +108,12 @@ def test_a_run_stopped_where_a_validation_is_due_does_it_first(places: Path, mon
     (last,) = places.rglob("last.ckpt")
     assert [point["step"] for point in torch.load(last, weights_only=True)["curve"]] == [6]
     again = result.read(go(resume=True))
-    assert again["curve"] == whole["curve"]
-    assert again["validation"]["best_step"] == whole["validation"]["best_step"]
+    assert again.curve == whole.curve
+    assert again.validation.best_step == whole.validation.best_step
 
 
 def test_no_checkpoint_leaves_a_validation_out(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = result.read(go())["curve"]
+    whole = result.read(go()).curve
     monkeypatch.setattr("lra.training.callbacks.CHECKPOINT_EVERY", timedelta(0))
 
     def dying(self: Stop, trainer: Any, module: Any) -> None:
@@ -125,7 +125,7 @@ def test_no_checkpoint_leaves_a_validation_out(places: Path, monkeypatch: pytest
             go()
     (last,) = places.rglob("last.ckpt")
     assert torch.load(last, weights_only=True)["global_step"] == 5
-    assert result.read(go(resume=True))["curve"] == whole
+    assert result.read(go(resume=True)).curve == whole
 
 
 def test_a_checkpoint_of_another_schema_or_recipe_is_one_line(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,8 +182,8 @@ def test_a_run_that_goes_on_under_another_path_remembers_its_best(
     best["best_k_models"] = {path: torch.tensor(1.0)}
     checkpoint.write(saved, last)
     record = result.read(go(checkpoint_dir=places / "there", resume=True))
-    assert [point["step"] for point in record["curve"]] == [6, 12]
-    assert record["validation"]["best_step"] == 6
+    assert [point.step for point in record.curve] == [6, 12]
+    assert record.validation.best_step == 6
 
 
 def test_a_resumed_run_counts_the_time_of_its_earlier_legs(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +194,7 @@ def test_a_resumed_run_counts_the_time_of_its_earlier_legs(places: Path, monkeyp
     assert 0 < meter["earlier"] < 600
     meter["earlier"] += 1000.0
     checkpoint.write(saved, last)
-    assert 1000 < result.read(go(resume=True))["wall_seconds"] < 1600
+    assert 1000 < result.read(go(resume=True)).wall_seconds < 1600
 
 
 def test_a_run_resumed_twice_counts_every_leg() -> None:
@@ -251,10 +251,10 @@ def test_a_tie_in_accuracy_goes_to_the_lower_loss(places: Path, monkeypatch: pyt
         self.validation_loss.update(torch.tensor(losses[self.trainer.global_step]))
 
     monkeypatch.setattr(Training, "validation_step", validation_step)
-    assert result.read(go({"train.steps": "18"}))["validation"]["best_step"] == 12
+    assert result.read(go({"train.steps": "18"})).validation.best_step == 12
     # the loss to beat is in the checkpoint
     interrupted(monkeypatch, settings={"train.steps": "18"}, at=13)
-    assert result.read(go({"train.steps": "18"}, resume=True))["validation"]["best_step"] == 12
+    assert result.read(go({"train.steps": "18"}, resume=True)).validation.best_step == 12
 
 
 def test_more_devices_than_there_are_are_refused(places: Path) -> None:

@@ -19,8 +19,10 @@ from lra.data import prepared_sets
 from lra.data.batches import DeviceSet, EvaluationLoader
 from lra.errors import Interrupted, UserError
 from lra.registry import tasks
-from lra.reports import leaderboard
+from lra.reports.ranking import Leaderboard
 from lra.results import result
+from lra.results.collection import Collection
+from lra.results.record import AT_CHANCE
 from lra.training.callbacks import Stop
 from lra.training.construction import check_batch_memory
 from lra.training.request import Request, resolve
@@ -54,18 +56,18 @@ def weights(places: Path, number: int = 0) -> dict[str, torch.Tensor]:
 def test_a_run_writes_one_valid_record_with_its_predictions(places: Path) -> None:
     path = go()
     record = result.read(path)
-    assert path.parent == places / "lra_results" / "runs" / "tiny" / "gru"
-    assert record["task"] == "tiny"
-    assert record["test"]["n"] == 150
+    assert path.parent == places / "lra_results" / "smoke" / "tiny" / "gru"
+    assert record.task == "tiny"
+    assert record.test.n == 150
     saved = np.load(path.with_suffix(".npz"), allow_pickle=False)
-    assert record["test"]["accuracy"] == (saved["prediction"] == saved["label"]).mean()
+    assert record.test.accuracy == (saved["prediction"] == saved["label"]).mean()
     assert (saved["example"] == np.arange(150)).all()
-    assert record["speed"]["steps"] == 24
-    assert record["speed"]["examples"] == 24 * 16
-    assert record["flops"]["forward_backward"] > record["flops"]["forward"] > 0
-    assert record["memory"]["peak_bytes"] > 0
-    assert record["direction"] == "bidirectional"
-    assert record["recipe"]["train"]["steps"] == 24
+    assert record.speed.steps == 24
+    assert record.speed.examples == 24 * 16
+    assert (record.flops.forward_backward or 0) > (record.flops.forward or 0) > 0
+    assert record.memory.peak_bytes > 0
+    assert record.direction == "bidirectional"
+    assert record.recipe.train["steps"] == 24
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(places: Path) -> None:
@@ -73,7 +75,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(places: Pa
     before = weights(places)
     second = result.read(go())
     again = weights(places)
-    assert first["test"]["accuracy"] == second["test"]["accuracy"]
+    assert first.test.accuracy == second.test.accuracy
     assert all(torch.equal(before[key], again[key]) for key in before)
     go(seed=1)
     other = weights(places, 1)
@@ -104,14 +106,14 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
         monkeypatch.setenv(name, str(places / name.lower()))
     record = result.read(go(settings, architecture, resume=True))
     resumed = weights(places)
-    assert record["resumed"] is True
-    assert record["speed"]["steps"] == 24
+    assert record.resumed is True
+    assert record.speed.steps == 24
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
 def test_a_run_at_chance_is_labelled_and_one_that_left_it_is_not(places: Path) -> None:
-    assert result.read(go({"train.steps": "1", "optim.lr": "1e-9"}))["collapsed"] == "not above the best blind guess"
-    assert result.read(go({"train.steps": "60", "optim.lr": "0.03"}))["collapsed"] == ""
+    assert result.read(go({"train.steps": "1", "optim.lr": "1e-9"})).collapsed == AT_CHANCE
+    assert result.read(go({"train.steps": "60", "optim.lr": "0.03"})).collapsed == ""
 
 
 def test_a_time_limit_stops_with_a_checkpoint(places: Path) -> None:
@@ -131,7 +133,7 @@ def test_a_saved_model_scores_the_same_in_a_fresh_process(places: Path) -> None:
     folder = next((places / "lra_runs").iterdir())
     code = f"import lra; run = lra.load({str(folder)!r})\nprint(run.evaluate().correct, run.record['id'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.split() == [str(record["test"]["correct"]), record["id"]]
+    assert done.stdout.split() == [str(record.test.correct), record.id]
 
 
 def test_padding_and_company_do_not_change_predictions(places: Path) -> None:
@@ -203,10 +205,13 @@ def test_what_cannot_run_is_one_line(places: Path) -> None:
 def test_two_seeds_make_one_row_with_an_interval(places: Path) -> None:
     go()
     go(seed=1)
-    records, problems = leaderboard.load(places / "lra_results")
-    (group,) = leaderboard.rows(records)
-    (row,) = leaderboard.rows(records)[group]
-    assert not problems
+    collection = Collection.read(places / "lra_results", "smoke")
+    board = Leaderboard.of(collection)
+    assert not collection.problems
+    assert not board.groups
+    ((group, row, settings),) = ((entry.group, entry.row, entry.settings) for entry in board.modified)
+    assert settings.status == "modified"
+    assert {"model.d_model", "train.steps"} <= set(settings.changed)
     assert row.seeds == 2
     assert row.accuracy.source == "seeds"
     assert tasks.get(TINY).cls.name == group.task

@@ -43,9 +43,9 @@ def test_chance_is_told_from_skill() -> None:
 
 
 def test_success_rate() -> None:
-    found = statistics.success_rate(3, 5)
-    assert found.mean == 0.6
-    assert 0.2 < found.low < 0.6 < found.high < 0.9
+    rate = statistics.success_rate(3, 5)
+    assert rate.mean == 0.6
+    assert 0.2 < rate.low < 0.6 < rate.high < 0.9
     assert statistics.success_rate(0, 5).low == 0
 
 
@@ -172,6 +172,38 @@ def test_ranks_tie_where_evidence_does_not_separate() -> None:
     assert statistics.ranks([best, low, scattered]) == [1, 2, 2]
     assert statistics.ranks([Runs([0.9]), Runs([0.1])]) == [1, 1]
     assert statistics.ranks([]) == []
+
+
+def test_ranks_are_those_of_the_exact_p_values() -> None:
+    """`ranks` does not compute a p value exactly where it cannot change a decision."""
+    random = np.random.default_rng(4)
+    exact = 0
+    for seeds in (1, 2, 3):
+        for _ in range(3):
+            chances = np.concatenate([random.normal(0.5, 0.03, 6), [0.1, 0.9]])
+            correct = [random.random((seeds, 300)) < chance + random.normal(0, 0.01, (seeds, 1)) for chance in chances]
+            runs = [Runs(list(c.mean(axis=1)), c) for c in correct]
+            means = [np.mean(r.accuracies) for r in runs]
+            pairs = [(i, j) for i in range(len(runs)) for j in range(i)]
+            adjusted = statistics.holm([statistics.separation(runs[i], runs[j]) for i, j in pairs])
+            worse = [0] * len(runs)
+            for (i, j), p in zip(pairs, adjusted, strict=True):
+                if p < 0.05:
+                    worse[i if means[i] < means[j] else j] += 1
+            order = sorted(range(len(runs)), key=lambda i: -means[i])
+            wanted = np.maximum.accumulate([1 + worse[i] for i in order])
+            assert [statistics.ranks(runs)[i] for i in order] == list(wanted)
+            exact += len({*wanted}) > 1
+    assert exact >= 6
+
+
+def test_the_bound_is_above_the_exact_p() -> None:
+    random = np.random.default_rng(5)
+    for difference in (0.0, 0.1, 0.3):
+        a, b = random.random((3, 200)) < 0.4 + difference, random.random((2, 200)) < 0.4
+        assert statistics.permutation_bound(a, b) >= statistics.paired_permutation(a, b)
+    assert statistics.permutation_bound(a, b) < 1e-3
+    assert statistics.permutation_bound(a, a) == 1
 
 
 @pytest.mark.parametrize(("deviation", "half"), [(0.02, 0.01), (0.005, 0.01), (0.1, 0.02), (0.0, 0.01), (12.0, 4.0)])

@@ -259,12 +259,13 @@ def test_a_search_counts_its_trials_in_the_result_and_opens_the_test_set_once(
     more = 'search = {trials = 2, "optim.lr" = {low = 1e-4, high = 1e-2, log = true}}'
     assert local.carry_out(grid(tmp_path, more), QUIET, forecast=False) == []
     (path,) = (tmp_path / "lra_results").rglob("*.json")
-    said = result.read(path)["search"]
+    said = result.read(path).search
+    assert said
     assert (said["trials"], said["finished"]) == (2, 2)
     outcomes = [json.loads(p.read_text()) for p in tmp_path.rglob("selection.json")]
     assert len(outcomes) == 2
     assert said["validation"] == max(o["accuracy"] for o in outcomes)
-    assert said["chosen"]["optim.lr"] == result.read(path)["recipe"]["optim"]["lr"]
+    assert said["chosen"]["optim.lr"] == result.read(path).recipe.optim["lr"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="ray is installed")

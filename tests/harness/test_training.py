@@ -24,6 +24,7 @@ from lra.errors import Interrupted, UserError
 from lra.model import Classifier
 from lra.registry import architectures
 from lra.results import result
+from lra.results.record import RunRecord
 from lra.training import execution
 from lra.training.callbacks import ExpectationCheck, Stop
 from lra.training.construction import build
@@ -46,7 +47,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def go(settings: dict[str, str] | None = None, architecture: str = "gru", **more: Any) -> dict[str, Any]:
+def go(settings: dict[str, str] | None = None, architecture: str = "gru", **more: Any) -> RunRecord:
     request = Request(TINY, architecture, "quick", settings=SMALL | (settings or {}), **more)
     return result.read(run(request, Console(quiet=True)))
 
@@ -67,9 +68,9 @@ def test_a_batch_in_parts_is_the_batch(places: Path) -> None:
     before = weights(places)
     parts = go({"train.evaluate_every": "12", "train.accumulate": "4"})
     after = weights(places)
-    assert whole["recipe_hash"] != parts["recipe_hash"]
-    assert parts["speed"]["steps"] == 12
-    assert parts["speed"]["examples"] == whole["speed"]["examples"]
+    assert whole.recipe_hash != parts.recipe_hash
+    assert parts.speed.steps == 12
+    assert parts.speed.examples == whole.speed.examples
     for key, value in before.items():
         torch.testing.assert_close(value, after[key], atol=2e-5, rtol=1e-4)
 
@@ -137,9 +138,49 @@ def test_truncation_cuts_the_gradient_and_nothing_else() -> None:
         execution.truncate(encoder(direction="bidirectional"), 5)
 
 
+@pytest.mark.parametrize("name", ["gru", "s4d", "mamba", "tcn", "linear_ssm", "s4"])
+def test_a_cut_longer_than_the_sequence_changes_no_gradient(name: str) -> None:
+    net = encoder(name).double()
+    net._apply(lambda t: t.to(torch.complex128) if t.is_complex() else t)
+    x, mask = torch.randn(2, 20, 8, dtype=torch.float64), torch.ones(2, 20, dtype=torch.bool)
+    whole = gradients(net, x, mask)
+    execution.truncate(net, 50)
+    for a, b in zip(gradients(net, x, mask), whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("linear_ssm", ("A", "B", "log_dt")), ("s4", ("C_tilde", "B"))])
+def test_parameters_in_the_state_learn_from_every_chunk(name: str, parameters: tuple[str, ...]) -> None:
+    net = encoder(name)
+    execution.truncate(net, 5)
+    y = net(torch.randn(2, 20, 8), torch.ones(2, 20, dtype=torch.bool))
+    (y[:, -1] * torch.arange(8)).sum().backward()
+    for parameter in parameters:
+        assert net.layers[0].mixer.get_parameter(parameter).grad.abs().sum() > 0
+
+
+def test_chunks_are_recomputed_as_well() -> None:
+    net = encoder("gru", dropout=0.3)
+    x, mask = torch.randn(3, 20, 8), torch.ones(3, 20, dtype=torch.bool)
+    execution.truncate(net, 5)
+    plain, runs = gradients(net, x, mask), 0
+    inner = net.layers[0].mixer.chunk
+
+    def counted(*given: Any) -> Any:
+        nonlocal runs
+        runs += 1
+        return inner(*given)
+
+    net.layers[0].mixer.chunk = counted
+    execution.recompute(net)
+    again = gradients(net, x, mask)
+    assert runs == 8
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
 def test_a_run_may_be_truncated_and_recomputed(places: Path) -> None:
     record = go({"train.tbptt": "6", "model.direction": "causal", "train.checkpointing": "true"})
-    assert record["recipe"]["train"]["tbptt"] == 6
+    assert record.recipe.train["tbptt"] == 6
 
 
 def test_compiling_says_how_it_went(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,11 +228,13 @@ def test_a_run_below_its_source_says_so_once(capsys: pytest.CaptureFixture[str])
 def test_self_pretraining_learns_from_inputs_alone_and_is_charged(objective: str, places: Path) -> None:
     settings = {"pretrain.steps": "40", "pretrain.lr": "0.01", "model.direction": "causal"}
     record = go(settings, pretrain=objective)
-    assert record["regime"] == f"self-pretrained ({objective})"
-    assert record["pretraining"]["steps"] == 40
-    charged = record["compute"]
-    assert charged["total"]["examples"] == 16 * (40 + 12)
-    assert charged["total"]["flops"] == sum(charged[k]["flops"] for k in ("pretraining", "fine-tuning"))
+    assert record.regime == f"self-pretrained ({objective})"
+    assert record.pretraining
+    assert record.pretraining.steps == 40
+    charged = record.compute
+    assert charged
+    assert charged["total"].examples == 16 * (40 + 12)
+    assert charged["total"].flops == sum(charged[k].flops for k in ("pretraining", "fine-tuning"))
     (log,) = places.rglob("pretraining/metrics.csv")
     losses = [float(row["loss"]) for row in csv.DictReader(log.read_text().splitlines()) if row["loss"]]
     # tokens are drawn evenly from four: no prediction is better than log 4, and an untrained head is worse
@@ -272,8 +315,8 @@ def test_a_wrong_budget_is_one_line(text: str, says: str) -> None:
 
 
 def test_a_record_holds_its_learning_curve_resumed_or_not(monkeypatch: pytest.MonkeyPatch, places: Path) -> None:
-    whole = go()["curve"]
-    assert [point["step"] for point in whole] == [6, 12]
+    whole = go().curve
+    assert [point.step for point in whole] == [6, 12]
     original = Stop.on_train_batch_end
 
     def stopping(self: Stop, trainer: Any, *rest: Any) -> None:
@@ -285,14 +328,14 @@ def test_a_record_holds_its_learning_curve_resumed_or_not(monkeypatch: pytest.Mo
         with pytest.raises(Interrupted):
             go()
     record = go(resume=True)
-    assert record["curve"] == whole
-    assert record["validation"]["accuracy"] == pytest.approx(max(point["validation_accuracy"] for point in whole))
+    assert record.curve == whole
+    assert record.validation.accuracy == pytest.approx(max(point.validation_accuracy or 0 for point in whole))
 
 
 def test_diagnostics_of_an_encoder_are_in_the_record(monkeypatch: pytest.MonkeyPatch, places: Path) -> None:
     cls = architectures.get("gru").cls
     monkeypatch.setattr(cls, "diagnostics", lambda self: {"dropped": 0.25}, raising=False)
-    assert go()["diagnostics"] == {"dropped": 0.25}
+    assert go().diagnostics == {"dropped": 0.25}
     (log,) = places.rglob("metrics.csv")
     assert "diagnostics/dropped" in log.read_text().splitlines()[0]
 

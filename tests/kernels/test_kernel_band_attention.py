@@ -237,16 +237,18 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_memory_is_linear_in_the_length() -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_memory_is_linear_in_the_length(dropout: float) -> None:
     """No tensor of L x L or L x window x head size numbers, forward or backward."""
     length, window, size = 4096, 64, 8
     q, k, v = torch.randn(3, 1, length, 1, size)
-    pattern = (window, window, [1], 1, False, True, 1.0, False)
+    given = (None, None, None, None, torch.tensor(7) if dropout else None)
+    pattern = (window, window, [1], 1, False, True, 1.0, dropout, False)
     forward: Callable[..., tuple[Tensor, Tensor]] = cpu.attend._init_fn
     backward: Callable[..., tuple[Tensor, ...]] = cpu.attend_backward._init_fn
     with Largest() as largest:
-        out, lse = forward(q, k, v, None, None, None, None, *pattern)
-        backward(torch.ones_like(out), out, lse, q, k, v, None, None, None, None, *pattern)
+        out, lse = forward(q, k, v, *given, *pattern)
+        backward(torch.ones_like(out), out, lse, q, k, v, *given, *pattern)
     assert largest.numbers < 4 * length * size
 
 
@@ -257,6 +259,7 @@ def test_memory_is_linear_in_the_length() -> None:
         ({"dilation": [1]}, r"dilation is \[1\]; expected 1 or more, once or for 2 heads"),
         ({"dilation": 0}, "dilation is 0; expected 1 or more"),
         ({"block": 0}, "block is 0; expected 1 or more"),
+        ({"dropout": 1.0}, r"dropout is 1\.0; expected from 0 up to, not including, 1"),
         ({"n_global": 9}, "n_global is 9; expected 0 to 8"),
         ({"mask": torch.ones(1, 8)}, r"mask is \(1, 8\) torch.float32 on cpu; expected \(1, 8\) torch.bool on cpu"),
         ({"random_blocks": torch.zeros(2, 8, 1)}, r"random_blocks is .*; expected \(2, 8, r\) integer"),
@@ -293,3 +296,53 @@ def test_keeps_its_digits_at_length_16384(dtype: torch.dtype, tolerance: float) 
     for own, right in zip(found_all, wanted_all, strict=True):
         error = (own.double() - right).square().mean().sqrt() / right.square().mean().sqrt()
         assert error < tolerance
+
+
+PATTERNS: list[dict[str, Any]] = [
+    {"window": 3, "n_global": 1},
+    {"window": 1, "block": 4, "n_global": 2, "random_blocks": torch.tensor([[[2], [-1], [0]], [[2], [2], [0]]])},
+    {"window": 2, "dilation": [1, 2], "causal": True},
+]
+
+
+@pytest.mark.parametrize("options", PATTERNS)
+def test_dropout_is_differentiated_with_the_masks_of_the_forward_pass(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    given = [torch.randn(2, 12, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    mask = torch.arange(12) < torch.tensor([[12], [7]])
+
+    def seeded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        return band_attention(q, k, v, mask, dropout=0.4, **options)
+
+    assert torch.autograd.gradcheck(seeded, given)
+    q, k, v = given
+    assert not torch.equal(seeded(q, k, v), band_attention(q, k, v, mask, **options))
+
+
+def test_dropout_is_an_operator_like_any_other() -> None:
+    q, k, v = (torch.randn(1, 6, 2, 3, requires_grad=True) for _ in range(3))
+    given = (q, k, v, None, None, None, None, torch.tensor(7), 2, 2, [1, 1], 1, False, True, 1.0, 0.3, False)
+    torch.library.opcheck(torch.ops.lra.band_attention, given)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("options", PATTERNS)
+def test_dropout_leaves_pairs_out_and_keeps_the_mean(options: dict[str, Any], impl: str) -> None:
+    """Rows of the batch are alike but for their masks, and v is the unit vectors, so that outputs are weights."""
+    torch.manual_seed(0)
+    rows, length = 2000, 12
+    q, k = (torch.randn(1, length, 2, 3).expand(rows, -1, -1, -1) for _ in range(2))
+    v = torch.eye(length)[None, :, None].expand(rows, -1, 2, -1)
+    weights = band_attention(q[:1], k[:1], v[:1], None, **options, impl=impl)
+    dropped = band_attention(q, k, v, None, dropout=0.25, **options, impl=impl)
+    kept = dropped / weights.clamp_min(1e-30)
+    seen = weights.expand_as(dropped) > 1e-6
+    assert ((kept[seen] == 0) | ((kept[seen] - 4 / 3).abs() < 1e-3)).all()
+    share = (kept > 0).float().mean(dim=0)[seen[0]]
+    assert ((share - 0.75).abs() < 5 * (0.75 * 0.25 / rows) ** 0.5).all()
+    # pairs of a query, and of a key, are dropped apart
+    pair = kept[:, 4, 0][:, seen[0, 4, 0]] > 0
+    assert len(pair.unique(dim=0)) > 2
+    column = kept[:, :, 0, 4][:, seen[0, :, 0, 4]] > 0
+    assert len(column.unique(dim=0)) > 2

@@ -1,0 +1,125 @@
+"""`lra compare`: the paired difference of two runs, and the settings that differ."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from records import modified, record, write
+from scipy import optimize
+from typer.testing import CliRunner
+
+from lra.cli.app import app
+from lra.errors import UserError
+from lra.reports.comparison import compare, find
+from lra.results.collection import Collection
+from lra.results.statistics import mcnemar, paired_difference
+
+
+def answers(both: int, only_a: int, only_b: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
+    a = np.repeat([True, True, False, False], [both, only_a, only_b, neither])
+    return a, np.repeat([True, False, True, False], [both, only_a, only_b, neither])
+
+
+def profile_score(n: int, only_a: int, only_b: int, delta: float) -> float:
+    """Score statistic with the nuisance parameter, P(only b is right), found by maximising the likelihood."""
+
+    def loss(q: float) -> float:
+        p = q + delta
+        rest = 1 - q - p
+        if min(p, q, rest) <= 0:
+            return math.inf
+        return -(only_a * math.log(p) + only_b * math.log(q) + (n - only_a - only_b) * math.log(rest))
+
+    low, high = max(0.0, -delta), (1 - delta) / 2
+    q = optimize.minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-12}).x
+    return (only_a - only_b - n * delta) / math.sqrt(n * (2 * q + delta - delta**2))
+
+
+@pytest.mark.parametrize("table", [(36, 12, 2, 0), (43, 3, 1, 2), (100, 30, 45, 60), (1, 5, 1, 4)])
+def test_the_interval_ends_where_the_score_is_significant(table: tuple[int, int, int, int]) -> None:
+    estimate = paired_difference(*answers(*table))
+    n, only_a, only_b = sum(table), table[1], table[2]
+    assert estimate.mean == pytest.approx((only_a - only_b) / n)
+    assert profile_score(n, only_a, only_b, estimate.low) == pytest.approx(1.959964, abs=1e-3)
+    assert profile_score(n, only_a, only_b, estimate.high) == pytest.approx(-1.959964, abs=1e-3)
+    turned = paired_difference(*reversed(answers(*table)))
+    assert (turned.low, turned.high) == pytest.approx((-estimate.high, -estimate.low))
+
+
+def test_the_interval_is_that_of_the_literature_and_holds_at_the_edges() -> None:
+    # Tango 1998, Statistics in Medicine 17, the table with 36, 12, 2 and 0 pairs
+    estimate = paired_difference(*answers(36, 12, 2, 0))
+    assert (round(estimate.low, 3), round(estimate.high, 3)) == (0.061, 0.345)
+    same = paired_difference(*answers(20, 0, 0, 20))
+    z = 1.959963984540054
+    assert [same.mean, same.low, same.high] == pytest.approx([0, -z * z / (40 + z * z), z * z / (40 + z * z)])
+    one_sided = paired_difference(*answers(0, 10, 0, 0))
+    assert (one_sided.mean, one_sided.high) == (1.0, 1.0)
+    assert 0.4 < one_sided.low < 0.5
+
+
+def test_two_runs_are_compared_on_the_same_examples(tmp_path: Path) -> None:
+    paths = [write(tmp_path, record("gru", 0, 0.5)), write(tmp_path, record("s4d", 0, 0.6))]
+    collection = Collection.read(tmp_path)
+    by_name = {r.architecture: r for r in collection.records}
+    correct = {name: collection.predictions[r.id].correct for name, r in by_name.items()}
+    runs = compare(by_name["s4d"], by_name["gru"], collection)
+    assert runs.difference
+    assert runs.difference == paired_difference(correct["s4d"], correct["gru"])
+    assert runs.p == mcnemar(correct["s4d"], correct["gru"])
+    assert runs.only_a == int((correct["s4d"] & ~correct["gru"]).sum())
+    assert runs.only_b == int((correct["gru"] & ~correct["s4d"]).sum())
+    assert "difference +10.00 points" in str(runs)
+    assert compare(paths[0], paths[1]).difference == compare(paths[0], paths[1].as_posix()).difference == compare(
+        "quick-listops-gru", "quick-listops-s4d", collection).difference  # fmt: skip
+
+
+def test_runs_on_other_data_have_no_paired_difference(tmp_path: Path) -> None:
+    write(tmp_path, record("gru", 0, 0.5))
+    write(tmp_path, record("lru", 0, 0.6, data={"checksum": "other"}))
+    runs = compare("quick-listops-gru", "quick-listops-lru", Collection.read(tmp_path))
+    assert (runs.difference, runs.p, runs.only_a, runs.only_b) == (None,) * 4
+    assert "not tested on the same examples" in str(runs)
+
+
+def test_fields_are_settings_and_only_those_that_differ() -> None:
+    a, b = modified("quick", lr=0.01, betas=[0.9, 0.99]), modified("quick", lr=0.02, betas=[0.9, 0.99])
+    fields = compare(a, b, Collection(())).fields
+    assert {key: pair for key, pair in fields.items() if key != "recipe hash"} == {"optim.lr": ("0.01", "0.02")}
+    assert compare(a, a, Collection(())).fields == {}
+    curve = record("gru", curve=[{"step": 1, "validation_accuracy": 0.3}], wall_seconds=3)
+    assert compare(curve, record("gru"), Collection(())).fields == {}
+
+
+def test_runs_are_named_by_the_start_of_their_id(tmp_path: Path) -> None:
+    path = write(tmp_path, record("gru", 0))
+    write(tmp_path, record("gru", 1))
+    collection = Collection.read(tmp_path)
+    assert find(collection, "quick-listops-gru-s0").seed == 0
+    for name, says in (("quick-listops", "2 run ids begin with"), ("quick-listops-gru-s0-2026-01-02", "did you mean")):
+        with pytest.raises(UserError, match=says):
+            find(collection, name)
+    path.write_text("{}")
+    with pytest.raises(UserError, match="schema is None"):
+        compare(path, path)
+
+
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LRA_RESULTS", str(tmp_path))
+    write(tmp_path, record("gru", 0, 0.5))
+    write(tmp_path, record("s4d", 0, 0.6, direction="[red]causal"))
+    runner = CliRunner()
+    same = runner.invoke(app, ["compare", "quick-listops-gru", "quick-listops-gru"])
+    assert same.exit_code == 0, same.output
+    assert "no setting differs" in same.stdout
+    done = runner.invoke(app, ["compare", "quick-listops-gru", "quick-listops-s4d"])
+    assert done.exit_code == 0, done.output
+    assert {"-10.00 points", "McNemar", "[red]"} <= {
+        word for word in ("-10.00 points", "McNemar", "[red]") if word in done.stdout
+    }
+    assert "architecture" in done.stdout
+    assert "validation_accuracy" not in done.stdout
+    assert runner.invoke(app, ["compare", "nothing", "quick-listops-gru"]).exit_code == 2
