@@ -114,7 +114,7 @@ def run(
     select_only: Annotated[bool, typer.Option("--select-only", hidden=True)] = False,
 ) -> None:
     """Train, select on validation, test once, write the result, show the task's table."""
-    from lra.training.placement import Placement
+    from lra.training.placement import Placement, launcher_rank
     from lra.training.request import Request, check, folder_of, read, resolve
 
     request = Request(
@@ -130,7 +130,8 @@ def run(
             f"{request.command()}: recipe {resolved.hash[:8]}, in {folder_of(request, resolved)}", soft_wrap=True
         )
         return
-    console.print(f"{task} x {architecture}, recipe {resolved.name}, seed {seed}: loading PyTorch", soft_wrap=True)
+    if launcher_rank() == 0:
+        console.print(f"{task} x {architecture}, recipe {resolved.name}, seed {seed}: loading PyTorch", soft_wrap=True)
     from lra.training import distributed
     from lra.training.run import run as train
 
