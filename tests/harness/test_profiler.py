@@ -34,15 +34,15 @@ SMALL: dict[str, Any] = {"length": 32, "batch": 2, "d_model": 16, "n_layers": 1,
 
 def test_timing_warms_up_and_repeats() -> None:
     calls: list[int] = []
-    found = measure(lambda: calls.append(1), CPU, repeats=7, budget=5.0)
-    assert found.repeats == 7
+    measured = measure(lambda: calls.append(1), CPU, repeats=7, budget=5.0)
+    assert measured.repeats == 7
     assert 8 <= len(calls) <= 12
-    assert found.low <= found.median <= found.high
+    assert measured.low <= measured.median <= measured.high
 
 
 def test_a_timing_that_does_not_fit_its_budget_has_fewer_repeats() -> None:
-    found = measure(lambda: sum(range(300_000)), CPU, repeats=1_000_000, budget=0.2)
-    assert 3 <= found.repeats < 1_000_000
+    measured = measure(lambda: sum(range(300_000)), CPU, repeats=1_000_000, budget=0.2)
+    assert 3 <= measured.repeats < 1_000_000
 
 
 def test_a_first_call_that_compiles_is_no_measurement() -> None:
@@ -52,9 +52,9 @@ def test_a_first_call_that_compiles_is_no_measurement() -> None:
         time.sleep(0.0 if calls else 0.3)
         calls.append(1)
 
-    found = measure(compiled_once, CPU, repeats=7, budget=0.1)
-    assert found.repeats == 7
-    assert found.high < 0.1
+    measured = measure(compiled_once, CPU, repeats=7, budget=0.1)
+    assert measured.repeats == 7
+    assert measured.high < 0.1
 
 
 def test_every_call_runs_once_before_any_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,9 +71,9 @@ def test_a_call_longer_than_its_budget_is_timed_warm_and_once() -> None:
         time.sleep(0.1 if calls else 0.4)
         calls.append(1)
 
-    found = measure(slow, CPU, budget=0.05)
-    assert (found.repeats, len(calls)) == (1, 2)
-    assert 0.1 <= found.median < 0.4
+    measured = measure(slow, CPU, budget=0.05)
+    assert (measured.repeats, len(calls)) == (1, 2)
+    assert 0.1 <= measured.median < 0.4
 
 
 def test_conditions_are_what_the_device_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,20 +91,20 @@ def test_conditions_are_what_the_device_tells(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_cell_holds_work_speed_and_memory() -> None:
-    found = profiler.measure_cell(Cell("transformer", direction="causal", **SMALL), CPU)
-    assert found["flops"]["matmul_counted"] == pytest.approx(found["flops"]["matmul_by_formula"], rel=0.01)
-    assert found["flops"]["algorithmic"] < found["flops"]["forward"]
-    assert found["memory"]["parameters"] == 4 * found["parameters"] == found["memory"]["gradients"]
-    assert found["memory"]["optimiser"] >= 2 * found["memory"]["gradients"]
-    parts = sum(found["memory"][key] for key in ("parameters", "gradients", "optimiser", "activations"))
-    assert found["memory"]["peak_bytes"] <= parts
-    assert set(found["seconds"]) == {"forward", "train", "step"}
+    measured = profiler.measure_cell(Cell("transformer", direction="causal", **SMALL), CPU)
+    assert measured["flops"]["matmul_counted"] == pytest.approx(measured["flops"]["matmul_by_formula"], rel=0.01)
+    assert measured["flops"]["algorithmic"] < measured["flops"]["forward"]
+    assert measured["memory"]["parameters"] == 4 * measured["parameters"] == measured["memory"]["gradients"]
+    assert measured["memory"]["optimiser"] >= 2 * measured["memory"]["gradients"]
+    parts = sum(measured["memory"][key] for key in ("parameters", "gradients", "optimiser", "activations"))
+    assert measured["memory"]["peak_bytes"] <= parts
+    assert set(measured["seconds"]) == {"forward", "train", "step"}
 
 
 def test_a_classifier_of_bytes_and_a_kernel_that_is_a_product() -> None:
-    found = profiler.measure_cell(Cell("gru", task="bytes", **SMALL), CPU)
-    assert found["flops"]["matmul_counted"] == pytest.approx(found["flops"]["matmul_by_formula"], rel=0.01)
-    assert found["parameters"] > profiler.BYTES * 16
+    measured = profiler.measure_cell(Cell("gru", task="bytes", **SMALL), CPU)
+    assert measured["flops"]["matmul_counted"] == pytest.approx(measured["flops"]["matmul_by_formula"], rel=0.01)
+    assert measured["parameters"] > profiler.BYTES * 16
 
 
 @pytest.mark.parametrize("method", ["process high-water mark above start", "allocator"])
@@ -116,12 +116,12 @@ def test_a_peak_counts_what_was_there_before_the_step(method: str, monkeypatch: 
             return {"method": method, "peak_bytes": 10**6}
 
     monkeypatch.setattr(profiler.memory, "Peak", Known)
-    found = profiler.measure_memory(Cell("gru", 32, 1, 8, 1), torch.device("cpu"))
+    measured = profiler.measure_memory(Cell("gru", 32, 1, 8, 1), torch.device("cpu"))
     # an allocator's own count holds them already
-    before = found["parameters"] + found["optimiser"] if method.startswith("process") else 0
-    assert found["peak_bytes"] == 10**6 + before
-    whole = found["parameters"] + found["optimiser"] + found["gradients"] + found["activations"]
-    assert whole == found["peak_bytes"]
+    before = measured["parameters"] + measured["optimiser"] if method.startswith("process") else 0
+    assert measured["peak_bytes"] == 10**6 + before
+    whole = measured["parameters"] + measured["optimiser"] + measured["gradients"] + measured["activations"]
+    assert whole == measured["peak_bytes"]
 
 
 def test_peak_memory_in_a_fresh_process_is_that_of_the_step() -> None:
@@ -292,22 +292,22 @@ def test_the_lifetime_maximum_is_read_in_the_unit_of_the_system(
 
 def test_rounds_go_on_until_the_two_fastest_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = _answering(monkeypatch, iter([3.0, 1.0, 1.2, 1.08]))
-    (found,) = profiler.profile([Cell("s4d", 32)], tmp_path)
+    (measured,) = profiler.profile([Cell("s4d", 32)], tmp_path)
     assert len(asked) == 4
-    assert found["seconds"]["train"]["median"] == 1.0
-    assert (found["examples_per_second"], found["tokens_per_second"]) == (1.0, 32.0)
-    assert [r["train"] for r in found["rounds"]] == [3.0, 1.0, 1.2, 1.08]
-    assert not any("apart: s4d" in note for note in efficiency.sheets([found])[0].notes)
+    assert measured["seconds"]["train"]["median"] == 1.0
+    assert (measured["examples_per_second"], measured["tokens_per_second"]) == (1.0, 32.0)
+    assert [r["train"] for r in measured["rounds"]] == [3.0, 1.0, 1.2, 1.08]
+    assert not any("apart: s4d" in note for note in efficiency.sheets([measured])[0].notes)
 
 
 def test_rounds_that_never_agree_end_and_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = _answering(monkeypatch, (2.0 ** (4 - n) for n in range(99)))
     progress: list[tuple[int, int]] = []
     on_cell = lambda _, done, total: progress.append((done, total))  # noqa: E731
-    (found,) = profiler.profile([Cell("s4d", 32)], tmp_path, on_cell=on_cell)
-    assert len(asked) == profiler.ROUNDS == len(found["rounds"])
+    (measured,) = profiler.profile([Cell("s4d", 32)], tmp_path, on_cell=on_cell)
+    assert len(asked) == profiler.ROUNDS == len(measured["rounds"])
     assert progress == [(n, n + 1) for n in range(profiler.ROUNDS)]
-    assert any(note.endswith("10 % apart: s4d at 32") for note in efficiency.sheets([found])[0].notes)
+    assert any(note.endswith("10 % apart: s4d at 32") for note in efficiency.sheets([measured])[0].notes)
 
 
 def test_a_third_round_needs_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,10 +328,10 @@ def test_a_round_that_fails_says_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     _answering(monkeypatch)
     profiler.profile([Cell("s4d", 32)], tmp_path, rounds=1)
     monkeypatch.setattr(profiler, "in_process", lambda *_: {"failed": "took longer than 300 s"})
-    (found,) = profiler.profile([Cell("s4d", 32)], tmp_path, rounds=2)
-    assert found["rounds"][1] == {}
-    assert found["seconds"]["train"]["median"] == 1.0
-    assert "failed" not in found
+    (measured,) = profiler.profile([Cell("s4d", 32)], tmp_path, rounds=2)
+    assert measured["rounds"][1] == {}
+    assert measured["seconds"]["train"]["median"] == 1.0
+    assert "failed" not in measured
 
 
 def test_growth_is_the_slope_in_log_log_with_its_interval() -> None:
@@ -442,12 +442,12 @@ def test_the_largest_that_fits_is_found(budget: int) -> None:
         tried.append(size)
         return 10 * size if size < 100_000 else None
 
-    found = fit.largest(peak_of, budget, first=1, most=4096)
+    measured = fit.largest(peak_of, budget, first=1, most=4096)
     wanted = min(budget // 10, 4096)
-    assert found.value <= wanted
-    assert found.value >= 0.95 * wanted - 1
-    assert (found.capped, found.peak) == (wanted == 4096, 10 * found.value)
-    assert found.tries == len(tried) <= 20
+    assert measured.value <= wanted
+    assert measured.value >= 0.95 * wanted - 1
+    assert (measured.capped, measured.peak) == (wanted == 4096, 10 * measured.value)
+    assert measured.tries == len(tried) <= 20
 
 
 def test_failure_is_like_not_fitting() -> None:
@@ -499,9 +499,9 @@ def test_tree_command() -> None:
 def test_the_table_says_how_far_the_two_flop_numbers_are_apart_and_leaves_out_what_nobody_has() -> None:
     one, two = profiled("gru", 256, 1.0), profiled("s4d", 512, 1.0)
     two["flops"]["matmul_by_formula"] = two["flops"]["matmul_counted"] / 1.02
-    found = efficiency.sheets([one, two])[0]
-    assert "matrix work counted and by formula: at most 2.00 % apart (s4d at 512)" in found.notes
-    shown = [str(column.header) for column in sheets.terminal(found).columns]
+    measured = efficiency.sheets([one, two])[0]
+    assert "matrix work counted and by formula: at most 2.00 % apart (s4d at 512)" in measured.notes
+    shown = [str(column.header) for column in sheets.terminal(measured).columns]
     assert "tokens/s" in shown
     assert "decode µs" not in shown
     one["seconds"]["step"] = one["seconds"]["train"]
