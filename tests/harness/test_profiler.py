@@ -394,6 +394,7 @@ def test_tables_of_profiles(tmp_path: Path) -> None:
     assert all(None not in row and None not in row.values() for row in rows)
     assert rows[-1]["failed"] == "out of memory"
     assert float(rows[0]["train_seconds"]) == pytest.approx(1e-6 * 256**2)
+    assert (rows[0]["train_low"], rows[0]["flops_forward"]) == ("0.0648806", "25600000")
     paths = efficiency.write_figures(profiles, tmp_path)
     assert [p.stem.rpartition("-")[2] for p in paths] == ["training", "memory"]
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths)
