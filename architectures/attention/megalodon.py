@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._attention import at_least, merge_heads, rope, split_heads
+from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
 from lra.encoder import Card, Cost, Mixer
@@ -277,3 +278,7 @@ class Megalodon(Stack):
         )  # fmt: skip
         for layer in self.blocks:
             layer.norm = nn.Identity()  # the residual of two hops needs x as it is
+
+    @property
+    def optim(self) -> Mapping[str, Mapping[str, float]]:
+        return undecayed(self, "theta")

@@ -78,10 +78,10 @@ class LongConvMixer(Mixer):
         rows, width, _ = self.kernel.shape
         transform = 2.5 * 2 * length * math.log2(2 * length)  # a real FFT over the doubled length
         inner = self.channels * width
-        spectral = 2 * inner * transform + rows * width * transform + 6.0 * inner * length
-        kernel = (4.0 + self.smoothing) * rows * width * length
-        other = spectral + kernel + length * (10.0 * inner + 10.0 * width)
-        return Cost.linear(length, inner, 2 * width) + Cost(other=other)
+        spectral = 2 * inner * transform + 6.0 * inner * length
+        kernel = rows * width * ((4.0 + self.smoothing) * length + transform)
+        other = spectral + length * (10.0 * inner + 10.0 * width)
+        return Cost.linear(length, inner, 2 * width) + Cost(other=other, batch_other=kernel)
 
 
 class LongConv(Stack):

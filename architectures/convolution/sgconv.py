@@ -116,9 +116,10 @@ class SGConvMixer(Mixer):
     def cost(self, length: int) -> Cost:
         ways, width, _ = self.kernel_list[0].shape
         transform = 2.5 * 2 * length * math.log2(2 * length)  # a real FFT over the doubled length
-        spectral = width * ((2 + ways) * transform + 6 * length)
-        kernel = 6.0 * ways * width * max(length, self.length)
-        return Cost.linear(length, width, self.out.out_features) + Cost(other=spectral + kernel + 20.0 * length * width)
+        spectral = width * (2 * transform + 6 * length)
+        kernel = ways * width * (6.0 * max(length, self.length) + transform)
+        other = spectral + 20.0 * length * width
+        return Cost.linear(length, width, self.out.out_features) + Cost(other=other, batch_other=kernel)
 
 
 class SGConv(Stack):
@@ -133,7 +134,10 @@ class SGConv(Stack):
         scaling="L log L",
         causal=True,
         variants={"sum": {"combine": "sum"}, "power": {"decay": "learnt"}},
-        exempt={"gradients": "the last sub-kernel begins half of `length` back, further than the check's sequences go"},
+        exempt={
+            "power/optim_norms": "the released optimiser, that of S4, spares the kernel's own parameters alone",
+            "gradients": "the last sub-kernel begins half of `length` back, further than the check's sequences go",
+        },
     )
     block = Block(ffn="none")
 
@@ -181,5 +185,5 @@ class SGConv(Stack):
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
-        names = ("kernel_list.*", "decay") if self.learnt else ("kernel_list.*",)
-        return {f"*.{name}": {"lr": self.kernel_lr} for name in names}
+        decay = {"*.decay": {"lr": self.kernel_lr, "weight_decay": 0.0}} if self.learnt else {}
+        return {"*.kernel_list.*": {"lr": self.kernel_lr}, **decay}

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._bounds import LowerBounds
+from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
 from lra.encoder import Card, Cost, Mixer
@@ -136,4 +137,8 @@ class HGRN(Stack):
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, native=True,
             block=block,
         )  # fmt: skip
-        self.bounds = bounds
+        self.bounds, self.complex_state = bounds, complex_state
+
+    @property
+    def optim(self) -> Mapping[str, Mapping[str, float]]:
+        return undecayed(self, *(("theta",) if self.complex_state else ()))

@@ -42,6 +42,7 @@ from lra.architectures._delta import (
     mamba_decay,
     unit,
 )  # fmt: skip
+from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
 from lra.encoder import Card, Cost, Mixer
@@ -146,4 +147,4 @@ class KDA(Stack):
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
-        return {f"*.{name}": {"weight_decay": 0.0} for name in ("A_log", "dt_bias")}
+        return undecayed(self, "A_log", "dt_bias")

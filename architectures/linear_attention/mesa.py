@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._delta import ShortConvolution, unit
+from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
 from lra.encoder import Card, Cost, Mixer
@@ -189,4 +190,4 @@ class Mesa(Stack):
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
-        return {"*.lambda_params": {"weight_decay": 0.0}}
+        return undecayed(self, "lambda_params")

@@ -176,6 +176,7 @@ class RWKV6(RWKVStack):
         url="https://arxiv.org/abs/2404.05892",
         scaling="L",
         causal=True,
+        exempt={"magnitudes": "the released ramps of decay and token shift let deeper layers start larger"},
     )
     block = Block(ffn="none")
 

@@ -52,7 +52,7 @@ from lra.architectures._norm import normalised
 from lra.architectures._precision import wide
 from lra.architectures._rwkv import RWKVStack, along, depth, ramp, shifted
 from lra.architectures._stack import Bidirectional, Block, Layer, flip
-from lra.encoder import Card, Cost, Mixer
+from lra.encoder import Card, Cost, Encoder, Mixer
 
 EPS = 64e-5
 """Of the group norm, as released: 1e-5 times the head width of 64."""
@@ -330,3 +330,7 @@ class RWKV7(RWKVStack):
             x, own, first = layer.value_step(x, own, first)
             after.append(own)
         return self.norm(x), (time + 1, tuple(after))
+
+    def chunk(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        # token by token: the layers of the stack's own form do not hand on v_first
+        return Encoder.chunk(self, x, state)

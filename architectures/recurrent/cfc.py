@@ -43,6 +43,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lra.architectures._optim import undecayed
 from lra.architectures._recurrence import Timed
 from lra.architectures._stack import Stack
 from lra.encoder import Card, Cost, Mixer
@@ -246,3 +247,8 @@ class CfC(Stack):
             make,
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
         )  # fmt: skip
+        self.mode = mode
+
+    @property
+    def optim(self) -> Mapping[str, Mapping[str, float]]:
+        return undecayed(self, "A") if self.mode == "pure" else {}

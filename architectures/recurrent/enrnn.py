@@ -92,6 +92,7 @@ class ENRNN(Stack):
         url="https://arxiv.org/abs/1911.07964",
         scaling="L",
         causal=True,
+        exempt={"magnitudes": "units of spectral radius 1 add their inputs up; deeper layers see normalised inputs"},
     )
 
     def __init__(

@@ -73,7 +73,10 @@ class JordanMixer(Loop):
         work = Cost.linear(length, width, hidden) + Cost.linear(length, hidden, width)
         if self.output == "tanh":
             return work + Cost.linear(length, width, hidden) + Cost(other=5.0 * length * (width + hidden))
-        product = Cost(2.0 * hidden * hidden * width + 2.0 * hidden * width, 5.0 * length * hidden)
+        # U V and U b_y, made once for a batch
+        product = Cost(2.0 * hidden * hidden * width + 2.0 * hidden * width).per_batch + Cost(
+            other=5.0 * length * hidden
+        )
         return work + Cost.linear(length, hidden, hidden) + Cost.linear(length, width, hidden, bias=False) + product
 
     def init_state(self, batch: int) -> Tensor:

@@ -131,9 +131,10 @@ class LMUFFTMixer(Mixer):
         width, order = self.d_model, self.order
         maps = Cost.linear(length, width, 1) + Cost.linear(length, order + width, width)
         doublings = max(length - 1, 0).bit_length()
-        powers = Cost(sum(2.0 * order**2 * (2**k + order) for k in range(doublings)))
+        powers = Cost(sum(2.0 * order**2 * (2**k + order) for k in range(doublings))).per_batch
         transform = 2.5 * 2 * length * math.log2(2 * length)  # a real FFT over the doubled length
-        return maps + powers + Cost(other=order * (3 * transform + 6.0 * length) + 5.0 * length * width)
+        convolution = Cost(other=order * (2 * transform + 6.0 * length), batch_other=order * transform)
+        return maps + powers + convolution + Cost(other=5.0 * length * width)
 
     def init_state(self, batch: int) -> Tensor:
         return wide(self.W_u.weight.new_zeros(batch, self.order))

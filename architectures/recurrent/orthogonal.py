@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lra.architectures._optim import undecayed
 from lra.architectures._orthogonal import cayley, modrelu, rotations, skew
 from lra.architectures._precision import wide
 from lra.architectures._recurrence import Loop
@@ -105,4 +106,4 @@ class Orthogonal(Stack):
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
-        return {"*.A": {"lr_scale": 0.1, "weight_decay": 0.0}}
+        return {**undecayed(self, "A"), "*.A": {"lr_scale": 0.1, "weight_decay": 0.0}}

@@ -117,6 +117,10 @@ class SecondOrder(Stack):
         scaling="L",
         causal=True,
         variants={"cprnn": {"rank": 0}},
+        exempt={
+            "cprnn/optim_groups": "A is a factor of the recurrent weights, not a rate",
+            "cprnn/optim_norms": "A is a factor of the recurrent weights, not a rate",
+        },
     )
 
     def __init__(

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._ssm import initial_log_dt
 from lra.architectures._stack import Block, Stack
@@ -179,4 +180,4 @@ class B2S6(Stack):
     def optim(self) -> Mapping[str, Mapping[str, float]]:
         slow = ("A_log", "A_imag", "w", "b") if self.complex else ("A_log", "w", "b")
         rules = {f"*.{name}": {"lr": self.ssm_lr, "weight_decay": 0.0} for name in slow}
-        return {**rules, "*.B_bias": {"weight_decay": 0.0}}
+        return {**rules, **undecayed(self, "B_bias", "D")}

@@ -35,6 +35,7 @@ from torch.nn import functional as F
 
 from lra.architectures._attention import AttentionMixer, at_least, attend, checked_width
 from lra.architectures._moe import Experts
+from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._ssm import initial_log_dt
 from lra.architectures._stack import Block, FeedForward, Stack
@@ -241,4 +242,4 @@ class Jamba(Stack):
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
         scanned = any(isinstance(module, JambaMambaMixer) for module in self.modules())
-        return {f"*.{name}": {"weight_decay": 0.0} for name in ("A_log", "D")} if scanned else {}
+        return undecayed(self, "A_log", "D") if scanned else {}

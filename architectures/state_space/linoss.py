@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
 from lra.encoder import Card, Cost, Mixer
@@ -132,6 +133,7 @@ class LinOSS(Stack):
         scaling="L",
         causal=True,
         variants={"im": {"discretization": "im"}, "imex": {"discretization": "imex"}},
+        exempt={"imex/magnitudes": "the step keeps the energy of an oscillator, which grows with every input"},
     )
     block = Block(ffn="none")
 
@@ -158,4 +160,4 @@ class LinOSS(Stack):
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
-        return {f"*.{name}": {"weight_decay": 0.0} for name in ("A_diag", "steps")}
+        return undecayed(self, "A_diag", "steps")

@@ -166,6 +166,7 @@ class LiquidS4(Stack):
             "kb": {"liquid": "kb", "ways": 1},
             "shift": {"products": "shift"},
         },
+        exempt={"optim_norms": "the released optimiser, that of S4, spares the kernel's own parameters alone"},
     )
     block = Block(ffn="none")
 
