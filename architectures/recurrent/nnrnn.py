@@ -96,7 +96,7 @@ class NNRNN(Stack):
         scaling="L",
         causal=True,
         exempt={
-            "magnitudes": "a triangle beside the rotations amplifies on purpose; it starts at 0, and the check gives it values"
+            "magnitudes": "the triangle beside the rotations amplifies; it starts at 0, and the check gives it values"
         },
     )
 
