@@ -30,7 +30,7 @@ def data_list() -> None:
         task = tasks.get(name)()
         for protocol in task.protocols.values():
             try:
-                there = "yes" if prepared_sets.find(task, protocol) else ""
+                there = "yes" if prepared_sets.find_prepared(task, protocol) else ""
             except DataError:
                 there = "damaged"
             table.add_row(name, protocol.name, str(protocol.length), protocol.encoding, there, protocol.note)
@@ -49,8 +49,8 @@ def prepare(
     from lra import terminal
     from lra.data import prepared_sets
 
-    with terminal.bar(console, f"preparing {task}") as progress:
-        found = prepared_sets.prepared(task, protocol or None, source=source, workers=workers, progress=progress)
+    with terminal.progress_bar(console, f"preparing {task}") as progress:
+        found = prepared_sets.load_prepared(task, protocol or None, source=source, workers=workers, progress=progress)
     for split, count in found.manifest["counts"].items():
         console.print(f"{split:<11} {count:>9,}  {found.manifest['sha256'][split]}", soft_wrap=True)
     console.print(f"in {escape(str(found.folder))}", soft_wrap=True)
@@ -63,7 +63,7 @@ def verify(task: TaskName, protocol: ProtocolName = "") -> None:
     from lra import terminal
     from lra.data import prepared_sets
 
-    with terminal.bar(console, f"verifying {task}") as progress:
+    with terminal.progress_bar(console, f"verifying {task}") as progress:
         problems = prepared_sets.verify(task, protocol or None, progress=progress)
     if problems:
         for problem in problems:
@@ -85,8 +85,8 @@ def pack(
     from lra.data import pack as packs
     from lra.data import prepared_sets
 
-    with terminal.bar(console, f"packing {task}") as progress:
-        found = prepared_sets.prepared(task, protocol or None, source=source, progress=progress)
+    with terminal.progress_bar(console, f"packing {task}") as progress:
+        found = prepared_sets.load_prepared(task, protocol or None, source=source, progress=progress)
         path = to or Path(f"{found.task.name}-{found.protocol.name}.tar.xz")
         size = packs.pack(found, path, progress)
     console.print(f"wrote {escape(str(path))}, {size / 2**20:.1f} MiB", soft_wrap=True)
@@ -99,7 +99,7 @@ def unpack(file: Annotated[Path, typer.Argument(help="What `lra data pack` wrote
     from lra import terminal
     from lra.data import pack as packs
 
-    with terminal.bar(console, f"unpacking {file.name}") as progress:
+    with terminal.progress_bar(console, f"unpacking {file.name}") as progress:
         found = packs.unpack(file, progress)
     console.print(f"{found.task.name} ({found.protocol.name}) in {found.folder}", soft_wrap=True)
 
@@ -122,8 +122,8 @@ def show_examples(
 
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
-    with terminal.bar(console, f"preparing {task}") as progress:
-        found = prepared_sets.prepared(task, protocol or None, source=source, progress=progress)
+    with terminal.progress_bar(console, f"preparing {task}") as progress:
+        found = prepared_sets.load_prepared(task, protocol or None, source=source, progress=progress)
     opened = found.split(split)
     for example in range(min(count, len(opened))):
         console.print(escape(found.task.describe(opened, example)), soft_wrap=True)
@@ -142,8 +142,8 @@ def audit(task: TaskName, protocol: ProtocolName = "", source: Source = None) ->
     from lra.data import audit as audits
     from lra.data import prepared_sets
 
-    with terminal.bar(console, f"preparing {task}") as progress:
-        found = prepared_sets.prepared(task, protocol or None, source=source, progress=progress)
+    with terminal.progress_bar(console, f"preparing {task}") as progress:
+        found = prepared_sets.load_prepared(task, protocol or None, source=source, progress=progress)
     with console.status("reading every example"):
         facts = audits.audit(found)
     table = Table(title=f"{task} ({found.protocol.name})", title_justify="left", pad_edge=False)

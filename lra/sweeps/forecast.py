@@ -89,7 +89,7 @@ def measured(cell: Cell) -> dict[str, float]:
     recipe, _ = resolve(cell.request())
     constructor = architectures.get(cell.architecture)
     here, total = device(), time.perf_counter() - start
-    prepared = prepared_sets.prepared(cell.task, recipe.data.protocol)
+    prepared = prepared_sets.load_prepared(cell.task, recipe.data.protocol)
     start = time.perf_counter()
     model = build(recipe, constructor, prepared.task, prepared.protocol, cell.seed)
     check_operators(model, prepared, constructor)

@@ -163,9 +163,9 @@ def _cells(content: Mapping[str, Any], path: Path, most: int) -> list[Cell]:
     count = math.prod(len(values) for values in (*lists.values(), *grid.values()))
     if count > most:
         raise UserError(f"{path} asks for {count:,} runs; a sweep has at most {MOST:,}")
-    from lra.config.recipe import plain
+    from lra.config.recipe import check_json
 
-    settings = {part: plain(content.get(part, {}), f"{path}: {part}") for part in ("set", "grid")}
+    settings = {part: check_json(content.get(part, {}), f"{path}: {part}") for part in ("set", "grid")}
     recipe, protocol = content.get("recipe", "auto"), content.get("protocol", "")
     return [
         Cell(task, architecture, seed, recipe, settings["set"] | dict(chosen), content.get("run", {}), protocol)

@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console
 from scipy.stats import qmc
 
-from lra.config.recipe import plain
+from lra.config.recipe import check_json
 from lra.errors import UserError, brief, unknown
 from lra.sweeps.plans import MOST, Cell, Plan
 
@@ -47,7 +47,7 @@ def _placed(key: str, place: Any, x: float) -> Any:
     for name in place:
         if name not in ("low", "high", "log", "choose"):
             raise unknown("key", name, ("low", "high", "log", "choose"), where=f"search.{key}")
-    place = plain(place, f"search.{key}")
+    place = check_json(place, f"search.{key}")
     if "choose" in place:
         if not isinstance(place["choose"], list) or not place["choose"]:
             raise UserError(f"search.{key} chooses from {brief(place['choose'])}; a list of at least one value")

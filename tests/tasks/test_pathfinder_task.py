@@ -98,7 +98,7 @@ def test_an_interrupted_preparation_goes_on_where_it_was(tmp_path: Path, monkeyp
 
 def test_the_cache_accepts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LRA_CACHE", str(tmp_path))
-    found = prepared_sets.prepared(Pathfinder(), SMALL)
+    found = prepared_sets.load_prepared(Pathfinder(), SMALL)
     assert found.manifest["counts"] == FEW
     assert prepared_sets.verify(Pathfinder(), SMALL) == []
 
