@@ -153,9 +153,9 @@ class Pretrain:
     """Self-supervised pretraining on the inputs of the task.
 
     objective: "mlm" predicts masked positions, "causal" the next position; "none" skips this stage, and the other keys
-    are ignored. warmup: steps of linear warm-up to a constant rate; batch_size: 0 = data.batch_size; mask: share of the real
-    positions that is masked. loss: "l1" on continuous values, "cross_entropy" on tokens or the 256 byte values; "auto"
-    chooses by encoding.
+    are ignored. warmup: steps of linear warm-up to a constant rate; batch_size: 0 = data.batch_size; mask: share of
+    real positions that is masked. loss: "l1" on continuous values, "cross_entropy" on tokens or the 256 byte values;
+    "auto" chooses by encoding.
     """
 
     objective: str = unhashed("none")

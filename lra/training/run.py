@@ -158,7 +158,7 @@ def check_operators(model: Classifier, prepared: Prepared, constructor: Construc
             f"({Path(frame.filename).name}:{frame.lineno})"
         ) from error
     model.train()
-    lines = doctor.gate(_dispatch.used(), device())
+    lines = doctor.require_parity(_dispatch.used(), device())
     _dispatch.forget_used()
     return lines
 

@@ -82,9 +82,9 @@ def job_sweep(**_: Any) -> int:
 
     from lra.sweeps import local, plans
 
-    assert (local.attempt.__kwdefaults__ or {})["start"] is local.together
-    local.attempt.__kwdefaults__ = {"start": forked}
-    return len(local.carry_out(plans.read(Path("grid.toml")), Console(quiet=True), forecast=False))
+    assert (local.run_cell.__kwdefaults__ or {})["start"] is local.run_child
+    local.run_cell.__kwdefaults__ = {"start": forked}
+    return len(local.execute_plan(plans.read(Path("grid.toml")), Console(quiet=True), forecast=False))
 
 
 def forked(words: list[str], *, stdout: Any, check: bool = False, **_: Any) -> Any:

@@ -130,10 +130,10 @@ def planned(path: Path) -> None:
     """The cells of a sweep and its search are right, or one clear line says what is wrong."""
     try:
         plan = plans.read(path)
-        assert len({json.dumps([*cell.arguments()]) for cell in plan.cells}) == len(plan.cells) <= plans.MOST
+        assert len({json.dumps([*cell.arguments()]) for cell in plan.cells}) == len(plan.cells) <= plans.MAX_CELLS
         space = {key: value for key, value in plan.search.items() if key not in ("trials", "seed")}
         if space:
-            points = search.drawn(space, 4, 0)
+            points = search.sample_points(space, 4, 0)
             assert [list(point) for point in points] == [list(space)] * 4
             json.dumps(points, allow_nan=False)
     except UserError as error:
@@ -337,7 +337,7 @@ def idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shelf: Path) -> Path:
 
     for name in (
         "data.prepared_sets.load_prepared", "data.prepared_sets.verify", "training.run.run", "conformance.suite.check",
-        "cli.template.architecture", "sweeps.local.carry_out", "profiling.profiler.profile",
+        "cli.template.architecture", "sweeps.local.execute_plan", "profiling.profiler.profile",
         "profiling.profiler.Workload", "profiling.fit.fit", "operators.bench.bench",
         "operators.doctor.examine", "conformance.reach.reach", "conformance.recall.recall",
     ):  # fmt: skip
