@@ -326,8 +326,12 @@ def test_s4_ends_each_expression_with_a_mark(cache: Path) -> None:
         ("Source\tTarget", "Quelle\tZiel", r"basic_train.tsv line 1: the header is not Source, Target"),
         ("[MED 1 2 ]\t1\n", "[MED 1", r"basic_train.tsv line 3: 1 columns instead of an expression and a digit"),
         ("[MED 1 2 ]", "[MID 1 2 ]", r"basic_train.tsv line 3: unknown symbol '\[MID'"),
-        ("[MED 1 2 ]\t1", "[MED 1 2 ]\t2", r"basic_train.tsv line 3: the label is 2, the expression is 1"),
-        ("[MED 1 2 ]", "[MED 1 2", r"basic_train.tsv line 3: the label is 1, the expression is malformed"),
+        (
+            "[MED 1 2 ]\t1",
+            "[MED 1 2 ]\t2",
+            r"basic_train.tsv line 3: the label is 2, but the value of the expression is 1",
+        ),
+        ("[MED 1 2 ]", "[MED 1 2", r"basic_train.tsv line 3: the label is 1, but the expression is malformed"),
     ],
 )
 def test_damaged_files_are_refused_with_their_line(cache: Path, old: str, new: str, message: str) -> None:

@@ -139,7 +139,7 @@ def test_a_bad_archive_is_one_clear_line(place: Path, content: bytes, message: s
     [
         (b"1.0\tP0\tP1\tb'text'\n", r"train.tsv line 9: 4 columns instead of 5"),
         (b"2.0\tP0\tP1\tb'a'\tb'b'\n", r"train.tsv line 9: the label is b'2.0', not 0 or 1"),
-        (b"1.0\tP0\tP1\tb'a'\tb'cut", r"train.tsv line 9: a text starts as a Python literal and is none"),
+        (b"1.0\tP0\tP1\tb'a'\tb'cut", r"train.tsv line 9: a text is not a complete Python literal"),
     ],
 )
 def test_a_bad_line_is_named(raw: Path, line: bytes, message: str) -> None:
@@ -229,7 +229,7 @@ def test_the_download_is_announced_used_and_removed(place: Path, raw: Path, serv
 
 def test_a_broken_download_is_kept_and_continued(place: Path, server: type[Server]) -> None:
     server.cut = 300
-    with pytest.raises(DataError, match=r"broke off at 300 of .* bytes; run the same command to continue it"):
+    with pytest.raises(DataError, match=r"broke off at 300 of .* bytes; run the same command to resume it"):
         prepared_sets.load_prepared(Retrieval(), small())
     assert partial(place)[0].stat().st_size == 300
     server.cut = None
@@ -258,10 +258,10 @@ def test_a_refusing_or_absent_server_is_answered_with_the_command(
 ) -> None:
     server.status = 403
     command = r"new_aan_pairs.train.tsv, .* or lra_release.gz in a folder DIR, run `lra data prepare retrieval --from"
-    with pytest.raises(DataError, match=r"is refused \(403 Forbidden\); with " + command):
+    with pytest.raises(DataError, match=r"the server refused .* \(403 Forbidden\); with " + command):
         prepared_sets.load_prepared(Retrieval(), small())
     monkeypatch.setattr(_archive, "URL", "http://127.0.0.1:9/lra_release.gz")
-    with pytest.raises(DataError, match=r"cannot be fetched \(.*\); offline, with " + command):
+    with pytest.raises(DataError, match=r"cannot be downloaded \(.*\); offline, with " + command):
         prepared_sets.load_prepared(Retrieval(), small())
 
 
@@ -324,7 +324,7 @@ def test_a_bad_stand_in_is_one_clear_line(place: Path) -> None:
     path = folder / "rfc.eval.pairs.tsv.gz"
     for content, message in (
         (gzip.compress(b"1\td0\n"), r"eval.pairs.tsv.gz line 1: not a label 0 or 1 and two ids"),
-        (gzip.compress(b"1\td0\td1\n0\td0\tdx\n"), r"eval.pairs.tsv.gz line 2: no document is called 'dx'"),
+        (gzip.compress(b"1\td0\td1\n0\td0\tdx\n"), r"eval.pairs.tsv.gz line 2: there is no document 'dx'"),
         (path.read_bytes()[:-20], r"eval.pairs.tsv.gz is truncated or not gzip"),
         (gzip.compress(b""), r"validation holds no pairs"),
     ):

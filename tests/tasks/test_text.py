@@ -174,7 +174,7 @@ def test_bad_files_are_one_clear_line(raw: Path) -> None:
     path = raw / "imdb" / "train.parquet"
     good = path.read_bytes()
     path.write_bytes(good[: len(good) // 2])
-    with pytest.raises(DataError, match=r"train.parquet is not a whole Parquet file .*fetch it again"):
+    with pytest.raises(DataError, match=r"train.parquet is not a complete Parquet file .*fetch it again"):
         prepared_sets.load_prepared("text", source=raw)
     pq.write_table(pa.table({"review": ["a"], "label": [0]}), path)
     with pytest.raises(DataError, match=r"train.parquet has columns review, label; text is missing"):
