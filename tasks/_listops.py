@@ -6,8 +6,8 @@ have 2 to 10 arguments, uniformly. MED of an even number of arguments is rounded
 length counts operators, closing brackets and digits, and only expressions with 500 < length < 2000 are kept.
 
 Example i has its own random stream, determined by the seed, i and the number of redraws; an example that repeats an
-earlier one is redrawn, so no expression occurs twice. A uniform choice among n is 32 random bits times n / 2^32, whose
-probabilities are exact to n / 2^32.
+earlier one is redrawn, so no expression occurs twice. A uniform choice among n is the integer part of 32
+random bits times n / 2^32; its probabilities are exact within n / 2^32.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def test_a_diagnosis_is_remembered_until_the_code_changes(one_case: None, monkey
     assert doctor.examine(["linear_scan"], CPU) == first
     with pytest.raises(AssertionError, match="again"):
         doctor.examine(["linear_scan"], CPU, fresh=True)
-    monkeypatch.setattr(doctor, "_key", lambda *_: "another machine")
+    monkeypatch.setattr(doctor, "_cache_key", lambda *_: "another machine")
     with pytest.raises(AssertionError, match="again"):
         doctor.examine(["linear_scan"], CPU)
 
@@ -145,6 +145,6 @@ def test_a_peer_that_fails_is_said_and_left_out(monkeypatch: pytest.MonkeyPatch)
 
     small = parity.cases_of("wkv", "small")[:1]
     monkeypatch.setattr(parity, "cases_of", lambda *_: small)
-    with pytest.warns(RuntimeWarning, match="wkv: broken left out: ZeroDivisionError"):
+    with pytest.warns(RuntimeWarning, match="wkv: broken is left out: ZeroDivisionError"):
         lines = list(bench.bench(["wkv"], CPU, budget=0.01, peers=broken))
     assert {x.implementation for x in lines} == {"cpu"}

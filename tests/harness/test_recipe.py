@@ -107,7 +107,7 @@ def test_a_wrong_setting_is_one_clear_line(setting: str, value: str, message: st
         ("[default]\ntrain = 3", "unknown section"),
         ("[default.train]\nstep = 1", "did you mean 'train.steps'"),
         ("\xff", "not valid TOML"),
-        ("[[task]]\n" + ".".join("a" * 900) + " = 1", "task.listops is .*; expected expected a table"),
+        ("[[task]]\n" + ".".join("a" * 900) + " = 1", "task.listops is .*; expected a table"),
         ("[default.train]\nsteps" + ".a" * 900 + " = 1", "unknown key 'train.steps.a.*; "),
     ],
 )
