@@ -42,7 +42,7 @@ report: ## write all results and figures to one HTML file
 profile: ## measure speed, memory and FLOPs of ARCH, by default of all architectures
 bench: ## time the operator OP, by default all, and compare with the limits of this machine
 doctor: ## check which operator implementations run on this machine and are correct
-campaign: ## run unfinished cells of results/campaign.toml, for TIME=8m; PYTHON=python3: without .venv
+campaign: ## run unfinished cells of results/campaign.toml, JOBS=2 at a time, for TIME=8m; PYTHON=python3: no .venv
 gpu: ## on a machine with a GPU, without .venv: operator tests, bench, doctor and profile in 9 minutes
 test-gpu: ## on a machine with a GPU, without .venv: the operator tests that need it
 test: ## run the tests, or those whose names match K
@@ -75,7 +75,8 @@ doctor: .venv/.stamp
 	@$(VENV)/lra doctor $(ARGS)
 
 campaign: $(if $(PYTHON),,.venv/.stamp)
-	@PYTHONPATH=. $(or $(PYTHON),$(VENV)/python) -m lra.cli sweep results/campaign.toml --no-forecast $(if $(TIME),--time-limit "$$TIME") $(ARGS)
+	@OMP_NUM_THREADS=1 PYTHONPATH=. nice -n 19 $(or $(PYTHON),$(VENV)/python) -m lra.cli sweep results/campaign.toml \
+	    --no-forecast --jobs $(if $(filter auto,$(JOBS)),1,$(JOBS)) $(if $(TIME),--time-limit "$$TIME") $(ARGS)
 
 # a GPU machine may have its own torch and no network
 gpu:

@@ -67,11 +67,11 @@ class Experts(nn.Module, ABC):
             index, gate, self.loss = self.route(wide(x), mask)
         chosen = index.masked_fill(~mask.unsqueeze(-1), -1)
         kept = self.within_capacity(chosen, mask)
-        y = expert_mlp(
-            x.flatten(0, 1), kept.flatten(0, 1), gate.to(x.dtype).flatten(0, 1), self.w1, self.w2,
-            activation=self.activation,
-        )  # fmt: skip
-        return y.view_as(x)
+        return self.apply_experts(x.flatten(0, 1), kept.flatten(0, 1), gate.to(x.dtype).flatten(0, 1)).view_as(x)
+
+    def apply_experts(self, x: Tensor, index: Tensor, gate: Tensor) -> Tensor:
+        """x: (T, D); index: (T, k), -1 for no expert; gate: (T, k) -> (T, D)."""
+        return expert_mlp(x, index, gate, self.w1, self.w2, activation=self.activation)
 
     def within_capacity(self, chosen: Tensor, mask: Tensor) -> Tensor:
         """`chosen` (B, L, k), -1 at padding, with -1 for every choice over the capacity too; counts both."""

@@ -212,10 +212,12 @@ class Stack(Encoder):
 
     direction: "causal", or "bidirectional"; mixers with a bidirectional form of their own say `native=True` and build
     it themselves; the others are run both ways and combined by "concat" (= "bidirectional"), "add" or "shared".
-    block: changes to the class's own `block`, by field name.
+    block: changes to the class's own `block`, by field name. A subclass whose blocks pass more than x along names its
+    own `layer`.
     """
 
     block: ClassVar[Block] = Block()
+    layer: ClassVar[type[Layer]] = Layer
 
     def __init__(
         self,
@@ -245,7 +247,7 @@ class Stack(Encoder):
                 return make(layer)
             return Bidirectional(lambda: make(layer), d_model, combine)
 
-        self.layers = nn.ModuleList(Layer(mixer(i), d_model, shape, dropout) for i in range(n_layers))
+        self.layers = nn.ModuleList(type(self).layer(mixer(i), d_model, shape, dropout) for i in range(n_layers))
         self.norm = NORMS[shape.norm](d_model) if shape.prenorm else nn.Identity()
         self.register_buffer("positions", None, persistent=False)
         if shape.positions == "sinusoidal":

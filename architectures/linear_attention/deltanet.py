@@ -5,13 +5,16 @@ With H heads, keys of width K = expand_k D / H and values of width V = expand_v 
 
     q, k, v = silu(conv(x W_q, x W_k, x W_v))              (B, L, H, K), (B, L, H, K), (B, L, H, V)
     q, k = q / |q|, k / |k|                                conv: depthwise, causal, over d_conv tokens
-    beta = sigmoid(x W_beta)                               (B, L, H)      how much of an old value is replaced
+    beta = sigmoid(x W_beta)                               (B, L, H)      how much of an old value is replaced;
+                                                                          negative: twice that
     alpha = exp(-exp(A_log) softplus(x W_alpha + b_dt))    (B, L, H)      gated; otherwise 1
     S' = alpha_t S_{t-1},  S_t = S' + beta_t k_t (v_t - S'^T k_t)^T,  S_0 = 0             (B, H, K, V), never stored
     o_t = S_t^T q_t / sqrt(K)                              (B, L, H, V)
     out = norm(o) W_o;  gated: (norm(o) * silu(x W_g)) W_o (B, L, D)      RMS over the V features of a head, one gain
 
-As |k| = 1 the state moves by alpha (I - beta k k^T), which shrinks along k alone and only by 1 - beta: stable.
+As |k| = 1 the state moves by alpha (I - beta k k^T), which shrinks along k alone and only by 1 - beta: stable. With
+beta in (0, 2) that eigenvalue is in (-1, 1), and what is held under k can change its sign, which parity and other
+automata need (Grazzi et al. 2024, arXiv:2411.12537).
 
 Initialisation: maps and taps are PyTorch's own, whose size follows the width; the released language models draw them
 with a deviation of 0.02, which at small widths leaves values below the epsilon of the norm. Gated, as Mamba-2:
@@ -25,7 +28,7 @@ Hybrids with attention are left out. The gated paper's widths, expand_k 3/4 and 
 
 Checked against: tensors of flash-linear-attention's DeltaNet and GatedDeltaNet with kernels replaced by their
 definitions: outputs, gradients of x and of every parameter; its recurrences from a given state; the products of
-alpha (I - beta k k^T) as the papers write them.
+alpha (I - beta k k^T) as the papers write them, beta up to 2; its recurrence with beta in (0, 2).
 """
 
 from __future__ import annotations
@@ -38,9 +41,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._delta import EPS, advance, mamba_decay, unit
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
-from lra.architectures._ssm import initial_log_dt
 from lra.architectures._stack import Block, Stack
 from lra.architectures._window import continued_conv1d
 from lra.encoder import Card, Cost, Mixer
@@ -49,44 +52,29 @@ from lra.kernels.delta_rule import delta_rule
 
 State = tuple[Tensor, Tensor]
 CHUNK = 64
-EPS = 1e-6
-
-
-def unit(x: Tensor) -> Tensor:
-    """x / |x| over the last dimension."""
-    return (wide(x) * torch.rsqrt(wide(x).square().sum(-1, keepdim=True) + EPS)).to(x.dtype)
-
-
-def advance(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_alpha: Tensor | None, S: Tensor) -> State:
-    """One token: q, k: (B, H, K); v: (B, H, V); beta, log_alpha: (B, H); S: (B, H, K, V) -> o: (B, H, V), S."""
-    if log_alpha is not None:
-        S = log_alpha.exp()[..., None, None] * S
-    error = v - torch.einsum("bhkv,bhk->bhv", S, k)
-    S = S + k.unsqueeze(-1) * (beta.unsqueeze(-1) * error).unsqueeze(-2)
-    return torch.einsum("bhkv,bhk->bhv", S, q) * k.shape[-1] ** -0.5, S
 
 
 class DeltaNetMixer(Mixer):
     """(B, L, D) -> (B, L, D). Padding comes after all real tokens: no mask needed."""
 
-    def __init__(self, d_model: int, n_heads: int, key_dim: int, value_dim: int, d_conv: int, gated: bool) -> None:
+    def __init__(
+        self, d_model: int, n_heads: int, key_dim: int, value_dim: int, d_conv: int, gated: bool, negative: bool
+    ) -> None:
         super().__init__()
-        self.n_heads, self.gated = n_heads, gated
+        self.n_heads, self.gated, self.negative = n_heads, gated, negative
         self.inner = (key_dim, key_dim, value_dim)  # q, k, v
         self.sizes = (sum(self.inner), n_heads, *((n_heads, value_dim) if gated else ()))  # qkv, beta, alpha, gate
         self.into = nn.Linear(d_model, sum(self.sizes), bias=False)
         self.conv_weight = nn.Parameter(torch.empty(sum(self.inner), d_conv).uniform_(-(d_conv**-0.5), d_conv**-0.5))
         if gated:
-            self.A_log = nn.Parameter((16 * (1 - torch.rand(n_heads))).log())
-            dt = initial_log_dt(n_heads, 0.001, 0.1).exp()
-            self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+            self.A_log, self.dt_bias = mamba_decay(n_heads, n_heads)
         self.norm_weight = nn.Parameter(torch.ones(value_dim // n_heads))
         self.out = nn.Linear(value_dim, d_model, bias=False)
 
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """(..., D) -> qkv before the convolution, beta: (..., H), log alpha: (..., H) and gate, None without gates."""
         qkv, beta, *gates = self.into(x).split(self.sizes, dim=-1)
-        beta = wide(beta).sigmoid()
+        beta = wide(beta).sigmoid() * (2 if self.negative else 1)
         if not self.gated:
             return qkv, beta, None, None
         return qkv, beta, -self.A_log.exp() * F.softplus(wide(gates[0]) + self.dt_bias), gates[1]
@@ -137,7 +125,8 @@ class DeltaNetMixer(Mixer):
 
 class DeltaNet(Stack):
     """n_heads: H. expand_k, expand_v: width of all keys, and of all values, over d_model. d_conv: taps of the
-    convolution. gated: the state decays by alpha and a gate stands before the last map."""
+    convolution. gated: the state decays by alpha and a gate stands before the last map. negative: beta in (0, 2), so
+    that the state's transition has negative eigenvalues."""
 
     card = Card(
         title="Parallelizing Linear Transformers with the Delta Rule over Sequence Length",
@@ -145,7 +134,11 @@ class DeltaNet(Stack):
         url="https://arxiv.org/abs/2406.06484",
         scaling="L",
         causal=True,
-        variants={"gated": {"gated": True, "expand_k": 0.75, "expand_v": 1.5}},
+        variants={
+            "gated": {"gated": True, "expand_k": 0.75, "expand_v": 1.5},
+            "negative": {"negative": True},
+            "gated_negative": {"gated": True, "expand_k": 0.75, "expand_v": 1.5, "negative": True},
+        },
     )
     block = Block(ffn="swiglu", expand=8 / 3, norm="rms")
 
@@ -162,6 +155,7 @@ class DeltaNet(Stack):
         expand_v: float = 1.0,
         d_conv: int = 4,
         gated: bool = False,
+        negative: bool = False,
         block: Mapping[str, Any] | None = None,
     ) -> None:
         for name, value in (("n_heads", n_heads), ("d_conv", d_conv)):
@@ -172,7 +166,7 @@ class DeltaNet(Stack):
             if width < 1 or width % n_heads or not math.isclose(width, share * d_model):
                 raise ValueError(f"{name} is {share}; times d_model, {d_model}, it is a multiple of n_heads, {n_heads}")
         super().__init__(
-            lambda _: DeltaNetMixer(d_model, n_heads, key_dim, value_dim, d_conv, gated),
+            lambda _: DeltaNetMixer(d_model, n_heads, key_dim, value_dim, d_conv, gated, negative),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
         )  # fmt: skip
         self.gated = gated

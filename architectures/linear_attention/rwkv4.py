@@ -36,10 +36,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._norm import normalised
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
-from lra.architectures._stack import NORMS, Bidirectional, Block, Stack
+from lra.architectures._rwkv import RWKVStack, along, depth, ramp, shifted
+from lra.architectures._stack import Block
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.wkv import wkv
 
@@ -47,18 +47,6 @@ from lra.kernels.wkv import wkv
 def mixed(x: Tensor, before: Tensor, mu: Tensor) -> Tensor:
     """Token shift: each channel between a token and the one before it."""
     return mu * x + (1 - mu) * before
-
-
-def shifted(x: Tensor, before: Tensor | None = None) -> Tensor:
-    """The token before each one, `before` (B, D) or 0 before the first: (B, L, D) -> (B, L, D)."""
-    if before is None:
-        return F.pad(x[:, :-1], (0, 0, 1, 0))
-    return torch.cat([before.unsqueeze(1), x[:, :-1]], dim=1)
-
-
-def ramp(d_model: int, layer: int, n_layers: int) -> Tensor:
-    """p of the initialisation: (D,)."""
-    return (torch.arange(d_model) / d_model) ** (1 - layer / n_layers)
 
 
 def orthogonal(linear: nn.Linear) -> None:
@@ -70,14 +58,13 @@ class TimeMix(Mixer):
 
     def __init__(self, d_model: int, width: int, layer: int, n_layers: int) -> None:
         super().__init__()
-        p, depth = ramp(d_model, layer, n_layers), layer / max(n_layers - 1, 1)
-        self.mu_r, self.mu_k, self.mu_v = nn.Parameter(p.sqrt()), nn.Parameter(p), nn.Parameter(p + 0.3 * depth)
+        p, deep = ramp(d_model, layer, n_layers), depth(layer, n_layers)
+        self.mu_r, self.mu_k, self.mu_v = nn.Parameter(p.sqrt()), nn.Parameter(p), nn.Parameter(p + 0.3 * deep)
         self.receptance = nn.Linear(d_model, width, bias=False)
         self.key = nn.Linear(d_model, width, bias=False)
         self.value = nn.Linear(d_model, width, bias=False)
-        i = torch.arange(width)
-        self.w = nn.Parameter(-5 + 8 * (i / max(width - 1, 1)) ** (0.7 + 1.3 * depth))
-        self.u = nn.Parameter(math.log(0.3) + 0.5 * ((i + 1) % 3 - 1))
+        self.w = nn.Parameter(-5 + 8 * along(width) ** (0.7 + 1.3 * deep))
+        self.u = nn.Parameter(math.log(0.3) + 0.5 * ((torch.arange(width) + 1) % 3 - 1))
         self.output = nn.Linear(width, d_model, bias=False)
         orthogonal(self.value)
         for linear in (self.receptance, self.key, self.output):
@@ -154,7 +141,7 @@ class ChannelMix(Mixer):
         return self._mix(x, shifted(x, state)), x[:, -1]
 
 
-class RWKV4(Stack):
+class RWKV4(RWKVStack):
     """time_dim: E, d_model unless given. channel_dim: H, 4 d_model unless given. A layer is two blocks of the stack."""
 
     card = Card(
@@ -180,41 +167,15 @@ class RWKV4(Stack):
     ) -> None:
         within = d_model if time_dim is None else time_dim
         hidden = 4 * d_model if channel_dim is None else channel_dim
-        sizes = {"d_model": d_model, "n_layers": n_layers, "time_dim": within, "channel_dim": hidden}
-        for name, value in sizes.items():
-            if value < 1:
+        for name, value in (("time_dim", time_dim), ("channel_dim", channel_dim)):
+            if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; at least 1")
-        shape = type(self).block.updated(block)
-        if shape.ffn != "none":
-            raise ValueError(f"block.ffn is {shape.ffn!r}; 'none', as the channel mix stands in its place")
-
-        def mixer(place: int) -> Mixer:
-            layer, second = divmod(place, 2)
-            return (ChannelMix if second else TimeMix)(d_model, hidden if second else within, layer, n_layers)
-
         super().__init__(
-            mixer,
-            d_model=d_model, n_layers=2 * n_layers, length=length, dropout=dropout, direction=direction, block=block,
+            lambda layer: TimeMix(d_model, within, layer, n_layers),
+            lambda layer: ChannelMix(d_model, hidden, layer, n_layers),
+            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
         )  # fmt: skip
-        for layer in self.blocks:
-            if isinstance(layer.mixer, Bidirectional) and layer.mixer.project is not None:
-                # zero from both ways must stay zero, so that a layer starts as the identity here too
-                nn.init.zeros_(layer.mixer.project.bias)
-        self.n_layers = n_layers
-        self.norm_0 = NORMS[shape.norm](d_model)
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
         return undecayed(self, "w", "u", "mu_?")
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return super().forward(normalised(self.norm_0, x, mask), mask)
-
-    def cost(self, length: int) -> Cost:
-        return super().cost(length) + Cost(other=5.0 * length * self.d_model)
-
-    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        return super().step(self.norm_0(x), state)
-
-    def chunk(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        return super().chunk(self.norm_0(x), state)

@@ -8,17 +8,25 @@ acts after the recurrent product. Per token, with h: (B, H) and H = D:
     n = tanh(W_n x + b_n + r * (U_n h + c_n))              candidate
     h = z * h + (1 - z) * n                                the output, (B, H)
 
-Variant coupled: r = 1 - z; a unit that takes in the new lets its candidate see the old.
+Variants:
+    coupled        r = 1 - z; a unit that takes in the new lets its candidate see the old
+    reset-first    n = tanh(W_n x + b_n + U_n (r * h) + c_n), the form of the paper's third version
+    layernorm      n(W x) and n'(U h) in place of W x and U h, three gates at once, n a layer norm with gains and no
+                   offset (Ba, Kiros and Hinton 2016, arXiv:1607.06450, in the form of haste)
+    zoneout        in training each unit keeps its old value for a token with probability `zoneout`, in evaluation
+                   h = zoneout h + (1 - zoneout) new h (Krueger et al. 2016, arXiv:1606.01305; 0.1 here)
 
 Initialisation: U_r, U_z, U_n each orthogonal (as in the paper, after Saxe et al.); W Xavier uniform, because the
 paper's Gaussian of 0.01 starves a deep stack; b_z = log(u), u uniform in [1, horizon - 1], the chrono rule of
 arXiv:1804.11188: the gates start with memories from two tokens to `horizon`; other biases 0.
 
-Departures: version 3 of the paper applies the reset gate to h before U_n. One layer is this recurrence in a pre-norm
-residual block followed by a feed-forward part, the setting in which arXiv:2405.04517 (appendix B, "LSTM (Block)")
-reports recurrent networks on these tasks; the paper has neither.
+Departures: one layer is this recurrence in a pre-norm residual block followed by a feed-forward part, the setting in
+which arXiv:2405.04517 (appendix B, "LSTM (Block)") reports recurrent networks on these tasks; the paper has neither.
 
-Checked against: torch.nn.GRU; for both forms a float64 loop over the equations above; outputs and gradients.
+Checked against: torch.nn.GRU; for every form a float64 loop over the equations above; outputs and gradients. layernorm
+and zoneout: tensors of haste's LayerNormGRU and GRU, with stored masks and in evaluation, with the gradient of x.
+
+layernorm and zoneout are loops over time in Python: `recurrent_cell` would need these cells.
 """
 
 from __future__ import annotations
@@ -30,7 +38,9 @@ import torch
 from torch import Tensor, nn
 
 from lra.architectures._init import chrono
+from lra.architectures._precision import wide
 from lra.architectures._stack import Stack
+from lra.architectures._zoneout import checked, kept
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.recurrent_cell import recurrent_cell
 
@@ -38,10 +48,15 @@ from lra.kernels.recurrent_cell import recurrent_cell
 class GRUMixer(Mixer):
     """The recurrence over a sequence: (B, L, D) -> (B, L, D). Padding comes after all real tokens: no mask needed."""
 
-    def __init__(self, d_model: int, horizon: int, coupled: bool = False) -> None:
+    def __init__(
+        self, d_model: int, horizon: int, coupled: bool = False, reset_first: bool = False, layernorm: bool = False,
+        zoneout: float = 0.0,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.zoneout = zoneout
+        self.gamma = nn.Parameter(torch.ones(2, 3 * d_model)) if layernorm else None  # gains of n and n'
         gates = 2 if coupled else 3
-        self.cell = "gru_coupled" if coupled else "gru"
+        self.cell = "gru_coupled" if coupled else "gru_reset_first" if reset_first else "gru"
         self.input = nn.Linear(d_model, gates * d_model)  # rows: r unless coupled, z, n
         self.U = nn.Parameter(torch.empty(gates * d_model, d_model))
         self.c = nn.Parameter(torch.zeros(gates * d_model))  # beside U h, as torch.nn has it for every gate
@@ -53,11 +68,33 @@ class GRUMixer(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         # cuDNN's loop is the fast one on a GPU, and computes the plain cell alone
+        h = self.init_state(len(x))
+        if self.gamma is not None or self.zoneout:
+            return self._loop(x, h)
         if x.device.type == "cuda" and self.cell == "gru":
             weights = [self.input.weight, self.U, self.input.bias, self.c]
-            h0 = x.new_zeros(1, len(x), self.U.shape[1])
-            return torch.gru(x, h0, weights, True, 1, 0.0, self.training, False, True)[0]
-        return cast(Tensor, recurrent_cell(self.input(x), self.U, self.c, self.cell))
+            return torch.gru(x, h.to(x.dtype).unsqueeze(0), weights, True, 1, 0.0, self.training, False, True)[0]
+        return cast(Tensor, recurrent_cell(self.input(x), self.U, self.c, self.cell, h))
+
+    def _loop(self, x: Tensor, h: Tensor) -> Tensor:
+        entering, outputs = wide(self._entering(x)), []
+        with torch.autocast(x.device.type, enabled=False):
+            for token, keep in zip(entering.unbind(1), self.keeps(entering).unbind(1), strict=True):
+                h = self._advance(token, h, keep)
+                outputs.append(h)
+        return torch.stack(outputs, dim=1).to(x.dtype)
+
+    def keeps(self, x: Tensor) -> Tensor:
+        """Shares of the old h that the tokens of x keep: (B, L, H)."""
+        return kept(x, self.U.shape[1], [self.zoneout], self.training)[0]
+
+    def _entering(self, x: Tensor) -> Tensor:
+        """W x + b, or n(W x) + b: (..., D) -> (..., G H)."""
+        if self.gamma is None:
+            return self.input(x)
+        return nn.functional.layer_norm(
+            nn.functional.linear(x, self.input.weight), (len(self.U),), self.gamma[0], self.input.bias
+        )  # fmt: skip
 
     def cost(self, length: int) -> Cost:
         rows, width = self.U.shape
@@ -68,12 +105,25 @@ class GRUMixer(Mixer):
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """State: h (B, H)."""
-        *reset, z, n = self.input(x).chunk(len(self.U) // self.U.shape[1], dim=-1)
-        *u_reset, u_z, u_n = (state @ self.U.T + self.c).chunk(len(reset) + 2, dim=-1)
+        h = self._advance(self._entering(x), state, self.keeps(x.unsqueeze(1)).squeeze(1) if self.zoneout else None)
+        return h, h
+
+    def _advance(self, entering: Tensor, state: Tensor, keep: Tensor | None) -> Tensor:
+        """The next h; keep: share of the old one that stays, (B, H)."""
+        *reset, z, n = entering.chunk(len(self.U) // self.U.shape[1], dim=-1)
+        turned = state @ self.U.T
+        if self.gamma is not None:
+            turned = nn.functional.layer_norm(turned, (len(self.U),), self.gamma[1])
+        *u_reset, u_z, u_n = (turned + self.c).chunk(len(reset) + 2, dim=-1)
         z = torch.sigmoid(z + u_z)
         r = torch.sigmoid(reset[0] + u_reset[0]) if reset else 1 - z
-        h = z * state + (1 - z) * torch.tanh(n + r * u_n)
-        return h, h
+        if self.cell == "gru_reset_first":
+            width = self.U.shape[1]
+            inside = (r * state) @ self.U[-width:].T + self.c[-width:]
+        else:
+            inside = r * u_n
+        h = z * state + (1 - z) * torch.tanh(n + inside)
+        return h if keep is None else torch.lerp(h, state, keep)
 
     def chunk(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         h, last = recurrent_cell(self.input(x), self.U, self.c, self.cell, state, return_state=True)
@@ -82,7 +132,8 @@ class GRUMixer(Mixer):
 
 class GRU(Stack):
     """horizon: the longest memory, in tokens, that the update gates start with; `length` unless given, 2 for none.
-    coupled: the reset gate is 1 - z."""
+    coupled: the reset gate is 1 - z. reset_first: the reset gate acts before the recurrent product.
+    layernorm: norms inside the recurrence. zoneout: probability of a unit's old value to stay."""
 
     card = Card(
         title="Learning Phrase Representations using RNN Encoder-Decoder for Statistical Machine Translation",
@@ -90,7 +141,12 @@ class GRU(Stack):
         url="https://arxiv.org/abs/1406.1078",
         scaling="L",
         causal=True,
-        variants={"coupled": {"coupled": True}},
+        variants={
+            "coupled": {"coupled": True},
+            "reset-first": {"reset_first": True},
+            "layernorm": {"layernorm": True},
+            "zoneout": {"zoneout": 0.1},
+        },
     )
 
     def __init__(
@@ -103,12 +159,18 @@ class GRU(Stack):
         direction: str = "causal",
         horizon: int | None = None,
         coupled: bool = False,
+        reset_first: bool = False,
+        layernorm: bool = False,
+        zoneout: float = 0.0,
         block: Mapping[str, Any] | None = None,
     ) -> None:
         reach = length if horizon is None else horizon
         if reach < 1:
             raise ValueError(f"horizon is {reach}; at least 1 token")
+        checked(zoneout=zoneout)
+        if coupled + reset_first + layernorm > 1:
+            raise ValueError("coupled, reset_first and layernorm are three forms of the cell: one of them at most")
         super().__init__(
-            lambda _: GRUMixer(d_model, reach, coupled),
+            lambda _: GRUMixer(d_model, reach, coupled, reset_first, layernorm, zoneout),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
         )  # fmt: skip

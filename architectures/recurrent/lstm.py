@@ -17,6 +17,13 @@ Variants, after Greff et al. 2015, arXiv:1503.04069:
 and, after Ba, Kiros and Hinton 2016, arXiv:1607.06450, n a layer norm over what it is given, with gains and no offset:
     layernorm           n(W x) + n'(U h) + b in place of W x + U h + b, four gates at once;  h = o * tanh(n''(c) + q)
 
+Regularisers, in training, for any variant:
+    zoneout             each unit of c keeps its old value for a token with probability zoneout_c, each of h with
+                        zoneout_h; h is made from the new c; in evaluation the two values are mixed by these rates
+                        (Krueger et al. 2016, arXiv:1606.01305; 0.5 and 0.05, as for characters there)
+    weight-drop         entries of U are zero with probability weight_drop for a whole batch, the others over
+                        1 - weight_drop (Merity, Keskar and Socher 2017, arXiv:1708.02182; 0.5, as there)
+
 Initialisation: U of each gate orthogonal, W Xavier uniform, gains 1, p, q and the other biases 0. Forget gates start
 with memories from two tokens to `length`: b_f = log(u), u uniform in [1, length - 1], b_i = -b_f, the chrono rule of
 arXiv:1804.11188; a number for `forget_bias` is used instead (1: Jozefowicz et al. 2015), with b_i = 0. Coupled, b_i =
@@ -27,12 +34,15 @@ residual block followed by a feed-forward part, the setting in which arXiv:2405.
 reports recurrent networks on these tasks; the papers have neither.
 
 Checked against: torch.nn.LSTM; closed forms of the variants that agree with onnxruntime's LSTM; tensors of haste's
-LayerNormLSTM; outputs and gradients.
+LayerNormLSTM; outputs and gradients. Zoneout: its equations in closed form and haste's LSTM (h alone); weight-drop: the
+authors' WeightDrop; each with stored masks and in evaluation, with the gradient of x.
+
+Zoneout is a loop over time in Python: `recurrent_cell` would need cells with masks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -40,9 +50,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._init import chrono
+from lra.architectures._precision import wide
 from lra.architectures._stack import Stack
+from lra.architectures._zoneout import checked, kept
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.recurrent_cell import recurrent_cell
+
+State = tuple[Tensor, Tensor]
 
 
 class LSTMMixer(Mixer):
@@ -50,9 +64,10 @@ class LSTMMixer(Mixer):
 
     def __init__(
         self, d_model: int, peephole: bool, coupled: bool, horizon: int, forget_bias: float | None,
-        layernorm: bool = False,
+        layernorm: bool = False, zoneout: tuple[float, float] = (0.0, 0.0), weight_drop: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
+        self.zoneout, self.weight_drop = zoneout, weight_drop  # of c and h; of U
         gates = 3 if coupled else 4
         self.cell = "lstm_coupled" if coupled else "lstm_layernorm" if layernorm else "lstm"
         self.input = nn.Linear(d_model, gates * d_model)  # rows: i, f unless coupled, g, o
@@ -76,43 +91,68 @@ class LSTMMixer(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         # cuDNN's loop is the fast one on a GPU, and computes the plain cell alone
+        U, (h, c) = F.dropout(self.U, self.weight_drop, self.training), self.init_state(len(x))
+        if any(self.zoneout):
+            return self._zoned_out(x, U, (h, c))
         if x.device.type == "cuda" and self.cell == "lstm" and self.p is None:
-            zero = x.new_zeros(1, len(x), self.U.shape[1])
-            weights = [self.input.weight, self.U, self.input.bias, torch.zeros_like(self.input.bias)]
-            return torch.lstm(x, [zero, zero], weights, True, 1, 0.0, self.training, False, True)[0]
-        if self.norm is None:
-            return cast(Tensor, recurrent_cell(self.input(x), self.U, None, self.cell, peephole=self.p))
-        return cast(Tensor, recurrent_cell(self._entering(x), self.U, self.input.bias, self.cell, norm=self.norm))
+            first = [t.to(x.dtype).unsqueeze(0) for t in (h, c)]
+            weights = [self.input.weight, U, self.input.bias, torch.zeros_like(self.input.bias)]
+            return torch.lstm(x, first, weights, True, 1, 0.0, self.training, False, True)[0]
+        bias = None if self.norm is None else self.input.bias
+        y = recurrent_cell(self._entering(x), U, bias, self.cell, h, c0=c, peephole=self.p, norm=self.norm)
+        return cast(Tensor, y)
+
+    def _zoned_out(self, x: Tensor, U: Tensor, state: State) -> Tensor:
+        entering, outputs = wide(self._entering(x)), []
+        with torch.autocast(x.device.type, enabled=False):
+            U, keeps = wide(U), self.keeps(entering)
+            for token, keep_c, keep_h in zip(entering.unbind(1), *(k.unbind(1) for k in keeps), strict=True):
+                y, state = self._advance(token, state, U, (keep_c, keep_h))
+                outputs.append(y)
+        return torch.stack(outputs, dim=1).to(x.dtype)
+
+    def keeps(self, x: Tensor) -> Tensor:
+        """Shares of the old c and h that the tokens of x keep: (2, B, L, H)."""
+        return kept(x, self.U.shape[1], self.zoneout, self.training)
 
     def _entering(self, x: Tensor) -> Tensor:
-        """n(W x): (..., D) -> (..., 4 H)."""
+        """W x + b, or n(W x) without b: (..., D) -> (..., 4 H)."""
+        if self.norm is None:
+            return self.input(x)
         return F.layer_norm(F.linear(x, self.input.weight), (len(self.U),), self.gain)
 
     def cost(self, length: int) -> Cost:
         rows, width = self.U.shape
         return 2 * Cost.linear(length, width, rows) + Cost(other=(25.0 if self.norm is None else 90.0) * length * width)
 
-    def init_state(self, batch: int) -> tuple[Tensor, Tensor]:
+    def init_state(self, batch: int) -> State:
         zero = self.U.new_zeros(batch, self.U.shape[1])
         return zero, zero
 
-    def step(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """State: h and c, (B, H) each."""
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """State: h and c, (B, H) each. All of U is used, in training too."""
+        keeps = self.keeps(x.unsqueeze(1)).squeeze(2) if any(self.zoneout) else None
+        return self._advance(self._entering(x), state, self.U, keeps)
+
+    def _advance(
+        self, entering: Tensor, state: State, U: Tensor, keeps: Sequence[Tensor] | Tensor | None
+    ) -> tuple[Tensor, State]:
+        """One token; keeps: shares of the old c and h that stay, (B, H) each."""
         h, c = state
-        inside = h @ self.U.T
-        if self.norm is None:
-            inside = self.input(x) + inside
-        else:
-            gain = self.norm[:4].flatten()
-            inside = self._entering(x) + F.layer_norm(inside, (len(self.U),), gain, self.input.bias)
+        inside = h @ U.T
+        if self.norm is not None:
+            inside = F.layer_norm(inside, (len(U),), self.norm[:4].flatten(), self.input.bias)
+        inside = entering + inside
         parts = inside.chunk(len(self.U) // self.U.shape[1], dim=-1)
         p = self.U.new_zeros(len(parts) - 1, self.U.shape[1]) if self.p is None else self.p
         i = torch.sigmoid(parts[0] + p[0] * c)
         f = 1 - i if self.cell == "lstm_coupled" else torch.sigmoid(parts[1] + p[1] * c)
-        c = f * c + i * torch.tanh(parts[-2])
-        shown = c if self.norm is None else F.layer_norm(c, c.shape[1:], self.norm[4], self.norm[5])
-        h = torch.sigmoid(parts[-1] + p[-1] * c) * torch.tanh(shown)
-        return h, (h, c)
+        new_c = f * c + i * torch.tanh(parts[-2])
+        shown = new_c if self.norm is None else F.layer_norm(new_c, c.shape[1:], self.norm[4], self.norm[5])
+        new_h = torch.sigmoid(parts[-1] + p[-1] * new_c) * torch.tanh(shown)
+        if keeps is not None:
+            new_c, new_h = torch.lerp(new_c, c, keeps[0]), torch.lerp(new_h, h, keeps[1])
+        return new_h, (new_h, new_c)
 
     def chunk(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         x, b = (self.input(x), None) if self.norm is None else (self._entering(x), self.input.bias)
@@ -125,7 +165,8 @@ class LSTMMixer(Mixer):
 class LSTM(Stack):
     """peephole: gates see the cell. coupled: the forget gate is 1 - i. layernorm: norms inside the recurrence.
     forget_bias: where every forget gate starts, before the sigmoid; unless given they spread over memories of up to
-    `length` tokens."""
+    `length` tokens. zoneout_c, zoneout_h: probabilities of a unit's old cell and output to stay. weight_drop:
+    probability of a recurrent weight to be dropped."""
 
     card = Card(
         title="Long Short-Term Memory",
@@ -138,6 +179,8 @@ class LSTM(Stack):
             "coupled": {"coupled": True},
             "coupled-peephole": {"coupled": True, "peephole": True},
             "layernorm": {"layernorm": True},
+            "zoneout": {"zoneout_c": 0.5, "zoneout_h": 0.05},
+            "weight-drop": {"weight_drop": 0.5},
         },
     )
 
@@ -153,11 +196,17 @@ class LSTM(Stack):
         coupled: bool = False,
         layernorm: bool = False,
         forget_bias: float | None = None,
+        zoneout_c: float = 0.0,
+        zoneout_h: float = 0.0,
+        weight_drop: float = 0.0,
         block: Mapping[str, Any] | None = None,
     ) -> None:
+        checked(zoneout_c=zoneout_c, zoneout_h=zoneout_h, weight_drop=weight_drop)
         if layernorm and (peephole or coupled):
             raise ValueError("layernorm is of the plain cell: without peephole and coupled")
         super().__init__(
-            lambda _: LSTMMixer(d_model, peephole, coupled, length, forget_bias, layernorm),
+            lambda _: LSTMMixer(
+                d_model, peephole, coupled, length, forget_bias, layernorm, (zoneout_c, zoneout_h), weight_drop
+            ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
         )  # fmt: skip

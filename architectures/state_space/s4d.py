@@ -19,6 +19,8 @@ Initialisation of A and B (section 4), half of the pairs, n = 0 .. M - 1:
           of V are. As N grows the kernels tend to those of LegS, a Legendre basis, on average only: against exp(-t),
           the first of them, the error over 8 units of time stays at 0.7 of its norm for N = 8 and 64, as modes of ever
           higher frequency remain; of running means over half a unit it falls from 0.29 to 0.05.
+    real  A = -(n + 1),                               B = 1    the eigenvalues of LegS itself; frequencies start at 0
+    diag  inv in the first half of the n_ssm state matrices, lin in the second: the mixture of the released code
 C complex and D real standard normal; log_dt uniform between log dt_min and log dt_max, so that channels remember from
 1 / dt_max to 1 / dt_min tokens; W, b PyTorch's own. A, B and dt learn at `ssm_lr` at most and without weight decay.
 
@@ -39,62 +41,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._diagonal import DiagonalSSM, check_diagonal
 from lra.architectures._dropout import Dropout
-from lra.architectures._hippo import legs_modes
-from lra.architectures._ssm import checked_copies, initial_log_dt, weighted_sum
+from lra.architectures._ssm import checked_copies, weighted_sum
 from lra.architectures._stack import Block, Stack
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.fft_conv import fft_conv
 from lra.kernels.ssm_kernel_diag import ssm_kernel_diag
 
-INITS = ("lin", "inv", "legs")
-DISCRETIZATIONS = ("zoh", "bilinear")
 
-
-def modes(init: str, state_size: int) -> tuple[Tensor, Tensor]:
-    """A (complex128) and B (float64), each (N / 2,), as section 4 of the paper initialises them."""
-    n = torch.arange(state_size // 2, dtype=torch.float64)
-    half = torch.full_like(n, -0.5)
-    if init == "lin":
-        return torch.complex(half, math.pi * n), torch.ones_like(n)
-    if init == "inv":
-        return torch.complex(half, state_size / math.pi * (state_size / (2 * n + 1) - 1)), torch.ones_like(n)
-    frequency, basis, b = legs_modes(state_size)
-    kept = frequency > 0
-    return torch.complex(half, frequency[kept]), (basis.mH @ b.to(basis.dtype)).abs()[kept] / 2
-
-
-class S4DMixer(Mixer):
-    """(B, L, D) -> (B, L, D). n_ssm: independent (A, B), channel h taking number h mod n_ssm."""
+class S4DMixer(DiagonalSSM, Mixer):
+    """(B, L, D) -> (B, L, D)."""
 
     def __init__(
         self, d_model: int, state_size: int, init: str, discretization: str, dt_min: float, dt_max: float,
         n_ssm: int, causal: bool, dropout: float,
     ) -> None:  # fmt: skip
-        super().__init__()
-        self.causal, self.discretization = causal, discretization
-        A, B = modes(init, state_size)
-        self.log_dt = nn.Parameter(initial_log_dt(d_model, dt_min, dt_max))
-        self.log_A_real = nn.Parameter((-A.real).log().float().repeat(n_ssm, 1))
-        self.A_imag = nn.Parameter(A.imag.float().repeat(n_ssm, 1))
-        # complex numbers are kept as pairs of reals, which every optimiser and checkpoint format takes
-        self.B = nn.Parameter(torch.stack([B, torch.zeros_like(B)], dim=-1).float().repeat(n_ssm, 1, 1))
-        self.C = nn.Parameter(torch.randn(1 if causal else 2, d_model, len(A), 2) * 0.5**0.5)
+        super().__init__(d_model, state_size, init, discretization, dt_min, dt_max, n_ssm, ways=1 if causal else 2)
+        self.causal = causal
         self.D = nn.Parameter(torch.randn(d_model))
         self.out = nn.Linear(d_model, 2 * d_model)
         # the released block drops before its activation as well, at each position even where it ties the other masks
         self.inner_dropout, self.dropout = nn.Dropout(dropout), Dropout(dropout)
-
-    def _continuous(self) -> tuple[Tensor, Tensor, Tensor]:
-        """A: (H, M), C B: (1 or 2, H, M), dt: (H,)."""
-        tiles = len(self.log_dt) // len(self.A_imag)
-        A = torch.complex(-self.log_A_real.exp(), self.A_imag).repeat(tiles, 1)
-        B = torch.view_as_complex(self.B).repeat(tiles, 1)
-        return A, torch.view_as_complex(self.C) * B, self.log_dt.exp()
-
-    def kernel(self, length: int) -> Tensor:
-        """K: (1 or 2, H, length); the second looks ahead."""
-        return ssm_kernel_diag(*self._continuous(), length, self.discretization)
 
     def _project(self, y: Tensor) -> Tensor:
         return F.glu(self.out(self.dropout(F.gelu(self.inner_dropout(y)))), dim=-1)
@@ -111,19 +79,17 @@ class S4DMixer(Mixer):
         return Cost.linear(length, width, 2 * width) + Cost(other=light, batch_other=kernel)
 
     def init_state(self, batch: int) -> Tensor:
-        return torch.zeros(batch, *self.C.shape[1:3], dtype=self.C.dtype.to_complex(), device=self.C.device)
+        return self.start(batch)
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """State: x_t, (B, H, M) complex. One step is in double precision: rounding Abar would grow with time."""
-        A, C, dt = self._continuous()
-        decay, enter = self._discrete(A, dt)
-        state = (decay * state + enter * x.unsqueeze(-1)).to(state.dtype)
-        return self._project(2 * (C[0] * state).sum(-1).real.to(x.dtype) + self.D * x), state
+        """State: x_t, (B, H, M) complex."""
+        y, state = self.advance(x, state)
+        return self._project(y + self.D * x), state
 
     def chunk(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """The kernel filters the tokens; what the state adds is a kernel too, one for each sequence."""
         tokens, (A, C, dt) = x.shape[1], self._continuous()
-        decay, enter = self._discrete(A, dt)
+        decay, enter = self.discrete(A, dt)
         reads = (C[0] * state * decay / enter).to(A.dtype)
         before = ssm_kernel_diag(A, reads, dt, tokens, self.discretization).transpose(1, 2)
         y = fft_conv(x, self.kernel(tokens)[0], self.D) + before.to(x.dtype)
@@ -131,17 +97,11 @@ class S4DMixer(Mixer):
         after = decay**tokens * state + enter * weighted_sum(x, lambda place: z * (tokens - 1 - place))
         return self._project(y), after.to(state.dtype)
 
-    def _discrete(self, A: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
-        """Abar, and Bbar / B: (H, M) complex128."""
-        z = (dt.unsqueeze(-1) * A).to(torch.complex128)
-        if self.discretization == "zoh":
-            return z.exp(), torch.expm1(z) / A
-        return (1 + z / 2) / (1 - z / 2), dt.unsqueeze(-1) / (1 - z / 2)
-
 
 class S4D(Stack):
-    """state_size: N, even. n_ssm: independent state matrices, d_model unless given, which it divides. init: of INITS.
-    dt_min, dt_max: range of the initial step sizes. ssm_lr: highest learning rate of A, B and dt."""
+    """state_size: N, even. n_ssm: independent state matrices, d_model unless given, which it divides. init: lin, inv,
+    legs, real or diag. dt_min, dt_max: range of the initial step sizes. ssm_lr: highest learning rate of A, B and
+    dt."""
 
     card = Card(
         title="On the Parameterization and Initialization of Diagonal State Space Models",
@@ -154,6 +114,8 @@ class S4D(Stack):
             "lin": {"init": "lin"},
             "inv": {"init": "inv"},
             "legs": {"init": "legs"},
+            "real": {"init": "real"},
+            "diag": {"init": "diag"},
             "bilinear": {"discretization": "bilinear"},
         },
     )
@@ -177,12 +139,7 @@ class S4D(Stack):
         block: Mapping[str, Any] | None = None,
     ) -> None:
         copies = checked_copies(n_ssm, d_model)
-        if state_size < 2 or state_size % 2:
-            raise ValueError(f"state_size is {state_size}; an even number of at least 2, conjugate modes come in pairs")
-        if init not in INITS:
-            raise ValueError(f"init is {init!r}; one of {', '.join(INITS)}")
-        if discretization not in DISCRETIZATIONS:
-            raise ValueError(f"discretization is {discretization!r}; one of {', '.join(DISCRETIZATIONS)}")
+        check_diagonal(state_size, init, discretization, copies)
         self.ssm_lr = ssm_lr
         super().__init__(
             lambda _: S4DMixer(

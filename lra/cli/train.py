@@ -114,7 +114,7 @@ def run(
     select_only: Annotated[bool, typer.Option("--select-only", hidden=True)] = False,
 ) -> None:
     """Train, select on validation, test once, write the result, show the task's table."""
-    from lra.training.placement import Placement
+    from lra.training.placement import Placement, launcher_rank
     from lra.training.request import Request, check, folder_of, read, resolve
 
     request = Request(
@@ -130,7 +130,8 @@ def run(
             f"{request.command()}: recipe {resolved.hash[:8]}, in {folder_of(request, resolved)}", soft_wrap=True
         )
         return
-    console.print(f"{task} x {architecture}, recipe {resolved.name}, seed {seed}: loading PyTorch", soft_wrap=True)
+    if launcher_rank() == 0:
+        console.print(f"{task} x {architecture}, recipe {resolved.name}, seed {seed}: loading PyTorch", soft_wrap=True)
     from lra.training import distributed
     from lra.training.run import run as train
 
@@ -179,6 +180,7 @@ def sweep(
     forecast: Annotated[bool, typer.Option(help="Probe time and memory before starting.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show cells and forecast, run nothing.")] = False,
     time_limit: Annotated[str, typer.Option(help="Stop in time, and go on with the next call: 90s, 8m, 2h.")] = "",
+    jobs: Annotated[int, typer.Option(min=1, help="Cells at a time; set OMP_NUM_THREADS to share the cores.")] = 1,
 ) -> None:
     """Run a grid of cells, one process each; finished cells are skipped, failed ones reported at the end."""
     from lra.sweeps import local, plans

@@ -97,7 +97,8 @@ def frame(profiles: Sequence[AnyProfile]) -> pd.DataFrame:
     """One row per cell: the columns of FIELDS, and what the charts show (milliseconds, MiB, GFLOP, family)."""
     # objects, so that counts stay whole numbers in a column that has gaps
     table = pd.DataFrame([_values(p) for p in profiles], columns=[*FIELDS, "family", "rounds"], dtype=object)
-    table = table.astype(dict.fromkeys(("forward_seconds", "train_seconds", "tokens_per_second", "mfu"), "float64"))
+    times = [f for f in FIELDS if f.endswith(("_seconds", "_low", "_high"))]
+    table = table.astype(dict.fromkeys([*times, "tokens_per_second", "mfu"], "float64"))
     return table.assign(
         forward_ms=1e3 * table["forward_seconds"], train_ms=1e3 * table["train_seconds"],
         # a chart has a logarithmic axis

@@ -1,19 +1,16 @@
-"""Hardware, versions, commit and command line: what a result depends on beside the code."""
+"""Hardware, versions and commit: what a result depends on beside the code."""
 
 from __future__ import annotations
 
 import os
 import platform
 import subprocess
-import sys
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-ONCE = {"--resume": 0, "--time-limit": 1, "--checkpoint-dir": 1}
-"""Options that concern one call and not the run, with the number of their values."""
 PACKAGES = ("torch", "lightning", "torchmetrics", "numba", "numpy", "triton", "datasets", "lra-suite")
 
 
@@ -68,17 +65,3 @@ def commit() -> dict[str, Any]:
         return {"hash": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.CalledProcessError):
         return {"hash": "", "dirty": True}
-
-
-def command_line(repeatable: bool = False) -> str:
-    """The command line of this process. repeatable: without the options in ONCE, so that it repeats the whole run."""
-    import shlex
-
-    words, typed = iter(sys.argv[1:]), ["lra"]
-    for word in words:
-        flag, equals, _ = word.partition("=")
-        if not repeatable or flag not in ONCE:
-            typed.append(word)
-        elif ONCE[flag] and not equals:
-            next(words, None)
-    return shlex.join(typed)

@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,11 +67,12 @@ def execute_plan(
     forecast: bool = True,
     dry_run: bool = False,
     seconds: float | None = None,
+    jobs: int = 1,
 ) -> list[Cell]:
     """Run the unfinished cells of a plan. Returns the cells that failed.
 
     ray: address of a Ray cluster; only: number of the one cell to run; forecast: print a forecast first; dry_run: print
-    the state of each cell and run none; seconds: approximate time limit. Raises UserError.
+    the state of each cell and run none; seconds: approximate time limit; jobs: cells at a time. Raises UserError.
     """
     from lra import files
     from lra.results import result
@@ -100,7 +103,7 @@ def execute_plan(
 
         failed = cluster.run(plan, unfinished, ray, console)
     else:
-        failed = _run_locally(plan, console, unfinished, deadline)
+        failed = _run_locally(plan, console, unfinished, deadline, jobs)
     for number in failed:
         entry = f"{plan.cells[number].name}: {plan.logs / f'{number}.log'}"
         console.print(f"[red]failed[/] {escape(entry)}", soft_wrap=True)
@@ -110,36 +113,50 @@ def execute_plan(
 
 
 def _run_locally(
-    plan: Plan, console: Console, unfinished: list[int] | None = None, deadline: float | None = None
+    plan: Plan, console: Console, unfinished: list[int] | None = None, deadline: float | None = None, jobs: int = 1
 ) -> list[int]:
-    """Run the unfinished cells (by default all) one after the other. Returns the numbers of those that failed.
+    """Run the unfinished cells (by default all) in order, `jobs` processes at a time. Returns the numbers of those that
+    failed.
 
-    At `deadline`, the running cell is stopped with a checkpoint, and no other is started.
+    At `deadline`, running cells are stopped with a checkpoint, and no other is started.
     """
     board = Board([cell.name for cell in plan.cells], console)
+    numbers = range(len(plan.cells)) if unfinished is None else unfinished
     for number in range(len(plan.cells)):
-        if unfinished is not None and number not in unfinished:
+        if number not in numbers:
             board.set(number, "finished")
-    failed = []
-    with live_display(board):
-        for number in range(len(plan.cells)) if unfinished is None else unfinished:
+    waiting, lock = iter(numbers), threading.Lock()
+
+    def run_waiting_cells() -> list[int]:
+        failed: list[int] = []
+        while True:
+            with lock:
+                number = next(waiting, None)
+            if number is None:
+                return failed
             cell = plan.cells[number]
             if deadline is not None:
-                left = deadline - time.monotonic()
-                if left < 1:
-                    break
-                cell = replace(cell, options={**cell.options, "time-limit": f"{left:.0f}s"})
+                remaining = deadline - time.monotonic()
+                if remaining < 1:
+                    return failed
+                cell = replace(cell, options={**cell.options, "time-limit": f"{remaining:.0f}s"})
             board.set(number, "running")
             code, message = run_cell(cell, plan.logs / f"{number}.log", plan.retries)
             if code == 130 and deadline is not None and time.monotonic() > deadline - 1:
                 board.set(number, "waiting", "stopped at the time limit; the next call resumes it")
-                break
+                return failed
             board.set(number, "done" if code == 0 else "failed", message)
             if code == 130:
                 raise KeyboardInterrupt
             if code:
                 failed.append(number)
-    return failed
+
+    with live_display(board):
+        if jobs == 1:
+            return run_waiting_cells()
+        with ThreadPoolExecutor(jobs) as pool:
+            futures = [pool.submit(run_waiting_cells) for _ in range(jobs)]
+            return sorted(number for future in futures for number in future.result())
 
 
 def run_child(*arguments: Any, **options: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from lightning.pytorch.strategies import FSDPStrategy
@@ -10,10 +9,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lra.data.batches import Shard
-from lra.training.placement import Placement
-
-# how launchers tell a process its rank: torchrun and Lightning's own, then Slurm
-RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+from lra.training.placement import Placement, launcher_rank
 
 
 class CPUCapableFSDP(FSDPStrategy):
@@ -44,7 +40,7 @@ def rank() -> int:
     """Global rank of this process; read from the launcher's environment before the process group exists."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank()
-    return next((int(os.environ[name]) for name in RANKS if os.environ.get(name, "").isdigit()), 0)
+    return launcher_rank()
 
 
 def world_size() -> int:

@@ -1,4 +1,4 @@
-"""How an encoder is run, without changing what it computes: blocks recomputed, compiled, or in chunks of tokens."""
+"""How an encoder is executed without changing what it computes: recomputed blocks, compiled, in chunks of tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lra.errors import UserError
 
 
 def blocks(encoder: nn.Module) -> list[nn.Module]:
-    """The layers of the first list of modules that holds more than parameters: what is recomputed or sharded whole."""
+    """The layers of the encoder's first non-empty ModuleList: the units of recomputation and sharding."""
     for module in encoder.modules():
         if isinstance(module, nn.ModuleList) and len(module):
             return list(module)
@@ -24,11 +24,12 @@ def blocks(encoder: nn.Module) -> list[nn.Module]:
 
 
 def recompute(encoder: Encoder) -> None:
-    """Keep only what enters each block and compute the inside again in the backward pass. Raises UserError."""
-    found = blocks(encoder)
-    if not found:
+    """Gradient checkpointing: keep the input of each block only and compute the rest again in the backward pass.
+    Raises UserError for an encoder without a list of blocks."""
+    layers = blocks(encoder)
+    if not layers:
         raise UserError(f"train.checkpointing: {type(encoder).__name__} has no list of blocks")
-    for block in found:
+    for block in layers:
         for name in ("forward", "chunk"):
             if hasattr(block, name):
                 setattr(block, name, partial(_recomputed, block, getattr(block, name)))
@@ -65,9 +66,9 @@ def _cut(value: Tensor, at_start: Tensor) -> Tensor:
 
 
 def compiled(encoder: Encoder, trial: Callable[[], Tensor]) -> dict[str, Any]:
-    """Compile in place and run `trial` once, forward and backward; what refuses to compile runs as it is.
+    """Compile in place and run `trial` once, forward and backward; an encoder that fails to compile runs uncompiled.
 
-    Returns what a result says of it: status "ok", "graph breaks" or "refused", and why.
+    Returns status ("ok", "graph breaks" or "refused"), graph_breaks and reason, for the record.
     """
     from torch import _dynamo
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from lra.config.recipe import Recipe
 from lra.errors import UserError
 
+# how launchers tell a process its rank: torchrun and Lightning's own, then Slurm
+RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp")
 
 
@@ -61,6 +63,11 @@ class Placement:
                 f"data.batch_size is {batch_size}, not divisible by {self.world_size} devices x {parts} accumulated "
                 "parts"
             )
+
+
+def launcher_rank() -> int:
+    """Global rank of this process as the launcher's environment has it; 0 without one."""
+    return next((int(os.environ[name]) for name in RANKS if os.environ.get(name, "").isdigit()), 0)
 
 
 def unsupported_by_fsdp(recipe: Recipe) -> str:

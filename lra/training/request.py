@@ -149,11 +149,14 @@ def _within_budget(request: Request, recipe: Recipe, origin: dict[str, str]) -> 
 def _matched(request: Request, recipe: Recipe, origin: dict[str, str]) -> tuple[Recipe, dict[str, str]]:
     from lra.config import match
     from lra.data import prepared_sets
-    from lra.training.construction import build
+    from lra.training.construction import build, kept_random_state
 
     constructor = architectures.get(request.architecture)
     task, protocol = prepared_sets.resolve(tasks.get(request.task)(), recipe.data.protocol or None)
-    width, note = match.find_width(request.match, recipe, lambda r: build(r, constructor, task, protocol, 0), protocol)
+    with kept_random_state():
+        width, note = match.find_width(
+            request.match, recipe, lambda r: build(r, constructor, task, protocol, 0), protocol
+        )
     origin["model.d_model"] = f"--match: {note}"
     return replace(recipe, model=replace(recipe.model, d_model=width)), origin
 

@@ -107,7 +107,7 @@ def _announce(
         f"recipe {recipe.name} [dim]{recipe.hash[:8]}[/], seed {request.seed}, {parameters:,} parameters, "
         f"{kind if count == 1 else f'{count} x {kind}'}"
     )
-    for line in (recipe.note, origin["model.d_model"] if request.match else ""):
+    for line in (recipe.note, origin["model.d_model"] if request.match else "", origin.get("width", "")):
         if line:
             console.print(f"[yellow]{line}[/]")
 

@@ -16,8 +16,8 @@ from lra.kernels import _dispatch
 from lra.model import Batch, Classifier
 from lra.profiling import flops
 from lra.registry import Constructor
-from lra.results import environment, statistics
 from lra.results import record as records
+from lra.results import statistics
 from lra.results.official import changed_settings
 from lra.results.record import RunRecord
 from lra.task import Protocol
@@ -76,7 +76,6 @@ def record(
         implementations=_dispatch.used(),
         data=records.Data(checksum=prepared.checksum, counts=prepared.manifest["counts"]),
         environment=records.Environment(**where | {"commit": records.Commit(**where["commit"])}),
-        command=environment.command_line(repeatable=True),
         started=started.isoformat(timespec="seconds"),
         predictions=records.PredictionsFile(file="", sha256=""),
         receptive_field=_receptive_field(model, protocol),

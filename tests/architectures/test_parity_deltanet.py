@@ -107,7 +107,7 @@ def as_the_papers_write_it(mixer: DeltaNetMixer, x: Tensor) -> Tensor:
         filtered.append((y / (1 + torch.exp(-y))).unflatten(-1, (heads, -1)))
     q, k, v = filtered
     q, k = (t / (t.square().sum(-1, keepdim=True) + 1e-6).sqrt() for t in (q, k))
-    beta = 1 / (1 + torch.exp(-x @ W_beta.T))
+    beta = (2 if mixer.negative else 1) / (1 + torch.exp(-x @ W_beta.T))
     alpha = torch.ones_like(beta)
     if rest:
         alpha = torch.exp(-mixer.A_log.exp() * torch.log1p(torch.exp(x @ rest[0].T + mixer.dt_bias)))
@@ -126,10 +126,24 @@ def as_the_papers_write_it(mixer: DeltaNetMixer, x: Tensor) -> Tensor:
     return o @ mixer.out.weight.T
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_outputs_and_gradients_equal_the_products_of_the_papers(gated: bool) -> None:
+def test_recurrence_with_negative_eigenvalues_equals_the_authors() -> None:
+    """The first of each token's keys, values and strengths in (0, 2)."""
+    g = golden("deltaproduct")
+    steps = int(g["cfg.num_householder"])
+    k, v, beta = (g[f"in.{name}"][:, ::steps] for name in ("k", "v", "beta"))
+    assert beta.max() > 1.5
+    S, outputs = g["in.initial_state"], []
+    for t in range(k.shape[1]):
+        o, S = advance(g["in.q"][:, t], k[:, t], v[:, t], beta[:, t], None, S)
+        outputs.append(o)
+    torch.testing.assert_close(torch.stack(outputs, 1), g["mid.y_deltanet"], rtol=0, atol=1e-12)
+    torch.testing.assert_close(S, g["mid.final_state_deltanet"], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("gated", "negative"), [(False, False), (True, False), (False, True), (True, True)])
+def test_outputs_and_gradients_equal_the_products_of_the_papers(gated: bool, negative: bool) -> None:
     torch.manual_seed(0)
-    mixer = mixer_of(expand_v=2.0, d_conv=3, gated=gated).double()
+    mixer = mixer_of(expand_v=2.0, d_conv=3, gated=gated, negative=negative).double()
     with torch.no_grad():
         mixer.norm_weight.uniform_(0.5, 1.5)
     x = torch.randn(2, 21, 12, dtype=torch.float64, requires_grad=True)

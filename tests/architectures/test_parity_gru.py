@@ -19,16 +19,22 @@ def equations(mixer: GRUMixer, x: Tensor) -> Tensor:
     for token in x.unbind(1):
         z = torch.sigmoid(token @ w["z"].T + b["z"] + h @ u["z"].T + c["z"])
         r = torch.sigmoid(token @ w["r"].T + b["r"] + h @ u["r"].T + c["r"]) if "r" in w else 1 - z
-        n = torch.tanh(token @ w["n"].T + b["n"] + r * (h @ u["n"].T + c["n"]))
+        inside = r * (h @ u["n"].T + c["n"])
+        if mixer.cell == "gru_reset_first":
+            inside = (r * h) @ u["n"].T + c["n"]
+        n = torch.tanh(token @ w["n"].T + b["n"] + inside)
         h = z * h + (1 - z) * n
         outputs.append(h)
     return torch.stack(outputs, dim=1)
 
 
-@pytest.mark.parametrize("coupled", [False, True])
-def test_mixer_equals_its_equations(coupled: bool) -> None:
+FORMS = [{}, {"coupled": True}, {"reset_first": True}]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_mixer_equals_its_equations(form: dict[str, bool]) -> None:
     torch.manual_seed(0)
-    mixer = GRUMixer(6, horizon=20, coupled=coupled).double()
+    mixer = GRUMixer(6, horizon=20, **form).double()
     for parameter in mixer.parameters():
         torch.nn.init.normal_(parameter, std=0.7)
     x = torch.randn(2, 13, 6, dtype=torch.float64, requires_grad=True)
@@ -59,10 +65,10 @@ def test_plain_cell_equals_torch() -> None:
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("coupled", [False, True])
-def test_step_equals_forward_over_2048_tokens(coupled: bool) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_step_equals_forward_over_2048_tokens(form: dict[str, bool]) -> None:
     torch.manual_seed(0)
-    mixer = GRUMixer(8, horizon=2048, coupled=coupled).eval()
+    mixer = GRUMixer(8, horizon=2048, **form).eval()
     x = torch.randn(1, 2048, 8)
     with torch.no_grad():
         torch.testing.assert_close(stepped(mixer, x), mixer(x, torch.ones(1, 2048, dtype=torch.bool)))
@@ -93,6 +99,10 @@ def test_initialisation() -> None:
     assert GRUMixer(8, horizon=100, coupled=True).input.bias.chunk(2)[0].all()
 
 
-def test_wrong_horizon_is_named() -> None:
+def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="horizon is 0"):
         GRU(d_model=8, n_layers=1, length=16, horizon=0)
+    with pytest.raises(ValueError, match="one of them at most"):
+        GRU(d_model=8, n_layers=1, length=16, coupled=True, reset_first=True)
+    with pytest.raises(ValueError, match="zoneout is 1"):
+        GRU(d_model=8, n_layers=1, length=16, zoneout=1.0)

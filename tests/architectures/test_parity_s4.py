@@ -13,11 +13,13 @@ import torch
 from stepping import stepped
 from torch import Tensor
 
-from lra.architectures.state_space.s4 import S4, S4Mixer, modes
+from lra.architectures._dplr import modes
+from lra.architectures.state_space.s4 import S4, S4Mixer
 
 LAYERS: dict[str, dict[str, Any]] = {
     "s4_dplr_legs": {"init": "legs"},
     "s4_dplr_fout": {"init": "fout", "n_ssm": 2},
+    "s4_dplr_legt_rank2": {"init": "legt"},
     "s4_dplr_bidirectional": {"init": "legs", "direction": "bidirectional"},
 }
 
@@ -46,7 +48,7 @@ def test_layer_equals_s4block(name: str, length: int) -> None:
         "log_dt": g["param.log_dt"].flatten(),
         "log_A_real": g["param.A_real_log"],
         "A_imag": -g["param.A_imag_neg"],
-        "P": torch.view_as_real(g["param.P"][0]),
+        "P": torch.view_as_real(g["param.P"]),
         "B": torch.view_as_real(g["param.B"][0]),
         "C_tilde": mixer.C_tilde,
         "D": g["param.D"].flatten(),
@@ -71,7 +73,7 @@ def test_layer_equals_s4block(name: str, length: int) -> None:
         torch.testing.assert_close(mixer(long, everything(long)).mT, g["mid.y_long"], rtol=1e-10, atol=1e-11)
 
 
-@pytest.mark.parametrize("init", ["legs", "fout"])
+@pytest.mark.parametrize("init", ["legs", "fout", "legt"])
 def test_gradients_of_every_parameter_equal_the_recurrence(init: str) -> None:
     """The stored tensors hold the gradient of x alone; the step-by-step recurrence gives those of the parameters."""
     torch.manual_seed(0)
@@ -94,16 +96,16 @@ def test_step_equals_forward_over_2048_tokens() -> None:
 
 
 def complete(half: Tensor) -> Tensor:
-    return torch.cat([half, half.conj()])
+    return torch.cat([half, half.conj()], dim=-1)
 
 
-@pytest.mark.parametrize("init", ["legs", "fout"])
+@pytest.mark.parametrize("init", ["legs", "fout", "legt"])
 def test_modes_are_hippo(init: str) -> None:
     """diag(A) - P P^* has the spectrum of the dense matrix, and B sees it as the dense B does, at every power."""
     g = golden("hippo_nplr")
     A, P, B = (complete(t) for t in modes(init, int(g["param.N"])))
     dense = g[f"mid.{init}.A"].to(torch.complex128)
-    S = A.diag() - torch.outer(P, P.conj())
+    S = A.diag() - P.mT @ P.conj()
     # sums of moments B^* S^k B do not depend on the basis
     own, other = B, g[f"mid.{init}.Bdense"].to(torch.complex128)
     for _ in range(4):
@@ -111,19 +113,19 @@ def test_modes_are_hippo(init: str) -> None:
         own, other = S @ own / 10, dense @ other / 10
     half = A[: len(A) // 2]
     torch.testing.assert_close(half, g[f"mid.{init}.Lambda"].conj().flip(0), rtol=1e-10, atol=1e-10)
-    products = (B * P.conj())[: len(half)]
-    expected = g[f"mid.{init}.BconjP"][0].conj().flip(0)
+    products = (B * P.conj())[:, : len(half)]
+    expected = g[f"mid.{init}.BconjP"].conj().flip(1)
     torch.testing.assert_close(products, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("size", ["small", "large"])
-@pytest.mark.parametrize("init", ["legs", "fout"])
+@pytest.mark.parametrize("init", ["legs", "fout", "legt"])
 def test_modes_have_the_moments_of_the_authors_transitions(init: str, size: str) -> None:
     """B^* S^k B, which no basis changes, for as many k as the system has states."""
     g = golden("hippo_transition")
     N = int(g[f"param.N_{size}"])
     A, P, B = (complete(t) for t in modes(init, N))
-    S, dense = A.diag() - torch.outer(P, P.conj()), g[f"mid.{init}.{size}.A"]
+    S, dense = A.diag() - P.mT @ P.conj(), g[f"mid.{init}.{size}.A"]
     enters = g[f"mid.{init}.{size}.B"][:, 0]
     own, other, scale = B, enters, torch.linalg.matrix_norm(dense, 2)
     for _ in range(N):
@@ -143,7 +145,17 @@ def test_legs_is_exactly_normal_plus_low_rank() -> None:
     torch.testing.assert_close(1j * values[values > 0] - 0.5, A, rtol=1e-10, atol=1e-10)
     rebuilt = V @ (1j * values - 0.5).diag() @ V.mH - torch.outer(p, p)
     torch.testing.assert_close(rebuilt.real, hippo, rtol=1e-10, atol=1e-9)
-    torch.testing.assert_close(P.abs(), (V.mH @ p.to(V.dtype)).abs()[values > 0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(P[0].abs(), (V.mH @ p.to(V.dtype)).abs()[values > 0], rtol=1e-10, atol=1e-10)
+
+
+def test_hippo_is_legs_in_the_first_half_and_fout_in_the_second() -> None:
+    mixer = mixer_of(init="hippo")
+    for half, init in ((slice(0, 2), "legs"), (slice(2, 4), "fout")):
+        A, P, B = modes(init, 8)
+        torch.testing.assert_close(mixer.A_imag[half].detach(), A.imag.float().double().expand(2, 4))
+        for own, expected in ((mixer.P[0, half], P[0]), (mixer.B[half], B)):
+            stored = torch.view_as_complex(own.detach())
+            torch.testing.assert_close(stored, expected.expand(2, 4), rtol=1e-6, atol=1e-6)
 
 
 def test_step_sizes_fill_their_range() -> None:
@@ -167,7 +179,8 @@ def test_optimiser_settings_reach_the_ssm_alone() -> None:
     ("wrong", "says"),
     [
         ({"state_size": 7}, "state_size is 7"),
-        ({"init": "hippo"}, "legs, fout"),
+        ({"init": "lagt"}, "legs, fout, legt, hippo"),
+        ({"init": "hippo", "n_ssm": 1}, "n_ssm is 1"),
         ({"dt_min": 0.2}, "dt_min is 0.2"),
         ({"n_ssm": 3}, "n_ssm is 3"),
     ],

@@ -13,8 +13,9 @@ import torch
 from stepping import stepped
 from torch import Tensor
 
+from lra.architectures._diagonal import modes
 from lra.architectures._hippo import legs_modes
-from lra.architectures.state_space.s4d import S4D, S4DMixer, modes
+from lra.architectures.state_space.s4d import S4D, S4DMixer
 
 LAYERS: dict[str, dict[str, Any]] = {
     "s4d_lin_zoh": {"init": "lin"},
@@ -154,6 +155,15 @@ def test_legs_kernels_tend_to_those_of_the_full_matrix_on_average_only() -> None
     assert errors[64] == pytest.approx((0.71, 0.05), abs=0.01)
 
 
+def test_real_and_mixed_modes() -> None:
+    A, B = modes("real", 8)
+    assert torch.equal(A, torch.tensor([-1, -2, -3, -4], dtype=torch.complex128))
+    assert (B == 1).all()
+    frequencies = mixer_of(init="diag", n_ssm=2).A_imag
+    for own, init in zip(frequencies, ("inv", "lin"), strict=True):
+        torch.testing.assert_close(own, modes(init, 8)[0].imag.float().double(), rtol=0, atol=0)
+
+
 def test_step_sizes_fill_their_range() -> None:
     torch.manual_seed(0)
     dt = mixer_of(d_model=2000, state_size=2, dt_min=1e-4, dt_max=0.1).log_dt.exp()
@@ -179,6 +189,7 @@ def test_optimiser_settings_reach_the_ssm_alone() -> None:
         ({"discretization": "euler"}, "zoh, bilinear"),
         ({"dt_min": 0.2}, "dt_min is 0.2"),
         ({"n_ssm": 3}, "n_ssm is 3"),
+        ({"init": "diag", "n_ssm": 1}, "n_ssm is 1"),
     ],
 )
 def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:

@@ -73,11 +73,24 @@ def test_every_shell_line_is_checked() -> None:
 
 
 def test_python_snippet() -> None:
-    [snippet] = [block for block in blocks("python", README) if "class MyLayer" not in block]
+    [snippet] = [block for block in blocks("python", README) if "torch.randn" in block]
     done = subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     [shape] = re.findall(r"# (torch\.Size.*)", snippet)
     assert shape in done.stdout
+
+
+def test_training_snippet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As printed, but on the tests' own small task."""
+    [snippet] = [block for block in blocks("python", README) if "lra.train(" in block]
+    small = '{"train.steps": 4, "train.evaluate_every": 4, "model.d_model": 8}'
+    task = Path(__file__).parents[1] / "tiny_task.py"
+    code = snippet.replace('"listops", "s4d"', f'"{task}:Tiny", "s4d", overrides={small}')
+    for name in ("LRA_RESULTS", "LRA_RUNS", "LRA_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "difference +0.00 points" in done.stdout
 
 
 @pytest.mark.parametrize("command", of("make", shell_lines(README + GUIDE) + mentions("make")))
@@ -119,4 +132,4 @@ def test_tree_is_the_tree() -> None:
     [tree] = blocks("", README)
     listed = {line.split("/")[0] for line in tree.splitlines()}
     linked = {p.name for p in (ROOT / "lra").iterdir() if p.is_symlink()}
-    assert listed == {"lra", "results", "tests"} | linked
+    assert listed == {"lra", "benchmarks", "results", "tests"} | linked

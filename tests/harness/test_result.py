@@ -360,20 +360,6 @@ def test_an_architecture_never_leaves_its_folder(name: str, folder: str) -> None
     assert result.slug(name) == folder
 
 
-@pytest.mark.parametrize(
-    "typed",
-    [
-        "--resume --time-limit 8m --seed 3",
-        "--seed 3 --time-limit=8m --checkpoint-dir /elsewhere",
-        "--checkpoint-dir=/elsewhere --seed 3 --resume",
-    ],
-)
-def test_the_command_of_a_record_does_the_whole_run_again(typed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["/somewhere/lra", "run", "listops", "gru", *typed.split()])
-    assert environment.command_line(repeatable=True) == "lra run listops gru --seed 3"
-    assert environment.command_line() == f"lra run listops gru {typed}"
-
-
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes are not confined here")
 def test_a_confined_process_counts_the_processors_it_has() -> None:
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "

@@ -56,7 +56,7 @@ def weights(places: Path, number: int = 0) -> dict[str, torch.Tensor]:
 def test_a_run_writes_one_valid_record_with_its_predictions(places: Path) -> None:
     path = go()
     record = result.read(path)
-    assert path.parent == places / "lra_results" / "runs" / "tiny" / "gru"
+    assert path.parent == places / "lra_results" / "smoke" / "tiny" / "gru"
     assert record.task == "tiny"
     assert record.test.n == 150
     saved = np.load(path.with_suffix(".npz"), allow_pickle=False)
@@ -205,7 +205,7 @@ def test_what_cannot_run_is_one_line(places: Path) -> None:
 def test_two_seeds_make_one_row_with_an_interval(places: Path) -> None:
     go()
     go(seed=1)
-    collection = Collection.read(places / "lra_results")
+    collection = Collection.read(places / "lra_results", "smoke")
     board = Leaderboard.of(collection)
     assert not collection.problems
     assert not board.groups

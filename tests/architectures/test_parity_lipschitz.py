@@ -1,0 +1,30 @@
+"""lipschitz against tensors of the authors' code, plain and gated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from recurrences import agrees, golden, load, padded
+
+from lra.architectures.recurrent.lipschitz import Lipschitz, LipschitzMixer
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_layer_equals_the_authors(gated: bool) -> None:
+    """Their matrices stand on the right of the state: B and C are transposed."""
+    g = golden("lipschitz_rnn_gated" if gated else "lipschitz_rnn")
+    constants = {name: g[f"cfg.{name}"].item() for name in ("eps", "beta", "gamma", "alpha")}
+    mixer = LipschitzMixer(5, gated=gated, **constants).double()
+    maps = {f"{e}__weight": padded(g[f"param.{e}.weight"], 5, 5) for e in ("E", "E_gate")[: 1 + gated]}
+    biases = {f"{e}__bias": g[f"param.{e}.bias"] for e in ("E", "E_gate")[: 1 + gated]}
+    load(mixer, B=g["param.B"].T, C=g["param.C"].T, **maps, **biases)
+    last = agrees(mixer, g, mixer.init_state(3))
+    torch.testing.assert_close(last, g["h_n"], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("wrong", "says"), [({"eps": 0.0}, r"eps is 0\.0"), ({"beta": 0.2}, r"beta is 0\.2")])
+def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Lipschitz(d_model=8, n_layers=1, length=16, **wrong)
