@@ -1,9 +1,9 @@
-# Thin wrappers around `lra`; `make help` lists them. Needs GNU make, bash and Python 3.11 to 3.13, nothing else.
+# Thin wrappers around `lra`; `make help` lists them. Needs GNU make, bash and Python 3.11 to 3.14.
 SHELL := bash
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 
-# set on the command line: make listops ARCH=gru SEED=1
+# variables of the command line: make listops ARCH=gru SEED=1
 ARCH := s4d
 RECIPE := auto
 SEED := 0
@@ -13,7 +13,7 @@ K :=
 ARGS :=
 JOBS := auto
 PYTHON :=
-# recipes read them from the environment, so that no value needs quoting
+# make recipes read these from the environment, so that values need no quoting
 export ARCH RECIPE SEED TIME OP K PYTHON
 
 TASKS := listops text retrieval image pathfinder pathx pathfinder64 path256
@@ -28,30 +28,30 @@ help: ## list the targets and variables
 	@echo "  variables: ARCH=s4d (any of 'lra list', name/variant, or file.py:Class)  RECIPE=auto  SEED=0  TIME=8m"
 	@echo "             K=name (tests to run)  OP=name (operator to time)  ARGS='more options of the lra command'"
 
-setup: ## create or update .venv (every other target does so by itself)
-listops: ## nested operations on digits, up to 2,000 tokens, 10 classes
-text: ## sentiment of film reviews as bytes, 2 classes
-retrieval: ## whether one paper cites another, two texts as bytes, 2 classes
-image: ## grey CIFAR-10, one pixel after the other, 1,024 tokens, 10 classes
-pathfinder: ## whether two points are joined, 32 x 32 pixels, 2 classes
-pathx: ## the same at 128 x 128 pixels, 16,384 tokens
-pathfinder64: ## the same at 64 x 64 pixels, 4,096 tokens
-path256: ## the same at 256 x 256 pixels, 65,536 tokens
-leaderboard: ## the table of all results
-report: ## one HTML file with every result, figure and piece of evidence
-profile: ## speed, memory and work of ARCH, or of all architectures
-bench: ## time of the operators, or of OP, beside what this machine could do
-doctor: ## which implementations this machine has, and whether each is right
-campaign: ## run the next cells of results/campaign.toml, JOBS=2 at a time, for TIME=8m; PYTHON=python3 uses that Python
-gpu: ## on a machine with a GPU and its own packages, no .venv: operator tests, bench, doctor and profile in 9 minutes
-test-gpu: ## the operator tests that need a GPU, likewise
-test: ## run the tests, or those that match K
-test-faults: ## kill, fill, corrupt and fuzz everything, 20 minutes; `make test` holds a short form
-test-oldest: ## the tests with the oldest packages that pyproject.toml accepts, in an environment of their own
-test-newest: ## the tests with the newest packages there are, likewise
-check: ## lint, formatting and types (changes nothing), then the conformance checks of ARCH
-fix: ## repair lint and formatting
-clean: ## delete .venv, builds and tool caches; data and results stay
+setup: ## create or update .venv; every other target does this when needed
+listops: ## ListOps: nested operations on digits, up to 2,000 tokens, 10 classes
+text: ## Text: sentiment of film reviews as bytes, up to 4,096, 2 classes
+retrieval: ## Retrieval: does one paper cite the other? two texts as bytes, up to 4,000 each
+image: ## Image: CIFAR-10 in grey, pixel by pixel, 1,024 tokens, 10 classes
+pathfinder: ## Pathfinder: are two points connected? 32 x 32 pixels, 1,024 tokens, 2 classes
+pathx: ## Path-X: Pathfinder at 128 x 128 pixels, 16,384 tokens
+pathfinder64: ## Pathfinder at 64 x 64 pixels, 4,096 tokens
+path256: ## Pathfinder at 256 x 256 pixels, 65,536 tokens
+leaderboard: ## write the tables of all results
+report: ## write all results and figures to one HTML file
+profile: ## measure speed, memory and FLOPs of ARCH, by default of all architectures
+bench: ## time the operator OP, by default all, and compare with the limits of this machine
+doctor: ## check which operator implementations run on this machine and are correct
+campaign: ## run unfinished cells of results/campaign.toml, JOBS=2 at a time, for TIME=8m; PYTHON=python3: no .venv
+gpu: ## on a machine with a GPU, without .venv: operator tests, bench, doctor and profile in 9 minutes
+test-gpu: ## on a machine with a GPU, without .venv: the operator tests that need it
+test: ## run the tests, or those whose names match K
+test-faults: ## tests with killed processes, full disks, corrupt files and fuzzing, 20 minutes; a short form is in test
+test-oldest: ## run the tests with the oldest packages that pyproject.toml accepts, in their own environment
+test-newest: ## run the tests with the newest packages, in their own environment
+check: ## check lint, formatting, types and imports, then the conformance of ARCH; changes nothing
+fix: ## fix lint and formatting
+clean: ## delete .venv, builds and tool caches; keep data and results
 
 setup: .venv/.stamp
 	@echo "setup: .venv is up to date"
@@ -78,22 +78,22 @@ campaign: $(if $(PYTHON),,.venv/.stamp)
 	@OMP_NUM_THREADS=1 PYTHONPATH=. nice -n 19 $(or $(PYTHON),$(VENV)/python) -m lra.cli sweep results/campaign.toml \
 	    --no-forecast --jobs $(if $(filter auto,$(JOBS)),1,$(JOBS)) $(if $(TIME),--time-limit "$$TIME") $(ARGS)
 
-# an accelerator machine has its own torch and no network
+# a GPU machine may have its own torch and no network
 gpu:
 	@PYTHONPATH=. $(or $(PYTHON),python3) -m benchmarks gpu $(ARGS)
 
 test-gpu:
 	@PYTHONPATH=. $(or $(PYTHON),python3) -m pytest -q -m gpu $(if $(K),-k "$$K") tests $(ARGS)
 
-# the workers fill the processors: more threads in each only get in each other's way
+# the workers use all CPUs, so each gets one thread
 test: .venv/.stamp
 	@OMP_NUM_THREADS=1 $(RUN) pytest -q -n $(JOBS) $(if $(K),-k "$$K") $(ARGS)
 
 test-faults: .venv/.stamp
 	@LRA_FAULTS=full OMP_NUM_THREADS=1 $(RUN) pytest -q -n $(JOBS) --dist loadgroup $(if $(K),-k "$$K") tests/faults $(ARGS)
 
-# old packages warn of newer ones that they were not written for: there a warning is no error
-# PIP='--index-url ...' names where a CPU build of torch is found
+# old packages warn about newer ones, so warnings are not errors here
+# PIP='--index-url ...' chooses the index of a CPU build of torch
 OLDEST := import re, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
     print(*(re.sub(r">=([\d.]+)", r"==\1", d) for d in p["dependencies"] + p["optional-dependencies"]["dev"]), sep="\n")
 
@@ -124,7 +124,7 @@ clean:
 	rm -rf .venv .cache/oldest .cache/newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 	find lra/ architectures kernels tasks tests -name __pycache__ -prune -exec rm -rf {} +
 
-# the stamp names the folder it was made in: a moved checkout has an environment that points elsewhere
+# the stamp holds the path of the checkout: an environment does not work after the checkout is moved
 ifneq ($(shell test -x $(VENV)/python && cat .venv/.stamp 2>/dev/null),$(CURDIR))
 .PHONY: .venv/.stamp
 endif

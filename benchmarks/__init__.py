@@ -1,1 +1,1 @@
-"""Timings beside other packages, and everything one machine can say in limited time. Not part of the wheel."""
+"""Comparisons with other packages, and the measurements of one machine in limited time. Not part of the wheel."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: operators and encoders beside other packages, and the parts for a machine with a GPU."""
+"""`python -m benchmarks`: compare operators and encoders with other packages; run all measurements of a GPU machine."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from lra.cli.common import console, guarded
 from lra.cli.operators import time_operators
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-Budget = Annotated[float, typer.Option(min=0.1, help="Seconds for each measurement.")]
+Budget = Annotated[float, typer.Option(min=0.1, help="Seconds per measurement.")]
 
 
 @app.command()
 @guarded
 def operators(
-    op: Annotated[str, typer.Argument(help="One operator; all by default.")] = "", budget: Budget = 1.5
+    op: Annotated[str, typer.Argument(help="Operator to time; default: all.")] = "", budget: Budget = 1.5
 ) -> None:
-    """Time the operators beside this machine's limits and other packages' operators."""
+    """Time the operators and compare them with the limits of this machine and with other packages."""
     from benchmarks.peers import peers
 
     time_operators(op, budget, peers)
@@ -29,18 +29,20 @@ def operators(
 @app.command()
 @guarded
 def models(
-    architecture: Annotated[str, typer.Argument(help="One architecture; all that have peers by default.")] = "",
+    architecture: Annotated[str, typer.Argument(help="Architecture to time; default: all that have peers.")] = "",
     budget: Budget = 1.5,
 ) -> None:
-    """Time training steps of encoders beside those of other packages."""
+    """Time training steps of encoders and compare them with other packages."""
     from benchmarks import models as encoders
-    from lra.operators.bench import write
+    from lra.operators.bench import write_csv
     from lra.results import result
     from lra.training.device import device
 
     with console.status("starting") as status:
         names = [architecture] if architecture else []
-        steps = list(encoders.bench(names, device(), budget=budget, seen=lambda now: status.update(f"timing {now}")))
+        steps = list(
+            encoders.bench(names, device(), budget=budget, on_architecture=lambda name: status.update(f"timing {name}"))
+        )
     ours = {step.architecture: step.timing.median for step in steps if step.by == "lra"}
     table = Table(title="training step: forward, backward, AdamW", title_justify="left", pad_edge=False)
     for column in ("architecture", "by", "batch x L", "params", "ms", "IQR ms", "x ours"):
@@ -54,7 +56,7 @@ def models(
         )  # fmt: skip
     console.print(table)
     if not architecture:
-        path = write(encoders.frame(steps, device()), f"models-{device().type}", result.folder())
+        path = write_csv(encoders.to_frame(steps, device()), f"models-{device().type}", result.folder())
         console.print(f"wrote {path}", soft_wrap=True)
 
 

@@ -1,10 +1,9 @@
-"""Everything one machine can say of this code, in order and in limited time: `python -m benchmarks gpu`.
+"""All tests and measurements that need a GPU, in limited time: `python -m benchmarks gpu`.
 
-The parts are those of PARTS: tests of the operators on a GPU, the operators' bench, the doctor, the efficiency profile
-of all architectures. Each part is a process of its own whose output goes to `measure/<part>.log` in the results folder
-(`LRA_RESULTS`), and which writes its own files as it finishes; a part that fails or runs out of time is named and does
-not keep the others from running. Works from a checkout with the machine's own packages: PYTHONPATH=. is set for the
-parts.
+The parts are the GPU tests of the operators, their benchmark, the doctor and the profile of all architectures (PARTS).
+Each part is a separate process, which writes its own results; its output goes to `measure/<part>.log` in the results
+folder (`LRA_RESULTS`). If a part fails or runs out of time, the next one starts all the same. Works from a checkout
+with the packages of the machine: the parts run with PYTHONPATH=. set.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ PARTS: dict[str, tuple[tuple[str, ...], float]] = {
     "doctor": ((*LRA, "doctor", "--fresh"), 0.10),
     "profile": ((*LRA, "profile", "--budget", "0.5"), 0.35),
 }
-"""Part -> arguments for Python, share of the time. What a part leaves unused goes to those after it."""
+"""Part -> arguments of Python, share of the time. Unused time is available to later parts."""
 
 
 def run_part(arguments: Sequence[str], log: Path, seconds: float) -> str:
@@ -45,7 +44,7 @@ def run_part(arguments: Sequence[str], log: Path, seconds: float) -> str:
         try:
             code = process.wait(timeout=seconds)
         except BaseException as error:
-            # its children (profile's cells, pytest's workers) belong to its session
+            # its child processes belong to the same session
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             if not isinstance(error, subprocess.TimeoutExpired):
@@ -55,22 +54,22 @@ def run_part(arguments: Sequence[str], log: Path, seconds: float) -> str:
 
 
 def gpu(
-    seconds: float = typer.Option(520.0, min=1, help="For all parts together."),
-    only: list[str] = typer.Option([], help="Parts to run; all by default."),  # noqa: B008
+    seconds: float = typer.Option(520.0, min=1, help="Time limit for all parts."),
+    only: list[str] = typer.Option([], help="Part to run; may be repeated; default: all."),  # noqa: B008
 ) -> None:
-    """Run the parts, each within its share of the time."""
+    """Run the GPU tests, benchmark, doctor and profile, each within its share of the time."""
     console = Console()
-    strange = [name for name in only if name not in PARTS]
-    if strange:
-        console.print(f"[red]error:[/] unknown part {strange[0]!r}; one of {', '.join(PARTS)}")
+    unknown = [name for name in only if name not in PARTS]
+    if unknown:
+        console.print(f"[red]error:[/] unknown part {unknown[0]!r}; one of {', '.join(PARTS)}")
         raise typer.Exit(2)
     folder, end = result.folder() / "measure", time.monotonic() + seconds
-    chosen, fine = [name for name in PARTS if not only or name in only], True
-    for place, name in enumerate(chosen):
+    parts, succeeded = [name for name in PARTS if not only or name in only], True
+    for position, name in enumerate(parts):
         arguments, share = PARTS[name]
-        left = sum(PARTS[other][1] for other in chosen[place:])
+        remaining = sum(PARTS[other][1] for other in parts[position:])
         begin = time.monotonic()
-        outcome = run_part(arguments, folder / f"{name}.log", max(1.0, (end - begin) * share / left))
-        fine = fine and outcome == "ok"
+        outcome = run_part(arguments, folder / f"{name}.log", max(1.0, (end - begin) * share / remaining))
+        succeeded = succeeded and outcome == "ok"
         console.print(f"{name}: {outcome} after {time.monotonic() - begin:.0f} s, {folder / name}.log", soft_wrap=True)
-    raise typer.Exit(0 if fine else 1)
+    raise typer.Exit(0 if succeeded else 1)

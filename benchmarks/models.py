@@ -1,8 +1,8 @@
-"""Encoders beside the same ones in other packages, where these are installed: what `python -m benchmarks models` times.
+"""Training steps of encoders, compared with installed packages that implement them: `python -m benchmarks models`.
 
-A peer is our own encoder with the other package's layer in the place of each mixer, so that norms, residuals and
-feed-forward parts are the same on both sides; packages whose layers do not come apart are taken whole. Both train on
-float32 inputs, a sixteenth of them padding where the peer takes a mask.
+A peer is our encoder with the layers of another package as mixers, so that norms, residuals and feed-forward layers are
+the same in both. A package without separate layers replaces the whole encoder. Inputs are float32; the last sixteenth
+of each sequence is masked as padding.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lra.registry import architectures
 
 @dataclass(frozen=True)
 class Shape:
-    """Of the inputs and the encoder on both sides."""
+    """Sizes of the inputs and of the encoder, the same for ours and the peers."""
 
     batch: int
     length: int
@@ -40,8 +40,8 @@ class Shape:
 RECURRENT, ATTENTION = Shape(16, 1024), Shape(8, 2048)
 
 
-class Taken(nn.Module):
-    """Another package's layer in the place of a mixer. call: (layer, x, mask) -> y."""
+class PeerLayer(nn.Module):
+    """A layer of another package with the interface of a mixer. call: (layer, x, mask) -> y."""
 
     def __init__(self, layer: nn.Module, call: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -54,40 +54,41 @@ class Taken(nn.Module):
         return None
 
 
-def _plain(layer: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
+def _call(layer: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
     return layer(x)
 
 
-def _first(layer: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
+def _call_first(layer: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
     return layer(x)[0]
 
 
-def _masked(layer: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
+def _call_masked(layer: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
     return layer(x, mask=mask)
 
 
 @dataclass(frozen=True)
 class Peer:
-    """package: what has to be importable. make, call: see Taken; whole: it stands for the encoder, not for a mixer."""
+    """Another implementation. package: module that must be importable; make: builds its layer; call: see PeerLayer;
+    is_encoder: the layer replaces the encoder instead of each mixer."""
 
     name: str
     package: str
     make: Callable[[Shape], nn.Module]
-    call: Callable[[nn.Module, Tensor, Tensor], Tensor] = _plain
-    whole: bool = False
+    call: Callable[[nn.Module, Tensor, Tensor], Tensor] = _call
+    is_encoder: bool = False
 
     def build(self, ours: Match) -> nn.Module:
-        if self.whole:
-            return Taken(self.make(ours.shape), self.call)
+        if self.is_encoder:
+            return PeerLayer(self.make(ours.shape), self.call)
         encoder: Any = ours.build()
         for block in encoder.blocks:
-            block.mixer = Taken(self.make(ours.shape), self.call)
+            block.mixer = PeerLayer(self.make(ours.shape), self.call)
         return encoder
 
 
 @dataclass(frozen=True)
 class Match:
-    """An architecture of ours with the options that make it what its peers are."""
+    """An architecture, its peers, and the options with which it computes the same as they do."""
 
     architecture: str
     shape: Shape
@@ -95,13 +96,13 @@ class Match:
     options: dict[str, Any] = field(default_factory=dict)
 
     def build(self) -> Encoder:
-        s, make = self.shape, architectures.get(self.architecture)
-        own = {"n_heads": s.n_heads} if "n_heads" in make.options() else {"direction": "causal"}
-        return make(d_model=s.d_model, n_layers=s.n_layers, length=s.length, **own, **self.options)
+        s, constructor = self.shape, architectures.get(self.architecture)
+        extra = {"n_heads": s.n_heads} if "n_heads" in constructor.options() else {"direction": "causal"}
+        return constructor(d_model=s.d_model, n_layers=s.n_layers, length=s.length, **extra, **self.options)
 
 
 class HalfGLU(nn.Module):
-    """An S5 layer with the activation that ours has: g sigmoid(W g), g = gelu(y)."""
+    """An S5 layer followed by the activation of our S5: g sigmoid(W g), g = gelu(y)."""
 
     def __init__(self, layer: nn.Module, d_model: int) -> None:
         super().__init__()
@@ -113,8 +114,8 @@ class HalfGLU(nn.Module):
 
 
 def _mambapy(s: Shape) -> nn.Module:
-    kit = import_module("mambapy.mamba")
-    return kit.MambaBlock(kit.MambaConfig(d_model=s.d_model, n_layers=s.n_layers))
+    mamba = import_module("mambapy.mamba")
+    return mamba.MambaBlock(mamba.MambaConfig(d_model=s.d_model, n_layers=s.n_layers))
 
 
 def _s5(state: int) -> Callable[[Shape], nn.Module]:
@@ -122,17 +123,17 @@ def _s5(state: int) -> Callable[[Shape], nn.Module]:
 
 
 def _performer(s: Shape) -> nn.Module:
-    kit = import_module("performer_pytorch")
-    return kit.SelfAttention(s.d_model, heads=s.n_heads, dim_head=s.d_model // s.n_heads, qkv_bias=True)
+    package = import_module("performer_pytorch")
+    return package.SelfAttention(s.d_model, heads=s.n_heads, dim_head=s.d_model // s.n_heads, qkv_bias=True)
 
 
 def _reformer(s: Shape) -> nn.Module:
-    kit = import_module("reformer_pytorch")
-    return kit.Reformer(dim=s.d_model, depth=s.n_layers, heads=s.n_heads, bucket_size=64, n_hashes=2)
+    package = import_module("reformer_pytorch")
+    return package.Reformer(dim=s.d_model, depth=s.n_layers, heads=s.n_heads, bucket_size=64, n_hashes=2)
 
 
-def _reformed(layer: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
-    # its reversible blocks need an input that has a gradient
+def _call_reformer(layer: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
+    # its reversible blocks need an input that requires a gradient
     return layer(x.detach().requires_grad_(), input_mask=mask)
 
 
@@ -147,7 +148,7 @@ def _nystrom(s: Shape) -> nn.Module:
 
 
 def _local(s: Shape) -> nn.Module:
-    # window_size 64 with the neighbours on both sides, as `local/overlap` has them
+    # windows of 64 that also attend to both neighbours, as in `local/overlap`
     return import_module("local_attention.transformer").LocalMHA(
         dim=s.d_model, window_size=64, heads=s.n_heads, dim_head=s.d_model // s.n_heads, exact_windowsize=False
     )
@@ -166,27 +167,27 @@ def _huggingface(name: str, **more: Any) -> Callable[[Shape], nn.Module]:
     return build
 
 
-def _embedded(layer: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
+def _call_embedded(layer: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
     return layer(inputs_embeds=x, attention_mask=mask.long()).last_hidden_state
 
 
-def _first_is_global(layer: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
-    everywhere = torch.zeros_like(mask, dtype=torch.long)
-    everywhere[:, 0] = 1
-    return layer(inputs_embeds=x, attention_mask=mask.long(), global_attention_mask=everywhere).last_hidden_state
+def _call_longformer(layer: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
+    global_mask = torch.zeros_like(mask, dtype=torch.long)
+    global_mask[:, 0] = 1
+    return layer(inputs_embeds=x, attention_mask=mask.long(), global_attention_mask=global_mask).last_hidden_state
 
 
 def _nn(kind: str) -> Peer:
     return Peer(
-        f"torch.nn.{kind}", "torch", lambda s: getattr(nn, kind)(s.d_model, s.d_model, batch_first=True), _first
+        f"torch.nn.{kind}", "torch", lambda s: getattr(nn, kind)(s.d_model, s.d_model, batch_first=True), _call_first
     )
 
 
 def _s4(module: str, name: str, **more: Any) -> Peer:
-    """The authors' single-file modules; their checkout has to be on the path."""
+    """The authors' single-file modules. Their checkout must be on the Python path."""
     package = f"models.s4.{module}"
     layer = lambda s: getattr(import_module(package), name)(s.d_model, d_state=64, transposed=False, **more)  # noqa: E731
-    return Peer(f"state-spaces/s4 {name}", package, layer, _first)
+    return Peer(f"state-spaces/s4 {name}", package, layer, _call_first)
 
 
 MATCHES = (
@@ -196,31 +197,27 @@ MATCHES = (
     )),
     Match("mingru", RECURRENT, (
         Peer("minGRU-pytorch", "minGRU_pytorch", lambda s: import_module("minGRU_pytorch").minGRU(s.d_model)),
-    )),
-    Match("lstm", RECURRENT, (_nn("LSTM"),)),
-    Match("gru", RECURRENT, (_nn("GRU"),)),
-    Match("elman", RECURRENT, (_nn("RNN"),)),
-    Match("s4d", RECURRENT, (_s4("s4d", "S4D"),)),
-    Match("s4", RECURRENT, (_s4("s4", "S4Block", final_act="glu"),)),
-    Match("performer", ATTENTION, (Peer("performer-pytorch", "performer_pytorch", _performer, _masked),)),
-    Match("reformer", ATTENTION, (Peer("reformer-pytorch", "reformer_pytorch", _reformer, _reformed, whole=True),)),
-    Match("linformer", ATTENTION, (Peer("linformer", "linformer", _linformer),)),
-    Match("nystromformer", ATTENTION, (Peer("nystrom-attention", "nystrom_attention", _nystrom, _masked),)),
-    Match("local/overlap", ATTENTION, (Peer("local-attention", "local_attention", _local, _masked),), {"size": 64}),
-    Match("longformer", ATTENTION, (
+    )), Match("lstm", RECURRENT, (_nn("LSTM"),)), Match("gru", RECURRENT, (_nn("GRU"),)), Match("elman", RECURRENT,
+    (_nn("RNN"),)), Match("s4d", RECURRENT, (_s4("s4d", "S4D"),)), Match("s4", RECURRENT, (_s4("s4", "S4Block",
+    final_act="glu"),)), Match("performer", ATTENTION, (Peer("performer-pytorch", "performer_pytorch", _performer,
+    _call_masked),)), Match("reformer", ATTENTION, (Peer("reformer-pytorch", "reformer_pytorch", _reformer,
+    _call_reformer, is_encoder=True),)), Match("linformer", ATTENTION, (Peer("linformer", "linformer", _linformer),)),
+    Match("nystromformer", ATTENTION, (Peer("nystrom-attention", "nystrom_attention", _nystrom, _call_masked),)),
+    Match("local/overlap", ATTENTION, (Peer("local-attention", "local_attention", _local, _call_masked),), {"size":
+    64}), Match("longformer", ATTENTION, (
         Peer("Hugging Face Longformer", "transformers", _huggingface("Longformer", attention_window=512),
-             _first_is_global, whole=True),
+             _call_longformer, is_encoder=True),
     )),
     Match("bigbird", ATTENTION, (
         Peer("Hugging Face BigBird", "transformers",
-             _huggingface("BigBird", block_size=64, num_random_blocks=3), _embedded, whole=True),
+             _huggingface("BigBird", block_size=64, num_random_blocks=3), _call_embedded, is_encoder=True),
     )),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """name: "lra" or the peer's. step: one training step (forward, backward, AdamW)."""
+    """A model to time. name: "lra" or that of the peer; step: one training step (forward, backward, AdamW)."""
 
     name: str
     parameters: int
@@ -228,7 +225,7 @@ class Contestant:
 
 
 def contestants(match: Match, device: torch.device) -> Iterator[Contestant]:
-    """Ours first, then every peer that is installed."""
+    """Our encoder, then every peer that is installed."""
     s = match.shape
     torch.manual_seed(0)
     x = torch.randn(s.batch, s.length, s.d_model, device=device)
@@ -263,27 +260,29 @@ class Step:
 
 
 def bench(
-    names: Iterable[str], device: torch.device, *, budget: float = 10.0, seen: Callable[[str], None] = lambda _: None
-) -> Iterator[Step]:
-    """Training steps of our encoders in turns with those of other packages; all of MATCHES where no name is given.
+    names: Iterable[str], device: torch.device, *, budget: float = 10.0,
+    on_architecture: Callable[[str], None] = lambda _: None
+) -> Iterator[Step]:  # fmt: skip
+    """Time training steps of encoders and of their peers, in turns.
 
-    Raises UserError for an architecture that has no match.
+    names: architectures, by default all of MATCHES; budget: seconds per measurement; on_architecture: called with each
+    name before it is measured. Raises UserError for an architecture without peers.
     """
-    known = {match.architecture: match for match in MATCHES}
-    chosen = list(names) or list(known)
+    matches = {match.architecture: match for match in MATCHES}
+    chosen = list(names) or list(matches)
     for name in chosen:
-        if name not in known:
-            raise unknown("architecture with peers", name, known)
+        if name not in matches:
+            raise unknown("architecture with peers", name, matches)
     memory.keep_freed()
     for name in chosen:
-        seen(name)
-        found = {c.name: c for c in contestants(known[name], device)}
-        for by, timing in together({n: c.step for n, c in found.items()}, device, budget=budget).items():
-            yield Step(name, by, known[name].shape, found[by].parameters, timing)
+        on_architecture(name)
+        models = {c.name: c for c in contestants(matches[name], device)}
+        for by, timing in together({n: c.step for n, c in models.items()}, device, budget=budget).items():
+            yield Step(name, by, matches[name].shape, models[by].parameters, timing)
 
 
-def frame(steps: Iterable[Step], device: torch.device) -> pd.DataFrame:
-    """One measurement a row, with hardware and versions."""
+def to_frame(steps: Iterable[Step], device: torch.device) -> pd.DataFrame:
+    """A data frame with one row per measurement, with hardware and versions."""
     rows = [
         {
             "architecture": step.architecture, "by": step.by, **asdict(step.shape), "parameters": step.parameters,

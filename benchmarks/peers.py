@@ -1,5 +1,4 @@
-"""The operators' work done by PyTorch itself and by other packages, where they are installed: what
-`python -m benchmarks operators` times beside ours."""
+"""Implementations of the operators in PyTorch and in other installed packages, for `python -m benchmarks operators`."""
 
 from __future__ import annotations
 
@@ -25,24 +24,22 @@ TORCH_LAYERS: dict[str, Callable[..., Any]] = {
 
 
 def peers(op: str, arguments: dict[str, Any], own: str) -> Iterator[Contender]:
-    """Who else does what `op` does with these arguments; own: the implementation of ours they are compared with."""
-    find = FINDERS.get(op)
-    if find is not None:
-        yield from find(arguments, own)
+    """Other implementations of `op` for these arguments. own: our implementation that they are compared with."""
+    if op in PEERS:
+        yield from PEERS[op](arguments, own)
 
 
 def installed(package: str, tensor: Tensor | None = None) -> bool:
-    """Whether a package, or a module of one, is here; those that only run on CUDA tensors are asked for with one of the
-    arguments."""
+    """Whether a package or module is installed. tensor: an argument, for packages that only run on CUDA tensors."""
     try:
-        found = find_spec(package) is not None
-    except ModuleNotFoundError:  # of the package that would hold it
+        exists = find_spec(package) is not None
+    except ModuleNotFoundError:  # the parent package is missing
         return False
-    return found and (tensor is None or tensor.is_cuda)
+    return exists and (tensor is None or tensor.is_cuda)
 
 
-def _linear_scan(given: dict[str, Any], own: str) -> Iterator[Contender]:
-    a, b = given["a"], given["b"]
+def _linear_scan(arguments: dict[str, Any], own: str) -> Iterator[Contender]:
+    a, b = arguments["a"], arguments["b"]
     yield Contender("torch.add of a and b", lambda a, b: a + b, {"a": a.expand_as(b), "b": b}, backward=False)
     if a.is_complex():
         if installed("s5"):
@@ -50,21 +47,21 @@ def _linear_scan(given: dict[str, Any], own: str) -> Iterator[Contender]:
                 import_module("s5.jax_compat").associative_scan,
                 import_module("s5.s5_model").binary_operator,
             )
-            yield Contender("s5-pytorch", lambda a, b, **_: scan(combine, (a, b), axis=1)[1], given)
+            yield Contender("s5-pytorch", lambda a, b, **_: scan(combine, (a, b), axis=1)[1], arguments)
         return
     if installed("mambapy"):
         pscan = import_module("mambapy.pscan").pscan
-        # (B, L, D, N) there; it writes into its arguments
+        # takes (B, L, D, N) and writes into its arguments
         yield Contender(
-            "mambapy", lambda a, b, **_: pscan(a.unsqueeze(-1).clone(), b.unsqueeze(-1).clone()).squeeze(-1), given
+            "mambapy", lambda a, b, **_: pscan(a.unsqueeze(-1).clone(), b.unsqueeze(-1).clone()).squeeze(-1), arguments
         )
     if installed("minGRU_pytorch"):
         scan = import_module("minGRU_pytorch.minGRU").heinsen_associative_scan_log
-        positive = given | {"a": a.log(), "b": b.abs().log()}
+        positive = arguments | {"a": a.log(), "b": b.abs().log()}
         yield Contender("minGRU-pytorch, logarithms of |b|", lambda a, b, **_: scan(a, b), positive)
 
 
-def _selective_scan(given: dict[str, Any], own: str) -> Iterator[Contender]:
+def _selective_scan(arguments: dict[str, Any], own: str) -> Iterator[Contender]:
     if installed("mambapy"):
         pscan = import_module("mambapy.pscan").pscan
 
@@ -76,8 +73,8 @@ def _selective_scan(given: dict[str, Any], own: str) -> Iterator[Contender]:
             y = y if D is None else y + D * u
             return y if z is None else y * F.silu(z)
 
-        yield Contender("mambapy", mambapy, given)
-    if installed("mamba_ssm", given["u"]):
+        yield Contender("mambapy", mambapy, arguments)
+    if installed("mamba_ssm", arguments["u"]):
         fused = import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
 
         def mamba_ssm(
@@ -86,69 +83,69 @@ def _selective_scan(given: dict[str, Any], own: str) -> Iterator[Contender]:
             z = None if z is None else z.mT
             return fused(u.mT, delta.mT, A, B.mT, C.mT, D, z).mT
 
-        yield Contender("mamba-ssm", mamba_ssm, given)
+        yield Contender("mamba-ssm", mamba_ssm, arguments)
 
 
-def _ssd(given: dict[str, Any], own: str) -> Iterator[Contender]:
-    if installed("mamba_ssm", given["x"]):
+def _ssd(arguments: dict[str, Any], own: str) -> Iterator[Contender]:
+    if installed("mamba_ssm", arguments["x"]):
         scan = import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
-        yield Contender("mamba-ssm", lambda x, dt, A, B, C, **_: scan(x, dt, A, B, C, 64), given)
+        yield Contender("mamba-ssm", lambda x, dt, A, B, C, **_: scan(x, dt, A, B, C, 64), arguments)
 
 
-def _decay_attention(given: dict[str, Any], own: str) -> Iterator[Contender]:
-    decay = given["log_decay"]
+def _decay_attention(arguments: dict[str, Any], own: str) -> Iterator[Contender]:
+    decay = arguments["log_decay"]
     if not installed("fla", decay) or decay.ndim < 3:
         return
     attend = import_module("fla.ops.gla").chunk_gla if decay.ndim == 4 else None
     attend = attend or import_module("fla.ops.simple_gla").chunk_simple_gla
-    yield Contender("fla", lambda q, k, v, log_decay, **_: attend(q, k, v, g=log_decay, scale=1.0)[0], given)
+    yield Contender("fla", lambda q, k, v, log_decay, **_: attend(q, k, v, g=log_decay, scale=1.0)[0], arguments)
 
 
-def _delta_rule(given: dict[str, Any], own: str) -> Iterator[Contender]:
-    if not installed("fla", given["q"]):
+def _delta_rule(arguments: dict[str, Any], own: str) -> Iterator[Contender]:
+    if not installed("fla", arguments["q"]):
         return
-    if given.get("log_decay") is None:
+    if arguments.get("log_decay") is None:
         rule = import_module("fla.ops.delta_rule").chunk_delta_rule
-        yield Contender("fla", lambda q, k, v, beta, **_: rule(q, k, v, beta, scale=1.0)[0], given)
+        yield Contender("fla", lambda q, k, v, beta, **_: rule(q, k, v, beta, scale=1.0)[0], arguments)
     else:
         gated = import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
         yield Contender(
-            "fla", lambda q, k, v, beta, log_decay, **_: gated(q, k, v, log_decay, beta, scale=1.0)[0], given
+            "fla", lambda q, k, v, beta, log_decay, **_: gated(q, k, v, log_decay, beta, scale=1.0)[0], arguments
         )
 
 
-def _causal_conv1d(given: dict[str, Any], own: str) -> Iterator[Contender]:
+def _causal_conv1d(arguments: dict[str, Any], own: str) -> Iterator[Contender]:
     def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
         y = F.conv1d(x.mT, weight.unsqueeze(1), bias, padding=weight.shape[1] - 1, groups=len(weight))
         y = y[..., : x.shape[1]].mT
         return y if activation is None else F.silu(y)
 
-    yield Contender("torch conv1d", convolve, given)
+    yield Contender("torch conv1d", convolve, arguments)
 
 
-def _band_attention(given: dict[str, Any], own: str) -> Iterator[Contender]:
-    q, k, v, window = (given[name] for name in ("q", "k", "v", "window"))
-    if not isinstance(window, int) or given.get("mask") is not None:
+def _band_attention(arguments: dict[str, Any], own: str) -> Iterator[Contender]:
+    q, k, v, window = (arguments[name] for name in ("q", "k", "v", "window"))
+    if not isinstance(window, int) or arguments.get("mask") is not None:
         return
     position = torch.arange(q.shape[1], device=q.device)
-    sees = (position - position.unsqueeze(1)).abs() <= window
+    mask = (position - position.unsqueeze(1)).abs() <= window
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=sees).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
     yield Contender("torch masked attention", attend, {"q": q, "k": k, "v": v})
 
 
-def _recurrent_cell(given: dict[str, Any], own: str) -> Iterator[Contender]:
-    """torch's layers include the product of the input, so ours is timed with it too. Where torch has no such layer:
-    the loop that a user would write."""
-    x, U, cell = given["x_gates"], given["U"], given["cell"]
+def _recurrent_cell(arguments: dict[str, Any], own: str) -> Iterator[Contender]:
+    """Layers of torch include the input projection, so ours is also timed with it. Cells that torch lacks are compared
+    with a loop over time."""
+    x, U, cell = arguments["x_gates"], arguments["U"], arguments["cell"]
     if cell not in TORCH_LAYERS:
-        yield Contender("loop over time", loop_over_time, given)
+        yield Contender("loop over time", loop_over_time, arguments)
         return
     layer, width = TORCH_LAYERS[cell], U.shape[1]
-    b = given["b"]
+    b = arguments["b"]
     with_input = {"x": x[..., :width].contiguous(), "w": torch.rand_like(U) / width, "U": U, "b": b}
     zero = x.new_zeros(1, len(x), width)
     start = [zero, zero] if cell == "lstm" else zero
@@ -159,11 +156,11 @@ def _recurrent_cell(given: dict[str, Any], own: str) -> Iterator[Contender]:
     def ours(x: Tensor, w: Tensor, U: Tensor, b: Tensor) -> Any:
         return recurrent_cell(F.linear(x, w), U, b, cell, impl=own)
 
-    yield Contender(f"{own} with the input's product", ours, with_input)
+    yield Contender(f"{own} with input projection", ours, with_input)
     yield Contender("torch.nn layer", in_torch, with_input)
 
 
-FINDERS: dict[str, Callable[[dict[str, Any], str], Iterator[Contender]]] = {
+PEERS: dict[str, Callable[[dict[str, Any], str], Iterator[Contender]]] = {
     "linear_scan": _linear_scan,
     "selective_scan": _selective_scan,
     "ssd": _ssd,

@@ -61,7 +61,7 @@ def load_task(task: str | type | Task, protocol: str = "", *, source: str | Path
 
     console = _console()
     name = task if isinstance(task, str) else getattr(task, "name", "the task")
-    with terminal.bar(console, f"preparing {name}") if console else nullcontext() as progress:
+    with terminal.progress_bar(console, f"preparing {name}") if console else nullcontext() as progress:
         return examples.load(task, protocol, source=source, progress=progress)
 
 

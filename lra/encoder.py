@@ -1,11 +1,11 @@
-"""The encoder contract: what every sequence architecture is, whoever wrote it.
+"""The encoder contract: the interface of every sequence architecture.
 
 An encoder maps a batch of embedded sequences to a batch of the same shape:
 
     forward(x: (B, L, D) float, mask: (B, L) bool, True = real token) -> (B, L, D)
 
 Sequences are right-padded: in each row of `mask` the real tokens form a prefix of at least one token. Outputs at real
-positions never depend on what the padding holds or on how much of it there is; outputs at padding are unspecified.
+positions do not depend on the content or the amount of padding; outputs at padding are unspecified.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ DIRECTIONS = ("causal", "bidirectional", "concat", "add", "shared")
 class Cost:
     """Forward work in floating-point operations; one multiply-add counts as 2.
 
-    `matmul` is what a dispatcher-level counter sees (matrix products, convolutions); `other` is everything else
-    (FFTs, scans, softmax, norms, element-wise work). Both are for one sequence. `batch_matmul` and `batch_other` are
-    done once for a batch, however many sequences it has, such as making the kernel of a state space model.
+    `matmul` is the work that torch's FLOP counter counts (matrix products, convolutions); `other` is the rest (FFTs,
+    scans, softmax, norms, element-wise operations). Both are per sequence. `batch_matmul` and `batch_other` are done
+    once per batch, whatever its size: computing the kernel of a state space model, for example.
     """
 
     matmul: float = 0.0
@@ -46,45 +46,45 @@ class Cost:
 
     @property
     def per_batch(self) -> Cost:
-        """This work done once for a batch instead of once for each sequence."""
+        """The same work, done once per batch instead of once per sequence."""
         return Cost(batch_matmul=self.matmul + self.batch_matmul, batch_other=self.other + self.batch_other)
 
     def of_sequences(self, count: float) -> Cost:
-        """Work of `count` sequences that share a batch."""
+        """Work of `count` sequences in one batch."""
         return Cost(self.matmul * count, self.other * count, self.batch_matmul, self.batch_other)
 
     def of_batch(self, size: float) -> Cost:
-        """All work of a batch of `size` sequences, in `matmul` and `other`."""
+        """Total work of a batch of `size` sequences, in `matmul` and `other`."""
         return Cost(self.matmul * size + self.batch_matmul, self.other * size + self.batch_other)
 
-    def __add__(self, more: Cost) -> Cost:
+    def __add__(self, addend: Cost) -> Cost:
         return Cost(
-            self.matmul + more.matmul, self.other + more.other,
-            self.batch_matmul + more.batch_matmul, self.batch_other + more.batch_other,
+            self.matmul + addend.matmul, self.other + addend.other,
+            self.batch_matmul + addend.batch_matmul, self.batch_other + addend.batch_other,
         )  # fmt: skip
 
     def __mul__(self, times: float) -> Cost:
-        """This work repeated, with what is done once for a batch."""
+        """The work repeated `times` times, including the work done once per batch."""
         return Cost(self.matmul * times, self.other * times, self.batch_matmul * times, self.batch_other * times)
 
     __rmul__ = __mul__
 
     @staticmethod
     def linear(rows: float, d_in: int, d_out: int, bias: bool = True) -> Cost:
-        """Work of `rows` vectors through a d_in x d_out linear map."""
+        """Work of a d_in x d_out linear map applied to `rows` vectors."""
         return Cost(2.0 * rows * d_in * d_out, rows * d_out if bias else 0.0)
 
 
 @dataclass(frozen=True)
 class Card:
-    """What an architecture says of itself. Written as literals in the class body: listing reads it without importing.
+    """Description of an architecture, written as literals in the class body so that it is read without importing.
 
-    title: of the paper; year: of its first version; url: of the paper.
-    scaling: growth of work with length L, one of SCALINGS, each encoder built for its length.
-    causal: whether the mathematics only looks back (such a mixer runs bidirectionally through a wrapper).
-    variants: name -> constructor arguments; `s4d/inv` is the constructor of s4d with those arguments preset.
-    exempt: conformance check -> reason, or `variant/check` where one variant alone fails it. The check is then expected
-    to fail, and failing to fail is an error.
+    title, url: of the paper; year: of its first version.
+    scaling: how the work grows with the sequence length L, one of SCALINGS, for encoders built for that length.
+    causal: whether outputs depend on earlier positions only (a wrapper runs such a mixer bidirectionally).
+    variants: name -> constructor arguments; `s4d/inv` is the constructor of s4d with these arguments preset.
+    exempt: conformance check -> reason, or `variant/check` -> reason for one variant. An exempted check is expected to
+    fail; if it passes, that is reported as an error.
     """
 
     title: str
@@ -97,10 +97,10 @@ class Card:
 
 
 class Encoder(nn.Module, ABC):
-    """Base of every architecture: one public subclass per file in `architectures/`, named after the file.
+    """Base class of every architecture: one public subclass per file in `architectures/`, named after the file.
 
-    Constructors take keyword-only arguments `d_model, n_layers, length, dropout=0.0` and their own, never `**kwargs`.
-    `length` is the longest sequence the encoder will be given.
+    Constructors take the keyword-only arguments `d_model, n_layers, length, dropout=0.0` and their own, never
+    `**kwargs`. length: the longest sequence that the encoder will process.
     """
 
     card: ClassVar[Card]
@@ -108,7 +108,7 @@ class Encoder(nn.Module, ABC):
     n_layers: int
     length: int
     direction: str = "causal"
-    """How this instance looks at the sequence: one of DIRECTIONS; anything but "causal" sees the future."""
+    """One of DIRECTIONS. Outputs depend on later positions unless it is "causal"."""
 
     @property
     def causal(self) -> bool:
@@ -116,13 +116,16 @@ class Encoder(nn.Module, ABC):
 
     @property
     def scaling(self) -> str:
-        """Growth of work with length with these arguments: the card's, unless one of them changes it."""
+        """How the work of this instance grows with length: as on the card, unless a constructor argument changes it."""
         return self.card.scaling
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
-        """Optimiser settings by parameter-name pattern (fnmatch): `lr` (at most this rate), `lr_scale` (times the
-        recipe's), `weight_decay`. The first pattern that matches a parameter wins; one matching none is an error."""
+        """Optimiser settings by pattern of parameter names (fnmatch).
+
+        Settings: `lr` (upper bound of the learning rate), `lr_scale` (factor on the recipe's rate), `weight_decay`. The
+        first pattern that matches a parameter applies; a pattern that matches none is an error.
+        """
         return {}
 
     @abstractmethod
@@ -131,29 +134,32 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def cost(self, length: int) -> Cost:
-        """Analytic forward work for sequences of `length` tokens, from shapes alone."""
+        """Analytic forward work for sequences of `length` tokens, computed from shapes."""
 
     def init_state(self, batch: int) -> Any:
-        """Recurrent state before the first token: tensors, or nested tuples of them. Raises NotImplementedError if
+        """Recurrent state before the first token: tensors, or nested tuples of tensors. Raises NotImplementedError if
         the encoder has no recurrent mode."""
         raise NotImplementedError(f"{type(self).__name__} has no recurrent mode")
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """One token: x: (B, D), state -> y: (B, D), next state. Equal to `forward` position by position."""
+        """Process one token: x: (B, D), state -> y: (B, D), next state. Gives the same outputs as `forward`."""
         raise NotImplementedError(f"{type(self).__name__} has no recurrent mode")
 
     def chunk(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """Any number of tokens: x: (B, C, D) with C >= 1, state -> y: (B, C, D), state after the last token.
+        """Process C >= 1 tokens: x: (B, C, D), state -> y: (B, C, D), state after the last token.
 
-        Equal to C calls of `step`, which is the default; an encoder whose operators take a state does it faster.
-        Prefill, streaming and truncated backpropagation rest on it. Raises NotImplementedError without a recurrent
-        mode.
+        By default this calls `step` C times. Encoders whose operators take a state override it with a faster version.
+        Prefill, streaming and truncated backpropagation use it. Raises NotImplementedError if the encoder has no
+        recurrent mode.
         """
         return stepwise(self.step, x, state)
 
     def state_bytes(self, tokens: int = 0) -> int:
-        """Bytes of recurrent state that one more sequence of a batch takes after `tokens` tokens; what sequences share,
-        such as discrete matrices, does not count. Raises NotImplementedError without a recurrent mode."""
+        """Bytes of recurrent state per sequence after `tokens` tokens.
+
+        Tensors that the sequences of a batch share, such as discretised matrices, do not count. Raises
+        NotImplementedError if the encoder has no recurrent mode.
+        """
         sizes = []
         for batch in (1, 2):
             state = self.init_state(batch)
@@ -164,19 +170,21 @@ class Encoder(nn.Module, ABC):
         return sizes[1] - sizes[0]
 
     def aux_loss(self) -> Tensor | None:
-        """What the last forward adds to the loss (router balance, ponder cost); None when nothing."""
+        """Auxiliary loss of the last forward pass, such as router balance or ponder cost; None if there is none."""
         return None
 
     def diagnostics(self) -> dict[str, float]:
-        """What to log beside the loss (share of dropped tokens, load of each expert), over the forwards since it was
-        last asked: asking starts anew, so that one asks before an evaluation and after it. {} when nothing."""
+        """Values to log, such as the share of dropped tokens or the load of each expert; {} if there are none.
+
+        They cover the forward passes since the previous call, which reset them: call it before and after an evaluation.
+        """
         return {}
 
 
 class Mixer(nn.Module, ABC):
-    """A sequence mixer inside a residual block: the part in which tokens meet.
+    """A sequence mixer: the part of a residual block that moves information between positions.
 
-    The block hands it x with zeros at the padding; its outputs at padding are ignored.
+    The block sets x to zero at the padding and ignores the outputs there.
     """
 
     @abstractmethod
@@ -202,12 +210,12 @@ class Mixer(nn.Module, ABC):
 
 
 def lengths_of(mask: Tensor) -> Tensor:
-    """Real tokens per row of a right-padded mask: (B, L) bool -> (B,) int64."""
+    """Number of real tokens in each row of a right-padded mask: (B, L) bool -> (B,) int64."""
     return mask.sum(dim=1, dtype=torch.int64)
 
 
 def stepwise(step: Callable[[Tensor, Any], tuple[Tensor, Any]], x: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """`chunk` as a loop: call step on each token of x: (B, C, D) -> (B, C, D), state after the last token."""
+    """Call `step` on each token of x: (B, C, D), state -> (B, C, D), state after the last token."""
     outputs = []
     for token in x.unbind(1):
         y, state = step(token, state)

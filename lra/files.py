@@ -1,4 +1,4 @@
-"""Atomic writes, checksums, and names that are safe in a folder."""
+"""Atomic writes, checksums and safe file names."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lra.errors import UserError
 
 @contextmanager
 def atomic(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
-    """A temporary file beside `path` to write to. It is renamed to `path` if the block succeeds, else deleted.
+    """Write a file atomically: yields a temporary path, which is renamed to `path` if the block succeeds.
 
-    exclusive: raise FileExistsError if `path` exists by then. A killed process leaves a hidden `.partial` file, which
-    no reader opens.
+    If the block fails, the temporary file is deleted. exclusive: raise FileExistsError if `path` exists at the end of
+    the block. A killed process leaves a hidden `.partial` file, which no reader opens.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".partial")
@@ -47,7 +47,7 @@ def _publish(name: str, path: Path) -> None:
     except FileExistsError:
         raise
     except OSError:
-        # a file system without hard links
+        # the file system has no hard links
         if path.exists():
             raise FileExistsError(path) from None
         os.replace(name, path)
@@ -56,7 +56,7 @@ def _publish(name: str, path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    # a rename survives a power cut only once the folder is on disk; some file systems refuse to sync one
+    # a rename survives a power cut only after the folder is synced; some file systems cannot sync a folder
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -66,29 +66,31 @@ def _sync_folder(folder: Path) -> None:
 
 
 def seal(content: dict[str, Any]) -> str:
-    """SHA-256 of JSON content without its key `seal`; stored under that key, it shows any later change."""
+    """SHA-256 of JSON content without its key `seal`. Stored under that key, it detects later changes."""
     unsealed = {key: value for key, value in content.items() if key != "seal"}
     return sha256(json.dumps(unsealed, sort_keys=True).encode(errors="surrogatepass"))
 
 
-def check_writable(where: Path) -> None:
-    """Raise UserError if results cannot be written to a folder; called before training starts."""
+def check_writable(folder: Path) -> None:
+    """Raise UserError if results cannot be written to a folder. Called before training starts."""
     try:
-        where.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=where):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise UserError(
-            f"cannot write results to {where}: {error.strerror}; make it writable or set LRA_RESULTS"
+            f"cannot write results to {folder}: {error.strerror}; make it writable or set LRA_RESULTS"
         ) from None
 
 
-def safe(name: str, limit: int = 120) -> str:
-    """A valid file name: letters, digits, `-_.`, no leading dot, at most `limit` bytes of UTF-8."""
-    kept = "".join(c if c.isalnum() or c in "-_." else "_" for c in name).lstrip(".") or "_"
-    if len(kept.encode()) <= limit:
-        return kept
-    return f"{kept.encode()[: limit - 20].decode(errors='ignore')}-{sha256(name.encode(errors='surrogatepass'))[:12]}"
+def safe_name(name: str, limit: int = 120) -> str:
+    """Turn a name into a safe file name: letters, digits, `-_.`, no leading dot, at most `limit` bytes of UTF-8."""
+    cleaned = "".join(c if c.isalnum() or c in "-_." else "_" for c in name).lstrip(".") or "_"
+    if len(cleaned.encode()) <= limit:
+        return cleaned
+    return (
+        f"{cleaned.encode()[: limit - 20].decode(errors='ignore')}-{sha256(name.encode(errors='surrogatepass'))[:12]}"
+    )
 
 
 def sha256(content: bytes) -> str:

@@ -1,4 +1,4 @@
-"""The classifier around an encoder: embedding, encoder, pooling over real tokens, head; one or two towers."""
+"""The classifier built around an encoder: embedding, encoder, pooling over real tokens, head; one or two towers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from lra.task import Protocol
 
 
 class Batch(NamedTuple):
-    """values: (B, towers, L) integer tokens, or bytes (B, towers, L, channels) of a continuous protocol;
-    mask: (B, towers, L) bool, True = real; labels: (B,) int64; example: (B,) int64, places in the set."""
+    """One batch of examples.
+
+    values: (B, towers, L) integer tokens, or (B, towers, L, channels) bytes for continuous input; mask: (B, towers, L)
+    bool, True = real; labels: (B,) int64; example: (B,) int64, index of each example in its split.
+    """
 
     values: Tensor
     mask: Tensor
@@ -25,8 +28,9 @@ class Batch(NamedTuple):
 class Classifier(nn.Module):
     """Batch -> logits (B, classes).
 
-    tokens are embedded by a table, continuous values by a linear map of (byte / 255 - mean) / std. Two towers share
-    every weight and meet in the head as [u, v, u * v, u - v]. Padding is known by the mask alone, never by a value.
+    Tokens are embedded by a lookup table, continuous values by a linear map of (byte / 255 - mean) / std. Two towers
+    share all weights; the head reads their pooled outputs u and v as [u, v, u * v, u - v]. Padding is identified by the
+    mask, never by a token value.
     """
 
     def __init__(self, encoder: Encoder, protocol: Protocol, classes: int, towers: int, pooling: str) -> None:
@@ -71,7 +75,7 @@ class Classifier(nn.Module):
         return self.encoder(x, mask), mask
 
     def pool(self, x: Tensor, mask: Tensor) -> Tensor:
-        """(B, L, D), (B, L) -> (B, D) over real tokens only."""
+        """Pool over the real tokens: (B, L, D), (B, L) -> (B, D)."""
         if self.pooling == "cls":
             return x[:, 0]
         if self.pooling == "last":
@@ -82,10 +86,9 @@ class Classifier(nn.Module):
         return (total / lengths_of(mask).unsqueeze(-1)).to(x.dtype)
 
     def cost(self, length: int) -> Cost:
-        """Forward work for an example whose towers hold `length` tokens each, and once for a batch of examples. Raises
-        NotImplementedError where the encoder declares no cost."""
-        inside = length + (self.cls is not None)
-        total = self.encoder.cost(inside)
+        """Forward work per example, with `length` tokens in each tower, and per batch. Raises NotImplementedError if
+        the encoder declares no cost."""
+        total = self.encoder.cost(length + (self.cls is not None))
         if isinstance(self.embedding, nn.Linear):
             total += Cost.linear(length, self.embedding.in_features, self.embedding.out_features)
         total = total.of_sequences(self.towers)

@@ -1,12 +1,15 @@
-"""Names to things: a file `architectures/<family>/<name>.py` or `tasks/<family>/<name>.py` is its own
-registration, and nothing is imported to list it.
+"""Registries of architectures and tasks, looked up by name.
+
+A file `architectures/<family>/<name>.py` or `tasks/<family>/<name>.py` registers itself. Listing names imports no file.
 
 architectures.get("s4d")             a file of this project
-architectures.get("s4d/inv")         a variant its card declares
+architectures.get("s4d/inv")         a variant that its card declares
 architectures.get("my.package:Net")  any importable class
-architectures.get("net.py:Net")      a class in a file of the user's own
+architectures.get("net.py:Net")      a class in a user's file
 architectures.get(Net)               a class
-entry-point group `lra.architectures` (or `lra.tasks`) of an installed package: by its entry-point name
+architectures.get("mynet")           an entry point of an installed package, in the group `lra.architectures`
+
+`tasks` works in the same way, with the entry-point group `lra.tasks`.
 """
 
 from __future__ import annotations
@@ -32,18 +35,18 @@ ROOT = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Constructor:
-    """A class with a variant's arguments preset. Called with keyword arguments only; unknown ones are a UserError."""
+    """A class with the arguments of a variant preset. Called with keyword arguments; unknown ones raise UserError."""
 
     name: str
     cls: type[Any]
     preset: Mapping[str, Any] = field(default_factory=dict)
     declared: bool = True
-    """False for a plain module that was wrapped: what it did not declare is reported as not declared."""
+    """False for a wrapped torch module, which declares neither a card nor its cost."""
 
     def options(self) -> dict[str, Any]:
         """The constructor's keyword arguments and their defaults (`inspect.Parameter.empty` where required)."""
-        own = inspect.signature(self.cls).parameters.values()
-        named = [p for p in own if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        parameters = inspect.signature(self.cls).parameters.values()
+        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         return {p.name: self.preset.get(p.name, p.default) for p in named}
 
     def __call__(self, **arguments: Any) -> Any:
@@ -64,9 +67,9 @@ class Constructor:
 class Declaration:
     """What a name declares about its constructor.
 
-    options: keyword arguments and their defaults, those of the variant included (`inspect.Parameter.empty` where
-    required; a default that is not a literal is its source text). preset: what the variant sets. facts: name and card
-    of an architecture, name and protocols of a task.
+    options: keyword arguments and their defaults, including those the variant sets (`inspect.Parameter.empty` where
+    required; the source text of a default that is not a literal). preset: arguments that the variant sets. facts: name
+    and card of an architecture, name and protocols of a task.
     """
 
     options: Mapping[str, Any]
@@ -74,24 +77,26 @@ class Declaration:
     facts: Mapping[str, Any]
 
 
-def reference_of(thing: str | type) -> str:
-    """The name under which a record keeps an architecture or task: of a class, `module:qualified name`."""
-    return thing if isinstance(thing, str) else f"{thing.__module__}:{thing.__qualname__}"
+def reference_of(target: str | type) -> str:
+    """The name of an architecture or task in a record; `module:qualified name` for a class."""
+    return target if isinstance(target, str) else f"{target.__module__}:{target.__qualname__}"
 
 
 class Registry:
-    """One kind of thing: its folder inside `lra/`, its contract class, its entry-point group."""
+    """All architectures, or all tasks. folder: inside `lra/`; contract: name of the base class."""
 
     def __init__(self, kind: str, folder: str, contract: str) -> None:
         self.kind, self.folder, self.contract = kind, folder, contract
 
-    @cache  # noqa: B019  (two registries live as long as the process)
+    @cache  # noqa: B019  (the two registries live as long as the process)
     def _files(self) -> Mapping[str, Path]:
-        """Name -> file: `<folder>/<family>/<name>.py`, where no part starts with an underscore."""
+        """Name -> file: `<folder>/<family>/<name>.py`, without folders and files that start with an underscore."""
         files: dict[str, Path] = {}
         for path in sorted((ROOT / self.folder).glob("[!_]*/[!_]*.py")):
             if path.stem in files:
-                raise UserError(f"two {self.kind}s are called {path.stem!r}: {files[path.stem]} and {path}; rename one")
+                raise UserError(
+                    f"two {self.kind}s are named {path.stem!r}: {files[path.stem]} and {path}; rename one of them"
+                )
             files[path.stem] = path
         return MappingProxyType(files)
 
@@ -101,19 +106,19 @@ class Registry:
         for point in entry_points(group=f"lra.{self.folder}"):
             taken = point.name in points or point.name in self._files()
             if taken and (point.name in self._files() or points[point.name].value != point.value):
-                raise UserError(f"two {self.kind}s are called {point.name!r}: one comes from {point.value}; rename it")
+                raise UserError(f"two {self.kind}s are named {point.name!r}: one is {point.value}; rename one of them")
             points[point.name] = point
         return MappingProxyType(points)
 
     def names(self, variants: bool = False) -> list[str]:
-        """Every registered name, with `name/variant` for declared variants of this project's own files on request."""
+        """Sorted registered names. variants: add `name/variant` for every variant that a file of this project has."""
         names = sorted({*self._files(), *self._plugins()})
         if not variants:
             return names
         return [full for name in names for full in (name, *(f"{name}/{v}" for v in self.facts(name)["variants"]))]
 
     def family(self, name: str) -> str:
-        """Folder of a name, such as `state_space`; empty for a plug-in. Raises UserError for unknown names."""
+        """The folder of a name, such as `state_space`; empty for a plug-in. Raises UserError for an unknown name."""
         if name in self._plugins():
             return ""
         if name not in self._files():
@@ -121,8 +126,10 @@ class Registry:
         return self._files()[name].parent.name
 
     def facts(self, name: str) -> dict[str, Any]:
-        """What a file says of itself (card or class attributes written as literals), read without importing it.
-        Raises UserError for a name without variant that does not exist, and a file that cannot be read this way."""
+        """Card or class attributes of a file, as far as they are literals, read without importing it.
+
+        `name` has no variant. Raises UserError for an unknown name and for a card that is not made of literals.
+        """
         facts: dict[str, Any] = {"name": name, "family": self.family(name), "variants": {}}
         if name in self._plugins():
             return facts | {"plugin": self._plugins()[name].value}
@@ -131,17 +138,18 @@ class Registry:
         path = self._files()[name]
         try:
             for node in ast.parse(path.read_text(encoding="utf-8")).body:
-                if isinstance(node, ast.ClassDef):
-                    facts |= _literals(node)
+                # a file may hold helper classes; the registered one declares a card or a task's name
+                if isinstance(node, ast.ClassDef) and _assigned_names(node) & {"card", "name"}:
+                    facts |= _read_literals(node)
         except (SyntaxError, ValueError) as error:
             raise UserError(
-                f"{path} cannot be read without importing it, a card holds literals only: {error}"
+                f"{path} cannot be read without importing it ({error}); write the card as literals"
             ) from None
         return facts
 
     def declaration(self, reference: str | type) -> Declaration:
-        """What a name declares; a file of this project is read without importing it, everything else is imported.
-        Raises UserError with the nearest right name."""
+        """The declaration of a name or class. Files of this project are read without importing them, everything else is
+        imported. Raises UserError, with a suggestion, for unknown names."""
         name, _, variant = str(reference).partition("/")
         if isinstance(reference, str) and name in self._files() and name not in self._plugins():
             facts = self.facts(name)
@@ -150,7 +158,7 @@ class Registry:
             preset = facts["variants"].get(variant, {})
             if "protocols" in facts:
                 return Declaration({}, {}, facts)
-            if (options := _signature(self._files()[name])) is not None:
+            if (options := _read_signature(self._files()[name])) is not None:
                 return Declaration({k: preset.get(k, default) for k, default in options.items()}, preset, facts)
         constructor = self.get(reference)
         card = getattr(constructor.cls, "card", None)
@@ -160,20 +168,20 @@ class Registry:
         return Declaration(constructor.options(), constructor.preset, facts)
 
     def get(self, reference: str | type) -> Constructor:
-        """The constructor behind a name or a class. Raises UserError with the nearest right name."""
+        """The constructor of a name or class. Raises UserError, with a suggestion, for unknown names."""
         if not isinstance(reference, str):
-            return self._checked(reference_of(reference), reference, getattr(reference, "__name__", "the layer"))
+            return self._constructor(reference_of(reference), reference, getattr(reference, "__name__", "the layer"))
         if ":" in reference:
-            return self._checked(reference, *_load(reference, self.kind))
+            return self._constructor(reference, *_import_object(reference, self.kind))
         name, _, variant = reference.partition("/")
         if name in self._plugins():
-            cls = self._loaded(self._plugins()[name])
+            cls = self._load_plugin(self._plugins()[name])
         elif name in self._files():
             module = importlib.import_module(f"lra.{self.folder}.{self.family(name)}.{name}")
             cls = self._only_class(module)
         else:
             raise unknown(self.kind, name, self.names())
-        constructor = self._checked(reference, cls, name)
+        constructor = self._constructor(reference, cls, name)
         if not variant:
             return constructor
         variants = cls.card.variants if hasattr(cls, "card") else {}
@@ -181,12 +189,12 @@ class Registry:
             raise unknown(f"variant of {name}", variant, variants)
         return Constructor(reference, cls, dict(variants[variant]))
 
-    def _loaded(self, point: EntryPoint) -> Any:
+    def _load_plugin(self, point: EntryPoint) -> Any:
         try:
             return point.load()
-        except Exception as error:  # a stranger's package may raise anything
-            said = f"{type(error).__name__}: {error}"
-            raise UserError(f"{self.kind} {point.name!r}: loading {point.value} failed: {said}") from error
+        except Exception as error:  # another package may raise anything
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{self.kind} {point.name!r}: loading {point.value} failed: {reason}") from error
 
     def _only_class(self, module: ModuleType) -> type:
         contract = self._contract()
@@ -195,13 +203,15 @@ class Registry:
             if inspect.isclass(c) and issubclass(c, contract) and c.__module__ == module.__name__ and n[0] != "_"
         ]  # fmt: skip
         if len(classes) != 1:
-            raise UserError(f"{module.__file__} defines {len(classes)} public {contract.__name__} classes; exactly one")
+            raise UserError(
+                f"{module.__file__} defines {len(classes)} public {contract.__name__} classes; define exactly one"
+            )
         return classes[0]
 
     def _contract(self) -> type:
         return getattr(importlib.import_module(f"lra.{self.kind if self.kind == 'task' else 'encoder'}"), self.contract)
 
-    def _checked(self, reference: str, cls: Any, name: str) -> Constructor:
+    def _constructor(self, reference: str, cls: Any, name: str) -> Constructor:
         contract = self._contract()
         if inspect.isclass(cls) and issubclass(cls, contract):
             return Constructor(reference, cls)
@@ -211,10 +221,17 @@ class Registry:
                 return Constructor(reference, adopt(cls, name), declared=False)
             except TypeError as error:
                 raise UserError(f"{reference}: {error}") from error
-        raise UserError(f"{reference} is not a {contract.__name__}")
+        raise UserError(f"{reference} is not a subclass of {contract.__module__}.{contract.__name__}")
 
 
-def _literals(node: ast.ClassDef) -> dict[str, Any]:
+def _assigned_names(node: ast.ClassDef) -> set[str]:
+    """Names assigned in the body of a class."""
+    targets = [target for line in node.body if isinstance(line, ast.Assign) for target in line.targets]
+    return {target.id for target in targets if isinstance(target, ast.Name)}
+
+
+def _read_literals(node: ast.ClassDef) -> dict[str, Any]:
+    """Card values, constant class attributes and protocol names of a class."""
     facts: dict[str, Any] = {}
     for line in node.body:
         if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
@@ -234,23 +251,22 @@ def _literals(node: ast.ClassDef) -> dict[str, Any]:
     return facts
 
 
-def _signature(path: Path) -> dict[str, Any] | None:
-    """Keyword arguments and defaults of the constructor of the class with a card; None where they cannot be read."""
+def _read_signature(path: Path) -> dict[str, Any] | None:
+    """Keyword arguments and defaults of the class that has a card; None where its `__init__` takes others too."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if not isinstance(node, ast.ClassDef) or "card" not in {
-            t.id for line in node.body if isinstance(line, ast.Assign) for t in line.targets if isinstance(t, ast.Name)
-        }:
+        if not isinstance(node, ast.ClassDef) or "card" not in _assigned_names(node):
             continue
         for function in node.body:
             if isinstance(function, ast.FunctionDef) and function.name == "__init__":
-                given = function.args
-                if given.vararg or given.kwarg or len(given.args) > 1:
+                arguments = function.args
+                if arguments.vararg or arguments.kwarg or len(arguments.args) > 1:
                     return None
-                return {k.arg: _default(d) for k, d in zip(given.kwonlyargs, given.kw_defaults, strict=True)}
+                defaults = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+                return {argument.arg: _read_default(default) for argument, default in defaults}
     return None
 
 
-def _default(node: ast.expr | None) -> Any:
+def _read_default(node: ast.expr | None) -> Any:
     if node is None:
         return inspect.Parameter.empty
     try:
@@ -259,32 +275,33 @@ def _default(node: ast.expr | None) -> Any:
         return ast.unparse(node)
 
 
-def _load(reference: str, kind: str) -> tuple[Any, str]:
-    """The object behind `file.py:Name` or `package.module:Name`, and its name."""
-    place, _, attribute = reference.rpartition(":")
+def _import_object(reference: str, kind: str) -> tuple[Any, str]:
+    """Import `file.py:Name` or `package.module:Name`. Returns the object and its name."""
+    location, _, attribute = reference.rpartition(":")
     try:
-        if place.endswith(".py"):
-            module = _module_of(Path(place))
+        if location.endswith(".py"):
+            module = _import_file(Path(location))
         else:
-            module = importlib.import_module(place)
+            module = importlib.import_module(location)
     except FileNotFoundError:
-        raise UserError(f"{kind} {reference}: no file {place}") from None
+        raise UserError(f"{kind} {reference}: no file {location}") from None
     except Exception as error:
-        raise UserError(f"{kind} {reference}: importing {place} failed: {type(error).__name__}: {error}") from error
+        raise UserError(f"{kind} {reference}: importing {location} failed: {type(error).__name__}: {error}") from error
     if not hasattr(module, attribute):
         classes = [n for n, c in vars(module).items() if inspect.isclass(c) and c.__module__ == module.__name__]
-        raise unknown("class", attribute, classes, where=place)
+        raise unknown("class", attribute, classes, where=location)
     return getattr(module, attribute), attribute
 
 
-def _module_of(path: Path) -> ModuleType:
-    # unlike Path.is_file it takes an impossible name for a missing file
+def _import_file(path: Path) -> ModuleType:
+    """Import a Python file once per process."""
+    # unlike Path.is_file, os.path.isfile returns False for a name the file system does not allow
     if not os.path.isfile(path):
         raise FileNotFoundError(path)
     name = f"lra_user_{path.stem}"
-    known = sys.modules.get(name)
-    if known is not None and Path(str(known.__file__)).resolve() == path.resolve():
-        return known
+    imported = sys.modules.get(name)
+    if imported is not None and Path(str(imported.__file__)).resolve() == path.resolve():
+        return imported
     spec = importlib.util.spec_from_file_location(name, path.resolve())
     assert spec is not None, path
     assert spec.loader is not None, path

@@ -1,14 +1,14 @@
-"""The task contract: where examples come from, under which frozen protocol, and how they lie on disk and in memory.
+"""The task contract: tasks, their frozen protocols and the layout of prepared splits.
 
-A prepared split is a bag of right-ragged documents and, per example, which documents it shows:
+A prepared split holds documents of different lengths and, for each example, the numbers of its documents:
 
     values: (total,) uint8 or uint16      every document's tokens or pixels, end to end
     offsets: (documents + 1,) int64       document d is values[offsets[d]:offsets[d + 1]]
     index: (n, towers) int32              the documents of example i (two for Retrieval, one elsewhere)
     labels: (n,) uint8
 
-so a text that appears in a thousand pairs is stored once, and a whole set fits on the accelerator. Where a protocol has
-several channels, a document is its positions one after the other, each with all its channels: (L, channels) flattened.
+A text that appears in a thousand pairs is therefore stored once, and a whole set fits on the accelerator. With several
+channels, a document is its (L, channels) array, flattened.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from lra.errors import DataError as DataError
 SPLITS = ("train", "validation", "test")
 
 Progress = Callable[[str, int, int], None]
-"""progress(what, done, total): called by preparation as it goes."""
+"""progress(phase, done, total): called repeatedly during a long operation."""
 
 
-def silent(what: str, done: int, total: int) -> None:
-    """The progress callback that shows nothing."""
+def silent(phase: str, done: int, total: int) -> None:
+    """A progress callback that shows nothing."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """A frozen way to pose a task. Results of different protocols never share a ranking.
+    """A frozen definition of a task's data. Results of different protocols are never ranked together.
 
-    length: longest sequence in tokens (longer ones are cut); vocabulary: number of token ids, or 0 for continuous
-    input; channels: input values per position when continuous; scale: (mean, std) applied to continuous bytes / 255.
-    selection: the split that chooses the checkpoint. counts, sha256: per split, checked at preparation; an empty
-    sha256 means the data cannot be frozen (a user's own folder) and the measured one is recorded instead.
-    raw: the files it is prepared from, in words; empty when the task generates its examples.
+    length: longest sequence in tokens (longer ones are truncated); vocabulary: number of token ids, 0 for continuous
+    input; channels: input values per position, for continuous input; scale: (mean, std) that normalise bytes / 255.
+    selection: the split that selects the checkpoint. counts, sha256: number of examples and checksum of each split,
+    compared after preparation; without a sha256 any data are accepted and their checksum is recorded.
+    raw: the files that the data are prepared from, in words; empty when the task generates its examples.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Split:
-    """One prepared split, memory-mapped. Shapes in the module docstring."""
+    """One prepared split, memory-mapped. The module docstring gives the shapes."""
 
     values: np.ndarray
     offsets: np.ndarray
@@ -79,10 +79,9 @@ class Split:
 class Task(ABC):
     """One public subclass per file in `tasks/`, named after the file.
 
-    classes: number of labels; chance: accuracy of a blind guess, in [0, 1]; towers: sequences per example.
-    protocols: name -> Protocol; the first is the default.
-    version: raised whenever the same protocol yields other bytes, so that sets prepared before are prepared anew.
-    resumable: an interrupted `prepare` is handed its folder back as it left it; otherwise it starts from an empty one.
+    classes: number of labels; towers: sequences per example. protocols: name -> Protocol; the first is the default.
+    version: increased when the same protocol yields other bytes, so that existing sets are prepared again.
+    resumable: whether `prepare` continues in the folder that an interrupted call left; otherwise it gets an empty one.
     """
 
     name: ClassVar[str]
@@ -102,23 +101,25 @@ class Task(ABC):
     def prepare(
         self, folder: Path, protocol: Protocol, *, source: Path | None, workers: int, progress: Progress
     ) -> None:
-        """Write every split of `protocol` into `folder` (private to this call, empty unless resumable). Deterministic:
-        the same bytes for any `workers`. `source`: a folder with the raw files, where the task does not generate
-        them. Raises DataError."""
+        """Write every split of `protocol` into `folder`.
+
+        folder: used by this call alone, empty unless the task is resumable. source: folder with the raw files; None for
+        generated data. workers: processes or threads; the bytes written do not depend on it. Raises DataError.
+        """
 
     @abstractmethod
     def load(self, folder: Path, split: str) -> Split:
-        """Open a prepared split without reading it whole."""
+        """Memory-map a prepared split. Raises DataError."""
 
     def floors(self, train: Split, test: Split) -> dict[str, float]:
-        """Accuracies in [0, 1] on `test` that need no sequence model: what a result has to beat to mean anything."""
+        """Accuracies in [0, 1] on `test` of baselines without a sequence model, by name."""
         majority = np.bincount(train.labels, minlength=self.classes).argmax()
         return {"majority class": float((np.asarray(test.labels) == majority).mean())}
 
     def encode(self, text: str, protocol: Protocol) -> np.ndarray:
-        """A text as one sequence of this task: (L,) tokens. Raises DataError where examples are no texts."""
-        raise DataError(f"{self.name} does not encode texts; give arrays of its tokens or bytes")
+        """Encode a text as one sequence: (L,) tokens. Raises DataError if the examples of this task are not texts."""
+        raise DataError(f"{self.name} does not encode texts; pass arrays of tokens or bytes")
 
     @abstractmethod
     def describe(self, split: Split, example: int) -> str:
-        """One example as a line of text for people."""
+        """One example as a readable line of text."""

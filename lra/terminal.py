@@ -1,4 +1,4 @@
-"""Progress bars for the terminal, and sheets of example images."""
+"""Progress bars for the terminal and contact sheets of example images."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from lra import task
 
 
 @contextmanager
-def bar(console: Console, title: str) -> Iterator[task.Progress]:
-    """A progress callback that draws a bar for each phase; where there is no terminal it prints a line for each."""
+def progress_bar(console: Console, title: str) -> Iterator[task.Progress]:
+    """Yield a progress callback that draws one bar per phase, or prints one line per phase without a terminal."""
     if not console.is_terminal:
         printed: set[str] = set()
 
-        def print_once(what: str, done: int, total: int) -> None:
-            if what not in printed:
-                printed.add(what)
-                console.print(f"{title}: {what}")
+        def print_once(phase: str, done: int, total: int) -> None:
+            if phase not in printed:
+                printed.add(phase)
+                console.print(f"{title}: {phase}")
 
         yield print_once
         return
@@ -30,23 +30,26 @@ def bar(console: Console, title: str) -> Iterator[task.Progress]:
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
         rows: dict[str, int] = {}
 
-        def draw(what: str, done: int, total: int) -> None:
-            if what not in rows:
-                rows[what] = int(progress.add_task(f"{title}: {what}", total=total or None))
-            progress.update(rows[what], completed=done, total=total or None)  # type: ignore[arg-type]
+        def draw(phase: str, done: int, total: int) -> None:
+            if phase not in rows:
+                rows[phase] = int(progress.add_task(f"{title}: {phase}", total=total or None))
+            progress.update(rows[phase], completed=done, total=total or None)  # type: ignore[arg-type]
 
         yield draw
 
 
-def contact_sheet(pictures: list[np.ndarray], path: Path, columns: int = 8, scale_to: int = 160) -> None:
-    """Write a PNG that shows images of one size, (H, W) or (H, W, 3) uint8, side by side, `columns` to a row."""
+def contact_sheet(images: list[np.ndarray], path: Path, columns: int = 8, scale_to: int = 160) -> None:
+    """Write images of equal size, (H, W) or (H, W, 3) uint8, as one PNG with `columns` images per row.
+
+    scale_to: height in pixels that small images are enlarged to, by whole factors.
+    """
     from PIL import Image
 
     from lra.files import atomic
 
-    times = max(1, scale_to // pictures[0].shape[0])
-    large = [np.repeat(np.repeat(p, times, axis=0), times, axis=1) for p in pictures]
-    framed = [np.pad(p, [(2, 2), (2, 2), (0, 0)][: p.ndim], constant_values=128) for p in large]
+    factor = max(1, scale_to // images[0].shape[0])
+    enlarged = [np.repeat(np.repeat(image, factor, axis=0), factor, axis=1) for image in images]
+    framed = [np.pad(image, [(2, 2), (2, 2), (0, 0)][: image.ndim], constant_values=128) for image in enlarged]
     blank = np.zeros_like(framed[0])
     framed += [blank] * (-len(framed) % min(columns, len(framed)))
     width = min(columns, len(framed))

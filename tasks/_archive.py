@@ -1,4 +1,4 @@
-"""The LRA release archive: downloaded with resume, and read member by member without unpacking it."""
+"""The LRA release archive: download with resume, and reading of members without unpacking."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ from lra.task import DataError, Progress
 URL = "https://storage.googleapis.com/long-range-arena/lra_release.gz"
 NAMES = ("lra_release.gz", "lra_release.tar.gz")
 SPARE = 1 << 30
+"""Bytes that stay free on the disk after a download."""
 BLOCK = 1 << 20
-LONGEST_LINE = 1 << 26
-LONGEST_HEADER = 1 << 20
-MOST = 1 << 37
-"""Bytes that may come out of an archive; the release is 33 GB."""
+MAX_LINE = 1 << 26
+MAX_HEADER = 1 << 20
+MAX_TOTAL = 1 << 37
+"""Largest total size of the members of an archive, in bytes; the release has 33 GB."""
 
 
 class _Member(tarfile.TarInfo):
-    """A member whose extended header, which tarfile reads into memory, is refused when it is no header's size, as is
-    a sparse one, whose map has no size at all."""
+    """A member of the archive. Rejects headers above 1 MiB, which tarfile reads into memory, and sparse members, whose
+    size map is unlimited."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         extended = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
                     tarfile.SOLARIS_XHDTYPE)  # fmt: skip
-        if self.type in extended and self.size > LONGEST_HEADER:
+        if self.type in extended and self.size > MAX_HEADER:
             raise tarfile.ReadError(f"a header of {self.size:,} bytes")
         return super()._proc_member(archive)  # type: ignore[misc]
 
@@ -48,61 +49,66 @@ class _Member(tarfile.TarInfo):
 
 
 def members(archive: Path, wanted: dict[str, str]) -> Iterator[tuple[str, Iterator[bytes]]]:
-    """Each wanted member as it comes by: its key and its lines. wanted: file name -> key.
+    """Yield the key and the lines of each wanted member, in the order of the archive. wanted: file name -> key.
 
-    Reading stops after the last one. Nothing is unpacked. Raises DataError when the archive is damaged or lacks one,
-    or is none that its makers packed: absolute names, names with "..", links for the wanted files, bombs.
+    Stops after the last wanted member. Nothing is unpacked to disk. Raises DataError if the archive is damaged, lacks a
+    member, exceeds MAX_TOTAL, or holds absolute names, names with ".." or a link in place of a wanted file.
     """
-    left = dict(wanted)
-    # not tarfile's own gzip: it takes the end of a truncated archive for the end of the archive
-    with _intact(archive), _unzipped(archive) as file, tarfile.open(fileobj=file, mode="r|", tarinfo=_Member) as tar:
+    missing = dict(wanted)
+    # tarfile's own gzip reader does not notice a truncated archive
+    with (
+        _report_damage(archive),
+        _open_archive(archive) as file,
+        tarfile.open(fileobj=file, mode="r|", tarinfo=_Member) as tar,
+    ):
         total = 0
         for member in tar:
             total += member.size
             name = PurePosixPath(member.name)
-            if name.is_absolute() or ".." in name.parts or total > MOST:
-                why = f"{total:,} bytes" if total > MOST else f"a member called {member.name[:100]!r}"
-                raise DataError(f"{archive} holds {why}; that is not the LRA release")
-            if name.name not in left or member.isdir():
+            if name.is_absolute() or ".." in name.parts or total > MAX_TOTAL:
+                content = f"{total:,} bytes" if total > MAX_TOTAL else f"a member named {member.name[:100]!r}"
+                raise DataError(f"{archive} holds {content}; it is not the LRA release")
+            if name.name not in missing or member.isdir():
                 continue
             contents = tar.extractfile(member) if member.isfile() else None
             if contents is None:
-                raise DataError(f"{archive}: {member.name} is no plain file; that is not the LRA release")
-            yield left.pop(name.name), _lines(contents, archive)
-            if not left:
+                raise DataError(f"{archive}: {member.name} is not a plain file; it is not the LRA release")
+            yield missing.pop(name.name), _lines(contents, archive)
+            if not missing:
                 return
-    raise DataError(f"{archive} does not hold {', '.join(left)}; is it the LRA release?")
+    raise DataError(f"{archive} does not hold {', '.join(missing)}; is it the LRA release?")
 
 
 def _lines(contents: IO[bytes], archive: Path) -> Iterator[bytes]:
-    with _intact(archive):
-        while line := contents.readline(LONGEST_LINE):
-            if len(line) == LONGEST_LINE:
-                raise DataError(
-                    f"{archive} holds a line of more than {LONGEST_LINE:,} bytes; that is not the LRA release"
-                )
+    with _report_damage(archive):
+        while line := contents.readline(MAX_LINE):
+            if len(line) == MAX_LINE:
+                raise DataError(f"{archive} holds a line of more than {MAX_LINE:,} bytes; it is not the LRA release")
             yield line
 
 
 @contextmanager
-def _intact(archive: Path) -> Iterator[None]:
+def _report_damage(archive: Path) -> Iterator[None]:
+    """Turn the errors of reading an archive into a DataError."""
     try:
         yield
     except (tarfile.TarError, OSError, zlib.error, EOFError, ValueError, OverflowError, RecursionError) as error:
-        raise DataError(f"{archive} is truncated or damaged ({error}); remove it and fetch it again") from None
+        raise DataError(f"{archive} is truncated or damaged ({error}); remove it and download it again") from None
 
 
-def _unzipped(archive: Path) -> IO[bytes]:
+def _open_archive(archive: Path) -> IO[bytes]:
+    """Open an archive, gzipped or not, as the bytes of its tar file."""
     with archive.open("rb") as file:
-        zipped = file.read(2) == b"\x1f\x8b"
-    return cast(IO[bytes], gzip.open(archive)) if zipped else archive.open("rb")
+        is_gzip = file.read(2) == b"\x1f\x8b"
+    return cast(IO[bytes], gzip.open(archive)) if is_gzip else archive.open("rb")
 
 
 def download(path: Path, advice: str, progress: Progress) -> None:
-    """Fetch the release into `path`; what an earlier call left there is continued.
+    """Download the release to `path`, resuming an earlier download.
 
-    The byte count and the disk it needs are reported before the first byte. Raises DataError when the server cannot be
-    reached, the disk is too small, the transfer breaks off (what came is kept) or the server's MD5 is not met.
+    advice: what to do instead, for messages. Reports the size before the first byte. Raises DataError if the server
+    cannot be reached, the disk is too small, the transfer breaks off (the bytes so far are kept) or the MD5 differs
+    from the one the server states.
     """
     have = path.stat().st_size if path.exists() else 0
     try:
@@ -110,46 +116,46 @@ def download(path: Path, advice: str, progress: Progress) -> None:
             if reply.status != 206:
                 have = 0
             total = have + int(reply.headers.get("Content-Length") or 0)
-            _room(path.parent, total - have)
-            what = f"downloading {NAMES[0]}, {total / 1e9:.1f} GB, to {path.parent}"
+            _check_disk_space(path.parent, total - have)
+            phase = f"downloading {NAMES[0]}, {total / 1e9:.1f} GB, to {path.parent}"
             with path.open("ab" if have else "wb") as file:
-                progress(what, have, total)
+                progress(phase, have, total)
                 while block := reply.read(BLOCK):
                     file.write(block)
                     have += len(block)
-                    progress(what, have, total)
+                    progress(phase, have, total)
             headers = reply.headers
     except HTTPError as error:
         if error.code != 416:
-            raise DataError(f"{URL} is refused ({error.code} {error.reason}); {advice}") from None
-        # nothing is left to fetch: an earlier call was interrupted after the last byte
+            raise DataError(f"the server refused {URL} ({error.code} {error.reason}); {advice}") from None
+        # an earlier call was interrupted after the last byte
         total, headers = have, error.headers
     except (URLError, HTTPException, TimeoutError, ConnectionError) as error:
-        kept = f"; {have:,} bytes are kept and continued by the next call" if have else ""
+        kept = f"; {have:,} bytes are kept, and the next call resumes the download" if have else ""
         reason = getattr(error, "reason", error)
-        raise DataError(f"{URL} cannot be fetched ({reason}){kept}; offline, {advice}") from None
+        raise DataError(f"{URL} cannot be downloaded ({reason}){kept}; offline, {advice}") from None
     if have < total:
-        raise DataError(f"the download broke off at {have:,} of {total:,} bytes; run the same command to continue it")
-    _check(path, headers, progress)
+        raise DataError(f"the download broke off at {have:,} of {total:,} bytes; run the same command to resume it")
+    _check_md5(path, headers, progress)
 
 
-def _room(folder: Path, more: int) -> None:
+def _check_disk_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
-    if free < more + SPARE:
+    if free < size + SPARE:
         raise DataError(
-            f"{folder} has {free / 1e9:.1f} GB free and the download needs {(more + SPARE) / 1e9:.1f} GB; "
+            f"{folder} has {free / 1e9:.1f} GB free and the download needs {(size + SPARE) / 1e9:.1f} GB; "
             "point LRA_CACHE at a larger disk"
         )
 
 
-def _check(path: Path, headers: Message, progress: Progress) -> None:
-    """Compare with the MD5 the server states for the whole object, where it states one."""
+def _check_md5(path: Path, headers: Message, progress: Progress) -> None:
+    """Compare a download with the MD5 in the headers of the server, if there is one. Deletes a damaged download."""
     stated = re.search(r"md5=([A-Za-z0-9+/=]+)", ",".join(headers.get_all("x-goog-hash") or []))
     if stated is None:
         return
     progress("checking the download", 0, 0)
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "md5").digest()
-    if found != base64.b64decode(stated[1]):
+        digest = hashlib.file_digest(file, "md5").digest()
+    if digest != base64.b64decode(stated[1]):
         path.unlink()
         raise DataError(f"the download from {URL} is damaged (wrong MD5) and was removed; run the same command again")

@@ -1,4 +1,4 @@
-"""Accuracies that need no sequence model, shared by the tasks."""
+"""Baselines without a sequence model, shared by the tasks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from scipy.special import logsumexp, softmax
 
 from lra.task import Split
 
-MOST = 10_000
+MAX_FITTED = 10_000
+"""Largest number of training examples a baseline is fitted to."""
 
 
 @numba.njit(cache=True)
 def _histogram(values: np.ndarray, offsets: np.ndarray, documents: np.ndarray, width: int) -> np.ndarray:
+    """Share of each token in each document: (documents, width)."""
     counts = np.zeros((len(documents), width), np.float64)
     for row in range(len(documents)):
         start, stop = offsets[documents[row]], offsets[documents[row] + 1]
@@ -24,9 +26,9 @@ def _histogram(values: np.ndarray, offsets: np.ndarray, documents: np.ndarray, w
 
 
 def token_shares(split: Split, rows: np.ndarray, width: int) -> np.ndarray:
-    """Square roots of the shares of each token in the documents of examples `rows`, order discarded: (n, features).
+    """Square roots of the token shares of the examples `rows`, whatever the order of the tokens: (n, features).
 
-    Two towers u, v give [u, v, u * v, |u - v|].
+    width: number of token ids. Two towers u, v give the features [u, v, u * v, |u - v|].
     """
     towers = [
         np.sqrt(_histogram(split.values, split.offsets, np.asarray(split.index[rows, tower]), width))
@@ -39,9 +41,11 @@ def token_shares(split: Split, rows: np.ndarray, width: int) -> np.ndarray:
 
 
 def bag_of_tokens(train: Split, test: Split, classes: int) -> float:
-    """Accuracy on `test` of multinomial logistic regression on token shares, fitted to at most 10,000 examples spread
-    evenly over `train`."""
-    rows = np.linspace(0, len(train) - 1, min(MOST, len(train))).astype(np.int64)
+    """Test accuracy of multinomial logistic regression on token shares.
+
+    Fitted to at most MAX_FITTED examples, spread evenly over `train`.
+    """
+    rows = np.linspace(0, len(train) - 1, min(MAX_FITTED, len(train))).astype(np.int64)
     width = 1 + max(int(train.values.max(initial=0)), int(test.values.max(initial=0)))
     x, y = token_shares(train, rows, width), np.asarray(train.labels)[rows]
     mean, scale = x.mean(axis=0), x.std(axis=0)
@@ -64,5 +68,5 @@ def logistic(x: np.ndarray, y: np.ndarray, classes: int, penalty: float = 1e-4) 
         return float(value), np.concatenate([(x.T @ error + penalty * weight).ravel(), error.sum(axis=0)])
 
     start = np.zeros((features + 1) * classes)
-    found = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 50}).x
-    return found[:-classes].reshape(features, classes), found[-classes:]
+    solution = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 50}).x
+    return solution[:-classes].reshape(features, classes), solution[-classes:]

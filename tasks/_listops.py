@@ -1,11 +1,13 @@
-"""The law of ListOps: expressions drawn from a seed, and their exact evaluation.
+"""The generator of ListOps expressions and their exact evaluation.
 
-As published with arXiv:2011.04006: starting at depth 1, a node above depth 10 is an operator with probability 1/4, else
-a uniform digit; at depth 10 always a digit. An operator is uniform on MIN, MAX, MED, SM and has 2..10 arguments,
-uniform. MED truncates the half of an even arity, SM is the sum modulo 10. Length counts operators, closing brackets
-and digits, and only 500 < length < 2000 is kept. Example i comes from a random stream of its own, a function of the
-seed, i and how often i repeated an earlier example; no expression occurs twice. A uniform choice among n is taken from
-32 random bits by multiplication, so no choice is off by more than n / 2^32.
+The distribution is that of arXiv:2011.04006. The root has depth 1. A node above depth 10 is an operator with
+probability 1/4, else a uniform digit; a node at depth 10 is a digit. Operators are uniform on MIN, MAX, MED and SM and
+have 2 to 10 arguments, uniformly. MED of an even number of arguments is rounded down; SM is the sum modulo 10. The
+length counts operators, closing brackets and digits, and only expressions with 500 < length < 2000 are kept.
+
+Example i has its own random stream, determined by the seed, i and the number of redraws; an example that repeats an
+earlier one is redrawn, so no expression occurs twice. A uniform choice among n is the integer part of 32
+random bits times n / 2^32; its probabilities are exact within n / 2^32.
 """
 
 from __future__ import annotations
@@ -24,12 +26,13 @@ from lra.task import DataError
 SYMBOLS = (*"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]")
 MIN, MAX, MED, SM, CLOSE, EOS = range(10, 16)
 CHUNK = 1000
-DEEPEST = 100
+MAX_DEPTH = 100
+"""Largest depth that `evaluate` supports."""
 
 
 @dataclass(frozen=True)
 class Law:
-    """The parameters of the generator; the lengths are exclusive bounds."""
+    """The parameters of the generator. longer_than, shorter_than: exclusive bounds of the length."""
 
     seed: int = 0
     depth: int = 10
@@ -50,7 +53,8 @@ def _mix(x: np.uint64) -> np.uint64:
 def generate(
     seed: int, index: int, redraw: int, depth: int, arity: int, longer_than: int, shorter_than: int, out: np.ndarray
 ) -> int:
-    """Draw expressions from the stream of example `index` until one is kept; write it to `out`, return its length."""
+    """Draw expressions from the stream of example `index` until one has a valid length. Writes it to `out` and returns
+    its length."""
     gamma = np.uint64(0x9E3779B97F4A7C15)
     state = _mix(_mix(_mix(np.uint64(seed) + gamma) + np.uint64(index)) + np.uint64(redraw))
     waiting = np.empty(depth + 1, np.int64)
@@ -83,30 +87,30 @@ def generate(
 
 
 @numba.njit(nogil=True, cache=True)
-def evaluate(tokens: np.ndarray, deepest: int = DEEPEST) -> int:
-    """The value of an expression, with or without EOS at its end; -1 where it is malformed.
+def evaluate(tokens: np.ndarray, deepest: int = MAX_DEPTH) -> int:
+    """The value of an expression, with or without EOS at its end; -1 if it is malformed.
 
-    Operators deeper than `deepest` (the root's depth is 1) are left out of their parents' arguments with all they
-    hold; an operator left without arguments is itself left out, and -1 is returned when that is the root.
+    Operators below depth `deepest` (the root has depth 1) are removed together with their arguments. An operator
+    without remaining arguments is removed too; -1 is returned if that is the root.
     """
-    seen = np.zeros((DEEPEST + 1, 10), np.int64)
-    arguments = np.zeros(DEEPEST + 1, np.int64)
-    operator = np.zeros(DEEPEST + 1, np.int64)
+    counts = np.zeros((MAX_DEPTH + 1, 10), np.int64)
+    arguments = np.zeros(MAX_DEPTH + 1, np.int64)
+    operator = np.zeros(MAX_DEPTH + 1, np.int64)
     level = 0
     for i in range(len(tokens)):
         value = int(tokens[i])
         if MIN <= value <= SM:
             level += 1
-            if level > DEEPEST:
+            if level > MAX_DEPTH:
                 return -1
             operator[level] = value
             arguments[level] = 0
-            seen[level] = 0
+            counts[level] = 0
             continue
         if value == CLOSE:
-            if level == 0 or (arguments[level] == 0 and deepest >= DEEPEST):
+            if level == 0 or (arguments[level] == 0 and deepest >= MAX_DEPTH):
                 return -1
-            value = _apply(operator[level], seen[level], arguments[level])
+            value = _apply(operator[level], counts[level], arguments[level])
             level -= 1
             if level > 0 and (value < 0 or level + 1 > deepest):
                 continue
@@ -115,20 +119,20 @@ def evaluate(tokens: np.ndarray, deepest: int = DEEPEST) -> int:
         if level == 0:
             at_end = i + 1 == len(tokens) or (i + 2 == len(tokens) and tokens[i + 1] == EOS)
             return value if at_end else -1
-        seen[level, value] += 1
+        counts[level, value] += 1
         arguments[level] += 1
     return -1
 
 
 @numba.njit(nogil=True, cache=True)
-def _apply(operator: int, seen: np.ndarray, arguments: int) -> int:
-    """An operator over a histogram of its arguments; -1 when there are none."""
+def _apply(operator: int, counts: np.ndarray, arguments: int) -> int:
+    """Apply an operator. counts: how often each digit is an argument; arguments: their sum. -1 without arguments."""
     if arguments == 0:
         return -1
     if operator == SM:
         total = 0
         for digit in range(10):
-            total += digit * seen[digit]
+            total += digit * counts[digit]
         return total % 10
     low, high = 0, 0
     if operator == MAX:
@@ -137,7 +141,7 @@ def _apply(operator: int, seen: np.ndarray, arguments: int) -> int:
         low, high = (arguments - 1) // 2, arguments // 2
     below, first, second = 0, -1, -1
     for digit in range(10):
-        below += seen[digit]
+        below += counts[digit]
         if first < 0 and below > low:
             first = digit
         if second < 0 and below > high:
@@ -146,18 +150,19 @@ def _apply(operator: int, seen: np.ndarray, arguments: int) -> int:
 
 
 @numba.njit(nogil=True, cache=True)
-def evaluate_many(values: np.ndarray, offsets: np.ndarray, deepest: int = DEEPEST) -> np.ndarray:
-    """`evaluate` of every document: (n,) int64."""
-    found = np.empty(len(offsets) - 1, np.int64)
-    for i in range(len(found)):
-        found[i] = evaluate(values[offsets[i] : offsets[i + 1]], deepest)
-    return found
+def evaluate_many(values: np.ndarray, offsets: np.ndarray, deepest: int = MAX_DEPTH) -> np.ndarray:
+    """Evaluate every document: (n,) int64."""
+    results = np.empty(len(offsets) - 1, np.int64)
+    for i in range(len(results)):
+        results[i] = evaluate(values[offsets[i] : offsets[i + 1]], deepest)
+    return results
 
 
 @numba.njit(nogil=True, cache=True)
 def _generate_chunk(
     seed: int, start: int, stop: int, depth: int, arity: int, longer_than: int, shorter_than: int
 ) -> tuple[np.ndarray, np.ndarray]:
+    """Examples start..stop - 1, each from its first draw: their tokens, concatenated, and their lengths."""
     values = np.empty((stop - start) * shorter_than, np.uint8)
     lengths = np.empty(stop - start, np.int64)
     total = 0
@@ -169,31 +174,33 @@ def _generate_chunk(
 
 
 def expressions(law: Law, count: int, workers: int) -> Iterator[np.ndarray]:
-    """The first `count` expressions of a law, all different: uint8 token ids. The same for any number of workers."""
+    """Generate `count` different expressions: uint8 token ids. They do not depend on the number of workers."""
     bounds = (law.depth, law.arity, law.longer_than, law.shorter_than)
     seen: set[bytes] = set()
     with ThreadPoolExecutor(workers) as pool:
-        ahead: deque[Future[tuple[np.ndarray, np.ndarray]]] = deque()
+        pending: deque[Future[tuple[np.ndarray, np.ndarray]]] = deque()
         for start in range(0, count, CHUNK):
-            ahead.append(pool.submit(_generate_chunk, law.seed, start, min(start + CHUNK, count), *bounds))
+            pending.append(pool.submit(_generate_chunk, law.seed, start, min(start + CHUNK, count), *bounds))
         index = 0
         try:
-            while ahead:
-                values, lengths = ahead.popleft().result()
+            while pending:
+                values, lengths = pending.popleft().result()
                 for end, length in zip(lengths.cumsum(), lengths, strict=True):
-                    yield _unseen(values[end - length : end], law, index, seen)
+                    yield _redraw_repeated(values[end - length : end], law, index, seen)
                     index += 1
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _unseen(expression: np.ndarray, law: Law, index: int, seen: set[bytes]) -> np.ndarray:
-    """`expression`, or where it repeats an earlier one the first redraw of its index that does not."""
+def _redraw_repeated(expression: np.ndarray, law: Law, index: int, seen: set[bytes]) -> np.ndarray:
+    """Redraw an expression until it differs from all earlier ones. seen: their digests, to which its own is added."""
     redraw = 0
     while (digest := hashlib.blake2b(expression.tobytes(), digest_size=16).digest()) in seen:
         redraw += 1
         if redraw == 10_000:
-            raise DataError(f"{law} has too few different expressions: number {index} cannot be made new")
+            raise DataError(
+                f"{law} has too few different expressions: example {index} repeats an earlier one after 10,000 redraws"
+            )
         out = np.empty(law.shorter_than, np.uint8)
         bounds = (law.depth, law.arity, law.longer_than, law.shorter_than)
         expression = out[: generate(law.seed, index, redraw, *bounds, out)]

@@ -1,10 +1,10 @@
-"""The released Pathfinder images: folders of PNG files with one line of metadata each.
+"""The released Pathfinder images: folders of PNG files, with one line of metadata per file.
 
-    curv_contour_length_14/metadata/<k>.npy   plain text in spite of its name: folder, file, number, label, settings
+    curv_contour_length_14/metadata/<k>.npy   plain text despite the name: folder, file, number, label, settings
     curv_contour_length_14/imgs/<k>/sample_<i>.png
 
-A copy made with the original generator holds arrays of strings under the same names; those are read too. Pickled
-arrays are refused: unpickling runs whatever the file says.
+A set written by the original generator has arrays of strings under the same names, which are read too. Pickled arrays
+are rejected, because unpickling can run code.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ CHUNK = 1000
 def write_released(
     folder: Path, protocol: Protocol, size: int, source: Path | None, workers: int, progress: Progress
 ) -> None:
-    """Prepare the released set below `source`. Files of no bytes are left out and noted, as everybody does.
+    """Prepare the released set in `source`. Empty files are skipped and noted, as in published code.
 
-    `s4` splits as torch's random_split with seed 42 does, any other protocol in the order of the metadata files, 80, 10
-    and 10 %. Raises DataError for what is missing or damaged.
+    Protocol `s4` splits like torch's random_split with seed 42; other protocols take 80, 10 and 10 % in the order of
+    the metadata files. Raises DataError for missing and damaged files.
     """
-    root = _find(source, size)
+    root = _find_release(source, size)
     samples, empty = _samples(root)
     parts = _split(len(samples), at_random=protocol.name == "s4")
     done = 0
@@ -49,10 +49,11 @@ def write_released(
     write_notes(folder, {"files without bytes, left out": empty})
 
 
-def _find(source: Path | None, size: int) -> Path:
-    wanted = f"the folder pathfinder{size} of the LRA release with {LEVEL}/metadata and {LEVEL}/imgs"
+def _find_release(source: Path | None, size: int) -> Path:
+    """The folder of the released images. Raises DataError if there is none."""
+    needed = f"the folder pathfinder{size} of the LRA release with {LEVEL}/metadata and {LEVEL}/imgs"
     if source is None:
-        raise DataError(f"this protocol reads {wanted}; name the folder it is in with --from DIR or LRA_DATA")
+        raise DataError(f"this protocol reads {needed}; name its parent folder with --from DIR or LRA_DATA")
     places = ("lra_release/lra_release", "lra_release", ".")
     roots = [source / place / f"pathfinder{size}" / LEVEL for place in places]
     if source.name == LEVEL:
@@ -62,11 +63,11 @@ def _find(source: Path | None, size: int) -> Path:
     for root in roots:
         if (root / "metadata").is_dir():
             return root
-    raise DataError(f"no pathfinder{size}/{LEVEL}/metadata in {source}; this protocol reads {wanted}")
+    raise DataError(f"no pathfinder{size}/{LEVEL}/metadata in {source}; this protocol reads {needed}")
 
 
 def _samples(root: Path) -> tuple[list[tuple[Path, int]], list[str]]:
-    """Images and labels in the order of the metadata, and the names of those without bytes."""
+    """Paths and labels of the images in the order of the metadata, and the names of empty files."""
     files = sorted((p for p in (root / "metadata").glob("*.npy") if p.stem.isdecimal()), key=lambda p: int(p.stem))
     if not files:
         raise DataError(f"{root / 'metadata'} holds no numbered .npy files; unpack the archive again")
@@ -77,7 +78,7 @@ def _samples(root: Path) -> tuple[list[tuple[Path, int]], list[str]]:
             if name is None or fields[3] not in ("0", "1") or name.is_absolute() or ".." in name.parts:
                 raise DataError(f"{file} row {number} is not a folder, a file, a number and a label 0 or 1: {fields}")
             path = root / name
-            # unlike Path.is_file it takes an impossible name for a missing file
+            # unlike Path.is_file, os.path.isfile returns False for a name the file system does not allow
             if not os.path.isfile(path):
                 raise DataError(
                     f"{file} row {number} names {str(path)[:500]}, which is missing; unpack the archive again"
@@ -90,12 +91,13 @@ def _samples(root: Path) -> tuple[list[tuple[Path, int]], list[str]]:
 
 
 def _rows(file: Path) -> Iterator[list[str]]:
+    """The fields of each line of a metadata file."""
     content = file.read_bytes()
     if content.startswith(b"\x93NUMPY"):
         try:
             table = np.load(file, allow_pickle=False)
             if table.dtype.kind == "U":
-                # numpy hands out whatever 32 bits a file holds as characters
+                # numpy does not check that the 32 bits of a character are valid
                 if table.size and table.view(np.dtype(np.uint32).newbyteorder(table.dtype.byteorder)).max() > 127:
                     raise ValueError("its strings are not ASCII")
             elif table.dtype.kind != "S":
@@ -103,7 +105,7 @@ def _rows(file: Path) -> Iterator[list[str]]:
             rows = np.atleast_2d(table).astype(str).tolist()
         except Exception as error:  # noqa: BLE001  (numpy parses the header as Python and raises whatever that raises)
             raise DataError(
-                f"{file} is not a plain array of strings ({error}); pickled files are not opened, save it as text"
+                f"{file} is not a plain array of strings ({error}); pickled files are rejected; save it as text"
             ) from None
         yield from rows
         return
@@ -119,16 +121,17 @@ def _pixels(path: Path, size: int) -> np.ndarray:
     from PIL import Image
 
     try:
-        # the size stands in the header: an image that would fill the memory is never decoded
+        # the size is in the header, so an image that would fill the memory is not decoded
         with Image.open(path, formats=("PNG",)) as image:
             if image.size != (size, size):
                 raise DataError(f"{path} is {image.size[0]} x {image.size[1]} pixels, not {size} x {size}")
             return np.asarray(image.convert("L")).ravel()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{path} is not a whole image ({error}); unpack the archive again") from None
+        raise DataError(f"{path} is not a complete PNG image ({error}); unpack the archive again") from None
 
 
 def _split(count: int, at_random: bool) -> dict[str, np.ndarray]:
+    """Split -> rows of `count` images."""
     if not at_random:
         return dict(zip(SPLITS, np.split(np.arange(count), [count * 8 // 10, count * 9 // 10]), strict=True))
     import torch

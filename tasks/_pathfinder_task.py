@@ -1,4 +1,4 @@
-"""What the Pathfinder tasks have in common: protocols, preparation and floors; a task adds its size."""
+"""Shared by the Pathfinder tasks: protocols, preparation and floors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from lra.task import SPLITS, DataError, Progress, Protocol, Split, Task
-from lra.tasks._floors import MOST, bag_of_tokens, logistic
+from lra.tasks._floors import MAX_FITTED, bag_of_tokens, logistic
 from lra.tasks._pathfinder import Drawing, generate, lra_drawing
 from lra.tasks._pathfinder_release import LEVEL, write_released
 from lra.tasks._storage import DocumentWriter, open_split, write_examples
@@ -20,18 +20,21 @@ COUNTS = {"train": 160_000, "validation": 20_000, "test": 20_000}
 SMALL = {"train": 8_000, "validation": 1_000, "test": 2_000}
 CONTOURS = {"strict-contour6": 6, "strict-contour9": 9}
 PART = 500
+"""Images per intermediate file."""
 CELLS = 16
+"""Cells per side of the averaged centre crop."""
 
 
 def protocols(size: int, sha256: Mapping[str, tuple[str, str, str]]) -> dict[str, Protocol]:
-    """The protocols of a size. sha256: protocol -> checksums of train, validation and test.
+    """The protocols of an image size. sha256: protocol -> checksums of train, validation and test.
 
-    Contours of 14 are the arena's task; shorter ones have a protocol where they have checksums.
+    The task of the Long Range Arena has contours of 14 paddles. Shorter contours have a protocol if checksums are
+    given.
     """
     length = size * size
     frozen = {name: dict(zip(SPLITS, sums, strict=True)) for name, sums in sha256.items()}
     raw = f"pathfinder{size}/{LEVEL} of the LRA release"
-    tokens = "generated from a seed, contours of {} paddles; the token is the grey level, black (0) is no padding"
+    tokens = "generated from a seed, contours of {} paddles; the token is the grey level, and 0 is black, not padding"
     strict = Protocol(
         "strict",
         length,
@@ -40,7 +43,7 @@ def protocols(size: int, sha256: Mapping[str, tuple[str, str, str]]) -> dict[str
         sha256=frozen.get("strict", {}),
         note=tokens.format("14 (hard)"),
     )
-    found = [
+    entries = [
         strict,
         replace(
             strict,
@@ -58,10 +61,10 @@ def protocols(size: int, sha256: Mapping[str, tuple[str, str, str]]) -> dict[str
         replace(
             strict,
             name="strict-small",
-            # a few seconds' drawing at 32 pixels, about a minute at 128
+            # drawn in a few seconds at 32 pixels, in about a minute at 128
             counts=SMALL if size <= 32 else {name: count // 4 for name, count in SMALL.items()},
             sha256=frozen.get("strict-small", {}),
-            note="the law of strict on a set small enough for a first look; never ranked with it",
+            note="generated like strict, but a small set for first experiments; never ranked with it",
         ),
         replace(
             strict,
@@ -81,17 +84,17 @@ def protocols(size: int, sha256: Mapping[str, tuple[str, str, str]]) -> dict[str
             raw=raw,
         ),
     ]
-    return {protocol.name: protocol for protocol in found}
+    return {protocol.name: protocol for protocol in entries}
 
 
 def seed_of(drawing: Drawing) -> int:
-    """The seed of a generated set: every size and difficulty has its own, so that their labels are independent."""
+    """The seed of a generated set. It differs for every size and difficulty, so that their labels are independent."""
     return 1000 * drawing.size + drawing.contour_length
 
 
 @dataclass(frozen=True)
 class Part:
-    """A run of images of one split, kept as a file until the split is written."""
+    """Images start..stop - 1 of a split, stored in a file of their own until the split is written."""
 
     split: str
     start: int
@@ -100,7 +103,7 @@ class Part:
 
 
 class PathfinderTask(Task):
-    """size: pixels to a side."""
+    """Base class of the Pathfinder tasks. size: side of the images in pixels."""
 
     size: ClassVar[int]
     resumable = True
@@ -108,9 +111,9 @@ class PathfinderTask(Task):
     def prepare(
         self, folder: Path, protocol: Protocol, *, source: Path | None, workers: int, progress: Progress
     ) -> None:
-        """Generate the images, or read them where the protocol is of the released ones.
+        """Generate the images, or read the released ones if the protocol asks for them.
 
-        Interrupted, it leaves the parts that are whole in `folder`, and goes on from there the next time.
+        An interrupted call leaves finished parts in `folder`, from which the next call continues.
         """
         if protocol.raw:
             write_released(folder, protocol, self.size, source, workers, progress)
@@ -128,17 +131,19 @@ class PathfinderTask(Task):
                     part.path.unlink()
                     progress("writing images", part.stop, parts[-1].stop)
             write_examples(folder, split, np.concatenate(labels))
-        for left in folder.glob("*.part*"):
-            left.unlink()
+        for leftover in folder.glob("*.part*"):
+            leftover.unlink()
 
     def load(self, folder: Path, split: str) -> Split:
         return open_split(folder, split)
 
     def floors(self, train: Split, test: Split) -> dict[str, float]:
-        """Beside the majority class and a bag of tokens: what the middle of the image gives away, where the start of
-        the first contour lies. Logistic regression on its central half, averaged to 16 x 16, fitted to at most 20,000
-        examples spread evenly over `train`."""
-        rows = np.linspace(0, len(train) - 1, min(MOST, len(train))).astype(np.int64)
+        """Majority class, bag of tokens and centre crop.
+
+        "centre crop" is logistic regression on the central half of the image, where the first contour starts, averaged
+        to 16 x 16 cells. It is fitted to at most MAX_FITTED examples, spread evenly over `train`.
+        """
+        rows = np.linspace(0, len(train) - 1, min(MAX_FITTED, len(train))).astype(np.int64)
         weight, bias = logistic(self._centre(train, rows), np.asarray(train.labels)[rows], self.classes)
         guess = (self._centre(test, np.arange(len(test))) @ weight + bias).argmax(axis=1)
         return super().floors(train, test) | {
@@ -147,15 +152,16 @@ class PathfinderTask(Task):
         }
 
     def _centre(self, split: Split, rows: np.ndarray) -> np.ndarray:
+        """Central halves of the images `rows`, averaged to CELLS x CELLS values in [0, 1]: (n, CELLS^2)."""
         quarter, cell = self.size // 4, self.size // (2 * CELLS)
-        found = np.empty((len(rows), CELLS * CELLS))
+        features = np.empty((len(rows), CELLS * CELLS))
         for i, row in enumerate(rows):
             middle = self.picture(split, row)[quarter : self.size - quarter, quarter : self.size - quarter]
-            found[i] = middle.reshape(CELLS, cell, CELLS, cell).mean(axis=(1, 3)).ravel() / 255
-        return found
+            features[i] = middle.reshape(CELLS, cell, CELLS, cell).mean(axis=(1, 3)).ravel() / 255
+        return features
 
     def picture(self, split: Split, example: int) -> np.ndarray:
-        """An example as an image: (size, size) uint8."""
+        """One example as an image: (size, size) uint8."""
         return np.asarray(split.document(split.index[example, 0])).reshape(self.size, self.size)
 
     def describe(self, split: Split, example: int) -> str:
@@ -166,6 +172,7 @@ class PathfinderTask(Task):
 
 
 def _parts(folder: Path, counts: Mapping[str, int]) -> list[Part]:
+    """Divide all splits into parts of PART images."""
     parts, first = [], 0
     for split in SPLITS:
         last = first + counts[split]
@@ -176,24 +183,24 @@ def _parts(folder: Path, counts: Mapping[str, int]) -> list[Part]:
 
 
 def _draw_parts(parts: list[Part], drawing: Drawing, workers: int, progress: Progress) -> None:
-    """Draw the parts that are not there yet, one per worker at a time."""
-    missing = [part for part in parts if not _is_whole(part, drawing.size)]
+    """Draw the parts that are missing in parallel."""
+    missing = [part for part in parts if not _is_complete(part, drawing.size)]
     total = parts[-1].stop
     done = total - sum(part.stop - part.start for part in missing)
     progress("drawing images", done, total)
     pool = ThreadPoolExecutor(workers)
     try:
-        waiting = {pool.submit(_draw_part, part, drawing): part for part in missing}
-        for future in as_completed(waiting):
+        pending = {pool.submit(_draw_part, part, drawing): part for part in missing}
+        for future in as_completed(pending):
             future.result()
-            done += waiting[future].stop - waiting[future].start
+            done += pending[future].stop - pending[future].start
             progress("drawing images", done, total)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _draw_part(part: Part, drawing: Drawing) -> None:
-    """A file with a row per image, its label and then its pixels."""
+    """Write the file of a part: one row per image, with its label followed by its pixels."""
     try:
         images, labels, _ = generate(drawing, seed_of(drawing), part.start, part.stop)
     except ValueError as error:
@@ -204,7 +211,8 @@ def _draw_part(part: Part, drawing: Drawing) -> None:
     unfinished.replace(part.path)
 
 
-def _is_whole(part: Part, size: int) -> bool:
+def _is_complete(part: Part, size: int) -> bool:
+    """Whether the file of a part exists and has the right shape."""
     try:
         return np.load(part.path, mmap_mode="r", allow_pickle=False).shape == (part.stop - part.start, size**2 + 1)
     except (OSError, ValueError, EOFError):

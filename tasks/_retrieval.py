@@ -1,4 +1,4 @@
-"""What the retrieval tasks share: pairs of documents, each document stored once, and floors for them."""
+"""Shared by the retrieval tasks: pairs of documents, each document stored once, and floors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from scipy.sparse import csr_matrix, diags
 
 from lra.task import SPLITS, DataError, Progress, Protocol, Split, Task
-from lra.tasks._floors import MOST, bag_of_tokens
+from lra.tasks._floors import MAX_FITTED, bag_of_tokens
 from lra.tasks._overlap import sampled_windows
 from lra.tasks._storage import SHARED, open_split, write_documents, write_examples, write_notes
 
@@ -19,14 +19,16 @@ EOS = 2
 PRINTABLE = "".join(map(chr, range(32, 127)))
 PARTS = {"train": "train", "validation": "eval", "test": "test"}
 BUCKETS = 1 << 20
+"""Buckets of hashed n-grams."""
 WINDOW = 8
+"""Tokens of an n-gram."""
 
 Row = tuple[int, Hashable, Hashable]
-"""Label and the keys of both documents."""
+"""A label and the keys of the two documents."""
 
 
 class Pairs(Task):
-    """Do two documents belong together? One public subclass per source of documents."""
+    """Base class of the retrieval tasks: are two documents related?"""
 
     classes = 2
     towers = 2
@@ -38,14 +40,17 @@ class Pairs(Task):
         return (as_characters if protocol.name == "s4" else as_bytes)(text.encode(), protocol.length)
 
     def floors(self, train: Split, test: Split) -> dict[str, float]:
-        """Beside majority and bag of tokens: a threshold, fitted on train, on the cosine of n-gram TF-IDF vectors."""
+        """Majority class, bag of tokens and n-gram cosine.
+
+        "n-gram cosine" is a threshold, fitted to at most MAX_FITTED training examples, on the cosine of TF-IDF vectors.
+        """
         floors = super().floors(train, test) | {"bag of tokens": bag_of_tokens(train, test, self.classes)}
-        rows = np.linspace(0, len(train) - 1, min(MOST, len(train))).astype(np.int64)
+        rows = np.linspace(0, len(train) - 1, min(MAX_FITTED, len(train))).astype(np.int64)
         vectors = _vectors(train)
-        known, labels = _cosine(vectors, np.asarray(train.index)[rows]), np.asarray(train.labels)[rows]
-        order = np.argsort(known, kind="stable")
-        right = np.cumsum(labels[order] == 0) + (labels == 1).sum() - np.cumsum(labels[order] == 1)
-        threshold = known[order][right.argmax()]
+        cosine, labels = _cosine(vectors, np.asarray(train.index)[rows]), np.asarray(train.labels)[rows]
+        order = np.argsort(cosine, kind="stable")
+        correct = np.cumsum(labels[order] == 0) + (labels == 1).sum() - np.cumsum(labels[order] == 1)
+        threshold = cosine[order][correct.argmax()]
         guess = _cosine(vectors, np.asarray(test.index)) > threshold
         return floors | {"n-gram cosine": float((guess == np.asarray(test.labels)).mean())}
 
@@ -58,31 +63,31 @@ class Pairs(Task):
 def write_pairs(
     folder: Path, rows: Mapping[str, Iterable[Row]], document: Callable[[Hashable], np.ndarray], progress: Progress
 ) -> None:
-    """Write the three splits; documents are numbered as they first occur in train, validation, test.
+    """Write the three splits. Documents are numbered by first occurrence in train, validation, test.
 
-    document: key -> tokens, asked for once per document after every row was read.
+    rows: split -> rows; document: key -> tokens, called once per document after all rows have been read.
     """
-    number: dict[Hashable, int] = {}
+    numbers: dict[Hashable, int] = {}
     used: dict[str, set[int]] = {}
-    seen: dict[str, set[tuple[int, int]]] = {}
+    pairs: dict[str, set[tuple[int, int]]] = {}
     for split in SPLITS:
         labels, index = [], []
-        for label, one, two in rows[split]:
+        for label, first, second in rows[split]:
             labels.append(label)
-            index.append([number.setdefault(key, len(number)) for key in (one, two)])
+            index.append([numbers.setdefault(key, len(numbers)) for key in (first, second)])
         if not labels:
             raise DataError(f"{split} holds no pairs; is the file complete?")
         write_examples(folder, split, np.array(labels), np.array(index))
         used[split] = {n for pair in index for n in pair}
-        seen[split] = {(min(pair), max(pair)) for pair in index}
-    progress("writing documents", 0, len(number))
-    write_documents(folder, SHARED, map(document, number))
-    progress("writing documents", len(number), len(number))
+        pairs[split] = {(min(pair), max(pair)) for pair in index}
+    progress("writing documents", 0, len(numbers))
+    write_documents(folder, SHARED, map(document, numbers))
+    progress("writing documents", len(numbers), len(numbers))
     notes = {
-        "documents": len(number),
+        "documents": len(numbers),
         "test documents that train shows too": len(used["test"] & used["train"]),
         "test documents": len(used["test"]),
-        "test pairs that train or validation shows too": len(seen["test"] & (seen["train"] | seen["validation"])),
+        "test pairs that train or validation shows too": len(pairs["test"] & (pairs["train"] | pairs["validation"])),
     }
     write_notes(folder, notes)
 
@@ -93,25 +98,26 @@ def write_collection(
     """Prepare `<name>.docs.parquet` (id, text) and `<name>.{train,eval,test}.pairs.tsv.gz` (label, id, id)."""
     import pyarrow.parquet as pq
 
-    wanted = [f"{name}.docs.parquet", *(f"{name}.{part}.pairs.tsv.gz" for part in PARTS.values())]
-    places = [] if source is None else [source, source / "retrieval"]
-    where = next((place for place in places if all((place / file).is_file() for file in wanted)), None)
-    if where is None:
-        lack = "no source folder is given" if source is None else f"{source} lacks some of the files"
-        raise DataError(f"{lack}: with {', '.join(wanted)} in a folder DIR, run `{command} --from DIR`")
-    progress(f"reading {where}", 0, 0)
+    files = [f"{name}.docs.parquet", *(f"{name}.{part}.pairs.tsv.gz" for part in PARTS.values())]
+    folders = [] if source is None else [source, source / "retrieval"]
+    root = next((folder for folder in folders if all((folder / file).is_file() for file in files)), None)
+    if root is None:
+        problem = "no source folder is given" if source is None else f"{source} lacks some of the files"
+        raise DataError(f"{problem}: with {', '.join(files)} in a folder DIR, run `{command} --from DIR`")
+    progress(f"reading {root}", 0, 0)
     try:
-        table = pq.read_table(where / wanted[0], columns=["id", "text"])
+        table = pq.read_table(root / files[0], columns=["id", "text"])
     except (ValueError, OSError) as error:
-        raise DataError(f"{where / wanted[0]} cannot be read ({str(error).splitlines()[0]}); copy it again") from None
+        raise DataError(f"{root / files[0]} cannot be read ({str(error).splitlines()[0]}); copy it again") from None
     texts: dict[Hashable, str] = dict(
         zip(table.column("id").to_pylist(), table.column("text").to_pylist(), strict=True)
     )
-    rows = {split: _identifiers(where / f"{name}.{part}.pairs.tsv.gz", texts) for split, part in PARTS.items()}
+    rows = {split: _identifiers(root / f"{name}.{part}.pairs.tsv.gz", texts) for split, part in PARTS.items()}
     write_pairs(folder, rows, lambda key: as_bytes(texts[key].encode(), length), progress)
 
 
 def _identifiers(path: Path, known: Mapping[Hashable, str]) -> Iterator[Row]:
+    """The rows of a file of pairs. known: the documents by id. Raises DataError naming the line."""
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
@@ -120,43 +126,46 @@ def _identifiers(path: Path, known: Mapping[Hashable, str]) -> Iterator[Row]:
                     raise DataError(f"{path} line {number}: not a label 0 or 1 and two ids, separated by tabs")
                 for key in columns[1:]:
                     if key not in known:
-                        raise DataError(f"{path} line {number}: no document is called {key!r}")
+                        raise DataError(f"{path} line {number}: there is no document {key!r}")
                 yield int(columns[0]), columns[1], columns[2]
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"{path} is truncated or not gzip ({error}); copy it again") from None
 
 
 def as_bytes(text: bytes, length: int) -> np.ndarray:
-    # an empty document would have no real token
+    """The first `length` bytes as tokens."""
+    # a sequence needs at least one real token
     return np.frombuffer(text[:length] or b" ", np.uint8)
 
 
 def as_characters(text: bytes, length: int) -> np.ndarray:
-    """Ids of printable ASCII after padding 0, unknown 1 and end mark 2, with the end mark inside the length."""
+    """Encode as characters: padding 0, unknown 1, end mark 2, then printable ASCII. `length` includes the end mark."""
     codes = np.frombuffer(text[: length - 1], np.uint8)
     printable = (codes >= 32) & (codes < 127)
     return np.append(np.where(printable, codes - 32 + EOS + 1, 1).astype(np.uint8), np.uint8(EOS))
 
 
 def _readable(document: np.ndarray) -> str:
+    """Decode the tokens of a document to text."""
     if document[-1] == EOS:
         return "".join(PRINTABLE[token - EOS - 1] if token > EOS else "\ufffd" for token in document[:-1])
     return bytes(document).decode(errors="replace")
 
 
 def _vectors(split: Split) -> csr_matrix:
-    """Unit TF-IDF vectors of hashed n-grams, one row per document."""
+    """TF-IDF vectors of hashed n-grams, normalised to length 1: one row per document."""
     hashes, owners = sampled_windows(np.asarray(split.values), np.asarray(split.offsets), WINDOW)
     documents = len(split.offsets) - 1
     buckets = (hashes % np.uint64(BUCKETS)).astype(np.int64)
     counts = csr_matrix((np.ones(len(buckets)), (owners, buckets)), shape=(documents, BUCKETS))
-    rarity = np.log(documents / np.maximum(np.bincount(counts.indices, minlength=BUCKETS), 1))
-    counts.data = (1 + np.log(counts.data)) * rarity[counts.indices]
+    idf = np.log(documents / np.maximum(np.bincount(counts.indices, minlength=BUCKETS), 1))
+    counts.data = (1 + np.log(counts.data)) * idf[counts.indices]
     norm = np.sqrt(np.asarray(counts.multiply(counts).sum(axis=1)).ravel())
     return csr_matrix(diags(1 / np.maximum(norm, 1e-12)) @ counts)
 
 
 def _cosine(vectors: csr_matrix, index: np.ndarray) -> np.ndarray:
+    """Cosine similarity of the two documents of each example: (n,)."""
     parts = [index[start : start + 2000] for start in range(0, len(index), 2000)]
     products = [vectors[pairs[:, 0]].multiply(vectors[pairs[:, 1]]).sum(axis=1) for pairs in parts]
     return np.concatenate([np.asarray(product).ravel() for product in products])

@@ -1,4 +1,4 @@
-"""Raw tables: Parquet files in a folder of the user's, else a data set of the Hugging Face Hub at a pinned revision."""
+"""Raw tables: Parquet files in a user's folder, else a data set on the Hugging Face Hub at a pinned revision."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lra.task import DataError
 
 @dataclass(frozen=True)
 class Hub:
-    """A data set: its id and revision on the hub, and the folder that holds its files below a user's source folder."""
+    """A data set: its id and revision on the hub, and the subfolder with its files in a user's source folder."""
 
     id: str
     revision: str
@@ -28,35 +28,35 @@ class Hub:
 
 
 def read_table(hub: Hub, split: str, columns: Sequence[str], source: Path | None, command: str) -> list[list[Any]]:
-    """The columns of a split, in the order asked for. command: what prepares the task, for messages.
+    """Read columns of a split, in the order of `columns`. command: the command that prepares the task, for messages.
 
-    Raises DataError when the split cannot be had or lacks a column.
+    Raises DataError if the split cannot be read or lacks a column.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if source is None:
-        table, where = _from_hub(hub, split, command), f"{hub.id} at {hub.revision[:12]}"
+        table, origin = _load_from_hub(hub, split, command), f"{hub.id} at {hub.revision[:12]}"
     else:
-        path = _file(hub, split, source)
-        where = str(path)
+        path = _find_file(hub, split, source)
+        origin = str(path)
         try:
             table = pq.read_table(path)
-            # their names are decoded when they are asked for
+            # names are decoded on access
             table.column_names  # noqa: B018
         except (pa.ArrowException, OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise DataError(f"{path} is not a whole Parquet file ({reason}); fetch it again") from None
+            raise DataError(f"{path} is not a complete Parquet file ({reason}); fetch it again") from None
     missing = [column for column in columns if column not in table.column_names]
     if missing:
-        raise DataError(f"{where} has columns {', '.join(table.column_names)}; {', '.join(missing)} is missing")
+        raise DataError(f"{origin} has columns {', '.join(table.column_names)}; {', '.join(missing)} is missing")
     try:
         return [table.column(column).to_pylist() for column in columns]
     except (pa.ArrowException, ValueError) as error:
-        raise DataError(f"{where} holds values that cannot be read ({error}); fetch it again") from None
+        raise DataError(f"{origin} holds values that cannot be read ({error}); fetch it again") from None
 
 
-def _file(hub: Hub, split: str, source: Path) -> Path:
+def _find_file(hub: Hub, split: str, source: Path) -> Path:
     shard = f"plain_text/{split}-00000-of-00001.parquet"
     for name in (f"{hub.folder}/{split}.parquet", f"{hub.folder}/{shard}", f"{split}.parquet", shard):
         if (source / name).is_file():
@@ -67,28 +67,28 @@ def _file(hub: Hub, split: str, source: Path) -> Path:
     )
 
 
-def _from_hub(hub: Hub, split: str, command: str) -> Any:
+def _load_from_hub(hub: Hub, split: str, command: str) -> Any:
     advice = f"with {hub.files} in a folder DIR, run `{command} --from DIR`"
     try:
         import datasets
         from huggingface_hub import constants
     except ImportError:
         raise DataError(f"the package datasets, which fetches {hub.id}, is not installed; {advice}") from None
-    # the hub's client announces every retry; what matters is said once, below
+    # the client logs every retry; the error below says enough
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if not _reachable(constants.ENDPOINT):
-        # the client would try for half a minute; what it has in its own cache it still gives
+        # offline, the client fails at once unless the data are in its cache; otherwise it retries for half a minute
         datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
     try:
-        # in Arrow form nothing is decoded: an image stays the bytes of its file
+        # the Arrow format leaves images encoded, as the bytes of their files
         return datasets.load_dataset(hub.id, revision=hub.revision, split=split).with_format("arrow")[:]
-    except Exception as error:  # noqa: BLE001  (hub clients raise a dozen kinds, all meaning that there are no data)
+    except Exception as error:  # noqa: BLE001  (the clients of the hub raise many types of exceptions)
         reason = str(error).splitlines()[0] if str(error) else "no reason given"
         raise DataError(f"{hub.id} cannot be fetched ({type(error).__name__}: {reason}); offline, {advice}") from None
 
 
 def _reachable(endpoint: str) -> bool:
-    """Whether anything answers there, in one try. Proxies of the environment are used."""
+    """Whether a server answers within 10 seconds. Uses the proxies of the environment."""
     try:
         urllib.request.urlopen(endpoint, timeout=10).close()
     except urllib.error.HTTPError:

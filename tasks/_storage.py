@@ -1,11 +1,11 @@
-"""How a prepared set lies on disk: plain `.npy` files, memory-mapped when read.
+"""The files of a prepared set: plain `.npy` files, memory-mapped when read.
 
-    <split>.values.npy, <split>.offsets.npy   the split's own documents, or, where splits share documents,
-    documents.values.npy, documents.offsets.npy   one table for all of them
-    <split>.index.npy, <split>.labels.npy
-    notes.json                                what preparation found and a reader may want to know (optional)
+    <split>.values.npy, <split>.offsets.npy         documents of one split, or
+    documents.values.npy, documents.offsets.npy     documents shared by all splits
+    <split>.index.npy, <split>.labels.npy           examples
+    notes.json                                      remarks of the preparation (optional)
 
-Values are appended through a file, never through a writable memory map: on a full disk a map kills the process.
+Values are appended to a file, not to a writable memory map, because on a full disk a memory map kills the process.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ SHARED = "documents"
 
 
 class DocumentWriter:
-    """Appends documents end to end to `<name>.values.npy`; on leaving the context, `<name>.offsets.npy` too.
+    """A context manager that appends documents to `<name>.values.npy` and writes `<name>.offsets.npy` on exit.
 
-    `name` is a split, or `SHARED` for a table that every split points into. dtype: uint8 or uint16.
+    name: a split, or SHARED for documents that all splits use. dtype: uint8 or uint16.
     """
 
     def __init__(self, folder: Path, name: str, dtype: type[np.unsignedinteger] = np.uint8) -> None:
@@ -36,16 +36,16 @@ class DocumentWriter:
 
     def __enter__(self) -> DocumentWriter:
         self._file = (self.folder / f"{self.name}.values.npy").open("wb")
-        self._header()
+        self._write_header()
         return self
 
-    def _header(self) -> None:
-        # numpy pads the header so that its first dimension can grow in place
+    def _write_header(self) -> None:
+        # numpy pads the header, so it can be overwritten with a larger shape
         shape = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self._total,)}
         np.lib.format.write_array_header_1_0(self._file, shape)
 
     def append(self, values: np.ndarray, lengths: np.ndarray | None = None) -> None:
-        """values: (total,) of one document, or of several with their `lengths` (documents,)."""
+        """Append one document, or several with their `lengths` (documents,). values: (total,), of dtype `dtype`."""
         values = np.ascontiguousarray(values)
         if values.dtype != self.dtype:
             raise TypeError(f"values are {values.dtype}, the writer's are {self.dtype}")
@@ -62,7 +62,7 @@ class DocumentWriter:
         try:
             if kind is None:
                 self._file.seek(0)
-                self._header()
+                self._write_header()
         finally:
             self._file.close()
         if kind is None:
@@ -73,14 +73,18 @@ class DocumentWriter:
 def write_documents(
     folder: Path, name: str, documents: Iterable[np.ndarray], dtype: type[np.unsignedinteger] = np.uint8
 ) -> None:
-    """Write a table of documents; `name` as in DocumentWriter."""
+    """Write documents. name: as in DocumentWriter."""
     with DocumentWriter(folder, name, dtype) as writer:
         for document in documents:
             writer.append(document)
 
 
 def write_examples(folder: Path, split: str, labels: np.ndarray, index: np.ndarray | None = None) -> None:
-    """labels: (n,) whole numbers below 256; index: (n,) or (n, towers), by default document i for example i."""
+    """Write the examples of a split.
+
+    labels: (n,) integers below 256; index: (n,) or (n, towers) numbers of documents, by default document i for example
+    i.
+    """
     index = np.arange(len(labels)) if index is None else np.asarray(index)
     if len(index) != len(labels):
         raise ValueError(f"{len(index)} rows of index for {len(labels)} labels")
@@ -89,24 +93,24 @@ def write_examples(folder: Path, split: str, labels: np.ndarray, index: np.ndarr
 
 
 def write_notes(folder: Path, notes: Mapping[str, Any]) -> None:
-    """What preparation found (duplicates dropped, texts that were cut ...), for the manifest's reader."""
+    """Write remarks of the preparation, such as dropped duplicates or truncated texts, to notes.json."""
     (folder / "notes.json").write_text(json.dumps(notes, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def open_split(folder: Path, split: str) -> Split:
-    """Map a prepared split. Raises DataError when an array is missing, unreadable or does not fit the others."""
+    """Memory-map a prepared split. Raises DataError if arrays are missing, unreadable or inconsistent."""
     name = SHARED if (folder / f"{SHARED}.values.npy").is_file() else split
     parts = (f"{name}.values", f"{name}.offsets", f"{split}.index", f"{split}.labels")
     values, offsets, index, labels = (_open(folder / f"{part}.npy") for part in parts)
     kinds = (values.dtype.name, offsets.dtype.name, index.dtype.name, labels.dtype.name)
-    fits = (
+    consistent = (
         kinds in (("uint8", "int64", "int32", "uint8"), ("uint16", "int64", "int32", "uint8")) and values.ndim == 1
         and offsets.ndim == 1 and len(offsets) and offsets[0] == 0 and offsets[-1] == len(values)
         and (np.diff(offsets) >= 0).all()
         and index.ndim == 2 and len(index) == len(labels) and labels.ndim == 1
         and index.min(initial=0) >= 0 and index.max(initial=-1) < len(offsets) - 1
     )  # fmt: skip
-    if not fits:
+    if not consistent:
         raise DataError(f"{folder}: the arrays of {split} do not fit together; remove the folder and prepare it again")
     return Split(values, offsets, index, labels)
 

@@ -51,7 +51,7 @@ def main(task: str, folder: Path) -> None:
     )
     plan = plans.read(file)
     # its half minute once, and not on every node at the same time
-    doctor.gate(["recurrent_cell"], torch.device("cpu"))
+    doctor.require_parity(["recurrent_cell"], torch.device("cpu"))
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     second = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
@@ -69,7 +69,7 @@ def main(task: str, folder: Path) -> None:
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     start = time.monotonic()
-    failed = local.carry_out(plan, Console(stderr=True), ray=cluster.address, forecast=False)
+    failed = local.execute_plan(plan, Console(stderr=True), ray=cluster.address, forecast=False)
     seconds = time.monotonic() - start
     killer.join(1)
     cluster.shutdown()

@@ -1,4 +1,4 @@
-"""The command `lra`. Every failure a user can act on is one line and exit code 2."""
+"""The command line of the Long Range Arena suite. Errors are one line, with exit code 2."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from lra.errors import UserError, unknown
 from lra.registry import architectures, tasks
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-new = typer.Typer(no_args_is_help=True, help="Start something from a template.")
+new = typer.Typer(no_args_is_help=True, help="Create a file from a template.")
 app.add_typer(data, name="data")
 app.add_typer(new, name="new")
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(__version__)
         raise typer.Exit
 
@@ -38,7 +38,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass
@@ -47,18 +47,18 @@ def options(
 @app.command("list")
 @guarded
 def list_(
-    pattern: Annotated[str, typer.Argument(help="Of architecture names, with wildcards: '*former*'.")] = "*",
+    pattern: Annotated[str, typer.Argument(help="Pattern of architecture names, such as '*former*'.")] = "*",
     family: Annotated[str, typer.Option(metavar="NAME", help="Only architectures of this family.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Registered architectures, and tasks where neither pattern nor family is given."""
+    """List architectures and, without pattern and family, tasks."""
     cards = [architectures.facts(name) for name in list_architectures(pattern)]
     families = sorted({architectures.family(name) for name in architectures.names()} - {""})
     if family and family not in families:
         raise unknown("family", family, families)
     cards = [card for card in cards if not family or card["family"] == family]
     if not cards:
-        raise UserError(f"no architecture matches {pattern!r}; `lra list` shows all")
+        raise UserError(f"no architecture matches {pattern!r}; `lra list` shows all names")
     entries = [tasks.facts(name) for name in tasks.names()] if pattern == "*" and not family else []
     if as_json:
         print(json.dumps({"architectures": cards, "tasks": entries}, indent=1, sort_keys=True))
@@ -70,14 +70,14 @@ def list_(
     for facts in cards:
         cells = [", ".join(facts["variants"]), *(str(facts.get(k, "")) for k in ("family", "scaling", "year"))]
         url = str(facts.get("url", ""))
-        brief = url.replace("https://arxiv.org/abs/", "arXiv:").replace("https://doi.org/", "doi:")
-        table.add_row(facts["name"], *cells, Text(brief, style=f"link {url}" if url else ""))
+        short_url = url.replace("https://arxiv.org/abs/", "arXiv:").replace("https://doi.org/", "doi:")
+        table.add_row(facts["name"], *cells, Text(short_url, style=f"link {url}" if url else ""))
     console.print(table)
-    console.print("full addresses: lra list --json, lra show TASK ARCHITECTURE")
+    console.print("full URLs: lra list --json, lra show TASK ARCHITECTURE")
     if not entries:
         return
     table = Table(title="tasks", title_justify="left", pad_edge=False)
-    for column in ("name", "what"):
+    for column in ("name", "title"):
         table.add_column(column)
     for facts in entries:
         table.add_row(facts["name"], str(facts.get("title", "")))
@@ -87,10 +87,10 @@ def list_(
 @new.command("architecture")
 @guarded
 def new_architecture(
-    name: Annotated[str, typer.Argument(help="The registry name, also the file name.")],
-    family: Annotated[str, typer.Option(help="The folder: recurrent, state_space, linear_attention, attention, ...")],
+    name: Annotated[str, typer.Argument(help="Registry name, which is also the file name.")],
+    family: Annotated[str, typer.Option(help="Folder: recurrent, state_space, linear_attention, attention, ...")],
 ) -> None:
-    """Copy the template of an architecture into its family's folder."""
+    """Create an architecture from a template, in the folder of its family."""
     from lra.cli import template
 
     path = template.architecture(name, family)
@@ -107,5 +107,5 @@ def main() -> None:
     try:
         app()
     except KeyboardInterrupt:
-        errors.print("interrupted; nothing half-written is left behind")
+        errors.print("interrupted; no incomplete file was kept")
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""What the commands share: consoles, argument types, and one clear line for every mistake."""
+"""Shared by the commands: consoles, argument types and error messages."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from rich.markup import escape
 
 from lra.errors import Interrupted, UserError
 
-# where the output is not a terminal, tables get the width they are designed for
+# tables are designed for 100 columns
 console, errors = Console(width=None if sys.stdout.isatty() else 100), Console(stderr=True)
 
 
 @contextmanager
 def one_line() -> Iterator[None]:
-    """Print a user's mistake as one line and exit with code 2; an interrupted run, with code 130."""
+    """Turn UserError into one line and exit code 2, and Interrupted into exit code 130."""
     try:
         yield
     except Interrupted as error:
@@ -34,20 +34,20 @@ def one_line() -> Iterator[None]:
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose mistakes are one line."""
+    """Decorator: report the errors of a command as one line (see `one_line`)."""
 
     @wraps(command)
-    def inner(*arguments: Any, **options: Any) -> None:
+    def wrapper(*arguments: Any, **options: Any) -> None:
         with one_line():
             command(*arguments, **options)
 
-    return inner
+    return wrapper
 
 
-def settings_of(given: list[str] | None) -> dict[str, str]:
-    """The settings of `--set KEY=VALUE`, values as text. Raises UserError."""
+def settings_of(arguments: list[str] | None) -> dict[str, str]:
+    """Parse the arguments of `--set KEY=VALUE`. Values stay text. Raises UserError."""
     settings = {}
-    for text in given or []:
+    for text in arguments or []:
         key, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"--set {text}: expected key=value, for example --set train.steps=500")
@@ -56,7 +56,7 @@ def settings_of(given: list[str] | None) -> dict[str, str]:
 
 
 def seconds_of(text: str) -> float | None:
-    """Seconds of `--time-limit 8m`; None for an empty text. Raises UserError."""
+    """Parse the argument of `--time-limit`, such as 8m, to seconds; None if it is empty. Raises UserError."""
     if not text:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h)", text)
@@ -70,5 +70,5 @@ Architecture = Annotated[str, typer.Argument(metavar="ARCH", help="s4d, s4d/inv,
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe value.")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="quick, matched, paper, a .toml file, or auto.")]
 Source = Annotated[Path | None, typer.Option("--from", help="Folder with the raw files (else LRA_DATA).")]
-ProtocolName = Annotated[str, typer.Option("--protocol", help="Of the task; its first by default.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would be done; write nothing.")]
+ProtocolName = Annotated[str, typer.Option("--protocol", help="Protocol of the task; default: its first.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan, but write nothing.")]

@@ -1,4 +1,4 @@
-"""`lra data`: prepare, verify and look at the data of a task."""
+"""`lra data` and `lra audit`: prepare, verify, pack and inspect the data of a task."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lra.cli.common import ProtocolName, Source, TaskName, console, errors, guar
 from lra.errors import UserError
 from lra.registry import tasks
 
-data = typer.Typer(no_args_is_help=True, help="Prepare, verify and look at the data of a task.")
+data = typer.Typer(no_args_is_help=True, help="Prepare, verify, pack and inspect the data of a task.")
 
 
 @data.command("list")
 @guarded
 def data_list() -> None:
-    """Every task and protocol, and whether it is prepared here."""
+    """List tasks and protocols, and which of them are prepared on this machine."""
     from lra.data import prepared_sets
     from lra.task import DataError
 
@@ -30,10 +30,10 @@ def data_list() -> None:
         task = tasks.get(name)()
         for protocol in task.protocols.values():
             try:
-                there = "yes" if prepared_sets.find(task, protocol) else ""
+                state = "yes" if prepared_sets.find_prepared(task, protocol) else ""
             except DataError:
-                there = "damaged"
-            table.add_row(name, protocol.name, str(protocol.length), protocol.encoding, there, protocol.note)
+                state = "damaged"
+            table.add_row(name, protocol.name, str(protocol.length), protocol.encoding, state, protocol.note)
     console.print(table)
 
 
@@ -45,31 +45,33 @@ def prepare(
     source: Source = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes or threads; all CPUs by default.")] = None,
 ) -> None:
-    """Prepare a task's data, or say that they are there."""
+    """Prepare the data of a task, unless they are prepared already."""
     from lra import terminal
     from lra.data import prepared_sets
 
-    with terminal.bar(console, f"preparing {task}") as progress:
-        found = prepared_sets.prepared(task, protocol or None, source=source, workers=workers, progress=progress)
-    for split, count in found.manifest["counts"].items():
-        console.print(f"{split:<11} {count:>9,}  {found.manifest['sha256'][split]}", soft_wrap=True)
-    console.print(f"in {escape(str(found.folder))}", soft_wrap=True)
+    with terminal.progress_bar(console, f"preparing {task}") as progress:
+        prepared = prepared_sets.load_prepared(
+            task, protocol or None, source=source, workers=workers, progress=progress
+        )
+    for split, count in prepared.manifest["counts"].items():
+        console.print(f"{split:<11} {count:>9,}  {prepared.manifest['sha256'][split]}", soft_wrap=True)
+    console.print(f"in {escape(str(prepared.folder))}", soft_wrap=True)
 
 
 @data.command()
 @guarded
 def verify(task: TaskName, protocol: ProtocolName = "") -> None:
-    """Re-read every prepared byte and compare with the checksums; exit code 2 when something is wrong."""
+    """Read the prepared data again and compare them with their checksums. Exit code 2 if they differ."""
     from lra import terminal
     from lra.data import prepared_sets
 
-    with terminal.bar(console, f"verifying {task}") as progress:
+    with terminal.progress_bar(console, f"verifying {task}") as progress:
         problems = prepared_sets.verify(task, protocol or None, progress=progress)
     if problems:
         for problem in problems:
             errors.print(f"[red]error:[/] {escape(problem)}", soft_wrap=True)
         raise typer.Exit(2)
-    console.print(f"{task}: every byte is as its manifest and its protocol say")
+    console.print(f"{task}: the data match their manifest and their protocol")
 
 
 @data.command()
@@ -77,31 +79,31 @@ def verify(task: TaskName, protocol: ProtocolName = "") -> None:
 def pack(
     task: TaskName,
     protocol: ProtocolName = "",
-    to: Annotated[Path | None, typer.Option(help="The file to write; TASK-PROTOCOL.tar.xz by default.")] = None,
+    to: Annotated[Path | None, typer.Option(help="File to write; default: TASK-PROTOCOL.tar.xz.")] = None,
     source: Source = None,
 ) -> None:
-    """Write a prepared set to one compressed file, for a machine without network."""
+    """Write prepared data to one compressed file, for a machine without network."""
     from lra import terminal
     from lra.data import pack as packs
     from lra.data import prepared_sets
 
-    with terminal.bar(console, f"packing {task}") as progress:
-        found = prepared_sets.prepared(task, protocol or None, source=source, progress=progress)
-        path = to or Path(f"{found.task.name}-{found.protocol.name}.tar.xz")
-        size = packs.pack(found, path, progress)
+    with terminal.progress_bar(console, f"packing {task}") as progress:
+        prepared = prepared_sets.load_prepared(task, protocol or None, source=source, progress=progress)
+        path = to or Path(f"{prepared.task.name}-{prepared.protocol.name}.tar.xz")
+        size = packs.pack(prepared, path, progress)
     console.print(f"wrote {escape(str(path))}, {size / 2**20:.1f} MiB", soft_wrap=True)
 
 
 @data.command()
 @guarded
-def unpack(file: Annotated[Path, typer.Argument(help="What `lra data pack` wrote.")]) -> None:
-    """Take a packed set into the cache, every byte checked."""
+def unpack(file: Annotated[Path, typer.Argument(help="File that `lra data pack` wrote.")]) -> None:
+    """Add packed data to the cache, after comparing them with their checksums."""
     from lra import terminal
     from lra.data import pack as packs
 
-    with terminal.bar(console, f"unpacking {file.name}") as progress:
-        found = packs.unpack(file, progress)
-    console.print(f"{found.task.name} ({found.protocol.name}) in {found.folder}", soft_wrap=True)
+    with terminal.progress_bar(console, f"unpacking {file.name}") as progress:
+        prepared = packs.unpack(file, progress)
+    console.print(f"{prepared.task.name} ({prepared.protocol.name}) in {prepared.folder}", soft_wrap=True)
 
 
 @data.command("show")
@@ -110,11 +112,11 @@ def show_examples(
     task: TaskName,
     protocol: ProtocolName = "",
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
-    count: Annotated[int, typer.Option(min=1, max=64)] = 4,
-    png: Annotated[Path | None, typer.Option(help="Draw the examples of an image task to this file.")] = None,
+    count: Annotated[int, typer.Option(min=1, max=64, help="Number of examples.")] = 4,
+    png: Annotated[Path | None, typer.Option(help="Write the examples of an image task to this file.")] = None,
     source: Source = None,
 ) -> None:
-    """A few examples, for the eye."""
+    """Show a few examples."""
     from lra import terminal
     from lra.data import prepared_sets
     from lra.errors import unknown
@@ -122,43 +124,43 @@ def show_examples(
 
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
-    with terminal.bar(console, f"preparing {task}") as progress:
-        found = prepared_sets.prepared(task, protocol or None, source=source, progress=progress)
-    opened = found.split(split)
-    for example in range(min(count, len(opened))):
-        console.print(escape(found.task.describe(opened, example)), soft_wrap=True)
+    with terminal.progress_bar(console, f"preparing {task}") as progress:
+        prepared = prepared_sets.load_prepared(task, protocol or None, source=source, progress=progress)
+    examples = prepared.split(split)
+    numbers = range(min(count, len(examples)))
+    for number in numbers:
+        console.print(escape(prepared.task.describe(examples, number)), soft_wrap=True)
     if png is not None:
-        if not hasattr(found.task, "picture"):
-            raise UserError(f"--png: examples of {task} are no images")
-        pictures = [found.task.picture(opened, i) for i in range(min(count, len(opened)))]
-        terminal.contact_sheet(pictures, png)
+        if not hasattr(prepared.task, "picture"):
+            raise UserError(f"--png: the examples of {task} are not images")
+        terminal.contact_sheet([prepared.task.picture(examples, number) for number in numbers], png)
         console.print(f"wrote {escape(str(png))}", soft_wrap=True)
 
 
 @guarded
 def audit(task: TaskName, protocol: ProtocolName = "", source: Source = None) -> None:
-    """Label balance, lengths, and examples that more than one split holds."""
+    """Show label balance, lengths, repeated examples and overlap between splits."""
     from lra import terminal
     from lra.data import audit as audits
     from lra.data import prepared_sets
 
-    with terminal.bar(console, f"preparing {task}") as progress:
-        found = prepared_sets.prepared(task, protocol or None, source=source, progress=progress)
+    with terminal.progress_bar(console, f"preparing {task}") as progress:
+        prepared = prepared_sets.load_prepared(task, protocol or None, source=source, progress=progress)
     with console.status("reading every example"):
-        facts = audits.audit(found)
-    table = Table(title=f"{task} ({found.protocol.name})", title_justify="left", pad_edge=False)
+        statistics = audits.audit(prepared)
+    table = Table(title=f"{task} ({prepared.protocol.name})", title_justify="left", pad_edge=False)
     for column in ("split", "examples", "min", "median", "mean", "max", "repeated", "labels %"):
         table.add_column(column, justify="left" if column in ("split", "labels %") else "right")
-    for s in facts.splits:
+    for s in statistics.splits:
         low, median, mean, high = s.lengths
         shares = " ".join(f"{100 * share:.1f}" for share in s.labels)
         table.add_row(
             s.split, f"{s.count:,}", f"{low:,}", f"{median:,.0f}", f"{mean:,.0f}", f"{high:,}", str(s.repeated), shares
         )
     console.print(table)
-    for (first, second), count in facts.overlap.items():
-        console.print(f"{count:,} examples of {second} are in {first} too, byte for byte")
-    for key, value in found.notes.items():
+    for (first, second), count in statistics.overlap.items():
+        console.print(f"{count:,} examples of {second} also occur in {first}, byte for byte")
+    for key, value in prepared.notes.items():
         if isinstance(value, dict) and all(isinstance(row, dict) for row in value.values()):
             _print_rows(key, value)
             continue

@@ -1,4 +1,4 @@
-"""`lra doctor`, `lra bench`: are the operators right on this machine, and how fast."""
+"""`lra doctor` and `lra bench`: correctness and speed of the operators on this machine."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 @guarded
 def doctor(
-    op: Annotated[str, typer.Argument(help="One operator; all by default.")] = "",
-    fresh: Annotated[bool, typer.Option(help="Check again what is known already.")] = False,
+    op: Annotated[str, typer.Argument(help="Operator to check; default: all.")] = "",
+    fresh: Annotated[bool, typer.Option(help="Ignore cached diagnoses.")] = False,
 ) -> None:
-    """Which implementations of each operator are here, and whether each is right on this machine."""
+    """Check which implementations of each operator run on this machine and whether they match the reference."""
     from lra.errors import unknown
     from lra.operators import doctor as diagnosis
     from lra.operators import parity
@@ -32,55 +32,59 @@ def doctor(
         table.add_column(column, overflow="fold")
     with console.status("checking") as status:
         ops = [op] if op else parity.operators()
-        found = diagnosis.examine(ops, device(), fresh=fresh, seen=lambda name: status.update(f"checking {name}"))
-    for d in found:
+        diagnoses = diagnosis.examine(
+            ops, device(), fresh=fresh, on_operator=lambda name: status.update(f"checking {name}")
+        )
+    for d in diagnoses:
         colour = {"right": "green", "wrong": "red"}.get(d.status, "dim")
         error = "" if d.status == "absent" else f"{d.error:.1e}"
         table.add_row(d.op, d.implementation, f"[{colour}]{d.status}[/]", error, escape(d.detail))
     console.print(table)
-    if any(d.status == "wrong" for d in found):
+    if any(d.status == "wrong" for d in diagnoses):
         raise typer.Exit(1)
 
 
 @guarded
 def bench(
-    op: Annotated[str, typer.Argument(help="One operator; all by default.")] = "",
-    budget: Annotated[float, typer.Option(min=0.1, help="Seconds for each measurement.")] = 1.5,
+    op: Annotated[str, typer.Argument(help="Operator to time; default: all.")] = "",
+    budget: Annotated[float, typer.Option(min=0.1, help="Seconds per measurement.")] = 1.5,
 ) -> None:
-    """Time each operator beside what this machine can do; written to results/bench/ when all are measured."""
+    """Time the operators and compare them with the limits of this machine. Without OP, also write results/bench/."""
     from lra.operators.bench import no_peers
 
     time_operators(op, budget, no_peers)
 
 
 def time_operators(op: str, budget: float, peers: Peers) -> None:
-    """Time one operator or all, beside the peers, print the table and write it where all were timed."""
+    """Time one operator, or all if `op` is empty, beside the peers. Prints a table; writes it if all were timed."""
     from lra.operators import bench as benchmark
     from lra.operators import parity
     from lra.results import result
     from lra.training.device import device
 
-    here = device()
+    target = device()
     with console.status("starting") as status:
         ops = [op] if op else parity.operators()
-        lines = list(
-            benchmark.bench(ops, here, budget=budget, peers=peers, seen=lambda name: status.update(f"timing {name}"))
+        measurements = list(
+            benchmark.bench(
+                ops, target, budget=budget, peers=peers, on_case=lambda name: status.update(f"timing {name}")
+            )
         )
-    bandwidth, rate = (max(getattr(line.machine, name) for line in lines) for name in ("bandwidth", "rate"))
+    bandwidth, rate = (max(getattr(m.machine, name) for m in measurements) for name in ("bandwidth", "rate"))
     table = Table(
-        title=f"at best {bandwidth / 1e9:.1f} GB/s, {rate / 1e9:.0f} GFLOP/s, {here.type}; floors beside each case",
+        title=f"{target.type}: up to {bandwidth / 1e9:.1f} GB/s and {rate / 1e9:.0f} GFLOP/s",
         title_justify="left", pad_edge=False,
     )  # fmt: skip
     for column in ("operator", "case", "by", "pass", "ms", "GB/s", "GFLOP/s", "x floor"):
         table.add_column(column, justify="left" if column in ("operator", "case", "by", "pass") else "right")
-    for line in lines:
-        seconds = line.timing.median
-        by = line.implementation if here.type == "cpu" else f"{line.implementation}, {line.dtype}"
+    for m in measurements:
+        seconds = m.timing.median
+        by = m.implementation if target.type == "cpu" else f"{m.implementation}, {m.dtype}"
         table.add_row(
-            line.op, line.case, by, line.passes, f"{1e3 * seconds:.2f}", f"{line.bytes / seconds / 1e9:.1f}",
-            f"{line.flops / seconds / 1e9:.1f}", f"{seconds / line.floor:.1f}",
+            m.op, m.case, by, m.passes, f"{1e3 * seconds:.2f}", f"{m.bytes / seconds / 1e9:.1f}",
+            f"{m.flops / seconds / 1e9:.1f}", f"{seconds / m.floor:.1f}",
         )  # fmt: skip
     console.print(table)
     if not op:
-        path = benchmark.write(benchmark.frame(lines, here), here.type, result.folder())
+        path = benchmark.write_csv(benchmark.to_frame(measurements, target), target.type, result.folder())
         console.print(f"wrote {path}", soft_wrap=True)

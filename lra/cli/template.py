@@ -1,4 +1,4 @@
-"""The file a new architecture starts from: it passes every conformance check before its equations are filled in."""
+"""The template of a new architecture, a working example that passes every conformance check."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Author year, arXiv:0000.00000. Equations with shapes:
 
     y_t = a * y_(t-1) + (1 - a) * x_t W          (B, L, D), a = sigmoid(rate) in (0, 1), one per channel
 
-Initialisation: and why. Departures from the paper: none. Checked against: the equations as a float64 loop.
+Initialisation: values and reasons. Departures from the paper: none. Checked against: the equations as a float64 loop.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class {title}(Stack):
 
 
 def architecture(name: str, family: str) -> Path:
-    """Write `architectures/<family>/<name>.py`. Raises UserError for a name that is taken or not a module name, and for
-    an unknown family."""
+    """Write `architectures/<family>/<name>.py` and return its path. Raises UserError for an unknown family, a name that
+    is taken and a name that is not a module name."""
     if family not in FAMILIES:
         raise unknown("family", family, FAMILIES)
     if (
@@ -99,9 +99,11 @@ def architecture(name: str, family: str) -> Path:
         or name[0] == "_"
         or keyword.iskeyword(name)
     ):
-        raise UserError(f"{name!r} cannot be an architecture's name: lower-case letters, digits and _, a letter first")
+        raise UserError(
+            f"{name!r} cannot be an architecture's name; use lower-case letters, digits and _, first a letter"
+        )
     if name in registry.architectures.names():
-        raise UserError(f"there is an architecture called {name} already")
+        raise UserError(f"an architecture named {name} exists; choose another name")
     path = registry.ROOT / "architectures" / family / f"{name}.py"
     title = "".join(part.capitalize() for part in name.split("_"))
     with files.atomic(path) as temporary:

@@ -187,11 +187,11 @@ def sweep(
 
     plan = plans.read(file)
     if emit:
-        print(plans.slurm(plan, emit), end="")
+        print(plans.job_script(plan, emit), end="")
         return
     if time_limit and ray:
         raise UserError("--time-limit is of a sweep on this machine; with --ray, put time-limit under [run]")
-    failed = local.carry_out(
+    failed = local.execute_plan(
         plan, console, ray=ray, only=cell, forecast=forecast and cell is None, dry_run=dry_run,
         seconds=seconds_of(time_limit),
     )  # fmt: skip

@@ -1,9 +1,8 @@
-"""A width for a budget: `params=600k`, `flops=1.2G` (forward and backward) or `memory=8G`.
+"""Choose the width of a model for a budget: `params=600k`, `flops=1.2G` (forward and backward) or `memory=8G`.
 
-FLOPs are those of one full-length example, with its share of what is done once for a batch.
-
-The model is built on the meta device, where it has shapes but no numbers. Memory is an estimate: weights, gradients
-and the two moments of an optimiser in float32, and, for each example of a batch, what the layers keep.
+FLOPs count one full-length example and its share of the work done once per batch. Memory is an estimate: weights,
+gradients and two optimiser moments in float32, and the activations that the layers keep for a batch. Models are built
+on the meta device, so no weights are allocated.
 """
 
 from __future__ import annotations
@@ -26,40 +25,43 @@ Built = TypeVar("Built", bound=nn.Module)
 UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 WIDEST = 4096
 LENGTH = 1024
-"""Sequence length for which `model.budget` counts parameters, so that a width does not depend on the task."""
-# a residual block keeps about this many activations of its width for each token
-KEPT = 16
+"""Sequence length at which `model.budget` counts parameters: the same for all tasks, so that the width is too."""
+ACTIVATIONS = 16
+"""Activations that a residual block keeps for the backward pass, per token and channel (approximate)."""
 
 
-def wanted(text: str) -> tuple[str, float]:
-    """`params=600k` -> ("params", 600000.0). Raises UserError."""
+def parse_budget(text: str) -> tuple[str, float]:
+    """Parse the value of --match: `params=600k` -> ("params", 600000.0). Raises UserError."""
     kind, _, amount = text.partition("=")
     if kind not in ("params", "flops", "memory"):
         raise unknown("budget", kind, ("params", "flops", "memory"), where="--match")
     number = re.fullmatch(r"(\d+(?:\.\d+)?)([kMGT]?)", amount)
     if not number or not float(number[1]):
-        raise UserError(f"--match {text}: expected a number and k, M, G or T, for example {kind}=600k")
+        raise UserError(f"--match {text}: expected a number with k, M, G or T, for example {kind}=600k")
     return kind, float(number[1]) * UNITS[number[2]]
 
 
-def solved(text: str, recipe: Recipe, build: Callable[[Recipe], Classifier], protocol: Protocol) -> tuple[int, str]:
-    """The width that comes nearest to a budget, and a line on how near. Raises UserError where no width is possible."""
-    kind, budget = wanted(text)
-    known: dict[int, float] = {}
+def find_width(text: str, recipe: Recipe, build: Callable[[Recipe], Classifier], protocol: Protocol) -> tuple[int, str]:
+    """Find the d_model that comes nearest to a budget.
+
+    Returns it and a line on the deviation. Raises UserError if the architecture cannot be built near the budget.
+    """
+    kind, budget = parse_budget(text)
+    costs: dict[int, float] = {}
 
     def cost(width: int) -> float | None:
-        """None where the architecture refuses this width, such as one that its heads do not divide."""
-        if width not in known:
+        """Cost at a width; None if the architecture rejects it, for example because its heads do not divide it."""
+        if width not in costs:
             sized = replace(recipe, model=replace(recipe.model, d_model=width))
             try:
-                known[width] = _cost(kind, shaped(lambda: build(sized)), sized, protocol)
+                costs[width] = _cost(kind, build_on_meta(lambda: build(sized)), sized, protocol)
             except UserError:
                 return None
-        return known[width]
+        return costs[width]
 
     step = next((s for s in (1, 2, 4, 8, 16, 32) if all(cost(s * k) is not None for k in (4, 5, 7))), 0)
     if not step:
-        raise UserError(f"--match {text}: no regular series of widths of {recipe.architecture} can be built")
+        raise UserError(f"--match {text}: {recipe.architecture} cannot be built at multiples of 1, 2, 4, 8, 16 or 32")
     low, high = 1, WIDEST // step
     while low < high:
         middle = (low + high) // 2
@@ -68,37 +70,37 @@ def solved(text: str, recipe: Recipe, build: Callable[[Recipe], Classifier], pro
             low = middle + 1
         else:
             high = middle
-    near = [w for w in (low * step, max(low - 1, 1) * step) if cost(w) is not None]
-    if not near:
+    candidates = [w for w in (low * step, max(low - 1, 1) * step) if cost(w) is not None]
+    if not candidates:
         raise UserError(f"--match {text}: {recipe.architecture} cannot be built near d_model {low * step}")
-    width = min(near, key=lambda w: abs(known[w] - budget))
-    off = known[width] / budget - 1
-    return width, f"d_model {width} has {kind} {known[width]:,.0f}, {100 * off:+.1f} % of the {budget:,.0f} asked for"
+    width = min(candidates, key=lambda w: abs(costs[w] - budget))
+    deviation = 100 * (costs[width] / budget - 1)
+    return width, f"d_model {width} has {kind} {costs[width]:,.0f}, {deviation:+.1f} % from the {budget:,.0f} asked for"
 
 
-def within_budget(
+def find_widest(
     recipe: Recipe, reference: Recipe, build: Callable[[Recipe], Encoder], reference_build: Callable[[Recipe], Encoder]
 ) -> tuple[int, str]:
-    """The widest d_model with at most `model.budget` times the parameters of the reference's encoder, and a line on it.
+    """Find the widest d_model with at most `model.budget` times the parameters of the reference's encoder.
 
-    Tries the recipe's own d_model, then the multiples of `model.width_step` below it, without widths that the
-    architecture refuses. Raises UserError where none of them meets the budget.
+    Tries the recipe's d_model, then the multiples of `model.width_step` below it, and skips widths that the
+    architecture rejects. Returns the width and a line on its size. Raises UserError if no width meets the budget.
     """
-    allowed = recipe.model.budget * _size(shaped(lambda: reference_build(reference)))
+    allowed = recipe.model.budget * _size(build_on_meta(lambda: reference_build(reference)))
     step = recipe.model.width_step
-    size, refusal = 0, ""
+    size, reason = 0, ""
     for width in (recipe.model.d_model, *range((recipe.model.d_model - 1) // step * step, 0, -step)):
         sized = replace(recipe, width=width)
         try:
-            size = _size(shaped(lambda sized=sized: build(sized)))  # type: ignore[misc]
+            size = _size(build_on_meta(lambda sized=sized: build(sized)))  # type: ignore[misc]
         except UserError as error:
-            refusal = str(error)
+            reason = str(error)
             continue
         if size <= allowed:
-            share = size / (allowed / recipe.model.budget)
-            return width, f"d_model {width} has {share:.2f} times the parameters of the Transformer"
+            ratio = size / (allowed / recipe.model.budget)
+            return width, f"d_model {width} has {ratio:.2f} times the parameters of the Transformer"
     if not size:
-        raise UserError(f"no width of {recipe.architecture} up to {recipe.model.d_model} can be built: {refusal}")
+        raise UserError(f"no width of {recipe.architecture} up to {recipe.model.d_model} can be built: {reason}")
     raise UserError(
         f"{recipe.architecture} has {size:,} parameters at its narrowest; recipe {recipe.name} allows {allowed:,.0f}, "
         f"{recipe.model.budget:g} times the Transformer's"
@@ -106,21 +108,22 @@ def within_budget(
 
 
 def _size(model: nn.Module) -> int:
+    """Number of parameters."""
     return sum(p.numel() for p in model.parameters())
 
 
-def shaped(make: Callable[[], Built]) -> Built:
-    """The model on the meta device; in memory where its initialisation looks at numbers."""
+def build_on_meta(build: Callable[[], Built]) -> Built:
+    """Build a model on the meta device, or in memory if its initialisation reads values. Keeps the random state."""
     with torch.random.fork_rng(devices=[]):
         try:
             with torch.device("meta"):
-                return make()
+                return build()
         except (RuntimeError, NotImplementedError):
-            return make()
+            return build()
 
 
 def _cost(kind: str, model: Classifier, recipe: Recipe, protocol: Protocol) -> float:
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = _size(model)
     if kind == "params":
         return float(parameters)
     size = recipe.data.batch_size / recipe.train.accumulate
@@ -128,7 +131,7 @@ def _cost(kind: str, model: Classifier, recipe: Recipe, protocol: Protocol) -> f
         try:
             return 3 * model.cost(protocol.length).of_batch(size).total / size
         except NotImplementedError:
-            raise UserError(f"--match flops: {recipe.architecture} declares no cost") from None
+            raise UserError(f"--match flops: {recipe.architecture} declares no cost; match params or memory") from None
     rows = size * model.towers
     tokens = rows * protocol.length * recipe.model.d_model
-    return 16.0 * parameters + 4.0 * tokens * KEPT * (1 if recipe.train.checkpointing else recipe.model.n_layers)
+    return 16.0 * parameters + 4.0 * tokens * ACTIVATIONS * (1 if recipe.train.checkpointing else recipe.model.n_layers)

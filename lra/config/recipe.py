@@ -1,14 +1,14 @@
-"""Recipes: TOML files read into frozen dataclasses, layer by layer, every value with its origin.
+"""Recipes: TOML files read into frozen dataclasses, with the origin of every value.
 
-A recipe file holds tables that apply ever more narrowly; a later one overrides an earlier one, key by key:
+A recipe file holds tables, from general to specific. A more specific table overrides a more general one, key by key:
 
     [default.train]                     for every run of this recipe
     [task.listops.data]                 for one task
-    [architecture.s4d.encoder]          for one architecture (and, as "s4d/inv", for one variant)
+    [architecture.s4d.encoder]          for one architecture ("s4d/inv" for one variant)
     [cell.listops.s4d.optim]            for one architecture on one task
 
-A table may also hold a `note` for people and an `expected` table (lra.config.sections.Expected), and
-`--set train.steps=500` overrides them all. Unknown keys and values of the wrong type are errors.
+A table may also hold a `note` for the reader and an `expected` table (lra.config.sections.Expected).
+`--set train.steps=500` overrides every table. Unknown keys and values of the wrong type raise UserError.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ SECTIONS = ("data", "model", "encoder", "optim", "train", "pretrain", "search")
 
 @dataclass(frozen=True)
 class Recipe:
-    """A resolved recipe: what a run does, apart from its seed. note: what to expect of it, told before it starts;
-    smoke: a run shows that things work and is no comparison, so that it stays out of the tables; width: the d_model
-    that meets `model.budget`, 0 where that is model.d_model itself.
+    """A resolved recipe: all settings of a run except its seed.
+
+    note: what to expect, printed before the run; smoke: the run is a smoke test, which the tables leave out; width: the
+    d_model that meets `model.budget`, 0 if that is model.d_model. regime: "scratch" or the self-pretraining objective.
     """
 
     name: str
@@ -59,40 +60,44 @@ class Recipe:
 
     @property
     def d_model(self) -> int:
-        """The width that encoders of this recipe are built with."""
+        """The width of the encoders built from this recipe."""
         return self.width or self.model.d_model
 
     @property
     def hash(self) -> str:
-        """SHA-256 of everything but name, note, smoke, width and expectation, as canonical JSON."""
+        """SHA-256 of the canonical JSON of all settings except name, note, smoke, width and expected."""
         content = {k: v for k, v in self.as_dict().items() if k not in ("name", "note", "smoke", "width", *TYPED)}
         parts = {s: identity(getattr(self, s)) for s in TYPED if s != "expected"}
         content |= {s: part for s, part in parts.items() if part}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def trained_as(self, regime: str) -> Recipe:
-        """The same settings under --pretrain: "none", "mlm" or "causal". Raises UserError."""
-        changed = replace(self, pretrain=replace(self.pretrain, objective=regime))
-        return replace(changed, regime="scratch" if regime == "none" else f"self-pretrained ({regime})")
+    def with_pretraining(self, objective: str) -> Recipe:
+        """The same settings with another pretraining objective: "none", "mlm" or "causal". Raises UserError."""
+        regime = "scratch" if objective == "none" else f"self-pretrained ({objective})"
+        return replace(self, pretrain=replace(self.pretrain, objective=objective), regime=regime)
 
 
 def names() -> list[str]:
+    """Sorted names of the shipped recipes, such as `paper/s4d`."""
     return sorted(str(path.relative_to(FOLDER).with_suffix("")) for path in FOLDER.rglob("*.toml"))
 
 
 def path_of(name: str, architecture: str) -> Path:
-    """The file of a recipe: a name in this folder, a path ending in .toml, or "paper": paper/<architecture>-<variant>
-    where a variant has a file of its own, else paper/<architecture>."""
+    """The file of a recipe. Raises UserError if there is none.
+
+    name: a shipped recipe, a path ending in .toml, or "paper", which stands for paper/<architecture>-<variant> if that
+    file exists, else for paper/<architecture>.
+    """
     if name.endswith(".toml"):
         if not os.path.isfile(name):
-            raise UserError(f"no recipe file {name}")
+            raise UserError(f"recipe file {name} does not exist")
         return Path(name)
     if name == "paper":
         own = f"paper/{architecture.replace('/', '-')}"
         name = own if own in names() else f"paper/{architecture.partition('/')[0]}"
         if name not in names():
             known = ", ".join(n.removeprefix("paper/") for n in names() if n.startswith("paper/"))
-            raise UserError(f"no published settings of {architecture} are on file; there are: {known}")
+            raise UserError(f"there is no paper recipe for {architecture}; known: {known}")
     if name not in names():
         raise unknown("recipe", name, names())
     return FOLDER / f"{name}.toml"
@@ -101,7 +106,11 @@ def path_of(name: str, architecture: str) -> Path:
 def resolve(
     name: str, task: str, architecture: str, settings: Mapping[str, str] | None = None
 ) -> tuple[Recipe, dict[str, str]]:
-    """The recipe of one cell and, per dotted key, where its value comes from. Raises UserError."""
+    """Resolve the recipe of a task and an architecture.
+
+    settings: dotted key -> value as text, as given to --set. Returns the recipe and, by dotted key, the origin of each
+    value. Raises UserError.
+    """
     path = path_of(name, architecture)
     try:
         tables = _parse(path.read_bytes())
@@ -120,14 +129,14 @@ def resolve(
                 continue
             if section not in values or not isinstance(entries, dict):
                 raise unknown("section", section, values, where=f"{path.name} [{where}]")
-            for key, value in _flat(entries):
-                _put(values, section, key, value, f"{path.name} [{where}]")
+            for key, value in _flatten(entries):
+                _set_value(values, section, key, value, f"{path.name} [{where}]")
                 origin[f"{section}.{key}"] = f"{path.name} [{where}]"
     for dotted, text in (settings or {}).items():
         section, _, key = dotted.partition(".")
         if section not in SECTIONS or not key:
             raise unknown("setting", dotted, origin, where="--set")
-        _put(values, section, key, _parsed(text), "--set")
+        _set_value(values, section, key, _parse_setting(text), "--set")
         origin[dotted] = "--set"
     if "betas" not in values["optim"] and values["optim"].get("name") in OWN_BETAS:
         values["optim"]["betas"] = OWN_BETAS[values["optim"]["name"]]
@@ -141,7 +150,7 @@ def resolve(
         smoke=smoke,
         **{s: TYPED[s](**values[s]) for s in TYPED},
     )
-    return recipe.trained_as(recipe.pretrain.objective), origin
+    return recipe.with_pretraining(recipe.pretrain.objective), origin
 
 
 @lru_cache
@@ -154,36 +163,41 @@ def _types(section: type) -> dict[str, Any]:
     return get_type_hints(section)
 
 
-def of_variant(recipe: Recipe, origin: Mapping[str, str], preset: Mapping[str, Any]) -> tuple[Recipe, dict[str, str]]:
-    """The recipe of an architecture's variant: its preset before what the tables say of the plain architecture, whose
-    expected accuracy is not its own. Raises UserError where a table or --set names the variant and contradicts it."""
-    given, encoder, origin = dict(_flat(recipe.encoder)), json.loads(json.dumps(recipe.encoder)), dict(origin)
-    changed = {key: value for key, value in _flat(preset) if key not in given or given[key] != value}
+def apply_variant(
+    recipe: Recipe, origin: Mapping[str, str], preset: Mapping[str, Any]
+) -> tuple[Recipe, dict[str, str]]:
+    """Apply the preset of a variant to a recipe. Returns the new recipe and the origin of its values.
+
+    The preset overrides what the tables set for the plain architecture. An expected accuracy of the plain architecture
+    is dropped. Raises UserError if --set or a table of the variant contradicts the preset.
+    """
+    arguments, encoder, origin = dict(_flatten(recipe.encoder)), json.loads(json.dumps(recipe.encoder)), dict(origin)
+    changed = {key: value for key, value in _flatten(preset) if key not in arguments or arguments[key] != value}
     for key, value in changed.items():
         where, (*parents, last) = origin.get(f"encoder.{key}", ""), key.split(".")
         if where == "--set" or recipe.architecture in where:
             raise UserError(
-                f"encoder.{key} is {brief(given[key])} ({where}), which is not {recipe.architecture}: that has "
-                f"{brief(value)}; name {recipe.architecture.partition('/')[0]} instead"
+                f"encoder.{key} is {brief(arguments[key])} ({where}), but {recipe.architecture} sets it to "
+                f"{brief(value)}; use {recipe.architecture.partition('/')[0]} instead"
             )
         if key.partition(".")[0] not in encoder:
             continue
-        place = encoder
+        table = encoder
         for part in parents:
-            place = place.setdefault(part, {})
-        place[last], origin[f"encoder.{key}"] = value, "variant"
-    about = origin.get("expected.accuracy", "")
-    own = recipe.architecture in about or about.startswith(f"{recipe.architecture.replace('/', '-')}.toml")
+            table = table.setdefault(part, {})
+        table[last], origin[f"encoder.{key}"] = value, "variant"
+    source = origin.get("expected.accuracy", "")
+    own = recipe.architecture in source or source.startswith(f"{recipe.architecture.replace('/', '-')}.toml")
     return replace(recipe, encoder=encoder, expected=recipe.expected if own or not changed else Expected()), origin
 
 
 def from_dict(content: Mapping[str, Any]) -> Recipe:
-    """The recipe that `as_dict` wrote, by this version or an earlier one. Raises UserError for what no recipe holds."""
+    """The inverse of `as_dict`, also for records of earlier versions. Raises UserError for anything else."""
     sections = {}
     try:
         for name, kind in TYPED.items():
-            hints = _types(kind)
-            sections[name] = kind(**{k: _typed(v, hints[k], f"{name}.{k}") for k, v in content.get(name, {}).items()})
+            hints, entries = _types(kind), content.get(name, {})
+            sections[name] = kind(**{k: _check_type(v, hints[k], f"{name}.{k}") for k, v in entries.items()})
         plain = {f.name: content[f.name] for f in fields(Recipe) if f.name not in (*sections, "smoke", "width")}
         plain |= {"smoke": bool(content.get("smoke", False)), "width": int(content.get("width", 0))}
     except (AttributeError, KeyError, TypeError) as error:
@@ -194,86 +208,94 @@ def from_dict(content: Mapping[str, Any]) -> Recipe:
 def _layers(
     tables: Mapping[str, Any], path: Path, task: str, architecture: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The tables of a file that apply to a task and an architecture, with their names, the most general first."""
     for key in tables:
         if key not in ("default", "task", "architecture", "cell"):
             raise unknown("table", key, ("default", "task", "architecture", "cell"), where=path.name)
     base = architecture.partition("/")[0]
     names = list(dict.fromkeys((base, architecture)))
-    inside = [("default",), ("task", task), *(("architecture", n) for n in names), *(("cell", task, n) for n in names)]
-    for parts in inside:
+    keys = [("default",), ("task", task), *(("architecture", n) for n in names), *(("cell", task, n) for n in names)]
+    for parts in keys:
         table: Any = tables
         for part in parts:
             table = table.get(part, {})
             if not isinstance(table, dict):
-                raise UserError(f"{path.name}: {'.'.join(parts)} is {brief(table)}; a table")
+                raise UserError(f"{path.name}: {'.'.join(parts)} is {brief(table)}; expected a table")
         yield ".".join(parts), table
 
 
-def _flat(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested tables."""
     for key, value in entries.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
-def _put(values: dict[str, dict[str, Any]], section: str, key: str, value: Any, where: str) -> None:
+def _set_value(values: dict[str, dict[str, Any]], section: str, key: str, value: Any, where: str) -> None:
+    """Set one key of a section after checking its name and type. where: origin of the value, for messages."""
     if section == "encoder":
-        _nest(values["encoder"], key, value, "encoder", where)
+        _set_nested(values["encoder"], key, value, "encoder", where)
         return
     hints = _types(TYPED[section])
     head, _, rest = key.partition(".")
     if rest and get_origin(hints.get(head)) is Mapping:
-        _nest(values[section].setdefault(head, {}), rest, value, f"{section}.{head}", where)
+        _set_nested(values[section].setdefault(head, {}), rest, value, f"{section}.{head}", where)
     elif key not in hints:
         raise unknown("key", f"{section}.{key}", [f"{section}.{k}" for k in hints], where=where)
     else:
-        values[section][key] = _typed(value, hints[key], f"{section}.{key} ({where})")
+        values[section][key] = _check_type(value, hints[key], f"{section}.{key} ({where})")
 
 
-def _nest(place: dict[str, Any], key: str, value: Any, inside: str, where: str) -> None:
+def _set_nested(table: dict[str, Any], key: str, value: Any, name: str, where: str) -> None:
+    """Set a dotted key of a table, creating the tables in between. name: dotted name of the table."""
     *parents, last = key.split(".")
     for parent in parents:
-        place, inside = place.setdefault(parent, {}), f"{inside}.{parent}"
-        if not isinstance(place, dict):
-            raise UserError(f"{inside} is both a value and a table ({where})")
-    place[last] = plain(value, f"{inside}.{last} ({where})")
+        table, name = table.setdefault(parent, {}), f"{name}.{parent}"
+        if not isinstance(table, dict):
+            raise UserError(f"{name} is both a value and a table ({where})")
+    table[last] = check_json(value, f"{name}.{last} ({where})")
 
 
-def plain(value: Any, where: str) -> Any:
-    """What JSON can hold and a constructor may be given."""
+def check_json(value: Any, where: str) -> Any:
+    """Return a value that JSON can represent: numbers below 2^63, strings, booleans, lists and tables of these.
+
+    where: name of the setting, for messages. Raises UserError for anything else, such as dates and infinities.
+    """
     if isinstance(value, list):
-        return [plain(part, where) for part in value]
+        return [check_json(part, where) for part in value]
     if isinstance(value, dict):
-        return {key: plain(part, where) for key, part in value.items()}
-    fine = isinstance(value, str) or (isinstance(value, int | float) and abs(value) < 2**63)
-    if not fine:
-        raise UserError(f"{where} is {brief(value)}; a finite number, a text, true, false, or a list of these")
+        return {key: check_json(part, where) for key, part in value.items()}
+    valid = isinstance(value, str) or (isinstance(value, int | float) and abs(value) < 2**63)
+    if not valid:
+        raise UserError(f"{where} is {brief(value)}; a finite number, a string, true, false, or a list of these")
     return value
 
 
-def _typed(value: Any, kind: Any, where: str) -> Any:
+def _check_type(value: Any, kind: Any, where: str) -> Any:
+    """Convert a TOML value to the type of its key. Raises UserError if it has another type."""
     if get_origin(kind) is tuple:
         parts = get_args(kind)
         if parts[-1] is Ellipsis and isinstance(value, list):
             parts = parts[:1] * len(value)
         if not isinstance(value, list) or len(value) != len(parts):
             raise UserError(f"{where} is {brief(value)}; a list of {len(parts)} numbers")
-        return tuple(_typed(v, k, where) for v, k in zip(value, parts, strict=True))
+        return tuple(_check_type(v, k, where) for v, k in zip(value, parts, strict=True))
     if get_origin(kind) is Mapping:
         if not isinstance(value, dict):
             raise UserError(f"{where} is {brief(value)}; expected a table")
         return value
     if kind is float and type(value) is int:
-        return float(plain(value, where))
+        return float(check_json(value, where))
     if type(value) is not kind:
         raise UserError(f"{where} is {brief(value)}; expected {kind.__name__}")
-    # a float that is none is the section's to refuse: it says the range
-    return value if kind is float else plain(value, where)
+    # sections check the range of their floats, infinities and NaN included
+    return value if kind is float else check_json(value, where)
 
 
-def _parsed(text: str) -> Any:
-    """A --set value: TOML where it is valid TOML, a plain string otherwise."""
+def _parse_setting(text: str) -> Any:
+    """Parse a --set value as TOML; text that is not valid TOML is a string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):

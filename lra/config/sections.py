@@ -1,4 +1,4 @@
-"""The sections of a recipe as frozen dataclasses: every key with its meaning, default and range."""
+"""The sections of a recipe as frozen dataclasses: meaning, default and range of every key."""
 
 from __future__ import annotations
 
@@ -14,25 +14,27 @@ SCHEDULES = ("constant", "linear", "cosine", "rsqrt", "plateau")
 PRECISIONS = ("auto", "32", "bf16")
 OPTIMISERS = ("adamw", "adam", "sgd", "adafactor", "muon", "lion", "sophia", "schedule_free")
 OWN_BETAS = {"lion": (0.9, 0.99), "sophia": (0.965, 0.99)}
-"""Of optimisers whose authors give others than Adam's; a recipe that gives some overrides them."""
+"""Default betas of optimisers whose authors recommend others than Adam's."""
 OBJECTIVES = ("none", "mlm", "causal")
 PRETRAINING_LOSSES = ("auto", "cross_entropy", "l1")
 
 
-def later(default: Any) -> Any:
-    """A key added after results were committed: at its default it is no part of the hash, so that they keep theirs."""
+def unhashed(default: Any) -> Any:
+    """A key that was added after results had been recorded: its default is left out of the recipe's hash, so that the
+    hashes of those results stay valid."""
     if isinstance(default, dict):
-        return field(default_factory=dict, metadata={"later": True})
-    return field(default=default, metadata={"later": True})
+        return field(default_factory=dict, metadata={"unhashed": True})
+    return field(default=default, metadata={"unhashed": True})
 
 
 @dataclass(frozen=True)
 class Data:
-    """protocol: of the task ("" = its first); *_examples: how many are used (0 = all); batch_size: examples of one
-    optimiser step, over all devices and accumulated parts.
+    """The data of a run.
 
-    validation_examples limits the evaluations that choose the checkpoint; the test set is always scored whole unless
-    test_examples says otherwise, and the result says so.
+    protocol: protocol of the task ("" = its first). batch_size: examples per optimiser step, over all devices and
+    accumulated micro-batches. train_examples, validation_examples, test_examples: number of examples used (0 = all).
+
+    validation_examples limits the evaluations that select the checkpoint. A result on part of the test set is marked.
     """
 
     protocol: str = ""
@@ -43,17 +45,19 @@ class Data:
     test_examples: int = 0
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "batch_size", "evaluation_batch_size")
-        _at_least(self, 0, "train_examples", "validation_examples", "test_examples")
+        _check_at_least(self, 1, "batch_size", "evaluation_batch_size")
+        _check_at_least(self, 0, "train_examples", "validation_examples", "test_examples")
 
 
 @dataclass(frozen=True)
 class Model:
-    """Width, depth and surroundings of the encoder; direction: "causal" or "bidirectional" (see lra.encoder).
+    """Width, depth, dropout, pooling and direction of the model.
 
-    budget: largest number of parameters of an encoder for 1,024 tokens, as a multiple of the Transformer's in the same
-    recipe (0 = no limit). An architecture above it gets the widest d_model that meets it, a multiple of width_step
-    below the d_model given here.
+    direction: "causal" or "bidirectional", or how the two directions are combined (see lra.encoder.DIRECTIONS).
+
+    budget: largest number of parameters of the encoder at 1,024 tokens, as a multiple of the Transformer's in the same
+    recipe (0 = no limit). An architecture above the limit gets the widest d_model that meets it among the multiples of
+    width_step below d_model.
     """
 
     d_model: int = 64
@@ -61,26 +65,28 @@ class Model:
     dropout: float = 0.0
     pooling: str = "mean"
     direction: str = "bidirectional"
-    budget: float = later(0.0)
-    width_step: int = later(16)
+    budget: float = unhashed(0.0)
+    width_step: int = unhashed(16)
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "d_model", "n_layers", "width_step")
-        _at_least(self, 0, "budget")
-        _one_of(self, "pooling", POOLINGS)
-        _one_of(self, "direction", ("causal", "bidirectional", "concat", "add", "shared"))
-        _share(self, "dropout")
+        _check_at_least(self, 1, "d_model", "n_layers", "width_step")
+        _check_at_least(self, 0, "budget")
+        _check_choice(self, "pooling", POOLINGS)
+        _check_choice(self, "direction", ("causal", "bidirectional", "concat", "add", "shared"))
+        _check_share(self, "dropout")
 
 
 @dataclass(frozen=True)
 class Optim:
-    """name: one of OPTIMISERS or `module:attr`, called with the parameter groups and `options`; betas: of those that
-    have two, by default OWN_BETAS. decay: what weight_decay acts on, "matrices" or "all" (an encoder's own settings
-    come first).
+    """The optimiser and its schedule.
 
-    warmup: steps of linear warm-up; schedule: what follows it; "plateau" multiplies the rate by plateau_factor after
-    plateau_patience validations without a better accuracy. clip: largest gradient norm (0 = no clipping).
-    ema: decay of the averaged weights that are validated, tested and kept (0 = none).
+    name: one of OPTIMISERS, or `module:attr`, which is called with the parameter groups and `options`. betas: for
+    optimisers that have two; OWN_BETAS lists defaults that differ. decay: parameters that weight_decay applies to,
+    "matrices" or "all" (settings of the encoder take precedence).
+
+    warmup: steps of linear warm-up; schedule: the schedule after the warm-up. "plateau" multiplies the rate by
+    plateau_factor after plateau_patience validations without a better accuracy. clip: largest gradient norm (0 = no
+    clipping). ema: decay of the moving average of the weights, which is validated, tested and saved (0 = none).
     """
 
     lr: float = 1e-3
@@ -89,79 +95,82 @@ class Optim:
     schedule: str = "cosine"
     warmup: int = 0
     clip: float = 1.0
-    name: str = later("adamw")
-    options: Mapping[str, Any] = later({})
-    decay: str = later("matrices")
-    plateau_factor: float = later(0.1)
-    plateau_patience: int = later(5)
-    ema: float = later(0.0)
+    name: str = unhashed("adamw")
+    options: Mapping[str, Any] = unhashed({})
+    decay: str = unhashed("matrices")
+    plateau_factor: float = unhashed(0.1)
+    plateau_patience: int = unhashed(5)
+    ema: float = unhashed(0.0)
 
     def __post_init__(self) -> None:
-        _one_of(self, "schedule", SCHEDULES)
-        _one_of(self, "decay", ("matrices", "all"))
+        _check_choice(self, "schedule", SCHEDULES)
+        _check_choice(self, "decay", ("matrices", "all"))
         if ":" not in self.name:
-            _one_of(self, "name", OPTIMISERS)
-        _at_least(self, 0, "weight_decay", "warmup", "clip", "plateau_patience")
-        _share(self, "ema", "plateau_factor")
+            _check_choice(self, "name", OPTIMISERS)
+        _check_at_least(self, 0, "weight_decay", "warmup", "clip", "plateau_patience")
+        _check_share(self, "ema", "plateau_factor")
         if not 0 < self.lr < math.inf:
             raise UserError(f"optim.lr is {self.lr}; more than 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"optim.betas is {list(self.betas)}; each from 0 up to, not including, 1")
         if self.name == "schedule_free" and (self.schedule != "constant" or self.ema):
-            raise UserError("optim.name 'schedule_free' averages by itself: schedule = \"constant\" and no ema")
+            raise UserError("optim.name 'schedule_free' averages the weights: set schedule = \"constant\" and ema = 0")
 
 
 @dataclass(frozen=True)
 class Train:
-    """steps: optimiser steps; evaluate_every: steps between validations; precision: auto = bf16 on devices with native
+    """Training steps and how they are executed.
+
+    steps: optimiser steps; evaluate_every: steps between validations; precision: auto = bf16 on devices with native
     bf16 arithmetic (CUDA; CPUs with AVX512-BF16 or AMX), else 32.
 
-    accumulate: parts a step's batch is worked on in, one after the other; checkpointing: forget the activations inside
-    each block and compute them again; compile: torch.compile the encoder. tbptt: tokens after which the gradient
-    through the recurrent state is cut (0 = never); such an encoder is run in chunks of that many tokens.
-    curriculum_steps: over these first steps the longest example grows from curriculum_length tokens to the longest.
+    accumulate: micro-batches per optimiser step; checkpointing: recompute the activations of each block in the backward
+    pass; compile: torch.compile the encoder. tbptt: chunk length in tokens of truncated backpropagation through time (0
+    = off). curriculum_steps: number of first steps in which the length limit grows from curriculum_length tokens to the
+    protocol's length.
     """
 
     steps: int = 1000
     evaluate_every: int = 250
     precision: str = "auto"
-    accumulate: int = later(1)
-    checkpointing: bool = later(False)
-    compile: bool = later(False)
-    tbptt: int = later(0)
-    curriculum_length: int = later(0)
-    curriculum_steps: int = later(0)
+    accumulate: int = unhashed(1)
+    checkpointing: bool = unhashed(False)
+    compile: bool = unhashed(False)
+    tbptt: int = unhashed(0)
+    curriculum_length: int = unhashed(0)
+    curriculum_steps: int = unhashed(0)
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "steps", "evaluate_every", "accumulate")
-        _at_least(self, 0, "tbptt", "curriculum_length", "curriculum_steps")
-        _one_of(self, "precision", PRECISIONS)
+        _check_at_least(self, 1, "steps", "evaluate_every", "accumulate")
+        _check_at_least(self, 0, "tbptt", "curriculum_length", "curriculum_steps")
+        _check_choice(self, "precision", PRECISIONS)
         if bool(self.curriculum_length) != bool(self.curriculum_steps):
             raise UserError("train.curriculum_length and train.curriculum_steps go together; give both or neither")
 
 
 @dataclass(frozen=True)
 class Pretrain:
-    """Training on the task's own inputs before the labels are shown. objective: "mlm" predicts masked positions,
-    "causal" the next one, "none" leaves this stage out, and the rest then means nothing.
+    """Self-supervised pretraining on the inputs of the task.
 
-    steps, lr, warmup (then constant), batch_size (0 = the data's own). mask: share of real positions that is hidden.
-    loss: "l1" on continuous values, "cross_entropy" over tokens or the 256 byte values; auto: by encoding.
+    objective: "mlm" predicts masked positions, "causal" the next position; "none" skips this stage, and the other keys
+    are ignored. warmup: steps of linear warm-up to a constant rate; batch_size: 0 = data.batch_size; mask: share of
+    real positions that is masked. loss: "l1" on continuous values, "cross_entropy" on tokens or the 256 byte values;
+    "auto" chooses by encoding.
     """
 
-    objective: str = later("none")
-    steps: int = later(1000)
-    lr: float = later(1e-3)
-    warmup: int = later(0)
-    batch_size: int = later(0)
-    mask: float = later(0.15)
-    loss: str = later("auto")
+    objective: str = unhashed("none")
+    steps: int = unhashed(1000)
+    lr: float = unhashed(1e-3)
+    warmup: int = unhashed(0)
+    batch_size: int = unhashed(0)
+    mask: float = unhashed(0.15)
+    loss: str = unhashed("auto")
 
     def __post_init__(self) -> None:
-        _one_of(self, "objective", OBJECTIVES)
-        _one_of(self, "loss", PRETRAINING_LOSSES)
-        _at_least(self, 1, "steps")
-        _at_least(self, 0, "warmup", "batch_size")
+        _check_choice(self, "objective", OBJECTIVES)
+        _check_choice(self, "loss", PRETRAINING_LOSSES)
+        _check_at_least(self, 1, "steps")
+        _check_at_least(self, 0, "warmup", "batch_size")
         if not 0 < self.mask < 1:
             raise UserError(f"pretrain.mask is {self.mask}; between 0 and 1")
         if not 0 < self.lr < math.inf:
@@ -170,12 +179,15 @@ class Pretrain:
 
 @dataclass(frozen=True)
 class Search:
-    """The learning rate by a search on the selection split. rates: each is tried from the same initial weights for
-    `share` of the steps, with warm-up and schedule shortened alike; the one with the best validation accuracy (of
-    equals, the lowest validation loss) trains the model. Empty: optim.lr as it stands."""
+    """Search for the learning rate on the selection split.
 
-    rates: tuple[float, ...] = later(())
-    share: float = later(0.1)
+    rates: candidates. Each is trained from the same initial weights for `share` of the steps, with warm-up and schedule
+    shortened in proportion. The rate with the best validation accuracy trains the model; ties are broken by the lower
+    validation loss. Without rates there is no search, and optim.lr applies.
+    """
+
+    rates: tuple[float, ...] = unhashed(())
+    share: float = unhashed(0.1)
 
     def __post_init__(self) -> None:
         if not all(0 < rate < math.inf for rate in self.rates) or len(set(self.rates)) != len(self.rates):
@@ -186,10 +198,10 @@ class Search:
 
 @dataclass(frozen=True)
 class Expected:
-    """What to expect, for people and for an early warning; no part of a recipe's identity.
+    """Expected results, shown to the user and used for an early warning. Not part of the recipe's hash.
 
-    accuracy: of the source that the settings come from; low, high: range across reports; all in [0, 1], 0 = not given.
-    by: validation accuracy that the source had reached after `epoch` epochs.
+    accuracy: as in the source of the settings; low, high: range over several reports; all in [0, 1], 0 = unknown.
+    by: validation accuracy of the source after `epoch` epochs.
     """
 
     accuracy: float = 0.0
@@ -200,9 +212,9 @@ class Expected:
     source: str = ""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "accuracy", "low", "high", "epoch", "by")
+        _check_at_least(self, 0, "accuracy", "low", "high", "epoch", "by")
         if max(self.accuracy, self.low, self.high, self.by) > 1 or self.low > self.high:
-            raise UserError("expected: accuracies from 0 to 1, low at most high")
+            raise UserError("expected: accuracies are from 0 to 1, and low is at most high")
         if bool(self.epoch) != bool(self.by):
             raise UserError("expected.epoch and expected.by go together; give both or neither")
         if self.accuracy and not self.source:
@@ -221,34 +233,35 @@ SECTIONS = {
 
 
 def identity(section: Any) -> dict[str, Any]:
-    """What of a section counts in a recipe's hash."""
+    """The keys and values of a section that enter the hash of a recipe."""
     unused = (isinstance(section, Pretrain) and section.objective == "none") or (
         isinstance(section, Search) and not section.rates
     )
     if unused:
         return {}
-    untouched = {f.name for f in fields(section) if f.metadata.get("later") and getattr(section, f.name) == _default(f)}
-    return {f.name: getattr(section, f.name) for f in fields(section) if f.name not in untouched}
+    values = {f.name: getattr(section, f.name) for f in fields(section)}
+    default = {f.name for f in fields(section) if f.metadata.get("unhashed") and values[f.name] == _default(f)}
+    return {name: value for name, value in values.items() if name not in default}
 
 
 def _default(key: Any) -> Any:
     return {} if callable(key.default_factory) else key.default
 
 
-def _at_least(section: Any, least: float, *keys: str) -> None:
+def _check_at_least(section: Any, minimum: float, *keys: str) -> None:
     for key in keys:
-        if not least <= getattr(section, key) < math.inf:
-            raise UserError(f"{type(section).__name__.lower()}.{key} is {getattr(section, key)}; at least {least}")
+        if not minimum <= getattr(section, key) < math.inf:
+            raise UserError(f"{type(section).__name__.lower()}.{key} is {getattr(section, key)}; at least {minimum}")
 
 
-def _share(section: Any, *keys: str) -> None:
+def _check_share(section: Any, *keys: str) -> None:
     for key in keys:
         if not 0 <= getattr(section, key) < 1:
             name = f"{type(section).__name__.lower()}.{key}"
             raise UserError(f"{name} is {getattr(section, key)}; from 0 up to, not including, 1")
 
 
-def _one_of(section: Any, key: str, allowed: tuple[str, ...]) -> None:
+def _check_choice(section: Any, key: str, allowed: tuple[str, ...]) -> None:
     if getattr(section, key) not in allowed:
         name = f"{type(section).__name__.lower()}.{key}"
         raise UserError(f"{name} is {getattr(section, key)!r}; one of {', '.join(allowed)}")

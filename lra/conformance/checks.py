@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
-from lra.config.match import shaped
+from lra.config.match import build_on_meta
 from lra.config.sections import Optim
 from lra.encoder import DIRECTIONS, SCALINGS, Card, Encoder, Mixer
 from lra.errors import UserError, unknown
@@ -414,7 +414,7 @@ def cost(subject: Subject) -> None:
             _agrees(encoder, length, batch, how)
         _splits(encoder, 128, how)
     if subject.constructor.declared:
-        built = [shaped(partial(subject.encoder, torch.float32, length=n, n_layers=1)) for n in LONG]
+        built = [build_on_meta(partial(subject.encoder, torch.float32, length=n, n_layers=1)) for n in LONG]
         observed = growth([encoder.cost(n).total for n, encoder in zip(LONG, built, strict=True)])
         if built[0].scaling in SCALINGS and observed != built[0].scaling:
             raise Broken(f"work is declared to grow as {built[0].scaling}, but cost grows as {observed}")

@@ -1,8 +1,8 @@
-"""First-token recall: does what the first token said arrive at the last one?
+"""First-token recall: can an encoder carry the first token to the last position?
 
-Sequences of L / 2 to L tokens. The first is one of 8 values, the others are drawn from 8 distractors, and the class is
-the first token, read from the encoder's output at the last real token alone. Examples are drawn as they are needed, so
-there is nothing to learn by heart; 1 in 8 is chance.
+A sequence has L / 2 to L tokens. The first is one of 8 values, the others are drawn from 8 distractors. The label is
+the first token, predicted from the output at the last real token. Every batch is newly sampled, so examples cannot be
+memorised. Chance is 1/8.
 """
 
 from __future__ import annotations
@@ -23,36 +23,38 @@ from lra.task import Protocol
 from lra.training.optimisers import build
 
 VALUES = 8
-GOAL, FRESH = 0.95, 1024
-FIRST = 16
-"""Tokens of the sequences that training begins with."""
+TARGET = 0.95
+"""Accuracy at which the task counts as learned."""
+TEST_EXAMPLES = 1024
+START_LENGTH = 16
+"""Sequence length at the start of training."""
 CANNOT = {
-    "bounded_cnn": "its output sees a fixed number of tokens, and the first is not among them",
-    "local": "its blocks never meet, and the last token's does not hold the first",
-    "elman": "what it holds passes through tanh at every token: the gradient of the first vanishes",
+    "bounded_cnn": "its receptive field is bounded and does not reach the first token",
+    "local": "tokens attend within their block only, and the first token is in another block than the last",
+    "elman": "its state passes through tanh at every step, so the gradient of the first token vanishes",
 }
-"""Architectures whose theory says that they cannot learn it, and why. They are expected to fail."""
+"""Architectures that cannot learn the task in theory, with the reason. They are expected to fail."""
 OPTIONS: dict[str, dict[str, Any]] = {
-    "lru": {"r_min": 0.98, "r_max": 0.9999, "max_phase": 0.1},  # section 3.4: a thin ring and small phases to go far
+    "lru": {"r_min": 0.98, "r_max": 0.9999, "max_phase": 0.1},  # section 3.4: a thin ring and small phases
 }
-"""Arguments that a paper has one choose for how far back the task goes."""
+"""Constructor arguments that a paper chooses according to the range of dependencies."""
 
 
 @dataclass(frozen=True)
 class Recall:
-    """accuracy: of FRESH examples after training; steps and seconds: that training took."""
+    """accuracy: on TEST_EXAMPLES new examples after training; steps, seconds: duration of the training."""
 
     accuracy: float
     steps: int
     seconds: float
 
     @property
-    def learnt(self) -> bool:
-        return self.accuracy >= GOAL
+    def learned(self) -> bool:
+        return self.accuracy >= TARGET
 
 
 def examples(number: int, length: int, generator: torch.Generator) -> Batch:
-    """`number` sequences, padded to `length`: tokens 0 to 7 are values, 8 to 15 distractors."""
+    """Sample `number` sequences, padded to `length`. Tokens 0 to 7 are values, 8 to 15 distractors."""
     tokens = torch.randint(VALUES, 2 * VALUES, (number, length), generator=generator)
     labels = torch.randint(VALUES, (number,), generator=generator)
     tokens[:, 0] = labels
@@ -63,16 +65,17 @@ def examples(number: int, length: int, generator: torch.Generator) -> Batch:
 
 def recall(
     reference: str | Constructor, *, direction: str = "causal", length: int = 256, steps: int | None = None,
-    seconds: float | None = 90.0, lr: float = 5e-3, seed: int = 0, seen: Callable[[int, float], None] | None = None,
+    seconds: float | None = 90.0, lr: float = 5e-3, seed: int = 0, on_step: Callable[[int, float], None] | None = None,
     **options: Any,
 ) -> Recall:  # fmt: skip
-    """Train an encoder of 2 layers at d_model 32, in batches of 32, until 95 % or until `steps` or `seconds` are over.
+    """Train an encoder with 2 layers and d_model 32 in batches of 32, until an accuracy of 95 % or for at most `steps`
+    or `seconds`.
 
-    The sequences begin at 16 tokens and become twice as long, up to `length`, each time they are mastered: a long
-    wait for the first signal says little of an architecture. Accuracy is that at `length`. Each parameter has the
-    rate the encoder asks for, or `lr`, after a warm-up of 20 steps; gradients are clipped at norm 1. seen: called
-    with step and accuracy. options: other constructor arguments. Raises UserError for an unknown name, argument or
-    direction.
+    The sequences start at 16 tokens and double in length, up to `length`, whenever the accuracy reaches 95 %: without
+    this curriculum, training may take long to receive a first signal. The accuracy returned is the one at `length`.
+    Learning rates are those of the encoder's `optim`, else `lr`, after 20 steps of warm-up; gradients are clipped at
+    norm 1. on_step: called with the step and the running accuracy. options: other constructor arguments. Raises
+    UserError for an unknown name, argument or direction.
     """
     constructor = architectures.get(reference) if isinstance(reference, str) else reference
     options = {**OPTIONS.get(constructor.name, {}), **options}
@@ -82,44 +85,44 @@ def recall(
         torch.manual_seed(seed)
         encoder = constructor(d_model=32, n_layers=2, length=length, **options)
         model = Classifier(encoder, Protocol("recall", length, vocabulary=2 * VALUES), VALUES, 1, "last")
-        return _train(model, length, lr, steps, seconds, torch.Generator().manual_seed(seed), seen)
+        return _train(model, length, lr, steps, seconds, torch.Generator().manual_seed(seed), on_step)
 
 
 def _train(
-    model: Classifier, length: int, lr: float, steps: int | None, seconds: float | None, draw: torch.Generator,
-    seen: Callable[[int, float], None] | None,
+    model: Classifier, length: int, lr: float, steps: int | None, seconds: float | None, generator: torch.Generator,
+    on_step: Callable[[int, float], None] | None,
 ) -> Recall:  # fmt: skip
     optimizer = build(model, model.encoder, Optim(lr=lr, weight_decay=0.0))
-    warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
-    started, step, right, now = time.perf_counter(), 0, 0.0, min(FIRST, length)
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
+    started, step, accuracy, current = time.perf_counter(), 0, 0.0, min(START_LENGTH, length)
     while (steps is None or step < steps) and (seconds is None or time.perf_counter() - started < seconds):
-        batch = examples(32, now, draw)
+        batch = examples(32, current, generator)
         logits = model(batch)
-        loss, extra = F.cross_entropy(logits, batch.labels), model.encoder.aux_loss()
+        loss, aux_loss = F.cross_entropy(logits, batch.labels), model.encoder.aux_loss()
         optimizer.zero_grad()
-        (loss if extra is None else loss + extra).backward()
+        (loss if aux_loss is None else loss + aux_loss).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        warm.step()
+        warmup.step()
         step += 1
-        right = 0.9 * right + 0.1 * _accuracy(logits, batch.labels)
-        if seen is not None:
-            seen(step, right)
-        # the running mean lags: a little below the goal is enough to look
-        if right >= GOAL - 0.02 and step % 10 == 0:
-            last = now == length
-            if _evaluate(model, now, FRESH if last else 256, draw) >= GOAL:
-                if last:
+        accuracy = 0.9 * accuracy + 0.1 * _accuracy(logits, batch.labels)
+        if on_step is not None:
+            on_step(step, accuracy)
+        # the running mean lags behind the accuracy, so it is evaluated slightly below the target
+        if accuracy >= TARGET - 0.02 and step % 10 == 0:
+            longest = current == length
+            if _evaluate(model, current, TEST_EXAMPLES if longest else 256, generator) >= TARGET:
+                if longest:
                     break
-                now = min(2 * now, length)
-    spent = time.perf_counter() - started
-    return Recall(_evaluate(model, length, FRESH, draw), step, spent)
+                current = min(2 * current, length)
+    duration = time.perf_counter() - started
+    return Recall(_evaluate(model, length, TEST_EXAMPLES, generator), step, duration)
 
 
 @torch.no_grad()
-def _evaluate(model: Classifier, length: int, number: int, draw: torch.Generator) -> float:
+def _evaluate(model: Classifier, length: int, number: int, generator: torch.Generator) -> float:
     model.eval()
-    parts = [examples(64, length, draw) for _ in range(number // 64)]
+    parts = [examples(64, length, generator) for _ in range(number // 64)]
     accuracy = sum(_accuracy(model(part), part.labels) for part in parts) / len(parts)
     model.train()
     return accuracy

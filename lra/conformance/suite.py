@@ -1,7 +1,7 @@
-"""Conformance checks for any encoder, ours or yours: the public face of what `lra check` runs.
+"""Run the conformance checks on an encoder of this project or of your own, as `lra check` does.
 
-from lra.testing import check
-assert not [f for f in check("my_layer.py:MyLayer") if f.failed]
+from lra.conformance.suite import check
+assert not [finding for finding in check("my_layer.py:MyLayer") if finding.failed]
 """
 
 from __future__ import annotations
@@ -32,11 +32,10 @@ PACKAGES = ("site-packages", "dist-packages")
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found, in one line.
+    """The outcome of one check. message: one line.
 
-    status: "pass"; "fail"; "exempt" (failed, as the card's exemption says it would); "stale" (passes although the card
-    exempts it; a variant may need fewer exemptions than the card lists); "undeclared" (a wrapped layer does not say
-    what the check compares with: reported, not failed).
+    status: "pass"; "fail"; "exempt" (failed, and the card exempts it); "stale" (passed, although the card exempts it);
+    "undeclared" (the wrapped layer lacks a declaration that the check needs; not a failure).
     """
 
     check: str
@@ -50,22 +49,22 @@ class Finding:
 
 
 def meaning(name: str) -> str:
-    """What passing the check of this name means, in one line."""
+    """One line on what a check guarantees."""
     return (CHECKS[name].__doc__ or "").splitlines()[0]
 
 
 def check(
     reference: str | Constructor, only: Iterable[str] | None = None, options: Mapping[str, Any] | None = None
 ) -> list[Finding]:
-    """Run the conformance checks, or those in `only`, on a registered name, `file.py:Class`, `package.module:Class` or
-    a constructor. `options`: constructor arguments to use instead of the defaults.
+    """Run conformance checks. An encoder that cannot be built yields a single finding.
 
-    Where the encoder cannot be built at all, only that is found. Raises UserError for a reference or check that does
-    not exist.
+    reference: a registered name, `file.py:Class`, `package.module:Class` or a constructor; only: names of the checks to
+    run, by default all; options: constructor arguments that override the defaults. Raises UserError for an unknown
+    reference or check.
     """
     constructor = architectures.get(reference) if isinstance(reference, str) else reference
-    wanted = list(CHECKS) if only is None else list(only)
-    for name in wanted:
+    names = list(CHECKS) if only is None else list(only)
+    for name in names:
         if name not in CHECKS:
             raise unknown("check", name, CHECKS)
     subject = Subject(constructor, dict(options or {}))
@@ -73,17 +72,20 @@ def check(
         started = time.perf_counter()
         try:
             subject.encoder()
-        except Exception as error:  # noqa: BLE001  (a stranger's constructor may raise anything)
-            return [Finding("signature", "fail", f"it cannot be built: {_said(error)}", time.perf_counter() - started)]
-        return [_finding(name, subject) for name in CHECKS if name in wanted]
+        except Exception as error:  # noqa: BLE001  (a user's constructor may raise anything)
+            message = f"the encoder cannot be built: {_describe(error)}"
+            return [Finding("signature", "fail", message, time.perf_counter() - started)]
+        return [_run_check(name, subject) for name in CHECKS if name in names]
 
 
-def _finding(name: str, subject: Subject) -> Finding:
+def _run_check(name: str, subject: Subject) -> Finding:
+    """Run one check and compare its outcome with the exemptions on the card."""
     card = getattr(subject.constructor.cls, "card", None)
     exempt = card.exempt if isinstance(card, Card) else {}
     own = f"{subject.constructor.name.partition('/')[2]}/{name}"
     reason = exempt.get(own, exempt.get(name))
-    as_declared = not subject.options and (own in exempt or not subject.constructor.preset)
+    # a variant may need fewer exemptions than the card lists
+    must_fail = not subject.options and (own in exempt or not subject.constructor.preset)
     started = time.perf_counter()
     try:
         remark = CHECKS[name](subject)
@@ -92,31 +94,31 @@ def _finding(name: str, subject: Subject) -> Finding:
         status, message = "undeclared", str(missing)
     except Broken as broken:
         status, message = "fail", str(broken)
-    except Exception as error:  # noqa: BLE001  (a stranger's layer may raise anything)
-        status, message = "fail", _said(error)
+    except Exception as error:  # noqa: BLE001  (a user's layer may raise anything)
+        status, message = "fail", _describe(error)
     if reason is not None and status == "fail":
         status, message = "exempt", reason
-    elif reason is not None and status == "pass" and as_declared:
-        status, message = "stale", f'the card exempts it ("{reason}"), but it passes: delete the exemption'
+    elif reason is not None and status == "pass" and must_fail:
+        status, message = "stale", f'passes although the card exempts it ("{reason}"); delete the exemption'
     return Finding(name, status, message, time.perf_counter() - started)
 
 
-def _said(error: Exception) -> str:
-    """An unforeseen exception in one line, with the place in the layer's own code."""
+def _describe(error: Exception) -> str:
+    """An exception in one line, with the file and line of the last frame outside installed packages."""
     if isinstance(error, UserError):
         return str(error)
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(p in f.filename for p in PACKAGES)]
-    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    location = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     text = " ".join(str(error).split())
-    return f"raised {type(error).__name__}: {text[:300]}{place}"
+    return f"raised {type(error).__name__}: {text[:300]}{location}"
 
 
 def render(findings: list[Finding]) -> Group:
-    """The findings as a table of at most 100 columns, and a closing line."""
+    """Findings as a table of at most 100 columns, followed by a line of counts."""
     table = Table(box=None, pad_edge=False)
     table.add_column("check", no_wrap=True)
     table.add_column("", no_wrap=True)
-    table.add_column("what it means", ratio=1, overflow="fold")
+    table.add_column("meaning", ratio=1, overflow="fold")
     table.add_column("s", justify="right", no_wrap=True)
     for f in findings:
         status = Text("not declared" if f.status == "undeclared" else f.status, style=COLOURS[f.status])

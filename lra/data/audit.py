@@ -1,4 +1,4 @@
-"""What a prepared set is made of: balance of labels, lengths, and examples that more than one split holds."""
+"""Statistics of a prepared set: label balance, lengths, repeated examples and overlap between splits."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from itertools import combinations
 
 import numpy as np
 
-from lra.data.prepared_sets import Prepared, fingerprints, shared
+from lra.data.prepared_sets import Prepared, count_shared, example_hashes
 from lra.task import SPLITS
 
 
 @dataclass(frozen=True)
 class SplitFacts:
-    """labels: share of each class, 0 to 1; lengths: smallest, median, mean and largest, in values; repeated: examples
-    that occur earlier in the same split."""
+    """Statistics of one split.
+
+    labels: share of each class, in [0, 1]; lengths: minimum, median, mean and maximum, in values; repeated: number of
+    examples that occur earlier in the same split.
+    """
 
     split: str
     count: int
@@ -25,22 +28,22 @@ class SplitFacts:
 
 @dataclass(frozen=True)
 class Audit:
-    """overlap: (first, second) -> examples of the second split that are, document for document, in the first too."""
+    """overlap: (first, second) -> number of examples of the second split that occur, byte for byte, in the first."""
 
     splits: tuple[SplitFacts, ...]
     overlap: dict[tuple[str, str], int]
 
 
 def audit(prepared: Prepared) -> Audit:
-    """Read every example once."""
-    facts, seen = [], {}
+    """Compute the statistics. Reads every example once."""
+    facts, hashes = [], {}
     for name in SPLITS:
         split = prepared.split(name)
-        prints = fingerprints(split)
-        seen[name] = prints
+        hashes[name] = example_hashes(split)
         sizes = np.diff(split.offsets)[np.asarray(split.index)].sum(axis=1)
         share = np.bincount(split.labels, minlength=prepared.task.classes) / max(len(split), 1)
         lengths = (int(sizes.min()), float(np.median(sizes)), float(sizes.mean()), int(sizes.max()))
-        facts.append(SplitFacts(name, len(split), tuple(share.tolist()), lengths, len(prints) - len(set(prints))))
-    overlap = {(a, b): shared(seen[a], seen[b]) for a, b in combinations(SPLITS, 2)}
+        repeated = len(split) - len(set(hashes[name]))
+        facts.append(SplitFacts(name, len(split), tuple(share.tolist()), lengths, repeated))
+    overlap = {(a, b): count_shared(hashes[a], hashes[b]) for a, b in combinations(SPLITS, 2)}
     return Audit(tuple(facts), overlap)

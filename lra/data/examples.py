@@ -105,7 +105,7 @@ def load(
     from lra.registry import tasks
 
     instance = task if isinstance(task, Task) else tasks.get(task)()
-    prepared = prepared_sets.prepared(instance, protocol or None, source=source, progress=progress)
+    prepared = prepared_sets.load_prepared(instance, protocol or None, source=source, progress=progress)
     return LoadedTask(prepared, type(task) if isinstance(task, Task) else task)
 
 

@@ -1,4 +1,4 @@
-"""The floors of a prepared set, computed once and kept beside it."""
+"""Floors of a prepared set: accuracies of baselines without a sequence model, cached beside the set."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from lra.files import atomic, seal
 
 
 def floors(prepared: Prepared) -> dict[str, float]:
-    """Accuracies in [0, 1] that need no sequence model. What is kept is only believed whole and for these very data,
-    and a cache that cannot be written to costs the next run a minute, not this one its result."""
-    place = prepared.folder.with_name(f"{prepared.folder.name}.floors.json")
+    """Test accuracies in [0, 1] of baselines without a sequence model, by name.
+
+    A cached file is used only if it is intact and belongs to the same data. If the cache cannot be written, the next
+    call computes the floors again.
+    """
+    path = prepared.folder.with_name(f"{prepared.folder.name}.floors.json")
     with suppress(OSError, ValueError, RecursionError, LookupError, TypeError):
-        known = json.loads(place.read_text(encoding="utf-8"))
-        if known["seal"] == seal(known) and known.get("checksum") == prepared.checksum:
-            return known["floors"]
+        cached = json.loads(path.read_text(encoding="utf-8"))
+        if cached["seal"] == seal(cached) and cached.get("checksum") == prepared.checksum:
+            return cached["floors"]
     accuracies = prepared.task.floors(prepared.split("train"), prepared.split("test"))
     content = {"checksum": prepared.checksum, "floors": accuracies}
-    with suppress(OSError), atomic(place) as temporary:
+    with suppress(OSError), atomic(path) as temporary:
         temporary.write_text(json.dumps(content | {"seal": seal(content)}), encoding="utf-8")
     return accuracies

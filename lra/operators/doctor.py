@@ -1,7 +1,8 @@
-"""Whether each operator's implementations are here, and right, on this very machine; cached per hardware and version.
+"""Diagnosis: which implementations of an operator run on this machine, and whether they match the reference.
 
-A run asks `gate` about the operators it is about to use: an implementation that departs from the definition by more
-than the tolerance is refused in this process, which is said and recorded, and the next one takes its place.
+Diagnoses are cached per hardware, versions and source. Before a run, `require_parity` checks the operators that it
+uses: an implementation whose error exceeds the tolerance is disabled for this process, with a warning, and the
+dispatcher chooses the next one.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ DTYPE = torch.float32
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """status: "right", "wrong" or "absent"; error: worst RMS(error) / RMS(reference); detail: where, or why."""
+    """status: "right", "wrong" or "absent"; error: largest RMS(error) / RMS(reference); detail: case or reason."""
 
     op: str
     implementation: str
@@ -40,7 +41,7 @@ class Diagnosis:
 
 
 def diagnose(op: str, implementation: str, device: torch.device) -> Diagnosis:
-    """Compare one implementation with the definition on the operator's small and edge cases."""
+    """Compare one implementation with the reference on the small and edge cases of an operator."""
     module = import_module(f"lra.kernels.{op}")
     try:
         _dispatch.choose(op, implementation, device, portable=module.PORTABLE, has_gpu=module.HAS_GPU)
@@ -50,71 +51,78 @@ def diagnose(op: str, implementation: str, device: torch.device) -> Diagnosis:
     for case in parity.cases_of(op, "small", "edge"):
         try:
             errors = parity.errors_of(op, case, DTYPE, device, impl=implementation)
-        except Exception as error:  # noqa: BLE001  (whatever a broken kernel raises is the finding)
+        except Exception as error:  # noqa: BLE001  (a broken kernel may raise anything)
             return Diagnosis(op, implementation, "wrong", float("inf"), f"{case.name}: {type(error).__name__}: {error}")
-        name, error_ = max(errors.items(), key=lambda item: item[1])
-        if error_ > worst:
-            worst, where = error_, f"{name} of case {case.name}"
+        name, largest = max(errors.items(), key=lambda item: item[1])
+        if largest > worst:
+            worst, where = largest, f"{name} of case {case.name}"
     status = "right" if worst < parity.TOLERANCE[DTYPE] else "wrong"
     return Diagnosis(op, implementation, status, worst, where)
 
 
 def examine(
-    ops: Iterable[str], device: torch.device, *, fresh: bool = False, seen: Callable[[str], None] = lambda _: None
+    ops: Iterable[str],
+    device: torch.device,
+    *,
+    fresh: bool = False,
+    on_operator: Callable[[str], None] = lambda _: None,
 ) -> list[Diagnosis]:
-    """Diagnoses of the cpu and gpu paths of each operator, from the cache where hardware and code are the same."""
-    known = {} if fresh else _cached()
+    """Diagnose the cpu and gpu implementations of operators.
+
+    Uses cached diagnoses of the same hardware, versions and source unless `fresh`. on_operator: called with the name of
+    each operator before it is checked.
+    """
+    cached = {} if fresh else _read_cache()
     diagnoses = []
     for op in ops:
-        seen(op)
-        key = _key(op, device)
-        if key not in known:
-            own = [diagnose(op, name, device) for name in ("cpu", "gpu")]
-            known[key] = [asdict(d) for d in own]
-            _remember(key, known[key])
-        diagnoses += [Diagnosis(**d) for d in known[key]]
+        on_operator(op)
+        key = _cache_key(op, device)
+        if key not in cached:
+            cached[key] = [asdict(diagnose(op, name, device)) for name in ("cpu", "gpu")]
+            _write_cache(key, cached[key])
+        diagnoses += [Diagnosis(**d) for d in cached[key]]
     return diagnoses
 
 
-def gate(ops: Iterable[str], device: torch.device) -> list[str]:
-    """Refuse every wrong implementation of `ops`, aloud; one line for each."""
+def require_parity(ops: Iterable[str], device: torch.device) -> list[str]:
+    """Disable the implementations of `ops` that do not match the reference. Warns, and returns one line for each."""
     lines = []
     for d in examine(ops, device):
         if d.status == "wrong":
             reason = f"it failed its parity check on this machine ({d.detail}, error {d.error:.1e})"
             _dispatch.refuse(d.op, d.implementation, reason)
-            lines.append(f"{d.op}: the {d.implementation} path is refused: {reason}")
+            lines.append(f"{d.op}: the {d.implementation} implementation is refused: {reason}")
     for line in lines:
         warnings.warn(line, RuntimeWarning, stacklevel=2)
     return lines
 
 
-def _place() -> Path:
+def _cache_path() -> Path:
     return prepared_sets.cache_root() / "doctor.json"
 
 
-def _cached() -> dict[str, list[dict[str, Any]]]:
+def _read_cache() -> dict[str, list[dict[str, Any]]]:
     try:
-        content = json.loads(_place().read_text(encoding="utf-8"))
+        content = json.loads(_cache_path().read_text(encoding="utf-8"))
         return {k: [asdict(Diagnosis(**d)) for d in v] for k, v in content.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
 
-def _remember(key: str, diagnoses: list[dict[str, Any]]) -> None:
-    # a cache that cannot be written to costs the next run the time of the check
-    with suppress(OSError), files.atomic(_place()) as temporary:
-        temporary.write_text(json.dumps(_cached() | {key: diagnoses}), encoding="utf-8")
+def _write_cache(key: str, diagnoses: list[dict[str, Any]]) -> None:
+    # without a cache the next run repeats the check
+    with suppress(OSError), files.atomic(_cache_path()) as temporary:
+        temporary.write_text(json.dumps(_read_cache() | {key: diagnoses}), encoding="utf-8")
 
 
-def _key(op: str, device: torch.device) -> str:
-    """Hardware, versions and the operator's own source: what a diagnosis holds for."""
+def _cache_key(op: str, device: torch.device) -> str:
+    """Hash of the hardware, the versions and the source of an operator."""
     digest = hashlib.sha256()
     for path in sorted([*(parity.KERNELS / op).glob("*.py"), *parity.KERNELS.glob("_*.py"), Path(__file__)]):
         digest.update(path.read_bytes())
-    known = environment.environment()
-    hardware = known.get("gpu") if device.type == "cuda" else known["cpu"]
-    versions = {name: known["versions"].get(name) for name in ("torch", "numba", "triton", "numpy")}
+    machine = environment.environment()
+    hardware = machine.get("gpu") if device.type == "cuda" else machine["cpu"]
+    versions = {name: machine["versions"].get(name) for name in ("torch", "numba", "triton", "numpy")}
     parts = [
         op,
         device.type,

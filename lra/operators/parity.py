@@ -1,4 +1,4 @@
-"""An operator's implementation against its definition: outputs and gradients, in double precision, case by case."""
+"""Parity: outputs and gradients of an operator compared with its reference in double precision, case by case."""
 
 from __future__ import annotations
 
@@ -15,46 +15,54 @@ from lra.kernels._case import Case
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}
-"""Largest RMS(error) / RMS(reference) by the dtype of the inputs, the reference computed from the same numbers."""
+"""Largest RMS(error) / RMS(reference), by dtype of the inputs. The reference gets the same, rounded inputs."""
 CPU = torch.device("cpu")
 
 
 def operators() -> list[str]:
+    """Sorted names of the operators."""
     return sorted(folder.parent.name for folder in KERNELS.glob("*/__init__.py"))
 
 
 def cases_of(op: str, *kinds: str) -> list[Case]:
+    """The cases of an operator that are of one of the kinds."""
     return [case for case in import_module(f"lra.kernels.{op}.cases").CASES if case.kind in kinds]
 
 
 def operator(op: str) -> Callable[..., Any]:
+    """The public function of an operator."""
     public: Callable[..., Any] = getattr(import_module(f"lra.kernels.{op}"), op)
     return public
 
 
 def arguments_of(case: Case, dtype: torch.dtype, device: torch.device = CPU) -> dict[str, Any]:
-    """The case's arguments, drawn from a seed of its own."""
+    """The arguments of a case, drawn from a seed that depends on its name."""
     generator = torch.Generator(device).manual_seed(zlib.crc32(case.name.encode()))
     return case.make(generator, dtype, device)
 
 
-def wide(value: Any) -> Any:
-    """A floating or complex tensor in double precision; anything else as it is."""
+def to_double(value: Any) -> Any:
+    """Convert a floating-point or complex tensor to double precision; return anything else unchanged."""
     if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
         return value
     return value.to(torch.promote_types(value.dtype, torch.float64))
 
 
 def differentiable(arguments: dict[str, Any]) -> list[str]:
+    """Names of the floating-point and complex tensor arguments."""
     return [k for k, v in arguments.items() if isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex())]
 
 
 def outputs_of(result: Any) -> list[Tensor]:
+    """The output tensors of an operator as a list, without those that are None."""
     return [result] if isinstance(result, Tensor) else [t for t in result if t is not None]
 
 
 def run(function: Callable[..., Any], arguments: dict[str, Any], **options: Any) -> dict[str, Tensor]:
-    """Outputs, and gradients of every differentiable argument for one seeded random cotangent per output."""
+    """Outputs and gradients by name.
+
+    Gradients are those of every differentiable argument, for one seeded random cotangent per output.
+    """
     arguments = dict(arguments)
     names = differentiable(arguments)
     for name in names:
@@ -64,8 +72,8 @@ def run(function: Callable[..., Any], arguments: dict[str, Any], **options: Any)
     generator = torch.Generator().manual_seed(0)
     pairs = []
     for t in outputs:
-        cotangent = torch.randn(t.shape, generator=generator, dtype=wide(t).dtype)
-        # rounded, so that runs in float32 and float64 are handed the same numbers
+        cotangent = torch.randn(t.shape, generator=generator, dtype=to_double(t).dtype)
+        # rounded, so that runs in float32 and float64 get the same values
         cotangent = cotangent.to(torch.complex64 if t.is_complex() else torch.bfloat16).to(t.device, t.dtype)
         if t.requires_grad:
             pairs.append((t, cotangent))
@@ -75,29 +83,32 @@ def run(function: Callable[..., Any], arguments: dict[str, Any], **options: Any)
     return tensors | {f"gradient of {name}": g for name, g in zip(names, grads, strict=True)}
 
 
-def relative_error(actual: Tensor, wanted: Tensor) -> float:
-    """RMS(actual - wanted) / RMS(wanted); an error below the smallest normal number of the dtype counts as 0.
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """RMS(actual - expected) / RMS(expected); an error below the smallest normal number of the dtype counts as 0.
 
-    Infinite where the shapes differ or `actual` is not finite.
+    Infinite if the shapes differ or `actual` is not finite.
     """
-    if actual.shape != wanted.shape or not bool(
+    if actual.shape != expected.shape or not bool(
         torch.isfinite(torch.view_as_real(actual) if actual.is_complex() else actual).all()
     ):
         return float("inf")
-    error = (wide(actual) - wanted).abs().square().mean().sqrt().item()
-    scale = wanted.abs().square().mean().sqrt().item()
+    error = (to_double(actual) - expected).abs().square().mean().sqrt().item()
+    scale = expected.abs().square().mean().sqrt().item()
     return 0.0 if error < torch.finfo(actual.dtype).tiny else error / max(scale, 1e-300)
 
 
 def errors_of(
     op: str, case: Case, dtype: torch.dtype, device: torch.device = CPU, *, impl: str = "cpu"
 ) -> dict[str, float]:
-    """Error of each output and gradient of one implementation against the definition in double precision; infinite
-    for an output of another precision than the arguments."""
+    """Relative error of each output and gradient of one implementation, compared with the reference in double
+    precision.
+
+    Infinite for an output whose precision differs from that of the arguments.
+    """
     arguments = arguments_of(case, dtype, device)
     reference = import_module(f"lra.kernels.{op}.reference").reference
-    wanted = run(reference, {name: wide(value) for name, value in arguments.items()})
+    expected = run(reference, {name: to_double(value) for name, value in arguments.items()})
     actual = run(operator(op), arguments, impl=impl)
-    errors = {name: relative_error(actual[name], wanted[name]) for name in wanted}
+    errors = {name: relative_error(actual[name], expected[name]) for name in expected}
     first = actual["output 0"].dtype
     return errors if first.is_complex or first == dtype else errors | {f"output 0 in {first}": float("inf")}

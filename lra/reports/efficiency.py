@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import pandas as pd
 from scipy import stats
 
-from lra.config.match import shaped
+from lra.config.match import build_on_meta
 from lra.errors import UserError
 from lra.registry import architectures
 from lra.reports.table import Table, TableCell
@@ -274,7 +274,7 @@ def declared(name: str) -> str:
     """The scaling an architecture declares with the arguments of its variant; "-" for what is not of this project."""
     try:
         if "scaling" in architectures.facts(name.partition("/")[0]):
-            return shaped(lambda: architectures.get(name)(d_model=64, n_layers=1, length=64)).scaling
+            return build_on_meta(lambda: architectures.get(name)(d_model=64, n_layers=1, length=64)).scaling
     except UserError:
         pass
     return "-"

@@ -87,7 +87,7 @@ def shipped_recipe(name: str, task: str, architecture: str, protocol: str = "") 
         base, _, variant = architecture.partition("/")
         if variant and base in architectures.names():
             preset = architectures.facts(base)["variants"].get(variant, {})
-            recipe, _ = recipes.of_variant(recipe, origin, preset)
+            recipe, _ = recipes.apply_variant(recipe, origin, preset)
     except UserError:
         return None
     return replace(recipe, data=replace(recipe.data, protocol=protocol)) if protocol else recipe

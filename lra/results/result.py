@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from lra.errors import UserError
-from lra.files import atomic, safe, seal, sha256
+from lra.files import atomic, safe_name, seal, sha256
 from lra.results import record as records
 from lra.results import validation
 from lra.results.record import PredictionsFile, RunRecord
@@ -46,10 +46,10 @@ def write(record: RunRecord, predictions: dict[str, np.ndarray], root: Path, pla
     Existing files are never replaced: if the id is taken, the record gets the next free one. Raises UserError if the
     files cannot be written, and ValueError for a record that could not be read back.
     """
-    folder = root / place / safe(record.task) / slug(record.architecture)
+    folder = root / place / safe_name(record.task) / slug(record.architecture)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **predictions)  # type: ignore[arg-type]
-    checksum, first = sha256(buffer.getvalue()), safe(record.id, 180)
+    checksum, first = sha256(buffer.getvalue()), safe_name(record.id, 180)
     try:
         records.to_json(record)
     except ValueError as error:
@@ -144,4 +144,4 @@ def _arrays(content: bytes) -> dict[str, np.ndarray]:
 
 def slug(architecture: str) -> str:
     """Folder name of an architecture: `s4d/inv` -> `s4d-inv`, `my/net.py:Net` -> `Net`."""
-    return safe(architecture.rpartition(":")[2].replace("/", "-"))
+    return safe_name(architecture.rpartition(":")[2].replace("/", "-"))

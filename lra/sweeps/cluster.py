@@ -1,7 +1,7 @@
-"""A sweep on a Ray cluster: one task for each run, tried again where a node dies, every result written by the driver.
+"""Run a sweep on a Ray cluster: one Ray task per run.
 
-Needs the extra `cluster`. The nodes need this package, the data (LRA_DATA) or a shared LRA_CACHE, and nothing else: a
-worker sends the parts of its result back and keeps none.
+Ray restarts a task whose node dies. Workers send their results back, and the driver writes them. The nodes need this
+package and the data (LRA_DATA, or a shared LRA_CACHE), but no shared results folder. Needs the extra `cluster`.
 """
 
 from __future__ import annotations
@@ -16,22 +16,25 @@ from rich.console import Console
 from lra import files
 from lra.errors import UserError
 from lra.results import result
-from lra.sweeps.local import attempt, finished
+from lra.sweeps.local import is_finished, run_cell
 from lra.sweeps.plans import Cell, Plan
-from lra.sweeps.progress import Board, watched
+from lra.sweeps.progress import Board, live_display
 
-# a task whose node died is not at fault, so it may move more often than a failing run is repeated
-MOVES = 3
-PASSED = ("LRA_CACHE", "LRA_DATA", "OMP_NUM_THREADS", "PYTHONPATH")
+MAX_RESTARTS = 3
+"""Restarts of a task whose node died; not counted as retries of a failed run."""
+VARIABLES = ("LRA_CACHE", "LRA_DATA", "OMP_NUM_THREADS", "PYTHONPATH")
 
 
-def run(plan: Plan, open_: list[int], address: str, console: Console) -> list[int]:
-    """Returns the numbers of the cells that failed. Raises UserError without Ray or cluster."""
+def run(plan: Plan, unfinished: list[int], address: str, console: Console) -> list[int]:
+    """Run the unfinished cells of a plan. Returns the numbers of those that failed.
+
+    address: of the cluster, or "local". Raises UserError if Ray is not installed or the cluster cannot be reached.
+    """
     try:
         import ray
     except ImportError:
         raise UserError("--ray needs the package ray: `pip install 'lra-suite[cluster]'`") from None
-    environment = {name: os.environ[name] for name in PASSED if name in os.environ}
+    environment = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")]))
     try:
         ray.init(
@@ -39,67 +42,68 @@ def run(plan: Plan, open_: list[int], address: str, console: Console) -> list[in
             runtime_env={"env_vars": environment | {"PYTHONPATH": path}},
         )  # fmt: skip
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(f"--ray {address}: no cluster answers there ({str(error).splitlines()[0]})") from None
+        raise UserError(f"--ray {address}: cannot connect to a cluster ({str(error).splitlines()[0]})") from None
     try:
-        return _driven(ray, plan, open_, console)
+        return _drive(ray, plan, unfinished, console)
     finally:
         ray.shutdown()
 
 
-def _driven(ray: Any, plan: Plan, open_: list[int], console: Console) -> list[int]:
+def _drive(ray: Any, plan: Plan, unfinished: list[int], console: Console) -> list[int]:
+    """Submit the cells, collect their results and write them."""
     board = Board(
         [cell.name for cell in plan.cells], console, workers=max(int(ray.cluster_resources().get("CPU", 1)), 1)
     )
-    devices = {n: int(plan.cells[n].options.get("devices", 1)) for n in open_}
+    devices = {n: int(plan.cells[n].options.get("devices", 1)) for n in unfinished}
     gpus = ray.cluster_resources().get("GPU", 0) > 0
-    execute = ray.remote(executed)
+    execute = ray.remote(execute_cell)
     for number in range(len(plan.cells)):
-        board.set(number, "waiting" if number in open_ else "finished")
+        board.set(number, "waiting" if number in unfinished else "finished")
     failed = []
-    with watched(board):
+    with live_display(board):
         pending = {}
-        for number in open_:
-            wants = {"num_gpus": devices[number]} if gpus else {"num_cpus": devices[number]}
-            told = execute.options(max_retries=MOVES, **wants).remote(plan.cells[number], plan.retries)
-            pending[told] = number
+        for number in unfinished:
+            resources = {"num_gpus": devices[number]} if gpus else {"num_cpus": devices[number]}
+            reference = execute.options(max_retries=MAX_RESTARTS, **resources).remote(plan.cells[number], plan.retries)
+            pending[reference] = number
             board.set(number, "running")
         while pending:
             ready, _ = ray.wait(list(pending), num_returns=1, timeout=1)
-            for told in ready:
-                number = pending.pop(told)
+            for reference in ready:
+                number = pending.pop(reference)
                 try:
-                    code, said, parts = ray.get(told)
+                    code, message, contents = ray.get(reference)
                 except ray.exceptions.RayError as error:
-                    code, said, parts = 1, str(error).strip().splitlines()[0][:160], {}
+                    code, message, contents = 1, str(error).strip().splitlines()[0][:160], {}
                 if not code:
-                    _kept(plan.cells[number], parts)
+                    _save_result(plan.cells[number], contents)
                 else:
                     failed.append(number)
                     with files.atomic(plan.logs / f"{number}.log") as temporary:
-                        temporary.write_bytes(parts.get("log", said.encode()))
-                board.set(number, "failed" if code else "done", said)
+                        temporary.write_bytes(contents.get("log", message.encode()))
+                board.set(number, "failed" if code else "done", message)
     return failed
 
 
-def executed(cell: Cell, retries: int) -> tuple[int, str, dict[str, bytes]]:
-    """On a worker: run a cell, and send back its two parts, or its log where it failed."""
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        own = {"LRA_RESULTS": str(folder / "results"), "LRA_RUNS": str(folder / "runs")}
-        os.environ.update(own)
-        code, said = attempt(cell, folder / "log", retries, own)
+def execute_cell(cell: Cell, retries: int) -> tuple[int, str, dict[str, bytes]]:
+    """Run a cell on a worker. Returns the exit code, a message, and the content of the result's files or of the log."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        variables = {"LRA_RESULTS": str(folder / "results"), "LRA_RUNS": str(folder / "runs")}
+        os.environ.update(variables)
+        code, message = run_cell(cell, folder / "log", retries, variables)
         if code:
-            return code, said, {"log": (folder / "log").read_bytes()}
+            return code, message, {"log": (folder / "log").read_bytes()}
         (record,) = (folder / "results" / "runs").rglob("*.json")
-        parts = (record, record.with_suffix(".npz"))
-        return 0, "", {str(p.relative_to(folder / "results")): p.read_bytes() for p in parts}
+        paths = (record, record.with_suffix(".npz"))
+        return 0, "", {str(path.relative_to(folder / "results")): path.read_bytes() for path in paths}
 
 
-def _kept(cell: Cell, parts: dict[str, bytes]) -> None:
-    """Write a result once, the record last, unless another attempt's is there already."""
+def _save_result(cell: Cell, contents: dict[str, bytes]) -> None:
+    """Write the files of a result, the record last, unless the cell has a result already."""
     root = result.folder()
-    if finished(cell, root):
+    if is_finished(cell, root):
         return
-    for name in sorted(parts, reverse=True):
+    for name in sorted(contents, reverse=True):
         with files.atomic(root / name) as temporary:
-            temporary.write_bytes(parts[name])
+            temporary.write_bytes(contents[name])

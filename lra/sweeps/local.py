@@ -1,4 +1,4 @@
-"""The cells of a sweep on this machine, one process after the other."""
+"""Run the cells of a sweep on this machine, one process at a time."""
 
 from __future__ import annotations
 
@@ -13,41 +13,38 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
 from lra.errors import UserError
 from lra.sweeps.plans import Cell, Plan
-from lra.sweeps.progress import Board, watched
-
-if TYPE_CHECKING:
-    pass
+from lra.sweeps.progress import Board, live_display
 
 _LIBC = ctypes.CDLL(None)
 _SET_PARENT_DEATH_SIGNAL = 1
 
 
-def finished(cell: Cell, root: Path) -> bool:
-    """Whether a result with this cell's task, architecture, seed and recipe is on file."""
-    # to resolve a cell takes the seconds that torch takes to load
-    if not any((root / place).is_dir() for place in ("runs", "smoke")):
+def is_finished(cell: Cell, root: Path) -> bool:
+    """Whether the results folder `root` has a result with the task, architecture, seed and recipe of a cell."""
+    # resolving a cell imports torch, which takes seconds
+    if not any((root / name).is_dir() for name in ("runs", "smoke")):
         return False
     from lra.registry import tasks
     from lra.results import result
     from lra.training.request import resolve
 
     recipe, _ = resolve(cell.request())
-    place = (
+    folder = (
         root / ("smoke" if recipe.smoke else "runs") / tasks.get(cell.task).cls.name / result.slug(cell.architecture)
     )
     pattern = f"*-{recipe.hash[:8]}-s{cell.seed}-*.json"
-    return any(_recipe_of(path) == recipe.hash for path in place.glob(pattern))
+    return any(_recipe_hash(path) == recipe.hash for path in folder.glob(pattern))
 
 
-def _recipe_of(path: Path) -> str:
-    """The recipe hash of a result; a damaged one is of none, so that its cell is run again."""
+def _recipe_hash(path: Path) -> str:
+    """The recipe hash of a result; empty for a damaged one, so that its cell is run again."""
     from lra.results import result
 
     try:
@@ -57,10 +54,11 @@ def _recipe_of(path: Path) -> str:
 
 
 def command(cell: Cell, *more: str) -> list[str]:
+    """The command that runs a cell. more: further arguments."""
     return [sys.executable, "-m", "lra.cli", *cell.arguments(), *more]
 
 
-def carry_out(
+def execute_plan(
     plan: Plan,
     console: Console,
     *,
@@ -71,58 +69,65 @@ def carry_out(
     seconds: float | None = None,
     jobs: int = 1,
 ) -> list[Cell]:
-    """Run what is not finished, for at most about `seconds`, `jobs` cells at a time. Returns the cells that failed."""
+    """Run the unfinished cells of a plan. Returns the cells that failed.
+
+    ray: address of a Ray cluster; only: number of the one cell to run; forecast: print a forecast first; dry_run: print
+    the state of each cell and run none; seconds: approximate time limit; jobs: cells at a time. Raises UserError.
+    """
     from lra import files
     from lra.results import result
 
     if plan.search:
         from lra.sweeps import search
 
-        plan = search.settled(plan, console, lambda trials: _local(trials, console))
+        plan = search.choose_settings(plan, console, lambda trials: _run_locally(trials, console))
     deadline = None if seconds is None else time.monotonic() + seconds
     if only is not None and only >= len(plan.cells):
-        raise UserError(f"--cell is {only}; this sweep has cells 0 to {len(plan.cells) - 1}")
+        raise UserError(f"--cell is {only}; {plan.file} has cells 0 to {len(plan.cells) - 1}")
     if only is not None:
         plan = Plan(plan.file, (plan.cells[only],), plan.retries)
     root = result.folder()
     files.check_writable(root)
-    open_ = [number for number, cell in enumerate(plan.cells) if not finished(cell, root)]
-    if forecast and open_:
-        from lra.sweeps import forecast as probing
+    unfinished = [number for number, cell in enumerate(plan.cells) if not is_finished(cell, root)]
+    if forecast and unfinished:
+        from lra.sweeps.forecast import forecast_table
 
-        console.print(probing.table([plan.cells[n] for n in open_], console))
+        console.print(forecast_table([plan.cells[number] for number in unfinished], console))
     if dry_run:
         for number, cell in enumerate(plan.cells):
-            state = "open" if number in open_ else "finished"
+            state = "open" if number in unfinished else "finished"
             console.print(escape(f"{number} {cell.name}: {state}"), soft_wrap=True)
         return []
     if ray:
         from lra.sweeps import cluster
 
-        failed = cluster.run(plan, open_, ray, console)
+        failed = cluster.run(plan, unfinished, ray, console)
     else:
-        failed = _local(plan, console, open_, deadline, jobs)
+        failed = _run_locally(plan, console, unfinished, deadline, jobs)
     for number in failed:
-        where = f"{plan.cells[number].name}: {plan.logs / f'{number}.log'}"
-        console.print(f"[red]failed[/] {escape(where)}", soft_wrap=True)
-    there = sum(finished(cell, root) for cell in plan.cells)
-    console.print(f"{there} of {len(plan.cells)} cells have results")
+        entry = f"{plan.cells[number].name}: {plan.logs / f'{number}.log'}"
+        console.print(f"[red]failed[/] {escape(entry)}", soft_wrap=True)
+    done = sum(is_finished(cell, root) for cell in plan.cells)
+    console.print(f"{done} of {len(plan.cells)} cells have results")
     return [plan.cells[number] for number in failed]
 
 
-def _local(
-    plan: Plan, console: Console, open_: list[int] | None = None, deadline: float | None = None, jobs: int = 1
+def _run_locally(
+    plan: Plan, console: Console, unfinished: list[int] | None = None, deadline: float | None = None, jobs: int = 1
 ) -> list[int]:
-    """Run the cells in order, `jobs` processes at a time. None is started after `deadline`, and the running ones stop
-    then with a checkpoint. Returns the numbers of the cells that failed."""
+    """Run the unfinished cells (by default all) in order, `jobs` processes at a time. Returns the numbers of those that
+    failed.
+
+    At `deadline`, running cells are stopped with a checkpoint, and no other is started.
+    """
     board = Board([cell.name for cell in plan.cells], console)
-    numbers = range(len(plan.cells)) if open_ is None else open_
+    numbers = range(len(plan.cells)) if unfinished is None else unfinished
     for number in range(len(plan.cells)):
         if number not in numbers:
             board.set(number, "finished")
     waiting, lock = iter(numbers), threading.Lock()
 
-    def work() -> list[int]:
+    def run_waiting_cells() -> list[int]:
         failed: list[int] = []
         while True:
             with lock:
@@ -131,14 +136,14 @@ def _local(
                 return failed
             cell = plan.cells[number]
             if deadline is not None:
-                left = deadline - time.monotonic()
-                if left < 1:
+                remaining = deadline - time.monotonic()
+                if remaining < 1:
                     return failed
-                cell = replace(cell, options={**cell.options, "time-limit": f"{left:.0f}s"})
+                cell = replace(cell, options={**cell.options, "time-limit": f"{remaining:.0f}s"})
             board.set(number, "running")
-            code, message = attempt(cell, plan.logs / f"{number}.log", plan.retries)
+            code, message = run_cell(cell, plan.logs / f"{number}.log", plan.retries)
             if code == 130 and deadline is not None and time.monotonic() > deadline - 1:
-                board.set(number, "waiting", "continues next time")
+                board.set(number, "waiting", "stopped at the time limit; the next call resumes it")
                 return failed
             board.set(number, "done" if code == 0 else "failed", message)
             if code == 130:
@@ -146,16 +151,16 @@ def _local(
             if code:
                 failed.append(number)
 
-    with watched(board):
+    with live_display(board):
         if jobs == 1:
-            return work()
+            return run_waiting_cells()
         with ThreadPoolExecutor(jobs) as pool:
-            futures = [pool.submit(work) for _ in range(jobs)]
+            futures = [pool.submit(run_waiting_cells) for _ in range(jobs)]
             return sorted(number for future in futures for number in future.result())
 
 
-def together(*arguments: Any, **options: Any) -> Any:
-    """subprocess.run of a process that ends with this one: a killed sweep leaves none behind to end a cell twice."""
+def run_child(*arguments: Any, **options: Any) -> Any:
+    """subprocess.run. On Linux the child is killed together with this process, so that a killed sweep leaves no run."""
     if sys.platform == "linux":
         options["preexec_fn"] = _end_with_parent
     return subprocess.run(*arguments, **options)
@@ -165,21 +170,24 @@ def _end_with_parent() -> None:
     _LIBC.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
-def attempt(
+def run_cell(
     cell: Cell, log: Path, retries: int, environment: Mapping[str, str] | None = None, *more: str,
-    start: Callable[..., Any] = together,
+    start: Callable[..., Any] = run_child,
 ) -> tuple[int, str]:  # fmt: skip
-    """Run one cell in a process of its own, going on from its checkpoint after a failure. Returns its exit code and,
-    when that is not 0, its last line."""
+    """Run a cell in a separate process, and after a failure resume it up to `retries` times.
+
+    log: file for its output; environment: additional variables; more: further arguments of `lra run`; start: a function
+    like subprocess.run. Returns the exit code and, if it is not 0, the last line of the output.
+    """
     from lra.results import result
 
     log.parent.mkdir(parents=True, exist_ok=True)
-    code, said = 0, ""
+    code, message = 0, ""
     for turn in range(retries + 1):
-        # a run killed after its last act has done its work
-        if not more and finished(cell, result.folder()):
+        # the run may have been killed after writing its result
+        if not more and is_finished(cell, result.folder()):
             return 0, ""
-        resume = ["--resume"] if begun(cell) else []
+        resume = ["--resume"] if has_checkpoint(cell) else []
         with open(log, "a" if turn else "w") as out:
             code = start(
                 command(cell, *more, *resume), stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
@@ -189,12 +197,12 @@ def attempt(
             break
     if code:
         lines = log.read_text(errors="replace").strip().splitlines()
-        said = lines[-1][:160] if lines else f"exit code {code}"
-    return code, said
+        message = lines[-1][:160] if lines else f"exit code {code}"
+    return code, message
 
 
-def begun(cell: Cell) -> bool:
-    """Whether an earlier attempt left a checkpoint to go on from."""
+def has_checkpoint(cell: Cell) -> bool:
+    """Whether an earlier run of a cell left a checkpoint to resume from."""
     from lra.results import result
 
     elsewhere = cell.options.get("checkpoint-dir")
@@ -204,5 +212,7 @@ def begun(cell: Cell) -> bool:
 
     request = cell.request()
     folder = folder_of(request, resolve(request)[0])
-    place = Path(elsewhere) / folder.name if elsewhere else folder / "checkpoints"
-    return any((place / name).is_file() for name in ("last.ckpt", "pretraining/last.ckpt", "pretraining/done.ckpt"))
+    checkpoints = Path(elsewhere) / folder.name if elsewhere else folder / "checkpoints"
+    return any(
+        (checkpoints / name).is_file() for name in ("last.ckpt", "pretraining/last.ckpt", "pretraining/done.ckpt")
+    )

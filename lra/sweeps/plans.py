@@ -1,21 +1,21 @@
-"""Sweeps: a grid of tasks, architectures, seeds and settings, one process for each run.
+"""Sweep files: grids of tasks, architectures, seeds and settings; each cell is one run.
 
     tasks = ["listops"]
     architectures = ["gru", "s4d"]
     seeds = [0, 1]
     recipe = "quick"
-    retries = 1                              times a failed run is tried again
+    retries = 1                              how often a failed run is repeated
 
-    [set]                                    settings of every run
+    [set]                                    recipe settings of every run
     "train.steps" = 200
-    [grid]                                   every combination of these
+    [grid]                                   settings of which every combination is run
     "optim.lr" = [1e-3, 3e-3]
-    [run]                                    other options of `lra run`, by their names
+    [run]                                    other options of `lra run`, by name
     "time-limit" = "2h"
 
-With [search] the rates and the like are drawn instead (lra.sweeps.search). A cell whose result is on file is finished.
-Several grids, one after the other, are [[part]] tables of these keys; what stands above the first holds for all, and a
-part with device = "gpu" or "cpu" is left out on other machines.
+[search] samples settings instead of enumerating them (lra.sweeps.search). A cell that has a result is finished and not
+run again. A file may hold several grids as [[part]] tables with these keys; keys above the first part apply to all
+parts. A part with device = "gpu" or "cpu" is skipped on other machines.
 """
 
 from __future__ import annotations
@@ -37,11 +37,10 @@ if TYPE_CHECKING:
     from lra.training.request import Request
 KEYS = ("tasks", "architectures", "seeds", "recipe", "protocol", "retries", "set", "grid", "run", "search", "device")
 DEVICES = {"": "", "gpu": "cuda", "cpu": "cpu"}
-KINDS = {
+TYPES = {
     "set": dict, "grid": dict, "run": dict, "search": dict, "recipe": str, "protocol": str, "device": str,
 }  # fmt: skip
-MOST = 10_000
-"""Cells of a sweep."""
+MAX_CELLS = 10_000
 RUN_OPTIONS = ("time-limit", "checkpoint-dir", "pretrain", "match", "devices", "nodes", "strategy", "logger", "from")
 
 
@@ -59,20 +58,22 @@ class Cell:
 
     @property
     def name(self) -> str:
-        varied = "".join(f" {k}={v}" for k, v in self.settings.items())
-        return f"{self.task} {self.architecture} s{self.seed}{varied}"
+        settings = "".join(f" {k}={v}" for k, v in self.settings.items())
+        return f"{self.task} {self.architecture} s{self.seed}{settings}"
 
     def arguments(self) -> list[str]:
-        words = ["run", self.task, self.architecture, "--recipe", self.recipe, "--seed", str(self.seed)]
-        words += ["--protocol", self.protocol] if self.protocol else []
+        """The command-line arguments of `lra`."""
+        arguments = ["run", self.task, self.architecture, "--recipe", self.recipe, "--seed", str(self.seed)]
+        arguments += ["--protocol", self.protocol] if self.protocol else []
         for key, value in self.settings.items():
-            words += ["--set", f"{key}={json.dumps(value)}"]
+            arguments += ["--set", f"{key}={json.dumps(value)}"]
         for key, value in self.options.items():
             # a switch has no value
-            words += [f"--{key}"] if value is None else [f"--{key}", str(value)]
-        return words
+            arguments += [f"--{key}"] if value is None else [f"--{key}", str(value)]
+        return arguments
 
     def request(self) -> Request:
+        """The cell as a request, which resolves to a recipe."""
         from lra.training.request import Request
 
         settings = {k: json.dumps(v) for k, v in self.settings.items()}
@@ -91,6 +92,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
+    """A sweep file with its cells. retries: per failed run; search: the [search] table."""
+
     file: Path
     cells: tuple[Cell, ...]
     retries: int = 0
@@ -98,17 +101,18 @@ class Plan:
 
     @property
     def logs(self) -> Path:
+        """The folder for the output of the runs."""
         from lra.results import result
 
         return result.unfinished() / f"sweep-{self.file.stem}"
 
 
 def read(path: Path) -> Plan:
-    """The plan of a sweep file, every cell resolved. Raises UserError."""
+    """Read a sweep file and check every cell. Raises UserError."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"no sweep file {path}: {error.strerror}") from None
+        raise UserError(f"cannot read the sweep file {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
     parts = content.pop("part", [{}])
@@ -116,33 +120,33 @@ def read(path: Path) -> Plan:
         raise UserError(f"{path}: part is not a list of tables; write [[part]] above each grid")
     cells: list[Cell] = []
     for part in parts:
-        cells += _cells({**content, **part}, path, MOST - len(cells))
+        cells += _cells({**content, **part}, path, MAX_CELLS - len(cells))
     retries = content.get("retries", 0)
     if type(retries) is not int or retries < 0:
-        raise UserError(f"{path}: retries is {retries!r}; a whole number from 0")
+        raise UserError(f"{path}: retries is {retries!r}; an integer from 0")
     from lra.training.request import resolve
 
-    known = set()
+    runs = set()
     for cell in cells:
         run = (cell.task, cell.architecture, cell.seed, resolve(cell.request())[0].hash)
-        if run in known:
+        if run in runs:
             raise UserError(f"{path}: two cells are the same run: {cell.name}")
-        known.add(run)
+        runs.add(run)
     return Plan(path, tuple(cells), retries, content.get("search", {}))
 
 
-def _cells(content: Mapping[str, Any], path: Path, most: int) -> list[Cell]:
-    """The cells of one grid, at most so many; none where it is meant for another device."""
+def _cells(content: Mapping[str, Any], path: Path, limit: int) -> list[Cell]:
+    """The cells of one grid, at most `limit`; none if the grid is for another device. Raises UserError."""
     for key, value in content.items():
         if key not in KEYS:
             raise unknown("key", key, KEYS, where=str(path))
-        if key in KINDS and not isinstance(value, KINDS[key]):
-            raise UserError(f"{path}: {key} is {brief(value)}; a {'text' if KINDS[key] is str else 'table'}")
+        if key in TYPES and not isinstance(value, TYPES[key]):
+            raise UserError(f"{path}: {key} is {brief(value)}; a {'string' if TYPES[key] is str else 'table'}")
     for key, value in content.get("run", {}).items():
         if key not in RUN_OPTIONS:
             raise unknown("option", f"run.{key}", [f"run.{k}" for k in RUN_OPTIONS], where=str(path))
         if not isinstance(value, str | int | float) or isinstance(value, bool):
-            raise UserError(f"{path}: run.{key} is {brief(value)}; a text or a number")
+            raise UserError(f"{path}: run.{key} is {brief(value)}; a string or a number")
     lists = {key: content.get(key, [0] if key == "seeds" else []) for key in ("tasks", "architectures", "seeds")}
     for key, values in lists.items():
         kind = int if key == "seeds" else str
@@ -161,35 +165,36 @@ def _cells(content: Mapping[str, Any], path: Path, most: int) -> list[Cell]:
     if device and DEVICES[device] != devices.device_type():
         return []
     count = math.prod(len(values) for values in (*lists.values(), *grid.values()))
-    if count > most:
-        raise UserError(f"{path} asks for {count:,} runs; a sweep has at most {MOST:,}")
-    from lra.config.recipe import plain
+    if count > limit:
+        raise UserError(f"{path} asks for {count:,} runs; a sweep has at most {MAX_CELLS:,}")
+    from lra.config.recipe import check_json
 
-    settings = {part: plain(content.get(part, {}), f"{path}: {part}") for part in ("set", "grid")}
+    settings = {part: check_json(content.get(part, {}), f"{path}: {part}") for part in ("set", "grid")}
     recipe, protocol = content.get("recipe", "auto"), content.get("protocol", "")
     return [
-        Cell(task, architecture, seed, recipe, settings["set"] | dict(chosen), content.get("run", {}), protocol)
+        Cell(task, architecture, seed, recipe, settings["set"] | dict(combination), content.get("run", {}), protocol)
         for task, architecture in itertools.product(lists["tasks"], lists["architectures"])
-        for chosen in _combinations(settings["grid"])
+        for combination in _combinations(settings["grid"])
         for seed in lists["seeds"]
     ]
 
 
 def _combinations(grid: Mapping[str, list[Any]]) -> Iterator[tuple[tuple[str, Any], ...]]:
+    """Every combination of the values of a grid, as (key, value) pairs."""
     yield from (tuple(zip(grid, values, strict=True)) for values in itertools.product(*grid.values()))
 
 
-def slurm(plan: Plan, kind: str) -> str:
-    """A job array, one task for each cell; finished cells end at once."""
-    if kind != "slurm":
-        raise unknown("kind of script", kind, ("slurm",), where="--emit")
+def job_script(plan: Plan, scheduler: str) -> str:
+    """A job script for a scheduler: a Slurm job array with one task per cell. Finished cells exit immediately."""
+    if scheduler != "slurm":
+        raise unknown("scheduler", scheduler, ("slurm",), where="--emit")
     return "\n".join([
         "#!/bin/bash",
         f"#SBATCH --job-name={shlex.quote('lra-' + plan.file.stem)}",
         f"#SBATCH --array=0-{len(plan.cells) - 1}",
         "#SBATCH --requeue",
         "#SBATCH --signal=TERM@60",
-        "# partition, time, memory and devices: as `sbatch` options",
+        "# pass partition, time, memory and devices as options of `sbatch`",
         f"cd {shlex.quote(str(Path.cwd()))}",
         f"exec {shlex.quote(sys.executable)} -m lra.cli sweep {shlex.quote(str(plan.file.resolve()))} "
         "--cell $SLURM_ARRAY_TASK_ID",

@@ -1,6 +1,6 @@
-"""Hyper-parameter search: quasi-random settings, chosen on validation, with the trials counted in the result.
+"""Hyper-parameter search: quasi-random settings, selected on validation. Results record the number of trials.
 
-In a sweep file, beside tasks, architectures and seeds:
+In a sweep file, in addition to tasks, architectures and seeds:
 
     [search]
     trials = 16
@@ -9,8 +9,8 @@ In a sweep file, beside tasks, architectures and seeds:
     "model.dropout" = { low = 0.0, high = 0.3 }
     "encoder.state_size" = { choose = [16, 64] }
 
-Each trial trains once, with the first seed, and ends before the test set is opened. The best on validation is then run
-with every seed; its results say how many trials it was chosen from, and which it was.
+Each trial is one training run with the first seed that does not evaluate the test set. The trial with the best
+validation accuracy is then run with every seed; its results record the number of trials and its own number.
 """
 
 from __future__ import annotations
@@ -24,52 +24,60 @@ from typing import Any
 from rich.console import Console
 from scipy.stats import qmc
 
-from lra.config.recipe import plain
+from lra.config.recipe import check_json
 from lra.errors import UserError, brief, unknown
-from lra.sweeps.plans import MOST, Cell, Plan
+from lra.sweeps.plans import MAX_CELLS, Cell, Plan
 
-# significant digits a drawn number keeps, so that a recipe stays readable
 DIGITS = 4
+"""Significant digits of sampled numbers."""
 
 
-def drawn(space: Mapping[str, Any], trials: int, seed: int) -> list[dict[str, Any]]:
-    """`trials` points of a scrambled Sobol sequence in the space. Raises UserError."""
+def sample_points(space: Mapping[str, Any], trials: int, seed: int) -> list[dict[str, Any]]:
+    """Sample `trials` points of a scrambled Sobol sequence.
+
+    space: key -> {low, high, log} or {choose}. Returns a dict of settings for each point. Raises UserError.
+    """
     if not space:
-        raise UserError('search: name at least one key to search, for example "optim.lr" = { low = 1e-4, high = 1e-2 }')
-    # the sequence is balanced over powers of two only; the points beyond `trials` are left out
+        raise UserError('search: name at least one setting, for example "optim.lr" = { low = 1e-4, high = 1e-2 }')
+    # a Sobol sequence is balanced only for powers of two; surplus points are dropped
     points = qmc.Sobol(len(space), seed=seed).random_base2(max(math.ceil(math.log2(trials)), 0))[:trials]
-    return [{key: _placed(key, place, x) for (key, place), x in zip(space.items(), row, strict=True)} for row in points]
+    return [{key: _scale(key, entry, x) for (key, entry), x in zip(space.items(), row, strict=True)} for row in points]
 
 
-def _placed(key: str, place: Any, x: float) -> Any:
-    if not isinstance(place, dict) or ("choose" in place) == ("low" in place or "high" in place):
-        raise UserError(f"search.{key} is {brief(place)}; {{ low = .., high = .. }} or {{ choose = [..] }}")
-    for name in place:
+def _scale(key: str, entry: Any, x: float) -> Any:
+    """Map x in [0, 1) to a value of a setting. entry: its entry in the [search] table."""
+    if not isinstance(entry, dict) or ("choose" in entry) == ("low" in entry or "high" in entry):
+        raise UserError(f"search.{key} is {brief(entry)}; {{ low = .., high = .. }} or {{ choose = [..] }}")
+    for name in entry:
         if name not in ("low", "high", "log", "choose"):
             raise unknown("key", name, ("low", "high", "log", "choose"), where=f"search.{key}")
-    place = plain(place, f"search.{key}")
-    if "choose" in place:
-        if not isinstance(place["choose"], list) or not place["choose"]:
-            raise UserError(f"search.{key} chooses from {brief(place['choose'])}; a list of at least one value")
-        return place["choose"][min(int(x * len(place["choose"])), len(place["choose"]) - 1)]
-    ends: list[Any] = [place.get(name) for name in ("low", "high", "log")]
-    low, high, log = ends
-    numbers = all(type(end) in (int, float) for end in (low, high))
-    if not numbers or not low < high or (log and low <= 0):
-        raise UserError(f"search.{key} is {brief(place)}; numbers low < high, above 0 for log = true")
+    entry = check_json(entry, f"search.{key}")
+    if "choose" in entry:
+        choices = entry["choose"]
+        if not isinstance(choices, list) or not choices:
+            raise UserError(f"search.{key}.choose is {brief(choices)}; a list of at least one value")
+        return choices[min(int(x * len(choices)), len(choices) - 1)]
+    bounds: list[Any] = [entry.get(name) for name in ("low", "high", "log")]
+    low, high, log = bounds
+    numeric = all(type(bound) in (int, float) for bound in (low, high))
+    if not numeric or not low < high or (log and low <= 0):
+        raise UserError(f"search.{key} is {brief(entry)}; numbers low < high, both above 0 if log = true")
     value = low * (high / low) ** x if log else low + (high - low) * x
     if type(low) is int and type(high) is int:
         return min(int(low * ((high + 1) / low) ** x) if log else int(low + (high + 1 - low) * x), high)
     return float(f"{value:.{DIGITS}g}")
 
 
-def settled(plan: Plan, console: Console, execute: Callable[[Plan], list[int]]) -> Plan:
-    """The plan with, in place of each cell's search, the settings that were best on validation. Runs the trials."""
+def choose_settings(plan: Plan, console: Console, execute: Callable[[Plan], list[int]]) -> Plan:
+    """Run the trials of a plan and return the plan with the settings that were best on validation.
+
+    execute: runs the cells of a plan. Raises UserError if no trial of a cell finishes.
+    """
     space = dict(plan.search)
     trials, seed = space.pop("trials", 16), space.pop("seed", 0)
-    if type(trials) is not int or not 1 <= trials <= MOST or type(seed) is not int or seed < 0:
-        raise UserError(f"search.trials is a whole number from 1 to {MOST:,}, search.seed one from 0")
-    points = drawn(space, trials, seed)
+    if type(trials) is not int or not 1 <= trials <= MAX_CELLS or type(seed) is not int or seed < 0:
+        raise UserError(f"search.trials is an integer from 1 to {MAX_CELLS:,}, search.seed an integer from 0")
+    points = sample_points(space, trials, seed)
     groups: dict[str, list[Cell]] = {}
     for cell in plan.cells:
         groups.setdefault(json.dumps([cell.task, cell.architecture, dict(cell.settings)]), []).append(cell)
@@ -79,22 +87,26 @@ def settled(plan: Plan, console: Console, execute: Callable[[Plan], list[int]]) 
             replace(cells[0], settings={**cells[0].settings, **point}, options={**cells[0].options, SELECT: None})
             for point in points
         ]
-        todo = tuple(cell for cell in tried if outcome(cell) is None)
-        if todo:
-            execute(Plan(plan.file.with_name(f"{plan.file.stem}-search.toml"), todo, plan.retries))
-        scores = [outcome(cell) for cell in tried]
+        unfinished = tuple(cell for cell in tried if trial_accuracy(cell) is None)
+        if unfinished:
+            execute(Plan(plan.file.with_name(f"{plan.file.stem}-search.toml"), unfinished, plan.retries))
+        scores = [trial_accuracy(cell) for cell in tried]
         done = [(score, number) for number, score in enumerate(scores) if score is not None]
         if not done:
-            raise UserError(f"search: none of the {trials} trials of {cells[0].name} came to an end")
+            raise UserError(
+                f"search: none of the {trials} trials of {cells[0].name} finished; their logs are in {plan.logs}-search"
+            )
         score, best = max(done, key=lambda pair: (pair[0], -pair[1]))
         console.print(
             f"{cells[0].name}: trial {best} of {trials} is best, {100 * score:.2f} % on validation: {points[best]}"
         )
-        said = {"method": "scrambled Sobol sequence", "trials": trials, "finished": len(done), "best": best,
+        summary = {"method": "scrambled Sobol sequence", "trials": trials, "finished": len(done), "best": best,
                 "validation": score, "seed": seed, "space": space, "chosen": points[best]}  # fmt: skip
         chosen += [
             replace(
-                cell, settings={**cell.settings, **points[best]}, options={**cell.options, "search": json.dumps(said)}
+                cell,
+                settings={**cell.settings, **points[best]},
+                options={**cell.options, "search": json.dumps(summary)},
             )
             for cell in cells
         ]
@@ -104,8 +116,8 @@ def settled(plan: Plan, console: Console, execute: Callable[[Plan], list[int]]) 
 SELECT = "select-only"
 
 
-def outcome(cell: Cell) -> float | None:
-    """The validation accuracy of a finished trial."""
+def trial_accuracy(cell: Cell) -> float | None:
+    """Validation accuracy of a trial; None if it has not finished."""
     from lra.training.request import folder_of, resolve
 
     request = cell.request()

@@ -120,13 +120,13 @@ def read(request: Request) -> tuple[Recipe, dict[str, str]]:
     if request.pretrain:
         if request.pretrain not in OBJECTIVES:
             raise unknown("objective", request.pretrain, OBJECTIVES, where="--pretrain")
-        recipe = recipe.trained_as(request.pretrain)
+        recipe = recipe.with_pretraining(request.pretrain)
         origin["pretrain.objective"] = "--pretrain"
     own = [key for key in architecture.options if key not in SHAPE]
     for key in recipe.encoder:
         if key not in own:
             raise unknown("key", f"encoder.{key}", [f"encoder.{k}" for k in own], where=recipe.architecture)
-    return recipes.of_variant(recipe, origin, architecture.preset)
+    return recipes.apply_variant(recipe, origin, architecture.preset)
 
 
 def _within_budget(request: Request, recipe: Recipe, origin: dict[str, str]) -> tuple[Recipe, dict[str, str]]:
@@ -137,7 +137,7 @@ def _within_budget(request: Request, recipe: Recipe, origin: dict[str, str]) -> 
     common = {key: text for key, text in (request.settings or {}).items() if not key.startswith("encoder.")}
     reference, _ = recipes.resolve(request.recipe_name, recipe.task, "transformer", common)
     constructor, transformer = architectures.get(request.architecture), architectures.get("transformer")
-    width, note = match.within_budget(
+    width, note = match.find_widest(
         recipe, reference, lambda r: build_encoder(r, constructor, match.LENGTH),
         lambda r: build_encoder(r, transformer, match.LENGTH),
     )  # fmt: skip
@@ -154,7 +154,9 @@ def _matched(request: Request, recipe: Recipe, origin: dict[str, str]) -> tuple[
     constructor = architectures.get(request.architecture)
     task, protocol = prepared_sets.resolve(tasks.get(request.task)(), recipe.data.protocol or None)
     with kept_random_state():
-        width, note = match.solved(request.match, recipe, lambda r: build(r, constructor, task, protocol, 0), protocol)
+        width, note = match.find_width(
+            request.match, recipe, lambda r: build(r, constructor, task, protocol, 0), protocol
+        )
     origin["model.d_model"] = f"--match: {note}"
     return replace(recipe, model=replace(recipe.model, d_model=width)), origin
 
@@ -183,7 +185,7 @@ def result_folder(request: Request, recipe: Recipe) -> Path:
 
 def folder_of(request: Request, recipe: Recipe) -> Path:
     """The folder of a run: its recipe, log and checkpoints."""
-    recipe_name = files.safe(recipe.name.replace("/", "-"), 60)
+    recipe_name = files.safe_name(recipe.name.replace("/", "-"), 60)
     name = f"{_task_folder(request)}-{result.slug(request.architecture_name)}-{recipe_name}"
     return result.unfinished() / f"{name}-{recipe.hash[:8]}-s{request.seed}"
 
@@ -199,7 +201,7 @@ def setting_texts(overrides: Mapping[str, Any] | None) -> dict[str, str]:
     texts: dict[str, str] = {}
     for key, value in _dotted(overrides or {}):
         try:
-            texts[key] = json.dumps(recipes.plain(value, key))
+            texts[key] = json.dumps(recipes.check_json(value, key))
         except TypeError:
             raise UserError(f"{key} is {brief(value)}; a number, a text, true, false, or a list of these") from None
     return texts

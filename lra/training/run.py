@@ -67,8 +67,8 @@ def _run(
         return finished
     constructor = architectures.get(request.architecture)
     task = tasks.get(request.task)()
-    with terminal.bar(console, f"preparing {task.name}") as report:
-        prepared = prepared_sets.prepared(task, recipe.data.protocol, source=request.source, progress=report)
+    with terminal.progress_bar(console, f"preparing {task.name}") as report:
+        prepared = prepared_sets.load_prepared(task, recipe.data.protocol, source=request.source, progress=report)
     with _explain_failures(recipe):
         construction.check_weight_memory(recipe, device())
         model = construction.build(recipe, constructor, prepared.task, prepared.protocol, request.seed)
@@ -158,7 +158,7 @@ def check_operators(model: Classifier, prepared: Prepared, constructor: Construc
             f"({Path(frame.filename).name}:{frame.lineno})"
         ) from error
     model.train()
-    lines = doctor.gate(_dispatch.used(), device())
+    lines = doctor.require_parity(_dispatch.used(), device())
     _dispatch.forget_used()
     return lines
 

@@ -52,7 +52,7 @@ def record(
     where = dict(more["environment"])
     return RunRecord(
         schema=records.SCHEMA,
-        id=f"{files.safe(recipe.name.replace('/', '-'))}-{recipe.hash[:8]}-s{seed}-{started:%Y%m%dT%H%M%S}",
+        id=f"{files.safe_name(recipe.name.replace('/', '-'))}-{recipe.hash[:8]}-s{seed}-{started:%Y%m%dT%H%M%S}",
         task=prepared.task.name,
         architecture=architecture,
         protocol=records.ProtocolName(name=protocol.name, length=protocol.length, encoding=protocol.encoding),

@@ -128,7 +128,7 @@ class TrainedRun:
         device = next(self.model.parameters()).device
         if not (isinstance(inputs, str) and inputs in SPLITS):
             return DeviceSet.of(split_of(inputs, self.task, self.protocol), self.protocol, device)
-        split = prepared_sets.prepared(self.task, self.protocol).split(inputs)
+        split = prepared_sets.load_prepared(self.task, self.protocol).split(inputs)
         limits = {"test": self.recipe.data.test_examples, "train": self.recipe.data.train_examples}
         examples = choose(len(split), limits.get(inputs, self.recipe.data.validation_examples))
         return DeviceSet.of(split, self.protocol, device, examples)

@@ -1,16 +1,16 @@
 """Image: CIFAR-10 (Krizhevsky 2009) as a sequence of pixels, row by row (task: arXiv:2011.04006).
 
-Grey is ITU-R 601 luma in integers, (19595 R + 38470 G + 7471 B + 2^15) >> 16, which is what torchvision's Grayscale
-gives; `lra2020` alone uses TensorFlow's rgb_to_grayscale (0.2989, 0.587, 0.114 in float32, times 255.5, truncated),
-as its code did. Black is a pixel like any other, never padding.
+Grey is ITU-R 601 luma in integers, (19595 R + 38470 G + 7471 B + 2^15) >> 16, as in torchvision's Grayscale. Only
+`lra2020` uses TensorFlow's rgb_to_grayscale (0.2989, 0.587, 0.114 in float32, times 255.5, truncated), as the published
+code did. Black is never treated as padding.
 
-    strict          grey, continuous, normalised    validation: of each class the 500 training images with the lowest
-    strict-tokens   grey, 256 token ids             SHA-256 of their RGB bytes; the same split in all three
+    strict          grey, continuous, normalised    validation: the 500 training images of each class with the lowest
+    strict-tokens   grey, 256 token ids             SHA-256 of their RGB bytes; the same in all three protocols
     strict-colour   three channels, continuous
     lra2020         grey, 256 token ids             validation: the last 5,000 training images
     s4              grey, continuous, normalised    validation: torch's random_split with seed 42
 
-Images keep the order of the official files. Image bytes may be PNG, WebP or anything else Pillow reads without loss.
+Images keep the order of the official files. Images may be stored in any lossless format that Pillow reads.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Image(Task):
                 "validation": "63af6d031be7605e43cbc63d9b89f319e24a18ef0d42b03d2be94258b2c6d52c",
                 "test": "2a8c90ad0bf37c4d57d5ff3705a5e6978c08785c8696cd449b9445a6f2f672f5",
             },
-            note="grey, continuous; validation carved from train by content hash",
+            note="grey, continuous; validation split off train by content hash",
             raw=RAW,
         ),
         "strict-tokens": Protocol(
@@ -80,7 +80,7 @@ class Image(Task):
                 "validation": "d051aa5d6251b9c981c0921c225a1808e2bcb0e6f8b1e597b09afeb44cdcd96d",
                 "test": "b806475cb913818a89f7111bede2e694a282be94ef9b2c53278c8dfbf29e61c5",
             },
-            note="colour, not comparable with grey; mean and deviation over all training pixels and channels; "
+            note="colour, not comparable with grey; mean and standard deviation over all training pixels and channels; "
             "the split of strict",
             raw=RAW,
         ),
@@ -120,9 +120,9 @@ class Image(Task):
     ) -> None:
         command = self.command(protocol)
         images, labels = _read("train", source, command, workers, progress)
-        held = _held_out(images, labels, protocol)
-        kept = np.setdiff1d(np.arange(len(labels)), held)
-        parts = [("train", images[kept], labels[kept]), ("validation", images[held], labels[held])]
+        validation = _validation_rows(images, labels, protocol)
+        train = np.setdiff1d(np.arange(len(labels)), validation)
+        parts = [("train", images[train], labels[train]), ("validation", images[validation], labels[validation])]
         for split, pixels, classes in (*parts, ("test", *_read("test", source, command, workers, progress))):
             values = _encode(pixels, protocol).reshape(len(classes), -1)
             with DocumentWriter(folder, split) as writer:
@@ -144,7 +144,7 @@ class Image(Task):
 def _read(
     split: str, source: Path | None, command: str, workers: int, progress: Progress
 ) -> tuple[np.ndarray, np.ndarray]:
-    """RGB images (n, 32, 32, 3) uint8 and labels (n,) in the official order."""
+    """Read RGB images (n, 32, 32, 3) uint8 and labels (n,) in the official order."""
     progress(f"reading {split} from {source or HUB.id}", 0, 0)
     files, labels = read_table(HUB, split, ("img", "label"), source, command)
     images = np.empty((len(files), 32, 32, 3), np.uint8)
@@ -161,7 +161,7 @@ def _read(
 
 
 def _decode(file: Mapping[str, bytes]) -> np.ndarray | str:
-    """A 32 x 32 x 3 image, or what is wrong with it."""
+    """Decode an image to (32, 32, 3) uint8; returns a description of the problem if that fails."""
     from PIL import Image as Pillow
 
     try:
@@ -173,8 +173,8 @@ def _decode(file: Mapping[str, bytes]) -> np.ndarray | str:
         return f"cannot be decoded ({error})"
 
 
-def _held_out(images: np.ndarray, labels: np.ndarray, protocol: Protocol) -> np.ndarray:
-    """The rows of the training images that are validation, in ascending order."""
+def _validation_rows(images: np.ndarray, labels: np.ndarray, protocol: Protocol) -> np.ndarray:
+    """Rows of the official training images that form the validation split, in ascending order."""
     count = protocol.counts["validation"]
     if protocol.name == "lra2020":
         return np.arange(len(labels) - count, len(labels))
@@ -189,11 +189,11 @@ def _held_out(images: np.ndarray, labels: np.ndarray, protocol: Protocol) -> np.
 
 
 def _encode(images: np.ndarray, protocol: Protocol) -> np.ndarray:
-    """(n, 32, 32, 3) -> (n, 32, 32[, 3]) uint8."""
+    """Convert RGB images (n, 32, 32, 3) to the values of a protocol: (n, 32, 32) or (n, 32, 32, 3) uint8."""
     if protocol.channels == 3:
         return images
     if protocol.name == "lra2020":
-        # element by element: a matrix product rounds differently from machine to machine
+        # element by element, because matrix products round differently on different machines
         r, g, b = (images[..., channel] * np.float32(1 / 255) for channel in range(3))
         grey = r * np.float32(0.2989) + g * np.float32(0.587) + b * np.float32(0.114)
         return (grey * np.float32(255.5)).astype(np.uint8)

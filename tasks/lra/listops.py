@@ -1,8 +1,9 @@
 """ListOps: the value of a nested expression of list operators, arXiv:1804.06028 at the lengths of arXiv:2011.04006.
 
-`strict` is generated from a seed by the published law (tasks/_listops.py). `lra2020` and `s4` read the released
-`basic_{train,val,test}.tsv`, which were drawn from the same law without a seed. Token ids are the same in all three:
-digits are their value, then [MIN [MAX [MED [SM and the bracket that closes them all; `s4` ends each expression with 15.
+`strict` is generated from a seed with the published distribution (tasks/_listops.py). `lra2020` and `s4` read the
+released files `basic_{train,val,test}.tsv`, which were drawn from the same distribution without a seed. Token ids are
+the same in all three: 0 to 9 for digits, then [MIN, [MAX, [MED, [SM and the closing bracket. `s4` ends each expression
+with id 15.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ RAW = "basic_train.tsv, basic_val.tsv and basic_test.tsv of the LRA release (fol
 
 
 def released(source: Path | None, split: str, command: str) -> Iterator[np.ndarray]:
-    """The expressions of a released file, each checked against its label. Reads "]" and "X", with or without the
-    binary parentheses. Raises DataError naming file and line."""
+    """Read the expressions of a released file and compare each with its label.
+
+    Accepts "]" and "X" as closing brackets, with and without binary parentheses. Raises DataError naming file and line.
+    """
     name = FILES[split]
     if source is None:
         raise DataError(f"{RAW} are needed; with these in a folder DIR, run `{command} --from DIR`")
@@ -39,22 +42,24 @@ def released(source: Path | None, split: str, command: str) -> Iterator[np.ndarr
         if file.readline().split() != ["Source", "Target"]:
             raise DataError(f"{path} line 1: the header is not Source, Target; is this the released file?")
         for number, line in enumerate(file, start=2):
-            yield _parsed(line, f"{path} line {number}")
+            yield _parse_line(line, f"{path} line {number}")
 
 
-def _parsed(line: str, where: str) -> np.ndarray:
+def _parse_line(line: str, where: str) -> np.ndarray:
+    """Token ids of a line of a released file. where: file and line, for messages."""
     columns = line.rstrip("\r\n").split("\t")
     if len(columns) != 2 or not columns[1].isdecimal():
         raise DataError(f"{where}: {len(columns)} columns instead of an expression and a digit; is the file complete?")
     tokens = _tokens(columns[0], where)
     value = evaluate(tokens)
     if value != int(columns[1]):
-        found = "the expression is malformed" if value < 0 else f"the expression is {value}"
-        raise DataError(f"{where}: the label is {columns[1]}, {found}; the file is damaged")
+        problem = "the expression is malformed" if value < 0 else f"the value of the expression is {value}"
+        raise DataError(f"{where}: the label is {columns[1]}, but {problem}; the file is damaged")
     return tokens
 
 
 def _tokens(expression: str, where: str) -> np.ndarray:
+    """Token ids of an expression. Raises DataError for an unknown symbol."""
     symbols = expression.replace("(", " ").replace(")", " ").split()
     try:
         return np.array([IDS[symbol] for symbol in symbols], np.uint8)
@@ -77,14 +82,14 @@ class ListOps(Task):
                 "validation": "651e20ded2f039c9efa45e60c3c5658ab1c608d7cc64e40e022a3cb180a78cea",
                 "test": "03128e11527706e31f1fea9f522a23248f864cf173bc38411d488fca7e709780",
             },
-            note="generated from a seed by the published law; 15 symbols, no end mark, no padding id",
+            note="generated from a seed with the published distribution; 15 symbols, no end mark, no padding id",
         ),
         "lra2020": Protocol(
             "lra2020",
             length=2000,
             vocabulary=17,
             counts=COUNTS,
-            note="released files; brackets kept; ids 15 and 16 (padding, unknown) never seen",
+            note="released files; brackets kept; ids 15 and 16 (padding, unknown) never occur",
             raw=RAW,
         ),
         "s4": Protocol(
@@ -92,7 +97,7 @@ class ListOps(Task):
             length=2048,
             vocabulary=18,
             counts=COUNTS,
-            note="released files; an end mark after each expression; ids 16 and 17 (padding, unknown) never seen",
+            note="released files; an end mark after each expression; ids 16 and 17 (padding, unknown) never occur",
             raw=RAW,
         ),
     }
@@ -101,13 +106,13 @@ class ListOps(Task):
         self, folder: Path, protocol: Protocol, *, source: Path | None, workers: int, progress: Progress
     ) -> None:
         total = sum(protocol.counts[split] for split in SPLITS)
-        made = iter(expressions(Law(), total, workers))
+        generated = iter(expressions(Law(), total, workers))
         done = 0
         for split in SPLITS:
             rows = (
                 released(source, split, self.command(protocol))
                 if protocol.raw
-                else islice(made, protocol.counts[split])
+                else islice(generated, protocol.counts[split])
             )
             labels = []
             with DocumentWriter(folder, split) as writer:
@@ -127,8 +132,11 @@ class ListOps(Task):
         return open_split(folder, split)
 
     def floors(self, train: Split, test: Split) -> dict[str, float]:
-        """Beside majority class and bag of tokens: the commonest training label of the root operator, and the exact
-        value of the expression cut below depth 1..4 (see `evaluate`), the majority class where nothing is left."""
+        """Majority class, bag of tokens, root operator and depths 1 to 4.
+
+        "root operator" predicts the most frequent training label of the operator at the root. "depth d" evaluates the
+        expression without operators below depth d (see `evaluate`), and predicts the majority class if nothing is left.
+        """
         floors = super().floors(train, test) | {"bag of tokens": bag_of_tokens(train, test, self.classes)}
         common = np.zeros((16, 10), np.int64)
         np.add.at(common, (train.values[train.offsets[:-1]], train.labels), 1)

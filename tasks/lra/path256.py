@@ -1,4 +1,4 @@
-"""Pathfinder at 256 x 256 pixels: 65,536 of them, row by row."""
+"""Pathfinder at 256 x 256 pixels: sequences of 65,536 pixels, row by row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pathfinder at 32 x 32 pixels: are the two discs on one contour? 1,024 pixels, row by row."""
+"""Pathfinder at 32 x 32 pixels: are the two discs on the same contour? Sequences of 1,024 pixels, row by row."""
 
 from __future__ import annotations
 

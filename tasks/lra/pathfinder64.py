@@ -1,4 +1,4 @@
-"""Pathfinder at 64 x 64 pixels: 4,096 of them, row by row."""
+"""Pathfinder at 64 x 64 pixels: sequences of 4,096 pixels, row by row."""
 
 from __future__ import annotations
 

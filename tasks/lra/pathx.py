@@ -1,4 +1,4 @@
-"""Path-X: Pathfinder at 128 x 128 pixels, 16,384 of them, row by row."""
+"""Path-X: Pathfinder at 128 x 128 pixels: sequences of 16,384 pixels, row by row."""
 
 from __future__ import annotations
 

@@ -1,12 +1,14 @@
 """Retrieval: does one paper of the ACL Anthology Network cite the other? Two towers (task: arXiv:2011.04006).
 
-The pairs are those of the LRA release, `new_aan_pairs.{train,eval,test}.tsv`: label, two ids, two texts, no header, no
-quoting; each text is the Python literal of its bytes (`b'...'`). They are read from a folder, from the archive
-`lra_release.gz` in a folder, or from the archive downloaded (7.7 GB), member by member, without unpacking it.
+The pairs are those of the LRA release, `new_aan_pairs.{train,eval,test}.tsv`: label, two ids and two texts per line,
+without header or quoting. A text is written as a Python bytes literal (`b'...'`). The files are read from a folder or
+from the archive `lra_release.gz`, in a folder or downloaded (7.7 GB); the archive is read member by member, without
+unpacking.
 
-    strict     the bytes themselves, 4,000 per document
-    lra2020    the bytes of the literal, quotes and escapes included, which is what the published code read; 4,000
-    s4         the characters of the literal: 95 printable ones, padding, unknown and end mark, 98 ids; 4,000 with it
+    strict     the bytes of the text, 4,000 per document
+    lra2020    the bytes of the literal with quotes and escapes, as in the published code, 4,000 per document
+    s4         the characters of the literal (95 printable characters, padding, unknown, end mark: 98 ids), 4,000 per
+               document with the end mark
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ class Retrieval(Pairs):
             length=4000,
             vocabulary=257,
             counts=COUNTS,
-            note="bytes of the Python literal as in the file (id 256, padding, is never seen), 4,000 per document; "
+            note="bytes of the Python literal as in the file (id 256, padding, never occurs), 4,000 per document; "
             "every test pair is scored, where the published code dropped the last incomplete batch",
             raw=RAW,
         ),
@@ -79,13 +81,13 @@ class Retrieval(Pairs):
 
 
 def _files(source: Path | None, archive: Path | None) -> Iterator[tuple[str, str, Iterable[bytes]]]:
-    """Split, a name for messages, and lines of each of the three files."""
+    """Yield the split, a name for messages and the lines of each of the three files."""
     if source is not None:
-        where = next((source / p for p in PLACES if all((source / p / name).is_file() for name in FILES)), None)
-        if where is not None:
+        root = next((source / p for p in PLACES if all((source / p / name).is_file() for name in FILES)), None)
+        if root is not None:
             for name, split in FILES.items():
-                with (where / name).open("rb") as file:
-                    yield split, str(where / name), file
+                with (root / name).open("rb") as file:
+                    yield split, str(root / name), file
             return
         archive = next((source / name for name in NAMES if (source / name).is_file()), None)
     if archive is None:
@@ -100,7 +102,7 @@ def _files(source: Path | None, archive: Path | None) -> Iterator[tuple[str, str
 def _rows(
     lines: Iterable[bytes], where: str, protocol: Protocol, documents: dict[Hashable, np.ndarray]
 ) -> Iterator[Row]:
-    """Label and document keys of every line; new documents are encoded into `documents`."""
+    """Yield the label and the document keys of each line. Adds new documents, encoded, to `documents`."""
     for number, line in enumerate(lines, start=1):
         columns = line.rstrip(b"\r\n").split(b"\t")
         if len(columns) != 5:
@@ -117,17 +119,18 @@ def _rows(
 
 
 def _encode(text: bytes, protocol: Protocol, where: str) -> np.ndarray:
+    """Encode a text of a released file. where: file and line, for messages. Raises DataError for a damaged literal."""
     if protocol.name == "s4":
         return as_characters(text, protocol.length)
     if protocol.name == "strict" and text[:2] in (b"b'", b'b"'):
         try:
             with warnings.catch_warnings():
-                # an escape that Python does not know stands for itself
+                # Python warns about unknown escapes and keeps them as they are
                 warnings.simplefilter("ignore")
-                found = ast.literal_eval(text.decode("ascii"))
+                literal = ast.literal_eval(text.decode("ascii"))
         except (ValueError, SyntaxError, RecursionError, MemoryError):
-            found = None
-        if not isinstance(found, bytes):
-            raise DataError(f"{where}: a text starts as a Python literal and is none; is the file complete?")
-        text = found
+            literal = None
+        if not isinstance(literal, bytes):
+            raise DataError(f"{where}: a text is not a complete Python literal; is the file complete?")
+        text = literal
     return as_bytes(text, protocol.length)

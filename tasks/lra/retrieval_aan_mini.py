@@ -1,7 +1,7 @@
-"""Retrieval stand-in: 1,665 papers of the ACL Anthology and 20,946 of their citation pairs.
+"""A substitute for Retrieval: 20,946 citation pairs of 1,665 papers of the ACL Anthology.
 
-The question is that of `retrieval` (does one paper cite the other?) on about a tenth of its data, for work without the
-LRA release. The pairs are not LRA's, so no result here compares with a published one; hence a task of its own.
+The question is the same as in `retrieval` (does one paper cite the other?), with about a tenth of the data and without
+the LRA release. The pairs differ from those of LRA, so results are not comparable with published ones.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Retrieval stand-in: 9,408 excerpts of RFCs and 181,004 pairs: does one mention the other?
+"""A substitute for Retrieval: 181,004 pairs of 9,408 excerpts of RFCs. Does one mention the other?
 
-As many pairs as `retrieval` has, for work without the LRA release. Another collection and another relation: no result
-here compares with a published one, which is why it is a task of its own.
+It has about as many pairs as `retrieval` and does not need the LRA release. Documents and relation differ from those of
+LRA, so results are not comparable with published ones.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Text: sentiment of IMDb reviews read letter by letter (data: Maas et al. 2011; task: arXiv:2011.04006).
+"""Text: sentiment of IMDb reviews, read byte by byte (data: Maas et al. 2011; task: arXiv:2011.04006).
 
-`strict` reads UTF-8 bytes, at most 4,096 of them. Its validation split is carved from the official 25,000 training
-reviews: of each class the 1,250 with the lowest SHA-256 of their text, so identical reviews stay on one side. The
-official test split is untouched; test reviews that have a near-duplicate among the training reviews are counted and
-listed in the notes of the prepared set.
-`lra2020` and `s4` have no validation split: the checkpoint is chosen on the test split, as those codes do.
-Reviews lie in the order of their hashes, so the first n of a split are a random n.
+`strict` reads at most 4,096 UTF-8 bytes. Its validation split consists of the 1,250 reviews of each class with the
+lowest SHA-256 of their text, out of the 25,000 official training reviews, so that identical reviews are in the same
+split. The test split is the official one. The notes of the prepared set list test reviews with a near-duplicate in
+another split.
+
+`lra2020` and `s4` select the checkpoint on the test split, as the published code does. Reviews are sorted by their
+hashes, so the first n examples of a split are a random sample.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from lra.tasks._storage import SHARED, open_split, write_documents, write_exampl
 HUB = Hub("stanfordnlp/imdb", "e6281661ce1c48d982bc483cf8a173c1bbeb5d31", "imdb")
 RAW = f"{HUB.files}, or {HUB.id} from the hub"
 PAD, UNKNOWN, EOS = range(3)
-# what occurs at least 15 times in the first 4,095 characters of the training reviews, the commonest first
+# characters that occur at least 15 times in the first 4,095 of the training reviews, the most frequent first
 CHARACTERS = (
     " etaoisnrhldcumfygwbp.v,k'IT/><-\"ASBxMHCDj)W(ERLONP!GFJz0q1?KVY:9U2*;35847&6Z\xe9\x96Q`X$\x85_%=#+\x97\xb4"
     "\u2019~\xe8]}{[\xe1@\u2013\x91\xa3\xe4\xed\xa8\xf4\xf3\xfc\xe7\xa1\xe0\xf6\t^\xf1\xe2\xef\u201c\u201d\xeb"
@@ -51,7 +52,7 @@ class Text(Task):
                 "validation": "d3d12ed52165025ce8843333390d611163504bd9425cce1aabc8750a2c1efdce",
                 "test": "d2ba5342523230e262e09f73cd1078d73b1c8ccc1d4a199573b905abc3231ee5",
             },
-            note="bytes; validation carved from train by content hash, test opened once",
+            note="bytes; validation split off train by content hash; official test split",
             raw=RAW,
         ),
         "lra2020": Protocol(
@@ -65,7 +66,7 @@ class Text(Task):
                 "validation": "aa7152bbada145dd5753e12247b81e951c072ac0cfcf5873f1831e41e7447bc1",
                 "test": "aa7152bbada145dd5753e12247b81e951c072ac0cfcf5873f1831e41e7447bc1",
             },
-            note="bytes (id 256, padding, is never seen), cut at 1,000 as in the released configuration; "
+            note="bytes (id 256, padding, never occurs), cut at 1,000 as in the released configuration; "
             "the test split doubles as validation, as published",
             raw=RAW,
         ),
@@ -114,9 +115,9 @@ class Text(Task):
             parts["validation"] = parts["test"]
         else:
             each = protocol.counts["validation"] // 2
-            held = np.concatenate([np.flatnonzero(labels[:total] == label)[:each] for label in range(2)])
-            parts["validation"] = np.sort(held)
-            parts["train"] = np.setdiff1d(parts["train"], held)
+            rows = np.concatenate([np.flatnonzero(labels[:total] == label)[:each] for label in range(2)])
+            parts["validation"] = np.sort(rows)
+            parts["train"] = np.setdiff1d(parts["train"], rows)
         for split, index in parts.items():
             write_examples(folder, split, labels[index], index)
         progress("looking for near-duplicates", 2, 3)
@@ -142,7 +143,7 @@ class Text(Task):
 
 
 def _read(split: str, source: Path | None, command: str) -> tuple[list[str], list[int]]:
-    """Texts and labels of an official split in the order of the texts' SHA-256."""
+    """Read the texts and labels of an official split, sorted by the SHA-256 of the text."""
     texts, labels = read_table(HUB, split, ("text", "label"), source, command)
     if not texts or not all(isinstance(t, str) and t for t in texts) or not all(label in (0, 1) for label in labels):
         raise DataError(f"{split} of {HUB.id} holds empty texts or labels other than 0 and 1; fetch it again")
@@ -151,30 +152,31 @@ def _read(split: str, source: Path | None, command: str) -> tuple[list[str], lis
 
 
 def _bytes(text: str, length: int) -> np.ndarray:
+    """The first `length` UTF-8 bytes as tokens."""
     return np.frombuffer(text.encode()[:length], np.uint8)
 
 
 def _characters(text: str, length: int) -> np.ndarray:
-    """Ids by torchtext's numbering, with an end mark inside the length."""
+    """Encode as characters with the ids of torchtext. `length` includes the end mark."""
     return np.array([*(IDS.get(c, UNKNOWN) for c in text[: length - 1]), EOS], np.uint8)
 
 
 def _overlap(texts: list[str], parts: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Identical and similar pairs of whole reviews by the splits they lie in, and the rows of test that have one in
-    train or validation."""
-    whole = [np.frombuffer(text.encode(), np.uint8) for text in texts]
-    pairs = near_duplicates(np.concatenate(whole), np.cumsum([0, *map(len, whole)]))
-    side = np.empty(len(texts), object)
+    """Notes on duplicates: identical and similar pairs of reviews, counted by their splits, and the rows of test that
+    have one in train or validation. Reviews are compared in full length."""
+    documents = [np.frombuffer(text.encode(), np.uint8) for text in texts]
+    pairs = near_duplicates(np.concatenate(documents), np.cumsum([0, *map(len, documents)]))
+    split_of = np.empty(len(texts), object)
     row = np.empty(len(texts), np.int64)
-    # test last: where it doubles as validation, a review of both is one of test
+    # test last: if it is also the validation split, its reviews count as test
     for split in ("train", "validation", "test"):
-        side[parts[split]], row[parts[split]] = split, np.arange(len(parts[split]))
-    found: dict[str, dict[str, int]] = {}
+        split_of[parts[split]], row[parts[split]] = split, np.arange(len(parts[split]))
+    counts: dict[str, dict[str, int]] = {}
     leaked = set()
     for a, b in pairs:
-        kind = found.setdefault(" and ".join(sorted({side[a], side[b]})), {"identical": 0, "similar": 0})
-        kind["identical" if texts[a] == texts[b] else "similar"] += 1
+        count = counts.setdefault(" and ".join(sorted({split_of[a], split_of[b]})), {"identical": 0, "similar": 0})
+        count["identical" if texts[a] == texts[b] else "similar"] += 1
         for one, other in ((a, b), (b, a)):
-            if side[one] == "test" != side[other]:
+            if split_of[one] == "test" != split_of[other]:
                 leaked.add(int(row[one]))
-    return {"duplicate pairs": found, "test rows with a duplicate in train or validation": sorted(leaked)}
+    return {"duplicate pairs": counts, "test rows with a duplicate in train or validation": sorted(leaked)}

@@ -38,7 +38,7 @@ def test_check_states_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(suite, "check", lambda name: [])
     done = CliRunner().invoke(app, ["check", "gru"])
-    assert "recurrent state at d_model 128, 4 layers: 2,048 bytes a sequence\n" in done.output
+    assert "recurrent state at d_model 128, 4 layers: 2,048 bytes per sequence\n" in done.output
     done = CliRunner().invoke(app, ["check", "transformer"])
-    assert "4,096 bytes a sequence, and 4,096 more with each token" in done.output
+    assert "4,096 bytes per sequence, plus 4,096 per token" in done.output
     assert "recurrent" not in CliRunner().invoke(app, ["check", "hyena"]).output

@@ -35,7 +35,7 @@ def job_prepare(**_: Any) -> Any:
     from lra.data import prepared_sets
     from lra.registry import tasks
 
-    return prepared_sets.prepared(tasks.get(TINY)()).checksum
+    return prepared_sets.load_prepared(tasks.get(TINY)()).checksum
 
 
 def job_run(seed: int = 0, resume: bool = True, settings: Mapping[str, str] | None = None, **_: Any) -> str:
@@ -82,9 +82,9 @@ def job_sweep(**_: Any) -> int:
 
     from lra.sweeps import local, plans
 
-    assert (local.attempt.__kwdefaults__ or {})["start"] is local.together
-    local.attempt.__kwdefaults__ = {"start": forked}
-    return len(local.carry_out(plans.read(Path("grid.toml")), Console(quiet=True), forecast=False))
+    assert (local.run_cell.__kwdefaults__ or {})["start"] is local.run_child
+    local.run_cell.__kwdefaults__ = {"start": forked}
+    return len(local.execute_plan(plans.read(Path("grid.toml")), Console(quiet=True), forecast=False))
 
 
 def forked(words: list[str], *, stdout: Any, check: bool = False, **_: Any) -> Any:
@@ -117,7 +117,7 @@ def job_look(**_: Any) -> dict[str, Any]:
 
     found = Collection.read(result.folder())
     task = tasks.get(TINY)()
-    ready = prepared_sets.find(task) is not None
+    ready = prepared_sets.find_prepared(task) is not None
     kept = sorted(Path(os.environ["LRA_RUNS"]).rglob("*.ckpt"))
     steps = {path.name: checkpoint.read(path).get("global_step") for path in kept}
     predictions = {}

@@ -37,7 +37,7 @@ from lra.training.checkpoint_io import AtomicCheckpointIO
 def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> prepared_sets.Prepared:
     monkeypatch.setenv("LRA_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("LRA_DATA", raising=False)
-    return prepared_sets.prepared(Tiny())
+    return prepared_sets.load_prepared(Tiny())
 
 
 @given(data=st.data())
@@ -48,10 +48,10 @@ def test_a_prepared_set(prepared: prepared_sets.Prepared, data: st.DataObject) -
     path.write_bytes(data.draw(flipped(whole)))
     try:
         with pytest.raises(DataError, match=f"{path.name} changed since it was written; remove .* and run"):
-            prepared_sets.prepared(Tiny())
+            prepared_sets.load_prepared(Tiny())
     finally:
         path.write_bytes(whole)
-    prepared_sets.prepared(Tiny())
+    prepared_sets.load_prepared(Tiny())
 
 
 @given(data=st.data())
@@ -61,7 +61,7 @@ def test_a_manifest(prepared: prepared_sets.Prepared, data: st.DataObject) -> No
     whole = path.read_bytes()
     path.write_bytes(data.draw(flipped(whole)))
     try:
-        found = prepared_sets.find(Tiny())
+        found = prepared_sets.find_prepared(Tiny())
     except DataError as error:
         assert str(path) in str(error)  # noqa: PT017  (most flips are refused, some only move a blank)
     else:
@@ -202,7 +202,7 @@ def test_a_pack(
     except DataError as error:
         assert str(path) in str(error)  # noqa: PT017
         assert "\n" not in str(error)  # noqa: PT017
-        assert prepared_sets.find(Tiny()) is None
+        assert prepared_sets.find_prepared(Tiny()) is None
     else:
         # what follows the last member, and blanks in the manifest, are nobody's data
         assert found.manifest["sha256"] == prepared.manifest["sha256"]

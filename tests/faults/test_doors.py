@@ -130,10 +130,10 @@ def planned(path: Path) -> None:
     """The cells of a sweep and its search are right, or one clear line says what is wrong."""
     try:
         plan = plans.read(path)
-        assert len({json.dumps([*cell.arguments()]) for cell in plan.cells}) == len(plan.cells) <= plans.MOST
+        assert len({json.dumps([*cell.arguments()]) for cell in plan.cells}) == len(plan.cells) <= plans.MAX_CELLS
         space = {key: value for key, value in plan.search.items() if key not in ("trials", "seed")}
         if space:
-            points = search.drawn(space, 4, 0)
+            points = search.sample_points(space, 4, 0)
             assert [list(point) for point in points] == [list(space)] * 4
             json.dumps(points, allow_nan=False)
     except UserError as error:
@@ -190,12 +190,12 @@ def test_names(name: str) -> None:
     if not (name.isascii() and name.isidentifier()):
         with pytest.raises(UserError, match="cannot be an architecture's name"):
             template.architecture(name, "recurrent")
-    for made in (files.safe(name), result.slug(name)):
+    for made in (files.safe_name(name), result.slug(name)):
         assert Path(made).name == made
         assert 0 < len(made.encode()) <= 120
         assert made not in (".", "..")
         assert not made.startswith(".")
-    assert files.safe(files.safe(name)) == files.safe(name)
+    assert files.safe_name(files.safe_name(name)) == files.safe_name(name)
 
 
 @pytest.fixture(scope="module")
@@ -336,8 +336,8 @@ def idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shelf: Path) -> Path:
         raise DataError("stopped here")
 
     for name in (
-        "data.prepared_sets.prepared", "data.prepared_sets.verify", "training.run.run", "conformance.suite.check",
-        "cli.template.architecture", "sweeps.local.carry_out", "profiling.profiler.profile",
+        "data.prepared_sets.load_prepared", "data.prepared_sets.verify", "training.run.run", "conformance.suite.check",
+        "cli.template.architecture", "sweeps.local.execute_plan", "profiling.profiler.profile",
         "profiling.profiler.Workload", "profiling.fit.fit", "operators.bench.bench",
         "operators.doctor.examine", "conformance.reach.reach", "conformance.recall.recall",
     ):  # fmt: skip
@@ -388,5 +388,5 @@ def test_awkward_words_in_every_place(idle: Path, line: list[str]) -> None:
 
 
 def test_nothing_above_is_run_for_real() -> None:
-    assert prepared_sets.prepared.__module__ == "lra.data.prepared_sets"
+    assert prepared_sets.load_prepared.__module__ == "lra.data.prepared_sets"
     assert run.run.__module__ == "lra.training.run"

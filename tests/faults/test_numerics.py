@@ -115,7 +115,7 @@ def test_the_first_steps_stay_finite(name: str, precision: str) -> None:
 def test_the_test_split_is_not_opened_before_training_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LRA_CACHE", "LRA_RESULTS", "LRA_RUNS"):
         monkeypatch.setenv(name, str(tmp_path / name))
-    prepared_sets.prepared(Tiny())
+    prepared_sets.load_prepared(Tiny())
     opened: list[str] = []
     real = Tiny.load
 

@@ -30,7 +30,7 @@ class Overlapping(Tiny):
 
 def test_overlap_repeats_balance_and_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LRA_CACHE", str(tmp_path))
-    clean = prepared_sets.prepared(Tiny())
+    clean = prepared_sets.load_prepared(Tiny())
     before = audit.audit(clean)
     after = audit.audit(prepared_sets.Prepared(Overlapping(), clean.protocol, clean.folder, clean.manifest))
     pair = ("train", "test")

@@ -73,7 +73,7 @@ def test_a_refused_path_is_not_used_and_the_next_one_is_said_aloud(
 ) -> None:
     inject(monkeypatch, "linear_scan")
     with pytest.warns(RuntimeWarning, match="refused"):
-        (line,) = doctor.gate(["linear_scan"], CPU)
+        (line,) = doctor.require_parity(["linear_scan"], CPU)
     assert "linear_scan" in line
     monkeypatch.undo()
     with pytest.raises(ValueError, match="failed its parity check"):
@@ -92,7 +92,7 @@ def test_a_diagnosis_is_remembered_until_the_code_changes(one_case: None, monkey
     assert doctor.examine(["linear_scan"], CPU) == first
     with pytest.raises(AssertionError, match="again"):
         doctor.examine(["linear_scan"], CPU, fresh=True)
-    monkeypatch.setattr(doctor, "_key", lambda *_: "another machine")
+    monkeypatch.setattr(doctor, "_cache_key", lambda *_: "another machine")
     with pytest.raises(AssertionError, match="again"):
         doctor.examine(["linear_scan"], CPU)
 
@@ -109,7 +109,7 @@ def test_bench_measures_both_passes_against_a_floor(monkeypatch: pytest.MonkeyPa
     assert all(x.machine.bandwidth > 1e8 and x.machine.rate > 1e8 for x in lines)
     assert [x.passes for x in lines] == ["forward", "forward+backward"]
     assert all(x.floor > 0 and x.timing.median > 0 and x.bytes > 0 for x in lines)
-    rows = bench.frame(lines, CPU).to_dict("records")
+    rows = bench.to_frame(lines, CPU).to_dict("records")
     assert [row["op"] for row in rows] == ["linear_scan"] * 2
     assert all(row["torch"] == torch.__version__ and row["date"] for row in rows)
     assert all(row["dtype"] == "float32" for row in rows)
@@ -145,6 +145,6 @@ def test_a_peer_that_fails_is_said_and_left_out(monkeypatch: pytest.MonkeyPatch)
 
     small = parity.cases_of("wkv", "small")[:1]
     monkeypatch.setattr(parity, "cases_of", lambda *_: small)
-    with pytest.warns(RuntimeWarning, match="wkv: broken left out: ZeroDivisionError"):
+    with pytest.warns(RuntimeWarning, match="wkv: broken is left out: ZeroDivisionError"):
         lines = list(bench.bench(["wkv"], CPU, budget=0.01, peers=broken))
     assert {x.implementation for x in lines} == {"cpu"}

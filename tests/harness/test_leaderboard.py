@@ -121,7 +121,7 @@ def test_what_a_run_changes_is_known_before_it_starts() -> None:
     assert official.changed_settings(shipped) == {}
     longer = recipe.resolve("quick", "listops", "gru", {"train.steps": "7", "encoder.depth": "2"})[0]
     assert official.changed_settings(longer) == {"train.steps": shipped.train.steps, "encoder.depth": None}
-    assert official.changed_settings(shipped.trained_as("mlm"))["pretrain.objective"] is None  # type: ignore[index]
+    assert official.changed_settings(shipped.with_pretraining("mlm"))["pretrain.objective"] is None  # type: ignore[index]
     assert official.changed_settings(replace(shipped, name="my own")) is None
 
 

@@ -25,7 +25,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepared:
     names, get = registry.tasks.names(), registry.tasks.get
     monkeypatch.setattr(registry.tasks, "names", lambda: [*names, "tiny"])
     monkeypatch.setattr(registry.tasks, "get", lambda name: Tiny if name == "tiny" else get(name))
-    return prepared_sets.prepared(Tiny())
+    return prepared_sets.load_prepared(Tiny())
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_a_set_arrives_as_it_left(
 def test_a_changed_file_is_not_packed(prepared: Prepared, tmp_path: Path) -> None:
     path = prepared.folder / "train.labels.npy"
     path.write_bytes(path.read_bytes()[:-1] + b"\7")
-    with pytest.raises(DataError, match=r"train.labels.npy: its SHA-256"):
+    with pytest.raises(DataError, match=r"train.labels.npy: SHA-256 differs"):
         kit.pack(prepared, tmp_path / "bad.tar.xz")
     assert not (tmp_path / "bad.tar.xz").exists()
 
@@ -109,28 +109,28 @@ def headed(
 
 
 SPOILT = {
-    "a link": (link, "which its manifest does not describe"),
-    "a name above": (lambda e: renamed(e, "../out.npy"), "manifest.json is not laid out as a manifest"),
-    "an absolute name": (lambda e: renamed(e, "/tmp/out.npy"), "manifest.json is not laid out as a manifest"),
-    "twice the same": (lambda e: [*e, e[-1]], "which its manifest does not describe"),
+    "a link": (link, "which its manifest does not list"),
+    "a name above": (lambda e: renamed(e, "../out.npy"), "manifest.json does not have the layout of a manifest"),
+    "an absolute name": (lambda e: renamed(e, "/tmp/out.npy"), "manifest.json does not have the layout of a manifest"),
+    "twice the same": (lambda e: [*e, e[-1]], "which its manifest does not list"),
     "one missing": (lambda e: e[:-1], "lacks "),
-    "another byte": (lambda e: [*e[:-1], (e[-1][0], e[-1][1][:-1] + b"\7")], "is not as its manifest says"),
+    "another byte": (lambda e: [*e[:-1], (e[-1][0], e[-1][1][:-1] + b"\7")], "differs from the manifest"),
     "no manifest": (lambda e: e[1:], "does not begin with a manifest.json"),
     "another task": (lambda e: told(e, "task", "os:system"), "'os:system', which is not registered"),
-    "another version": (lambda e: told(e, "version", 99), "another version .version differ"),
+    "another version": (lambda e: told(e, "version", 99), "another version of tiny .different: version"),
     "another protocol": (lambda e: told(e, "protocol", {"name": "strickt"}), "bad.tar.xz: unknown protocol of tiny"),
-    "other counts": (lambda e: told(e, "counts", dict.fromkeys(SPLITS, 3)), "is not the set it says it is"),
+    "other counts": (lambda e: told(e, "counts", dict.fromkeys(SPLITS, 3)), "the arrays differ from manifest.json"),
     "a header bomb": (lambda e: headed(e, tarfile.XHDTYPE, bytes(kit.CHUNK + 1)), "a header of 1,048,577 bytes"),
     "a long name": (lambda e: headed(e, tarfile.GNUTYPE_LONGNAME, b"x" * (kit.CHUNK + 1)), "a header of 1,048,577"),
-    "headers without end": (lambda e: headed(e, tarfile.XHDTYPE, b"", 2000), "or not a whole one .maximum recursion"),
+    "headers without end": (lambda e: headed(e, tarfile.XHDTYPE, b"", 2000), "or is truncated .maximum recursion"),
     "a sparse member": (lambda e: headed(e, tarfile.GNUTYPE_SPARSE, b""), "a sparse member"),
     "a sparse map": (
         lambda e: headed(e, tarfile.XHDTYPE, b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n"),
         "a sparse member",
     ),
-    "no files": (lambda e: told(e, "files", 3), "manifest.json is not laid out as a manifest"),
-    "a key too few": (lambda e: told(e, "lra"), "its manifest.json lacks lra; pack it again"),
-    "no object": (lambda e: [(e[0][0], b"3"), *e[1:]], "its manifest.json lacks format, task"),
+    "no files": (lambda e: told(e, "files", 3), "manifest.json does not have the layout of a manifest"),
+    "a key too few": (lambda e: told(e, "lra"), "manifest.json lacks lra; create it again"),
+    "no object": (lambda e: [(e[0][0], b"3"), *e[1:]], "manifest.json lacks format, task"),
 }
 
 
@@ -153,9 +153,9 @@ def test_a_torn_or_foreign_file_is_named(packed: Path, tmp_path: Path, monkeypat
     elsewhere(tmp_path, monkeypatch)
     for content in (whole[: len(whole) // 2], b"", b"text", whole[:-40] + bytes(40)):
         packed.write_bytes(content)
-        with pytest.raises(DataError, match="not a pack of this version, or not a whole one"):
+        with pytest.raises(DataError, match="not a pack of this version, or is truncated"):
             kit.unpack(packed)
-    with pytest.raises(DataError, match="there is no file"):
+    with pytest.raises(DataError, match="does not exist"):
         kit.unpack(tmp_path / "absent")
 
 
@@ -198,7 +198,7 @@ def test_a_pack_that_does_not_fit_is_not_begun(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=whole - short))
     cache = elsewhere(tmp_path, monkeypatch)
     if short:
-        with pytest.raises(DataError, match=f"needs {whole:,} bytes below .*; {whole - 1:,} are free"):
+        with pytest.raises(DataError, match=f"needs {whole:,} bytes in .*; {whole - 1:,} are free"):
             kit.unpack(packed)
         assert [p.name for p in (cache / "tiny").iterdir()] == [".strict.lock"]
     else:

@@ -49,7 +49,7 @@ def test_every_file_resolves_and_fits_its_architecture(file: str) -> None:
         assert found.train.steps >= found.train.evaluate_every
         own, protocol = prepared_sets.resolve(task, found.data.protocol)
         assert protocol.name in ("lra2020", "s4")
-        model = match.shaped(partial(build, found, architectures.get(name), own, protocol, 0))
+        model = match.build_on_meta(partial(build, found, architectures.get(name), own, protocol, 0))
         assert sum(p.numel() for p in model.parameters()) > 1000
 
 

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from lra.config import recipe
-from lra.config.match import shaped
+from lra.config.match import build_on_meta
 from lra.config.recipe import Optim
 from lra.errors import UserError
 from lra.registry import architectures, tasks
@@ -107,7 +107,7 @@ def test_a_wrong_setting_is_one_clear_line(setting: str, value: str, message: st
         ("[default]\ntrain = 3", "unknown section"),
         ("[default.train]\nstep = 1", "did you mean 'train.steps'"),
         ("\xff", "not valid TOML"),
-        ("[[task]]\n" + ".".join("a" * 900) + " = 1", "task.listops is .*; a table"),
+        ("[[task]]\n" + ".".join("a" * 900) + " = 1", "task.listops is .*; expected a table"),
         ("[default.train]\nsteps" + ".a" * 900 + " = 1", "unknown key 'train.steps.a.*; "),
     ],
 )
@@ -150,7 +150,7 @@ def test_recipes_with_a_budget_stay_within_it(name: str, recipe_name: str) -> No
     for architecture in ("transformer", name):
         found, _ = resolve(Request("image", architecture, recipe_name))
         constructor = architectures.get(architecture)
-        shape = shaped(lambda: build_encoder(found, constructor, 1024))  # noqa: B023
+        shape = build_on_meta(lambda: build_encoder(found, constructor, 1024))  # noqa: B023
         sizes[architecture] = sum(p.numel() for p in shape.parameters())
         assert found.model.d_model % found.model.width_step == 0
     assert sizes[name] <= 1.1 * sizes["transformer"]

@@ -160,7 +160,7 @@ def test_a_class_in_a_file_that_cannot_be_had(own: Path) -> None:
     for _ in range(2):
         assert "importing torn.py failed: ModuleNotFoundError: No module" in said(architectures, "torn.py:Net")
     assert "importing no.such failed" in said(architectures, "no.such:Net")
-    assert said(tasks, "net.py:Net") == "net.py:Net is not a Task"
+    assert said(tasks, "net.py:Net") == "net.py:Net is not a subclass of lra.task.Task"
     other = own / "elsewhere"
     other.mkdir()
     (other / "net.py").write_text(ENCODER.format(name="Net"), encoding="utf-8")
@@ -186,7 +186,7 @@ def test_plug_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_two_things_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for points in ([("gru", "some.package:Net")], [("net", "a.package:Net"), ("net", "another.package:Net")]):
-        with pytest.raises(UserError, match="two architectures are called"):
+        with pytest.raises(UserError, match="two architectures are named"):
             plug(monkeypatch, *points).names()
     # one package seen twice on the path is one package
     assert "net" in plug(monkeypatch, ("net", "a.package:Net"), ("net", "a.package:Net")).names()
@@ -197,7 +197,7 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path, monkeypatch: pytest.M
         (tmp_path / "architectures" / family).mkdir(parents=True)
         (tmp_path / "architectures" / family / "net.py").touch()
     monkeypatch.setattr(registry, "ROOT", tmp_path)
-    with pytest.raises(UserError, match=r"two architectures are called 'net': .*attention.*recurrent.*; rename one"):
+    with pytest.raises(UserError, match=r"two architectures are named 'net': .*attention.*recurrent.*; rename one"):
         Registry("architecture", "architectures", "Encoder").names()
 
 
@@ -219,5 +219,5 @@ def test_a_file_defines_exactly_one_encoder(tmp_path: Path, monkeypatch: pytest.
     both = Registry("architecture", "architectures", "Encoder")
     both._files.cache_clear()
     monkeypatch.setattr(Registry, "_files", lambda self: {p.stem: p for p in family.glob("*.py")})
-    assert said(both, "two_nets").endswith("defines 2 public Encoder classes; exactly one")
-    assert said(both, "no_net").endswith("defines 0 public Encoder classes; exactly one")
+    assert said(both, "two_nets").endswith("defines 2 public Encoder classes; define exactly one")
+    assert said(both, "no_net").endswith("defines 0 public Encoder classes; define exactly one")

@@ -327,10 +327,10 @@ def test_a_file_may_be_just_as_large_as_is_allowed(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize("length", [119, 120, 121, 500])
 def test_long_names_stay_different_and_short(length: int) -> None:
     one, two = "n" * length, "n" * (length - 1) + "m"
-    assert (files.safe(one) == one) == (length <= 120)
-    assert files.safe(one) != files.safe(two)
-    assert len(files.safe("é" * length).encode()) <= 120
-    assert len(files.safe(one, 180)) <= 180
+    assert (files.safe_name(one) == one) == (length <= 120)
+    assert files.safe_name(one) != files.safe_name(two)
+    assert len(files.safe_name("é" * length).encode()) <= 120
+    assert len(files.safe_name(one, 180)) <= 180
 
 
 def test_what_is_written_is_on_disk_before_its_name_and_its_folder_after(

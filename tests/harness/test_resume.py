@@ -296,7 +296,7 @@ def test_the_module_with_the_first_non_finite_output_is_named(places: Path) -> N
     from lra.training.callbacks import locate_nonfinite
     from lra.training.construction import build
 
-    prepared = prepared_sets.prepared(TINY)
+    prepared = prepared_sets.load_prepared(TINY)
     found, _ = resolve("quick", TINY, "gru", SMALL)
     model = build(found, architectures.get("gru"), prepared.task, prepared.protocol, 0)
     batch = DeviceSet.of(prepared.split("train"), prepared.protocol, torch.device("cpu")).batch(torch.arange(4).numpy())

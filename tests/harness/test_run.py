@@ -139,7 +139,7 @@ def test_a_saved_model_scores_the_same_in_a_fresh_process(places: Path) -> None:
 def test_padding_and_company_do_not_change_predictions(places: Path) -> None:
     go(architecture="transformer")
     model = load(next((places / "lra_runs").iterdir())).model
-    found = prepared_sets.prepared(TINY)
+    found = prepared_sets.load_prepared(TINY)
     data = DeviceSet.of(found.split("test"), found.protocol, torch.device("cpu"))
     with torch.no_grad():
         together = torch.cat([model(b)[b.example.argsort()] for b in EvaluationLoader(data, 150)])

@@ -83,7 +83,7 @@ def protocol_with(**changes: object) -> Protocol:
 
 
 def test_a_set_is_prepared_once_and_described_by_its_manifest(task: Digits, cache: Path) -> None:
-    first, second = prepared_sets.prepared(task), prepared_sets.prepared(task)
+    first, second = prepared_sets.load_prepared(task), prepared_sets.load_prepared(task)
     assert len(task.calls) == 1
     assert first.folder == cache / "digits" / "strict"
     assert left_over(cache) == ["strict"]
@@ -102,11 +102,11 @@ def test_a_set_is_prepared_once_and_described_by_its_manifest(task: Digits, cach
 def test_a_preparation_that_fails_leaves_nothing(task: Digits, cache: Path, failure: BaseException) -> None:
     task.failure = failure
     with pytest.raises(type(failure)):
-        prepared_sets.prepared(task)
+        prepared_sets.load_prepared(task)
     assert left_over(cache) == []
-    assert prepared_sets.find(task) is None
+    assert prepared_sets.find_prepared(task) is None
     task.failure = None
-    assert len(prepared_sets.prepared(task).split("train")) == 5
+    assert len(prepared_sets.load_prepared(task).split("train")) == 5
 
 
 def test_a_resumable_preparation_finds_its_folder_again(
@@ -115,10 +115,10 @@ def test_a_resumable_preparation_finds_its_folder_again(
     monkeypatch.setattr(Digits, "resumable", True)
     task.failure = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
-        prepared_sets.prepared(task)
-    assert prepared_sets.find(task) is None
+        prepared_sets.load_prepared(task)
+    assert prepared_sets.find_prepared(task) is None
     task.failure = None
-    prepared_sets.prepared(task)
+    prepared_sets.load_prepared(task)
     assert task.calls == [[], ["train.offsets.npy", "train.values.npy"]]
     assert left_over(cache) == ["strict"]
 
@@ -131,20 +131,20 @@ def test_a_resumable_preparation_finds_its_folder_again(
 def test_a_full_disk_is_one_clear_line(task: Digits, cache: Path, failure: OSError) -> None:
     task.failure = failure
     with pytest.raises(DataError, match=r"(?i)no space left.*; free some space or point LRA_CACHE at another disk"):
-        prepared_sets.prepared(task)
+        prepared_sets.load_prepared(task)
     assert left_over(cache) == []
 
 
 def test_a_raw_file_that_cannot_be_opened_is_named(task: Digits, cache: Path) -> None:
     task.failure = PermissionError(errno.EACCES, "Permission denied", "/data/imdb/train.parquet")
     with pytest.raises(DataError, match=r"cannot open /data/imdb/train.parquet: Permission denied"):
-        prepared_sets.prepared(task)
+        prepared_sets.load_prepared(task)
 
 
 def test_an_unwritable_cache_is_one_clear_line(task: Digits, cache: Path) -> None:
     cache.write_text("a file where a folder should be")
     with pytest.raises(DataError, match=r"cannot write .*point LRA_CACHE at a folder you can write to"):
-        prepared_sets.prepared(task)
+        prepared_sets.load_prepared(task)
 
 
 @pytest.mark.parametrize(
@@ -162,37 +162,37 @@ def test_data_that_depart_from_the_protocol_are_refused(
     # the task writes what it always writes; the constants ask for something else
     monkeypatch.setattr(Digits, "prepare", lambda self, folder, protocol, **k: real(self, folder, frozen, **k))
     with pytest.raises(DataError, match=message):
-        prepared_sets.prepared(task, protocol_with(**changes))
+        prepared_sets.load_prepared(task, protocol_with(**changes))
     assert left_over(cache) == []
 
 
 def test_constants_that_match_are_accepted(task: Digits) -> None:
-    sums = prepared_sets.prepared(task).manifest["sha256"]
-    assert prepared_sets.prepared(task, protocol_with(name="frozen", sha256=sums)).manifest["sha256"] == sums
+    sums = prepared_sets.load_prepared(task).manifest["sha256"]
+    assert prepared_sets.load_prepared(task, protocol_with(name="frozen", sha256=sums)).manifest["sha256"] == sums
 
 
 def test_a_truncated_file_is_noticed_on_opening(task: Digits) -> None:
-    path = prepared_sets.prepared(task).folder / "train.values.npy"
+    path = prepared_sets.load_prepared(task).folder / "train.values.npy"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DataError, match=r"train.values.npy holds .* bytes instead of .*; remove .* and run `lra data"):
-        prepared_sets.prepared(task)
+    with pytest.raises(DataError, match=r"train.values.npy has .* bytes instead of .*; remove .* and run `lra data"):
+        prepared_sets.load_prepared(task)
     assert "train.values.npy" in prepared_sets.verify(task)[0]
 
 
 def test_a_missing_file_is_noticed_on_opening(task: Digits) -> None:
-    (prepared_sets.prepared(task).folder / "test.labels.npy").unlink()
+    (prepared_sets.load_prepared(task).folder / "test.labels.npy").unlink()
     with pytest.raises(DataError, match=r"test.labels.npy is missing; remove .* and run `lra data prepare digits`"):
-        prepared_sets.find(task)
+        prepared_sets.find_prepared(task)
 
 
 def test_a_flipped_byte_is_found_by_verify(task: Digits) -> None:
-    path = prepared_sets.prepared(task).folder / "train.values.npy"
+    path = prepared_sets.load_prepared(task).folder / "train.values.npy"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     problems = prepared_sets.verify(task)
     assert len(problems) == 1
-    assert "train.values.npy: its SHA-256 is not the one in the manifest" in problems[0]
+    assert "train.values.npy: SHA-256 differs from the manifest" in problems[0]
 
 
 def edit_manifest(folder: Path, resealed: bool, **changes: Any) -> None:
@@ -206,7 +206,7 @@ def edit_manifest(folder: Path, resealed: bool, **changes: Any) -> None:
 
 @pytest.mark.parametrize("key", ["counts", "sha256"])
 def test_a_forged_manifest_is_found_by_verify(task: Digits, key: str) -> None:
-    found = prepared_sets.prepared(task)
+    found = prepared_sets.load_prepared(task)
     edit_manifest(found.folder, True, **{key: found.manifest[key] | {"test": "0" * 64 if key == "sha256" else 4}})
     assert [problem.split(":")[1].split(";")[0] for problem in prepared_sets.verify(task)] == [
         f" {key} of test does not match the arrays"
@@ -222,36 +222,38 @@ def test_a_forged_manifest_is_found_by_verify(task: Digits, key: str) -> None:
     ],
 )  # fmt: skip
 def test_a_changed_manifest_is_refused(task: Digits, changes: dict[str, Any], resealed: bool) -> None:
-    edit_manifest(prepared_sets.prepared(task).folder, resealed, **changes)
-    with pytest.raises(DataError, match=r"manifest.json (was changed after|is not laid out).*; remove .*prepare it ag"):
-        prepared_sets.prepared(task)
+    edit_manifest(prepared_sets.load_prepared(task).folder, resealed, **changes)
+    with pytest.raises(
+        DataError, match=r"manifest.json (was changed after|does not have the layout).*; remove .*prepare it"
+    ):
+        prepared_sets.load_prepared(task)
 
 
 def test_a_manifest_of_before_the_seal_is_read(task: Digits) -> None:
-    folder = prepared_sets.prepared(task).folder
+    folder = prepared_sets.load_prepared(task).folder
     content = json.loads((folder / "manifest.json").read_text())
     del content["seal"]
     (folder / "manifest.json").write_text(json.dumps(content))
-    assert prepared_sets.prepared(task).manifest == content
+    assert prepared_sets.load_prepared(task).manifest == content
     (folder / "manifest.json").write_text(json.dumps(content | {"seel": "x"}))
     with pytest.raises(DataError, match="was changed after it was written"):
-        prepared_sets.prepared(task)
+        prepared_sets.load_prepared(task)
 
 
 def test_a_changed_file_is_never_used(task: Digits) -> None:
-    path = prepared_sets.prepared(task).folder / "train.values.npy"
+    path = prepared_sets.load_prepared(task).folder / "train.values.npy"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"train.values.npy changed since it was written; remove .* and run `lra data"):
-        prepared_sets.prepared(task)
+        prepared_sets.load_prepared(task)
 
 
 def test_an_interrupted_preparation_that_had_its_manifest_is_finished(
     task: Digits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Digits, "resumable", True)
-    real, kills = prepared_sets._swap, iter([KeyboardInterrupt])
+    real, kills = prepared_sets.replace_folder, iter([KeyboardInterrupt])
 
     def swap(work: Path, folder: Path) -> None:
         for kill in kills:
@@ -259,10 +261,10 @@ def test_an_interrupted_preparation_that_had_its_manifest_is_finished(
             raise kill
         real(work, folder)
 
-    monkeypatch.setattr(prepared_sets, "_swap", swap)
+    monkeypatch.setattr(prepared_sets, "replace_folder", swap)
     with pytest.raises(KeyboardInterrupt):
-        prepared_sets.prepared(task)
-    found = prepared_sets.prepared(task)
+        prepared_sets.load_prepared(task)
+    found = prepared_sets.load_prepared(task)
     assert [name for name in task.calls[1] if name.startswith((".", "manifest"))] == []
     assert prepared_sets.verify(task) == []
     assert not [name for name in found.manifest["files"] if name.startswith((".", "manifest"))]
@@ -270,35 +272,35 @@ def test_an_interrupted_preparation_that_had_its_manifest_is_finished(
 
 @pytest.mark.parametrize("name", ["../up", ".hidden", "a/b", "", "x" * 300])
 def test_no_task_or_protocol_leaves_the_cache(task: Digits, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    with pytest.raises(DataError, match="no folder name"):
-        prepared_sets.prepared(task, protocol_with(name=name))
+    with pytest.raises(DataError, match="is not a folder name"):
+        prepared_sets.load_prepared(task, protocol_with(name=name))
     monkeypatch.setattr(Digits, "name", name)
-    with pytest.raises(DataError, match="no folder name"):
-        prepared_sets.prepared(task)
+    with pytest.raises(DataError, match="is not a folder name"):
+        prepared_sets.load_prepared(task)
 
 
 def test_splits_that_overlap_are_refused(task: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared_sets, "COMPARED", 2)
+    monkeypatch.setattr(prepared_sets, "MIN_COMPARED", 2)
     monkeypatch.setattr(Digits, "document", staticmethod(lambda split, i: np.full(1 + i % 5, 7, np.uint8)))
-    with pytest.raises(DataError, match="2 of the 2 examples of validation are in train too"):
-        prepared_sets.prepared(task)
+    with pytest.raises(DataError, match="2 of the 2 examples of validation also occur in train"):
+        prepared_sets.load_prepared(task)
     # the published text protocols select on the test split itself
     monkeypatch.setattr(
         Digits, "document",
         staticmethod(lambda split, i: np.array([i + 1, 0 if split == "train" else 1], np.uint8)),
     )  # fmt: skip
-    assert prepared_sets.prepared(task, protocol_with(name="published", selection="test")).folder.is_dir()
-    with pytest.raises(DataError, match="2 of the 3 examples of test are in validation too"):
-        prepared_sets.prepared(task, protocol_with(name="own"))
+    assert prepared_sets.load_prepared(task, protocol_with(name="published", selection="test")).folder.is_dir()
+    with pytest.raises(DataError, match="2 of the 3 examples of test also occur in validation"):
+        prepared_sets.load_prepared(task, protocol_with(name="own"))
 
 
 @pytest.mark.parametrize(
     ("content", "message"), [("{", "cannot be read"), ("{}", "lacks format, task"), ("[]", "lacks")]
 )
 def test_a_damaged_manifest_is_one_clear_line(task: Digits, content: str, message: str) -> None:
-    (prepared_sets.prepared(task).folder / "manifest.json").write_text(content)
+    (prepared_sets.load_prepared(task).folder / "manifest.json").write_text(content)
     with pytest.raises(DataError, match=message):
-        prepared_sets.prepared(task)
+        prepared_sets.load_prepared(task)
 
 
 def test_verify_says_what_is_not_prepared(task: Digits) -> None:
@@ -308,13 +310,13 @@ def test_verify_says_what_is_not_prepared(task: Digits) -> None:
 
 
 def test_a_newer_version_or_other_constants_prepare_anew(task: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared_sets.prepared(task)
+    prepared_sets.load_prepared(task)
     monkeypatch.setattr(Digits, "version", 2)
-    assert prepared_sets.find(task) is None
-    assert prepared_sets.prepared(task).manifest["version"] == 2
-    prepared_sets.prepared(task, protocol_with(note="worded differently"))
+    assert prepared_sets.find_prepared(task) is None
+    assert prepared_sets.load_prepared(task).manifest["version"] == 2
+    prepared_sets.load_prepared(task, protocol_with(note="worded differently"))
     assert len(task.calls) == 2
-    assert len(prepared_sets.prepared(task, protocol_with(counts=COUNTS | {"train": 6})).split("train")) == 6
+    assert len(prepared_sets.load_prepared(task, protocol_with(counts=COUNTS | {"train": 6})).split("train")) == 6
     assert len(task.calls) == 3
 
 
@@ -333,15 +335,15 @@ def test_another_process_at_work_is_waited_for(task: Digits, cache: Path) -> Non
         if what.startswith("waiting"):
             child.communicate(b"\n", timeout=30)
 
-    assert len(prepared_sets.prepared(task, progress=report).split("train")) == 5
-    assert said[0] == "waiting for another process that prepares this set"
+    assert len(prepared_sets.load_prepared(task, progress=report).split("train")) == 5
+    assert said[0] == "waiting for another process that is preparing this set"
 
 
 def test_a_set_that_appears_while_waiting_is_used(task: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, answers = prepared_sets.find, iter([None])
-    prepared_sets.prepared(task)
-    monkeypatch.setattr(prepared_sets, "find", lambda *a: next(answers, "again") and real(*a))
-    assert len(prepared_sets.prepared(task).split("train")) == 5
+    real, answers = prepared_sets.find_prepared, iter([None])
+    prepared_sets.load_prepared(task)
+    monkeypatch.setattr(prepared_sets, "find_prepared", lambda *a: next(answers, "again") and real(*a))
+    assert len(prepared_sets.load_prepared(task).split("train")) == 5
     assert len(task.calls) == 1
 
 
@@ -360,25 +362,25 @@ def test_source_is_the_option_then_the_variable(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_generated_task_refuses_a_source(task: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match="generated here and reads no files; leave out --from"):
-        prepared_sets.prepared(task, source=tmp_path)
+    with pytest.raises(DataError, match="is generated and reads no files; leave out --from"):
+        prepared_sets.load_prepared(task, source=tmp_path)
     monkeypatch.setenv("LRA_DATA", str(tmp_path / "absent"))
-    assert len(prepared_sets.prepared(task).split("train")) == 5
+    assert len(prepared_sets.load_prepared(task).split("train")) == 5
 
 
 def test_unfrozen_data_from_another_folder_are_not_passed_off(task: Digits, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     two.mkdir()
-    assert prepared_sets.prepared(task, "files", source=one).manifest["source"] == str(one)
-    assert len(prepared_sets.prepared(task, "files", source=one).split("test")) == 3
+    assert prepared_sets.load_prepared(task, "files", source=one).manifest["source"] == str(one)
+    assert len(prepared_sets.load_prepared(task, "files", source=one).split("test")) == 3
     with pytest.raises(DataError, match=r"was prepared from .*one; to prepare it from .*two, remove"):
-        prepared_sets.prepared(task, "files", source=two)
+        prepared_sets.load_prepared(task, "files", source=two)
 
 
 def test_an_unknown_protocol_is_answered_with_the_nearest(task: Digits) -> None:
     with pytest.raises(UserError, match="unknown protocol of digits 'strickt'; did you mean 'strict'"):
-        prepared_sets.prepared(task, "strickt")
+        prepared_sets.load_prepared(task, "strickt")
 
 
 def test_the_checksum_covers_every_array() -> None:

@@ -100,8 +100,8 @@ def test_a_sweep_stops_in_time_and_the_next_call_goes_on(
         time.sleep(2.2)
         return (0, "") if len(limits) == 1 else (130, "stopped at step 3 of 4 by the time limit")
 
-    monkeypatch.setattr(local, "attempt", short)
-    assert local.carry_out(plan, Console(), forecast=False, seconds=4.0) == []
+    monkeypatch.setattr(local, "run_cell", short)
+    assert local.execute_plan(plan, Console(), forecast=False, seconds=4.0) == []
     assert limits == ["4s", "2s"]
     said = capsys.readouterr().out
     assert "failed" not in said
@@ -142,7 +142,7 @@ def test_cells_run_once_failures_are_told_and_the_rest_goes_on(
     )
     plan = grid(tmp_path, "", f'["{broken}:Broken", "gru"]')
     console = Console(width=200)
-    failed = local.carry_out(plan, console, forecast=False)
+    failed = local.execute_plan(plan, console, forecast=False)
     assert [cell.architecture for cell in failed] == [f"{broken}:Broken"]
     said = capsys.readouterr().out
     assert "it cannot be run" in said
@@ -150,7 +150,7 @@ def test_cells_run_once_failures_are_told_and_the_rest_goes_on(
     (path,) = (tmp_path / "lra_results").rglob("*.json")
     before = path.stat().st_mtime_ns
     monkeypatch.setattr(local, "command", lambda *_: pytest.fail("a finished cell was run again"))
-    assert local.carry_out(plans.Plan(plan.file, plan.cells[1:]), console, forecast=False) == []
+    assert local.execute_plan(plans.Plan(plan.file, plan.cells[1:]), console, forecast=False) == []
     assert path.stat().st_mtime_ns == before
 
 
@@ -167,15 +167,15 @@ def test_a_failed_run_is_tried_again_from_its_checkpoint(tmp_path: Path) -> None
         checkpoint.write_bytes(b"")
         return subprocess.CompletedProcess(arguments, 0 if len(seen) == 3 else 7)
 
-    assert local.attempt(cell, tmp_path / "log", 5, start=start) == (0, "")
+    assert local.run_cell(cell, tmp_path / "log", 5, start=start) == (0, "")
     assert ["--resume" in arguments for arguments in seen] == [False, True, True]
 
 
 def test_a_worker_with_nothing_on_its_disk_starts_a_cell_without_loading_torch(tmp_path: Path) -> None:
     program = (
-        "import sys, subprocess, pathlib; from lra.sweeps.plans import Cell; from lra.sweeps.local import attempt\n"
+        "import sys, subprocess, pathlib; from lra.sweeps.plans import Cell; from lra.sweeps.local import run_cell\n"
         "start = lambda *_, **__: subprocess.CompletedProcess([], 0)\n"
-        "said = attempt(Cell('listops', 'gru', 0, 'quick'), pathlib.Path('log'), 0, start=start)\n"
+        "said = run_cell(Cell('listops', 'gru', 0, 'quick'), pathlib.Path('log'), 0, start=start)\n"
         "print(said, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path)
@@ -184,30 +184,32 @@ def test_a_worker_with_nothing_on_its_disk_starts_a_cell_without_loading_torch(t
 
 def test_one_cell_of_a_job_array_and_its_script(tmp_path: Path) -> None:
     plan = grid(tmp_path, "seeds = [0, 1, 2]")
-    script = plans.slurm(plan, "slurm")
+    script = plans.job_script(plan, "slurm")
     assert "#SBATCH --array=0-2" in script
     assert f"sweep {plan.file} --cell $SLURM_ARRAY_TASK_ID" in script
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
     with pytest.raises(UserError, match="cells 0 to 2"):
-        local.carry_out(plan, QUIET, only=3)
+        local.execute_plan(plan, QUIET, only=3)
     with pytest.raises(UserError, match="did you mean 'slurm'"):
-        plans.slurm(plan, "slrum")
+        plans.job_script(plan, "slrum")
 
 
 def test_a_dry_run_lists_the_cells_and_runs_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert local.carry_out(grid(tmp_path, "seeds = [0, 1]"), Console(width=300), forecast=False, dry_run=True) == []
+    assert local.execute_plan(grid(tmp_path, "seeds = [0, 1]"), Console(width=300), forecast=False, dry_run=True) == []
     assert capsys.readouterr().out.count(": open") == 2
     assert not list((tmp_path / "lra_results").rglob("*.json"))
 
 
 def test_a_forecast_is_made_by_running_a_few_steps(tmp_path: Path) -> None:
     (cell,) = grid(tmp_path).cells
-    found = forecast.measured(cell)
+    found = forecast.measure(cell)
     assert found["seconds"] > 0
     assert found["bytes"] >= 0
     longer = Cell(**{**vars(cell), "settings": {**cell.settings, "train.steps": 100_000}})
-    assert forecast.measured(longer)["seconds"] > 20 * found["seconds"]
-    assert "model.d_model is 0" in forecast.probed(Cell(**{**vars(cell), "settings": {"model.d_model": 0}}))["failed"]
+    assert forecast.measure(longer)["seconds"] > 20 * found["seconds"]
+    assert (
+        "model.d_model is 0" in forecast.run_probe(Cell(**{**vars(cell), "settings": {"model.d_model": 0}}))["failed"]
+    )
 
 
 def test_the_board_shows_brackets_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
@@ -222,12 +224,12 @@ def test_the_board_shows_brackets_as_they_are(capsys: pytest.CaptureFixture[str]
 
 def test_the_board_knows_the_time_left() -> None:
     board = Board(["a", "b", "c", "d"], QUIET)
-    assert board.left() is None
+    assert board.remaining() is None
     board.set(0, "finished")
     board.set(1, "running")
-    board.since[1] -= 10
+    board.started[1] -= 10
     board.set(1, "done")
-    left = board.left()
+    left = board.remaining()
     assert left is not None
     assert 20 <= left < 21
     assert (duration(20), duration(600), duration(7200)) == ("20 s", "10 min", "2.0 h")
@@ -236,8 +238,8 @@ def test_the_board_knows_the_time_left() -> None:
 def test_drawn_points_fill_the_space_and_are_the_same_again() -> None:
     space = {"optim.lr": {"low": 1e-4, "high": 1e-2, "log": True}, "model.n_layers": {"low": 1, "high": 4},
              "model.pooling": {"choose": ["mean", "max"]}}  # fmt: skip
-    points = search.drawn(space, 16, 3)
-    assert points == search.drawn(space, 16, 3) != search.drawn(space, 16, 4)
+    points = search.sample_points(space, 16, 3)
+    assert points == search.sample_points(space, 16, 3) != search.sample_points(space, 16, 4)
     assert len(points) == 16
     # half of a balanced sequence lies below the geometric mean
     assert sum(p["optim.lr"] < 1e-3 for p in points) == 8
@@ -245,7 +247,7 @@ def test_drawn_points_fill_the_space_and_are_the_same_again() -> None:
     assert sum(p["model.pooling"] == "max" for p in points) == 8
     for wrong in ({"low": 1}, {"low": 2, "high": 1}, {"low": 0.0, "high": 1.0, "log": True}, 3, {"lwo": 1, "high": 2}):
         with pytest.raises(UserError, match=r"search\.optim\.lr"):
-            search.drawn({"optim.lr": wrong}, 2, 0)
+            search.sample_points({"optim.lr": wrong}, 2, 0)
 
 
 def test_a_search_counts_its_trials_in_the_result_and_opens_the_test_set_once(
@@ -255,9 +257,9 @@ def test_a_search_counts_its_trials_in_the_result_and_opens_the_test_set_once(
         done = CliRunner().invoke(app, cell.arguments())
         return done.exit_code, done.output[-200:]
 
-    monkeypatch.setattr(local, "attempt", here)
+    monkeypatch.setattr(local, "run_cell", here)
     more = 'search = {trials = 2, "optim.lr" = {low = 1e-4, high = 1e-2, log = true}}'
-    assert local.carry_out(grid(tmp_path, more), QUIET, forecast=False) == []
+    assert local.execute_plan(grid(tmp_path, more), QUIET, forecast=False) == []
     (path,) = (tmp_path / "lra_results").rglob("*.json")
     said = result.read(path).search
     assert said
@@ -271,7 +273,7 @@ def test_a_search_counts_its_trials_in_the_result_and_opens_the_test_set_once(
 @pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="ray is installed")
 def test_a_cluster_without_ray_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cluster"):
-        local.carry_out(grid(tmp_path), QUIET, ray="local", forecast=False)
+        local.execute_plan(grid(tmp_path), QUIET, ray="local", forecast=False)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")

@@ -242,7 +242,7 @@ def test_self_pretraining_learns_from_inputs_alone_and_is_charged(objective: str
         model_of("gru", **{"model.direction": "causal"})[0], prepared_sets.resolve(TINY)[1], objective, 0.15, "auto"
     )
     batch = DeviceSet.of(
-        prepared_sets.prepared(TINY).split("train"), prepared_sets.resolve(TINY)[1], torch.device("cpu")
+        prepared_sets.load_prepared(TINY).split("train"), prepared_sets.resolve(TINY)[1], torch.device("cpu")
     )
     before = float(untrained(batch.batch(np.arange(64))).detach())
     assert losses[-1] < before - 0.1
@@ -311,7 +311,7 @@ def test_more_of_a_budget_is_more_width() -> None:
 )
 def test_a_wrong_budget_is_one_line(text: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        match.wanted(text)
+        match.parse_budget(text)
 
 
 def test_a_record_holds_its_learning_curve_resumed_or_not(monkeypatch: pytest.MonkeyPatch, places: Path) -> None:

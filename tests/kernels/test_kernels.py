@@ -35,7 +35,7 @@ from lra.operators.parity import (
     outputs_of,
     relative_error,
     run,
-    wide,
+    to_double,
 )
 
 KERNELS = Path(__file__).parents[2] / "kernels"
@@ -163,7 +163,9 @@ def test_takes_what_autocast_makes(op: str) -> None:
     arguments[narrow] = arguments[narrow].bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = run(operator(op), arguments, impl="cpu")
-    wanted = run(import_module(f"lra.kernels.{op}.reference").reference, {k: wide(v) for k, v in arguments.items()})
+    wanted = run(
+        import_module(f"lra.kernels.{op}.reference").reference, {k: to_double(v) for k, v in arguments.items()}
+    )
     assert_close({name: relative_error(found[name], wanted[name]) for name in wanted}, TOLERANCE[torch.bfloat16])
 
 

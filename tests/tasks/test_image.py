@@ -74,14 +74,14 @@ def grey(images: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["strict", "strict-tokens", "s4"])
 def test_grey_is_the_luma_of_pillow(raw: Path, name: str) -> None:
-    prepared = prepared_sets.prepared(Image(), small(name), source=raw)
+    prepared = prepared_sets.load_prepared(Image(), small(name), source=raw)
     assert np.array_equal(pixels(prepared, "test"), grey(pictures("test")))
     assert prepared.split("test").labels.tolist() == [i % 10 for i in range(20)]
     assert sorted(rows(prepared, "train") + rows(prepared, "validation")) == list(range(60))
 
 
 def test_lra2020_is_grey_by_the_formula_of_tensorflow(raw: Path) -> None:
-    found = pixels(prepared_sets.prepared(Image(), small("lra2020"), source=raw), "test")
+    found = pixels(prepared_sets.load_prepared(Image(), small("lra2020"), source=raw), "test")
     exact = (pictures("test").reshape(20, 1024, 3) / 255) @ np.array([0.2989, 0.587, 0.114]) * 255.5
     # float32 and float64 truncate differently only within rounding of a whole number
     safe = np.abs(exact - np.round(exact)) > 1e-3
@@ -93,7 +93,7 @@ def test_lra2020_is_grey_by_the_formula_of_tensorflow(raw: Path) -> None:
 
 
 def test_colour_keeps_three_values_per_pixel(raw: Path) -> None:
-    prepared = prepared_sets.prepared(Image(), small("strict-colour"), source=raw)
+    prepared = prepared_sets.load_prepared(Image(), small("strict-colour"), source=raw)
     assert prepared.protocol.channels == 3
     assert np.array_equal(pixels(prepared, "test").reshape(20, 32, 32, 3), pictures("test"))
     assert "colour" in Image().describe(prepared.split("test"), 0)
@@ -101,7 +101,8 @@ def test_colour_keeps_three_values_per_pixel(raw: Path) -> None:
 
 def test_strict_holds_out_by_content_alike_in_every_encoding(raw: Path) -> None:
     prepared = {
-        n: prepared_sets.prepared(Image(), small(n), source=raw) for n in ("strict", "strict-tokens", "strict-colour")
+        n: prepared_sets.load_prepared(Image(), small(n), source=raw)
+        for n in ("strict", "strict-tokens", "strict-colour")
     }
     held = rows(prepared["strict"], "validation")
     images = pictures("train")
@@ -117,17 +118,17 @@ def test_lra2020_holds_out_the_last_and_s4_those_of_random_split(raw: Path) -> N
     import torch
     from torch.utils.data import TensorDataset, random_split
 
-    from_file = prepared_sets.prepared(Image(), small("lra2020"), source=raw)
+    from_file = prepared_sets.load_prepared(Image(), small("lra2020"), source=raw)
     assert from_file.split("validation").labels.tolist() == [i % 10 for i in range(40, 60)]
     drawn = TensorDataset(torch.arange(60))
     held = random_split(drawn, [40, 20], generator=torch.Generator().manual_seed(42))[1].indices
-    assert rows(prepared_sets.prepared(Image(), small("s4"), source=raw), "validation") == sorted(held)
+    assert rows(prepared_sets.load_prepared(Image(), small("s4"), source=raw), "validation") == sorted(held)
 
 
 def test_any_number_of_workers_gives_the_same(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = prepared_sets.prepared(Image(), small("strict"), source=raw, workers=1).checksum
+    one = prepared_sets.load_prepared(Image(), small("strict"), source=raw, workers=1).checksum
     monkeypatch.setenv("LRA_CACHE", str(raw / "other"))
-    assert prepared_sets.prepared(Image(), small("strict"), source=raw, workers=4).checksum == one
+    assert prepared_sets.load_prepared(Image(), small("strict"), source=raw, workers=4).checksum == one
 
 
 def test_the_hub_is_asked_for_undecoded_images(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +143,7 @@ def test_the_hub_is_asked_for_undecoded_images(raw: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(_source, "_reachable", lambda _: True)
-    found = prepared_sets.prepared(Image(), small("strict"))
+    found = prepared_sets.load_prepared(Image(), small("strict"))
     assert asked[0] == ("uoft-cs/cifar10", "0b2714987fa478483af9968de7c934580d0bb9a2", "train")
     assert np.array_equal(pixels(found, "test"), grey(pictures("test")))
 
@@ -159,17 +160,17 @@ def test_the_hub_is_asked_for_undecoded_images(raw: Path, monkeypatch: pytest.Mo
 def test_a_bad_image_is_named(raw: Path, file: bytes, message: str) -> None:
     write(raw / "cifar10" / "train.parquet", [encoded(pictures("test")[0]), file], [0, 1])
     with pytest.raises(DataError, match=message):
-        prepared_sets.prepared(Image(), small("strict"), source=raw)
+        prepared_sets.load_prepared(Image(), small("strict"), source=raw)
 
 
 def test_bad_labels_and_missing_files_are_one_clear_line(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(raw / "cifar10" / "train.parquet", [encoded(pictures("test")[0])], [10])
     with pytest.raises(DataError, match="train of uoft-cs/cifar10 holds labels other than 0 to 9"):
-        prepared_sets.prepared("image", source=raw)
+        prepared_sets.load_prepared("image", source=raw)
     (raw / "cifar10" / "train.parquet").unlink()
     monkeypatch.setenv("LRA_DATA", str(raw))
     with pytest.raises(DataError, match=r"no cifar10/train.parquet in .*raw; put .*unset LRA_DATA"):
-        prepared_sets.prepared("image")
+        prepared_sets.load_prepared("image")
 
 
 def test_the_real_test_images_are_the_frozen_ones() -> None:

@@ -237,7 +237,7 @@ def test_a_prepared_set_is_the_law_in_order_and_floors_are_right(
     cache: Path, sample: list[np.ndarray], labels: np.ndarray
 ) -> None:
     progress: list[tuple[int, int]] = []
-    prepared = prepared_sets.prepared(
+    prepared = prepared_sets.load_prepared(
         ListOps(),
         small(train=3000, validation=1000, test=2000),
         progress=lambda what, done, total: progress.append((done, total)) if "expressions" in what else None,
@@ -259,7 +259,7 @@ def test_a_prepared_set_is_the_law_in_order_and_floors_are_right(
 
 
 def test_an_example_is_described_by_its_expression(cache: Path) -> None:
-    train = prepared_sets.prepared(ListOps(), small(train=2, validation=1, test=1)).split("train")
+    train = prepared_sets.load_prepared(ListOps(), small(train=2, validation=1, test=1)).split("train")
     text, _, value = ListOps().describe(train, 1).rpartition(" = ")
     assert np.array_equal(tokens(text), train.document(1))
     assert int(value) == train.labels[1] == evaluate(tokens(text))
@@ -305,7 +305,7 @@ def test_the_binary_form_is_the_published_one() -> None:
 def test_released_files_are_read_in_every_form(cache: Path, place: str, form: Callable[[str], str]) -> None:
     release(cache / "raw" / place, form)
     protocol = small("lra2020", train=2, validation=1, test=1)
-    prepared = prepared_sets.prepared(ListOps(), protocol, source=cache / "raw")
+    prepared = prepared_sets.load_prepared(ListOps(), protocol, source=cache / "raw")
     train = prepared.split("train")
     assert [train.document(i).tolist() for i in range(2)] == [tokens(text).tolist() for text in ROWS["train"]]
     assert train.labels.tolist() == [5, 1]
@@ -314,7 +314,7 @@ def test_released_files_are_read_in_every_form(cache: Path, place: str, form: Ca
 
 def test_s4_ends_each_expression_with_a_mark(cache: Path) -> None:
     source = release(cache / "raw", binary)
-    prepared = prepared_sets.prepared(ListOps(), small("s4", train=2, validation=1, test=1), source=source)
+    prepared = prepared_sets.load_prepared(ListOps(), small("s4", train=2, validation=1, test=1), source=source)
     assert prepared.split("test").document(0).tolist() == [*tokens(ROWS["test"][0]).tolist(), law.EOS]
     assert ListOps().describe(prepared.split("test"), 0) == "[MIN 7 6 5 ] = 5"
     assert prepared.protocol.vocabulary == 18
@@ -326,8 +326,12 @@ def test_s4_ends_each_expression_with_a_mark(cache: Path) -> None:
         ("Source\tTarget", "Quelle\tZiel", r"basic_train.tsv line 1: the header is not Source, Target"),
         ("[MED 1 2 ]\t1\n", "[MED 1", r"basic_train.tsv line 3: 1 columns instead of an expression and a digit"),
         ("[MED 1 2 ]", "[MID 1 2 ]", r"basic_train.tsv line 3: unknown symbol '\[MID'"),
-        ("[MED 1 2 ]\t1", "[MED 1 2 ]\t2", r"basic_train.tsv line 3: the label is 2, the expression is 1"),
-        ("[MED 1 2 ]", "[MED 1 2", r"basic_train.tsv line 3: the label is 1, the expression is malformed"),
+        (
+            "[MED 1 2 ]\t1",
+            "[MED 1 2 ]\t2",
+            r"basic_train.tsv line 3: the label is 2, but the value of the expression is 1",
+        ),
+        ("[MED 1 2 ]", "[MED 1 2", r"basic_train.tsv line 3: the label is 1, but the expression is malformed"),
     ],
 )
 def test_damaged_files_are_refused_with_their_line(cache: Path, old: str, new: str, message: str) -> None:
@@ -335,20 +339,20 @@ def test_damaged_files_are_refused_with_their_line(cache: Path, old: str, new: s
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(DataError, match=message):
-        prepared_sets.prepared(ListOps(), small("lra2020", train=2, validation=1, test=1), source=cache / "raw")
+        prepared_sets.load_prepared(ListOps(), small("lra2020", train=2, validation=1, test=1), source=cache / "raw")
 
 
 def test_missing_files_and_short_files_are_refused(cache: Path) -> None:
     with pytest.raises(
         DataError, match=r"basic_train.tsv, .* are needed; .* `lra data prepare listops --protocol lra2020 --from DIR`"
     ):
-        prepared_sets.prepared("listops", "lra2020")
+        prepared_sets.load_prepared("listops", "lra2020")
     release(cache / "raw", str)
     with pytest.raises(DataError, match=r"train has 2 examples, not 96,000"):
-        prepared_sets.prepared("listops", "lra2020", source=cache / "raw")
+        prepared_sets.load_prepared("listops", "lra2020", source=cache / "raw")
     (cache / "raw" / "basic_val.tsv").unlink()
     with pytest.raises(DataError, match=r"no basic_val.tsv in .*raw"):
-        prepared_sets.prepared("listops", "s4", source=cache / "raw")
+        prepared_sets.load_prepared("listops", "s4", source=cache / "raw")
 
 
 def test_ids_are_a_constant() -> None:

@@ -104,7 +104,7 @@ def test_all_paddles_but_the_last_of_the_first_contour_are_obstacles(size: int, 
     own, frame = tables(size, margin)
     _, pad, width, padding = frame
     empty, mask = np.empty(width**2, np.uint8), np.empty(width**2, np.uint8)
-    growth._frame(frame, empty)
+    growth._draw_frame(frame, empty)
     contours, states = np.zeros((14, 2, 3), np.int64), np.zeros((2, 3), np.int64)
     stream, odds = np.array([1], np.uint64), np.zeros(len(own.candidate), np.int64)
     border, grown = 2 * lra_drawing(size).seed_distance, False
@@ -217,7 +217,7 @@ def test_the_arenas_drawings() -> None:
         ({"seed_distance": 8}, "more than 4 \\* seed_distance = 32"),
         ({"contour_length": 1}, "at least 2 paddles"),
         ({"distractors": -1}, "at least 1"),
-        ({"paddle_margins": ()}, "paddle margin"),
+        ({"paddle_margins": ()}, "paddle_margins at least one"),
         ({"paddle_margins": (0,)}, "at least 1 pixel"),
         ({"paddle_thickness": 0.7}, "multiple of 0.5"),
     ],

@@ -98,7 +98,7 @@ def test_an_interrupted_preparation_goes_on_where_it_was(tmp_path: Path, monkeyp
 
 def test_the_cache_accepts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LRA_CACHE", str(tmp_path))
-    found = prepared_sets.prepared(Pathfinder(), SMALL)
+    found = prepared_sets.load_prepared(Pathfinder(), SMALL)
     assert found.manifest["counts"] == FEW
     assert prepared_sets.verify(Pathfinder(), SMALL) == []
 
@@ -201,13 +201,13 @@ def pickled(root: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (pickled, "pickled files are not opened"),
+        (pickled, "pickled files are rejected"),
         (lambda root: (root / "metadata/2.npy").write_bytes(b"\x80\x04\x95"), "neither text nor an array"),
         (lambda root: (root / "metadata/2.npy").write_text("imgs/2 sample_0.png 0\n"), "2.npy row 1 is not a folder"),
         (lambda root: (root / "metadata/2.npy").write_text("imgs/2 sample_0.png 0 7\n"), "label 0 or 1"),
         (lambda root: (root / "metadata/2.npy").write_text("../../x y.png 0 1\n"), "row 1 is not a folder"),
         (lambda root: (root / "imgs/2/sample_1.png").unlink(), "sample_1.png, which is missing"),
-        (lambda root: (root / "imgs/2/sample_1.png").write_bytes(b"\x89PNG cut"), "is not a whole image"),
+        (lambda root: (root / "imgs/2/sample_1.png").write_bytes(b"\x89PNG cut"), "is not a complete PNG image"),
         (lambda root: Image.new("L", (64, 64)).save(root / "imgs/2/sample_1.png"), "64 x 64 pixels, not 32 x 32"),
         (lambda root: [p.unlink() for p in (root / "metadata").iterdir()], "holds no numbered .npy files"),
     ],
@@ -220,7 +220,7 @@ def test_damaged_releases_are_named(tmp_path: Path, tree: Tree, damage: Callable
 
 
 def test_a_release_that_is_not_there_is_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="name the folder it is in with --from DIR or LRA_DATA"):
+    with pytest.raises(DataError, match="name its parent folder with --from DIR or LRA_DATA"):
         prepare(tmp_path / "set", released("s4"))
     with pytest.raises(DataError, match="no pathfinder32/curv_contour_length_14/metadata in"):
         prepare(tmp_path / "set", released("s4"), tmp_path)

@@ -87,7 +87,7 @@ def read(prepared: prepared_sets.Prepared, split: str) -> list[tuple[int, bytes,
 
 
 def test_strict_reads_the_bytes_themselves(raw: Path) -> None:
-    prepared = prepared_sets.prepared(Retrieval(), small(), source=raw)
+    prepared = prepared_sets.load_prepared(Retrieval(), small(), source=raw)
     whole = [text[:4000] or b" " for text in TEXTS]
     for split in COUNTS:
         assert read(prepared, split) == [(y, whole[a], whole[b]) for y, a, b in pairs(split)]
@@ -99,9 +99,9 @@ def test_strict_reads_the_bytes_themselves(raw: Path) -> None:
 def test_lra2020_and_s4_read_the_literal_as_the_file_has_it(raw: Path) -> None:
     literal = [repr(text).encode() for text in TEXTS]
     rows = pairs("test")
-    found = read(prepared_sets.prepared(Retrieval(), small("lra2020"), source=raw), "test")
+    found = read(prepared_sets.load_prepared(Retrieval(), small("lra2020"), source=raw), "test")
     assert found == [(y, literal[a][:4000], literal[b][:4000]) for y, a, b in rows]
-    s4 = prepared_sets.prepared(Retrieval(), small("s4"), source=raw)
+    s4 = prepared_sets.load_prepared(Retrieval(), small("s4"), source=raw)
     for (_, one, two), (_, a, b) in zip(read(s4, "test"), rows, strict=True):
         for document, number in ((one, a), (two, b)):
             assert document[-1] == 2
@@ -112,11 +112,11 @@ def test_lra2020_and_s4_read_the_literal_as_the_file_has_it(raw: Path) -> None:
 
 
 def test_the_archive_gives_the_same_as_the_files(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = prepared_sets.prepared(Retrieval(), small(), source=raw).checksum
+    files = prepared_sets.load_prepared(Retrieval(), small(), source=raw).checksum
     monkeypatch.setenv("LRA_CACHE", str(raw / "other"))
     (raw / "packed").mkdir()
     (raw / "packed" / "lra_release.gz").write_bytes(archive())
-    assert prepared_sets.prepared(Retrieval(), small(), source=raw / "packed").checksum == files
+    assert prepared_sets.load_prepared(Retrieval(), small(), source=raw / "packed").checksum == files
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_the_archive_gives_the_same_as_the_files(raw: Path, monkeypatch: pytest.
 def test_a_bad_archive_is_one_clear_line(place: Path, content: bytes, message: str) -> None:
     (place / "lra_release.gz").write_bytes(content)
     with pytest.raises(DataError, match=message):
-        prepared_sets.prepared(Retrieval(), small(), source=place)
+        prepared_sets.load_prepared(Retrieval(), small(), source=place)
 
 
 @pytest.mark.parametrize(
@@ -139,21 +139,21 @@ def test_a_bad_archive_is_one_clear_line(place: Path, content: bytes, message: s
     [
         (b"1.0\tP0\tP1\tb'text'\n", r"train.tsv line 9: 4 columns instead of 5"),
         (b"2.0\tP0\tP1\tb'a'\tb'b'\n", r"train.tsv line 9: the label is b'2.0', not 0 or 1"),
-        (b"1.0\tP0\tP1\tb'a'\tb'cut", r"train.tsv line 9: a text starts as a Python literal and is none"),
+        (b"1.0\tP0\tP1\tb'a'\tb'cut", r"train.tsv line 9: a text is not a complete Python literal"),
     ],
 )
 def test_a_bad_line_is_named(raw: Path, line: bytes, message: str) -> None:
     with (raw / "tsv_data" / NAMES["train"]).open("ab") as file:
         file.write(line)
     with pytest.raises(DataError, match=message):
-        prepared_sets.prepared(Retrieval(), small(), source=raw)
+        prepared_sets.load_prepared(Retrieval(), small(), source=raw)
 
 
 def test_a_folder_without_the_release_is_one_clear_line(place: Path) -> None:
     with pytest.raises(
         DataError, match=r"holds neither new_aan_pairs.train.tsv, .* nor lra_release.gz; put them there"
     ):
-        prepared_sets.prepared("retrieval", source=place)
+        prepared_sets.load_prepared("retrieval", source=place)
 
 
 def test_the_sample_in_the_form_of_the_release_is_read(place: Path) -> None:
@@ -162,7 +162,7 @@ def test_the_sample_in_the_form_of_the_release_is_read(place: Path) -> None:
     for name in NAMES.values():
         (place / name).write_bytes(b"".join(rows))
     protocol = dataclasses.replace(small(), counts=dict.fromkeys(COUNTS, 50))
-    prepared = prepared_sets.prepared(Retrieval(), protocol, source=place)
+    prepared = prepared_sets.load_prepared(Retrieval(), protocol, source=place)
     columns = [row.split(b"\t") for row in rows]
     assert prepared.split("test").labels.tolist() == [int(float(c[0])) for c in columns]
     assert read(prepared, "test")[0][1] == ast.literal_eval(columns[0][3].decode())[:4000]
@@ -217,7 +217,7 @@ def partial(place: Path) -> list[Path]:
 
 def test_the_download_is_announced_used_and_removed(place: Path, raw: Path, server: type[Server]) -> None:
     said: list[str] = []
-    prepared = prepared_sets.prepared(Retrieval(), small(), progress=lambda what, *_: said.append(what))
+    prepared = prepared_sets.load_prepared(Retrieval(), small(), progress=lambda what, *_: said.append(what))
     assert "downloading lra_release.gz, 0.0 GB" in said[0]
     assert "checking the download" in said
     assert read(prepared, "test") == [
@@ -229,11 +229,11 @@ def test_the_download_is_announced_used_and_removed(place: Path, raw: Path, serv
 
 def test_a_broken_download_is_kept_and_continued(place: Path, server: type[Server]) -> None:
     server.cut = 300
-    with pytest.raises(DataError, match=r"broke off at 300 of .* bytes; run the same command to continue it"):
-        prepared_sets.prepared(Retrieval(), small())
+    with pytest.raises(DataError, match=r"broke off at 300 of .* bytes; run the same command to resume it"):
+        prepared_sets.load_prepared(Retrieval(), small())
     assert partial(place)[0].stat().st_size == 300
     server.cut = None
-    assert len(prepared_sets.prepared(Retrieval(), small()).split("train")) == 8
+    assert len(prepared_sets.load_prepared(Retrieval(), small()).split("train")) == 8
     assert server.asked == ["bytes=0-", "bytes=300-"]
 
 
@@ -242,14 +242,14 @@ def test_a_download_that_was_complete_is_not_fetched_again(place: Path, server: 
     server.md5 = base64.b64encode(hashlib.md5(server.content).digest()).decode()
     for _ in range(2):
         with pytest.raises(DataError, match=r"does not hold new_aan_pairs.eval.tsv"):
-            prepared_sets.prepared(Retrieval(), small())
+            prepared_sets.load_prepared(Retrieval(), small())
     assert server.asked == ["bytes=0-", f"bytes={len(server.content)}-"]
 
 
 def test_a_damaged_download_is_removed(place: Path, server: type[Server]) -> None:
     server.md5 = base64.b64encode(bytes(16)).decode()
     with pytest.raises(DataError, match=r"is damaged \(wrong MD5\) and was removed; run the same command again"):
-        prepared_sets.prepared(Retrieval(), small())
+        prepared_sets.load_prepared(Retrieval(), small())
     assert partial(place) == []
 
 
@@ -258,11 +258,11 @@ def test_a_refusing_or_absent_server_is_answered_with_the_command(
 ) -> None:
     server.status = 403
     command = r"new_aan_pairs.train.tsv, .* or lra_release.gz in a folder DIR, run `lra data prepare retrieval --from"
-    with pytest.raises(DataError, match=r"is refused \(403 Forbidden\); with " + command):
-        prepared_sets.prepared(Retrieval(), small())
+    with pytest.raises(DataError, match=r"the server refused .* \(403 Forbidden\); with " + command):
+        prepared_sets.load_prepared(Retrieval(), small())
     monkeypatch.setattr(_archive, "URL", "http://127.0.0.1:9/lra_release.gz")
-    with pytest.raises(DataError, match=r"cannot be fetched \(.*\); offline, with " + command):
-        prepared_sets.prepared(Retrieval(), small())
+    with pytest.raises(DataError, match=r"cannot be downloaded \(.*\); offline, with " + command):
+        prepared_sets.load_prepared(Retrieval(), small())
 
 
 def test_too_small_a_disk_is_noticed_before_the_first_byte(
@@ -270,7 +270,7 @@ def test_too_small_a_disk_is_noticed_before_the_first_byte(
 ) -> None:
     monkeypatch.setattr(_archive, "SPARE", 1 << 60)
     with pytest.raises(DataError, match=r"GB free and the download needs .* GB; point LRA_CACHE at a larger disk"):
-        prepared_sets.prepared(Retrieval(), small())
+        prepared_sets.load_prepared(Retrieval(), small())
     assert partial(place) == []
 
 
@@ -302,7 +302,7 @@ def test_a_stand_in_is_read_and_its_floors_see_shared_words(
     place: Path, task: type[RetrievalAanMini] | type[RetrievalRfc], name: str
 ) -> None:
     source = collection(place / "raw" / "retrieval", name).parent
-    prepared = prepared_sets.prepared(task(), mini(task), source=source)
+    prepared = prepared_sets.load_prepared(task(), mini(task), source=source)
     assert prepared.folder.parent.name == f"retrieval_{name}"
     test = prepared.split("test")
     for row in range(10):
@@ -320,35 +320,35 @@ def test_a_bad_stand_in_is_one_clear_line(place: Path) -> None:
         DataError,
         match=r"no source folder is given: with rfc.docs.parquet, .* run `lra data prepare retrieval_rfc --from",
     ):
-        prepared_sets.prepared("retrieval_rfc")
+        prepared_sets.load_prepared("retrieval_rfc")
     path = folder / "rfc.eval.pairs.tsv.gz"
     for content, message in (
         (gzip.compress(b"1\td0\n"), r"eval.pairs.tsv.gz line 1: not a label 0 or 1 and two ids"),
-        (gzip.compress(b"1\td0\td1\n0\td0\tdx\n"), r"eval.pairs.tsv.gz line 2: no document is called 'dx'"),
+        (gzip.compress(b"1\td0\td1\n0\td0\tdx\n"), r"eval.pairs.tsv.gz line 2: there is no document 'dx'"),
         (path.read_bytes()[:-20], r"eval.pairs.tsv.gz is truncated or not gzip"),
         (gzip.compress(b""), r"validation holds no pairs"),
     ):
         path.write_bytes(content)
         with pytest.raises(DataError, match=message):
-            prepared_sets.prepared(RetrievalRfc(), mini(RetrievalRfc), source=folder)
+            prepared_sets.load_prepared(RetrievalRfc(), mini(RetrievalRfc), source=folder)
     (folder / "rfc.docs.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match=r"rfc.docs.parquet cannot be read"):
-        prepared_sets.prepared("retrieval_rfc", source=folder)
+        prepared_sets.load_prepared("retrieval_rfc", source=folder)
     path.unlink()
     with pytest.raises(DataError, match=r"raw lacks some of the files: with rfc.docs"):
-        prepared_sets.prepared("retrieval_rfc", source=folder)
+        prepared_sets.load_prepared("retrieval_rfc", source=folder)
 
 
 def test_the_real_papers_are_the_frozen_ones(place: Path) -> None:
     folder = raw_data("retrieval/aan_mini.docs.parquet", "retrieval/aan_mini.train.pairs.tsv.gz")
     # preparation compares counts and SHA-256 of every split with the protocol's constants
-    prepared = prepared_sets.prepared("retrieval_aan_mini", source=folder)
+    prepared = prepared_sets.load_prepared("retrieval_aan_mini", source=folder)
     assert np.bincount(prepared.split("train").labels).tolist() == [8332, 8424]
     assert prepared.notes["test documents"] == 1307
 
 
 def test_the_real_rfcs_are_the_frozen_ones(place: Path) -> None:
     folder = raw_data("retrieval/rfc.docs.parquet", "retrieval/rfc.train.pairs.tsv.gz")
-    prepared = prepared_sets.prepared("retrieval_rfc", source=folder)
+    prepared = prepared_sets.load_prepared("retrieval_rfc", source=folder)
     assert np.bincount(prepared.split("test").labels).tolist() == [8985, 9116]
     assert prepared.notes["test pairs that train or validation shows too"] == 0

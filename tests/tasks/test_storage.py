@@ -67,7 +67,7 @@ def test_a_prepared_set_is_on_disk_before_its_manifest_is_and_looking_at_it_wait
     monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_ino))
     monkeypatch.setenv("LRA_CACHE", str(tmp_path))
     monkeypatch.delenv("LRA_DATA", raising=False)
-    found = prepared_sets.prepared(Tiny())
+    found = prepared_sets.load_prepared(Tiny())
     [manifest] = (at for at, inode in enumerate(synced) if inode == (found.folder / "manifest.json").stat().st_ino)
     assert {(found.folder / name).stat().st_ino for name in found.manifest["files"]} <= set(synced[:manifest])
     del synced[:]

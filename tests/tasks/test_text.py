@@ -64,7 +64,7 @@ def texts_of(prepared: prepared_sets.Prepared, split: str) -> list[str]:
 
 
 def test_strict_splits_by_content_and_loses_nothing(raw: Path) -> None:
-    prepared = prepared_sets.prepared(Text(), small("strict"), source=raw)
+    prepared = prepared_sets.load_prepared(Text(), small("strict"), source=raw)
     train, validation, test = (texts_of(prepared, s) for s in ("train", "validation", "test"))
     texts, labels = reviews("train")
     assert sorted(train + validation) == sorted(text[:4096] for text in texts)
@@ -84,12 +84,12 @@ def test_strict_splits_by_content_and_loses_nothing(raw: Path) -> None:
 
 
 def test_identical_reviews_stay_on_one_side(raw: Path) -> None:
-    prepared = prepared_sets.prepared(Text(), small("strict"), source=raw)
+    prepared = prepared_sets.load_prepared(Text(), small("strict"), source=raw)
     assert not set(texts_of(prepared, "train")) & set(texts_of(prepared, "validation"))
 
 
 def test_duplicates_across_splits_are_found_and_listed(raw: Path) -> None:
-    prepared = prepared_sets.prepared(Text(), small("lra2020-4000"), source=raw)
+    prepared = prepared_sets.load_prepared(Text(), small("lra2020-4000"), source=raw)
     assert prepared.notes["duplicate pairs"] == {
         "test and train": {"identical": 2, "similar": 1},
         "train": {"identical": 1, "similar": 0},
@@ -101,7 +101,7 @@ def test_duplicates_across_splits_are_found_and_listed(raw: Path) -> None:
 
 @pytest.mark.parametrize(("name", "length"), [("strict", 4096), ("lra2020", 1000), ("lra2020-4000", 4000)])
 def test_bytes_are_cut_at_the_length(raw: Path, name: str, length: int) -> None:
-    prepared = prepared_sets.prepared(Text(), small(name), source=raw)
+    prepared = prepared_sets.load_prepared(Text(), small(name), source=raw)
     train = prepared.split("train")
     sizes = np.diff(train.offsets)
     assert sizes.max() == length == prepared.protocol.length
@@ -111,7 +111,7 @@ def test_bytes_are_cut_at_the_length(raw: Path, name: str, length: int) -> None:
 
 def test_the_published_protocols_validate_on_test(raw: Path) -> None:
     for name in ("lra2020", "s4"):
-        prepared = prepared_sets.prepared(Text(), small(name), source=raw)
+        prepared = prepared_sets.load_prepared(Text(), small(name), source=raw)
         assert prepared.protocol.selection == "test"
         assert np.array_equal(prepared.split("validation").index, prepared.split("test").index)
 
@@ -122,7 +122,7 @@ def test_s4_reads_characters_and_an_end_mark(raw: Path) -> None:
     protocol = dataclasses.replace(
         Text.protocols["s4"], counts={"train": 40, "validation": 2, "test": 2}, sha256={}
     )  # fmt: skip
-    test = prepared_sets.prepared(Text(), protocol, source=raw).split("test")
+    test = prepared_sets.load_prepared(Text(), protocol, source=raw).split("test")
     documents = {len(d): d for d in (test.document(i) for i in test.index[:, 0])}
     assert documents[6].tolist() == [IDS["a"], IDS["b"], IDS["\u00e9"], IDS[" "], UNKNOWN, EOS]
     assert documents[4096].tolist() == [IDS["x"]] * 4095 + [EOS]
@@ -140,11 +140,11 @@ def test_the_hub_gives_the_same_bytes_as_a_folder(raw: Path, monkeypatch: pytest
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(_source, "_reachable", lambda _: True)
-    from_hub = prepared_sets.prepared(Text(), small("strict"))
+    from_hub = prepared_sets.load_prepared(Text(), small("strict"))
     revision = "e6281661ce1c48d982bc483cf8a173c1bbeb5d31"
     assert asked == [("stanfordnlp/imdb", revision, "train"), ("stanfordnlp/imdb", revision, "test")]
     monkeypatch.setenv("LRA_CACHE", str(raw / "other"))
-    assert prepared_sets.prepared(Text(), small("strict"), source=raw).checksum == from_hub.checksum
+    assert prepared_sets.load_prepared(Text(), small("strict"), source=raw).checksum == from_hub.checksum
 
 
 def test_without_network_the_command_is_given(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +161,7 @@ def test_without_network_the_command_is_given(raw: Path, monkeypatch: pytest.Mon
     # a port of this machine on which nothing listens
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(DataError) as caught:
-        prepared_sets.prepared("text")
+        prepared_sets.load_prepared("text")
     assert str(caught.value) == (
         "stanfordnlp/imdb cannot be fetched (ConnectionError: Couldn't reach the Hub); offline, with "
         "imdb/train.parquet and imdb/test.parquet in a folder DIR, run `lra data prepare text --from DIR`"
@@ -170,22 +170,22 @@ def test_without_network_the_command_is_given(raw: Path, monkeypatch: pytest.Mon
 
 def test_bad_files_are_one_clear_line(raw: Path) -> None:
     with pytest.raises(DataError, match=r"the files in .*raw are not the data .*train has 0 examples, not 22,500"):
-        prepared_sets.prepared("text", source=raw)
+        prepared_sets.load_prepared("text", source=raw)
     path = raw / "imdb" / "train.parquet"
     good = path.read_bytes()
     path.write_bytes(good[: len(good) // 2])
-    with pytest.raises(DataError, match=r"train.parquet is not a whole Parquet file .*fetch it again"):
-        prepared_sets.prepared("text", source=raw)
+    with pytest.raises(DataError, match=r"train.parquet is not a complete Parquet file .*fetch it again"):
+        prepared_sets.load_prepared("text", source=raw)
     pq.write_table(pa.table({"review": ["a"], "label": [0]}), path)
     with pytest.raises(DataError, match=r"train.parquet has columns review, label; text is missing"):
-        prepared_sets.prepared("text", source=raw)
+        prepared_sets.load_prepared("text", source=raw)
     for table in ({"text": ["a", ""], "label": [0, 1]}, {"text": ["a", "b"], "label": [0, -1]}):
         pq.write_table(pa.table(table), path)
         with pytest.raises(DataError, match="holds empty texts or labels other than 0 and 1"):
-            prepared_sets.prepared("text", source=raw)
+            prepared_sets.load_prepared("text", source=raw)
     path.unlink()
     with pytest.raises(DataError, match=r"no imdb/train.parquet in .*raw; put imdb/train.parquet and"):
-        prepared_sets.prepared("text", source=raw)
+        prepared_sets.load_prepared("text", source=raw)
 
 
 def test_near_duplicates_are_found_and_nothing_else() -> None:
@@ -221,7 +221,7 @@ def test_the_real_reviews_are_the_frozen_ones(tmp_path: Path, monkeypatch: pytes
     folder = raw_data("imdb/train.parquet", "imdb/test.parquet")
     monkeypatch.setenv("LRA_CACHE", str(tmp_path))
     # preparation compares counts and SHA-256 of every split with the protocol's constants
-    prepared = prepared_sets.prepared("text", source=folder)
+    prepared = prepared_sets.load_prepared("text", source=folder)
     for split, each in (("train", 11_250), ("validation", 1_250), ("test", 12_500)):
         assert np.bincount(prepared.split(split).labels).tolist() == [each, each]
     pairs = prepared.notes["duplicate pairs"]
