@@ -6,22 +6,15 @@ check is about another precision, at d_model 16, two layers and a few dozen toke
 
 from __future__ import annotations
 
-import copy
 import inspect
 import itertools
 import math
-import os
 import re
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,146 +24,29 @@ from torch.utils._pytree import tree_map_only
 
 from lra.config.match import build_on_meta
 from lra.config.sections import Optim
+from lra.conformance.context import (
+    LAYERS,
+    LENGTH,
+    LONGEST,
+    WIDTH,
+    Broken,
+    CheckContext,
+    NotDeclared,
+    cast,
+    gap,
+    inputs,
+    outputs,
+    reloaded,
+    woken,
+)
 from lra.encoder import DIRECTIONS, SCALINGS, Card, Encoder, Mixer
 from lra.errors import UserError, unknown
 from lra.profiling.flops import encoder_flops
-from lra.registry import Constructor, architectures
+from lra.registry import architectures
 from lra.training.optimisers import KEYS, parameter_groups
 
-WIDTH, LAYERS, LENGTH, LONGEST = 16, 2, 32, 64
 BATCHES = (1, 3)
 SPLITS = 2
-
-
-class Broken(Exception):
-    """The check failed; the message says what that means."""
-
-
-class NotDeclared(Exception):
-    """A wrapped layer says nothing about what the check compares with; the message holds what was measured instead."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is checked: a constructor, and arguments that replace its defaults."""
-
-    constructor: Constructor
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def encoder(self, dtype: torch.dtype = torch.float64, seed: int = 0, **more: Any) -> Encoder:
-        torch.manual_seed(seed)
-        shape = {"d_model": WIDTH, "n_layers": LAYERS, "length": LONGEST}
-        built: Encoder = self.constructor(**{**shape, **self.options, **more})
-        built._apply(lambda t: cast(t, dtype))  # .to(dtype) would drop imaginary parts, .double() leave them single
-        return built.eval()
-
-    def directions(self, dtype: torch.dtype = torch.float64, **more: Any) -> list[tuple[str, Encoder]]:
-        """The default instance and, where the constructor lets one choose, that of the other direction; each with
-        words for a message. No parameter is zero throughout: a map that starts at zero hides what lies behind it."""
-        default = woken(self.encoder(dtype, **more))
-        encoders = [("", default)]
-        for other in ("causal", "bidirectional") if "direction" in self.constructor.options() else ():
-            if other != default.direction and "direction" not in self.options:
-                with suppress(UserError):  # a direction may be refused; what the card promises, `causal` checks
-                    built = self.encoder(dtype, direction=other, **more)
-                    encoders.append((f"with direction={other!r} ", woken(built)))
-        return encoders
-
-    def declares(self, what: str) -> bool:
-        """Whether "card", "cost", "direction" or "step" is declared; an Encoder declares all, a wrapped layer some."""
-        return self.constructor.declared or what in getattr(self.constructor.cls, "declares", ())
-
-    @property
-    def card(self) -> Card:
-        return self.constructor.cls.card
-
-
-@torch.no_grad()
-def woken(encoder: Encoder) -> Encoder:
-    """The encoder itself, with small random numbers in parameters that are zero throughout."""
-    for parameter in encoder.parameters():
-        if not parameter.any():
-            parameter.normal_(std=0.02)
-    return encoder
-
-
-def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Real tensors to `dtype`, complex ones to its complex twin, others as they are."""
-    if t.is_complex():
-        return t.to(torch.complex128 if dtype == torch.float64 else torch.complex64)
-    return t.to(dtype) if t.is_floating_point() else t
-
-
-def inputs(lengths: Sequence[int], total: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """Random x: (B, total, D) and the mask of rows with these numbers of real tokens."""
-    x = torch.randn(len(lengths), total, WIDTH, dtype=dtype, generator=torch.Generator().manual_seed(7))
-    return x, torch.arange(total) < torch.tensor(lengths).unsqueeze(1)
-
-
-@torch.no_grad()
-def outputs(encoder: Encoder, x: Tensor, mask: Tensor, seed: int = 0) -> Tensor:
-    """What the encoder says at real positions, zeros elsewhere."""
-    torch.manual_seed(seed)
-    return encoder(x, mask).masked_fill(~mask.unsqueeze(-1), 0)
-
-
-def gap(a: Tensor, b: Tensor) -> float:
-    """Largest difference over the RMS of b; infinite where either holds a NaN."""
-    ratio = ((a - b).abs().max() / b.square().mean().sqrt().clamp_min(1e-30)).item()
-    return math.inf if math.isnan(ratio) else ratio
-
-
-def reloaded(subjects: Sequence[Subject]) -> list[str]:
-    """For each subject, what went wrong when one fresh process rebuilt it and loaded its state, or nothing."""
-    x, mask = inputs([LENGTH, 17], LENGTH, torch.float32)
-    jobs, expected, faults = [], [], []
-    for subject in subjects:
-        encoder = subject.encoder(torch.float32)
-        expected.append(outputs(encoder, x, mask))
-        faults.append("" if torch.equal(outputs(copy.deepcopy(encoder), x, mask), expected[-1]) else "its copy differs")
-        options = dict(subject.options)
-        jobs.append({"name": subject.constructor.name, "options": options, "state": encoder.state_dict()})
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder, "jobs.pt")
-        torch.save({"jobs": jobs, "x": x, "mask": mask, "threads": torch.get_num_threads()}, place)
-        script = "import sys; from lra.conformance import checks; checks.reload(sys.argv[1])"
-        paths = os.pathsep.join(p or os.getcwd() for p in sys.path)
-        done = subprocess.run(
-            [sys.executable, "-c", script, str(place)],
-            env={**os.environ, "PYTHONPATH": paths},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            return [fault or f"a fresh process could not load it: {last}" for fault in faults]
-        stored = torch.load(place, weights_only=True)
-    for i, (fault, y) in enumerate(zip(faults, stored, strict=True)):
-        if isinstance(y, str):
-            faults[i] = fault or f"a fresh process could not load it: {y}"
-        elif not torch.equal(y, expected[i]):
-            faults[i] = fault or (
-                f"after loading its state in a fresh process outputs differ by {gap(y, expected[i]):.2g}: "
-                "something it computes with is in no parameter and no persistent buffer"
-            )
-    return faults
-
-
-def reload(place: str) -> None:
-    """The fresh process's side of `reloaded`: other initial weights, then the saved state. Replaces the file."""
-    given = torch.load(place, weights_only=True)
-    torch.set_num_threads(given["threads"])
-    answers: list[Tensor | str] = []
-    for job in given["jobs"]:
-        try:
-            subject = Subject(architectures.get(job["name"]), job["options"])
-            encoder = subject.encoder(torch.float32, seed=1)
-            encoder.load_state_dict(job["state"])
-            answers.append(outputs(encoder, given["x"], given["mask"]))
-        except Exception as error:  # noqa: BLE001  (a stranger's code may raise anything; the parent reports it)
-            answers.append(f"{type(error).__name__}: {error}")
-    torch.save(answers, place)
 
 
 EXACT = 1e-8
@@ -189,9 +65,9 @@ SHAPES = ((256, 4), (1024, 4), (4096, 2))
 """Length and layers: depth where a layer is cheap."""
 
 
-def signature(subject: Subject) -> None:
+def signature(context: CheckContext) -> None:
     """built from keyword arguments; a misspelt one is an error"""
-    parameters = inspect.signature(subject.constructor.cls).parameters
+    parameters = inspect.signature(context.constructor.cls).parameters
     for name, parameter in parameters.items():
         if parameter.kind is not parameter.KEYWORD_ONLY:
             raise Broken(f"argument {name} is {parameter.kind.description}; write `*,` first and no **{name}")
@@ -202,8 +78,8 @@ def signature(subject: Subject) -> None:
             raise Broken(f"the constructor takes no {name}; every encoder takes d_model, n_layers, length, dropout")
     if parameters["dropout"].default != 0:
         raise Broken(f"dropout is {parameters['dropout'].default} by default; the recipe sets it, so 0.0")
-    built = subject.encoder()
-    wanted = {"d_model": WIDTH, "n_layers": LAYERS, "length": LONGEST, **subject.options}
+    built = context.encoder()
+    wanted = {"d_model": WIDTH, "n_layers": LAYERS, "length": LONGEST, **context.options}
     for name in ("d_model", "n_layers", "length"):
         if (value := getattr(built, name, "missing")) != wanted[name]:
             raise Broken(f"encoder.{name} is {value}; the constructor was given {wanted[name]}")
@@ -211,11 +87,11 @@ def signature(subject: Subject) -> None:
         raise Broken(f"encoder.direction is {built.direction!r}; one of {', '.join(DIRECTIONS)}")
 
 
-def card(subject: Subject) -> None:
+def card(context: CheckContext) -> None:
     """names paper and growth; every variant builds"""
-    if not subject.declares("card"):
+    if not context.declares("card"):
         raise NotDeclared("no card; a file in architectures/ has one, with paper and growth")
-    own = getattr(subject.constructor.cls, "card", None)
+    own = getattr(context.constructor.cls, "card", None)
     if not isinstance(own, Card):
         raise Broken("the class has no `card = Card(...)`")
     if not own.title.strip() or not 1940 <= own.year <= 2100:
@@ -224,7 +100,7 @@ def card(subject: Subject) -> None:
         raise Broken(f"url is {own.url!r}; the https address of the paper")
     if own.scaling not in SCALINGS:
         raise Broken(f"scaling is {own.scaling!r}; one of {', '.join(SCALINGS)}")
-    if not subject.options and not subject.constructor.preset and own.scaling != (default := subject.encoder().scaling):
+    if not context.options and not context.constructor.preset and own.scaling != (default := context.encoder().scaling):
         raise Broken(f"scaling is {own.scaling!r}, but that of an encoder with no other arguments {default!r}")
     for key, reason in own.exempt.items():
         variant, _, name = key.rpartition("/")
@@ -234,21 +110,21 @@ def card(subject: Subject) -> None:
             raise Broken(f"exempt: {unknown('variant', variant, own.variants)}")
         if not reason.strip():
             raise Broken(f"the exemption from {key} gives no reason")
-    if ":" not in subject.constructor.name:
+    if ":" not in context.constructor.name:
         try:
-            architectures.facts(subject.constructor.name.partition("/")[0])
+            architectures.facts(context.constructor.name.partition("/")[0])
         except UserError as error:
             raise Broken(str(error)) from None
     for variant, preset in own.variants.items():
         try:
-            replace(subject, constructor=replace(subject.constructor, preset=preset)).encoder()
+            replace(context, constructor=replace(context.constructor, preset=preset)).encoder()
         except (UserError, TypeError) as error:
             raise Broken(f"variant {variant!r} cannot be built: {error}") from None
 
 
-def shape(subject: Subject) -> None:
+def shape(context: CheckContext) -> None:
     """(B, L, D) in and out, at one token and at odd lengths"""
-    for how, encoder in subject.directions():
+    for how, encoder in context.directions():
         for lengths, total in (([32, 32], 32), ([1], 1), ([7, 3, 1], 7), ([31, 17], 31), ([33], 33), ([64, 64], 64)):
             x, mask = inputs(lengths, total)
             y = encoder(x, mask)
@@ -259,11 +135,11 @@ def shape(subject: Subject) -> None:
                 raise Broken(f"{how}outputs are not finite for {tuple(x.shape)} with {lengths} real tokens")
 
 
-def padding(subject: Subject) -> None:
+def padding(context: CheckContext) -> None:
     """real outputs ignore what the padding holds"""
     x, mask = inputs([LENGTH, 17, 1], LENGTH)
     other = torch.where(mask.unsqueeze(-1), x, 100 * x.flip(1))
-    for how, encoder in subject.directions():
+    for how, encoder in context.directions():
         if (change := gap(outputs(encoder, other, mask), outputs(encoder, x, mask))) > EXACT:
             raise Broken(
                 f"{how}outputs at real positions changed by {change:.2g} when the padding's content changed: "
@@ -271,11 +147,11 @@ def padding(subject: Subject) -> None:
             )
 
 
-def padding_length(subject: Subject) -> None:
+def padding_length(context: CheckContext) -> None:
     """real outputs ignore how much padding follows"""
     x, mask = inputs([17, 11, 1], LONGEST)
     x = x.masked_fill(~mask.unsqueeze(-1), 0)
-    for how, encoder in subject.directions():
+    for how, encoder in context.directions():
         expected = outputs(encoder, x, mask)[:, :17]
         for total in (17, 18, LENGTH, 43):
             if (change := gap(outputs(encoder, x[:, :total], mask[:, :total])[:, :17], expected)) > EXACT:
@@ -285,11 +161,11 @@ def padding_length(subject: Subject) -> None:
                 )
 
 
-def batch(subject: Subject) -> None:
+def batch(context: CheckContext) -> None:
     """a sequence's output ignores the rest of its batch"""
     x, mask = inputs([LENGTH, 17, 5], LENGTH)
     order = torch.tensor([2, 0, 1])
-    for how, encoder in subject.directions():
+    for how, encoder in context.directions():
         for training in (False, True):
             encoder.train(training)
             together, mode = outputs(encoder, x, mask), f"in {'training' if training else 'evaluation'} mode"
@@ -307,10 +183,10 @@ def batch(subject: Subject) -> None:
                 )
 
 
-def gradients(subject: Subject) -> None:
+def gradients(context: CheckContext) -> None:
     """every parameter receives a gradient"""
     x, mask = inputs([LENGTH, 17, 9], LENGTH)
-    for how, encoder in subject.directions():
+    for how, encoder in context.directions():
         y, extra = encoder.train()(x, mask), encoder.aux_loss()
         loss = (y * torch.randn_like(y))[mask].sum()
         (loss if extra is None else loss + extra).backward()
@@ -336,14 +212,14 @@ def _reach(encoder: Encoder) -> tuple[float, float]:
     return before, after
 
 
-def causal(subject: Subject) -> None:
+def causal(context: CheckContext) -> None:
     """looks at the future if and only if it says so"""
-    if not subject.declares("direction"):
-        before, after = _reach(subject.encoder())
+    if not context.declares("direction"):
+        before, after = _reach(context.encoder())
         seen = [name for name, change in (("the past", after), ("the future", before)) if change > EXACT]
         raise NotDeclared(f"direction not declared; measured: a token sees {' and '.join(seen) or 'itself alone'}")
-    encoders = subject.directions()
-    if subject.card.causal and "direction" in subject.constructor.options() and not any(e.causal for _, e in encoders):
+    encoders = context.directions()
+    if context.card.causal and "direction" in context.constructor.options() and not any(e.causal for _, e in encoders):
         raise Broken('the card says causal=True, but direction="causal" is refused')
     for how, encoder in encoders:
         before, _ = _reach(encoder)
@@ -356,12 +232,12 @@ def causal(subject: Subject) -> None:
             raise Broken(f"{how}direction is {encoder.direction!r}, but no output depends on a later token")
 
 
-def step(subject: Subject) -> str | None:
+def step(context: CheckContext) -> str | None:
     """token by token and in chunks, recurrent mode gives what forward gives"""
-    if not subject.declares("step"):
+    if not context.declares("step"):
         raise NotDeclared("recurrent mode not declared")
     x, mask = inputs([LENGTH, LENGTH], LENGTH)
-    encoder = next((e for _, e in subject.directions() if e.causal), subject.encoder())
+    encoder = next((e for _, e in context.directions() if e.causal), context.encoder())
     try:
         state = encoder.init_state(len(x))
     except NotImplementedError:
@@ -405,16 +281,16 @@ def _chunks(encoder: Encoder, x: Tensor, expected: Tensor, state: Any, number: i
             )
 
 
-def cost(subject: Subject) -> None:
+def cost(context: CheckContext) -> None:
     """cost(length) agrees with the FLOP counter, at more than one batch size"""
-    if not subject.declares("cost"):
+    if not context.declares("cost"):
         raise NotDeclared("cost not declared; FLOPs are those PyTorch's dispatcher counts")
-    for how, encoder in subject.directions(torch.float32, length=128):
+    for how, encoder in context.directions(torch.float32, length=128):
         for length, batch in ((32, 1), (64, 3), (128, 1)):
             _agrees(encoder, length, batch, how)
         _splits(encoder, 128, how)
-    if subject.constructor.declared:
-        built = [build_on_meta(partial(subject.encoder, torch.float32, length=n, n_layers=1)) for n in LONG]
+    if context.constructor.declared:
+        built = [build_on_meta(partial(context.encoder, torch.float32, length=n, n_layers=1)) for n in LONG]
         observed = growth([encoder.cost(n).total for n, encoder in zip(LONG, built, strict=True)])
         if built[0].scaling in SCALINGS and observed != built[0].scaling:
             raise Broken(f"work is declared to grow as {built[0].scaling}, but cost grows as {observed}")
@@ -464,16 +340,16 @@ def _splits(encoder: Encoder, length: int, how: str) -> None:
         )
 
 
-def save(subject: Subject) -> None:
+def save(context: CheckContext) -> None:
     """reloaded in a fresh process: the same outputs, bit for bit"""
-    fault = reloaded([subject])[0]
+    fault = reloaded([context])[0]
     if fault:
         raise Broken(fault)
 
 
-def precision(subject: Subject) -> None:
+def precision(context: CheckContext) -> None:
     """bfloat16 autocast stays finite and near float32"""
-    encoder = woken(subject.encoder(torch.float32))
+    encoder = woken(context.encoder(torch.float32))
     x, mask = inputs([LENGTH, 17], LENGTH, torch.float32)
     expected = outputs(encoder, x, mask)
     torch.manual_seed(0)
@@ -489,9 +365,9 @@ def precision(subject: Subject) -> None:
         raise Broken("gradients under bfloat16 autocast are not finite")
 
 
-def optim(subject: Subject) -> None:
+def optim(context: CheckContext) -> None:
     """every optimiser pattern rules a parameter"""
-    encoder = subject.encoder()
+    encoder = context.encoder()
     names, patterns = [name for name, _ in encoder.named_parameters()], dict(encoder.optim)
     winners = {next((p for p in patterns if fnmatchcase(name, p)), None) for name in names}
     for pattern, settings in patterns.items():
@@ -506,11 +382,11 @@ def optim(subject: Subject) -> None:
             raise Broken(f"optim pattern {pattern!r} never applies: an earlier one matches all its parameters")
 
 
-def _decayed(subject: Subject) -> tuple[list[str], list[str]]:
+def _decayed(context: CheckContext) -> tuple[list[str], list[str]]:
     """Names of an encoder's parameters that a recipe with `optim.decay = "all"` decays: those of its recurrence, and
     biases, norms and skips (D). Both are empty for an encoder without a recurrence by these names: there such a recipe
     is taken at its word, as LRA's own optimiser decays every parameter."""
-    encoder = subject.encoder(torch.float32)
+    encoder = context.encoder(torch.float32)
     try:
         groups = parameter_groups(encoder, encoder, Optim(weight_decay=0.1, decay="all"))
     except UserError:
@@ -528,9 +404,9 @@ def _decayed(subject: Subject) -> tuple[list[str], list[str]]:
     return (recurrence, rest) if any_recurrence else ([], [])
 
 
-def optim_groups(subject: Subject) -> None:
+def optim_groups(context: CheckContext) -> None:
     """step sizes and state matrices are never decayed"""
-    recurrence, _ = _decayed(subject)
+    recurrence, _ = _decayed(context)
     if recurrence:
         raise Broken(
             f'a recipe with optim.decay = "all" decays {", ".join(recurrence[:3])}: '
@@ -538,9 +414,9 @@ def optim_groups(subject: Subject) -> None:
         )
 
 
-def optim_norms(subject: Subject) -> None:
+def optim_norms(context: CheckContext) -> None:
     """nor are skips, biases and norms beside a recurrence"""
-    _, rest = _decayed(subject)
+    _, rest = _decayed(context)
     if rest:
         raise Broken(
             f'a recipe with optim.decay = "all" decays {", ".join(rest[:3])}: give the skip, biases and norms '
@@ -548,7 +424,7 @@ def optim_norms(subject: Subject) -> None:
         )
 
 
-def magnitudes(subject: Subject) -> None:
+def magnitudes(context: CheckContext) -> None:
     """mixers stay alike in size over depth and length"""
     sizes: list[tuple[float, str]] = []
 
@@ -556,7 +432,7 @@ def magnitudes(subject: Subject) -> None:
         sizes.append((y.square().mean().sqrt().item(), place))
 
     for length, layers in SHAPES:
-        encoder, before = woken(subject.encoder(torch.float32, length=length, n_layers=layers)), len(sizes)
+        encoder, before = woken(context.encoder(torch.float32, length=length, n_layers=layers)), len(sizes)
         for name, mixer in _mixers(encoder).items():
             mixer.register_forward_hook(partial(note, f"{name} at {length} tokens"))
         x = torch.randn(1, length, WIDTH, generator=torch.Generator().manual_seed(7))
@@ -580,9 +456,9 @@ def _mixers(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
     return found
 
 
-def trains(subject: Subject) -> None:
+def trains(context: CheckContext) -> None:
     """twenty steps on a copy task lower the loss"""
-    encoder = subject.encoder(torch.float32).train()
+    encoder = context.encoder(torch.float32).train()
     draw = torch.Generator().manual_seed(3)
     table, readout = torch.randn(8, WIDTH, generator=draw), torch.randn(WIDTH, 8, generator=draw) / WIDTH**0.5
     rates = [
@@ -607,10 +483,10 @@ def trains(subject: Subject) -> None:
         raise Broken(f"the loss went from {first:.3f} to {last:.3f} in 20 steps: gradients or initialisation are wrong")
 
 
-def seed(subject: Subject) -> None:
+def seed(context: CheckContext) -> None:
     """one seed gives the same weights and outputs twice"""
     x, mask = inputs([LENGTH, 17], LENGTH)
-    one, two = subject.encoder(), subject.encoder()
+    one, two = context.encoder(), context.encoder()
     for (name, a), (_, b) in zip(one.state_dict().items(), two.state_dict().items(), strict=True):
         if not torch.equal(a, b):
             raise Broken(f"{name} differs between two encoders of one seed: draw it from torch's own generator")
@@ -620,7 +496,7 @@ def seed(subject: Subject) -> None:
             raise Broken("outputs of one seed differ: randomness must come from torch's own generator")
 
 
-CHECKS: dict[str, Callable[[Subject], str | None]] = {
+CHECKS: dict[str, Callable[[CheckContext], str | None]] = {
     f.__name__: f
     for f in (
         signature, card, shape, padding, padding_length, batch, gradients, causal, step, cost, save, precision, optim,

@@ -19,7 +19,8 @@ from rich.constrain import Constrain
 from rich.table import Table
 from rich.text import Text
 
-from lra.conformance.checks import CHECKS, Broken, NotDeclared, Subject
+from lra.conformance.checks import CHECKS
+from lra.conformance.context import Broken, CheckContext, NotDeclared
 from lra.encoder import Card
 from lra.errors import UserError, unknown
 from lra.registry import Constructor, architectures
@@ -67,28 +68,28 @@ def check(
     for name in names:
         if name not in CHECKS:
             raise unknown("check", name, CHECKS)
-    subject = Subject(constructor, dict(options or {}))
+    context = CheckContext(constructor, dict(options or {}))
     with torch.random.fork_rng(devices=[]):
         started = time.perf_counter()
         try:
-            subject.encoder()
+            context.encoder()
         except Exception as error:  # noqa: BLE001  (a user's constructor may raise anything)
             message = f"the encoder cannot be built: {_describe(error)}"
             return [Finding("signature", "fail", message, time.perf_counter() - started)]
-        return [_run_check(name, subject) for name in CHECKS if name in names]
+        return [_run_check(name, context) for name in CHECKS if name in names]
 
 
-def _run_check(name: str, subject: Subject) -> Finding:
+def _run_check(name: str, context: CheckContext) -> Finding:
     """Run one check and compare its outcome with the exemptions on the card."""
-    card = getattr(subject.constructor.cls, "card", None)
+    card = getattr(context.constructor.cls, "card", None)
     exempt = card.exempt if isinstance(card, Card) else {}
-    own = f"{subject.constructor.name.partition('/')[2]}/{name}"
+    own = f"{context.constructor.name.partition('/')[2]}/{name}"
     reason = exempt.get(own, exempt.get(name))
     # a variant may need fewer exemptions than the card lists
-    must_fail = not subject.options and (own in exempt or not subject.constructor.preset)
+    must_fail = not context.options and (own in exempt or not context.constructor.preset)
     started = time.perf_counter()
     try:
-        remark = CHECKS[name](subject)
+        remark = CHECKS[name](context)
         status, message = "pass", remark or meaning(name)
     except NotDeclared as missing:
         status, message = "undeclared", str(missing)

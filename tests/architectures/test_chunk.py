@@ -12,7 +12,7 @@ from stepping import run
 from torch import Tensor
 
 from lra.architectures._stack import Stack
-from lra.conformance.checks import Subject
+from lra.conformance.context import CheckContext
 from lra.encoder import Mixer
 from lra.registry import architectures
 
@@ -26,7 +26,7 @@ FAST = [
 
 
 def causal(name: str, **options: Any) -> Any:
-    return Subject(architectures.get(name), {"direction": "causal", **options}).encoder()
+    return CheckContext(architectures.get(name), {"direction": "causal", **options}).encoder()
 
 
 def in_chunks(encoder: Any, x: Tensor) -> Tensor:

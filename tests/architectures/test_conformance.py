@@ -15,7 +15,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from lra.conformance.checks import LONG, Subject, growth, reloaded
+from lra.conformance.checks import LONG, growth
+from lra.conformance.context import CheckContext, reloaded
 from lra.conformance.suite import CHECKS, Finding, check, meaning, render
 from lra.encoder import Encoder
 from lra.errors import UserError
@@ -55,7 +56,7 @@ def test_architecture(name: str) -> None:
     ],
 )
 def test_what_no_longer_follows_the_length_grows_otherwise(name: str, options: dict[str, Any], scaling: str) -> None:
-    built = Subject(architectures.get(name), options).encoder()
+    built = CheckContext(architectures.get(name), options).encoder()
     assert built.scaling == scaling != built.card.scaling
     assert [f.status for f in check(name, only=["cost"], options=options)] == ["pass"]
 
@@ -82,7 +83,7 @@ def test_growth_of_another_kind_is_named_as_such() -> None:
 
 
 def test_architectures_reload_in_a_fresh_process() -> None:
-    subjects = [Subject(architectures.get(name)) for name in NAMES]
+    subjects = [CheckContext(architectures.get(name)) for name in NAMES]
     faults = dict(zip(NAMES, reloaded(subjects), strict=True))
     exempt = {name for name, subject in zip(NAMES, subjects, strict=True) if "save" in subject.card.exempt}
     assert {name: fault for name, fault in faults.items() if fault and name not in exempt} == {}
@@ -99,7 +100,7 @@ def test_broken_encoder_fails_the_named_check_alone(name: str) -> None:
 
 def test_broken_encoders_in_a_fresh_process() -> None:
     names = [name for name in BROKEN if name != "CannotBeBuilt"]
-    faults = reloaded([Subject(architectures.get(named(name))) for name in names])
+    faults = reloaded([CheckContext(architectures.get(named(name))) for name in names])
     wanted = {name for name in names if getattr(bad_encoders, name).breaks == "save"}
     assert {name for name, fault in zip(names, faults, strict=True) if fault} == wanted
 
