@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from stepping import run
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    with np.load(Path(__file__).parent / "golden" / f"{name}.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
 def padded(t: Tensor, *shape: int) -> Tensor:

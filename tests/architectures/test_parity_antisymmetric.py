@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from recurrences import agrees, golden, load, padded, same_gradients
+from golden_tensors import golden
+from recurrences import agrees, load, padded, same_gradients
 
 from lra.architectures.recurrent.antisymmetric import Antisymmetric, AntisymmetricMixer
 

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from golden_tensors import everything, golden
 from torch import Tensor
 from torch.nn import functional as F
 
 from lra.architectures.convolution.chordmixer import ChordMixer, Turn, turned
-
-
-def golden() -> dict[str, Tensor]:
-    with np.load(Path(__file__).parents[1] / "golden" / "chordmixer.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
 def load(encoder: ChordMixer, g: dict[str, Tensor]) -> ChordMixer:
@@ -33,12 +27,8 @@ def load(encoder: ChordMixer, g: dict[str, Tensor]) -> ChordMixer:
     return encoder
 
 
-def everything(x: Tensor) -> Tensor:
-    return torch.ones(x.shape[:2], dtype=torch.bool)
-
-
 def test_encoder_equals_the_authors() -> None:
-    g = golden()
+    g = golden("chordmixer")
     own: dict[str, Any] = {"length": int(g["cfg.max_seq_len"]), "track_size": int(g["cfg.track_size"]), "hidden": 7}
     encoder = load(ChordMixer(d_model=10, n_layers=1, **own).double(), g)
     assert len(encoder.blocks) == 4
@@ -56,7 +46,7 @@ def test_encoder_equals_the_authors() -> None:
 
 def test_a_map_leads_into_the_tracks_and_out() -> None:
     """The authors' embedding is the map in, where d_model is that of their input."""
-    g = golden()
+    g = golden("chordmixer")
     encoder = load(ChordMixer(d_model=3, n_layers=1, length=16, track_size=2, hidden=7).double(), g)
     encoder.into.load_state_dict({kind: g[f"param.embedding.{kind}"] for kind in ("weight", "bias")})
     y = encoder.out(g["y"])
@@ -64,7 +54,7 @@ def test_a_map_leads_into_the_tracks_and_out() -> None:
 
 
 def test_rotation_alone_equals_the_authors() -> None:
-    g = golden()
+    g = golden("chordmixer")
     x = g["mid.embedded"]
     shifts = torch.tensor([0, 1, 2, 4, 8])
     orders = (turned(everything(x), by) for by in (shifts, -shifts))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from recurrences import agrees, golden, load
+from golden_tensors import golden
+from recurrences import agrees, load
 
 from lra.architectures.recurrent.cornn import CoRNN, CoRNNMixer
 

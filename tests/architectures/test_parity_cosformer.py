@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from golden_tensors import everything, golden
 from stepping import run, stepped
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,15 +15,6 @@ from torch.nn import functional as F
 from lra.architectures._attention import merge_heads, split_heads
 from lra.architectures._linear_attention import summed
 from lra.architectures.linear_attention.cosformer import LEAST, Cosformer, CosformerMixer
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
-
-
-def everything(x: Tensor) -> Tensor:
-    return torch.ones(x.shape[:2], dtype=torch.bool)
 
 
 def theirs(g: dict[str, Tensor], causal: bool, span: int) -> CosformerMixer:

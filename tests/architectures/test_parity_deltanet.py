@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from fnmatch import fnmatch
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from golden_tensors import everything, golden
 from stepping import run
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,11 +18,6 @@ from lra.registry import architectures
 
 LAYERS = ["deltanet_layer", "gated_deltanet_layer"]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "b_proj", "a_proj", "g_proj")
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
 def mixer_of(**own: Any) -> DeltaNetMixer:
@@ -48,10 +42,6 @@ def loaded(name: str, g: dict[str, Tensor]) -> DeltaNetMixer:
     mixer = mixer_of(expand_k=0.75 if gated else 1.0, expand_v=1.5, gated=gated).double()
     mixer.load_state_dict(gathered(g, "param."))
     return mixer
-
-
-def everything(x: Tensor) -> Tensor:
-    return torch.ones(x.shape[:2], dtype=torch.bool)
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import math
 from fnmatch import fnmatch
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from golden_tensors import everything, golden
 from stepping import stepped
 from torch import Tensor
 
 from lra.architectures.state_space.dss import DSS, DSSMixer
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
 def mixer_of(**own: Any) -> DSSMixer:
@@ -54,10 +49,6 @@ def signed(**own: Any) -> DSSMixer:
         mixer.Lambda_re.copy_(torch.tensor([0.4, -0.7, 1.5, -2.0, 0.1, -0.3], dtype=torch.float64))
         mixer.log_dt.add_(0.3 * torch.randn_like(mixer.log_dt) + 1)
     return mixer
-
-
-def everything(x: Tensor) -> Tensor:
-    return torch.ones(x.shape[:2], dtype=torch.bool)
 
 
 def close(found: Tensor, wanted: Tensor) -> None:

@@ -6,13 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from golden_tensors import everything
 from stepping import stepped
 
 from lra.architectures.recurrent.elman import Elman, ElmanMixer
-
-
-def everything(x: torch.Tensor) -> torch.Tensor:
-    return torch.ones(x.shape[:2], dtype=torch.bool)
 
 
 @pytest.mark.parametrize("activation", ["tanh", "relu"])

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from golden_tensors import everything, golden
 from stepping import run
 from torch import Tensor
 
@@ -17,11 +16,6 @@ from lra.architectures.linear_attention.gla import GLA, GLAMixer, advance
 PROJECTIONS = ("q_proj", "k_proj", "k_gate.0", "v_proj", "g_proj")
 SCALE = (12 / 3) ** -0.5
 """What the authors' layer multiplies its keys with, D = 12 and H = 3."""
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
 def mixer_of(**own: Any) -> GLAMixer:
@@ -46,10 +40,6 @@ def loaded(g: dict[str, Tensor]) -> GLAMixer:
     mixer = mixer_of().double()
     mixer.load_state_dict(gathered(g, "param.", SCALE))
     return mixer
-
-
-def everything(x: Tensor) -> Tensor:
-    return torch.ones(x.shape[:2], dtype=torch.bool)
 
 
 def test_layer_equals_the_authors() -> None:

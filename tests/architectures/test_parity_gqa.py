@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from golden_tensors import golden
 from torch import Tensor
 
 from lra.architectures.attention.gqa import GQA, GQAMixer
 from lra.architectures.attention.transformer import Transformer
 
 SMALL: dict[str, Any] = {"d_model": 16, "n_layers": 2, "length": 12}
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
 def mixer_of(g: dict[str, Tensor], positions: str, causal: bool) -> GQAMixer:

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import math
 from fnmatch import fnmatch
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from golden_tensors import everything, golden
 from stepping import stepped
 from torch import Tensor, nn
 
@@ -27,11 +26,6 @@ LRU = {
 }
 
 
-def golden(name: str) -> dict[str, Tensor]:
-    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
-
-
 def stored(g: dict[str, Tensor], prefix: str, own: str) -> Tensor:
     """What is stored there for a parameter of the recurrent block: its Lambda has the other sign, its two maps from the
     input are apart, its filters (channels, 1, taps), its biases of blocks (blocks, width)."""
@@ -42,10 +36,6 @@ def stored(g: dict[str, Tensor], prefix: str, own: str) -> Tensor:
         return torch.cat([g[prefix + own.replace("into", f"linear_{branch}")] for branch in "xy"])
     tensor = g[prefix + {"conv_weight": "conv_1d.weight", "conv_bias": "conv_1d.bias"}.get(own, f"linear_{own}")]
     return tensor.squeeze(1) if own == "conv_weight" else tensor
-
-
-def everything(x: Tensor) -> Tensor:
-    return torch.ones(x.shape[:2], dtype=torch.bool)
 
 
 def test_rglru_equals_an_independent_one() -> None:

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 from fnmatch import fnmatch
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from golden_tensors import everything, golden
 from stepping import run, stepped
-from torch import Tensor
 
 from lra.architectures.recurrent.indrnn import IndRNN, IndRNNMixer
 from lra.kernels.recurrent_cell import recurrent_cell
-
-
-def golden() -> dict[str, Tensor]:
-    with np.load(Path(__file__).parents[1] / "golden" / "indrnn.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
-
-
-def everything(x: Tensor) -> Tensor:
-    return torch.ones(x.shape[:2], dtype=torch.bool)
 
 
 def mixers(**own: Any) -> list[IndRNNMixer]:
@@ -33,7 +22,7 @@ def mixers(**own: Any) -> list[IndRNNMixer]:
 
 def test_recurrence_equals_the_authors() -> None:
     """The stored layer takes 4 features to 6 units; the missing ones become features that are always zero."""
-    g = golden()
+    g = golden("indrnn")
     mixer = IndRNNMixer(6, bound=float(g["mid.U_bound"]), floor=0.0).double()
     with torch.no_grad():
         mixer.input.weight.copy_(torch.nn.functional.pad(g["param.weight_ih"], (0, 2)))
@@ -52,7 +41,7 @@ def test_recurrence_equals_the_authors() -> None:
 
 
 def test_the_bound_is_the_authors() -> None:
-    g = golden()
+    g = golden("indrnn")
     [mixer] = mixers(d_model=4, n_layers=1, length=int(g["cfg.seq_len"]), gamma=float(g["cfg.MAG"]))
     assert mixer.bound == pytest.approx(float(g["mid.U_bound"]), rel=1e-12)
 

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from golden_tensors import everything, golden
 from stepping import stepped
-from torch import Tensor
 
 from lra.architectures._hippo import legs, legs_modes
 from lra.architectures.state_space.linear_ssm import LinearSSM, LinearSSMMixer
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
 def mixer_of(**own: Any) -> LinearSSMMixer:
     mixer = LinearSSM(**{"d_model": 3, "n_layers": 1, "length": 32, "state_size": 4, "n_ssm": 3, **own}).blocks[0].mixer
     assert isinstance(mixer, LinearSSMMixer)
     return mixer
-
-
-def everything(x: Tensor) -> Tensor:
-    return torch.ones(x.shape[:2], dtype=torch.bool)
 
 
 @pytest.mark.parametrize("discretization", ["bilinear", "zoh"])

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from dense_attention import load_lra
+from golden_tensors import everything, golden
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._attention import merge_heads, split_heads
 from lra.architectures.attention.linformer import Linformer, LinformerMixer
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
-
-
-def everything(x: Tensor) -> Tensor:
-    return torch.ones(x.shape[:2], dtype=torch.bool)
 
 
 def agrees(mixer: LinformerMixer, g: dict[str, Tensor]) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from recurrences import agrees, golden, load, padded
+from golden_tensors import golden
+from recurrences import agrees, load, padded
 
 from lra.architectures.recurrent.lipschitz import Lipschitz, LipschitzMixer
 

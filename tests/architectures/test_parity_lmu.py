@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from recurrences import agrees, golden, load, padded
+from golden_tensors import golden
+from recurrences import agrees, load, padded
 
 from lra.architectures.recurrent.lmu import LMU, LMUFFTMixer, LMUMixer, impulses, legendre
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from dense_attention import assert_dense, distances, load_lra, real_prefixes
+from golden_tensors import golden
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,11 +17,6 @@ from lra.conformance.suite import check
 from lra.registry import architectures
 
 SMALL: dict[str, Any] = {"d_model": 16, "n_layers": 2, "length": 24}
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
 @pytest.mark.parametrize(

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from dense_attention import assert_dense, distances, real_prefixes
+from golden_tensors import golden
 from torch import Tensor
 
 from lra.architectures.attention.longformer import Longformer, LongformerMixer
 from lra.conformance.suite import check
 
 SMALL: dict[str, Any] = {"d_model": 16, "n_layers": 2, "length": 24}
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
 def mixer_of(window: int, n_global: int, *, causal: bool = False, positions: str = "none") -> LongformerMixer:

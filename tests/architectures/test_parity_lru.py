@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import math
 from fnmatch import fnmatch
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from golden_tensors import golden
 from stepping import stepped
 from torch import Tensor
 
 from lra.architectures.state_space.lru import LRU, LRUMixer, ring
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
 def loaded(g: dict[str, Tensor], prefix: str = "param.", **own: Any) -> LRU:

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from golden_tensors import everything, golden
 from stepping import stepped
 from torch import Tensor, nn
 
 from lra.architectures.attention.luna import Luna, LunaMixer
 
 SHAPE: dict[str, Any] = {"d_model": 12, "n_layers": 3, "length": 80, "memory": 5, "n_heads": 2}
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
-
-
-def everything(x: Tensor) -> Tensor:
-    return torch.ones(x.shape[:2], dtype=torch.bool)
 
 
 def same(own: Tensor, other: Tensor, tolerance: float = 1e-12) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from fnmatch import fnmatch
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from golden_tensors import golden
 from stepping import run, stepped
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,11 +30,6 @@ NAMES = {
 }
 
 
-def golden() -> dict[str, Tensor]:
-    with np.load(Path(__file__).parents[1] / "golden" / "mamba_block.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
-
-
 def mixer_of(**own: Any) -> MambaMixer:
     mixer = Mamba(**{"d_model": 6, "n_layers": 1, "length": 32, **own}).blocks[0].mixer
     assert isinstance(mixer, MambaMixer)
@@ -54,7 +48,7 @@ def flat(weight: Tensor) -> Tensor:
 
 
 def test_mixer_equals_an_independent_one() -> None:
-    g = golden()
+    g = golden("mamba_block")
     mixer, x = loaded(g), g["x"].requires_grad_()
     y = mixer(x, torch.ones(x.shape[:2], dtype=torch.bool))
     torch.testing.assert_close(y, g["y"], rtol=1e-11, atol=1e-12)
@@ -67,7 +61,7 @@ def test_mixer_equals_an_independent_one() -> None:
 
 
 def test_step_equals_an_independent_mixer() -> None:
-    g = golden()
+    g = golden("mamba_block")
     mixer = loaded(g)
     y, state = run(mixer, g["x"])
     torch.testing.assert_close(y, g["y"], rtol=1e-11, atol=1e-12)

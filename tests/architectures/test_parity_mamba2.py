@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from fnmatch import fnmatch
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from golden_tensors import golden
 from stepping import run, stepped
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,11 +27,6 @@ NAMES = {
     "out.weight": "out_proj.weight",
     "out.bias": "out_proj.bias",
 }
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
 def mixer_of(**own: Any) -> Mamba2Mixer:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from golden_tensors import everything, golden
 from stepping import stepped
 from torch import Tensor, nn
 
@@ -19,11 +18,6 @@ EMA = ("alpha", "delta", "beta", "gamma", "omega")
 LINEAR = {"value": "v_proj", "gates": "mx_proj", "out": "h_proj"}
 
 
-def golden(name: str) -> dict[str, Tensor]:
-    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
-
-
 def attention_state(g: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Our names for the parameters of a MovingAverageGatedAttention, without its norm."""
     state = {f"averages.{p}": g[f"{prefix}move.{p}"].squeeze(-1) for p in EMA}
@@ -33,10 +27,6 @@ def attention_state(g: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     if f"{prefix}rel_pos_bias.alpha" in g:
         return state | {"angles": torch.cat([g[f"{prefix}rel_pos_bias.{p}"] for p in ("alpha", "beta")])}
     return state | {"table": g[f"{prefix}rel_pos_bias.rel_pos_bias"]}
-
-
-def everything(x: Tensor) -> Tensor:
-    return torch.ones(x.shape[:2], dtype=torch.bool)
 
 
 def same(own: Tensor, other: Tensor) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from recurrences import agrees, golden, load, padded, same_gradients
+from golden_tensors import golden
+from recurrences import agrees, load, padded, same_gradients
 from torch import Tensor
 
 from lra.architectures.recurrent.mgu import MGU, MGUMixer

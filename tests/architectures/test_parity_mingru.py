@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
+from golden_tensors import golden
 from stepping import run, stepped
 from torch import Tensor
 
 from lra.architectures.recurrent.mingru import MinGRU, MinGRUMixer
-
-
-def golden() -> dict[str, Tensor]:
-    with np.load(Path(__file__).parents[1] / "golden" / "mingru.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
 def loaded(g: dict[str, Tensor]) -> MinGRUMixer:
@@ -29,7 +22,7 @@ def loaded(g: dict[str, Tensor]) -> MinGRUMixer:
 
 
 def test_layer_equals_an_independent_one() -> None:
-    g = golden()
+    g = golden("mingru")
     mixer, x = loaded(g), g["x"].requires_grad_()
     y = mixer(x, torch.ones(x.shape[:2], dtype=torch.bool))
     torch.testing.assert_close(y, g["y"], rtol=1e-11, atol=1e-12)
@@ -41,7 +34,7 @@ def test_layer_equals_an_independent_one() -> None:
 
 
 def test_step_equals_the_sequential_form() -> None:
-    g = golden()
+    g = golden("mingru")
     mixer = loaded(g)
     y, state = run(mixer, g["x"])
     torch.testing.assert_close(y, g["mid.y_sequential"], rtol=1e-11, atol=1e-12)

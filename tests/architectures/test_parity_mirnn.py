@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from recurrences import agrees, golden, load, padded
+from golden_tensors import golden
+from recurrences import agrees, load, padded
 
 from lra.architectures.recurrent.mirnn import MIRNNMixer
 

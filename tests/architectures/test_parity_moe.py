@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from golden_tensors import golden
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,14 +20,9 @@ from lra.kernels.expert_mlp import expert_mlp
 MASK = torch.arange(12) < torch.tensor([[12], [7]])
 
 
-def golden() -> dict[str, Tensor]:
-    with np.load(Path(__file__).parents[1] / "golden" / "noisy_topk_moe.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
-
-
 def test_gates_and_losses_are_the_paper_s() -> None:
     """The source's own gates differ by 1e-6 in a denominator; its variance divides by one less."""
-    g = golden()
+    g = golden("noisy_topk_moe")
     gate = NoisyTopK(6, 1.0, n_experts=5, k=2).double()
     gate.w_gate.data, gate.w_noise.data = g["param.w_gate"], g["param.w_noise"]
     x = g["x"].unsqueeze(0)
@@ -48,7 +42,7 @@ def test_gates_and_losses_are_the_paper_s() -> None:
 def test_layer_equals_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
     """What theirs has beside the paper's equations is put in: each expert ends with a softmax over its outputs, and has
     biases (one more input that is 1, one more unit that puts it out); their gates have 1e-6 in a denominator."""
-    g = golden()
+    g = golden("noisy_topk_moe")
     experts = NoisyTopK(7, 8 / 7, n_experts=5, k=2).double()
     first = [
         torch.cat([g[f"param.experts.{e}.fc1.weight"].T, g[f"param.experts.{e}.fc1.bias"][None]]) for e in range(5)

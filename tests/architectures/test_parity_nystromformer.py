@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from golden_tensors import golden
 from torch import Tensor
 from torch.nn import functional as F
 
 from lra.architectures._attention import merge_heads, split_heads
 from lra.architectures.attention import nystromformer
 from lra.architectures.attention.nystromformer import Nystromformer, NystromformerMixer, inverse, segment_means
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
 def test_full_sequences_equal_hugging_face() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from recurrences import agrees, golden, load, padded
+from golden_tensors import golden
+from recurrences import agrees, load, padded
 
 from lra.architectures.recurrent.orthogonal import MAPS, Orthogonal, OrthogonalMixer
 

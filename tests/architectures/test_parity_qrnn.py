@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from golden_tensors import golden
 from stepping import stepped
 from torch import Tensor, nn
 
 from lra.architectures.recurrent.qrnn import QRNN, QRNNMixer
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
 def loaded(g: dict[str, Tensor], pooling: str) -> QRNNMixer:

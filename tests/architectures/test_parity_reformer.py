@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from dense_attention import distances, real_prefixes
+from golden_tensors import golden
 from stepping import stepped
 from torch import Tensor
 
@@ -20,11 +19,6 @@ from lra.architectures.attention.reformer import ITSELF, LSHMixer, Reformer
 from lra.conformance.suite import check
 
 SMALL: dict[str, Any] = {"d_model": 16, "n_layers": 2, "length": 32, "chunk": 4}
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
 @pytest.mark.parametrize("name", ["reformer_lsh", "reformer_lsh_causal"])

@@ -6,11 +6,10 @@ The authors divide the rows of the scores by positive numbers, which the norm af
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from golden_tensors import everything, golden
 from stepping import stepped
 from torch import Tensor
 
@@ -20,12 +19,6 @@ from lra.kernels.decay_attention import decay_attention
 PARTS = ("q_proj", "k_proj", "v_proj", "g_proj")
 
 
-def golden() -> dict[str, Tensor]:
-    path = Path(__file__).parents[1] / "golden" / "retnet_multiscale_retention.npz"
-    with np.load(path, allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
-
-
 def loaded(g: dict[str, Tensor]) -> RetNetMixer:
     mixer = RetNetMixer(12, n_heads=3, value_dim=24).double()
     into = torch.cat([g[f"param.{part}.weight"] for part in PARTS])
@@ -33,12 +26,8 @@ def loaded(g: dict[str, Tensor]) -> RetNetMixer:
     return mixer
 
 
-def everything(x: Tensor) -> Tensor:
-    return torch.ones(x.shape[:2], dtype=torch.bool)
-
-
 def test_decays_are_those_of_the_authors() -> None:
-    g, mixer = golden(), loaded(golden())
+    g, mixer = golden("retnet_multiscale_retention"), loaded(golden("retnet_multiscale_retention"))
     gamma = mixer.log_decay().exp()
     torch.testing.assert_close(gamma, torch.tensor([1 - 1 / 32, 1 - 1 / 64, 1 - 1 / 128], dtype=torch.float64))
     # a row of their mask is divided by one number: the ratio of neighbours in a row stays
@@ -47,7 +36,7 @@ def test_decays_are_those_of_the_authors() -> None:
 
 
 def test_retention_equals_the_authors_once_their_divisors_are_put_in() -> None:
-    g = golden()
+    g = golden("retnet_multiscale_retention")
     mixer = loaded(g)
     q, k, v, gate = mixer._projected(g["x"], 0)
     o = decay_attention(q, k, v, mixer.log_decay())
@@ -62,8 +51,8 @@ def test_retention_equals_the_authors_once_their_divisors_are_put_in() -> None:
 
 def test_layer_equals_the_authors_to_the_epsilon_of_the_norm() -> None:
     """The norm adds 1e-6 to mean squares, which after their divisors are 0.05 or more: a relative 1e-5."""
-    assert golden()["mid.retention"].square().mean(-1).min() > 0.04
-    g = golden()
+    assert golden("retnet_multiscale_retention")["mid.retention"].square().mean(-1).min() > 0.04
+    g = golden("retnet_multiscale_retention")
     mixer, x = loaded(g), g["x"].requires_grad_()
     y = mixer(x, everything(x))
     torch.testing.assert_close(y, g["y"], rtol=0, atol=1e-4)
@@ -78,7 +67,7 @@ def test_layer_equals_the_authors_to_the_epsilon_of_the_norm() -> None:
 
 
 def test_outputs_and_gradients_equal_the_recurrence() -> None:
-    g = golden()
+    g = golden("retnet_multiscale_retention")
     mixer, x = loaded(g), g["x"].requires_grad_()
     recurrent, parallel = stepped(mixer, x), mixer(x, everything(x))
     torch.testing.assert_close(parallel, recurrent, rtol=1e-11, atol=1e-12)

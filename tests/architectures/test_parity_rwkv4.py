@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from fnmatch import fnmatch
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from golden_tensors import everything, golden
 from stepping import run, stepped
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,11 +31,6 @@ NAMES = {
 }
 
 
-def golden() -> dict[str, Tensor]:
-    with np.load(Path(__file__).parents[1] / "golden" / "rwkv4_block.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
-
-
 def theirs(own: str) -> str:
     part = next(part for part in PARTS if own.startswith(f"{part}."))
     name = own.removeprefix(f"{part}.")
@@ -51,10 +45,6 @@ def loaded(g: dict[str, Tensor]) -> RWKV4:
     return encoder
 
 
-def everything(x: Tensor) -> Tensor:
-    return torch.ones(x.shape[:2], dtype=torch.bool)
-
-
 def random(**own: Any) -> RWKV4:
     """Two layers whose three widths differ, every parameter drawn, so that nothing is hidden behind a zero."""
     torch.manual_seed(0)
@@ -65,7 +55,7 @@ def random(**own: Any) -> RWKV4:
 
 
 def test_block_equals_an_independent_one() -> None:
-    g, encoder = golden(), loaded(golden())
+    g, encoder = golden("rwkv4_block"), loaded(golden("rwkv4_block"))
     x = g["x"].requires_grad_()
     inside: dict[str, Tensor] = {}
     first, second = (layer.mixer for layer in encoder.blocks)
@@ -88,7 +78,7 @@ def test_block_equals_an_independent_one() -> None:
 
 
 def test_step_equals_an_independent_block() -> None:
-    g = golden()
+    g = golden("rwkv4_block")
     y, _ = run(loaded(g), g["x"])
     torch.testing.assert_close(y, g["y"], rtol=1e-12, atol=1e-12)
 

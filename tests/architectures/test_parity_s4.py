@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from fnmatch import fnmatch
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from golden_tensors import everything, golden
 from stepping import stepped
 from torch import Tensor
 
@@ -24,19 +23,10 @@ LAYERS: dict[str, dict[str, Any]] = {
 }
 
 
-def golden(name: str) -> dict[str, Tensor]:
-    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
-
-
 def mixer_of(**own: Any) -> S4Mixer:
     mixer = S4(**{"d_model": 4, "n_layers": 1, "length": 257, "state_size": 8, **own}).layers[0].mixer
     assert isinstance(mixer, S4Mixer)
     return mixer.double()
-
-
-def everything(x: Tensor) -> Tensor:
-    return torch.ones(x.shape[:2], dtype=torch.bool)
 
 
 @pytest.mark.parametrize("name", LAYERS)

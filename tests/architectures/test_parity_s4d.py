@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from fnmatch import fnmatch
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from golden_tensors import everything, golden
 from stepping import stepped
 from torch import Tensor
 
@@ -24,11 +24,6 @@ LAYERS: dict[str, dict[str, Any]] = {
     "s4d_inv_bilinear": {"init": "inv", "discretization": "bilinear", "n_ssm": 2},
     "s4d_bidirectional": {"init": "lin", "direction": "bidirectional"},
 }
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
 def mixer_of(**own: Any) -> S4DMixer:
@@ -54,10 +49,6 @@ def load(mixer: S4DMixer, g: dict[str, Tensor]) -> S4DMixer:
     }
     mixer.load_state_dict(state)
     return mixer
-
-
-def everything(x: Tensor) -> Tensor:
-    return torch.ones(x.shape[:2], dtype=torch.bool)
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from fnmatch import fnmatch
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from golden_tensors import everything, golden
 from stepping import stepped
 from torch import Tensor, nn
 
@@ -21,11 +20,6 @@ SSMS: dict[str, dict[str, Any]] = {
     "s5_bidirectional_complexC_clip": {"direction": "bidirectional", "discretization": "bilinear", "clip_eigs": True},
     "s5_bilinear_complexC_noconj": {"discretization": "bilinear", "state_size": 32},
 }
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
 def encoder_of(**own: Any) -> S5:
@@ -56,10 +50,6 @@ def load(mixer: S5Mixer, g: dict[str, Tensor], prefix: str = "param.", scale: fl
     assert missing == ["gate.weight", "gate.bias"]
     assert not unexpected
     return mixer
-
-
-def everything(x: Tensor) -> Tensor:
-    return torch.ones(x.shape[:2], dtype=torch.bool)
 
 
 @pytest.mark.parametrize("name", SSMS)

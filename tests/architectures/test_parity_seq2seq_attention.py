@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from recurrences import golden, padded, same_gradients
+from golden_tensors import golden
+from recurrences import padded, same_gradients
 from torch import Tensor
 
 from lra.architectures.recurrent import seq2seq_attention

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from dense_attention import assert_dense, distances, load_lra, real_prefixes
+from golden_tensors import golden
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,11 +16,6 @@ from lra.architectures.attention.sparse import Sparse, SparseMixer
 from lra.conformance.suite import check
 
 SMALL: dict[str, Any] = {"d_model": 16, "n_layers": 2, "length": 36}
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
 def seen_by(mixer: SparseMixer, length: int) -> Tensor:

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from golden_tensors import golden
 from stepping import stepped
 from torch import Tensor
 
 from lra.architectures._moe import Switch
 from lra.architectures._stack import FeedForward
 from lra.architectures.mixture.switch import SwitchTransformer
-
-
-def golden() -> dict[str, Tensor]:
-    with np.load(Path(__file__).parents[1] / "golden" / "switch_moe.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
 def loaded(g: dict[str, Tensor]) -> Switch:
@@ -35,7 +29,7 @@ def loaded(g: dict[str, Tensor]) -> Switch:
 
 
 def test_layer_equals_hugging_face() -> None:
-    g = golden()
+    g = golden("switch_moe")
     experts, x = loaded(g), g["x"].requires_grad_()
     one = torch.cat([x, torch.ones(2, 10, 1)], dim=-1)
     mask = torch.ones(2, 10, dtype=torch.bool)
@@ -52,7 +46,7 @@ def test_layer_equals_hugging_face() -> None:
 
 def test_losses_equal_hugging_face() -> None:
     """Its f is float32."""
-    g = golden()
+    g = golden("switch_moe")
     experts, x = loaded(g), g["x"].requires_grad_()
     logits = experts.router(torch.cat([x, torch.ones(2, 10, 1)], dim=-1))
     torch.testing.assert_close(logits, g["mid.router_logits"], rtol=0, atol=1e-12)

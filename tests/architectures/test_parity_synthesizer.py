@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from golden_tensors import golden
 from stepping import stepped
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,11 +16,6 @@ from lra.architectures._attention import merge_heads, split_heads
 from lra.architectures.attention.synthesizer import Synthesizer, SynthesizerMixer
 
 MIXTURES = ("dense", "random", "factorised", "dense+random", "random+dot", "factorised+dot", "dense+factorised+dot")
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
 @pytest.mark.parametrize(

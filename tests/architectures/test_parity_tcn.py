@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from golden_tensors import golden
 from torch import Tensor
 from torch.nn import functional as F
 
 from lra.architectures.convolution.tcn import TCN, CausalConv, GatedLevel, TCNLevel, TCNMixer
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
 def load(conv: CausalConv, g: dict[str, Tensor], prefix: str) -> CausalConv:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from golden_tensors import golden
 from torch import Tensor, nn
 
 from lra.architectures._attention import alibi_bias, alibi_slopes, attend, attention_mask, rope
@@ -15,11 +15,6 @@ from lra.architectures._softmax import SoftmaxMixer
 from lra.architectures._stack import sinusoidal
 from lra.architectures.attention.transformer import Transformer
 from lra.registry import architectures
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
 def real_prefixes(*lengths: int) -> Tensor:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from recurrences import golden, load, padded
+from golden_tensors import golden
+from recurrences import load, padded
 from stepping import stepped
 
 from lra.architectures.recurrent.unicornn import UnICORNN, UnICORNNMixer

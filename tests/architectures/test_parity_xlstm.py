@@ -6,16 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from recurrences import golden, load
+from golden_tensors import everything, golden
+from recurrences import load
 from stepping import run, stepped
 from torch import Tensor
 
 from lra.architectures._stack import Block, Layer
 from lra.architectures.recurrent.xlstm import XLSTM, GatedFeedForward, MLSTMMixer, SLSTMCell, SLSTMMixer, mlstm
-
-
-def everything(x: Tensor) -> Tensor:
-    return torch.ones(x.shape[:2], dtype=torch.bool)
 
 
 def test_slstm_cell_equals_the_authors() -> None:

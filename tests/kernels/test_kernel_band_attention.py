@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from golden_tensors import golden
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,13 +16,7 @@ from lra.kernels.band_attention import band_attention, cpu
 from lra.kernels.band_attention.reference import allowed
 from lra.kernels.band_attention.tiles import pairs
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 IMPLEMENTATIONS = ["reference", "cpu"]
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
 def close(found: Tensor, wanted: Tensor, atol: float = 1e-11) -> None:

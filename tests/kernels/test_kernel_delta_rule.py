@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from golden_tensors import golden
 from torch import Tensor
 from torch.nn import functional as F
 
 from lra.kernels.delta_rule import delta_rule
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 IMPLEMENTATIONS = ["reference", "cpu"]
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
 def close(found: Tensor, wanted: Tensor) -> None:

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from golden_tensors import golden
 from torch import Tensor
 
 from lra.kernels.expert_mlp import expert_mlp
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 both = pytest.mark.parametrize("impl", ["reference", "cpu"])
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
 def close(found: Tensor, wanted: Tensor) -> None:

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
+from golden_tensors import golden
 from torch import Tensor
 from torch.nn import functional as F
 
 from lra.kernels.linear_scan import linear_scan
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 IMPLEMENTATIONS = ["reference", "cpu"]
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
 def close(found: Tensor, wanted: Tensor) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from golden_tensors import golden
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,13 +18,7 @@ from lra.kernels.recurrent_cell.activations import sigmoid, tanh
 from lra.kernels.recurrent_cell.cpu import compiled
 from lra.kernels.recurrent_cell.product import multiply, pack
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 both = pytest.mark.parametrize("impl", ["reference", "cpu"])
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
 def close(found: Tensor, wanted: Tensor) -> None:

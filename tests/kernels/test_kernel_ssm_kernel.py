@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from golden_tensors import golden
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,15 +18,9 @@ from lra.kernels.ssm_kernel_diag import ssm_kernel_diag
 from lra.kernels.ssm_kernel_dplr import cauchy, ssm_kernel_dplr
 from lra.kernels.ssm_kernel_dplr.transform import transformed_output
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 IMPLEMENTATIONS = ["reference", "cpu"]
 DIAGONAL = ["s4d_lin_zoh", "s4d_inv_bilinear", "s4d_legs_zoh", "s4d_legs_bilinear", "s4d_bidirectional"]
 LOW_RANK = ["s4_dplr_legs", "s4_dplr_fout", "s4_dplr_legt_rank2", "s4_dplr_bidirectional"]
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
 def close(found: Tensor, wanted: Tensor, atol: float = 1e-11) -> None:
