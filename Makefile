@@ -20,7 +20,7 @@ TASKS := listops text retrieval image pathfinder pathx pathfinder64 path256
 VENV := .venv/bin
 RUN := $(VENV)/python -m
 
-.PHONY: help setup $(TASKS) leaderboard report profile bench doctor campaign gpu test test-gpu test-faults test-oldest test-newest check fix clean
+.PHONY: help setup $(TASKS) leaderboard report profile bench doctor campaign gpu test test-all test-gpu test-faults test-oldest test-newest check fix clean
 
 help: ## list the targets and variables
 	@awk -F ': *## ' '/^[a-z0-9-]+: *## / { printf "  %-14s%s\n", $$1, $$2 }' Makefile
@@ -46,6 +46,7 @@ campaign: ## run unfinished cells of results/campaign.toml, JOBS=2 at a time, fo
 gpu: ## on a machine with a GPU, without .venv: operator tests, bench, doctor and profile in 9 minutes
 test-gpu: ## on a machine with a GPU, without .venv: the operator tests that need it
 test: ## run the tests, or those whose names match K
+test-all: ## run all tests, those that take minutes among them
 test-faults: ## tests with killed processes, full disks, corrupt files and fuzzing, 20 minutes; a short form is in test
 test-oldest: ## run the tests with the oldest packages that pyproject.toml accepts, in their own environment
 test-newest: ## run the tests with the newest packages, in their own environment
@@ -88,6 +89,9 @@ test-gpu:
 # the workers use all CPUs, so each gets one thread
 test: .venv/.stamp
 	@OMP_NUM_THREADS=1 $(RUN) pytest -q -n $(JOBS) $(if $(K),-k "$$K") $(ARGS)
+
+test-all: .venv/.stamp
+	@OMP_NUM_THREADS=1 $(RUN) pytest -q -n $(JOBS) -m "slow or not slow" $(if $(K),-k "$$K") $(ARGS)
 
 test-faults: .venv/.stamp
 	@LRA_FAULTS=full OMP_NUM_THREADS=1 $(RUN) pytest -q -n $(JOBS) --dist loadgroup $(if $(K),-k "$$K") tests/faults $(ARGS)

@@ -70,19 +70,19 @@ class GRUMixer(Mixer):
         # cuDNN's loop is the fast one on a GPU, and computes the plain cell alone
         h = self.init_state(len(x))
         if self.gamma is not None or self.zoneout:
-            return self._loop(x, h)
+            return self._loop(x, h)[0]
         if x.device.type == "cuda" and self.cell == "gru":
             weights = [self.input.weight, self.U, self.input.bias, self.c]
             return torch.gru(x, h.to(x.dtype).unsqueeze(0), weights, True, 1, 0.0, self.training, False, True)[0]
         return cast(Tensor, recurrent_cell(self.input(x), self.U, self.c, self.cell, h))
 
-    def _loop(self, x: Tensor, h: Tensor) -> Tensor:
+    def _loop(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         entering, outputs = wide(self._entering(x)), []
         with torch.autocast(x.device.type, enabled=False):
             for token, keep in zip(entering.unbind(1), self.keeps(entering).unbind(1), strict=True):
                 h = self._advance(token, h, keep)
                 outputs.append(h)
-        return torch.stack(outputs, dim=1).to(x.dtype)
+        return torch.stack(outputs, dim=1).to(x.dtype), h
 
     def keeps(self, x: Tensor) -> Tensor:
         """Shares of the old h that the tokens of x keep: (B, L, H)."""
@@ -126,6 +126,8 @@ class GRUMixer(Mixer):
         return h if keep is None else torch.lerp(h, state, keep)
 
     def chunk(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        if self.gamma is not None or self.zoneout:
+            return self._loop(x, state)
         h, last = recurrent_cell(self.input(x), self.U, self.c, self.cell, state, return_state=True)
         return h, last
 

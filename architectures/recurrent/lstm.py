@@ -93,7 +93,7 @@ class LSTMMixer(Mixer):
         # cuDNN's loop is the fast one on a GPU, and computes the plain cell alone
         U, (h, c) = F.dropout(self.U, self.weight_drop, self.training), self.init_state(len(x))
         if any(self.zoneout):
-            return self._zoned_out(x, U, (h, c))
+            return self._zoned_out(x, U, (h, c))[0]
         if x.device.type == "cuda" and self.cell == "lstm" and self.p is None:
             first = [t.to(x.dtype).unsqueeze(0) for t in (h, c)]
             weights = [self.input.weight, U, self.input.bias, torch.zeros_like(self.input.bias)]
@@ -102,14 +102,14 @@ class LSTMMixer(Mixer):
         y = recurrent_cell(self._entering(x), U, bias, self.cell, h, c0=c, peephole=self.p, norm=self.norm)
         return cast(Tensor, y)
 
-    def _zoned_out(self, x: Tensor, U: Tensor, state: State) -> Tensor:
+    def _zoned_out(self, x: Tensor, U: Tensor, state: State) -> tuple[Tensor, State]:
         entering, outputs = wide(self._entering(x)), []
         with torch.autocast(x.device.type, enabled=False):
             U, keeps = wide(U), self.keeps(entering)
             for token, keep_c, keep_h in zip(entering.unbind(1), *(k.unbind(1) for k in keeps), strict=True):
                 y, state = self._advance(token, state, U, (keep_c, keep_h))
                 outputs.append(y)
-        return torch.stack(outputs, dim=1).to(x.dtype)
+        return torch.stack(outputs, dim=1).to(x.dtype), state
 
     def keeps(self, x: Tensor) -> Tensor:
         """Shares of the old c and h that the tokens of x keep: (2, B, L, H)."""
@@ -155,6 +155,8 @@ class LSTMMixer(Mixer):
         return new_h, (new_h, new_c)
 
     def chunk(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        if any(self.zoneout):
+            return self._zoned_out(x, self.U, state)
         x, b = (self.input(x), None) if self.norm is None else (self._entering(x), self.input.bias)
         y, h, c = recurrent_cell(
             x, self.U, b, self.cell, state[0], c0=state[1], peephole=self.p, norm=self.norm, return_state=True

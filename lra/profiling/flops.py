@@ -127,6 +127,11 @@ def _lu_solve(lu: Shape, _pivots: Shape, b: Shape, *_: Any, **__: Any) -> float:
     return 2.0 * prod(b) * lu[-1]
 
 
+def _matrix_exp(a: Shape, *_: Any, **__: Any) -> float:
+    """Exponentials of square matrices: scaling and squaring takes some 15 products of n x n matrices."""
+    return 30.0 * prod(a) * a[-1]
+
+
 DENSE = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution)
 _HEAVY: dict[Any, Callable[..., float]] = {
     **{op: _counting_complex(op) for op in DENSE},
@@ -158,6 +163,7 @@ FORMULAS: dict[Any, Callable[..., float]] = {
     aten.linalg_lu_factor: _factor,
     aten.linalg_lu_factor_ex: _factor,
     aten.linalg_lu_solve: _lu_solve,
+    aten.linalg_matrix_exp: _matrix_exp,
 }
 MATMUL = frozenset(_HEAVY) | frozenset(op for op in flop_registry if str(op).startswith("aten."))
 

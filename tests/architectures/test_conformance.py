@@ -36,7 +36,11 @@ def named(name: str) -> str:
     return f"{HERE / 'bad_encoders.py'}:{name}"
 
 
-@pytest.mark.parametrize("name", NAMES)
+# Python loops over the tokens: every check of these takes over ten seconds
+SLOW = ("cfc/ltc", "cfc/mixed-memory", "cfc/no-gate", "cfc/pure", "neural_ode/midpoint")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in NAMES])
 def test_architecture(name: str) -> None:
     findings = check(name, only=IN_PROCESS)
     assert [f.check for f in findings] == IN_PROCESS

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
+from benchmarks.__main__ import app as benchmarks
 from lra.cli.app import app
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +52,7 @@ def checkout(tmp_path: Path) -> Path:
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, folder / name)
     command(folder / ".venv/bin/lra", ECHO)
+    command(folder / ".venv/bin/lint-imports", "#!/bin/sh\n")
     command(folder / ".venv/bin/python", PIP)
     (folder / ".venv/.stamp").write_text(f"{folder.resolve()}\n", encoding="utf-8")
     return folder
@@ -68,7 +70,7 @@ def test_help_has_one_line_for_every_target(checkout: Path) -> None:
     assert make(checkout).stdout == done.stdout
 
 
-@pytest.mark.parametrize("target", ["setup", *TASKS, "leaderboard", "profile", "bench", "doctor"])
+@pytest.mark.parametrize("target", ["setup", *TASKS, "leaderboard", "profile", "doctor"])
 def test_up_to_date_environment_is_left_alone(checkout: Path, target: str) -> None:
     done = make(checkout, target)
     assert done.returncode == 0, done.stderr
@@ -111,13 +113,26 @@ def test_test_and_check(checkout: Path) -> None:
     ]  # fmt: skip
 
 
+def test_bench_is_a_command_of_the_benchmarks(checkout: Path) -> None:
+    assert make(checkout, "bench", "OP=linear_scan").returncode == 0
+    assert (checkout / "calls").read_text(encoding="utf-8").splitlines() == ["-m benchmarks operators linear_scan"]
+    assert "operators" in get_command(benchmarks).commands  # type: ignore[attr-defined]
+
+
+def test_check_fails_where_an_import_contract_is_broken(checkout: Path) -> None:
+    command(checkout / ".venv/bin/lint-imports", "#!/bin/sh\necho a contract is BROKEN\nexit 1\n")
+    done = make(checkout, "check")
+    assert done.returncode != 0
+    assert "a contract is BROKEN" in done.stdout
+
+
 @pytest.mark.parametrize("broken", ["ruff check", "ruff format", "mypy"])
 def test_check_fails_with_what_it_runs(checkout: Path, broken: str) -> None:
     command(checkout / ".venv/bin/python", f'#!/bin/sh\ncase "$*" in *"{broken}"*) exit 1;; esac\n')
     assert make(checkout, "check").returncode != 0
 
 
-@pytest.mark.parametrize("target", [*TASKS, "leaderboard", "report", "profile", "bench", "doctor"])
+@pytest.mark.parametrize("target", [*TASKS, "leaderboard", "report", "profile", "doctor"])
 def test_targets_call_commands_that_exist(checkout: Path, target: str) -> None:
     called = make(checkout, target).stdout.splitlines()[1].strip("<>")
     assert called in get_command(app).commands  # type: ignore[attr-defined]

@@ -13,7 +13,7 @@ from lra.config.recipe import Optim
 from lra.errors import UserError
 from lra.registry import architectures, tasks
 from lra.training.construction import build_encoder
-from lra.training.request import Request, resolve
+from lra.training.request import Request, read, resolve
 
 FILE = """
 [default.train]
@@ -130,7 +130,7 @@ def test_unknown_recipes_and_encoder_keys_get_the_nearest_name() -> None:
 @pytest.mark.parametrize("task", tasks.names())
 @pytest.mark.parametrize("architecture", architectures.names())
 def test_every_recipe_resolves_for_every_cell(name: str, task: str, architecture: str) -> None:
-    found, origin = resolve(Request(task, architecture, name))
+    found, origin = read(Request(task, architecture, name))
     assert found.train.steps >= found.train.evaluate_every
     assert all(source for source in origin.values())
 
