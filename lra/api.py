@@ -145,7 +145,9 @@ def results(smoke: bool = False) -> pd.DataFrame:
 
 def leaderboard(task: str, smoke: bool = False) -> pd.DataFrame:
     """The ranked rows of a task, one for each architecture; rank is within task, protocol, recipe, regime and device.
-    smoke: as of `results`. Raises UserError for a task without results."""
+
+    Runs with modified settings are not ranked. smoke: as of `results`. Raises UserError for a task without results.
+    """
     from lra.reports import leaderboard as board
 
     return board.frame(_collection(smoke).only(task=task))

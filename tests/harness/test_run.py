@@ -131,7 +131,7 @@ def test_resuming_nothing_or_another_recipe_is_refused(places: Path) -> None:
 def test_a_saved_model_scores_the_same_in_a_fresh_process(places: Path) -> None:
     record = result.read(go({"train.steps": "60", "optim.lr": "0.01"}))
     folder = next((places / "lra_runs").iterdir())
-    code = f"import lra; run = lra.load({str(folder)!r})\nprint(run.evaluate().correct, run.record['id'])"
+    code = f"import lra; run = lra.load({str(folder)!r})\nprint(run.evaluate().correct, run.record.id)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.split() == [str(record.test.correct), record.id]
 
