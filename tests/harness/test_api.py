@@ -282,6 +282,7 @@ def test_an_interrupted_run_says_how_to_resume(tmp_path: Path) -> None:
 def test_an_export_is_a_model_that_loads(run: lra.TrainedRun, tmp_path: Path) -> None:
     folder = run.export(tmp_path / "hub")
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert list(tmp_path.iterdir()) == [folder]
     again = lra.load(folder)
     assert again.accuracy == run.accuracy
     assert (again.predict("test") == run.predict("test")).all()

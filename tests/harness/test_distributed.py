@@ -23,7 +23,7 @@ from lra.training.placement import Placement
 HERE = Path(__file__).parents[1]
 TINY = f"{HERE / 'tiny_task.py'}:Tiny"
 SETTINGS = ("train.steps=30", "train.evaluate_every=10", "model.d_model=16", "data.batch_size=16", "model.n_layers=1",
-            "data.validation_examples=99")  # fmt: skip
+            "data.validation_examples=99", 'train.precision="32"')  # fmt: skip
 
 
 class Listed:

@@ -64,9 +64,10 @@ def encoder(name: str = "gru", **more: Any) -> Any:
 
 def test_a_batch_in_parts_is_the_batch(places: Path) -> None:
     # only evaluated at the end, so that the best weights are the last
-    whole = go({"train.evaluate_every": "12"})
+    settings = {"train.evaluate_every": "12", "train.precision": '"32"'}
+    whole = go(settings)
     before = weights(places)
-    parts = go({"train.evaluate_every": "12", "train.accumulate": "4"})
+    parts = go(settings | {"train.accumulate": "4"})
     after = weights(places)
     assert whole.recipe_hash != parts.recipe_hash
     assert parts.speed.steps == 12
@@ -290,7 +291,7 @@ def test_a_width_is_solved_for_a_budget(name: str) -> None:
     size = sum(p.numel() for p in model.parameters())
     assert f"{size:,}" in origin["model.d_model"]
     # no neighbouring width that can be built is nearer
-    step = found.encoder.get("n_heads", 1)
+    step = architectures.declaration(name).options.get("n_heads", 1)
     for other in (found.model.d_model - step, found.model.d_model + step):
         near, _ = model_of(name, **{"model.d_model": str(other)})
         assert abs(sum(p.numel() for p in near.parameters()) - 60_000) >= abs(size - 60_000)
