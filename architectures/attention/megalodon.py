@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._attention import at_least, merge_heads, rope, split_heads
+from lra.architectures._dropout import Dropout
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
@@ -145,7 +146,7 @@ class MegalodonMixer(Mixer):
         self.fc1 = nn.Linear(d_model, hidden, bias=False)
         self.fc2 = nn.Linear(hidden, d_model, bias=False)
         self.fc3 = nn.Linear(d_model, hidden, bias=False)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def _views(self, n: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """m, Q, K and V of the equations, each (..., features)."""

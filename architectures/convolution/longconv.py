@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._dropout import Dropout
 from lra.architectures._stack import Block, Stack
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.fft_conv import fft_conv
@@ -54,7 +55,7 @@ class LongConvMixer(Mixer):
         self.kernel = nn.Parameter(torch.randn(ways * channels, d_model, length) * 0.002)  # direction before channel
         self.kernel_drop = nn.Dropout(kernel_dropout)
         self.out = nn.Linear(channels * d_model, 2 * d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def squashed(self, length: int) -> Tensor:
         """(ways C, D, length); the second half of the rows looks ahead."""

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._dropout import Dropout
 from lra.architectures._stack import Block, Stack
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.fft_conv import fft_conv
@@ -79,7 +80,7 @@ class SGConvMixer(Mixer):
         else:
             self.register_buffer("decay", power if decay == "power" else None)
         self.out = nn.Linear(d_model, d_model * (2 if postact == "glu" else 1))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         with torch.no_grad():
             self.register_buffer("kernel_norm", self._raw().norm(dim=-1, keepdim=True))
 

@@ -76,7 +76,7 @@ class ENRNNMixer(Loop):
 
     def cost(self, length: int) -> Cost:
         width, short = self.d_model, self.d_model - self.long
-        matrices = Cost(other=3.0 * self.long**3 + 25.0 * short**3)  # a solution, the eigenvalues
+        matrices = Cost(batch_other=3.0 * self.long**3 + 25.0 * short**3)  # a solution, the eigenvalues
         return 2 * Cost.linear(length, width, width, bias=False) + matrices + Cost(other=6.0 * length * width)
 
     def init_state(self, batch: int) -> Tensor:

@@ -66,7 +66,7 @@ class OrthogonalMixer(Loop):
 
     def cost(self, length: int) -> Cost:
         width = self.d_model
-        matrix = Cost(other=(3.0 if self.map == "cayley" else 20.0) * width**3)  # a solution, or a Taylor polynomial
+        matrix = Cost(batch_other=(3.0 if self.map == "cayley" else 30.0) * width**3)  # a solution, or an exponential
         return 2 * Cost.linear(length, width, width, bias=False) + matrix + Cost(other=6.0 * length * width)
 
     def init_state(self, batch: int) -> Tensor:

@@ -111,13 +111,20 @@ class Seq2SeqAttentionMixer(Mixer):
             )
         return torch.cat(contexts, dim=1)
 
+    def _pairs(self, length: int) -> float:
+        """Pairs of a query and a memory that blocks of queries look at, in one causal sequence."""
+        rows = max(1, LARGEST // (length * self.units))
+        starts = range(0, length, rows)
+        return float(sum((min(start + rows, length) - start) * min(start + rows, length) for start in starts))
+
     def cost(self, length: int) -> Cost:
         width, units, pairs = self.d_model, self.units, float(length) ** 2
         work = 2 * Cost.linear(length, width, 3 * width) + Cost.linear(length, 2 * width, width, bias=False)
         work = work + Cost(other=25.0 * length * width)
         if self.score == "additive":
             maps = 2 * Cost.linear(length, width, units, bias=False)
-            return work + maps + Cost(2.0 * pairs * width, pairs * (6.0 * units + 5.0))
+            read = self._pairs(length)
+            return work + maps + Cost(2.0 * read * width, read * (6.0 * units + 5.0))
         if self.score == "general":
             work = work + Cost.linear(length, width, width, bias=False)
         return work + Cost(4.0 * pairs * width, 5.0 * pairs)

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lra.architectures._dropout import Dropout
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._ssm import initial_log_dt
@@ -75,7 +76,7 @@ class B2S6Mixer(Mixer):
         self.C = nn.Parameter(torch.empty(n_blocks, share, state_size).uniform_(-bound, bound))
         self.D = nn.Parameter(torch.randn(d_model))
         self.out = nn.Linear(d_model, 2 * d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def _A(self) -> Tensor:
         real = -self.A_log.exp()

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._diagonal import DiagonalSSM, check_diagonal
+from lra.architectures._dropout import Dropout
 from lra.architectures._stack import Stack
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.causal_conv1d import causal_conv1d
@@ -64,7 +65,7 @@ class H3Mixer(Mixer):
         self.diag = DiagonalSSM(self.n_heads, state_size, init, discretization, dt_min, dt_max, n_ssm=self.n_heads)
         self.D = nn.Parameter(torch.randn(self.n_heads))
         self.output_linear = nn.Linear(d_model, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def shift_kernel(self) -> Tensor:
         """(D, N), tap j on the token j steps back."""

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._attention import AttentionMixer, at_least, attend, checked_width
+from lra.architectures._dropout import tie_dropout
 from lra.architectures._moe import Experts
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
@@ -233,6 +234,7 @@ class Jamba(Stack):
                 layer.ffn = JambaExperts(d_model, shape.expand, n_experts=n_experts, k=k, balance_weight=balance_weight)
             else:
                 layer.ffn = FeedForward("swiglu", d_model, shape.expand, dropout)
+            tie_dropout(layer.ffn, shape.tie_dropout)
             layer.ffn_norm = nn.RMSNorm(d_model, eps=EPS)
 
     @property

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._dropout import Dropout
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
@@ -59,7 +60,7 @@ class LinOSSMixer(Mixer):
         self.D = nn.Parameter(torch.randn(d_model))
         self.steps = nn.Parameter(torch.rand(state_size))
         self.glu = nn.Linear(d_model, 2 * d_model)  # rows: W_1, W_2
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def _roots(self) -> tuple[Tensor, Tensor, Tensor]:
         """l_1 and l_2 complex, e real: (P,) each."""

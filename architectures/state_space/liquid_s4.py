@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._dplr import DPLRSSM, check_dplr
+from lra.architectures._dropout import Dropout
 from lra.architectures._precision import wide
 from lra.architectures._ssm import checked_copies
 from lra.architectures._stack import Block, Stack, flip
@@ -72,7 +73,7 @@ class LiquidS4Mixer(DPLRSSM, Mixer):
             self.C_liquid = nn.Parameter(torch.view_as_real(self.output().conj().resolve_conj()).float())
         self.D = nn.Parameter(torch.randn(d_model))
         self.out = nn.Linear(d_model, 2 * d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         for p in range(2, degree + 1) if products == "all" else ():
             self.register_buffer(f"subsets_{p}", subsets(length, p))
 

@@ -132,6 +132,11 @@ def _matrix_exp(a: Shape, *_: Any, **__: Any) -> float:
     return 30.0 * prod(a) * a[-1]
 
 
+def _eigenvalues(a: Shape, *_: Any, **__: Any) -> float:
+    """Eigenvalues and eigenvectors of general square matrices by the QR algorithm: about 25 n^3."""
+    return 25.0 * prod(a) * a[-1]
+
+
 DENSE = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution)
 _HEAVY: dict[Any, Callable[..., float]] = {
     **{op: _counting_complex(op) for op in DENSE},
@@ -164,6 +169,7 @@ FORMULAS: dict[Any, Callable[..., float]] = {
     aten.linalg_lu_factor_ex: _factor,
     aten.linalg_lu_solve: _lu_solve,
     aten.linalg_matrix_exp: _matrix_exp,
+    aten.linalg_eig: _eigenvalues,
 }
 MATMUL = frozenset(_HEAVY) | frozenset(op for op in flop_registry if str(op).startswith("aten."))
 
@@ -172,7 +178,8 @@ LIGHT = re.compile(
     | .*pad\dd.* | .*pad_nd | .*(like|_copy) | .*_thnn_fused_.* | (_?unsafe_)?(index|view|masked)\w*
     | (_local|is|_is|_assert|_has)_\w* | (new|view_as|tril|triu|diag|gather|select|slice|unfold|fill|zero|std|var)\w*
     | (lerp|hist|empty|resize|repeat|put|take|rand|normal|uniform|bernoulli|exponential|multinomial|_?unique|glu)\w*
-    | (lift|hard|softplus|threshold|nonzero)\w* | arange | linspace | eye | full | ones | scalar_tensor | cat | _?stack
+    | (lift|hard|softplus|softshrink|threshold|nonzero|upsample)\w* | arange | linspace | eye | full | ones
+    | scalar_tensor | cat | _?stack
     | clone | contiguous | copy | _to_copy | alias | set | roll | flip | rot90 | block_diag | where | im2col | col2im
     | constant | complex | real | imag | polar | _conj_physical | sort | topk | kthvalue | argsort | searchsorted
     | bucketize | bincount | cummax | cummin | mode | trace | dist | _aminmax | isin | equal | item

@@ -44,11 +44,11 @@ def test_a_tied_mask_drops_a_channel_at_all_tokens_or_none() -> None:
 
 @pytest.mark.parametrize("name", STACKS)
 def test_a_block_ties_every_dropout_of_its_encoder(name: str) -> None:
-    """But the one before S4's activation, which the released block does not tie."""
+    """But the one before S4's activation, which the released block does not tie, and that of a kernel's taps."""
     encoder = built(name, dropout=0.5, block={"tie_dropout": True})
     apart = [n for n, m in encoder.named_modules() if type(m) is nn.Dropout]
-    assert [n for n in apart if not n.endswith("inner_dropout")] == []
-    assert (apart != []) == (name in ("s4", "s4d"))
+    assert [n for n in apart if not n.endswith(("inner_dropout", "kernel_drop"))] == []
+    assert (apart != []) == (name in ("s4", "s4d", "longconv"))
     shared = [m for m in encoder.modules() if isinstance(m, Dropout)]
     assert shared
     assert all(m.tied for m in shared)

@@ -115,7 +115,8 @@ def job_look(**_: Any) -> dict[str, Any]:
     from lra.results.collection import Collection
     from lra.training import checkpoint
 
-    found = Collection.read(result.folder())
+    runs, smoke = (Collection.read(result.folder(), place) for place in ("runs", "smoke"))
+    found = Collection([*runs.records, *smoke.records], [*runs.problems, *smoke.problems])
     task = tasks.get(TINY)()
     ready = prepared_sets.find_prepared(task) is not None
     kept = sorted(Path(os.environ["LRA_RUNS"]).rglob("*.ckpt"))

@@ -124,7 +124,7 @@ def test_one_run_is_done_by_one_process(tmp_path: Path) -> None:
         fcntl.flock(held, fcntl.LOCK_EX)
         second = drill(tmp_path, "run")
     assert second.code == 2, second.said
-    assert "another process is on this very run" in second.value
+    assert "another process is doing this run" in second.value
     assert len(done(tmp_path, "look")["ids"]) == 1
     done(tmp_path, "run")
 

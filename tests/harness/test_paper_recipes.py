@@ -20,7 +20,7 @@ from lra.errors import UserError
 from lra.registry import architectures
 from lra.results import literature
 from lra.training.construction import build
-from lra.training.request import Request, resolve
+from lra.training.request import Request, read, resolve
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path.stem for path in (recipe.FOLDER / "paper").glob("*.toml"))
@@ -122,7 +122,7 @@ def test_a_variant_is_itself_under_published_settings() -> None:
 def test_no_recipe_turns_a_variant_into_something_else(name: str) -> None:
     for kind in ("quick", "matched", *(["paper"] if name.partition("/")[0] in FILES else [])):
         for task in TASKS:
-            found, _ = resolve(Request(task, name, kind))
+            found, _ = read(Request(task, name, kind))
             for key, value in architectures.declaration(name).preset.items():
                 if key in found.encoder and isinstance(value, dict):
                     assert value.items() <= found.encoder[key].items()
@@ -131,7 +131,7 @@ def test_no_recipe_turns_a_variant_into_something_else(name: str) -> None:
 
 
 def test_a_setting_that_contradicts_a_variant_is_one_line() -> None:
-    with pytest.raises(UserError, match=r"encoder.init is 'inv' \(--set\), which is not s4d/lin: that has 'lin'"):
+    with pytest.raises(UserError, match=r"encoder.init is 'inv' \(--set\), but s4d/lin sets it to 'lin'"):
         resolve(Request("image", "s4d/lin", "paper", settings={"encoder.init": "inv"}))
     found, _ = resolve(Request("image", "s4d/lin", "paper", settings={"encoder.init": "lin"}))
     assert found.encoder["init"] == "lin"
