@@ -115,20 +115,21 @@ def job_look(**_: Any) -> dict[str, Any]:
     from lra.results.collection import Collection
     from lra.training import checkpoint
 
-    runs, smoke = (Collection.read(result.folder(), place) for place in ("runs", "smoke"))
-    found = Collection([*runs.records, *smoke.records], [*runs.problems, *smoke.problems])
+    collections = [Collection.read(result.folder(), place) for place in ("runs", "smoke")]
+    records = [record for collection in collections for record in collection.records]
     task = tasks.get(TINY)()
     ready = prepared_sets.find_prepared(task) is not None
     kept = sorted(Path(os.environ["LRA_RUNS"]).rglob("*.ckpt"))
     steps = {path.name: checkpoint.read(path).get("global_step") for path in kept}
     predictions = {}
-    for record in found.records:
+    for record in records:
         [place] = result.folder().rglob(record.predictions.file)
         predictions[record.id] = np.load(place, allow_pickle=False)["prediction"].tolist()
     return {
-        "problems": list(found.problems), "ids": [r.id for r in found.records], "predictions": predictions,
-        "cells": [[r.architecture, r.seed, r.recipe_hash] for r in found.records], "steps": steps,
-        "sane": all(0 < r.wall_seconds < 600 and r.speed.examples_per_second > 0 for r in found.records),
+        "problems": [line for collection in collections for line in collection.problems],
+        "ids": [r.id for r in records], "predictions": predictions,
+        "cells": [[r.architecture, r.seed, r.recipe_hash] for r in records], "steps": steps,
+        "sane": all(0 < r.wall_seconds < 600 and r.speed.examples_per_second > 0 for r in records),
         "prepared": prepared_sets.verify(task) if ready else None,
     }  # fmt: skip
 

@@ -115,7 +115,8 @@ def test_every_public_name_exists() -> None:
 
 
 def test_architectures_are_listed_with_their_cards() -> None:
-    assert lra.list_architectures("s4*") == ["s4", "s4d"]
+    assert {"s4", "s4d"} <= set(lra.list_architectures("*s4*"))
+    assert all("s4" in name for name in lra.list_architectures("*s4*"))
     assert "s4d/inv" in lra.list_architectures("s4d/*")
     cards = lra.architectures().set_index("name")
     assert cards.loc["s4d", "family"] == "state_space"
