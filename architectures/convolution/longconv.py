@@ -80,7 +80,7 @@ class LongConvMixer(Mixer):
         transform = 2.5 * 2 * length * math.log2(2 * length)  # a real FFT over the doubled length
         inner = self.channels * width
         spectral = 2 * inner * transform + 6.0 * inner * length
-        kernel = rows * width * ((4.0 + self.smoothing) * length + transform)
+        kernel = rows * width * ((4.0 + (self.smoothing > 1)) * length + transform)
         other = spectral + length * (10.0 * inner + 10.0 * width)
         return Cost.linear(length, inner, 2 * width) + Cost(other=other, batch_other=kernel)
 

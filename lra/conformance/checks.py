@@ -233,7 +233,7 @@ def causal(context: CheckContext) -> None:
 
 
 def step(context: CheckContext) -> str | None:
-    """token by token and in chunks, recurrent mode gives what forward gives"""
+    """token by token and in chunks, it gives what forward gives"""
     if not context.declares("step"):
         raise NotDeclared("recurrent mode not declared")
     x, mask = inputs([LENGTH, LENGTH], LENGTH)
@@ -282,7 +282,7 @@ def _chunks(encoder: Encoder, x: Tensor, expected: Tensor, state: Any, number: i
 
 
 def cost(context: CheckContext) -> None:
-    """cost(length) agrees with the FLOP counter, at more than one batch size"""
+    """cost(length) agrees with the FLOP counter at two batch sizes"""
     if not context.declares("cost"):
         raise NotDeclared("cost not declared; FLOPs are those PyTorch's dispatcher counts")
     for how, encoder in context.directions(torch.float32, length=128):

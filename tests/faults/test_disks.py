@@ -122,7 +122,7 @@ def test_one_run_is_done_by_one_process(tmp_path: Path) -> None:
     [lock] = (tmp_path / "lra_runs").rglob("lock")
     with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        second = drill(tmp_path, "run")
+        second = drill(tmp_path, "run", resume=False)
     assert second.code == 2, second.said
     assert "another process is doing this run" in second.value
     assert len(done(tmp_path, "look")["ids"]) == 1
