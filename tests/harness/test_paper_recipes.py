@@ -118,6 +118,13 @@ def test_a_variant_is_itself_under_published_settings() -> None:
     assert llama.expected == Expected()
 
 
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_published_settings_are_in_float32_as_their_sources(name: str) -> None:
+    """"auto" would compute in bfloat16 where the hardware does."""
+    recipe, _ = read(Request("listops", name.replace("-", "/"), "paper"))
+    assert recipe.train.precision == "32"
+
+
 @pytest.mark.parametrize("name", [n for n in architectures.names(variants=True) if "/" in n])
 def test_no_recipe_turns_a_variant_into_something_else(name: str) -> None:
     for kind in ("quick", "matched", *(["paper"] if name.partition("/")[0] in FILES else [])):
