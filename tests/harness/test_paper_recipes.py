@@ -120,7 +120,7 @@ def test_a_variant_is_itself_under_published_settings() -> None:
 
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_published_settings_are_in_float32_as_their_sources(name: str) -> None:
-    """"auto" would compute in bfloat16 where the hardware does."""
+    """With "auto" they would compute in bfloat16 where the hardware does."""
     recipe, _ = read(Request("listops", name.replace("-", "/"), "paper"))
     assert recipe.train.precision == "32"
 
