@@ -1,4 +1,4 @@
-# Thin wrappers around `lra`; `make help` lists them. Needs GNU make, bash and Python 3.11 to 3.14.
+# Thin wrappers around `lra`; `make help` lists them. Needs GNU make, bash and Python 3.11 to 3.13.
 SHELL := bash
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
