@@ -34,10 +34,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._delta import ShortConvolution, advance, mamba_decay, unit
+from lra.architectures._delta import advance, mamba_decay, unit
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
+from lra.architectures._window import ShortConvolution
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.delta_rule import delta_rule
 

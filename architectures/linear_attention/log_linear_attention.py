@@ -36,10 +36,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._delta import ShortConvolution, mamba_decay
+from lra.architectures._delta import mamba_decay
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
+from lra.architectures._window import ShortConvolution
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.decay_attention.chunks import chunk_size
 
