@@ -54,7 +54,7 @@ class LongConvMixer(Mixer):
         self.D = nn.Parameter(torch.randn(channels, d_model))
         self.kernel = nn.Parameter(torch.randn(ways * channels, d_model, length) * 0.002)  # direction before channel
         self.kernel_drop = nn.Dropout(kernel_dropout)
-        self.out = nn.Linear(channels * d_model, 2 * d_model)
+        self.output_linear = nn.Linear(channels * d_model, 2 * d_model)
         self.dropout = Dropout(dropout)
 
     def squashed(self, length: int) -> Tensor:
@@ -67,7 +67,7 @@ class LongConvMixer(Mixer):
         return F.softshrink(k[..., :length], self.lam)
 
     def _project(self, y: Tensor) -> Tensor:
-        return F.glu(self.out(self.dropout(F.gelu(y))), dim=-1)
+        return F.glu(self.output_linear(self.dropout(F.gelu(y))), dim=-1)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         k = self.kernel_drop(self.squashed(x.shape[1])).unflatten(0, (-1, self.channels)).flatten(1, 2)

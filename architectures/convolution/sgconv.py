@@ -79,7 +79,7 @@ class SGConvMixer(Mixer):
             self.decay = nn.Parameter(power)
         else:
             self.register_buffer("decay", power if decay == "power" else None)
-        self.out = nn.Linear(d_model, d_model * (2 if postact == "glu" else 1))
+        self.output_linear = nn.Linear(d_model, d_model * (2 if postact == "glu" else 1))
         self.dropout = Dropout(dropout)
         with torch.no_grad():
             self.register_buffer("kernel_norm", self._raw().norm(dim=-1, keepdim=True))
@@ -107,7 +107,7 @@ class SGConvMixer(Mixer):
         return self._raw()[..., :length] / self.kernel_norm
 
     def _project(self, y: Tensor) -> Tensor:
-        y = self.out(self.dropout(F.gelu(y)))
+        y = self.output_linear(self.dropout(F.gelu(y)))
         return F.glu(y, dim=-1) if self.postact == "glu" else y
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class SGConvMixer(Mixer):
         spectral = width * (2 * transform + 6 * length)
         kernel = ways * width * (6.0 * max(length, self.length) + transform)
         other = spectral + 20.0 * length * width
-        return Cost.linear(length, width, self.out.out_features) + Cost(other=other, batch_other=kernel)
+        return Cost.linear(length, width, self.output_linear.out_features) + Cost(other=other, batch_other=kernel)
 
 
 class SGConv(Stack):

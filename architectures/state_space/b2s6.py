@@ -75,7 +75,7 @@ class B2S6Mixer(Mixer):
         self.B_bias = nn.Parameter(F.pad(torch.ones(n_blocks, share, state_size, 1), (0, parts - 1)))
         self.C = nn.Parameter(torch.empty(n_blocks, share, state_size).uniform_(-bound, bound))
         self.D = nn.Parameter(torch.randn(d_model))
-        self.out = nn.Linear(d_model, 2 * d_model)
+        self.output_linear = nn.Linear(d_model, 2 * d_model)
         self.dropout = Dropout(dropout)
 
     def _A(self) -> Tensor:
@@ -97,9 +97,9 @@ class B2S6Mixer(Mixer):
 
     def _chunk(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """x: (B, c, h, p), the state before (B, D n) -> Re(C . s) (B, c, h, p) and the state after."""
-        decay, enter, C = self._recurrence(x)
-        states = linear_scan(decay.flatten(2), enter.flatten(2), state)
-        return (C * states.view_as(enter)).sum(-1).real, states[:, -1]
+        decay, inputs, C = self._recurrence(x)
+        states = linear_scan(decay.flatten(2), inputs.flatten(2), state)
+        return (C * states.view_as(inputs)).sum(-1).real, states[:, -1]
 
     def unit(self, x: Tensor) -> Tensor:
         """Re(C . s) of the equations, without the skip: (B, L, D) -> (B, L, D)."""
@@ -113,7 +113,7 @@ class B2S6Mixer(Mixer):
         return torch.cat(outputs, dim=1).flatten(-2)
 
     def _project(self, y: Tensor) -> Tensor:
-        return F.glu(self.out(self.dropout(F.gelu(y))), dim=-1)
+        return F.glu(self.output_linear(self.dropout(F.gelu(y))), dim=-1)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         return self._project(self.unit(x) + self.D * x)
@@ -131,8 +131,8 @@ class B2S6Mixer(Mixer):
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """State: s (B, h, p, n)."""
-        decay, enter, C = self._recurrence(x.unflatten(-1, self.w.shape))
-        state = decay * state + enter
+        decay, inputs, C = self._recurrence(x.unflatten(-1, self.w.shape))
+        state = decay * state + inputs
         y = (C * state).sum(-1).real.flatten(-2)
         return self._project(y + self.D * x), state
 

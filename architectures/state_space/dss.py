@@ -68,7 +68,7 @@ class DSSMixer(Mixer):
         # complex numbers are kept as pairs of reals, which every optimiser and checkpoint format takes
         self.W = nn.Parameter(torch.randn(1 if causal else 2, d_model, state_size, 2))
         self.D = nn.Parameter(torch.randn(d_model))
-        self.out = nn.Linear(d_model, d_model)
+        self.output_linear = nn.Linear(d_model, d_model)
         self.dropout = Dropout(dropout)
 
     def _modes(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -102,7 +102,7 @@ class DSSMixer(Mixer):
         return falling + rising.flip(-1)
 
     def _project(self, y: Tensor) -> Tensor:
-        return self.out(self.dropout(F.gelu(y)))
+        return self.output_linear(self.dropout(F.gelu(y)))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         K = self.kernel(x.shape[1])

@@ -72,7 +72,7 @@ class LiquidS4Mixer(DPLRSSM, Mixer):
         if liquid == "pb":
             self.C_liquid = nn.Parameter(torch.view_as_real(self.output().conj().resolve_conj()).float())
         self.D = nn.Parameter(torch.randn(d_model))
-        self.out = nn.Linear(d_model, 2 * d_model)
+        self.output_linear = nn.Linear(d_model, 2 * d_model)
         self.dropout = Dropout(dropout)
         for p in range(2, degree + 1) if products == "all" else ():
             self.register_buffer(f"subsets_{p}", subsets(length, p))
@@ -90,7 +90,7 @@ class LiquidS4Mixer(DPLRSSM, Mixer):
             q = q * padded[:, others]
         return q
 
-    def _enter(self) -> tuple[Tensor, Tensor]:
+    def _discrete_B(self) -> tuple[Tensor, Tensor]:
         """dB: (H, M) complex and s: (H,)."""
         A, _, B, dt = self._continuous()
         dB = dt.unsqueeze(-1) * B / (1 - dt.unsqueeze(-1) * A / 2)
@@ -99,7 +99,7 @@ class LiquidS4Mixer(DPLRSSM, Mixer):
     def correction(self, x: Tensor, mask: Tensor, kernel: Tensor) -> Tensor:
         """The sum of c_p: (B, L, D) -> (B, L, D). kernel: (ways, D, L)."""
         v = flip(x.masked_fill(~mask.unsqueeze(-1), 0), mask)
-        dB, s = self._enter()
+        dB, s = self._discrete_B()
         total = torch.zeros_like(v)
         for p in range(2, self.degree + 1):
             q, gain = wide(self._products(v, p)), s ** (2 ** (p - 1) - 1)
@@ -132,7 +132,7 @@ class LiquidS4Mixer(DPLRSSM, Mixer):
         return y + self.correction(x, mask, K)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return F.glu(self.out(self.dropout(F.gelu(self.ssm(x, mask)))), dim=-1)
+        return F.glu(self.output_linear(self.dropout(F.gelu(self.ssm(x, mask)))), dim=-1)
 
     def cost(self, length: int) -> Cost:
         width, terms = len(self.D), self.degree - 1

@@ -56,12 +56,12 @@ class S4Mixer(DPLRSSM, Mixer):
         super().__init__(d_model, length, state_size, init, dt_min, dt_max, n_ssm, ways=1 if causal else 2)
         self.causal = causal
         self.D = nn.Parameter(torch.randn(d_model))
-        self.out = nn.Linear(d_model, 2 * d_model)
+        self.output_linear = nn.Linear(d_model, 2 * d_model)
         # the released block drops before its activation as well, at each position even where it ties the other masks
         self.inner_dropout, self.dropout = nn.Dropout(dropout), Dropout(dropout)
 
     def _project(self, y: Tensor) -> Tensor:
-        return F.glu(self.out(self.dropout(F.gelu(self.inner_dropout(y)))), dim=-1)
+        return F.glu(self.output_linear(self.dropout(F.gelu(self.inner_dropout(y)))), dim=-1)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         K = self.kernel(x.shape[1])

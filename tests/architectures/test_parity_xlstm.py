@@ -35,13 +35,12 @@ def test_slstm_cell_equals_the_authors() -> None:
 def slstm_mixer(g: dict[str, Tensor], prefix: str, mixer: SLSTMMixer) -> dict[str, Tensor]:
     """Load a stored layer, whose names of the input and the forget gate are swapped; keys by our parameter names."""
     keys = {
-        "conv_weight": "conv1d.conv.weight", "conv_bias": "conv1d.conv.bias", "igate": "fgate.weight",
+        "conv1d.weight": "conv1d.conv.weight", "conv1d.bias": "conv1d.conv.bias", "igate": "fgate.weight",
         "fgate": "igate.weight", "zgate": "zgate.weight", "ogate": "ogate.weight",
         "cell.recurrent_kernel": "slstm_cell._recurrent_kernel_", "cell.bias": "slstm_cell._bias_",
         "group_norm": "group_norm.weight",
     }  # fmt: skip
     own = {name: g[f"param.{prefix}{key}"] for name, key in keys.items()}
-    own["conv_weight"] = own["conv_weight"].squeeze(1)
     own["group_norm"] = 1 + own["group_norm"]
     load(mixer, **{name.replace(".", "__"): value for name, value in own.items()})
     return {name: f"grad.param.{prefix}{key}" for name, key in keys.items()}  # type: ignore[misc]
@@ -110,12 +109,11 @@ def test_mlstm_block_and_every_gradient_equal_the_authors() -> None:
     grads = {key.removeprefix("grad.param.xlstm."): v for key, v in g.items() if key.startswith("grad.param.xlstm.")}
 
     def ours(values: dict[str, Tensor]) -> dict[str, Tensor]:
-        moved = {name.replace("mlstm_cell.", "").replace("conv1d.conv.", "conv_"): v for name, v in values.items()}
+        moved = {name.replace("mlstm_cell.", "").replace("conv1d.conv.", "conv1d."): v for name, v in values.items()}
         moved["qkv_bias"] = torch.stack([moved.pop(f"{name}_proj.bias") for name in "qkv"])
         for name in "qkv":
             moved[f"{name}_proj"] = moved.pop(f"{name}_proj.weight")
         moved["outnorm"] = moved.pop("outnorm.weight")
-        moved["conv_weight"] = moved["conv_weight"].squeeze(1)
         return moved
 
     values = ours(own)
