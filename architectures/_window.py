@@ -11,7 +11,7 @@ from lra.kernels.causal_conv1d import causal_conv1d
 
 
 class ShortConvolution(nn.Module):
-    """Depthwise and causal: (B, L, C) -> (B, L, C). weight: (C, 1, taps), the last tap on the present token; bias: (C,).
+    """Depthwise, causal: (B, L, C) -> (B, L, C). weight: (C, 1, taps), the last tap on the present token; bias: (C,).
 
     The parameters start as those of PyTorch's Conv1d; where `weight` gives the first taps, the bias starts at 0.
     """

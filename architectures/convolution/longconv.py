@@ -44,7 +44,7 @@ class LongConvMixer(Mixer):
     """(B, L, D) -> (B, L, D). The padding is zero, so what looks ahead finds nothing in it."""
 
     def __init__(
-        self, d_model: int, length: int, channels: int, lam: float, smoothing: int, kernel_dropout: float,
+        self, d_model: int, *, length: int, channels: int, lam: float, smoothing: int, kernel_dropout: float,
         causal: bool, dropout: float,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -125,7 +125,8 @@ class LongConv(Stack):
         self.kernel_lr = kernel_lr
         super().__init__(
             lambda _: LongConvMixer(
-                d_model, length, channels, lam, smoothing, kernel_dropout, direction == "causal", dropout
+                d_model, length=length, channels=channels, lam=lam, smoothing=smoothing, kernel_dropout=kernel_dropout,
+                causal=direction == "causal", dropout=dropout,
             ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block=block,

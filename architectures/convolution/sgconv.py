@@ -62,7 +62,7 @@ class SGConvMixer(Mixer):
     decay: Tensor | None
 
     def __init__(
-        self, d_model: int, length: int, kernel_dim: int, init_scale: int, combine: str, interpolation: str,
+        self, d_model: int, *, length: int, kernel_dim: int, init_scale: int, combine: str, interpolation: str,
         decay: str, decay_min: float, decay_max: float, init: str, postact: str, causal: bool, dropout: float,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -177,8 +177,9 @@ class SGConv(Stack):
         self.kernel_lr, self.learnt = kernel_lr, decay == "learnt"
         super().__init__(
             lambda _: SGConvMixer(
-                d_model, length, kernel_dim, init_scale, combine, interpolation, decay, decay_min, decay_max, init,
-                postact, direction == "causal", dropout,
+                d_model, length=length, kernel_dim=kernel_dim, init_scale=init_scale, combine=combine,
+                interpolation=interpolation, decay=decay, decay_min=decay_min, decay_max=decay_max, init=init,
+                postact=postact, causal=direction == "causal", dropout=dropout,
             ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block=block,

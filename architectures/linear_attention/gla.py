@@ -51,7 +51,7 @@ def advance(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, S: Tensor) -> tu
 class GLAMixer(Mixer):
     """(B, L, D) -> (B, L, D). Padding comes after all real tokens: no mask needed."""
 
-    def __init__(self, d_model: int, n_heads: int, key_dim: int, value_dim: int, gate_rank: int, tau: float) -> None:
+    def __init__(self, d_model: int, *, n_heads: int, key_dim: int, value_dim: int, gate_rank: int, tau: float) -> None:
         super().__init__()
         self.n_heads, self.tau = n_heads, tau
         self.sizes = (key_dim, key_dim, gate_rank, value_dim, value_dim)
@@ -139,6 +139,8 @@ class GLA(Stack):
             if width < 1 or width % n_heads or not math.isclose(width, share * d_model):
                 raise ValueError(f"{name} is {share}; times d_model, {d_model}, it is a multiple of n_heads, {n_heads}")
         super().__init__(
-            lambda _: GLAMixer(d_model, n_heads, key_dim, value_dim, gate_rank, tau),
+            lambda _: GLAMixer(
+                d_model, n_heads=n_heads, key_dim=key_dim, value_dim=value_dim, gate_rank=gate_rank, tau=tau,
+            ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
         )  # fmt: skip

@@ -180,7 +180,7 @@ class MLSTMMixer(Recurrence):
     """(B, L, D) -> (B, L, D). inner: width E of the layer; bias: of its maps."""
 
     def __init__(
-        self, d_model: int, heads: int, inner: int, n_layers: int, taps: int = TAPS, block: int = BLOCK,
+        self, d_model: int, *, heads: int, inner: int, n_layers: int, taps: int = TAPS, block: int = BLOCK,
         bias: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -278,7 +278,7 @@ class XLSTM(Stack):
         def make(layer: int) -> Mixer:
             if kinds[layer] == "s":
                 return SLSTMMixer(d_model, heads, length)
-            return MLSTMMixer(d_model, heads, inner, n_layers)
+            return MLSTMMixer(d_model, heads=heads, inner=inner, n_layers=n_layers)
 
         super().__init__(
             make,

@@ -59,7 +59,15 @@ class B2S6Mixer(Mixer):
     """(B, L, D) -> (B, L, D). Padding comes after all real tokens: no mask needed."""
 
     def __init__(
-        self, d_model: int, state_size: int, n_blocks: int, complex: bool, dt_min: float, dt_max: float, dropout: float
+        self,
+        d_model: int,
+        *,
+        state_size: int,
+        n_blocks: int,
+        complex: bool,
+        dt_min: float,
+        dt_max: float,
+        dropout: float,
     ) -> None:
         super().__init__()
         share, parts = d_model // n_blocks, 2 if complex else 1
@@ -173,7 +181,10 @@ class B2S6(Stack):
             raise ValueError(f"n_blocks is {n_blocks}; a divisor of d_model, {d_model}")
         self.ssm_lr, self.complex = ssm_lr, complex
         super().__init__(
-            lambda _: B2S6Mixer(d_model, state_size, n_blocks, complex, dt_min, dt_max, dropout),
+            lambda _: B2S6Mixer(
+                d_model, state_size=state_size, n_blocks=n_blocks, complex=complex, dt_min=dt_min, dt_max=dt_max,
+                dropout=dropout,
+            ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
         )  # fmt: skip
 

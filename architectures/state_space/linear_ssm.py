@@ -77,7 +77,7 @@ class LinearSSMMixer(Mixer):
     log_dt: Tensor
 
     def __init__(
-        self, d_model: int, state_size: int, discretization: str, dt_min: float, dt_max: float, n_ssm: int,
+        self, d_model: int, *, state_size: int, discretization: str, dt_min: float, dt_max: float, n_ssm: int,
         fixed: bool, causal: bool, dropout: float,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -196,7 +196,8 @@ class LinearSSM(Stack):
         self.ssm_lr, self.fixed = ssm_lr, fixed
         super().__init__(
             lambda _: LinearSSMMixer(
-                d_model, state_size, discretization, dt_min, dt_max, n_ssm, fixed, direction == "causal", dropout
+                d_model, state_size=state_size, discretization=discretization, dt_min=dt_min, dt_max=dt_max,
+                n_ssm=n_ssm, fixed=fixed, causal=direction == "causal", dropout=dropout,
             ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block=block,

@@ -64,10 +64,19 @@ class LiquidS4Mixer(DPLRSSM, Mixer):
     """(B, L, D) -> (B, L, D). Products are counted from the end of the real tokens, so that padding has no part."""
 
     def __init__(
-        self, d_model: int, length: int, state_size: int, init: str, dt_min: float, dt_max: float, n_ssm: int,
+        self, d_model: int, *, length: int, state_size: int, init: str, dt_min: float, dt_max: float, n_ssm: int,
         ways: int, degree: int, liquid: str, products: str, contract: bool, dropout: float,
     ) -> None:  # fmt: skip
-        super().__init__(d_model, length, state_size, init, dt_min, dt_max, n_ssm, ways)
+        super().__init__(
+            d_model,
+            length=length,
+            state_size=state_size,
+            init=init,
+            dt_min=dt_min,
+            dt_max=dt_max,
+            n_ssm=n_ssm,
+            ways=ways,
+        )
         self.degree, self.liquid, self.products, self.contract = degree, liquid, products, contract
         if liquid == "pb":
             self.C_liquid = nn.Parameter(torch.view_as_real(self.output().conj().resolve_conj()).float())
@@ -208,8 +217,8 @@ class LiquidS4(Stack):
         self.ssm_lr = ssm_lr
         super().__init__(
             lambda _: LiquidS4Mixer(
-                d_model, length, state_size, init, dt_min, dt_max, copies, ways, degree, liquid, products, contract,
-                dropout,
+                d_model, length=length, state_size=state_size, init=init, dt_min=dt_min, dt_max=dt_max, n_ssm=copies,
+                ways=ways, degree=degree, liquid=liquid, products=products, contract=contract, dropout=dropout,
             ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block=block,

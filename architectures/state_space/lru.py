@@ -13,10 +13,10 @@ Bidirectional, as in S5, whose code the paper follows: a second scan of the same
 runs backwards and is read by a C of its own; both include x_t.
 
 Initialisation: |lambda|^2 uniform in [r_min^2, r_max^2], which is uniform over the area of the ring, phase uniform in
-[0, max_phase]; exp(gamma_log) = sqrt(1 - |lambda|^2) gives every state the variance of white noise, and is learnt freely
-from there; parts of B normal of variance 1 / 2D, of C of 1 / N, D standard normal; W, b PyTorch's own. The paper
-chooses r_min and r_max for each task, and max_phase pi / 10 for Path-X alone (section 3.4). lambda, gamma and B learn
-at `recurrent_lr_scale` times the recipe's rate (a half to a tenth in the paper) and without weight decay.
+[0, max_phase]; exp(gamma_log) = sqrt(1 - |lambda|^2) gives every state the variance of white noise, and is learnt
+freely from there; parts of B normal of variance 1 / 2D, of C of 1 / N, D standard normal; W, b PyTorch's own. The paper
+chooses r_min and r_max for each task, and max_phase pi / 10 for Path-X alone (section 3.4). lambda, gamma_log and B
+learn at `recurrent_lr_scale` times the recipe's rate (a half to a tenth in the paper) and without weight decay.
 
 Departures: layer norm unless the recipe says otherwise, as in S4D and unlike the paper's batch norm, whose statistics
 depend on the rest of the batch.
@@ -53,7 +53,15 @@ class LRUMixer(Mixer):
     """(B, L, D) -> (B, L, D). The padding is zero, so the backward scan reaches the last real token with no state."""
 
     def __init__(
-        self, d_model: int, state_size: int, r_min: float, r_max: float, max_phase: float, causal: bool, dropout: float
+        self,
+        d_model: int,
+        *,
+        state_size: int,
+        r_min: float,
+        r_max: float,
+        max_phase: float,
+        causal: bool,
+        dropout: float,
     ) -> None:
         super().__init__()
         # float64: 1 - |lambda| of float32 is off by 1e-4 of itself at |lambda| = 0.999; 1 - u is never 0
@@ -153,7 +161,10 @@ class LRU(Stack):
             raise ValueError(f"max_phase is {max_phase}; an angle in (0, 2 pi]")
         self.recurrent_lr_scale = recurrent_lr_scale
         super().__init__(
-            lambda _: LRUMixer(d_model, state_size, r_min, r_max, max_phase, direction == "causal", dropout),
+            lambda _: LRUMixer(
+                d_model, state_size=state_size, r_min=r_min, r_max=r_max, max_phase=max_phase,
+                causal=direction == "causal", dropout=dropout,
+            ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block=block,
         )  # fmt: skip

@@ -76,7 +76,7 @@ class S5Mixer(Mixer):
     """(B, L, D) -> (B, L, D). The padding is zero, so the backward scan reaches the last real token with no state."""
 
     def __init__(
-        self, d_model: int, state_size: int, n_blocks: int, discretization: str, dt_min: float, dt_max: float,
+        self, d_model: int, *, state_size: int, n_blocks: int, discretization: str, dt_min: float, dt_max: float,
         clip_eigs: bool, activation: str, causal: bool, dropout: float, c_init: str = C_INITS[0],
     ) -> None:  # fmt: skip
         super().__init__()
@@ -199,8 +199,9 @@ class S5(Stack):
         self.ssm_lr = ssm_lr
         super().__init__(
             lambda _: S5Mixer(
-                d_model, state_size, n_blocks, discretization, dt_min, dt_max, clip_eigs, activation,
-                direction == "causal", dropout, c_init,
+                d_model, state_size=state_size, n_blocks=n_blocks, discretization=discretization, dt_min=dt_min,
+                dt_max=dt_max, clip_eigs=clip_eigs, activation=activation, causal=direction == "causal",
+                dropout=dropout, c_init=c_init,
             ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block=block,

@@ -17,6 +17,7 @@ from lra.architectures._attention import rope
 from lra.architectures.recurrent.griffin import RGLRU, GatedMLP, Griffin, LocalMixer, RecurrentMixer
 from lra.registry import architectures
 
+
 def lru_name(own: str) -> str:
     """Their RG-LRU has no modules inside."""
     return own.replace("gate.", "gate_")

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from lra.architectures.state_space.hydra import Hydra, HydraMixer
 
+
 def mixer_of(**own: Any) -> HydraMixer:
     shape = {"d_model": 6, "n_layers": 1, "length": 32, "state_size": 3, "head_dim": 4}
     mixer = Hydra(**{**shape, **own}).blocks[0].mixer

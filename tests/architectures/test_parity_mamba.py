@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from lra.architectures.state_space.mamba import Mamba, MambaMixer
 
+
 def mixer_of(**own: Any) -> MambaMixer:
     mixer = Mamba(**{"d_model": 6, "n_layers": 1, "length": 32, **own}).blocks[0].mixer
     assert isinstance(mixer, MambaMixer)

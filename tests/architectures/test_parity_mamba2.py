@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from lra.architectures.state_space.mamba2 import Mamba2, Mamba2Mixer
 
+
 def mixer_of(**own: Any) -> Mamba2Mixer:
     mixer = Mamba2(**{"d_model": 8, "n_layers": 1, "length": 32, "state_size": 4, "head_dim": 4, **own}).blocks[0].mixer
     assert isinstance(mixer, Mamba2Mixer)

@@ -104,7 +104,7 @@ def test_mlstm_cell_and_every_gradient_equal_the_authors() -> None:
 
 def test_mlstm_block_and_every_gradient_equal_the_authors() -> None:
     g = golden("mlstm_block")
-    layer = Layer(MLSTMMixer(6, 2, 12, n_layers=1, bias=True), 6, Block(ffn="none"), dropout=0.0).double()
+    layer = Layer(MLSTMMixer(6, heads=2, inner=12, n_layers=1, bias=True), 6, Block(ffn="none"), dropout=0.0).double()
     own = {key.removeprefix("param.xlstm."): v for key, v in g.items() if key.startswith("param.xlstm.")}
     grads = {key.removeprefix("grad.param.xlstm."): v for key, v in g.items() if key.startswith("grad.param.xlstm.")}
 
@@ -132,7 +132,7 @@ def test_mlstm_block_and_every_gradient_equal_the_authors() -> None:
 
 def test_chunks_of_any_size_equal_the_whole() -> None:
     torch.manual_seed(0)
-    mixers: list[Any] = [SLSTMMixer(8, 2, horizon=20), MLSTMMixer(8, 2, 16, n_layers=1)]
+    mixers: list[Any] = [SLSTMMixer(8, 2, horizon=20), MLSTMMixer(8, heads=2, inner=16, n_layers=1)]
     for mixer in mixers:
         mixer.double()
         for parameter in mixer.parameters():
