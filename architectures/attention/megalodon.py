@@ -128,7 +128,7 @@ class MegalodonMixer(Mixer):
     """out - x: (B, L, D) -> (B, L, D). Padding comes after all real tokens: no mask needed."""
 
     def __init__(
-        self, d_model: int, z_dim: int, value_dim: int, n_heads: int, averages: int, chunk: int, groups: int,
+        self, d_model: int, *, z_dim: int, value_dim: int, n_heads: int, averages: int, chunk: int, groups: int,
         hidden: int, dropout: float,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -274,7 +274,8 @@ class Megalodon(Stack):
             raise ValueError("block.prenorm is false; true, as the mixer holds its norms")
         super().__init__(
             lambda _: MegalodonMixer(
-                d_model, z_dim, values, n_heads, averages, chunk, groups, round(shape.expand * d_model), dropout
+                d_model, z_dim=z_dim, value_dim=values, n_heads=n_heads, averages=averages, chunk=chunk, groups=groups,
+                hidden=round(shape.expand * d_model), dropout=dropout,
             ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
         )  # fmt: skip

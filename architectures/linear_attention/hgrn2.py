@@ -63,7 +63,7 @@ class HGRN2Mixer(Mixer):
     """(B, L, D) -> (B, L, D). bounds: the table shared by the stack, read at row `layer`."""
 
     def __init__(
-        self, d_model: int, n_heads: int, bounds: LowerBounds, layer: int, lra: bool, bidirectional: bool
+        self, d_model: int, *, n_heads: int, bounds: LowerBounds, layer: int, lra: bool, bidirectional: bool
     ) -> None:
         super().__init__()
         self.n_heads, self.layer, self.lra, self.bidirectional = n_heads, layer, lra, bidirectional
@@ -140,7 +140,10 @@ class HGRN2(Stack):
             raise ValueError(f"n_heads is {n_heads}; a divisor of d_model, {d_model}")
         bounds = LowerBounds(n_layers, d_model)
         super().__init__(
-            lambda layer: HGRN2Mixer(d_model, n_heads, bounds, layer, lra, direction == "bidirectional"),
+            lambda layer: HGRN2Mixer(
+                d_model, n_heads=n_heads, bounds=bounds, layer=layer, lra=lra,
+                bidirectional=direction == "bidirectional",
+            ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, native=True,
             block=block,
         )  # fmt: skip
