@@ -118,6 +118,11 @@ class Encoder(nn.Module, ABC):
         return self.direction == "causal"
 
     @property
+    def active_parameters(self) -> int:
+        """Number of parameters that one token uses: all of them, unless a router picks experts for it."""
+        return sum(p.numel() for p in self.parameters())
+
+    @property
     def scaling(self) -> str:
         """How the work of this instance grows with length: as on the card, unless a constructor argument changes it."""
         return self.card.scaling

@@ -56,6 +56,7 @@ def show(
     resolved, origin = resolve(request)
     declaration = architectures.declaration(architecture)
     stated = recipes.provenance(request.recipe_name, task, architecture)
+    file = recipes.path_of(request.recipe_name, architecture).name
     table = Table(title=f"{task} x {architecture}, recipe {resolved.name}", title_justify="left", pad_edge=False)
     for column in ("key", "value", "from"):
         table.add_column(column, overflow="fold")
@@ -65,7 +66,7 @@ def show(
         for key, value in _dotted(values[section]):
             name = f"{section}.{key}"
             source = origin.get(name, "built-in default" if section in SECTIONS else "")
-            if name in stated.sources and " [" in source:
+            if name in stated.sources and source.startswith(file):
                 source += f": {stated.sources[name]}"
             table.add_row(f"{section}.{key}", escape(json.dumps(value)), escape(source))
     for key, value in declaration.options.items():
