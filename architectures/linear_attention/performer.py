@@ -169,7 +169,7 @@ class PerformerMixer(AttentionMixer):
 
 class Performer(Stack):
     """n_heads: must divide qkv_dim. qkv_dim: width of all heads together, d_model unless given. feature_map: one of
-    FEATURE_MAPS. n_features: m, d ln d unless given; not for "deterministic". redraw: forward passes in training between
+    FEATURE_MAPS. n_features: m, d ln d unless given; not for deterministic. redraw: forward passes in training between
     draws of W. attention_dropout: on weights that are never formed: a key is left out for all queries of a head."""
 
     card = Card(

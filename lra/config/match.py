@@ -84,8 +84,9 @@ def find_widest(
     """Find the widest d_model with at most `model.budget` times the parameters of the reference's encoder.
 
     Counted are the parameters that one token uses: a mixture of experts is matched by the work it does, not by the
-    experts it holds. Tries the recipe's d_model, then the multiples of `model.width_step` below it, and skips widths that the
-    architecture rejects. Returns the width and a line on its size. Raises UserError if no width meets the budget.
+    experts it holds. Tries the recipe's d_model, then the multiples of `model.width_step` below it, and skips widths
+    that the architecture rejects. Returns the width and a line on its size. Raises UserError if no width meets the
+    budget.
     """
     allowed = recipe.model.budget * build_on_meta(lambda: reference_build(reference)).active_parameters
     step = recipe.model.width_step

@@ -59,8 +59,8 @@ class Model:
     direction: "causal" or "bidirectional", or how the two directions are combined (see lra.encoder.DIRECTIONS).
 
     budget: largest number of parameters of the encoder at 1,024 tokens, as a multiple of the Transformer's in the same
-    recipe (0 = no limit); of the experts of a mixture those that one token visits count. An architecture above the limit gets the widest d_model that meets it among the multiples of
-    width_step below d_model.
+    recipe (0 = no limit); of a mixture of experts, those that one token visits count. An architecture above the limit
+    gets the widest d_model that meets it among the multiples of width_step below d_model.
 
     head, head_hidden, head_activation, pair: the map from pooled vectors to classes, and how it reads two sequences
     (lra.model.Head).

@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lra.cli.app import app
+from lra.cli.common import console
 from lra.config import match, recipe
 from lra.config.sections import Expected
 from lra.data import prepared_sets
@@ -78,19 +79,30 @@ def test_every_value_of_every_file_has_a_source(file: str) -> None:
 @pytest.mark.parametrize(
     ("task", "architecture", "says"),
     [
-        ("listops", "reformer", ["reformer.toml [task.listops]: reformer_attention.py: n_hashes x n_buckets = 10 chunks",
-                                 "reformer.toml [default]: create_optimizer in train.py", "reformer.toml [task.listops]: ours",
-                                 "differs from its source: scores are multiplied by sqrt(d) there"]),
-        ("image", "local", ["differs from its source: blocks are the positions equal modulo the number of blocks there"]),
+        (
+            "listops",
+            "reformer",
+            [
+                "reformer.toml [task.listops]: reformer_attention.py: n_hashes x n_buckets = 10 chunks",
+                "reformer.toml [default]: create_optimizer in train.py",
+                "reformer.toml [task.listops]: ours",
+                "differs from its source: scores are multiplied by sqrt(d) there",
+            ],
+        ),
+        (
+            "image",
+            "local",
+            ["differs from its source: blocks are the positions equal modulo the number of blocks there"],
+        ),
         ("text", "sparse", ["differs from its source: every head sees both patterns there, always causally"]),
         ("text", "synthesizer", ["differs from its source: the learned logits start Xavier uniform there"]),
         ("pathx", "mega", ["mega.toml [task.pathx]: README.lra.md: --warmup-power"]),
     ],
-)  # fmt: skip
+)
 def test_show_prints_sources_and_differences(
     task: str, architecture: str, says: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setattr(console, "width", 250)
     done = CliRunner().invoke(app, ["show", task, architecture, "--recipe", "paper"])
     assert done.exit_code == 0, done.output
     for text in says:
@@ -103,32 +115,41 @@ def test_show_prints_sources_and_differences(
         assert "= 10 chunks" not in done.output
 
 
-@pytest.mark.parametrize(
-    ("file", "settings"),
-    [
-        # LRA: generalized attention of relu features, of softmax features on ListOps alone
-        ("performer", {"listops": {"encoder.feature_map": "softmax", "encoder.n_features": 2},
-                       "text": {"encoder.feature_map": "deterministic"}, "image": {"encoder.feature_map": "deterministic"}}),
-        ("linformer", {"text": {"encoder.sharing": "key-value"}}),
-        ("reformer", {"image": {"encoder.qkv_dim": 64}}),
-        # classifier_head and classifier_head_dual of common_layers.py
-        ("transformer", {"listops": {"model.head_hidden": (1024,), "model.head_activation": "relu", "model.pooling": "cls"},
-                         "retrieval": {"model.head_hidden": (512, 256), "model.pair": "concat", "model.pooling": "first"},
-                         "pathfinder": {"data.protocol": "lra2020-masked"}, "image": {"data.protocol": "lra2020-masked"}}),
-        ("linear_transformer", {"pathfinder": {"data.protocol": "lra2020"}}),
-        # lr: {dt: null}
-        ("s4", {"listops": {"encoder.dt_lr": 0.01, "encoder.ssm_lr": 0.001}, "text": {"encoder.dt_lr": 0.01},
-                "retrieval": {"encoder.dt_lr": 0.01}}),
-        ("s4d", {"listops": {"encoder.dt_lr": 0.01}, "text": {"encoder.dt_lr": 0.01}}),
-        ("s5", {"listops": {"encoder.opt_config": "BfastandCdecay"}, "text": {"encoder.dt_global": True},
-                "pathx": {"data.protocol": "s4-centred", "encoder.opt_config": "BandCdecay"}}),
-        ("lru", {"pathfinder": {"data.protocol": "s4-centred"}}),
-        ("mega", {"pathx": {"optim.warmup_power": 2.0, "data.protocol": "s4-centred"}, "pathfinder": {"data.protocol": "s4-centred"},
-                  "text": {"encoder.block.embedding_dropout": 0.1, "model.head_hidden": (256,)},
-                  "retrieval": {"model.pair": "concat"}}),
-        ("dss", {"listops": {"encoder.dt_lr": 0.02, "encoder.dt_lr_scale": 2.0}}),
-    ],
-)  # fmt: skip
+MASKED, CENTRED = {"data.protocol": "lra2020-masked"}, {"data.protocol": "s4-centred"}
+RELU = {"encoder.feature_map": "deterministic"}
+BASE_RATE = {"encoder.dt_lr": 0.01, "encoder.ssm_lr": 0.001}
+RELEASED: dict[str, dict[str, dict[str, Any]]] = {
+    # LRA: generalized attention of relu features, of softmax features on ListOps alone
+    "performer": {
+        "listops": {"encoder.feature_map": "softmax", "encoder.n_features": 2},
+        "text": RELU, "retrieval": RELU, "image": RELU, "pathfinder": RELU,
+    },
+    "linformer": {"text": {"encoder.sharing": "key-value"}},
+    "reformer": {"image": {"encoder.qkv_dim": 64}},
+    # classifier_head and classifier_head_dual of common_layers.py
+    "transformer": {
+        "listops": {"model.head_hidden": (1024,), "model.head_activation": "relu", "model.pooling": "cls"},
+        "retrieval": {"model.head_hidden": (512, 256), "model.pair": "concat", "model.pooling": "first"},
+        "pathfinder": MASKED, "image": MASKED,
+    },
+    "linear_transformer": {"pathfinder": {"data.protocol": "lra2020"}},
+    # layer.lr.dt is null
+    "s4": {"listops": BASE_RATE, "text": BASE_RATE, "retrieval": BASE_RATE},
+    "s4d": {"listops": BASE_RATE, "text": BASE_RATE, "retrieval": BASE_RATE},
+    "s5": {
+        "listops": {"encoder.opt_config": "BfastandCdecay"}, "text": {"encoder.dt_global": True},
+        "pathfinder": CENTRED, "pathx": {"encoder.opt_config": "BandCdecay", **CENTRED},
+    },
+    "lru": {"pathfinder": CENTRED, "pathx": CENTRED},
+    "mega": {
+        "text": {"encoder.block.embedding_dropout": 0.1, "model.head_hidden": (256,)},
+        "retrieval": {"model.pair": "concat"}, "pathfinder": CENTRED, "pathx": {"optim.warmup_power": 2.0, **CENTRED},
+    },
+    "dss": {"listops": {"encoder.dt_lr": 0.02, "encoder.dt_lr_scale": 2.0}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "settings"), RELEASED.items())
 def test_settings_follow_the_released_code(file: str, settings: dict[str, dict[str, Any]]) -> None:
     for task, expected in settings.items():
         found, _ = read(Request(task, file, "paper"))
