@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,14 +25,17 @@ from lra.cli.common import (
     console,
     errors,
     guarded,
+    process_start,
+    report_interruption,
     seconds_of,
     settings_of,
 )
-from lra.errors import UserError
+from lra.errors import Interrupted, UserError
 from lra.registry import architectures
 
 if TYPE_CHECKING:
     from lra.config.sections import Expected
+    from lra.training.request import Request
 
 Pretrain = Annotated[str, typer.Option("--pretrain", help="mlm, causal or none: first predict the training inputs.")]
 Match = Annotated[str, typer.Option("--match", help="Solve d_model for params=600k, flops=1G or memory=8G.")]
@@ -114,14 +120,48 @@ def run(
     select_only: Annotated[bool, typer.Option("--select-only", hidden=True)] = False,
 ) -> None:
     """Train, select on validation, test once, write the result, show the task's table."""
-    from lra.training.placement import Placement, launcher_rank
-    from lra.training.request import Request, check, folder_of, read, resolve
+    from lra.training.placement import Placement
+    from lra.training.request import Request
 
     request = Request(
         task, architecture, recipe, seed, protocol, settings_of(settings), source, seconds_of(time_limit), resume,
         pretrain, match, Placement(devices, nodes, strategy), checkpoint_dir, tuple(logger or ()), _search(search),
-        select_only,
+        select_only, created=process_start(),
     )  # fmt: skip
+    with _stopping_on_signals(request):
+        _run(request, dry_run)
+
+
+@contextmanager
+def _stopping_on_signals(request: Request) -> Iterator[None]:
+    """Turn a signal into Interrupted. Several processes all end within seconds, and only the first says why."""
+    from lra.training import interruption
+    from lra.training.placement import launcher_rank
+
+    leads, alone = launcher_rank() == 0, request.placement.world_size == 1
+
+    def interrupted(message: str) -> Interrupted:
+        return Interrupted(message, request.command(*(["--resume"] if interruption.is_resumable() else [])))
+
+    with interruption.listening(
+        alone, leads, lambda name: report_interruption(interrupted(f"stopped by {name}"))
+    ):
+        try:
+            yield
+        except (interruption.Stopped, Interrupted) as stop:
+            error = stop if isinstance(stop, Interrupted) else interrupted(f"stopped by {stop}")
+            if alone:
+                raise error from None
+            if leads:
+                report_interruption(error)
+            # communication threads of a process that another one has left can keep Python from ending
+            os._exit(interruption.EXIT_CODE if leads else 0)
+
+
+def _run(request: Request, dry_run: bool) -> None:
+    from lra.training.placement import launcher_rank
+    from lra.training.request import check, folder_of, read, resolve
+
     resolved, _ = read(request)
     check(request, resolved)
     if dry_run:
@@ -131,13 +171,14 @@ def run(
         )
         return
     if launcher_rank() == 0:
-        console.print(f"{task} x {architecture}, recipe {resolved.name}, seed {seed}: loading PyTorch", soft_wrap=True)
+        name = f"{request.task_name} x {request.architecture_name}, recipe {resolved.name}, seed {request.seed}"
+        console.print(f"{name}: loading PyTorch", soft_wrap=True)
     from lra.training import distributed
     from lra.training.run import run as train
 
     path = train(request, console)
     if distributed.rank() == 0:
-        console.print(f"validation only, in {path}", soft_wrap=True) if select_only else _show_result(path)
+        console.print(f"validation only, in {path}", soft_wrap=True) if request.select_only else _show_result(path)
 
 
 def _show_result(path: Path) -> None:
@@ -191,9 +232,12 @@ def sweep(
         return
     if time_limit and ray:
         raise UserError("--time-limit is of a sweep on this machine; with --ray, put time-limit under [run]")
+    seconds = seconds_of(time_limit)
+    if seconds is not None:
+        seconds -= time.monotonic() - process_start()
     failed = local.execute_plan(
-        plan, console, ray=ray, only=cell, forecast=forecast and cell is None, dry_run=dry_run,
-        seconds=seconds_of(time_limit),
+        plan, console, ray=ray, only=cell, forecast=forecast and cell is None, dry_run=dry_run, seconds=seconds,
+        jobs=jobs,
     )  # fmt: skip
     if failed:
         raise typer.Exit(1)

@@ -91,6 +91,7 @@ class Request:
             ("nodes", self.placement.nodes, defaults.nodes),
             ("strategy", self.placement.strategy, defaults.strategy),
             ("from", self.source, None),
+            ("checkpoint-dir", self.checkpoint_dir, None),
         ):
             words += [f"--{name}", str(given)] if given != default else []
         return shlex.join([*words, *more])

@@ -18,6 +18,7 @@ from lra import files
 from lra.config.recipe import Recipe
 from lra.errors import UserError
 from lra.results import result
+from lra.training import interruption
 from lra.training.request import Request, checkpoint_folder
 
 RECIPE, RUN = "recipe.json", "run.json"
@@ -46,6 +47,7 @@ def opened(request: Request, recipe: Recipe, folder: Path, leads: bool) -> Itera
         _write(folder / RECIPE, recipe.as_dict())
         about = {"seed": request.seed, "command": request.command(), "checkpoints": str(checkpoints.resolve())}
         _write(folder / RUN, about | {"record": ""})
+        interruption.mark_resumable()
         yield
 
 

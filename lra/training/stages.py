@@ -210,6 +210,8 @@ def _fit(
         accumulate_grad_batches=parts, gradient_clip_val=recipe.optim.clip or None, plugins=[AtomicCheckpointIO()],
         **options, **distributed.trainer_options(context.placement, block),
     )  # fmt: skip
+    # Lightning's own handler of SIGTERM waits in it for the other processes, which hangs; `Stop` handles signals
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     with quiet():
         trainer.fit(module, loader, validation, ckpt_path=resumed_from, weights_only=True)
     return trainer
