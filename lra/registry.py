@@ -28,7 +28,7 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
-from lra.errors import UserError, unknown
+from lra.errors import UserError, describe, unknown, user_line
 
 ROOT = Path(__file__).parent
 PLUGIN = "plug-in"
@@ -62,7 +62,12 @@ class Constructor:
         try:
             return self.cls(**{**self.preset, **arguments})
         except (TypeError, ValueError) as error:
-            raise UserError(f"{self.name}: {error}") from error
+            raise UserError(f"{self.name}: {error}{user_line(error)}") from error
+        except Exception as error:
+            # a file of this project should not raise anything else; running out of memory is explained elsewhere
+            if ":" not in self.name or isinstance(error, UserError | MemoryError) or "memory" in str(error):
+                raise
+            raise UserError(f"{self.name}: its constructor {describe(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -131,8 +136,9 @@ class Registry:
         """Card or class attributes of a file, as far as they are literals, read without importing it.
 
         Of an architecture also `direction` ("causal", "two-way", or "either" where the recipe chooses) and `recurrent`
-        (whether it has a recurrent mode; a class whose default options rule it out sets `recurrent = False`). A plug-in is imported for them; where that fails, `problem` says why. `name`
-        has no variant. Raises UserError for an unknown name and for a card that is not made of literals.
+        (whether it has a recurrent mode; a class whose default options rule it out sets `recurrent = False`). A plug-in
+        is imported for them; where that fails, `problem` says why. `name` has no variant. Raises UserError for an
+        unknown name and for a card that is not made of literals.
         """
         facts: dict[str, Any] = {"name": name, "family": self.family(name), "variants": {}}
         if name in self._plugins():
@@ -172,7 +178,7 @@ class Registry:
             return facts | {"recurrent": True}
         except NotImplementedError:
             return facts | {"recurrent": False}
-        except Exception as error:  # another package may raise anything
+        except Exception as error:  # noqa: BLE001  (another package may raise anything)
             return facts | {"problem": f"cannot be built: {type(error).__name__}: {error}"}
 
     def declaration(self, reference: str | type) -> Declaration:

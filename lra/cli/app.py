@@ -33,12 +33,12 @@ class OneLineErrors(TyperGroup):
             sys.exit(super().main(*arguments, standalone_mode=False, **options) or 0)
         except UsageError as error:
             message, context = " ".join(error.format_message().split()), getattr(error, "ctx", None)  # type: ignore[attr-defined]
-            if context is not None and context.get_help().split() == error.format_message().split():
-                print(context.get_help())  # a group without a command
+            if type(error).__name__ == "NoArgsIsHelpError":  # a group without a command
+                print(message) if message.startswith("Usage") else None
             else:
-                path = context.command_path if context is not None else "lra"
-                message = message[:1].lower() + message[1:].removesuffix(".").replace(". Did you mean", "; did you mean")
-                errors.print(f"[red]error:[/] {escape(message)}; see `{path} --help`", soft_wrap=True)
+                message = message.removesuffix(".").replace(". Did you mean", "; did you mean")
+                more = "" if message.endswith("?") else f"; see `{getattr(context, 'command_path', 'lra')} --help`"
+                errors.print(f"[red]error:[/] {escape(message[:1].lower() + message[1:] + more)}", soft_wrap=True)
             sys.exit(2)
 
 

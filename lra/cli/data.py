@@ -49,7 +49,8 @@ def data_list(
         return
     cells = [
         [
-            str(row["task"]), str(row["protocol"]), f"{row['length']:,}", str(row["classes"]), str(row["input"]),
+            str(row["task"]), str(row["protocol"]), f"{row['length']:,}", str(row["classes"]),
+            "tokens" if row["input"] == "tokens" else "values",
             f"{100 * row['chance']:.0f} %", "damaged" if row["damaged"] else lists.size_text(row["bytes"]),
         ]
         for row in rows

@@ -17,6 +17,7 @@ from lra.cli.common import console, guarded
 from lra.errors import UserError, unknown
 from lra.registry import architectures, tasks
 
+WIDTH = 80
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -81,12 +82,13 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Seq
     """Print a table: with colours and a title row on a terminal, plain text elsewhere. No cell is cut or wrapped."""
     if not sys.stdout.isatty():
         widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+        gap = "  " if sum(widths) + 2 * len(widths) - 2 <= WIDTH else " "
         for row in (columns, *rows):
             cells = [
                 cell.rjust(width) if column in right else cell.ljust(width)
                 for cell, column, width in zip(row, columns, widths, strict=True)
             ]
-            print("  ".join(cells).rstrip())
+            print(gap.join(cells).rstrip())
         return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:

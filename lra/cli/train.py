@@ -34,6 +34,7 @@ from lra.errors import Interrupted, UserError
 from lra.registry import architectures
 
 if TYPE_CHECKING:
+    from lra.config.recipe import Recipe
     from lra.config.sections import Expected
     from lra.training.request import Request
 
@@ -115,6 +116,9 @@ def run(
     nodes: Annotated[int, typer.Option(help="Nodes.")] = 1,
     strategy: Annotated[str, typer.Option(help="auto, ddp or fsdp.")] = "auto",
     logger: Annotated[list[str] | None, typer.Option(help="Beside csv: tensorboard, wandb, mlflow.")] = None,
+    init_from: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Start with the weights of a run or of an exported folder.")
+    ] = None,
     dry_run: DryRun = False,
     search: Annotated[str, typer.Option(hidden=True)] = "",
     select_only: Annotated[bool, typer.Option("--select-only", hidden=True)] = False,
@@ -126,7 +130,7 @@ def run(
     request = Request(
         task, architecture, recipe, seed, protocol, settings_of(settings), source, seconds_of(time_limit), resume,
         pretrain, match, Placement(devices, nodes, strategy), checkpoint_dir, tuple(logger or ()), _search(search),
-        select_only, created=process_start(),
+        select_only, init_from, process_start(),
     )  # fmt: skip
     with _stopping_on_signals(request):
         _run(request, dry_run)
@@ -143,9 +147,7 @@ def _stopping_on_signals(request: Request) -> Iterator[None]:
     def interrupted(message: str) -> Interrupted:
         return Interrupted(message, request.command(*(["--resume"] if interruption.is_resumable() else [])))
 
-    with interruption.listening(
-        alone, leads, lambda name: report_interruption(interrupted(f"stopped by {name}"))
-    ):
+    with interruption.listening(alone, leads, lambda name: report_interruption(interrupted(f"stopped by {name}"))):
         try:
             yield
         except (interruption.Stopped, Interrupted) as stop:
@@ -160,25 +162,74 @@ def _stopping_on_signals(request: Request) -> Iterator[None]:
 
 def _run(request: Request, dry_run: bool) -> None:
     from lra.training.placement import launcher_rank
-    from lra.training.request import check, folder_of, read, resolve
+    from lra.training.request import check, read, resolve
 
     resolved, _ = read(request)
     check(request, resolved)
     if dry_run:
-        resolved, _ = resolve(request)
-        console.print(
-            f"{request.command()}: recipe {resolved.hash[:8]}, in {folder_of(request, resolved)}", soft_wrap=True
-        )
+        _show_plan(request, resolve(request)[0])
         return
     if launcher_rank() == 0:
         name = f"{request.task_name} x {request.architecture_name}, recipe {resolved.name}, seed {request.seed}"
         console.print(f"{name}: loading PyTorch", soft_wrap=True)
+    if ":" in request.architecture_name:
+        _refuse_mistakes(request, resolved)
     from lra.training import distributed
     from lra.training.run import run as train
 
     path = train(request, console)
     if distributed.rank() == 0:
         console.print(f"validation only, in {path}", soft_wrap=True) if request.select_only else _show_result(path)
+
+
+def _show_plan(request: Request, recipe: Recipe) -> None:
+    """What would run, on which data, how long and in how much memory."""
+    from lra.config.recipe import parse_setting
+    from lra.data import prepared_sets
+    from lra.registry import tasks
+    from lra.sweeps.forecast import run_probe
+    from lra.sweeps.plans import Cell
+    from lra.sweeps.progress import duration
+    from lra.training.request import folder_of
+
+    def show(line: str) -> None:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+    show(f"{request.command()}: recipe {recipe.hash[:8]}, in {folder_of(request, recipe)}")
+    show(
+        f"model: d_model {recipe.d_model}, {recipe.model.n_layers} layers; {recipe.train.steps:,} steps of "
+        f"{recipe.data.batch_size} examples, {recipe.train.precision} precision"
+    )
+    task, protocol = prepared_sets.resolve(tasks.get(request.task)(), recipe.data.protocol or None)
+    counts = ", ".join(f"{count:,} {split}" for split, count in protocol.counts.items())
+    prepared = prepared_sets.find_prepared(task, protocol)
+    show(f"data: {task.name} ({protocol.name}), up to {protocol.length:,} tokens; {counts}")
+    if prepared is None:
+        show(f"forecast: none before the data are prepared: {task.command(protocol)}")
+        return
+    show(f"data are in {prepared.folder}")
+    settings = {key: parse_setting(text) for key, text in (request.settings or {}).items()}
+    options = {"pretrain": request.pretrain, "match": request.match, "init-from": str(request.init_from or "")}
+    cell = Cell(
+        request.task_name, request.architecture_name, request.seed, request.recipe_name, settings,
+        {key: value for key, value in options.items() if value}, request.protocol,
+    )  # fmt: skip
+    with console.status("measuring a few steps"):
+        probe = run_probe(cell)
+    if "failed" in probe:
+        raise UserError(f"no forecast: {probe['failed']}")
+    more = "" if request.placement.world_size == 1 else " on one device"
+    show(f"forecast{more}: {duration(probe['seconds'])}, at least {probe['bytes'] / 2**20:,.0f} MiB")
+
+
+def _refuse_mistakes(request: Request, recipe: Recipe) -> None:
+    """Raise UserError for a common mistake in a user's own layer, which could train for hours all the same."""
+    from lra.conformance import diagnosis
+    from lra.conformance.context import CheckContext
+
+    context = CheckContext(architectures.get(request.architecture), recipe.encoder)
+    if cause := diagnosis.mistake(context):
+        raise UserError(f"{request.architecture_name}: {cause}")
 
 
 def _show_result(path: Path) -> None:

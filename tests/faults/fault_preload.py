@@ -18,6 +18,6 @@ from lra.sweeps import local
 from lra.training import checkpoint, run
 
 __all__ = [
-    "app", "checkpoint", "collection", "fault_drills", "fault_ranks", "gru", "leaderboard", "lightning", "local", "prepared_sets",
-    "records", "run", "tiny_task", "torch",
+    "app", "checkpoint", "collection", "fault_drills", "fault_ranks", "gru", "leaderboard", "lightning", "local",
+    "prepared_sets", "records", "run", "tiny_task", "torch",
 ]  # fmt: skip

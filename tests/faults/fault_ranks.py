@@ -1,4 +1,4 @@
-"""Two processes of one run, forked from the server of the drills, that reach a chosen phase and go through it slowly."""
+"""Two processes of one run, forked from the server of the drills, that go slowly through a chosen phase."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fault_drills import TINY
+
 from lra.training import checkpoint_io, stages
 from lra.training.callbacks import Stop
 

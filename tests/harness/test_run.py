@@ -24,9 +24,9 @@ from lra.results import result
 from lra.results.collection import Collection
 from lra.results.record import AT_CHANCE
 from lra.training.callbacks import Stop
-from lra.training.construction import check_batch_memory
 from lra.training.request import Request, resolve
 from lra.training.run import run
+from lra.training.sizes import check_batches
 from lra.training.trained_run import load
 
 TINY = f"{Path(__file__).parents[1] / 'tiny_task.py'}:Tiny"
@@ -189,7 +189,7 @@ class Pair(torch.nn.Module):
 def test_what_cannot_run_is_one_line(places: Path) -> None:
     for settings, architecture, says in (
         ({"model.d_model": "1000000"}, "gru", r"model\.d_model=1000000 .* needs more than"),
-        ({}, Pair, r"Pair fails on its first batch: ValueError: Pair returned a tuple"),
+        ({}, Pair, r"Pair: its first batch raised ValueError: Pair returned a tuple"),
         ({"encoder.layer": "{...}"}, Pair, "Pair"),
     ):
         with pytest.raises(UserError, match=says) as error:
@@ -197,8 +197,8 @@ def test_what_cannot_run_is_one_line(places: Path) -> None:
         assert "\n" not in str(error.value)
     recipe, _ = resolve(Request(TINY, "gru", "quick", settings={"data.batch_size": "1000000000"}))
     with pytest.raises(UserError, match=r"data\.batch_size=1000000000 .* needs more than"):
-        check_batch_memory(recipe, torch.device("cpu"), np.full((10**7, 1), 4000))
-    check_batch_memory(recipe, torch.device("cpu"), np.full((100, 1), 4000))
+        check_batches(recipe, "cpu", np.full((10**7, 1), 4000), 100)
+    check_batches(recipe, "cpu", np.full((100, 1), 4000), 100)
     assert not list(places.rglob("recipe.json"))
 
 
