@@ -119,6 +119,7 @@ check: .venv/.stamp
 	@$(RUN) ruff check --quiet .
 	@$(RUN) ruff format --check --quiet .
 	@$(RUN) mypy
+	@$(RUN) mypy --python-version $(NEWEST)
 	@PYTHONPATH=. $(VENV)/lint-imports --no-cache > .cache/imports.txt || { cat .cache/imports.txt; exit 1; }
 	@$(VENV)/lra check "$$ARCH"
 
@@ -136,6 +137,7 @@ ifneq ($(shell test -x $(VENV)/python && cat .venv/.stamp 2>/dev/null),$(CURDIR)
 endif
 
 USABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
+NEWEST := 3.14
 
 .venv/.stamp: pyproject.toml constraints.txt
 	@set -euo pipefail; \

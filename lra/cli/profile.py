@@ -86,7 +86,7 @@ def _check_size(shape: Mapping[str, Any], length: int) -> None:
         fits = f"--lengths {memory // row}" if row < memory else f"--batch {memory // (4 * shape['d_model'] * length)}"
         raise UserError(
             f"{length:,} tokens with --batch {shape['batch']} and --d-model {shape['d_model']} need more than "
-            f"{row * length / 2**30:,.0f} GiB of memory, and this machine has {memory / 2**30:,.0f} GiB: at most {fits} "
+            f"{row * length / 2**30:,.0f} GiB, and this machine has {memory / 2**30:,.0f}: at most {fits} "
             "can fit"
         )
 

@@ -148,7 +148,6 @@ NAMES = [
     ("profile gru --dtype bf17", "unknown dtype"),
     ("profile gru --direction up", "--direction"),
     ("leaderboard --format mdd", "unknown format"),
-    ("leaderboard --task listop", "no result"),
     ("compare no_such neither", "unknown run"),
     ("new architecture gru --family recurrent", "exists"),
     ("new architecture my_net --family recurent", "'recurrent'"),
