@@ -53,6 +53,7 @@ from lra.architectures._attention import (  # fmt: skip
     rope,
     split_heads,
 )
+from lra.architectures._norm import rms_norm
 from lra.architectures._reversible import Step, reversible
 from lra.architectures._rounds import Reordered, UnionOfRounds
 from lra.architectures._stack import Layer, Stack
@@ -114,7 +115,7 @@ class LSHMixer(Mixer):
         return self.out(merge_heads(y))[:, :length]
 
     def queries_and_keys(self, qk: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
-        k = F.rms_norm(qk, qk.shape[-1:], eps=1e-6) * self.head**-0.5
+        k = rms_norm(qk, 1e-6) * self.head**-0.5
         return (rope(qk, start), rope(k, start)) if self.rotary else (qk, k)
 
     @torch.no_grad()

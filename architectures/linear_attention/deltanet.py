@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._delta import EPS, advance, mamba_decay, unit
+from lra.architectures._norm import rms_norm
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
@@ -86,7 +87,7 @@ class DeltaNetMixer(Mixer):
 
     def _finish(self, o: Tensor, gate: Tensor | None) -> Tensor:
         """Norm, gate and output map: (..., H, V), (..., H V) -> (..., D)."""
-        o = (F.rms_norm(wide(o), o.shape[-1:], eps=EPS) * self.norm_weight).flatten(-2)
+        o = (rms_norm(wide(o), EPS) * self.norm_weight).flatten(-2)
         return self.out(o if gate is None else o * F.silu(gate))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._norm import rms_norm
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._ssm import initial_log_dt
@@ -92,7 +93,7 @@ class HydraMixer(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         z, xBC, dt = self.in_proj(x).split(self.sizes, dim=-1)
-        y = F.rms_norm(wide(self.mix(xBC, dt, mask)), (self.width,), eps=1e-5) * self.norm_weight
+        y = rms_norm(wide(self.mix(xBC, dt, mask)), 1e-5) * self.norm_weight
         return self.out_proj(y * F.silu(z))
 
     def cost(self, length: int) -> Cost:

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._norm import rms_norm
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._ssm import initial_log_dt
@@ -85,7 +86,7 @@ class Mamba2Mixer(Mixer):
     def _finish(self, y: Tensor, x: Tensor, z: Tensor) -> Tensor:
         """Skip, gate, norm and output map: y, x: (..., H, P), z: (..., E) -> (..., D)."""
         y = wide((y + self.d.unsqueeze(-1) * x).flatten(-2) * F.silu(z)).unflatten(-1, (self.n_groups, -1))
-        return self.out(F.rms_norm(y, y.shape[-1:], eps=1e-5).flatten(-2) * self.norm_weight)
+        return self.out(rms_norm(y, 1e-5).flatten(-2) * self.norm_weight)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         z, xBC, dt = self.into(x).split(self.sizes, dim=-1)
