@@ -36,7 +36,8 @@ def test_rms_norm_of_bfloat16_is_rounded_once() -> None:
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y, F.rms_norm(x.float(), (5,), None, 1e-6).bfloat16())
     y.sum().backward()
-    assert x.grad is not None and x.grad.dtype == torch.bfloat16
+    assert x.grad is not None
+    assert x.grad.dtype == torch.bfloat16
 
 
 def test_zero_padding_removes_what_no_product_would() -> None:
@@ -53,6 +54,7 @@ def test_flip_reverses_the_real_tokens_and_so_does_its_gradient() -> None:
     x, w = _sequence(), torch.randn(3, 6, 5, dtype=torch.float64)
     y = flip(x, MASK)
     for row, length in enumerate((6, 4, 1)):
-        assert torch.equal(y[row, :length], x[row, :length].flip(0)) and torch.equal(y[row, length:], x[row, length:])
+        assert torch.equal(y[row, :length], x[row, :length].flip(0))
+        assert torch.equal(y[row, length:], x[row, length:])
     assert torch.equal(torch.autograd.grad(y, x, w)[0], flip(w, MASK))
     assert torch.autograd.gradgradcheck(lambda t: flip(t, MASK).square(), x)
