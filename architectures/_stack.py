@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from lra.architectures._dropout import Dropout, tie_dropout
 from lra.architectures._moe import MIXTURES, Experts
 from lra.architectures._norm import BatchNorm, LayerNorm, RMSNorm, ScaleNorm, normalised
-from lra.encoder import Cost, Encoder, Mixer, lengths_of, zero_padding
+from lra.encoder import Cost, Encoder, Mixer, fill_padding, lengths_of
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "layer": LayerNorm, "rms": lambda d: RMSNorm(d, eps=1e-6), "batch": BatchNorm, "scale": ScaleNorm,
@@ -146,7 +146,7 @@ class Layer(nn.Module):
         return normalised(norm, x + self.dropout(part(x)), mask)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        x = self._around(x, self.norm, lambda h: self.mixer(zero_padding(h, mask), mask), mask)
+        x = self._around(x, self.norm, lambda h: self.mixer(fill_padding(h, mask), mask), mask)
         ffn = self.ffn
         if ffn is not None and self.ffn_norm is not None:
             x = self._around(x, self.ffn_norm, lambda h: ffn(h, mask), mask)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.encoder import Cost, Encoder, lengths_of, zero_padding
+from lra.encoder import Cost, Encoder, fill_padding, lengths_of
 from lra.task import Protocol
 
 
@@ -83,8 +83,8 @@ class Classifier(nn.Module):
         if self.pooling == "last":
             return x[torch.arange(len(x), device=x.device), lengths_of(mask) - 1]
         if self.pooling == "max":
-            return x.masked_fill(~mask.unsqueeze(-1), float("-inf")).amax(dim=1)
-        total = zero_padding(x, mask).sum(dim=1, dtype=torch.float32)
+            return fill_padding(x, mask, float("-inf")).amax(dim=1)
+        total = fill_padding(x, mask).sum(dim=1, dtype=torch.float32)
         return (total / lengths_of(mask).unsqueeze(-1)).to(x.dtype)
 
     def cost(self, length: int) -> Cost:

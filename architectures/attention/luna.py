@@ -42,7 +42,7 @@ from lra.architectures._attention import at_least, checked_dropout, checked_widt
 from lra.architectures._norm import normalised
 from lra.architectures._precision import wide
 from lra.architectures._stack import NORMS, Block, Layer, Stack
-from lra.encoder import Card, Cost, Mixer, zero_padding
+from lra.encoder import Card, Cost, Mixer, fill_padding
 from lra.kernels.decay_attention import decay_attention
 
 POSITIONS = ("sinusoidal", "learned", "none")
@@ -213,7 +213,7 @@ def both(layer: Layer, memory_norm: nn.Module, x: Tensor, p: Tensor, mask: Tenso
     assert isinstance(mixer, LunaMixer)
     rows = torch.ones(p.shape[:2], dtype=torch.bool, device=p.device)
     h, m = (normalised(layer.norm, x, mask), normalised(memory_norm, p, rows)) if layer.prenorm else (x, p)
-    h = zero_padding(h, mask)
+    h = fill_padding(h, mask)
     packed = mixer.pack(h, mask, m)
     x, p = x + layer.dropout(mixer.unpack(h, packed)), p + layer.dropout(packed)
     if not layer.prenorm:

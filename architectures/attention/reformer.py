@@ -57,7 +57,7 @@ from lra.architectures._norm import rms_norm
 from lra.architectures._reversible import Step, reversible
 from lra.architectures._rounds import Reordered, UnionOfRounds
 from lra.architectures._stack import Layer, Stack
-from lra.encoder import Card, Cost, Mixer, stepwise, zero_padding
+from lra.encoder import Card, Cost, Mixer, fill_padding, stepwise
 
 ITSELF = -1e5
 """Score of a token for itself: it looks at itself only when nothing else is there."""
@@ -274,7 +274,7 @@ def reversible_step(layer: Layer, mask: Tensor) -> Step:
     assert ffn_norm is not None
 
     def attention(x: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
-        h = zero_padding(layer.norm(x), mask)
+        h = fill_padding(layer.norm(x), mask)
         buckets = mixer.buckets(h, mask) if kept is None else kept
         return layer.dropout(mixer(h, mask, buckets)), buckets
 

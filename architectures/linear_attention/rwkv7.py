@@ -52,7 +52,7 @@ from lra.architectures._norm import normalised
 from lra.architectures._precision import wide
 from lra.architectures._rwkv import RWKVStack, along, depth, ramp, shifted
 from lra.architectures._stack import Bidirectional, Block, Layer, flip
-from lra.encoder import Card, Cost, Encoder, Mixer, zero_padding
+from lra.encoder import Card, Cost, Encoder, Mixer, fill_padding
 
 EPS = 64e-5
 """Of the group norm, as released: 1e-5 times the head width of 64."""
@@ -226,7 +226,7 @@ class ValueLayer(Layer):
         passed = [first]
 
         def mix(h: Tensor) -> Tensor:
-            h = zero_padding(h, mask)
+            h = fill_padding(h, mask)
             if not isinstance(self.mixer, TimeMix | BothTimeMixes):
                 return self.mixer(h, mask)
             y, passed[0] = self.mixer.mix(h, mask, first)

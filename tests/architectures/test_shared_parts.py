@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lra.architectures._norm import RMSNorm, rms_norm
 from lra.architectures._stack import flip
-from lra.encoder import zero_padding
+from lra.encoder import fill_padding
 
 MASK = torch.arange(6) < torch.tensor([[6], [4], [1]])
 
@@ -40,14 +40,15 @@ def test_rms_norm_of_bfloat16_is_rounded_once() -> None:
     assert x.grad.dtype == torch.bfloat16
 
 
-def test_zero_padding_removes_what_no_product_would() -> None:
+def test_padding_is_filled_whatever_stood_there() -> None:
     x = _sequence()
     given = torch.where(MASK.unsqueeze(-1), x, torch.nan)
-    y = zero_padding(given, MASK)
+    y = fill_padding(given, MASK)
     torch.testing.assert_close(y, x.masked_fill(~MASK.unsqueeze(-1), 0))
     (grad,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(grad, MASK.unsqueeze(-1).expand_as(x).double())
-    assert zero_padding(x, torch.ones_like(MASK)) is x
+    assert torch.isneginf(fill_padding(given, MASK, -torch.inf)[~MASK]).all()
+    assert fill_padding(x, torch.ones_like(MASK)) is x
 
 
 def test_flip_reverses_the_real_tokens_and_so_does_its_gradient() -> None:
