@@ -279,6 +279,10 @@ class Stack(Encoder):
     def blocks(self) -> list[Layer]:
         return [layer for layer in self.layers if isinstance(layer, Layer)]
 
+    @property
+    def active_parameters(self) -> int:
+        return super().active_parameters - sum(m.idle_parameters for m in self.modules() if isinstance(m, Experts))
+
     def enter(self, x: Tensor, time: Tensor | int = 0) -> Tensor:
         """Add positions to a sequence (B, L, D) that starts at `time`, or to one token (B, D), and drop."""
         if self.positions is not None and x.dim() == 2:

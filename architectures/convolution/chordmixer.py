@@ -92,6 +92,7 @@ class ChordMixer(Encoder):
         scaling="L log L",
         causal=False,
     )
+    refuses_causal = True
 
     shifts: Tensor
     blocks: Any

@@ -116,6 +116,7 @@ class Hydra(Stack):
         scaling="L",
         causal=False,
     )
+    refuses_causal = True
     block = Block(ffn="none", norm="rms")
 
     def __init__(
