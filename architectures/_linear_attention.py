@@ -121,4 +121,5 @@ def sums_cost(length: int, heads: int, features: int, width: int, causal: bool) 
     if causal:
         inside = CHUNK * (features + width + 1) + 2 * features * (width + 1)
         return Cost(other=2.0 * length * heads * inside)
-    return Cost(4.0 * length * heads * features * (width + 1), 2.0 * length * heads * width)
+    # z is a sum, and only reading it a product
+    return Cost(2.0 * length * heads * features * (2 * width + 1), length * heads * (2.0 * width + features))
