@@ -226,6 +226,16 @@ def lengths_of(mask: Tensor) -> Tensor:
     return mask.sum(dim=1, dtype=torch.int64)
 
 
+def fill_padding(x: Tensor, mask: Tensor, value: float = 0.0) -> Tensor:
+    """x with `value` at padding, whatever stood there: (B, L, D), (B, L) bool -> (B, L, D). x itself where a CPU finds
+    no padding."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return x.masked_fill(~mask.unsqueeze(-1), value)
+    # a fill by mask visits every number by itself, forward and back
+    rows = (~mask).flatten().nonzero().squeeze(1)
+    return x.flatten(0, 1).index_fill(0, rows, value).view(x.shape) if len(rows) else x
+
+
 def stepwise(step: Callable[[Tensor, Any], tuple[Tensor, Any]], x: Tensor, state: Any) -> tuple[Tensor, Any]:
     """Call `step` on each token of x: (B, C, D), state -> (B, C, D), state after the last token."""
     outputs = []

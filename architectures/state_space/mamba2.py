@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._norm import rms_norm
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._ssm import initial_log_dt
@@ -54,7 +55,7 @@ class GatedNorm(nn.Module):
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         y = wide(y * F.silu(z)).unflatten(-1, (self.n_groups, -1))
-        return F.rms_norm(y, y.shape[-1:], eps=1e-5).flatten(-2) * self.weight
+        return rms_norm(y, 1e-5).flatten(-2) * self.weight
 
 
 class Mamba2Mixer(Mixer):

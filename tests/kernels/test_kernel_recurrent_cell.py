@@ -176,6 +176,22 @@ def test_nothing_is_kept_without_a_gradient(cell: str) -> None:
     torch.testing.assert_close(kept, with_gradient.detach(), rtol=0, atol=0)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_first", "rhn"])
+def test_a_bfloat16_input_leaves_the_loop_in_float32_and_its_weights_a_bfloat16_product(cell: str) -> None:
+    given = {name: t.float() if isinstance(t, Tensor) else t for name, t in arguments(cell).items()}
+    given["x_gates"] = given["x_gates"].bfloat16()
+    found, wide = ({k: t.detach().requires_grad_() for k, t in given.items() if k in ("x_gates", "U")} for _ in "ab")
+    y = recurrent_cell(**given | found)
+    expected = recurrent_cell(**given | wide | {"x_gates": wide["x_gates"].float()})
+    assert torch.equal(y, expected)
+    w = torch.randn_like(y)
+    own, theirs = (torch.autograd.grad(h, tuple(of.values()), w) for h, of in ((y, found), (expected, wide)))
+    assert torch.equal(own[0], theirs[0])
+    assert own[1].dtype == torch.float32
+    error = (own[1] - theirs[1]).norm() / theirs[1].norm()
+    assert 0 < error < 2**-8
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("rows", "depth", "width"), [(1, 1, 1), (4, 7, 64), (7, 33, 65), (9, 12, 150)])
 def test_product(dtype: torch.dtype, rows: int, depth: int, width: int) -> None:
