@@ -136,7 +136,7 @@ def resolve(
         section, _, key = dotted.partition(".")
         if section not in SECTIONS or not key:
             raise unknown("setting", dotted, origin, where="--set")
-        _set_value(values, section, key, _parse_setting(text), "--set")
+        _set_value(values, section, key, parse_setting(text), "--set")
         origin[dotted] = "--set"
     if "betas" not in values["optim"] and values["optim"].get("name") in OWN_BETAS:
         values["optim"]["betas"] = OWN_BETAS[values["optim"]["name"]]
@@ -294,7 +294,7 @@ def _check_type(value: Any, kind: Any, where: str) -> Any:
     return value if kind is float else check_json(value, where)
 
 
-def _parse_setting(text: str) -> Any:
+def parse_setting(text: str) -> Any:
     """Parse a --set value as TOML; text that is not valid TOML is a string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
