@@ -1,8 +1,8 @@
 """A small matrix product for compiled loops: a few rows times a weight matrix, at every step of a recurrence.
 
 A BLAS call per step costs more than the product itself, and a loop that LLVM vectorises by itself keeps its sums in
-memory (four to six times slower). So the inner loop is given to LLVM as vectors: a tile of 4 rows (or 1) by COLUMN_BYTES of
-columns stays in registers while the depth runs. The weights are packed tile by tile beforehand.
+memory (four to six times slower in float32). So the inner loop is given to LLVM as vectors: a tile of 4 rows (or 1) by
+COLUMN_BYTES of columns stays in registers while the depth runs. The weights are packed tile by tile beforehand.
 
 Every address and load names the type it is about, so that pointers may carry one (llvmlite 0.44) or none. Where a
 version of llvmlite does not take the vectors, the import warns and the products are plain loops.
