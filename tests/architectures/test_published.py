@@ -95,6 +95,24 @@ def rwkv_file() -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "architecture", "own", "tolerance"),
+    [
+        ("mamba_model", "mamba", {}, 1e-6),
+        ("llama_model", "transformer", {"n_heads": 2}, 1e-6),
+        ("bert_model", "transformer", {"n_heads": 2}, 1e-12),
+    ],
+)
+def test_whole_models_equal_those_of_hugging_face(
+    name: str, architecture: str, own: dict[str, Any], tolerance: float, tmp_path: Path
+) -> None:
+    """Two of them compute in float32 inside, which 1e-6 allows for."""
+    g = golden(name)
+    encoder = lra.import_weights(architecture, saved(tmp_path, stored(name)), length=16, dtype=FLOAT64, **own)
+    real = g["in.mask"]
+    assert_near(encoder(g["x"], real)[real], g["y"][real], "y", tolerance)
+
+
 RELEASED = {
     "rwkv.": "", "attention": "att", "feed_forward": "ffn", "pre_ln": "ln0", "embeddings": "emb",
     "time_mix_key": "time_mix_k", "time_mix_value": "time_mix_v", "time_mix_receptance": "time_mix_r",
