@@ -112,6 +112,7 @@ class Linformer(Stack):
             "unshared": {"sharing": "none"},
         },
     )
+    refuses_causal = True
 
     def __init__(
         self,

@@ -89,6 +89,7 @@ class Local(Stack):
     the width of all heads together, d_model unless given. positions: "sinusoidal", "learned", "rope", "alibi", "none".
     attention_dropout: on the attention weights."""
 
+    gaps = True
     card = Card(
         title="Long Range Arena: A Benchmark for Efficient Transformers",
         year=2020,

@@ -115,6 +115,7 @@ class Longformer(Stack):
     unless given. positions: "sinusoidal", "learned", "rope", "alibi", "none". attention_dropout: on the
     attention weights."""
 
+    gaps = True
     card = Card(
         title="Longformer: The Long-Document Transformer",
         year=2020,

@@ -39,6 +39,7 @@ from torch.nn import functional as F
 
 from lra.architectures._attention import at_least, merge_heads, rope, split_heads
 from lra.architectures._dropout import Dropout
+from lra.architectures._norm import LayerNorm
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
@@ -142,7 +143,7 @@ class MegalodonMixer(Mixer):
         self.wh2 = nn.Linear(value_dim, d_model, bias=False)
         self.gamma = nn.Parameter(torch.zeros(2, z_dim))
         self.beta = nn.Parameter(torch.zeros(2, z_dim))
-        self.ffn_norm = nn.LayerNorm(d_model)
+        self.ffn_norm = LayerNorm(d_model)
         self.fc1 = nn.Linear(d_model, hidden, bias=False)
         self.fc2 = nn.Linear(hidden, d_model, bias=False)
         self.fc3 = nn.Linear(d_model, hidden, bias=False)

@@ -116,6 +116,7 @@ class Nystromformer(Stack):
         scaling="L",
         causal=False,
     )
+    refuses_causal = True
 
     def __init__(
         self,

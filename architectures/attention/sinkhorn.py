@@ -142,6 +142,7 @@ class Sinkhorn(Stack):
         scaling="L sqrt L",
         causal=False,
     )
+    refuses_causal = True
 
     def __init__(
         self,

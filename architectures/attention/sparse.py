@@ -113,6 +113,7 @@ class Sparse(Stack):
     n_heads: must divide qkv_dim, the width of all heads together, d_model unless given. positions: "sinusoidal",
     "learned", "rope", "alibi", "none". attention_dropout: on the attention weights."""
 
+    gaps = True
     card = Card(
         title="Generating Long Sequences with Sparse Transformers",
         year=2019,

@@ -140,6 +140,7 @@ class Synthesizer(Stack):
     "+" between; "random" has H length^2 parameters a layer. k: rank of the factorised logits.
     attention_dropout: on the attention weights."""
 
+    gaps = True
     card = Card(
         title="Synthesizer: Rethinking Self-Attention in Transformer Models",
         year=2020,

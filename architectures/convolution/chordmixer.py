@@ -31,10 +31,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._norm import BatchNorm, normalised
+from lra.architectures._norm import BatchNorm, LayerNorm, normalised
 from lra.encoder import Card, Cost, Encoder, lengths_of
 
-NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "batch": BatchNorm, "none": nn.Identity}
+NORMS: dict[str, type[nn.Module]] = {"layer": LayerNorm, "batch": BatchNorm, "none": nn.Identity}
 
 
 class Turn(torch.autograd.Function):
@@ -92,6 +92,7 @@ class ChordMixer(Encoder):
         scaling="L log L",
         causal=False,
     )
+    refuses_causal = True
 
     shifts: Tensor
     blocks: Any

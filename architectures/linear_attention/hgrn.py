@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._bounds import LowerBounds
+from lra.architectures._norm import LayerNorm
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
@@ -56,7 +57,7 @@ class HGRNMixer(Mixer):
             if bidirectional:
                 self.theta_reverse = nn.Parameter(angles.clone())
         self.gate = nn.Linear(d_model, width)
-        self.norm = nn.LayerNorm(width)
+        self.norm = LayerNorm(width)
         self.out_proj = nn.Linear(width, d_model)
 
     def _terms(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -51,6 +51,7 @@ from torch.nn import functional as F
 
 from lra.architectures._dropout import tie_dropout
 from lra.architectures._init import chrono
+from lra.architectures._norm import LayerNorm
 from lra.architectures._precision import wide
 from lra.architectures._recurrence import Loop, Recurrence
 from lra.architectures._stack import Block, FeedForward, Stack
@@ -288,6 +289,6 @@ class XLSTM(Stack):
             if kind == "s" and layer.ffn is None:
                 layer.ffn = GatedFeedForward(d_model, _rounded(4 * d_model / 3), dropout)
                 tie_dropout(layer.ffn, type(self).block.updated(block).tie_dropout)
-                layer.ffn_norm = nn.LayerNorm(d_model)
+                layer.ffn_norm = LayerNorm(d_model)
                 nn.init.normal_(layer.ffn.up.weight, std=(2 / (5 * d_model)) ** 0.5)
                 nn.init.normal_(layer.ffn.down.weight, std=2 / n_layers * d_model**-0.5)

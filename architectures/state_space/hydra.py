@@ -115,6 +115,7 @@ class Hydra(Stack):
         scaling="L",
         causal=False,
     )
+    refuses_causal = True
     block = Block(ffn="none", norm="rms")
 
     def __init__(

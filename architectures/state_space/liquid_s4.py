@@ -178,6 +178,7 @@ class LiquidS4(Stack):
         },
         exempt={"optim_norms": "the released optimiser, that of S4, spares the kernel's own parameters alone"},
     )
+    refuses_causal = True
     block = Block(ffn="none")
 
     def __init__(

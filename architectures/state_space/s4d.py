@@ -22,7 +22,8 @@ Initialisation of A and B (section 4), half of the pairs, n = 0 .. M - 1:
     real  A = -(n + 1),                               B = 1    the eigenvalues of LegS itself; frequencies start at 0
     diag  inv in the first half of the n_ssm state matrices, lin in the second: the mixture of the released code
 C complex and D real standard normal; log_dt uniform between log dt_min and log dt_max, so that channels remember from
-1 / dt_max to 1 / dt_min tokens; W, b PyTorch's own. A, B and dt learn at `ssm_lr` at most and without weight decay.
+1 / dt_max to 1 / dt_min tokens; W, b PyTorch's own. A and B learn at `ssm_lr` at most, dt at `dt_lr`, all
+without weight decay.
 
 Departures: the released code clamps frequencies at 1e-4 from below, so its n = 0 is not quite 0, and starts legs from
 a B clipped to |Im B| <= 2 and not halved. As there, a block holds no feed-forward part beside the GLU.
@@ -110,8 +111,8 @@ class S4DMixer(DiagonalSSM, Mixer):
 
 class S4D(Stack):
     """state_size: N, even. n_ssm: independent state matrices, d_model unless given, which it divides. init: lin, inv,
-    legs, real or diag. dt_min, dt_max: range of the initial step sizes. ssm_lr: highest learning rate of A, B and
-    dt."""
+    legs, real or diag. dt_min, dt_max: range of the initial step sizes. ssm_lr: highest learning rate of A and B,
+    dt_lr: of dt."""
 
     card = Card(
         title="On the Parameterization and Initialization of Diagonal State Space Models",
@@ -146,11 +147,12 @@ class S4D(Stack):
         dt_max: float = 0.1,
         n_ssm: int | None = None,
         ssm_lr: float = 0.001,
+        dt_lr: float = 0.001,
         block: Mapping[str, Any] | None = None,
     ) -> None:
         copies = checked_copies(n_ssm, d_model)
         check_diagonal(state_size, init, discretization, copies)
-        self.ssm_lr = ssm_lr
+        self.ssm_lr, self.dt_lr = ssm_lr, dt_lr
         super().__init__(
             lambda _: S4DMixer(
                 d_model, state_size=state_size, init=init, discretization=discretization, dt_min=dt_min, dt_max=dt_max,
@@ -184,5 +186,6 @@ class S4D(Stack):
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
-        names = ("log_dt", "log_A_real", "A_imag", "B")
-        return {f"*.{name}": {"lr": self.ssm_lr, "weight_decay": 0.0} for name in names}
+        names = ("log_A_real", "A_imag", "B")
+        rates = {"log_dt": self.dt_lr} | dict.fromkeys(names, self.ssm_lr)
+        return {f"*.{name}": {"lr": rate, "weight_decay": 0.0} for name, rate in rates.items()}

@@ -51,6 +51,7 @@ from lra.kernels.linear_scan import linear_scan
 DISCRETIZATIONS = ("zoh", "bilinear")
 ACTIVATIONS = ("half_glu1", "half_glu2")
 C_INITS = ("trunc_standard_normal", "lecun_normal", "complex_normal")
+OPT_CONFIGS = ("standard", "BandCdecay", "BfastandCdecay")
 
 
 def output_matrix(c_init: str, d_model: int, n_blocks: int, basis: Tensor, ways: int) -> Tensor:
@@ -156,7 +157,8 @@ class S5(Stack):
     """state_size: real dimensions of the state, in n_blocks blocks of even size. discretization: of DISCRETIZATIONS.
     dt_min, dt_max: range of the initial step sizes. clip_eigs: hold Re A at -1e-4 or below, so that training cannot
     make it unstable. activation: of ACTIVATIONS. c_init: how C starts, of C_INITS. ssm_lr: highest learning
-    rate of A, B and dt."""
+    rate of A, B and dt. opt_config, dt_global: as in the released code, of OPT_CONFIGS: "BandCdecay" decays B,
+    "BfastandCdecay" also trains it at the base rate; dt_global trains dt at the base rate and decays it."""
 
     card = Card(
         title="Simplified State Space Layers for Sequence Modeling",
@@ -186,6 +188,8 @@ class S5(Stack):
         activation: str = "half_glu1",
         c_init: str = "trunc_standard_normal",
         ssm_lr: float = 0.001,
+        opt_config: str = "standard",
+        dt_global: bool = False,
         block: Mapping[str, Any] | None = None,
     ) -> None:
         if n_blocks < 1 or state_size < 2 * n_blocks or state_size % (2 * n_blocks):
@@ -196,7 +200,9 @@ class S5(Stack):
             raise ValueError(f"activation is {activation!r}; one of {', '.join(ACTIVATIONS)}")
         if c_init not in C_INITS:
             raise ValueError(f"c_init is {c_init!r}; one of {', '.join(C_INITS)}")
-        self.ssm_lr = ssm_lr
+        if opt_config not in OPT_CONFIGS:
+            raise ValueError(f"opt_config is {opt_config!r}; one of {', '.join(OPT_CONFIGS)}")
+        self.ssm_lr, self.opt_config, self.dt_global = ssm_lr, opt_config, dt_global
         super().__init__(
             lambda _: S5Mixer(
                 d_model, state_size=state_size, n_blocks=n_blocks, discretization=discretization, dt_min=dt_min,
@@ -209,5 +215,10 @@ class S5(Stack):
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
-        names = ("Lambda_re", "Lambda_im", "B", "log_step")
-        return {f"*.{name}": {"lr": self.ssm_lr, "weight_decay": 0.0} for name in names}
+        settings = {f"*.{name}": {"lr": self.ssm_lr, "weight_decay": 0.0} for name in ("Lambda_re", "Lambda_im")}
+        if self.opt_config != "BfastandCdecay":
+            undecayed = {} if self.opt_config == "BandCdecay" else {"weight_decay": 0.0}
+            settings["*.B"] = {"lr": self.ssm_lr} | undecayed
+        if not self.dt_global:
+            settings["*.log_step"] = {"lr": self.ssm_lr, "weight_decay": 0.0}
+        return settings

@@ -14,6 +14,8 @@ from stepping import stepped
 from torch import Tensor
 
 from lra.architectures.state_space.dss import DSS, DSSMixer
+from lra.config.sections import Optim
+from lra.training.optimisers import parameter_groups
 
 
 def mixer_of(**own: Any) -> DSSMixer:
@@ -227,6 +229,14 @@ def test_optimiser_settings_reach_the_kernel_alone() -> None:
     own = {"log_dt": 0.02, "Lambda_re": 5e-4, "Lambda_im": 5e-4, "W": 5e-4}
     assert rates == {f"layers.{i}.mixer.{name}": rate for i in range(2) for name, rate in own.items()}
     assert all(settings["weight_decay"] == 0.0 for settings in encoder.optim.values())
+
+
+def test_step_sizes_may_train_faster_than_the_rest() -> None:
+    """As in the runs of ListOps and Text, where log_dt has twice the base rate."""
+    for scale, rate in ((1.0, 0.01), (2.0, 0.02)):
+        encoder = DSS(d_model=8, n_layers=1, length=8, dt_lr=0.02, dt_lr_scale=scale)
+        groups = parameter_groups(encoder, encoder, Optim(lr=0.01))
+        assert [g["lr"] for g in groups if any(p is encoder.layers[0].mixer.log_dt for p in g["params"])] == [rate]
 
 
 def test_longer_than_its_softmax_is_refused() -> None:

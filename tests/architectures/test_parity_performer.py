@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from lra.architectures._attention import merge_heads, split_heads
 from lra.architectures._linear_attention import summed
-from lra.architectures.linear_attention import performer
+from lra.architectures.linear_attention import linear_transformer, performer
+from lra.architectures.linear_attention.linear_transformer import LinearTransformerMixer
 from lra.architectures.linear_attention.performer import Performer, PerformerMixer, orthogonal_features
 
 both = pytest.mark.parametrize("causal", [False, True])
@@ -108,6 +109,23 @@ def test_outputs_and_gradients_equal_the_definition(feature_map: str, causal: bo
 
 
 @both
+def test_the_deterministic_map_is_that_of_the_linear_transformer_with_relu(
+    causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LRA's default: relu(x) + 1e-3 without a projection. The other layer adds a small number to the sum it divides by,
+    which is left out here."""
+    monkeypatch.setattr(linear_transformer, "EPS", 0.0)
+    torch.manual_seed(0)
+    mixer = PerformerMixer(12, 3, 12, "deterministic", causal, n_features=4, redraw=1000)
+    other = LinearTransformerMixer(12, 3, 12, "relu", causal, n_features=4)
+    other.load_state_dict({k: v for k, v in mixer.state_dict().items() if k in other.state_dict()})
+    x, mask = torch.randn(2, 40, 12), torch.arange(40) < torch.tensor([[40], [23]])
+    torch.testing.assert_close(mixer(x, mask)[mask], other(x, mask)[mask], rtol=0, atol=5e-6)
+    if causal:
+        torch.testing.assert_close(stepped(mixer.eval(), x), mixer(x, everything(x)), rtol=0, atol=5e-6)
+
+
+@both
 def test_error_to_softmax_attention_falls_as_the_root_of_the_features(causal: bool) -> None:
     """Sixteen times as many features, a quarter of the error; without the 1e-4, which leaves a bias. Scores are small:
     the features are log-normal, and of large scores few features estimate nothing."""
@@ -178,7 +196,8 @@ def test_wrong_arguments_are_named() -> None:
     shape: dict[str, Any] = {"d_model": 16, "n_layers": 1, "length": 8}
     for wrong, said in (
         ({"n_heads": 3}, "n_heads is 3; a divisor of the attention's width 16"),
-        ({"feature_map": "elu"}, "feature_map is 'elu'; one of softmax, relu"),
+        ({"feature_map": "elu"}, "feature_map is 'elu'; one of softmax, relu, deterministic"),
+        ({"feature_map": "deterministic", "n_features": 4}, "n_features is 4; .* those of a head, 4"),
         ({"n_features": 0}, "n_features is 0 and redraw 1000; at least 1"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -12,6 +12,8 @@ from stepping import stepped
 from torch import Tensor, nn
 
 from lra.architectures.state_space.s5 import S5, S5Mixer, hippo_block
+from lra.config.sections import Optim
+from lra.training.optimisers import parameter_groups
 from lra.training.request import Request, resolve
 
 SSMS: dict[str, dict[str, Any]] = {
@@ -171,8 +173,30 @@ def test_optimiser_settings_reach_the_ssm_alone() -> None:
 
 
 @pytest.mark.parametrize(
+    ("own", "B", "dt"),
+    [
+        ({}, (5e-4, 0.0), (5e-4, 0.0)),
+        ({"opt_config": "BandCdecay"}, (5e-4, 0.07), (5e-4, 0.0)),
+        ({"opt_config": "BfastandCdecay"}, (4e-3, 0.07), (5e-4, 0.0)),
+        ({"dt_global": True}, (5e-4, 0.0), (4e-3, 0.07)),
+    ],
+)
+def test_optimiser_groups_are_those_of_the_released_configurations(
+    own: dict[str, Any], B: tuple[float, float], dt: tuple[float, float]
+) -> None:
+    """create_train_state in s5/train_helpers.py: rate and weight decay."""
+    encoder = S5(d_model=8, n_layers=1, length=8, ssm_lr=5e-4, **own)
+    groups = parameter_groups(encoder, encoder, Optim(lr=4e-3, weight_decay=0.07, decay="all"))
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    mixer = encoder.layers[0].mixer
+    assert [found[id(p)] for p in (mixer.B, mixer.log_dt, mixer.A_real)] == [B, dt, (5e-4, 0.0)]
+    assert {found[id(p)] for p in (mixer.C, mixer.D)} == {(4e-3, 0.07)}
+
+
+@pytest.mark.parametrize(
     ("wrong", "says"),
     [
+        ({"opt_config": "fast"}, "standard, BandCdecay, BfastandCdecay"),
         ({"state_size": 24}, "state_size is 24"),
         ({"n_blocks": 0}, "state_size is 64"),
         ({"discretization": "euler"}, "zoh, bilinear"),
