@@ -134,11 +134,14 @@ def _tile(rows: int) -> Callable[..., Any]:
             context.make_array(kind)(context, builder, value)
             for kind, value in zip(signature.args[:3], arguments[:3], strict=True)
         )
-        matrices = (Matrix(array.data, builder.extract_value(array.shape, 1)) for array in (out, v))
+
+        def columns(array: Any) -> Any:
+            return builder.extract_value(array.shape, 1)
+
         emit_tile(
-            builder, signature.args[0].dtype.bitwidth, rows,
-            **dict(zip(("out", "v"), matrices, strict=True)), packed=packed.data,
-            depth=builder.extract_value(packed.shape, 1), first=arguments[3], tile=arguments[4],
+            builder, signature.args[0].dtype.bitwidth, rows, out=Matrix(out.data, columns(out)),
+            v=Matrix(v.data, columns(v)), packed=packed.data, depth=columns(packed), first=arguments[3],
+            tile=arguments[4],
         )  # fmt: skip
         return context.get_dummy_value()
 
