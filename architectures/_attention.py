@@ -146,7 +146,7 @@ class AttentionMixer(Mixer):
         bias = self._bias(time, 1, first, q).view(1, self.n_kv_heads, -1, keys.shape[2])
         # queries that share a key head are rows of one product
         q = q.flatten(1).unflatten(1, (self.n_kv_heads, -1, self.head))
-        y = F.scaled_dot_product_attention(q, keys, values, bias)
+        y = fused_attention(q, keys, values, bias)
         gone = max(0, self.oldest(time + 1) - first)
         return self.out(y.flatten(1)), (keys[:, :, gone:], values[:, :, gone:], state[2] + 1)
 
@@ -161,7 +161,7 @@ class AttentionMixer(Mixer):
             bias = self._bias(time, tokens, first, q)
             shared = (t.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1) for t in (keys, values))
             keys_of_all, values_of_all = shared
-            y = F.scaled_dot_product_attention(q, keys_of_all, values_of_all, bias[None], self.rate)
+            y = fused_attention(q, keys_of_all, values_of_all, bias[None], self.rate)
         gone = max(0, self.oldest(time + tokens) - first)
         return self.out(merge_heads(y)), (keys[:, :, gone:], values[:, :, gone:], state[2] + tokens)
 
@@ -211,6 +211,18 @@ def attention_mask(
     return (keys & allowed) | (i[:, None] == i)
 
 
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0, **options: Any
+) -> Tensor:
+    """PyTorch's scaled_dot_product_attention. On a CPU, heads of fewer than 64 channels are computed in float32: the
+    backward of the bfloat16 kernel takes twice as long there."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-1] < 64 and torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            mask = mask.float() if mask is not None and mask.is_floating_point() else mask
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, dropout, **options).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, **options)
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, causal: bool = False, slopes: Tensor | None = None,
     dropout: float = 0.0,
@@ -221,7 +233,7 @@ def attend(
     """
     if slopes is None:
         padding = None if causal else attention_mask(mask)
-        return F.scaled_dot_product_attention(q, k, v, padding, dropout, is_causal=causal)
+        return fused_attention(q, k, v, padding, dropout, is_causal=causal)
     scale, width = q.shape[-1] ** -0.5, v.shape[-1]
     if not causal:
         # the padding rides as one more feature of q and k, so that the bias has no batch dimension: B times less memory
@@ -229,7 +241,7 @@ def attend(
         q, v = F.pad(F.pad(q, (0, 1), value=1.0), (0, SPARE - 1)), F.pad(v, (0, SPARE))
         k = F.pad(torch.cat([k, hidden], dim=-1), (0, SPARE - 1))
     bias = alibi_bias(slopes, mask.shape[1], causal).to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, bias[None], dropout, scale=scale)[..., :width]
+    return fused_attention(q, k, v, bias[None], dropout, scale=scale)[..., :width]
 
 
 def alibi_slopes(heads: int) -> Tensor:

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import AttentionMixer, checked_width, merge_heads, split_heads
+from lra.architectures._attention import AttentionMixer, checked_width, fused_attention, merge_heads, split_heads
 from lra.architectures._stack import Stack
 from lra.encoder import Card, Cost
 
@@ -80,7 +80,7 @@ class LinformerMixer(AttentionMixer):
         return self.out(merge_heads(self.attend(q, k, v, mask)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=self.rate)
+        return fused_attention(q, k, v, dropout=self.rate)
 
     def pairs(self, length: int) -> float:
         return float(self.n_heads * length * self.proj_k.shape[-1])

@@ -38,6 +38,7 @@ from lra.architectures._attention import (  # fmt: skip
     at_least,
     banded,
     checked_width,
+    fused_attention,
     merge_heads,
     rope,
     split_heads,
@@ -85,7 +86,7 @@ class LongformerMixer(AttentionMixer):
             position = torch.arange(x.shape[1], device=x.device)
             fading = -self.slopes[:, None, None] * (position[: first.shape[1], None] - position).abs()
             allowed = fading.to(q.dtype)[None].masked_fill(~allowed, -torch.inf)
-        return F.scaled_dot_product_attention(q, k, v, allowed, self.rate)
+        return fused_attention(q, k, v, allowed, self.rate)
 
     def pairs(self, length: int) -> float:
         named = min(self.n_global, length) * (2 if self.causal else 1)

@@ -34,9 +34,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lra.architectures._attention import AttentionMixer, checked_width, merge_heads, split_heads
+from lra.architectures._attention import AttentionMixer, checked_width, fused_attention, merge_heads, split_heads
 from lra.architectures._precision import wide
 from lra.architectures._stack import Stack
 from lra.encoder import Card, Cost, lengths_of
@@ -88,8 +87,8 @@ class NystromformerMixer(AttentionMixer):
             scores = wide(mark_q) @ wide(mark_k).mT * self.head**-0.5
             A = scores.masked_fill(~known, -torch.inf).softmax(-1) * known.mT
             Z = inverse(A, A.mT / A.sum(-2).amax(-1)[..., None, None], self.iterations)
-        rows = F.scaled_dot_product_attention(mark_q, k, v, mask[:, None, None, :], self.rate)
-        y = F.scaled_dot_product_attention(q, mark_k, (Z @ wide(rows)).to(v.dtype), known, self.rate)
+        rows = fused_attention(mark_q, k, v, mask[:, None, None, :], self.rate)
+        y = fused_attention(q, mark_k, (Z @ wide(rows)).to(v.dtype), known, self.rate)
         return y + self.conv(v)
 
     def pairs(self, length: int) -> float:

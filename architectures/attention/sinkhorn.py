@@ -33,7 +33,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import AttentionMixer, added_positions, at_least, checked_width, merge_heads
+from lra.architectures._attention import (
+    AttentionMixer,
+    added_positions,
+    at_least,
+    checked_width,
+    fused_attention,
+    merge_heads,
+)
 from lra.architectures._stack import Stack
 from lra.encoder import Card, Cost
 
@@ -61,7 +68,7 @@ def sorted_attention(q: Tensor, k: Tensor, v: Tensor, real: Tensor, sort: Tensor
     own = (real | ~real.any(dim=-1, keepdim=True))[:, None].expand(-1, q.shape[1], -1, -1)
     seen = torch.cat([real[batch, source], own], dim=-1).unsqueeze(-2)
     queries, keys, values, seen = (t.flatten(0, 1) for t in (q, keys, values, seen))
-    return F.scaled_dot_product_attention(queries, keys, values, seen, dropout).view_as(q)
+    return fused_attention(queries, keys, values, seen, dropout).view_as(q)
 
 
 class SinkhornMixer(AttentionMixer):
