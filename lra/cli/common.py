@@ -53,6 +53,12 @@ def process_start() -> float:
     return now
 
 
+def announce_loading() -> None:
+    """Say on a terminal why nothing happens for some seconds; called after the arguments are checked."""
+    if errors.is_terminal:
+        errors.print("loading PyTorch", style="dim")
+
+
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
     """Decorator: report the errors of a command as one line (see `one_line`)."""
 

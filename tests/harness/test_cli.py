@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -9,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from lra import registry
+from lra.cli import common
 from lra.cli.app import app
 from lra.cli.common import process_start
 from lra.cli.template import architecture as start_architecture
+from lra.errors import UserError
 
 TINY = f"{Path(__file__).parents[1] / 'tiny_task.py'}:Tiny"
 runner = CliRunner()
@@ -114,6 +118,21 @@ def test_a_time_limit_counts_from_the_start_of_the_process() -> None:
         patch.setattr("lra.cli.train._run", lambda request, dry_run: created.append(request.created))
         assert runner.invoke(app, ["run", "listops", "gru", "--time-limit", "8m"]).exit_code == 0
     assert abs(created[0] - process_start()) < 0.1
+
+
+@pytest.mark.parametrize("words", [["check", "gru"], ["profile", "gru"], ["doctor"], ["bench"], ["evaluate", "."]])
+def test_a_terminal_is_told_what_takes_long(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise UserError("stopped here")
+
+    for name in ("conformance.suite.check", "profiling.profiler.profile", "operators.doctor.examine",
+                 "operators.bench.bench", "training.trained_run.load"):  # fmt: skip
+        monkeypatch.setattr(f"lra.{name}", stop)
+    shown = io.StringIO()
+    monkeypatch.setattr(common, "errors", Console(file=shown, force_terminal=True, width=200))
+    assert runner.invoke(app, words).exit_code == 2
+    text = shown.getvalue()
+    assert text.index("loading PyTorch") < text.index("stopped here")
 
 
 def test_a_sweep_runs_as_many_cells_at_a_time_as_asked(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
