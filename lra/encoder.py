@@ -5,7 +5,8 @@ An encoder maps a batch of embedded sequences to a batch of the same shape:
     forward(x: (B, L, D) float, mask: (B, L) bool, True = real token) -> (B, L, D)
 
 Sequences are right-padded: in each row of `mask` the real tokens form a prefix of at least one token. Outputs at real
-positions do not depend on the content or the amount of padding; outputs at padding are unspecified.
+positions do not depend on the content or the amount of padding; outputs at padding are unspecified. An encoder that
+says so (`gaps`) also takes masks that hide tokens between real ones, under the same rule.
 """
 
 from __future__ import annotations
@@ -113,10 +114,17 @@ class Encoder(nn.Module, ABC):
     length: int
     direction: str = "causal"
     """One of DIRECTIONS. Outputs depend on later positions unless it is "causal"."""
+    gaps: ClassVar[bool] = False
+    """Whether masks may hide tokens between real ones; never when causal."""
 
     @property
     def causal(self) -> bool:
         return self.direction == "causal"
+
+    @property
+    def active_parameters(self) -> int:
+        """Number of parameters that one token uses: all of them, unless a router picks experts for it."""
+        return sum(p.numel() for p in self.parameters())
 
     @property
     def scaling(self) -> str:

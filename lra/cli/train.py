@@ -52,7 +52,8 @@ def show(
     pretrain: Pretrain = "",
     match: Match = "",
 ) -> None:
-    """The resolved recipe of a run, where each value comes from, and the accuracy to expect."""
+    """The resolved recipe of a run, where each value comes from, what its source does otherwise, what to expect."""
+    from lra.config import recipe as recipes
     from lra.config.sections import SECTIONS
     from lra.training.request import SHAPE, Request, resolve
 
@@ -61,6 +62,8 @@ def show(
     )
     resolved, origin = resolve(request)
     declaration = architectures.declaration(architecture)
+    stated = recipes.provenance(request.recipe_name, task, architecture)
+    file = recipes.path_of(request.recipe_name, architecture).name
     table = Table(title=f"{task} x {architecture}, recipe {resolved.name}", title_justify="left", pad_edge=False)
     for column in ("key", "value", "from"):
         table.add_column(column, overflow="fold")
@@ -68,7 +71,10 @@ def show(
     sections = ["data", "model", "encoder", "optim", "train", *(["search"] if resolved.search.rates else [])]
     for section in [*sections, *(["pretrain"] if resolved.pretrain.objective != "none" else [])]:
         for key, value in _dotted(values[section]):
-            source = origin.get(f"{section}.{key}", "built-in default" if section in SECTIONS else "")
+            name = f"{section}.{key}"
+            source = origin.get(name, "built-in default" if section in SECTIONS else "")
+            if name in stated.sources and source.startswith(file):
+                source += f": {stated.sources[name]}"
             table.add_row(f"{section}.{key}", escape(json.dumps(value)), escape(source))
     for key, value in declaration.options.items():
         if key not in SHAPE and key not in resolved.encoder:
@@ -78,6 +84,8 @@ def show(
     if url := declaration.facts.get("url"):
         title, year = declaration.facts.get("title", ""), declaration.facts.get("year", "")
         console.print(escape(f"{title}, {year}: {url}"), soft_wrap=True)
+    for line in stated.differences:
+        console.print(f"differs from its source: {escape(line)}", soft_wrap=True)
     for line in _expectations(resolved.expected):
         console.print(line, soft_wrap=True)
     if resolved.note:

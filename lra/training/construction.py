@@ -13,7 +13,7 @@ import torch
 
 from lra.config.recipe import Recipe
 from lra.encoder import Encoder
-from lra.model import Classifier
+from lra.model import Classifier, Head
 from lra.registry import Constructor
 from lra.task import Protocol, Task
 from lra.training import sizes
@@ -49,7 +49,9 @@ def build(recipe: Recipe, constructor: Constructor, task: Task, protocol: Protoc
     """The classifier of a recipe with the weights that `seed` gives it. Seeds the global generators."""
     seed_everything(seed)
     encoder = build_encoder(recipe, constructor, protocol.length)
-    return Classifier(encoder, protocol, task.classes, task.towers, recipe.model.pooling)
+    model = recipe.model
+    head = Head(model.head, model.head_hidden, model.head_activation, model.pair)
+    return Classifier(encoder, protocol, task.classes, task.towers, model.pooling, head)
 
 
 def build_encoder(recipe: Recipe, constructor: Constructor, length: int) -> Encoder:
