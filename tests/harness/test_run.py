@@ -259,6 +259,7 @@ def test_fp16_needs_a_gpu(places: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_run_in_fp16(places: Path) -> None:
     assert result.read(go({"train.precision": "fp16"})).environment.precision == "16-mixed"
 
