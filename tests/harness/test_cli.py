@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,19 @@ def test_an_unwritable_results_folder_is_refused_before_training(places: Path, m
     file.write_text("")
     monkeypatch.setenv("LRA_RESULTS", str(file))
     assert "LRA_RESULTS" in refused("run", TINY, "gru", "--recipe", "quick")
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"), [("run listop", "listops"), ("check s4d/in", "s4d/inv"), ("swee", "sweep")]
+)
+def test_the_shell_completes_commands_and_names(typed: str, offered: str) -> None:
+    words = f"lra {typed}"
+    environment = os.environ | {
+        "_LRA_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1),
+    }  # fmt: skip
+    code = "from lra.cli.app import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert offered in done.stdout.split(), done.stderr
 
 
 def test_a_time_limit_counts_from_the_start_of_the_process() -> None:
