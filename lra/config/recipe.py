@@ -47,7 +47,8 @@ class Recipe:
     """A resolved recipe: all settings of a run except its seed.
 
     note: what to expect, printed before the run; smoke: the run is a smoke test, which the tables leave out; width and
-    depth: d_model and number of layers that meet `model.budget`, 0 if they are those of `model`. regime: "scratch" or the self-pretraining objective.
+    depth: d_model and number of layers that meet `model.budget`, 0 if they are those of `model`. regime: "scratch", or
+    the self-pretraining objective.
     """
 
     name: str
@@ -374,6 +375,8 @@ def _check_type(value: Any, kind: Any, where: str) -> Any:
         return value
     if kind is float and type(value) is int:
         return float(check_json(value, where))
+    if kind is str and type(value) is int:
+        return str(value)  # train.precision=32
     if type(value) is not kind:
         raise UserError(f"{where} is {brief(value)}; expected {kind.__name__}")
     # sections check the range of their floats, infinities and NaN included

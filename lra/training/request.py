@@ -142,7 +142,7 @@ def read(request: Request) -> tuple[Recipe, dict[str, str]]:
 
 
 def _within_budget(request: Request, recipe: Recipe, origin: dict[str, str]) -> tuple[Recipe, dict[str, str]]:
-    """The recipe with a width and a depth that keep to `model.budget`, relative to the Transformer under the same settings."""
+    """The recipe with a width and a depth that keep to `model.budget`, relative to the Transformer in this recipe."""
     from lra.config import match
     from lra.training.construction import build_encoder
 

@@ -125,6 +125,12 @@ def test_a_wrong_file_is_one_clear_line(content: str, message: str, tmp_path: Pa
     assert len(str(error.value)) < 1000
 
 
+def test_a_number_is_taken_where_a_name_can_be_one() -> None:
+    assert recipe.resolve("quick", "listops", "gru", {"train.precision": "32"})[0].train.precision == "32"
+    with pytest.raises(UserError, match=r"precision is '31'"):
+        recipe.resolve("quick", "listops", "gru", {"train.precision": "31"})
+
+
 def test_unknown_recipes_and_encoder_keys_get_the_nearest_name() -> None:
     with pytest.raises(UserError, match="did you mean 'quick'"):
         recipe.resolve("quik", "listops", "gru")
