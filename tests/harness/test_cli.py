@@ -103,6 +103,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: tuple[str, ...], says:
     assert says in refused(*arguments)
 
 
+def test_a_name_that_is_near_to_none_is_not_answered_with_all_of_them() -> None:
+    line = refused("show", "listops", "zzz")
+    assert line.endswith(f", ... ({len(registry.architectures.names())} in all)")
+    assert len(line) < 400
+
+
 def test_an_unwritable_results_folder_is_refused_before_training(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = places / "file"
     file.write_text("")
