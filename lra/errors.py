@@ -11,6 +11,8 @@ from reprlib import Repr
 PACKAGES = ("site-packages", "dist-packages")
 # lra/ and the folders that its links lead to
 PROJECT = [(Path(__file__).parent / part).resolve() for part in (".", "architectures", "kernels", "tasks")]
+SHOWN = 20
+"""Names that a message lists where none is near."""
 _SHORT = Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 3, 60, 60, 60
 
@@ -61,8 +63,9 @@ def describe(error: BaseException) -> str:
 
 
 def unknown(kind: str, name: str, known: Iterable[str], where: str = "") -> UserError:
-    """An unknown name, answered with the nearest right one, or with all of them where none is near."""
+    """An unknown name, answered with the nearest right one, or with the known ones where none is near."""
     names = sorted(known)
     near = get_close_matches(name, names, n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]!r}?" if near else "known: " + (", ".join(names) or "none")
+    more = f", ... ({len(names)} in all)" if len(names) > SHOWN else ""
+    hint = f"did you mean {near[0]!r}?" if near else "known: " + (", ".join(names[:SHOWN]) + more or "none")
     return UserError(f"unknown {kind} {brief(name)}{f' in {where}' if where else ''}; {hint}")

@@ -226,7 +226,7 @@ class Registry:
     def _load_plugin(self, point: EntryPoint) -> Any:
         try:
             return point.load()
-        except Exception as error:  # another package may raise anything
+        except (Exception, SystemExit) as error:  # another package may raise anything
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"{self.kind} {point.name!r}: loading {point.value} failed: {reason}") from error
 
@@ -342,7 +342,7 @@ def _import_object(reference: str, kind: str) -> tuple[Any, str]:
             module = importlib.import_module(location)
     except FileNotFoundError:
         raise UserError(f"{kind} {reference}: no file {location}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{kind} {reference}: importing {location} failed: {type(error).__name__}: {error}") from error
     if not hasattr(module, attribute):
         classes = [n for n, c in vars(module).items() if inspect.isclass(c) and c.__module__ == module.__name__]

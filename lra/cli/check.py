@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from lra.cli.common import Architecture, console, guarded, settings_of
+from lra.cli.common import Architecture, announce_loading, console, guarded, settings_of
 from lra.config import recipe as recipes
-from lra.errors import UserError
+from lra.errors import UserError, unknown
 from lra.registry import Constructor, architectures
 
 
@@ -35,7 +35,12 @@ def check(
         raise UserError("--set is for the conformance checks; leave out --reach and --recall")
     if png is not None and not reach:
         raise UserError("--png writes the plot of --reach; add --reach")
+    architectures.declaration(architecture)
+    announce_loading()
     constructor = architectures.get(architecture)
+    for key in options:
+        if key not in constructor.options():
+            raise unknown("argument", f"encoder.{key}", [f"encoder.{k}" for k in constructor.options()], architecture)
     if reach:
         _show_reach(constructor, png)
     if recall:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from lra.errors import Interrupted, UserError
+from lra.registry import architectures, tasks
 
 # tables are designed for 100 columns
 console, errors = Console(width=None if sys.stdout.isatty() else 100), Console(stderr=True)
@@ -53,6 +54,12 @@ def process_start() -> float:
     return now
 
 
+def announce_loading() -> None:
+    """Say on a terminal why nothing happens for some seconds; called after the arguments are checked."""
+    if errors.is_terminal:
+        errors.print("loading PyTorch", style="dim")
+
+
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
     """Decorator: report the errors of a command as one line (see `one_line`)."""
 
@@ -85,8 +92,23 @@ def seconds_of(text: str) -> float | None:
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
 
 
-TaskName = Annotated[str, typer.Argument(metavar="TASK", help="listops, text, ... (see `lra list`)")]
-Architecture = Annotated[str, typer.Argument(metavar="ARCH", help="s4d, s4d/inv, my.module:Net or net.py:Net")]
+def _complete_task(incomplete: str) -> list[str]:
+    return [name for name in tasks.names() if name.startswith(incomplete)]
+
+
+def _complete_architecture(incomplete: str) -> list[str]:
+    return [name for name in architectures.names(variants="/" in incomplete) if name.startswith(incomplete)]
+
+
+TaskName = Annotated[
+    str, typer.Argument(metavar="TASK", help="listops, text, ... (see `lra list`)", autocompletion=_complete_task)
+]
+Architecture = Annotated[
+    str,
+    typer.Argument(
+        metavar="ARCH", help="s4d, s4d/inv, my.module:Net or net.py:Net", autocompletion=_complete_architecture
+    ),
+]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe value.")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="quick, matched, paper, a .toml file, or auto.")]
 Source = Annotated[Path | None, typer.Option("--from", help="Folder with the raw files (else LRA_DATA).")]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from lra.cli.common import DryRun, console, guarded, settings_of
+from lra.cli.common import DryRun, announce_loading, console, guarded, settings_of
 from lra.errors import UserError
 
 if TYPE_CHECKING:
@@ -141,6 +141,7 @@ def import_(
 def _load(run: Path, checkpoints: Path | None) -> TrainedRun:
     if not run.is_dir():
         raise UserError(f"{run} is not a folder; give a folder below runs/ or one that `lra export` wrote")
+    announce_loading()
     from lra.training import trained_run
 
     return trained_run.load(run, checkpoints=checkpoints)

@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from lra.cli.common import console, guarded
+from lra.cli.common import announce_loading, console, guarded
 from lra.errors import unknown
 from lra.operators import operators
 
@@ -23,6 +23,7 @@ def doctor(
 ) -> None:
     """Check which implementations of each operator run on this machine and whether they match the reference."""
     _check_operator(op)
+    announce_loading()
     from lra.operators import doctor as diagnosis
     from lra.training.device import device
 
@@ -55,6 +56,7 @@ def bench(
 ) -> None:
     """Time the operators and compare them with the limits of this machine. Without OP, also write results/bench/."""
     _check_operator(op)
+    announce_loading()
     from lra.operators.bench import no_peers
 
     time_operators(op, budget, no_peers)

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lra.cli.common import console, guarded
+from lra.cli.common import announce_loading, console, guarded
 from lra.errors import UserError, unknown
 from lra.profiling.budget import budget_of
 from lra.registry import architectures
@@ -59,6 +59,7 @@ def profile(
     _check_size(shape, max(map(int, parts)))
     for name in names or []:
         architectures.declaration(name)
+    announce_loading()
     chosen = names or architectures.names()
     if lra_table and names and "transformer" not in names:
         chosen = ["transformer", *names]

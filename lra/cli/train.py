@@ -291,6 +291,7 @@ def sweep(
         return
     if time_limit and ray:
         raise UserError("--time-limit is of a sweep on this machine; with --ray, put time-limit under [run]")
+    console.print(f"{len(plan.cells)} cells; looking for their results", soft_wrap=True)
     seconds = seconds_of(time_limit)
     if seconds is not None:
         seconds -= time.monotonic() - process_start()

@@ -22,6 +22,8 @@ from lra.training.placement import Placement
 
 SHAPE = ("d_model", "n_layers", "length", "dropout", "direction")
 """Constructor arguments that the model section of a recipe sets."""
+TABLES = ("block", "layer")
+"""Constructor arguments that are tables: those of the residual stack, and those of a user's own layer."""
 LARGEST_SEED = 2**32 - 1
 
 
@@ -135,6 +137,7 @@ def read(request: Request) -> tuple[Recipe, dict[str, str]]:
     for key in recipe.encoder:
         if key not in own:
             raise unknown("key", f"encoder.{key}", [f"encoder.{k}" for k in own], where=recipe.architecture)
+        _check_option(key, recipe.encoder[key], architecture.options[key])
     return recipes.apply_variant(recipe, origin, architecture.preset)
 
 
@@ -235,6 +238,14 @@ def _check_task(task: str | type) -> None:
         tasks.facts(task)
     else:
         tasks.get(task)
+
+
+def _check_option(key: str, value: Any, default: Any) -> None:
+    """Raise UserError for a constructor argument that is of another kind than its default."""
+    if key in TABLES and not isinstance(value, Mapping):
+        raise UserError(f"encoder.{key} is {brief(value)}; a table, whose values are set as encoder.{key}.<name>=...")
+    if isinstance(default, int | float) and isinstance(value, str):
+        raise UserError(f"encoder.{key} is {brief(value)}; expected {type(default).__name__}")
 
 
 def _check_protocol(task: str | type, protocol: str) -> None:

@@ -166,7 +166,7 @@ def test_messages_say_what_is_wrong() -> None:
         ("GrowsWithTheLength", "outputs of sum at 4096 tokens have RMS"),
         ("UnknownExemption", "unknown check 'paddin'; did you mean 'padding'?"),
         ("TakesAnything", "argument more is variadic keyword"),
-        ("CannotBeBuilt", "the encoder cannot be built: raised RuntimeError: no such thing (bad_encoders.py:"),
+        ("CannotBeBuilt", "its constructor raised RuntimeError: no such thing (bad_encoders.py:"),
     ):
         breaks = getattr(bad_encoders, name).breaks
         [message] = [f.message for f in check(named(name), only=[breaks]) if f.failed]

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from lra import registry
+from lra.cli import common
 from lra.cli.app import app
 from lra.cli.common import process_start
 from lra.cli.template import architecture as start_architecture
+from lra.errors import UserError
 
 TINY = f"{Path(__file__).parents[1] / 'tiny_task.py'}:Tiny"
 runner = CliRunner()
@@ -98,11 +103,30 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: tuple[str, ...], says:
     assert says in refused(*arguments)
 
 
+def test_a_name_that_is_near_to_none_is_not_answered_with_all_of_them() -> None:
+    line = refused("show", "listops", "zzz")
+    assert line.endswith(f", ... ({len(registry.architectures.names())} in all)")
+    assert len(line) < 400
+
+
 def test_an_unwritable_results_folder_is_refused_before_training(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = places / "file"
     file.write_text("")
     monkeypatch.setenv("LRA_RESULTS", str(file))
     assert "LRA_RESULTS" in refused("run", TINY, "gru", "--recipe", "quick")
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"), [("run listop", "listops"), ("check s4d/in", "s4d/inv"), ("swee", "sweep")]
+)
+def test_the_shell_completes_commands_and_names(typed: str, offered: str) -> None:
+    words = f"lra {typed}"
+    environment = os.environ | {
+        "_LRA_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1),
+    }  # fmt: skip
+    code = "from lra.cli.app import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert offered in done.stdout.split(), done.stderr
 
 
 def test_a_time_limit_counts_from_the_start_of_the_process() -> None:
@@ -114,6 +138,21 @@ def test_a_time_limit_counts_from_the_start_of_the_process() -> None:
         patch.setattr("lra.cli.train._run", lambda request, dry_run: created.append(request.created))
         assert runner.invoke(app, ["run", "listops", "gru", "--time-limit", "8m"]).exit_code == 0
     assert abs(created[0] - process_start()) < 0.1
+
+
+@pytest.mark.parametrize("words", [["check", "gru"], ["profile", "gru"], ["doctor"], ["bench"], ["evaluate", "."]])
+def test_a_terminal_is_told_what_takes_long(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise UserError("stopped here")
+
+    for name in ("conformance.suite.check", "profiling.profiler.profile", "operators.doctor.examine",
+                 "operators.bench.bench", "training.trained_run.load"):  # fmt: skip
+        monkeypatch.setattr(f"lra.{name}", stop)
+    shown = io.StringIO()
+    monkeypatch.setattr(common, "errors", Console(file=shown, force_terminal=True, width=200))
+    assert runner.invoke(app, words).exit_code == 2
+    text = shown.getvalue()
+    assert text.index("loading PyTorch") < text.index("stopped here")
 
 
 def test_a_sweep_runs_as_many_cells_at_a_time_as_asked(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,7 +193,7 @@ def test_what_cannot_run_is_one_line(places: Path) -> None:
     for settings, architecture, says in (
         ({"model.d_model": "1000000"}, "gru", r"model\.d_model=1000000 .* needs more than"),
         ({}, Pair, r"Pair: its first batch raised ValueError: Pair returned a tuple"),
-        ({"encoder.layer": "{...}"}, Pair, "Pair"),
+        ({"encoder.layer": "{...}"}, Pair, r"encoder\.layer is '{\.\.\.}'; a table"),
     ):
         with pytest.raises(UserError, match=says) as error:
             go(settings, architecture)  # type: ignore[arg-type]
@@ -209,7 +209,7 @@ def test_what_cannot_run_is_one_line(places: Path) -> None:
     ("settings", "says"),
     [
         ({"model.d_model": "1000000"}, "model.d_model="),
-        ({"model.n_layers": "1000000000"}, "smaller values of both|model.n_layers="),
+        ({"model.n_layers": "1000000000"}, "model.n_layers="),
         ({"data.batch_size": "1000000000"}, "data.batch_size="),
         ({"data.evaluation_batch_size": "1000000000"}, "data.evaluation_batch_size="),
     ],
@@ -227,7 +227,8 @@ def test_what_cannot_fit_is_refused_with_what_would(
         )  # fmt: skip
         try:
             sizes.check_weights(changed, "cpu")
-            sizes.check_batches(changed, "cpu", np.full((10**7, 1), 4000), 10**7)
+            if says.startswith("data"):
+                sizes.check_batches(changed, "cpu", np.full((10**7, 1), 4000), 10**7)
         except UserError as error:
             return str(error)
         return None
@@ -235,10 +236,8 @@ def test_what_cannot_fit_is_refused_with_what_would(
     message = refused()
     assert message is not None
     assert "\n" not in message
-    offer = re.search(rf"at most (?:{says})(\d+) can fit", message)
-    if offer is None:
-        assert re.search(rf"at most .*(?:{says}).* can fit", message)
-        return
+    offer = re.search(rf"at most {says}(\d+) can fit", message)
+    assert offer is not None, message
     key, most = says.rstrip("="), int(offer[1])
     assert refused(key, most) is None
     assert refused(key, most + most // 100 + 1) is not None
@@ -260,6 +259,7 @@ def test_fp16_needs_a_gpu(places: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_run_in_fp16(places: Path) -> None:
     assert result.read(go({"train.precision": "fp16"})).environment.precision == "16-mixed"
 
