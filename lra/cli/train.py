@@ -108,6 +108,7 @@ def run(
     devices: Annotated[int, typer.Option(help="GPUs (or CPU processes) of each node.")] = 1,
     nodes: Annotated[int, typer.Option(help="Nodes.")] = 1,
     strategy: Annotated[str, typer.Option(help="auto, ddp or fsdp.")] = "auto",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; by default OMP_NUM_THREADS, else one a core.")] = 0,
     logger: Annotated[list[str] | None, typer.Option(help="Beside csv: tensorboard, wandb, mlflow.")] = None,
     dry_run: DryRun = False,
     search: Annotated[str, typer.Option(hidden=True)] = "",
@@ -120,7 +121,7 @@ def run(
     request = Request(
         task, architecture, recipe, seed, protocol, settings_of(settings), source, seconds_of(time_limit), resume,
         pretrain, match, Placement(devices, nodes, strategy), checkpoint_dir, tuple(logger or ()), _search(search),
-        select_only,
+        select_only, threads,
     )  # fmt: skip
     resolved, _ = read(request)
     check(request, resolved)

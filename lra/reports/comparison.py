@@ -47,6 +47,15 @@ class Comparison:
             "not for other seeds."
         )
 
+    @property
+    def source(self) -> str:
+        """One line on the files in which the sources of a user's class differ; empty if they are the same."""
+        if self.a.architecture != self.b.architecture or self.a.source_key == self.b.source_key:
+            return ""
+        one, two = (run.source.files if run.source else {} for run in (self.a, self.b))
+        files = [name for name in sorted(one.keys() | two.keys()) if one.get(name) != two.get(name)]
+        return f"another source: {', '.join(files) or 'not recorded'}; these are two models, not two runs of one"
+
     def table(self) -> Table:
         """The fields that differ."""
         rows = [[TableCell(text) for text in (name, *values)] for name, values in self.fields.items()]
@@ -93,5 +102,6 @@ def _fields(record: RunRecord) -> dict[str, str]:
         "data": record.data.checksum[:8], "recipe": record.recipe.name, "recipe hash": record.recipe_hash[:8],
         "regime": record.regime, "direction": record.direction, "seed": str(record.seed),
         "parameters": str(record.parameters), "device": record.hardware, "commit": record.environment.commit.hash[:12],
-    }  # fmt: skip
+        "threads": str(record.environment.threads or "-"),
+    } | ({"source": record.source_key[:8]} if record.source else {})  # fmt: skip
     return facts | recipe_settings(record)

@@ -125,7 +125,7 @@ COLUMNS = (
     "id", "task", "protocol", "recipe", "recipe_hash", "status", "changed", "regime", "architecture", "direction",
     "seed", "accuracy", "n", "at_chance", "validation_accuracy", "best_step", "parameters", "flops_forward",
     "flops_forward_backward", "examples", "examples_per_second", "peak_bytes", "minutes", "device", "threads", "data",
-    "started", "command",
+    "source", "started", "command",
 )  # fmt: skip
 """Columns of `Collection.frame`."""
 
@@ -137,7 +137,7 @@ def _row(record: RunRecord, settings: Settings) -> tuple[Any, ...]:
         record.test.n, record.at_chance, record.validation.accuracy, record.validation.best_step, record.parameters,
         record.flops.forward, record.flops.forward_backward, record.speed.examples, record.speed.examples_per_second,
         record.memory.peak_bytes, record.wall_seconds / 60, record.hardware, record.environment.threads,
-        record.data.checksum, record.started, record.command,
+        record.data.checksum, record.source_key, record.started, record.command,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from lra.training.placement import Placement
 SHAPE = ("d_model", "n_layers", "length", "dropout", "direction")
 """Constructor arguments that the model section of a recipe sets."""
 LARGEST_SEED = 2**32 - 1
+MAX_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Request:
     source: folder with the raw data. time_limit: seconds, counted from `created` (of `time.monotonic`).
     pretrain: "" as the recipe says, else one of OBJECTIVES. match: a budget to solve the width for (lra.config.match).
     checkpoint_dir: folder for checkpoints, by default the run's own. search: how these settings were searched for.
-    select_only: stop before the test set is read.
+    select_only: stop before the test set is read. threads: number of CPU threads, by default those of OMP_NUM_THREADS,
+    else one for each core.
     """
 
     task: str | type
@@ -54,6 +56,7 @@ class Request:
     loggers: tuple[str, ...] = ()
     search: Mapping[str, Any] | None = None
     select_only: bool = False
+    threads: int = 0
     created: float = field(default_factory=time.monotonic, compare=False)
 
     @property
@@ -90,6 +93,7 @@ class Request:
             ("devices", self.placement.devices, defaults.devices),
             ("nodes", self.placement.nodes, defaults.nodes),
             ("strategy", self.placement.strategy, defaults.strategy),
+            ("threads", self.threads, 0),
             ("from", self.source, None),
         ):
             words += [f"--{name}", str(given)] if given != default else []
@@ -112,7 +116,7 @@ def read(request: Request) -> tuple[Recipe, dict[str, str]]:
     _check_task(request.task)
     architecture, name = architectures.declaration(request.architecture), request.architecture_name
     recipe, origin = recipes.resolve(request.recipe_name, request.task_name, name, request.settings)
-    if request.protocol:
+    if request.protocol and request.protocol != (recipe.data.protocol or _protocols(request.task)[0]):
         recipe = replace(recipe, data=replace(recipe.data, protocol=request.protocol))
         origin["data.protocol"] = "--protocol"
     if origin["data.protocol"].startswith("--"):
@@ -165,6 +169,8 @@ def check(request: Request, recipe: Recipe) -> None:
     """Raise UserError for everything in a request that can be seen to be wrong before data and model are loaded."""
     if type(request.seed) is not int or not 0 <= request.seed <= LARGEST_SEED:
         raise UserError(f"seed is {brief(request.seed)}; a whole number from 0 to {LARGEST_SEED}")
+    if type(request.threads) is not int or not 0 <= request.threads <= MAX_THREADS:
+        raise UserError(f"threads is {brief(request.threads)}; a whole number up to {MAX_THREADS}, 0 for the default")
     request.placement.validate(device.device_type(), recipe)
     loggers.check(request.loggers)
     if request.source is not None:
@@ -223,8 +229,13 @@ def _check_task(task: str | type) -> None:
         tasks.get(task)
 
 
+def _protocols(task: str | type) -> list[str]:
+    """Names of the protocols of a task, its default first."""
+    return list(tasks.declaration(task).facts["protocols"])
+
+
 def _check_protocol(task: str | type, protocol: str) -> None:
-    names = tasks.declaration(task).facts["protocols"]
+    names = _protocols(task)
     if protocol not in names:
         raise unknown(f"protocol of {reference_of(task)}", protocol, names)
 

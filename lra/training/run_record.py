@@ -20,6 +20,7 @@ from lra.results import record as records
 from lra.results import statistics
 from lra.results.official import changed_settings
 from lra.results.record import RunRecord
+from lra.source import digest
 from lra.task import Protocol
 
 
@@ -79,6 +80,9 @@ def record(
         started=started.isoformat(timespec="seconds"),
         predictions=records.PredictionsFile(file="", sha256=""),
         receptive_field=_receptive_field(model, protocol),
+        source=None if constructor.source is None else records.Source(
+            sha256=digest(constructor.source), files=dict(constructor.source)
+        ),
         **other,
     )
 
