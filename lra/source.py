@@ -55,7 +55,8 @@ def digest(files: Mapping[str, str] | None) -> str:
 
 
 def home_of(path: Path) -> Path:
-    """The folder that names in `files_of` are relative to: that of the file; of a module in a package that is not installed, the folder of the outermost package."""
+    """The folder that names in `files_of` are relative to: that of the file, or, of a module in a package that is not
+    installed, the folder of the outermost package."""
     home = path.parent
     if any(home.is_relative_to(folder) for folder in INSTALLED):
         return home
@@ -79,7 +80,9 @@ def _imported(file: Path, content: bytes, home: Path) -> Iterator[Path]:
             module = node.module.split(".") if node.module else []
             for alias in node.names:
                 names = [*module, alias.name]
-                yield from _module_files(names, (file.parents[node.level - 1],) if node.level else (file.parent, home), home)
+                yield from _module_files(
+                    names, (file.parents[node.level - 1],) if node.level else (file.parent, home), home
+                )
 
 
 def _module_files(names: list[str], folders: tuple[Path, ...], home: Path) -> Iterator[Path]:

@@ -111,9 +111,7 @@ def lines(path: Path) -> Iterator[bytes]:
         yield from _lines(file, path)
 
 
-def _plain_files(
-    archive: Path, wanted: Callable[[PurePosixPath], bool]
-) -> Iterator[tuple[PurePosixPath, IO[bytes]]]:
+def _plain_files(archive: Path, wanted: Callable[[PurePosixPath], bool]) -> Iterator[tuple[PurePosixPath, IO[bytes]]]:
     """The wanted members of a tar archive, in its order, each to be read before the next."""
     # tarfile's own gzip reader does not notice a truncated archive
     with (
@@ -149,9 +147,7 @@ def _lines(file: IO[bytes], archive: Path) -> Iterator[bytes]:
         mark = codecs.BOM_UTF8
         while line := file.readline(MAX_LINE):
             if len(line) == MAX_LINE:
-                raise DataError(
-                    f"{archive} holds a line of more than {MAX_LINE:,} bytes; it is not the released file"
-                )
+                raise DataError(f"{archive} holds a line of more than {MAX_LINE:,} bytes; it is not the released file")
             yield line.removeprefix(mark)
             mark = b""
 

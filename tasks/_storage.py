@@ -101,7 +101,9 @@ def write_examples(folder: Path, split: str, labels: np.ndarray, index: np.ndarr
         raise ValueError(f"{len(index)} rows of index for {len(labels)} labels")
     largest = np.iinfo(np.uint32).max
     if (example := _first_unfit(labels, largest)) is not None:
-        raise DataError(f"the label of example {example} of {split} is {labels[example]}, not a whole number from 0 to {largest}")
+        raise DataError(
+            f"the label of example {example} of {split} is {labels[example]}, not a whole number from 0 to {largest}"
+        )
     np.save(folder / f"{split}.index.npy", (index[:, None] if index.ndim == 1 else index).astype(np.int32))
     np.save(folder / f"{split}.labels.npy", labels.astype(np.min_scalar_type(int(labels.max(initial=0)))))
 

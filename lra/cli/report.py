@@ -73,8 +73,6 @@ def compare(
 
     runs = comparison.compare(first, second)
     console.print(escape(str(runs)))
-    if runs.source:
-        console.print(f"[yellow]{escape(runs.source)}[/]", soft_wrap=True)
     if runs.fields:
         console.print(table.terminal(runs.table()))
     else:

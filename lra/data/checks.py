@@ -27,7 +27,9 @@ def check_split(task: Task, protocol: Protocol, name: str, split: Split) -> None
         raise DataError(f"{where} example {wrong[0]} is empty; leave it out, or give it at least one value")
     if len(wrong := np.flatnonzero((lengths[index] % channels != 0).any(axis=1))):
         size = int(lengths[index[wrong[0]]][0])
-        raise DataError(f"{where} example {wrong[0]} has {size} values, which are not a multiple of {channels} channels")
+        raise DataError(
+            f"{where} example {wrong[0]} has {size} values, which are not a multiple of {channels} channels"
+        )
     largest = (protocol.vocabulary or 256) - 1
     if len(split.values) and split.values.max() > largest:
         document = np.searchsorted(split.offsets, np.argmax(split.values > largest), side="right") - 1

@@ -200,8 +200,9 @@ def load_prepared(
 ) -> Prepared:
     """The prepared set of a task under a protocol, by default its first; prepared first if missing or out of date.
 
-    source: folder with the raw files (else LRA_DATA, else the folder that an outdated set was prepared from). workers: number of processes or threads, by default one per
-    usable CPU; the prepared bytes do not depend on it. Raises DataError, and UserError for an unknown name.
+    source: folder with the raw files (else LRA_DATA, else the folder that an outdated set was prepared from). workers:
+    number of processes or threads, by default one per usable CPU; the prepared bytes do not depend on it. Raises
+    DataError, and UserError for an unknown name.
     """
     owner, frozen = resolve(task, protocol)
     if source is not None and not frozen.raw:

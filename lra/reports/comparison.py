@@ -35,7 +35,10 @@ class Comparison:
     only_b: int | None = None
 
     def __str__(self) -> str:
-        """The difference in one line."""
+        """The difference in one line, and a second one where the runs are of two sources."""
+        return "\n".join(filter(None, (self._difference(), self.source)))
+
+    def _difference(self) -> str:
         accuracies = f"{100 * self.a.test.accuracy:.2f} % and {100 * self.b.test.accuracy:.2f} %"
         if self.difference is None:
             return f"accuracy {accuracies}; not tested on the same examples, so there is no paired difference"

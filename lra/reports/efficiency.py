@@ -21,9 +21,8 @@ from lra.errors import UserError
 from lra.registry import architectures
 from lra.reports.table import Table, TableCell
 from lra.results import profile as stored
-from lra.results.profile import CLOSE, FailedProfile, Profile, agreed, machine_name
+from lra.results.profile import CLOSE, AnyProfile, FailedProfile, Profile, agreed, machine_name
 
-AnyProfile = Profile | FailedProfile
 Shape = tuple[str, str, str, int, int, int, str]
 BASE = "transformer"
 OUTSIDE = "outside"
@@ -135,17 +134,6 @@ def _values(p: AnyProfile) -> dict[str, Any]:
 def table_csv(profiles: Sequence[AnyProfile]) -> str:
     """Long format, one cell a row."""
     return frame(profiles)[list(FIELDS)].to_csv(index=False, float_format="%.6g", lineterminator="\n")
-
-
-def memory_near(profiles: Iterable[AnyProfile], cpu_or_gpu: str, length: int) -> dict[str, tuple[int, int]]:
-    """Peak bytes of a training step on a device, as architecture -> (bytes, length measured at): at the length nearest
-    to `length`, at the shape with most cells there, so that the numbers can be compared."""
-    here = [p for p in measured(profiles) if cpu_or_gpu in (p.environment.gpu, p.environment.cpu) and not p.cell.task]
-    cells = max(by_shape(here).values(), key=len, default=[])
-    if not cells or not length:
-        return {}
-    nearest = min({p.cell.length for p in cells}, key=lambda n: abs(math.log(n / length)))
-    return {p.cell.architecture: (int(p.memory.peak_bytes), nearest) for p in cells if p.cell.length == nearest}
 
 
 def exponent(lengths: Sequence[float], values: Sequence[float]) -> tuple[float, float]:

@@ -142,6 +142,11 @@ class Environment(Part, frozen=True, kw_only=True):
     commit: Commit = Commit()
 
     @property
+    def dtype(self) -> str:
+        """Type of the arithmetic, as `lra.results.profile.Cell.dtype` names it; empty where it was not recorded."""
+        return {"32": "float32", "bf16": "bfloat16", "16": "float16"}.get(str(self.precision).partition("-")[0], "")
+
+    @property
     def hardware(self) -> str:
         """The processor that did the work: the GPU's name, or the CPU's with its number of processors."""
         on_gpu = self.gpu is not None and self.device in (None, "cuda")

@@ -1,8 +1,8 @@
 """The folder of a run: recipe, log, checkpoints, and where its record is.
 
 recipe.json holds the resolved recipe; run.json {"seed", "command", "checkpoints", "source", "record"}, where
-"checkpoints" is the folder with best.ckpt, "source" the SHA-256 of the source of a user's class, and "record" the path of
-the result, empty until there is one.
+"checkpoints" is the folder with best.ckpt, "source" the SHA-256 of the source of a user's class, and "record" the path
+of the result, empty until there is one.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def opened(request: Request, recipe: Recipe, folder: Path, leads: bool, source: 
         if not request.resume:
             for place in (checkpoints, folder / "log"):
                 shutil.rmtree(place, ignore_errors=True)
-        _write(folder / RECIPE, recipe.as_dict())
         elif read(folder).get("source", source) != source:
             raise UserError(
                 f"{request.architecture_name} or a file that it imports was changed since this run began; run it "
                 "without --resume, or undo the changes"
             )
+        _write(folder / RECIPE, recipe.as_dict())
         about = {"seed": request.seed, "command": request.command(), "checkpoints": str(checkpoints.resolve())}
         _write(folder / RUN, about | {"source": source, "record": ""})
         yield

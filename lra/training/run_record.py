@@ -80,9 +80,9 @@ def record(
         started=started.isoformat(timespec="seconds"),
         predictions=records.PredictionsFile(file="", sha256=""),
         receptive_field=_receptive_field(model, protocol),
-        source=None if constructor.source is None else records.Source(
-            sha256=digest(constructor.source), files=dict(constructor.source)
-        ),
+        source=None
+        if constructor.source is None
+        else records.Source(sha256=digest(constructor.source), files=dict(constructor.source)),
         **other,
     )
 

@@ -72,9 +72,9 @@ class Retrieval(Pairs):
                 progress,
             )
         rows: dict[str, list[Row]] = {}
-        for split, where, lines in _files(source, archive):
+        for split, where, content in _files(source, archive):
             progress(f"reading {split} pairs", len(rows), len(FILES))
-            rows[split] = list(_rows(lines, where, protocol, documents))
+            rows[split] = list(_rows(content, where, protocol, documents))
         write_pairs(folder, rows, documents.__getitem__, progress)
         if archive is not None:
             archive.unlink()

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from test_report import profile_content as content
+from records import profile_content as content
 from typer.testing import CliRunner
 
 from lra.cli.app import app
@@ -27,7 +27,7 @@ from lra.profiling.timing import measure, together
 from lra.reports import efficiency, lra_table
 from lra.reports import table as tables
 from lra.results import profile as stored
-from lra.results.profile import Cell, FailedProfile, Profile, machine_name
+from lra.results.profile import Cell, FailedProfile, Profile, machine_name, nearest_steps
 from lra.results.record import Environment
 
 CPU = torch.device("cpu")
@@ -383,8 +383,13 @@ def test_a_utilisation_on_file_that_cannot_be_is_not_shown() -> None:
 
 def test_memory_is_that_of_the_nearest_length() -> None:
     profiles = [profiled("s4d", n, 1.0) for n in (256, 1024)] + [profiled("gru", 1024, 1.0)]
-    assert efficiency.memory_near(profiles, "a cpu x2", 2000) == {"s4d": (2**24, 1024), "gru": (2**24, 1024)}
-    assert efficiency.memory_near(profiles, "another", 2000) == {}
+    steps = nearest_steps(profiles, "a cpu x2", "float32", 2000)
+    assert {name: (p.memory.peak_bytes, p.cell.length) for name, p in steps.items()} == {
+        "s4d": (2**24, 1024), "gru": (2**24, 1024),
+    }  # fmt: skip
+    assert nearest_steps(profiles, "another", "float32", 2000) == {}
+    assert nearest_steps(profiles, "a cpu x2, 2 threads", "float32", 2000) == {}
+    assert nearest_steps(profiles, "a cpu x2", "bfloat16", 2000) == {}
 
 
 def test_crossover_is_where_the_curves_meet_for_good() -> None:

@@ -86,7 +86,7 @@ def test_a_thousand_classes_and_tokens_beyond_65_536_stay_what_they_are(monkeypa
     assert split_of([[70_000]], task, protocol).values.tolist() == [70_000]
 
 
-TASK = '''
+TASK = """
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +111,7 @@ class Lines(Task):
 
     def describe(self, split, example):
         return ""
-'''
+"""
 
 
 @pytest.fixture
