@@ -84,7 +84,8 @@ class Timings(Part, frozen=True, kw_only=True):
 
 class EncoderWork(Part, frozen=True, kw_only=True):
     """Floating-point operations of one sequence. forward: counted; algorithmic: without attention scores that a causal
-    mask discards; matmul_counted, matmul_by_formula: of matrix products; counted_on: device of the count."""
+    mask discards; matmul_counted, matmul_by_formula: of matrix products and our own kernels, counted and as `cost()`
+    declares it; counted_on: device of the count."""
 
     forward: Amount
     algorithmic: Amount

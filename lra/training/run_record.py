@@ -123,7 +123,7 @@ def model_work(model: Classifier, protocol: Protocol, size: float) -> records.Mo
         length=protocol.length,
         forward=share(one.forward, two.forward),
         forward_backward=share(one.forward_backward, two.forward_backward),
-        matmul=share(one.matmul, two.matmul),
+        matmul=share(one.products, two.products),
         matmul_by_formula=analytic,
         uncounted=tuple(sorted(one.uncounted)),
         convention=f"multiply-add = 2; one example of a batch of {size:g}",

@@ -531,7 +531,7 @@ def test_the_table_says_how_far_the_two_flop_numbers_are_apart_and_leaves_out_wh
     work = msgspec.structs.replace(two.flops, matmul_by_formula=two.flops.matmul_counted / 1.02)
     two = msgspec.structs.replace(two, flops=work)
     found = efficiency.tables([one, two])[0]
-    assert "matrix work counted and by formula: at most 2.00 % apart (s4d at 512)" in found.notes
+    assert "work counted and by formula: at most 2.00 % apart (s4d at 512)" in found.notes
     shown = [str(column.header) for column in tables.terminal(found).columns]
     assert "tokens/s" in shown
     assert "decode µs" not in shown
