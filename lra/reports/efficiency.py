@@ -200,10 +200,10 @@ def _suspect(cells: Sequence[Profile]) -> list[str]:
 
 
 NOTE = (
-    "times: median of the fastest of several rounds; GFLOP: forward of one sequence, multiply-add = 2; formula: work of "
-    "matrix products and kernels counted over what cost() says; IQR: of the training step, over its median; MiB: peak "
-    "of a training step, activations: what it takes beside parameters, gradients and optimiser; MFU: of the rate of the "
-    "fastest matrix product at these shapes and in this dtype"
+    "times: median of the fastest of several rounds; GFLOP: forward of one sequence, multiply-add = 2; formula: work "
+    "of matrix products and kernels counted over what cost() says; IQR: of the training step, over its median; MiB: "
+    "peak of a training step, activations: what it takes beside parameters, gradients and optimiser; MFU: of the rate "
+    "of the fastest matrix product at these shapes and in this dtype"
 )
 
 

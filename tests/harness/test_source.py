@@ -156,9 +156,7 @@ def test_the_recorded_command_repeats_the_row(own: Path) -> None:
     threads = torch.get_num_threads()
     record = result.read(train(0, threads=2))
     words = record.command.split()
-    stated = {
-        word: words[place + 1] for place, word in enumerate(words) if word in ("--threads", "--protocol", "--recipe")
-    }
+    stated = {word: words[words.index(word) + 1] for word in ("--threads", "--protocol", "--recipe")}
     assert stated == {"--threads": "2", "--protocol": "strict", "--recipe": "quick"}
     assert record.environment.threads == 2
     assert torch.get_num_threads() == threads
