@@ -5,7 +5,8 @@ An encoder maps a batch of embedded sequences to a batch of the same shape:
     forward(x: (B, L, D) float, mask: (B, L) bool, True = real token) -> (B, L, D)
 
 Sequences are right-padded: in each row of `mask` the real tokens form a prefix of at least one token. Outputs at real
-positions do not depend on the content or the amount of padding; outputs at padding are unspecified.
+positions do not depend on the content or the amount of padding; outputs at padding are unspecified. An encoder that
+says so (`gaps`) also takes masks that hide tokens between real ones, under the same rule.
 """
 
 from __future__ import annotations
@@ -104,15 +105,26 @@ class Encoder(nn.Module, ABC):
     """
 
     card: ClassVar[Card]
+    refuses_causal: ClassVar[bool] = False
+    """Whether a constructor with an argument `direction` raises ValueError for "causal"."""
+    recurrent: ClassVar[bool | None] = None
+    """False where the default options rule out a recurrent mode that the mixers have."""
     d_model: int
     n_layers: int
     length: int
     direction: str = "causal"
     """One of DIRECTIONS. Outputs depend on later positions unless it is "causal"."""
+    gaps: ClassVar[bool] = False
+    """Whether masks may hide tokens between real ones; never when causal."""
 
     @property
     def causal(self) -> bool:
         return self.direction == "causal"
+
+    @property
+    def active_parameters(self) -> int:
+        """Number of parameters that one token uses: all of them, unless a router picks experts for it."""
+        return sum(p.numel() for p in self.parameters())
 
     @property
     def scaling(self) -> str:

@@ -286,9 +286,9 @@ def split_checksum(split: Split) -> str:
 
 
 def identity(task: Task, protocol: Protocol) -> dict[str, Any]:
-    """The manifest entries that a set of the current version has. The text of `note` and `raw` is not part of them.
+    """The manifest entries that a set of the current version has. What does not change its bytes is left out.
     code: the source files of a user's task; a task of this project has a version instead."""
-    fields = {k: v for k, v in dataclasses.asdict(protocol).items() if k not in ("note", "raw")}
+    fields = {k: v for k, v in dataclasses.asdict(protocol).items() if k not in ("note", "raw", "hides_zeros")}
     code = source_files(type(task)) or {}
     known = {"format": FORMAT, "task": task.name, "version": task.version, "protocol": json.loads(json.dumps(fields))}
     return known | ({"code": code} if code else {})

@@ -17,7 +17,7 @@ from lra.config.sections import OBJECTIVES
 from lra.errors import UserError, brief, unknown
 from lra.registry import architectures, reference_of, tasks
 from lra.results import result
-from lra.training import device, loggers
+from lra.training import device, loggers, sizes
 from lra.training.placement import Placement
 
 SHAPE = ("d_model", "n_layers", "length", "dropout", "direction")
@@ -36,8 +36,8 @@ class Request:
     source: folder with the raw data. time_limit: seconds, counted from `created` (of `time.monotonic`).
     pretrain: "" as the recipe says, else one of OBJECTIVES. match: a budget to solve the width for (lra.config.match).
     checkpoint_dir: folder for checkpoints, by default the run's own. search: how these settings were searched for.
-    select_only: stop before the test set is read. threads: number of CPU threads, by default those of OMP_NUM_THREADS,
-    else one for each core.
+    select_only: stop before the test set is read. init_from: run, exported folder or file with the initial weights.
+    threads: number of CPU threads, by default those of OMP_NUM_THREADS, else one for each core.
     """
 
     task: str | type
@@ -56,8 +56,9 @@ class Request:
     loggers: tuple[str, ...] = ()
     search: Mapping[str, Any] | None = None
     select_only: bool = False
-    threads: int = 0
+    init_from: Path | None = None
     created: float = field(default_factory=time.monotonic, compare=False)
+    threads: int = 0
 
     @property
     def task_name(self) -> str:
@@ -95,6 +96,8 @@ class Request:
             ("strategy", self.placement.strategy, defaults.strategy),
             ("threads", self.threads, 0),
             ("from", self.source, None),
+            ("checkpoint-dir", self.checkpoint_dir, None),
+            ("init-from", self.init_from, None),
         ):
             words += [f"--{name}", str(given)] if given != default else []
         return shlex.join([*words, *more])
@@ -126,6 +129,12 @@ def read(request: Request) -> tuple[Recipe, dict[str, str]]:
             raise unknown("objective", request.pretrain, OBJECTIVES, where="--pretrain")
         recipe = recipe.with_pretraining(request.pretrain)
         origin["pretrain.objective"] = "--pretrain"
+    if request.init_from is not None:
+        from lra.training import warm_start
+
+        regime = f"warm start ({warm_start.digest(request.init_from)[:8]})"
+        more = "" if recipe.regime == "scratch" else f", {recipe.regime}"
+        recipe = replace(recipe, regime=regime + more)
     own = [key for key in architecture.options if key not in SHAPE]
     for key in recipe.encoder:
         if key not in own:
@@ -171,7 +180,11 @@ def check(request: Request, recipe: Recipe) -> None:
         raise UserError(f"seed is {brief(request.seed)}; a whole number from 0 to {LARGEST_SEED}")
     if type(request.threads) is not int or not 0 <= request.threads <= MAX_THREADS:
         raise UserError(f"threads is {brief(request.threads)}; a whole number up to {MAX_THREADS}, 0 for the default")
-    request.placement.validate(device.device_type(), recipe)
+    kind = device.device_type()
+    if recipe.train.precision == "fp16" and kind != "cuda":
+        raise UserError("train.precision=fp16 needs a GPU, and PyTorch finds none here; use bf16 or 32")
+    sizes.check_weights(recipe, kind)
+    request.placement.validate(kind, recipe)
     loggers.check(request.loggers)
     if request.source is not None:
         from lra.data import prepared_sets
