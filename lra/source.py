@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import linecache
 import sysconfig
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,16 +24,21 @@ INSTALLED = tuple(Path(sysconfig.get_path(key)).resolve() for key in ("stdlib", 
 def source_files(cls: type) -> dict[str, str] | None:
     """File -> SHA-256, with names relative to the folder of the class; None for a class of this project.
 
-    A class that was not read from a file, as in a notebook, has one entry: its name and the SHA-256 of its text. {} if
-    Python does not know the text.
+    A class of a notebook has one entry: its name, and the SHA-256 of the cells that define its methods. {} if Python
+    does not know the text.
     """
     if cls.__module__.partition(".")[0] == PROJECT:
         return None
     try:
         path = Path(inspect.getsourcefile(cls) or "")
-        return files_of(path) if path.is_file() else {cls.__qualname__: sha256(inspect.getsource(cls).encode())}
+        if path.is_file():
+            return files_of(path)
     except (OSError, TypeError):
-        return {}
+        # a class that is not of a file
+        pass
+    cells = sorted({method.__code__.co_filename for method in vars(cls).values() if inspect.isfunction(method)})
+    text = "".join(line for cell in cells for line in linecache.getlines(cell))
+    return {cls.__qualname__: sha256(text.encode())} if text else {}
 
 
 def files_of(path: Path) -> dict[str, str]:

@@ -95,13 +95,18 @@ def test_classes_of_this_project_have_a_commit_and_others_their_text() -> None:
     assert source_files(architectures.get("gru").cls) is None
     assert architectures.get("gru/coupled").source is None
     assert set(source_files(Tiny) or {}) == {"tiny_task.py"}
-    text = "class InNotebook:\n    x = 1\n"
-    known: dict[str, type] = {}
-    for number in range(2):
-        name = f"<cell {number}>"
+    digests = []
+    for number, value in enumerate((1, 1, 2)):
+        name, text = f"<cell {number}>", f"class InNotebook:\n    def forward(self):\n        return {value}\n"
         linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+        known: dict[str, type] = {}
         exec(compile(text, name, "exec"), {"__name__": "notebook"}, known)
+        files = source_files(known["InNotebook"])
+        assert set(files or {}) == {"InNotebook"}
+        digests.append(digest(files))
+        del linecache.cache[name]
         assert source_files(known["InNotebook"]) == {}
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_an_edited_file_is_imported_again_with_what_it_imports(own: Path) -> None:
