@@ -115,7 +115,9 @@ def test_work_done_once_for_a_batch_is_shared_by_its_sequences() -> None:
     found = profiler.measure_cell(cell, CPU)["flops"]
     cost = profiler.Workload(cell, CPU).model.cost(cell.length)  # type: ignore[operator]
     assert cost.batch_matmul > cost.matmul
-    assert found["matmul_by_formula"] == cost.matmul + cost.batch_matmul / cell.batch
+    # and the long convolution, which is a kernel of ours
+    kernel = found["matmul_by_formula"] - (cost.matmul + cost.batch_matmul / cell.batch)
+    assert 0 < kernel <= cost.other + cost.batch_other / cell.batch
     assert found["matmul_counted"] == pytest.approx(found["matmul_by_formula"], rel=0.01)
     assert found["forward"] < 0.75 * cost.total
 
