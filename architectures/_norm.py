@@ -97,7 +97,10 @@ class LayerNorm(nn.LayerNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(wide(x) if torch.is_autocast_enabled(x.device.type) else x)
+        kind = x.device.type
+        # the meta device, on which shapes are computed, has no autocast
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return super().forward(wide(x) if autocast else x)
 
 
 class ScaleNorm(nn.Module):

@@ -98,7 +98,10 @@ def load_task(task: str | type | Task, protocol: str = "", *, source: str | Path
     console = _console()
     name = task if isinstance(task, str) else getattr(task, "name", "the task")
     with terminal.progress_bar(console, f"preparing {name}") if console else nullcontext() as progress:
-        return examples.load(task, protocol, source=source, progress=progress)
+        loaded = examples.load(task, protocol, source=source, progress=progress)
+    if console and loaded.prepared.replaced:
+        console.print(f"{loaded.prepared.replaced}; prepared again", markup=False, soft_wrap=True)
+    return loaded
 
 
 def train(
@@ -118,6 +121,7 @@ def train(
     devices: int = 1,
     nodes: int = 1,
     strategy: str = "auto",
+    threads: int = 0,
     loggers: Sequence[str] = (),
     init_from: str | Path | None = None,
     progress: Callable[[int, int, Mapping[str, float]], None] | None = None,
@@ -137,14 +141,12 @@ def train(
     from lra.training.request import Request, check, folder_of, read, resolve, setting_texts
 
     if isinstance(task, LoadedTask):
-        default = next(iter(task.task.protocols))
-        protocol = protocol or ("" if task.protocol.name == default else task.protocol.name)
-        task = task.reference
+        protocol, task = protocol or task.protocol.name, task.reference
     request = Request(
         task, architecture, recipe, seed, protocol, setting_texts(overrides), None if source is None else Path(source),
         time_limit, resume, pretrain, match, Placement(devices, nodes, strategy),
         None if checkpoint_dir is None else Path(checkpoint_dir), tuple(loggers),
-        init_from=None if init_from is None else Path(init_from),
+        init_from=None if init_from is None else Path(init_from), threads=threads,
     )  # fmt: skip
     check(request, read(request)[0])
     resolved, _ = resolve(request)

@@ -21,7 +21,7 @@ import inspect
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -29,6 +29,7 @@ from types import MappingProxyType, ModuleType
 from typing import Any
 
 from lra.errors import UserError, describe, unknown, user_line
+from lra.source import files_of, home_of, source_files
 
 ROOT = Path(__file__).parent
 PLUGIN = "plug-in"
@@ -44,6 +45,8 @@ class Constructor:
     preset: Mapping[str, Any] = field(default_factory=dict)
     declared: bool = True
     """False for a wrapped torch module, which declares neither a card nor its cost."""
+    source: Mapping[str, str] | None = None
+    """`lra.source.source_files` of the class when it was imported."""
 
     def options(self) -> dict[str, Any]:
         """The constructor's keyword arguments and their defaults (`inspect.Parameter.empty` where required)."""
@@ -221,7 +224,13 @@ class Registry:
         variants = cls.card.variants if hasattr(cls, "card") else {}
         if variant not in variants:
             raise unknown(f"variant of {name}", variant, variants)
-        return Constructor(reference, cls, dict(variants[variant]))
+        return replace(constructor, preset=dict(variants[variant]))
+
+    def source(self, reference: str | type) -> Mapping[str, str] | None:
+        """`Constructor.source` of a name or class. Files of this project, which have none, are not imported."""
+        if isinstance(reference, str) and reference.partition("/")[0] in self._files():
+            return None
+        return self.get(reference).source
 
     def _load_plugin(self, point: EntryPoint) -> Any:
         try:
@@ -247,12 +256,13 @@ class Registry:
 
     def _constructor(self, reference: str, cls: Any, name: str) -> Constructor:
         contract = self._contract()
+        source = _sources.get(getattr(cls, "__module__", "")) or (source_files(cls) if inspect.isclass(cls) else None)
         if inspect.isclass(cls) and issubclass(cls, contract):
-            return Constructor(reference, cls)
+            return Constructor(reference, cls, source=source)
         if self.kind == "architecture":
             adopt = importlib.import_module("lra.architectures._adopted").adopt
             try:
-                return Constructor(reference, adopt(cls, name), declared=False)
+                return Constructor(reference, adopt(cls, name), declared=False, source=source)
             except TypeError as error:
                 raise UserError(f"{reference}: {error}") from error
         raise UserError(f"{reference} is not a subclass of {contract.__module__}.{contract.__name__}")
@@ -350,25 +360,41 @@ def _import_object(reference: str, kind: str) -> tuple[Any, str]:
     return getattr(module, attribute), attribute
 
 
+_sources: dict[str, Mapping[str, str]] = {}
+"""`lra.source.files_of` of each user's file when it was imported, by the name of its module."""
+_helpers: set[str] = set()
+"""Names of the modules that users' files imported from their own folders."""
+
+
 def _import_file(path: Path) -> ModuleType:
-    """Import a Python file once per process."""
+    """Import a Python file, which may import modules from its own folder. Once per process, unless one of these files
+    was changed meanwhile."""
     # unlike Path.is_file, os.path.isfile returns False for a name the file system does not allow
     if not os.path.isfile(path):
         raise FileNotFoundError(path)
-    name = f"lra_user_{path.stem}"
-    imported = sys.modules.get(name)
-    if imported is not None and Path(str(imported.__file__)).resolve() == path.resolve():
+    name, path = f"lra_user_{path.stem}", path.resolve()
+    imported, source = sys.modules.get(name), files_of(path)
+    if imported is not None and Path(str(imported.__file__)) == path and _sources[name] == source:
         return imported
-    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None, path
     assert spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    for helper in _helpers:
+        # changed since, or of another folder
+        sys.modules.pop(helper, None)
+    before, sys.modules[name], _sources[name] = set(sys.modules), module, source
+    sys.path.insert(0, str(path.parent))
     try:
         spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
+    finally:
+        sys.path.remove(str(path.parent))
+        own = {str(home_of(path) / file) for file in source}
+        new = set(sys.modules) - before - {name}
+        _helpers.update(key for key in new if getattr(sys.modules[key], "__file__", None) in own)
     return module
 
 

@@ -2,10 +2,10 @@
 
 A prepared split holds documents of different lengths and, for each example, the numbers of its documents:
 
-    values: (total,) uint8 or uint16      every document's tokens or pixels, end to end
+    values: (total,) uint8, 16 or 32      every document's tokens or pixels, end to end
     offsets: (documents + 1,) int64       document d is values[offsets[d]:offsets[d + 1]]
     index: (n, towers) int32              the documents of example i (two for Retrieval, one elsewhere)
-    labels: (n,) uint8
+    labels: (n,) uint8, 16 or 32          classes, below the `classes` of the task
 
 A text that appears in a thousand pairs is therefore stored once, and a whole set fits on the accelerator. With several
 channels, a document is its (L, channels) array, flattened.
@@ -13,8 +13,9 @@ channels, a document is its (L, channels) array, flattened.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -108,6 +109,15 @@ class Task(ABC):
         folder: used by this call alone, empty unless the task is resumable. source: folder with the raw files; None for
         generated data. workers: processes or threads; the bytes written do not depend on it. Raises DataError.
         """
+
+    def raw_files(self, protocol: Protocol, source: Path) -> Iterable[Path]:
+        """The files below `source` that `prepare` reads: if one of them changes, the set is prepared again.
+
+        By default every file there, except hidden ones.
+        """
+        for parent, folders, names in os.walk(source):
+            folders[:] = [name for name in folders if name[0] != "."]
+            yield from (Path(parent) / name for name in names if name[0] != ".")
 
     @abstractmethod
     def load(self, folder: Path, split: str) -> Split:

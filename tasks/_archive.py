@@ -1,25 +1,30 @@
-"""The LRA release archive: download with resume, and reading of members without unpacking."""
+"""Released files: the LRA archive (download with resume), and reading of members of archives without unpacking.
+
+Files of text may be gzipped and may begin with a byte-order mark, whatever their name says.
+"""
 
 from __future__ import annotations
 
 import base64
+import codecs
 import gzip
 import hashlib
 import re
 import shutil
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from email.message import Message
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
-from typing import IO, cast
+from typing import IO, TypeVar, cast
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from lra.task import DataError, Progress
 
+Key = TypeVar("Key")
 URL = "https://storage.googleapis.com/long-range-arena/lra_release.gz"
 NAMES = ("lra_release.gz", "lra_release.tar.gz")
 SPARE = 1 << 30
@@ -55,6 +60,59 @@ def members(archive: Path, wanted: dict[str, str]) -> Iterator[tuple[str, Iterat
     member, exceeds MAX_TOTAL, or holds absolute names, names with ".." or a link in place of a wanted file.
     """
     missing = dict(wanted)
+    for name, file in _plain_files(archive, lambda path: path.name in missing):
+        yield missing.pop(name.name), _lines(file, archive)
+        if not missing:
+            return
+    raise DataError(f"{archive} does not hold {', '.join(missing)}; is it the LRA release?")
+
+
+def contents(root: Path, wanted: dict[str, Key], largest: int) -> Iterator[tuple[Key, bytes]]:
+    """Yield the key and the bytes of each wanted file below `root`, a folder or an archive of it.
+
+    wanted: pattern of paths that begin with the name of the folder -> key. largest: bytes of a file. Raises DataError
+    if a pattern matches no file or a file is larger or damaged.
+    """
+    missing = dict(wanted)
+    found = _files_below(root, wanted) if root.is_dir() else _plain_files(
+        root, lambda path: any(path.match(pattern) for pattern in wanted)
+    )  # fmt: skip
+    for name, file in found:
+        pattern = next(pattern for pattern in wanted if name.match(pattern))
+        missing.pop(pattern, None)
+        with _report_damage(root), file:
+            content = file.read(largest + 1)
+        if len(content) > largest:
+            raise DataError(f"{root}: {name} has more than {largest:,} bytes; fetch it again")
+        yield wanted[pattern], content
+    if missing:
+        raise DataError(f"{root} does not hold {', '.join(missing)}; fetch it again")
+
+
+def find_official(source: Path | None, subfolder: str, folder: str, archive: str) -> Path | None:
+    """The official folder or its archive in a user's folder or the subfolder of it; None if neither is there. The
+    user's folder may be the official one itself."""
+    if source is None:
+        return None
+    candidates = [place / name for place in (source / subfolder, source) for name in (folder, archive)]
+    candidates += [source] if source.name == folder else []
+    return next((path for path in candidates if path.exists()), None)
+
+
+def find_file(source: Path, places: Iterable[str], name: str) -> Path | None:
+    """The file `name`, or `name.gz`, in one of the places below a user's folder; None if it is in none."""
+    paths = (source / place / full for place in places for full in (name, f"{name}.gz"))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, gzipped or not, without a byte-order mark. Raises DataError if the file is damaged."""
+    with _open_archive(path) as file:
+        yield from _lines(file, path)
+
+
+def _plain_files(archive: Path, wanted: Callable[[PurePosixPath], bool]) -> Iterator[tuple[PurePosixPath, IO[bytes]]]:
+    """The wanted members of a tar archive, in its order, each to be read before the next."""
     # tarfile's own gzip reader does not notice a truncated archive
     with (
         _report_damage(archive),
@@ -67,24 +125,31 @@ def members(archive: Path, wanted: dict[str, str]) -> Iterator[tuple[str, Iterat
             name = PurePosixPath(member.name)
             if name.is_absolute() or ".." in name.parts or total > MAX_TOTAL:
                 content = f"{total:,} bytes" if total > MAX_TOTAL else f"a member named {member.name[:100]!r}"
-                raise DataError(f"{archive} holds {content}; it is not the LRA release")
-            if name.name not in missing or member.isdir():
+                raise DataError(f"{archive} holds {content}; it is not the released archive")
+            if member.isdir() or not wanted(name):
                 continue
             contents = tar.extractfile(member) if member.isfile() else None
             if contents is None:
-                raise DataError(f"{archive}: {member.name} is not a plain file; it is not the LRA release")
-            yield missing.pop(name.name), _lines(contents, archive)
-            if not missing:
-                return
-    raise DataError(f"{archive} does not hold {', '.join(missing)}; is it the LRA release?")
+                raise DataError(f"{archive}: {member.name} is not a plain file; it is not the released archive")
+            yield name, contents
 
 
-def _lines(contents: IO[bytes], archive: Path) -> Iterator[bytes]:
+def _files_below(root: Path, patterns: Iterable[str]) -> Iterator[tuple[PurePosixPath, IO[bytes]]]:
+    for pattern in patterns:
+        for path in sorted(root.parent.glob(pattern)):
+            with _report_damage(root):
+                file = path.open("rb")
+            yield PurePosixPath(path.relative_to(root.parent)), file
+
+
+def _lines(file: IO[bytes], archive: Path) -> Iterator[bytes]:
     with _report_damage(archive):
-        while line := contents.readline(MAX_LINE):
+        mark = codecs.BOM_UTF8
+        while line := file.readline(MAX_LINE):
             if len(line) == MAX_LINE:
-                raise DataError(f"{archive} holds a line of more than {MAX_LINE:,} bytes; it is not the LRA release")
-            yield line
+                raise DataError(f"{archive} holds a line of more than {MAX_LINE:,} bytes; it is not the released file")
+            yield line.removeprefix(mark)
+            mark = b""
 
 
 @contextmanager

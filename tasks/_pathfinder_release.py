@@ -9,6 +9,7 @@ are rejected, because unpickling can run code.
 
 from __future__ import annotations
 
+import codecs
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -66,6 +67,16 @@ def _find_release(source: Path | None, size: int) -> Path:
     raise DataError(f"no pathfinder{size}/{LEVEL}/metadata in {source}; this protocol reads {needed}")
 
 
+def released_files(source: Path, size: int) -> Iterator[Path]:
+    """The metadata and images of the released set in a user's folder; none where there is no such set."""
+    try:
+        root = _find_release(source, size)
+    except DataError:
+        return
+    yield from (root / "metadata").glob("*.npy")
+    yield from (root / "imgs").glob("*/*.png")
+
+
 def _samples(root: Path) -> tuple[list[tuple[Path, int]], list[str]]:
     """Paths and labels of the images in the order of the metadata, and the names of empty files."""
     files = sorted((p for p in (root / "metadata").glob("*.npy") if p.stem.isdecimal()), key=lambda p: int(p.stem))
@@ -110,7 +121,7 @@ def _rows(file: Path) -> Iterator[list[str]]:
         yield from rows
         return
     try:
-        lines = content.decode("ascii").splitlines()
+        lines = content.removeprefix(codecs.BOM_UTF8).decode("ascii").splitlines()
     except UnicodeDecodeError:
         raise DataError(f"{file} is neither text nor an array of strings; unpack the archive again") from None
     yield from (line.split() for line in lines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 from lra.task import SPLITS, DataError, Progress, Protocol, Split, Task
 from lra.tasks._floors import MAX_FITTED, bag_of_tokens, logistic
 from lra.tasks._pathfinder import Drawing, generate, lra_drawing
-from lra.tasks._pathfinder_release import LEVEL, write_released
+from lra.tasks._pathfinder_release import LEVEL, released_files, write_released
 from lra.tasks._storage import DocumentWriter, open_split, write_examples
 
 COUNTS = {"train": 160_000, "validation": 20_000, "test": 20_000}
@@ -157,6 +157,9 @@ class PathfinderTask(Task):
             write_examples(folder, split, np.concatenate(labels))
         for leftover in folder.glob("*.part*"):
             leftover.unlink()
+
+    def raw_files(self, protocol: Protocol, source: Path) -> Iterable[Path]:
+        return released_files(source, self.size)
 
     def load(self, folder: Path, split: str) -> Split:
         return open_split(folder, split)

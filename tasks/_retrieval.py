@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import numpy as np
 from scipy.sparse import csr_matrix, diags
 
 from lra.task import SPLITS, DataError, Progress, Protocol, Split, Task
+from lra.tasks._archive import find_file, lines
 from lra.tasks._floors import MAX_FITTED, bag_of_tokens
 from lra.tasks._overlap import sampled_windows
 from lra.tasks._storage import SHARED, open_split, write_documents, write_examples, write_notes
@@ -98,38 +97,36 @@ def write_collection(
     """Prepare `<name>.docs.parquet` (id, text) and `<name>.{train,eval,test}.pairs.tsv.gz` (label, id, id)."""
     import pyarrow.parquet as pq
 
-    files = [f"{name}.docs.parquet", *(f"{name}.{part}.pairs.tsv.gz" for part in PARTS.values())]
-    folders = [] if source is None else [source, source / "retrieval"]
-    root = next((folder for folder in folders if all((folder / file).is_file() for file in files)), None)
-    if root is None:
+    names = [f"{name}.docs.parquet", *(f"{name}.{part}.pairs.tsv" for part in PARTS.values())]
+    paths = [] if source is None else [find_file(source, (".", "retrieval"), name) for name in names]
+    found = [path for path in paths if path is not None]
+    if len(found) < len(names):
         problem = "no source folder is given" if source is None else f"{source} lacks some of the files"
-        raise DataError(f"{problem}: with {', '.join(files)} in a folder DIR, run `{command} --from DIR`")
-    progress(f"reading {root}", 0, 0)
+        files = ", ".join([names[0], *(f"{name}.gz" for name in names[1:])])
+        raise DataError(f"{problem}: with {files} in a folder DIR, run `{command} --from DIR`")
+    documents, *pairs = found
+    progress(f"reading {documents.parent}", 0, 0)
     try:
-        table = pq.read_table(root / files[0], columns=["id", "text"])
+        table = pq.read_table(documents, columns=["id", "text"])
     except (ValueError, OSError) as error:
-        raise DataError(f"{root / files[0]} cannot be read ({str(error).splitlines()[0]}); copy it again") from None
+        raise DataError(f"{documents} cannot be read ({str(error).splitlines()[0]}); copy it again") from None
     texts: dict[Hashable, str] = dict(
         zip(table.column("id").to_pylist(), table.column("text").to_pylist(), strict=True)
     )
-    rows = {split: _identifiers(root / f"{name}.{part}.pairs.tsv.gz", texts) for split, part in PARTS.items()}
+    rows = {split: _identifiers(path, texts) for split, path in zip(PARTS, pairs, strict=True)}
     write_pairs(folder, rows, lambda key: as_bytes(texts[key].encode(), length), progress)
 
 
 def _identifiers(path: Path, known: Mapping[Hashable, str]) -> Iterator[Row]:
     """The rows of a file of pairs. known: the documents by id. Raises DataError naming the line."""
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                columns = line.rstrip("\r\n").split("\t")
-                if len(columns) != 3 or columns[0] not in ("0", "1"):
-                    raise DataError(f"{path} line {number}: not a label 0 or 1 and two ids, separated by tabs")
-                for key in columns[1:]:
-                    if key not in known:
-                        raise DataError(f"{path} line {number}: there is no document {key!r}")
-                yield int(columns[0]), columns[1], columns[2]
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise DataError(f"{path} is truncated or not gzip ({error}); copy it again") from None
+    for number, line in enumerate(lines(path), start=1):
+        columns = line.decode(errors="replace").rstrip("\r\n").split("\t")
+        if len(columns) != 3 or columns[0] not in ("0", "1"):
+            raise DataError(f"{path} line {number}: not a label 0 or 1 and two ids, separated by tabs")
+        for key in columns[1:]:
+            if key not in known:
+                raise DataError(f"{path} line {number}: there is no document {key!r}")
+        yield int(columns[0]), columns[1], columns[2]
 
 
 def as_bytes(text: bytes, length: int) -> np.ndarray:

@@ -15,16 +15,19 @@ from lra.task import DataError
 
 @dataclass(frozen=True)
 class Hub:
-    """A data set: its id and revision on the hub, and the subfolder with its files in a user's source folder."""
+    """A data set: its id and revision on the hub, the subfolder with its files in a user's source folder, and the
+    official form that the task reads too, in words."""
 
     id: str
     revision: str
     folder: str
+    official: str = ""
     splits: tuple[str, ...] = ("train", "test")
 
     @property
     def files(self) -> str:
-        return " and ".join(f"{self.folder}/{split}.parquet" for split in self.splits)
+        tables = " and ".join(f"{self.folder}/{split}.parquet" for split in self.splits)
+        return f"{tables}, or {self.official}," if self.official else tables
 
 
 def read_table(hub: Hub, split: str, columns: Sequence[str], source: Path | None, command: str) -> list[list[Any]]:

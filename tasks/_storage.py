@@ -26,7 +26,7 @@ SHARED = "documents"
 class DocumentWriter:
     """A context manager that appends documents to `<name>.values.npy` and writes `<name>.offsets.npy` on exit.
 
-    name: a split, or SHARED for documents that all splits use. dtype: uint8 or uint16.
+    name: a split, or SHARED for documents that all splits use. dtype: uint8, uint16 or uint32.
     """
 
     def __init__(self, folder: Path, name: str, dtype: type[np.unsignedinteger] = np.uint8) -> None:
@@ -45,14 +45,23 @@ class DocumentWriter:
         np.lib.format.write_array_header_1_0(self._file, shape)
 
     def append(self, values: np.ndarray, lengths: np.ndarray | None = None) -> None:
-        """Append one document, or several with their `lengths` (documents,). values: (total,), of dtype `dtype`."""
-        values = np.ascontiguousarray(values)
-        if values.dtype != self.dtype:
-            raise TypeError(f"values are {values.dtype}, the writer's are {self.dtype}")
+        """Append one document, or several with their `lengths` (documents,).
+
+        values: (total,) whole numbers. Raises DataError for a number that `dtype` cannot hold.
+        """
+        values = np.asarray(values)
         lengths = np.array([len(values)]) if lengths is None else np.asarray(lengths)
         if lengths.sum() != len(values):
             raise ValueError(f"lengths add up to {lengths.sum()}, values are {len(values)}")
-        self._file.write(values.data)
+        if values.dtype != self.dtype:
+            place = _first_unfit(values, np.iinfo(self.dtype).max)
+            if place is not None:
+                document = sum(map(len, self._lengths)) + int(np.searchsorted(lengths.cumsum(), place, side="right"))
+                raise DataError(
+                    f"document {document} of {self.name} holds {values[place]}; {self.dtype} holds whole numbers from "
+                    f"0 to {np.iinfo(self.dtype).max}"
+                )
+        self._file.write(np.ascontiguousarray(values, self.dtype).data)
         self._lengths.append(lengths.astype(np.int64))
         self._total += len(values)
 
@@ -82,14 +91,29 @@ def write_documents(
 def write_examples(folder: Path, split: str, labels: np.ndarray, index: np.ndarray | None = None) -> None:
     """Write the examples of a split.
 
-    labels: (n,) integers below 256; index: (n,) or (n, towers) numbers of documents, by default document i for example
-    i.
+    labels: (n,) whole numbers, stored as uint8, uint16 or uint32, whichever is the smallest that holds them all;
+    index: (n,) or (n, towers) numbers of documents, by default document i for example i. Raises DataError for a label
+    that is not a whole number from 0 to 2^32 - 1.
     """
+    labels = np.asarray(labels)
     index = np.arange(len(labels)) if index is None else np.asarray(index)
     if len(index) != len(labels):
         raise ValueError(f"{len(index)} rows of index for {len(labels)} labels")
+    largest = np.iinfo(np.uint32).max
+    if (example := _first_unfit(labels, largest)) is not None:
+        raise DataError(
+            f"the label of example {example} of {split} is {labels[example]}, not a whole number from 0 to {largest}"
+        )
     np.save(folder / f"{split}.index.npy", (index[:, None] if index.ndim == 1 else index).astype(np.int32))
-    np.save(folder / f"{split}.labels.npy", np.asarray(labels).astype(np.uint8))
+    np.save(folder / f"{split}.labels.npy", labels.astype(np.min_scalar_type(int(labels.max(initial=0)))))
+
+
+def _first_unfit(numbers: np.ndarray, largest: int) -> int | None:
+    """Position of the first entry that is not a whole number from 0 to `largest`; None if there is none."""
+    if numbers.dtype.kind not in "biuf":
+        raise DataError(f"{numbers.dtype} are not numbers")
+    fits = (numbers >= 0) & (numbers <= largest) & (numbers == np.floor(numbers))
+    return None if fits.all() else int(np.argmin(fits))
 
 
 def write_notes(folder: Path, notes: Mapping[str, Any]) -> None:
@@ -102,10 +126,10 @@ def open_split(folder: Path, split: str) -> Split:
     name = SHARED if (folder / f"{SHARED}.values.npy").is_file() else split
     parts = (f"{name}.values", f"{name}.offsets", f"{split}.index", f"{split}.labels")
     values, offsets, index, labels = (_open(folder / f"{part}.npy") for part in parts)
-    kinds = (values.dtype.name, offsets.dtype.name, index.dtype.name, labels.dtype.name)
+    unsigned = {"uint8", "uint16", "uint32"}
     consistent = (
-        kinds in (("uint8", "int64", "int32", "uint8"), ("uint16", "int64", "int32", "uint8")) and values.ndim == 1
-        and offsets.ndim == 1 and len(offsets) and offsets[0] == 0 and offsets[-1] == len(values)
+        {values.dtype.name, labels.dtype.name} <= unsigned and (offsets.dtype, index.dtype) == (np.int64, np.int32)
+        and values.ndim == 1 and offsets.ndim == 1 and len(offsets) and offsets[0] == 0 and offsets[-1] == len(values)
         and (np.diff(offsets) >= 0).all()
         and index.ndim == 2 and len(index) == len(labels) and labels.ndim == 1
         and index.min(initial=0) >= 0 and index.max(initial=-1) < len(offsets) - 1

@@ -36,8 +36,8 @@ def content(
         "memory": {"peak_bytes": 2**28}, "implementations": {"linear_scan": ["cpu"]},
         "data": {"checksum": "5f28b695" + "0" * 56}, "wall_seconds": 60.0,
         "environment": {
-            "cpu": "a cpu x2", "device": "cpu", "python": "3.11.7", "versions": {"torch": "2.13.0"},
-            "commit": {"hash": "0" * 40, "dirty": False},
+            "cpu": "a cpu x2", "device": "cpu", "precision": "32-true", "python": "3.11.7",
+            "versions": {"torch": "2.13.0"}, "commit": {"hash": "0" * 40, "dirty": False},
         },
         "command": f"lra run {task} {architecture} --seed {seed}", "started": started,
         "predictions": {"file": "", "sha256": ""},
@@ -82,3 +82,22 @@ def filled(root: Path, seeds: int = 3) -> Collection:
                 accuracy_of_run = round(value * 2000) / 2000
                 write(root, record(name, seed, accuracy_of_run, task=task, collapsed=AT_CHANCE if collapses else ""))
     return Collection.read(root)
+
+
+def profile_content(name: str, length: int, seconds: float, **changes: Any) -> dict[str, Any]:
+    """JSON content of a profile in float32 on the machine of the records."""
+    timing = {"median": seconds, "low": 0.99 * seconds, "high": 1.02 * seconds, "repeats": 30}
+    made = {
+        "cell": {"architecture": name, "length": length, "batch": 1, "d_model": 64, "n_layers": 2,
+                 "direction": "bidirectional", "budget": 1.0, "task": ""},
+        "environment": {"cpu": "a cpu x2", "versions": {"torch": "2.13.0"}, "commit": {"hash": "0" * 40}},
+        "parameters": 100_000,
+        "flops": {"forward": 1e5 * length, "algorithmic": 1e5 * length, "forward_backward": 3e5 * length,
+                  "matmul_counted": 1e5 * length, "matmul_by_formula": 1e5 * length, "uncounted": ()},
+        "seconds": {"forward": timing, "train": timing},
+        "memory": {"peak_bytes": 2**20 * length // 64, "parameters": 400_000, "gradients": 400_000,
+                   "optimiser": 800_000, "activations": 2**19 * length // 64},
+        "tokens_per_second": length / seconds, "mfu": 0.2,
+        "rounds": [{"forward": seconds, "train": seconds}] * 2, "machine": {"rate": 1e12},
+    }  # fmt: skip
+    return made | changes

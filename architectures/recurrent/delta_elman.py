@@ -93,7 +93,7 @@ class DeltaElmanMixer(Loop):
         width = self.d_model
         maps = Cost.linear(length, width, width) * (1 + (self.ladder >= 1) + (self.ladder >= 2))
         recurrent = {0: 2.0, 1: 4.0, 2: 4.0, 3: 4.0, 4: 0.0}[self.ladder] * length * width**2
-        return maps + Cost(other=recurrent + (40.0 if self.ladder == 4 else 15.0) * length * width)
+        return maps + Cost(recurrent, (40.0 if self.ladder == 4 else 15.0) * length * width)
 
     def init_state(self, batch: int) -> Any:
         zero = self.zeros(batch, self.d_model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -15,6 +15,9 @@ from lra.cli.common import ProtocolName, Source, TaskName, console, errors, guar
 from lra.cli.lists import AsJson
 from lra.errors import UserError
 from lra.registry import tasks
+
+if TYPE_CHECKING:
+    from lra.data.prepared_sets import Prepared
 
 data = typer.Typer(no_args_is_help=True, help="Prepare, verify, pack and inspect the data of a task.")
 
@@ -74,13 +77,7 @@ def prepare(
     workers: Annotated[int | None, typer.Option(min=1, help="Processes or threads; all CPUs by default.")] = None,
 ) -> None:
     """Prepare the data of a task, unless they are prepared already."""
-    from lra import terminal
-    from lra.data import prepared_sets
-
-    with terminal.progress_bar(console, f"preparing {task}") as progress:
-        prepared = prepared_sets.load_prepared(
-            task, protocol or None, source=source, workers=workers, progress=progress
-        )
+    prepared = _load(task, protocol, source, workers)
     for split, count in prepared.manifest["counts"].items():
         console.print(f"{split:<11} {count:>9,}  {prepared.manifest['sha256'][split]}", soft_wrap=True)
     console.print(f"in {escape(str(prepared.folder))}", soft_wrap=True)
@@ -113,10 +110,9 @@ def pack(
     """Write prepared data to one compressed file, for a machine without network."""
     from lra import terminal
     from lra.data import pack as packs
-    from lra.data import prepared_sets
 
+    prepared = _load(task, protocol, source)
     with terminal.progress_bar(console, f"packing {task}") as progress:
-        prepared = prepared_sets.load_prepared(task, protocol or None, source=source, progress=progress)
         path = to or Path(f"{prepared.task.name}-{prepared.protocol.name}.tar.xz")
         size = packs.pack(prepared, path, progress)
     console.print(f"wrote {escape(str(path))}, {size / 2**20:.1f} MiB", soft_wrap=True)
@@ -146,14 +142,12 @@ def show_examples(
 ) -> None:
     """Show a few examples."""
     from lra import terminal
-    from lra.data import prepared_sets
     from lra.errors import unknown
     from lra.task import SPLITS
 
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
-    with terminal.progress_bar(console, f"preparing {task}") as progress:
-        prepared = prepared_sets.load_prepared(task, protocol or None, source=source, progress=progress)
+    prepared = _load(task, protocol, source)
     examples = prepared.split(split)
     numbers = range(min(count, len(examples)))
     for number in numbers:
@@ -168,12 +162,9 @@ def show_examples(
 @guarded
 def audit(task: TaskName, protocol: ProtocolName = "", source: Source = None) -> None:
     """Show label balance, lengths, repeated examples and overlap between splits."""
-    from lra import terminal
     from lra.data import audit as audits
-    from lra.data import prepared_sets
 
-    with terminal.progress_bar(console, f"preparing {task}") as progress:
-        prepared = prepared_sets.load_prepared(task, protocol or None, source=source, progress=progress)
+    prepared = _load(task, protocol, source)
     with console.status("reading every example"):
         statistics = audits.audit(prepared)
     table = Table(title=f"{task} ({prepared.protocol.name})", title_justify="left", pad_edge=False)
@@ -194,6 +185,20 @@ def audit(task: TaskName, protocol: ProtocolName = "", source: Source = None) ->
             continue
         text = f"{len(value):,}" if isinstance(value, list) else str(value)
         console.print(f"{escape(key)}: {escape(text)}", soft_wrap=True)
+
+
+def _load(task: str, protocol: str, source: Path | None, workers: int | None = None) -> Prepared:
+    """The prepared set of a task, prepared now if it is not, with a line if that replaced an earlier one."""
+    from lra import terminal
+    from lra.data import prepared_sets
+
+    with terminal.progress_bar(console, f"preparing {task}") as progress:
+        prepared = prepared_sets.load_prepared(
+            task, protocol or None, source=source, workers=workers, progress=progress
+        )
+    if prepared.replaced:
+        console.print(f"[yellow]{escape(prepared.replaced)}; prepared again[/]", soft_wrap=True)
+    return prepared
 
 
 def _print_rows(title: str, rows: dict[str, dict[str, object]]) -> None:

@@ -123,6 +123,7 @@ def run(
     devices: Annotated[int, typer.Option(help="GPUs (or CPU processes) of each node.")] = 1,
     nodes: Annotated[int, typer.Option(help="Nodes.")] = 1,
     strategy: Annotated[str, typer.Option(help="auto, ddp or fsdp.")] = "auto",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; by default OMP_NUM_THREADS, else one a core.")] = 0,
     logger: Annotated[list[str] | None, typer.Option(help="Beside csv: tensorboard, wandb, mlflow.")] = None,
     init_from: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Start with the weights of a run or of an exported folder.")
@@ -138,7 +139,7 @@ def run(
     request = Request(
         task, architecture, recipe, seed, protocol, settings_of(settings), source, seconds_of(time_limit), resume,
         pretrain, match, Placement(devices, nodes, strategy), checkpoint_dir, tuple(logger or ()), _search(search),
-        select_only, init_from, process_start(),
+        select_only, init_from, process_start(), threads,
     )  # fmt: skip
     with _stopping_on_signals(request):
         _run(request, dry_run)

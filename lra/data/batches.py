@@ -53,8 +53,9 @@ class DeviceSet:
             values = np.array(split.values)
         else:
             values = np.concatenate([split.values[a : a + n] for a, n in zip(starts, sizes, strict=True)])
-        if values.dtype == np.uint16:
-            values = values.astype(np.int32)
+        if values.dtype != np.uint8:
+            # torch computes with signed integers
+            values = values.astype(np.int32 if values.dtype == np.uint16 else np.int64)
         local = local.reshape(index.shape)
         labels = np.asarray(split.labels)[keep].astype(np.int64)
         home = device if fits(values.nbytes, device) else torch.device("cpu")

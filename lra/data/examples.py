@@ -166,4 +166,4 @@ def _document(example: Any, task: Task, protocol: Protocol, name: str) -> np.nda
     if array.min() < 0 or array.max() > largest:
         kind = "tokens" if protocol.vocabulary else "bytes"
         raise UserError(f"{name} has values from {array.min()} to {array.max()}; {kind} are from 0 to {largest}")
-    return array[: protocol.length * channels].astype(np.uint8 if largest < 256 else np.uint16)
+    return array[: protocol.length * channels].astype(np.min_scalar_type(largest))

@@ -104,7 +104,7 @@ def _unpack(archive: tarfile.TarFile, source: Path, progress: Progress) -> Prepa
     except UserError as error:
         raise DataError(f"{source}: {error}") from None
     current = prepared_sets.identity(task, protocol)
-    if differing := [key for key, value in current.items() if manifest.get(key) != value]:
+    if differing := [key for key in {"code": None} | current if manifest.get(key) != current.get(key)]:
         raise DataError(
             f"{source} holds another version of {task.name} (different: {', '.join(differing)}); create it again"
         )
@@ -132,7 +132,7 @@ def _unpack(archive: tarfile.TarFile, source: Path, progress: Progress) -> Prepa
                 done += entry.size
             if missing:
                 raise DataError(f"{source} lacks {', '.join(missing)}; create it again")
-            counts, sums = prepared_sets.measure_splits(task, work, progress)
+            counts, sums = prepared_sets.measure_splits(task, protocol, work, progress)
             problems = prepared_sets.protocol_mismatches(task, protocol, counts, sums)
             if problems or counts != manifest["counts"] or sums != manifest["sha256"]:
                 reason = "; ".join(problems) or f"the arrays differ from {MANIFEST}"

@@ -2,7 +2,8 @@
 
 A set is prepared in a sibling folder, under a lock that makes other processes wait. Its arrays are compared with the
 constants of the protocol, the manifest is written, and the folder is renamed into place, so an unfinished set is never
-used. Before a set is used, its files are compared with the checksums in the manifest.
+used. Before a set is used, its files are compared with the checksums in the manifest. It is prepared again if the
+source of a user's task has changed, or its raw files where the protocol has no frozen checksums.
 `LRA_CACHE` names the cache, by default `~/.cache/lra`. Raw files are read from `source`, else from `LRA_DATA`.
 """
 
@@ -24,9 +25,12 @@ from typing import Any
 import numpy as np
 
 from lra import __version__, registry
+from lra.data import raw_files
+from lra.data.checks import check_split
 from lra.errors import unknown
 from lra.files import atomic, safe_name, seal
 from lra.results.environment import cpus
+from lra.source import source_files
 from lra.task import SPLITS, DataError, Progress, Protocol, Split, Task, silent
 
 MANIFEST = "manifest.json"
@@ -102,12 +106,17 @@ _verified: set[tuple[Any, ...]] = set()
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A verified prepared set. manifest: format, task, version, protocol, source, lra, counts, sha256, files."""
+    """A verified prepared set. manifest: format, task, version, protocol, source, lra, counts, sha256, files, and of a
+    user's task its source code, of a set without frozen checksums its raw files.
+
+    replaced: why an earlier set was prepared again for this call; empty if it was not.
+    """
 
     task: Task
     protocol: Protocol
     folder: Path
     manifest: dict[str, Any]
+    replaced: str = ""
 
     def split(self, name: str) -> Split:
         """One split, memory-mapped. Raises DataError if its arrays are missing or corrupt."""
@@ -171,7 +180,7 @@ def find_prepared(task: str | Task, protocol: str | Protocol | None = None) -> P
     if not folder.is_dir():
         return None
     manifest = read_manifest(folder)
-    if any(manifest[key] != value for key, value in identity(owner, frozen).items()):
+    if _outdated(owner, frozen, manifest):
         return None
     for name, facts in manifest["files"].items():
         size = (folder / name).stat().st_size if (folder / name).is_file() else None
@@ -191,8 +200,9 @@ def load_prepared(
 ) -> Prepared:
     """The prepared set of a task under a protocol, by default its first; prepared first if missing or out of date.
 
-    source: folder with the raw files (else LRA_DATA). workers: number of processes or threads, by default one per
-    usable CPU; the prepared bytes do not depend on it. Raises DataError, and UserError for an unknown name.
+    source: folder with the raw files (else LRA_DATA, else the folder that an outdated set was prepared from). workers:
+    number of processes or threads, by default one per usable CPU; the prepared bytes do not depend on it. Raises
+    DataError, and UserError for an unknown name.
     """
     owner, frozen = resolve(task, protocol)
     if source is not None and not frozen.raw:
@@ -207,11 +217,42 @@ def load_prepared(
             _check_files(existing, progress)
             _check_source(existing, source)
             return existing
-        _prepare(owner, frozen, folder, source_folder(source) if frozen.raw else None, workers or cpus(), progress)
+        replaced, raw = "", source_folder(source) if frozen.raw else None
+        if folder.is_dir():
+            earlier = read_manifest(folder)
+            replaced = _outdated(owner, frozen, earlier)
+            if "raw" in earlier and raw is None and Path(earlier["source"]).is_dir():
+                raw = Path(earlier["source"])
+            progress(f"{replaced}; preparing again", 0, 0)
+        _prepare(owner, frozen, folder, raw, workers or cpus(), progress)
     prepared = find_prepared(owner, frozen)
     if prepared is None:
         raise DataError(f"{folder} changed while it was being opened; try again")
-    return prepared
+    return dataclasses.replace(prepared, replaced=replaced)
+
+
+def _outdated(task: Task, protocol: Protocol, manifest: dict[str, Any]) -> str:
+    """Why a set is not one of the current version, as a clause; empty if it is."""
+    current = identity(task, protocol)
+    if differing := [key for key in current if key != "code" and manifest[key] != current[key]]:
+        return f"the prepared set is of another version of {task.name} (different: {', '.join(differing)})"
+    if manifest.get("code") != current.get("code"):
+        return f"the source of the task {task.name} changed"
+    folder = Path(manifest["source"])
+    # a set stays valid without its raw files
+    if "raw" in manifest and folder.is_dir() and _raw_files_changed(task, protocol, manifest["raw"], folder):
+        return f"the raw files in {folder} changed"
+    return ""
+
+
+def _raw_files_changed(task: Task, protocol: Protocol, stored: dict[str, Any], folder: Path) -> bool:
+    files = _raw_files(task, protocol, folder)
+    return bool(files) and raw_files.changed(stored, files, folder)
+
+
+def _raw_files(task: Task, protocol: Protocol, folder: Path) -> list[Path]:
+    cache = cache_root().resolve()
+    return [path for path in task.raw_files(protocol, folder) if path.is_file() and not path.is_relative_to(cache)]
 
 
 def verify(task: str | Task, protocol: str | Protocol | None = None, *, progress: Progress | None = None) -> list[str]:
@@ -225,7 +266,7 @@ def verify(task: str | Task, protocol: str | Protocol | None = None, *, progress
         remedy = _remedy(owner, frozen, existing.folder)
         if changed := _changed_files(existing, progress):
             return [f"{existing.folder / name}: SHA-256 differs from the manifest; {remedy}" for name in changed]
-        counts, sums = measure_splits(owner, existing.folder, progress)
+        counts, sums = measure_splits(owner, frozen, existing.folder, progress)
         wrong = [f"counts of {s}" for s in SPLITS if existing.manifest["counts"].get(s) != counts[s]]
         wrong += [f"sha256 of {s}" for s in SPLITS if existing.manifest["sha256"].get(s) != sums[s]]
         problems = [f"{existing.folder / MANIFEST}: {entry} does not match the arrays" for entry in wrong]
@@ -245,9 +286,12 @@ def split_checksum(split: Split) -> str:
 
 
 def identity(task: Task, protocol: Protocol) -> dict[str, Any]:
-    """The manifest entries that a set of the current version has. What does not change its bytes is left out."""
+    """The manifest entries that a set of the current version has. What does not change its bytes is left out.
+    code: the source files of a user's task; a task of this project has a version instead."""
     fields = {k: v for k, v in dataclasses.asdict(protocol).items() if k not in ("note", "raw", "hides_zeros")}
-    return {"format": FORMAT, "task": task.name, "version": task.version, "protocol": json.loads(json.dumps(fields))}
+    code = source_files(type(task)) or {}
+    known = {"format": FORMAT, "task": task.name, "version": task.version, "protocol": json.loads(json.dumps(fields))}
+    return known | ({"code": code} if code else {})
 
 
 def _remedy(task: Task, protocol: Protocol, folder: Path) -> str:
@@ -334,7 +378,12 @@ def _prepare(
             leftover.unlink(missing_ok=True)
         try:
             task.prepare(work, protocol, source=source, workers=workers, progress=progress)
-            counts, sums = measure_splits(task, work, progress)
+            try:
+                counts, sums = measure_splits(task, protocol, work, progress)
+            except DataError:
+                # a resumable task would go on from these arrays
+                shutil.rmtree(work, ignore_errors=True)
+                raise
             problems = protocol_mismatches(task, protocol, counts, sums) or _overlaps(task, protocol, work, progress)
             if problems:
                 shutil.rmtree(work, ignore_errors=True)
@@ -350,6 +399,9 @@ def _prepare(
                 "sha256": sums,
                 "files": files,
             }
+            if source is not None and not all(protocol.sha256.get(split) for split in SPLITS):
+                progress("hashing raw files", 0, 0)
+                manifest["raw"] = raw_files.facts(_raw_files(task, protocol, source), source)
             write_manifest(work, manifest)
             replace_folder(work, folder)
         except BaseException:
@@ -368,12 +420,16 @@ def replace_folder(work: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def measure_splits(task: Task, folder: Path, progress: Progress) -> tuple[dict[str, int], dict[str, str]]:
-    """Number of examples and checksum of each split in a folder."""
+def measure_splits(
+    task: Task, protocol: Protocol, folder: Path, progress: Progress
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Number of examples and checksum of each split in a folder. Raises DataError for examples that the task or the
+    protocol rules out."""
     counts, sums = {}, {}
     for number, name in enumerate(SPLITS):
         progress("hashing splits", number, len(SPLITS))
         split = task.load(folder, name)
+        check_split(task, protocol, name, split)
         counts[name], sums[name] = len(split), split_checksum(split)
     progress("hashing splits", len(SPLITS), len(SPLITS))
     return counts, sums

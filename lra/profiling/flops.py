@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import combinations
 from math import log2, prod
 from typing import Any
 
@@ -31,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
-from lra.encoder import Encoder
+from lra.encoder import Cost, Encoder
 
 aten = torch.ops.aten
 Shape = tuple[int, ...]
@@ -173,6 +172,14 @@ FORMULAS: dict[Any, Callable[..., float]] = {
 }
 MATMUL = frozenset(_HEAVY) | frozenset(op for op in flop_registry if str(op).startswith("aten."))
 
+PRODUCTS: dict[str, Callable[..., bool]] = {
+    "lra.band_attention": lambda *_: True,
+    "lra.expert_mlp": lambda *_: True,
+    "lra.recurrent_cell": lambda _, U, *__: U.ndim > 1,
+}
+"""Our own operators whose work is that of matrix products, which architectures declare as `Cost.matmul`, and for which
+arguments: a cell with one recurrent weight per unit has none. The work of all others belongs to `Cost.other`."""
+
 LIGHT = re.compile(
     r""".*(softmax|norm|dropout|pool|embedding|sigmoid|relu|elu|median|_loss|loss_|split|detach|scatter).*
     | .*pad\dd.* | .*pad_nd | .*(like|_copy) | .*_thnn_fused_.* | (_?unsafe_)?(index|view|masked)\w*
@@ -195,14 +202,16 @@ class FlopReport:
     """Work of one call, for the whole batch it was given.
 
     forward, forward_backward: FLOPs counted, of every kind; matmul: the part of `forward` that is matrix products,
-    convolutions, attention and recurrent layers; operators: operator -> FLOPs, `forward` split up; algorithmic:
-    `forward` without the scores that a causal flag discards; tree: dotted module -> FLOPs of its forward.
-    uncounted: operator -> elements touched, forward and backward; elementwise: elements touched by light operators.
-    device: "meta" where shapes alone were run, else the device of the module, whose control flow reads values.
+    convolutions, attention and recurrent layers; products: `matmul` and our own operators of that kind (PRODUCTS);
+    operators: operator -> FLOPs, `forward` split up; algorithmic: `forward` without the scores that a causal flag
+    discards; tree: dotted module -> FLOPs of its forward. uncounted: operator -> elements touched, forward and
+    backward; elementwise: elements touched by light operators. device: "meta" where shapes alone were run, else the
+    device of the module, whose control flow reads values.
     """
 
     forward: float
     matmul: float
+    products: float
     forward_backward: float
     operators: Mapping[str, float]
     uncounted: Mapping[str, int]
@@ -211,13 +220,16 @@ class FlopReport:
     algorithmic: float
     tree: Mapping[str, float]
 
-    def counterpart(self, declared: float) -> float:
-        """What a declared number of FLOPs in matrix products (`Cost.matmul`) has to equal: `matmul`, and the work of
-        those of our own operators that were declared with it. A recurrent cell is a product to its architecture, a
-        scan is not, and the dispatcher cannot know: of all choices of operators, the nearest one."""
-        own = [work for op, work in self.operators.items() if op.startswith("lra.")]
-        sums = [self.matmul + sum(part) for n in range(len(own) + 1) for part in combinations(own, n)]
-        return min(sums, key=lambda found: abs(found - declared))
+    @property
+    def kernels(self) -> float:
+        """Work of our own operators that are no matrix products: scans, long convolutions, kernels of state spaces."""
+        own = sum(work for op, work in self.operators.items() if op.startswith("lra."))
+        return own - (self.products - self.matmul)
+
+    def declared(self, cost: Cost) -> float:
+        """What `cost` declares of the work in `products` and `kernels`. `Cost.other` holds elementwise work beside that
+        of the kernels, so that no more of it counts than they did; less means that the kernels are missing there."""
+        return cost.matmul + min(cost.other, self.kernels)
 
 
 def count(module: nn.Module, *inputs: Any, device: str = "meta", backward: bool = True) -> FlopReport:
@@ -262,7 +274,7 @@ def _run(module: nn.Module, inputs: tuple[Any, ...], device: str, backward: bool
         with torch.random.fork_rng(devices=[]), torch.enable_grad(), census, _counter(path) as counter:
             with discarded:
                 outputs = [t for t in tree_leaves(twin(*given)) if isinstance(t, Tensor) and t.requires_grad]
-            counts = counter.get_flop_counts()
+            counts, own_products = counter.get_flop_counts(), census.products
             names = [name for name in ("Global", *path.names.values()) if name in counts]
             tree = {name: float(sum(counts[name].values())) for name in names}
             forward = dict(counts.get("Global", {}))
@@ -272,9 +284,11 @@ def _run(module: nn.Module, inputs: tuple[Any, ...], device: str, backward: bool
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
     where = device or str(next((t.device for t in (*twin.parameters(), *tree_leaves(given))), "cpu"))
+    matmul = float(sum(work for op, work in forward.items() if op in MATMUL))
     return FlopReport(
         forward=float(sum(forward.values())),
-        matmul=float(sum(work for op, work in forward.items() if op in MATMUL)),
+        matmul=matmul,
+        products=matmul + own_products,
         forward_backward=float(total),
         operators={str(op): float(work) for op, work in forward.items()},
         uncounted=dict(census.uncounted),
@@ -334,16 +348,18 @@ class _Discarded(TorchFunctionMode):
 
 
 class _Census(TorchDispatchMode):
-    """Notices every operator that runs below the counter and has no formula."""
+    """Notices every operator that runs below the counter and has no formula, and our own matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
         self.uncounted: Counter[str] = Counter()
-        self.light = 0
+        self.light, self.products = 0, 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         packet = func._overloadpacket
+        if str(packet) in PRODUCTS and PRODUCTS[str(packet)](*args):
+            self.products += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         if packet in flop_registry or packet in FORMULAS or func.is_view:
             return out
         size = max((t.numel() for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)), default=0)

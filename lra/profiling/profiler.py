@@ -323,16 +323,14 @@ def measure_cell(cell: Cell, device: torch.device) -> dict[str, Any]:
     # for the whole batch, because some work is done once for it; reported for one sequence
     work, size = flops.count(workload.model, *given), cell.batch
     try:
-        declared: float | None = workload.model.cost(cell.length).of_batch(size).matmul  # type: ignore[operator]
+        declared: float | None = work.declared(workload.model.cost(cell.length).of_batch(size))  # type: ignore[operator]
     except NotImplementedError:
         declared = None
-    products = work.matmul if declared is None else work.counterpart(declared)
-
     return {
         "parameters": sum(p.numel() for p in workload.model.parameters()),
         "flops": {
             "forward": work.forward / size, "algorithmic": work.algorithmic / size,
-            "forward_backward": work.forward_backward / size, "matmul_counted": products / size,
+            "forward_backward": work.forward_backward / size, "matmul_counted": (work.products + work.kernels) / size,
             "matmul_by_formula": None if declared is None else declared / size,
             "uncounted": tuple(sorted(work.uncounted)), "counted_on": work.device,
         },

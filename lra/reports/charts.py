@@ -103,7 +103,7 @@ def _baselines(baselines: Mapping[str, float], axis: tuple[float, float], channe
 TIPS = {
     "label": ("architecture", "N", ""), "family": ("family", "N", ""), "shown": ("accuracy %, 95 % interval", "N", ""),
     "status": ("status", "N", ""), "seeds": ("seeds", "Q", ""), "minutes": ("minutes", "Q", ".3~g"),
-    "speed": ("examples/s", "Q", ".3~g"), "seen": ("training examples", "Q", ","),
+    "speed": ("tokens/s", "Q", ","), "seen": ("training examples", "Q", ","),
     "parameters": ("parameters", "Q", ","), "gflop": ("GFLOP forward", "Q", ".3~g"), "memory": ("memory", "N", ""),
 }  # fmt: skip
 

@@ -35,7 +35,10 @@ class Comparison:
     only_b: int | None = None
 
     def __str__(self) -> str:
-        """The difference in one line."""
+        """The difference in one line, and a second one where the runs are of two sources."""
+        return "\n".join(filter(None, (self._difference(), self.source)))
+
+    def _difference(self) -> str:
         accuracies = f"{100 * self.a.test.accuracy:.2f} % and {100 * self.b.test.accuracy:.2f} %"
         if self.difference is None:
             return f"accuracy {accuracies}; not tested on the same examples, so there is no paired difference"
@@ -46,6 +49,15 @@ class Comparison:
             f"right on {self.only_a:,}, only the second on {self.only_b:,}. This holds for these two trained models, "
             "not for other seeds."
         )
+
+    @property
+    def source(self) -> str:
+        """One line on the files in which the sources of a user's class differ; empty if they are the same."""
+        if self.a.architecture != self.b.architecture or self.a.source_key == self.b.source_key:
+            return ""
+        one, two = (run.source.files if run.source else {} for run in (self.a, self.b))
+        files = [name for name in sorted(one.keys() | two.keys()) if one.get(name) != two.get(name)]
+        return f"another source: {', '.join(files) or 'not recorded'}; these are two models, not two runs of one"
 
     def table(self) -> Table:
         """The fields that differ."""
@@ -93,5 +105,6 @@ def _fields(record: RunRecord) -> dict[str, str]:
         "data": record.data.checksum[:8], "recipe": record.recipe.name, "recipe hash": record.recipe_hash[:8],
         "regime": record.regime, "direction": record.direction, "seed": str(record.seed),
         "parameters": str(record.parameters), "device": record.hardware, "commit": record.environment.commit.hash[:12],
-    }  # fmt: skip
+        "threads": str(record.environment.threads or "-"),
+    } | ({"source": record.source_key[:8]} if record.source else {})  # fmt: skip
     return facts | recipe_settings(record)

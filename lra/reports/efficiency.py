@@ -21,9 +21,8 @@ from lra.errors import UserError
 from lra.registry import PLUGIN, architectures
 from lra.reports.table import Table, TableCell
 from lra.results import profile as stored
-from lra.results.profile import CLOSE, FailedProfile, Profile, agreed, machine_name
+from lra.results.profile import CLOSE, AnyProfile, FailedProfile, Profile, agreed, machine_name
 
-AnyProfile = Profile | FailedProfile
 Shape = tuple[str, str, str, int, int, int, str]
 BASE = "transformer"
 OUTSIDE = "outside"
@@ -138,17 +137,6 @@ def table_csv(profiles: Sequence[AnyProfile]) -> str:
     return frame(profiles)[list(FIELDS)].to_csv(index=False, float_format="%.6g", lineterminator="\n")
 
 
-def memory_near(profiles: Iterable[AnyProfile], cpu_or_gpu: str, length: int) -> dict[str, tuple[int, int]]:
-    """Peak bytes of a training step on a device, as architecture -> (bytes, length measured at): at the length nearest
-    to `length`, at the shape with most cells there, so that the numbers can be compared."""
-    here = [p for p in measured(profiles) if cpu_or_gpu in (p.environment.gpu, p.environment.cpu) and not p.cell.task]
-    cells = max(by_shape(here).values(), key=len, default=[])
-    if not cells or not length:
-        return {}
-    nearest = min({p.cell.length for p in cells}, key=lambda n: abs(math.log(n / length)))
-    return {p.cell.architecture: (int(p.memory.peak_bytes), nearest) for p in cells if p.cell.length == nearest}
-
-
 def exponent(lengths: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
     """Slope of log(value) over log(length), and the half-width of its 95 % interval (NaN for two lengths). Raises
     UserError for fewer than two lengths."""
@@ -197,7 +185,7 @@ def _agreement(cells: Sequence[Profile]) -> str:
         formula = p.flops.matmul_by_formula
         if formula and (apart := abs(p.flops.matmul_counted / formula - 1)) >= worst:
             worst, where = apart, _place(p)
-    return f"matrix work counted and by formula: at most {100 * worst:.2f} % apart ({where})" if where else "no formula"
+    return f"work counted and by formula: at most {100 * worst:.2f} % apart ({where})" if where else "no formula"
 
 
 def _suspect(cells: Sequence[Profile]) -> list[str]:
@@ -213,10 +201,10 @@ def _suspect(cells: Sequence[Profile]) -> list[str]:
 
 
 NOTE = (
-    "times: median of the fastest of several rounds; GFLOP: forward of one sequence, multiply-add = 2; formula: matrix "
-    "work counted over what cost() says; IQR: of the training step, over its median; MiB: peak of a training step, "
-    "activations: what it takes beside parameters, gradients and optimiser; MFU: of the rate of the fastest matrix "
-    "product at these shapes and in this dtype"
+    "times: median of the fastest of several rounds; GFLOP: forward of one sequence, multiply-add = 2; formula: work "
+    "of matrix products and kernels counted over what cost() says; IQR: of the training step, over its median; MiB: "
+    "peak of a training step, activations: what it takes beside parameters, gradients and optimiser; MFU: of the rate "
+    "of the fastest matrix product at these shapes and in this dtype"
 )
 
 

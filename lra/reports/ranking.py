@@ -8,7 +8,6 @@ separate share a rank.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,6 +18,7 @@ import numpy as np
 from lra.results.collection import Collection, Predictions
 from lra.results.literature import Reported
 from lra.results.official import OWN, Settings
+from lra.results.profile import AnyProfile, Profile, machine_name, nearest_steps
 from lra.results.record import RunRecord
 from lra.results.statistics import Estimate, Runs, estimate, ranks, seeds_needed, task_average
 
@@ -30,8 +30,8 @@ AVERAGES = {"avg 5": LRA[:5], "avg 6": LRA}
 FIELDS = (
     "task", "protocol", "data", "recipe", "regime", "device", "n", "architecture", "recipe_hash", "rank", "accuracy",
     "low", "high", "interval", "deviation", "seeds", "collapsed", "seeds_to_1_point", "examples", "parameters",
-    "flops_forward", "flops_forward_backward", "points_per_mflop_per_token", "examples_per_second", "peak_bytes",
-    "tokens_per_peak_mib", "minutes", "direction",
+    "flops_forward", "flops_forward_backward", "points_per_mflop_per_token", "profile_length", "tokens_per_second",
+    "peak_bytes", "tokens_per_peak_mib", "threads", "minutes", "direction", "source",
 )  # fmt: skip
 """Columns of `Leaderboard.frame`."""
 
@@ -57,15 +57,18 @@ class Group:
 
 Overall = tuple[str, str, str, str]
 """Protocol, recipe, regime and device: what the rows of a table over tasks share."""
-Key = tuple[Group, str, str]
-"""Group, architecture, and what tells apart its rows in this group: the recipe's hash where it counts."""
+Key = tuple[Group, str, str, str]
+"""Group, architecture, and what tells apart its rows in this group: the recipe's hash where it counts, and the source
+of a user's class."""
 
 
 @dataclass(frozen=True)
 class Row:
     """One architecture in a group; its runs differ in the seed only. label: the architecture, followed by the first
-    digits of the recipe's hash where a group has it with two recipes. Work, speed, memory, minutes and `seen`, the
-    number of training examples with repeats, are means over the runs."""
+    digits of the recipe's hash, or of its source, where a group has it with two. Work, minutes and `seen`, the number
+    of training examples with repeats, are means over the runs. profile: of a training step on the machine, with the
+    threads and in the dtype of the runs, at the length nearest to theirs; speed and memory of the runs themselves,
+    which may have shared the machine, stay in their records."""
 
     architecture: str
     label: str
@@ -76,8 +79,8 @@ class Row:
     parameters: int
     flops: float | None
     flops_backward: float | None
-    speed: float
-    memory: float
+    profile: Profile | None
+    threads: str
     minutes: float
     direction: str
     hardware: str
@@ -111,8 +114,11 @@ class Row:
 
     @property
     def memory_score(self) -> float | None:
-        """Longest sequence per MiB of peak training memory."""
-        return self.length / (self.memory / 2**20) if self.length and self.memory else None
+        """Tokens of the profiled training step per MiB of its peak memory."""
+        if self.profile is None:
+            return None
+        cell = self.profile.cell
+        return cell.batch * cell.length / (self.profile.memory.peak_bytes / 2**20)
 
 
 @dataclass(frozen=True)
@@ -144,18 +150,19 @@ class Leaderboard:
             # the hash of an official run may differ in how its protocol was named
             version = record.recipe_hash if settings.status == OWN or not settings.ranked else ""
             by_row = official if settings.ranked else modified
-            by_row.setdefault((group, record.architecture, version), {})[record.seed] = record
-        labels = _labels(official) | _labels(modified)
+            key = (group, record.architecture, version, record.source_key)
+            by_row.setdefault(key, {})[record.seed] = record
+        labels, profiles = _labels(official) | _labels(modified), _Profiles(collection.profiles)
         groups: dict[Group, list[Row]] = {}
         for key, by_seed in official.items():
-            groups.setdefault(key[0], []).append(_row(labels[key], by_seed))
+            groups.setdefault(key[0], []).append(_row(labels[key], by_seed, profiles))
         ranked = {
             group: _rank(sorted(groups[group], key=lambda row: (-row.accuracy.mean, row.label)), collection.predictions)
             for group in sorted(groups)
         }
         apart = []
         for key in sorted(modified):
-            row = _row(labels[key], modified[key])
+            row = _row(labels[key], modified[key], profiles)
             apart.append(ModifiedRow(key[0], row, collection.settings[row.runs[-1].id]))
         return cls(ranked, apart, collection.reported)
 
@@ -165,7 +172,9 @@ class Leaderboard:
 
         rows = [_fields(group, row) for group, ranked in self.groups.items() for row in ranked]
         frame = pd.DataFrame(rows, columns=list(FIELDS))
-        return frame.astype({"seeds_to_1_point": "Int64"} | dict.fromkeys(OPTIONAL, "float64"))
+        return frame.astype(
+            dict.fromkeys(("seeds_to_1_point", "profile_length"), "Int64") | dict.fromkeys(OPTIONAL, "float64")
+        )
 
     @cached_property
     def by_task(self) -> dict[Overall, dict[str, dict[str, Row]]]:
@@ -199,7 +208,8 @@ class Leaderboard:
 
 
 OPTIONAL = (
-    "deviation", "flops_forward", "flops_forward_backward", "points_per_mflop_per_token", "tokens_per_peak_mib",
+    "deviation", "flops_forward", "flops_forward_backward", "points_per_mflop_per_token", "tokens_per_second",
+    "peak_bytes", "tokens_per_peak_mib",
 )  # fmt: skip
 
 
@@ -219,13 +229,37 @@ def average(by_task: Mapping[str, Row], tasks: Sequence[str]) -> Estimate | None
 
 
 def _labels(keys: Iterable[Key]) -> dict[Key, str]:
-    """Label of each row: the architecture, with the start of the recipe's hash where it is in a group twice."""
+    """Label of each row: the architecture, with the start of what tells it apart where it is in a group twice."""
     keys = list(keys)
-    count = Counter((group, architecture) for group, architecture, _ in keys)
-    return {key: key[1] if count[key[:2]] == 1 else f"{key[1]} #{key[2][:6]}" for key in keys}
+    hashes, sources = ({k[:2]: {o[place] for o in keys if o[:2] == k[:2]} for k in keys} for place in (2, 3))
+    labels = {}
+    for key in keys:
+        group, architecture, version, source = key
+        version_text = f" #{version[:6]}" if len(hashes[group, architecture]) > 1 else ""
+        source_text = f" source {source[:6]}" if len(sources[group, architecture]) > 1 else ""
+        labels[key] = architecture + version_text + source_text
+    return labels
 
 
-def _row(label: str, by_seed: Mapping[int, RunRecord]) -> Row:
+class _Profiles:
+    """Profiles by what a run has in common with them."""
+
+    def __init__(self, profiles: Sequence[AnyProfile]) -> None:
+        self.profiles = profiles
+        self._known: dict[tuple[str, str, int], dict[str, Profile]] = {}
+
+    def of(self, runs: Sequence[RunRecord]) -> Profile | None:
+        """The profile of the architecture of some runs; None where there is none or the runs differ in it."""
+        keys = {(machine_name(r.environment), r.environment.dtype, r.protocol.length or 0) for r in runs}
+        if len(keys) != 1:
+            return None
+        key = keys.pop()
+        if key not in self._known:
+            self._known[key] = nearest_steps(self.profiles, *key)
+        return self._known[key].get(runs[0].architecture)
+
+
+def _row(label: str, by_seed: Mapping[int, RunRecord], profiles: _Profiles) -> Row:
     def mean(values: Iterable[float]) -> float:
         listed = list(values)
         return math.fsum(listed) / len(listed)
@@ -246,8 +280,8 @@ def _row(label: str, by_seed: Mapping[int, RunRecord]) -> Row:
         parameters=first.parameters,
         flops=work(run.flops.forward for run in runs),
         flops_backward=work(run.flops.forward_backward for run in runs),
-        speed=mean(run.speed.examples_per_second for run in runs),
-        memory=mean(run.memory.peak_bytes for run in runs),
+        profile=profiles.of(runs),
+        threads=", ".join(sorted({str(run.environment.threads or "-") for run in runs})),
         minutes=mean(run.wall_seconds for run in runs) / 60,
         direction=first.direction,
         hardware=first.hardware,
@@ -271,6 +305,13 @@ def _fields(group: Group, row: Row) -> tuple[Any, ...]:
         group.task, group.protocol, group.data, group.recipe, group.regime, group.device, group.tested,
         row.architecture, row.runs[0].recipe_hash, row.rank, a.mean, a.low, a.high, a.source, a.deviation, row.seeds,
         row.collapsed, None if a.deviation is None else seeds_needed(a.deviation, 0.01, row.seeds), row.seen,
-        row.parameters, row.flops, row.flops_backward, row.points_per_work, row.speed, row.memory, row.memory_score,
-        row.minutes, row.direction,
+        row.parameters, row.flops, row.flops_backward, row.points_per_work, *_profiled(row.profile), row.memory_score,
+        row.threads, row.minutes, row.direction, row.runs[0].source_key,
     )  # fmt: skip
+
+
+def _profiled(profile: Profile | None) -> tuple[int | None, float | None, float | None]:
+    """Length, tokens per second and peak bytes of a profiled training step."""
+    if profile is None:
+        return None, None, None
+    return profile.cell.length, profile.tokens_per_second, profile.memory.peak_bytes

@@ -99,7 +99,7 @@ def build(collection: Collection, root: Path) -> str:
         group: {name: float(value) for name, value in leaderboard.floor_cells(run for row in rows for run in row.runs)}
         for group, rows in groups.items()
     }
-    table = result_frame(groups, profiles, ids)
+    table = result_frame(groups, ids)
     page = _Page(runs=[run for _, row in listed for run in _run_curves(row, ids[id(row)])])
     families = sorted({efficiency.family(name) for name in architectures.names()} | {efficiency.OUTSIDE})
     evidence, parts = _pooled({
@@ -144,20 +144,14 @@ def write(collection: Collection, root: Path, folder: Path) -> Path:
     return path
 
 
-def result_frame(
-    groups: Mapping[Group, Sequence[Row]], profiles: Sequence[efficiency.AnyProfile], ids: Mapping[int, str]
-) -> pd.DataFrame:
-    """One row per row of the leaderboard, with all that tables and charts show. Memory is that of a profiled training
-    step on the same device, where there is one."""
+def result_frame(groups: Mapping[Group, Sequence[Row]], ids: Mapping[int, str]) -> pd.DataFrame:
+    """One row per row of the leaderboard, with all that tables and charts show. Speed and memory are those of a
+    profiled training step on the same machine, where there is one."""
     rows = []
     for number, (group, listed) in enumerate(groups.items()):
-        memory = efficiency.memory_near(profiles, group.device, _length(listed[0]))
         same = {key: getattr(group, key) for key in ("task", "protocol", "recipe", "regime", "device")}
         for row in listed:
-            used = memory.get(row.architecture)
-            text = f"{used[0] / 2**20:,.0f} MiB, a step of {used[1]:,} tokens" if used else "not profiled"
-            known = {"memory": text, "memory_bytes": float(used[0]) if used else math.nan}
-            rows.append(_facts(row) | same | known | {"group": number, "row": ids[id(row)]})
+            rows.append(_facts(row) | same | {"group": number, "row": ids[id(row)]})
     columns = {*CHARTED, *FILTERS, "group", "rank", "architecture"}
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=sorted(columns))
 
@@ -165,20 +159,20 @@ def result_frame(
 def _facts(row: Row) -> dict[str, Any]:
     a = row.accuracy
     mean, low, high = (round(100 * value, 3) for value in (a.mean, a.low, a.high))
+    step = row.profile
+    used = math.nan if step is None else float(step.memory.peak_bytes)
+    memory = "not profiled" if step is None else f"{used / 2**20:,.0f} MiB, a step of {step.cell.length:,} tokens"
     lost = f"{row.collapsed} of {row.seeds} runs at chance" if row.collapsed else "above chance"
     return {
         "label": row.label, "architecture": row.architecture, "family": efficiency.family(row.architecture),
         "rank": row.rank, "accuracy": mean, "low": low, "high": high, "half": 100 * a.half_width, "source": a.source,
         "shown": f"{mean:.2f} [{low:.2f}, {high:.2f}], over the {a.source}", "chance": not row.succeeded,
         "status": lost, "seeds": row.seeds, "collapsed": row.collapsed, "minutes": round(row.minutes, 4),
-        "speed": round(row.speed, 3), "seen": round(row.seen), "parameters": row.parameters,
+        "speed": math.nan if step is None else round(step.tokens_per_second), "threads": row.threads,
+        "memory": memory, "memory_bytes": used, "seen": round(row.seen), "parameters": row.parameters,
         "size": _size(row.parameters), "gflop": None if row.flops is None else row.flops / 1e9,
         "seen_text": leaderboard.short(row.seen), "parameters_text": leaderboard.short(row.parameters),
     }  # fmt: skip
-
-
-def _length(row: Row) -> int:
-    return row.length or 0
 
 
 SIZES = {10_000: "below 10k", 100_000: "10k to 100k", 1_000_000: "100k to 1M", math.inf: "1M and more"}

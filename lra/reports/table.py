@@ -33,13 +33,14 @@ class TableCell:
 @dataclass(frozen=True)
 class Table:
     """title; columns; rows with one cell for each column; notes below the table; hidden: columns that the terminal,
-    which is narrow, leaves out."""
+    which is narrow, leaves out; grey: numbers of rows that HTML shows in grey."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[TableCell]]
     notes: Sequence[str] = ()
     hidden: frozenset[str] = field(default_factory=frozenset)
+    grey: frozenset[int] = field(default_factory=frozenset)
 
     @cached_property
     def frame(self) -> pd.DataFrame:
@@ -124,7 +125,8 @@ def page(title: str, intro: str, tables: Sequence[Table]) -> str:
         classes = [' class="w"' if c in WORDS else "" for c in table.columns]
         rows = table.texts(("{}", "<b>{}</b>", "<u>{}</u>"), html.escape)
         lines = ["".join(f"<td{c}>{text}</td>" for c, text in zip(classes, row, strict=True)) for row in rows]
-        body = "".join(f"<tr>{line}</tr>\n" for line in lines)
+        kinds = [' class="grey"' if number in table.grey else "" for number in range(len(lines))]
+        body = "".join(f"<tr{kind}>{line}</tr>\n" for kind, line in zip(kinds, lines, strict=True))
         parts.append(f"<h2>{html.escape(table.title)}</h2>\n<div><table>\n<tr>{head}</tr>\n{body}</table></div>")
         parts += [f"<p>{html.escape(note)}</p>" for note in table.notes]
     return f"{HEAD.format(html.escape(title))}{chr(10).join(parts)}\n</body></html>\n"
@@ -137,6 +139,6 @@ HEAD = """<!doctype html>
 :root {{ color-scheme: light dark }} body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em;
 padding: 0 1em }} div {{ overflow-x: auto }} table {{ border-collapse: collapse }} h2 {{ font-size: 1.1em }}
 td, th {{ padding: .2em .6em; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap }}
-td.w, th:first-child {{ text-align: left }}
+td.w, th:first-child {{ text-align: left }} .grey {{ color: #888 }}
 </style></head><body>
 """

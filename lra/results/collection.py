@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lra.errors import UserError, unknown
-from lra.results import literature, result
+from lra.results import literature, profile, result
 from lra.results.literature import Reported
 from lra.results.official import Settings, settings_of
+from lra.results.profile import AnyProfile
 from lra.results.record import RunRecord
 
 if TYPE_CHECKING:
@@ -44,12 +45,13 @@ class Predictions:
 @dataclass(frozen=True)
 class Collection:
     """records: ordered by id; problems: one line for each file or row that was left out; predictions: by id of the
-    run, where they are stored with labels; reported: the literature."""
+    run, where they are stored with labels; reported: the literature; root: the results folder, for its profiles."""
 
     records: Sequence[RunRecord]
     problems: Sequence[str] = ()
     predictions: Mapping[str, Predictions] = field(default_factory=dict)
     reported: Sequence[Reported] = ()
+    root: Path | None = None
 
     @classmethod
     def read(cls, root: Path, place: str = "runs") -> Collection:
@@ -84,7 +86,7 @@ class Collection:
             reported = literature.load(root)
         except UserError as error:
             problems.append(f"left out the literature: {error}")
-        return cls([records[key] for key in sorted(records)], problems, predictions, reported)
+        return cls([records[key] for key in sorted(records)], problems, predictions, reported, root)
 
     def only(self, **wanted: str) -> Collection:
         """The records that match: task, protocol, recipe and regime by name, device by a part of its name in any case.
@@ -107,6 +109,11 @@ class Collection:
         return replace(self, records=selected)
 
     @cached_property
+    def profiles(self) -> Sequence[AnyProfile]:
+        """The profiles in the results folder: where tables take speed and memory from."""
+        return [] if self.root is None else profile.load(self.root)[0]
+
+    @cached_property
     def settings(self) -> Mapping[str, Settings]:
         """How each run, by id, relates to the shipped recipe of its name."""
         return {record.id: settings_of(record) for record in self.records}
@@ -125,7 +132,7 @@ COLUMNS = (
     "id", "task", "protocol", "recipe", "recipe_hash", "status", "changed", "regime", "architecture", "direction",
     "seed", "accuracy", "n", "at_chance", "validation_accuracy", "best_step", "parameters", "flops_forward",
     "flops_forward_backward", "examples", "examples_per_second", "peak_bytes", "minutes", "device", "threads", "data",
-    "started", "command",
+    "source", "started", "command",
 )  # fmt: skip
 """Columns of `Collection.frame`."""
 
@@ -137,7 +144,7 @@ def _row(record: RunRecord, settings: Settings) -> tuple[Any, ...]:
         record.test.n, record.at_chance, record.validation.accuracy, record.validation.best_step, record.parameters,
         record.flops.forward, record.flops.forward_backward, record.speed.examples, record.speed.examples_per_second,
         record.memory.peak_bytes, record.wall_seconds / 60, record.hardware, record.environment.threads,
-        record.data.checksum, record.started, record.command,
+        record.data.checksum, record.source_key, record.started, record.command,
     )  # fmt: skip
 
 

@@ -7,7 +7,8 @@ reason where the measurement failed.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,7 +84,8 @@ class Timings(Part, frozen=True, kw_only=True):
 
 class EncoderWork(Part, frozen=True, kw_only=True):
     """Floating-point operations of one sequence. forward: counted; algorithmic: without attention scores that a causal
-    mask discards; matmul_counted, matmul_by_formula: of matrix products; counted_on: device of the count."""
+    mask discards; matmul_counted, matmul_by_formula: of matrix products and our own kernels, counted and as `cost()`
+    declares it; counted_on: device of the count."""
 
     forward: Amount
     algorithmic: Amount
@@ -143,12 +145,36 @@ class FailedProfile(Part, frozen=True, kw_only=True):
     failed: str
 
 
+AnyProfile = Profile | FailedProfile
+
+
 def machine_name(environment: Environment) -> str:
     """The GPU, or the CPU with the number of threads: what profiles are grouped by."""
-    if environment.gpu:
+    if environment.hardware == environment.gpu:
         return environment.gpu
     threads = environment.threads
     return environment.cpu + (f", {threads} thread{'s' * (threads > 1)}" if threads else "")
+
+
+def nearest_steps(profiles: Iterable[AnyProfile], machine: str, dtype: str, length: int) -> dict[str, Profile]:
+    """Architecture -> profile of its encoder on a machine (`machine_name`) and in a dtype.
+
+    All are of one length, the nearest to `length`, and of one shape, that with most cells, so that they can be
+    compared. Of two profiles of one cell the last counts.
+    """
+    shapes: dict[tuple[int, int, int, str], dict[tuple[str, int], Profile]] = {}
+    for profile in profiles:
+        cell = profile.cell
+        if isinstance(profile, Profile) and not cell.task and (machine_name(profile.environment), cell.dtype) == (
+            machine, dtype
+        ):  # fmt: skip
+            shape = (cell.batch, cell.d_model, cell.n_layers, cell.direction)
+            shapes.setdefault(shape, {})[cell.architecture, cell.length] = profile
+    cells = max(shapes.values(), key=len, default={})
+    if not cells or not length:
+        return {}
+    nearest = min({measured for _, measured in cells}, key=lambda measured: abs(math.log(measured / length)))
+    return {name: profile for (name, measured), profile in cells.items() if measured == nearest}
 
 
 def agreed(rounds: Sequence[Mapping[str, float]]) -> bool:

@@ -143,6 +143,11 @@ class Environment(Part, frozen=True, kw_only=True):
     commit: Commit = Commit()
 
     @property
+    def dtype(self) -> str:
+        """Type of the arithmetic, as `lra.results.profile.Cell.dtype` names it; empty where it was not recorded."""
+        return {"32": "float32", "bf16": "bfloat16", "16": "float16"}.get(str(self.precision).partition("-")[0], "")
+
+    @property
     def hardware(self) -> str:
         """The processor that did the work: the GPU's name, or the CPU's with its number of processors."""
         on_gpu = self.gpu is not None and self.device in (None, "cuda")
@@ -187,6 +192,13 @@ class Compilation(Part, frozen=True, kw_only=True):
     reason: str = ""
 
 
+class Source(Part, frozen=True, kw_only=True):
+    """The source of a user's class: SHA-256 of each file (`lra.source`), and one of all. Empty where it is unknown."""
+
+    sha256: str = ""
+    files: dict[str, str] = field(default_factory=dict)
+
+
 class PredictionsFile(Part, frozen=True, kw_only=True):
     """The .npz file beside the record: its name and SHA-256."""
 
@@ -200,8 +212,9 @@ class RunRecord(Part, frozen=True, kw_only=True):
     collapsed: why the run counts as at chance, empty if it does not. floors: accuracy of rules without a sequence
     model on the same test set. changed: settings in which the run departs from the shipped recipe of that name, with
     the shipped values; None where that was not recorded. receptive_field: tokens that an output depends on, where
-    they are fewer than the sequence holds. init_from: the weights of another run that this one started with, and what
-    of them did not fit. refused_implementations: kernels that failed their parity check. seal:
+    they are fewer than the sequence holds. source: of an architecture that is not of this project; runs of different
+    sources are different rows. init_from: the weights of another run that this one started with, and what of them did
+    not fit. refused_implementations: kernels that failed their parity check. seal:
     SHA-256 of all other fields.
     """
 
@@ -235,6 +248,7 @@ class RunRecord(Part, frozen=True, kw_only=True):
     curve: tuple[CurvePoint, ...] = ()
     receptive_field: int | None = None
     search: dict[str, Any] | None = None
+    source: Source | None = None
     rate_search: RateSearch | None = None
     pretraining: PretrainingSpeed | None = None
     compute: dict[str, StageCompute] | None = None
@@ -252,6 +266,12 @@ class RunRecord(Part, frozen=True, kw_only=True):
     @property
     def hardware(self) -> str:
         return self.environment.hardware
+
+    @property
+    def source_key(self) -> str:
+        """What tells apart sources of one name: empty for an architecture of this project. A source that is unknown is
+        that of no other run."""
+        return "" if self.source is None else self.source.sha256 or self.id
 
 
 def from_json(content: Any) -> RunRecord:

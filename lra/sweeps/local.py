@@ -27,12 +27,14 @@ _SET_PARENT_DEATH_SIGNAL = 1
 
 
 def is_finished(cell: Cell, root: Path) -> bool:
-    """Whether the results folder `root` has a result with the task, architecture, seed and recipe of a cell."""
+    """Whether the results folder `root` has a result with the task, architecture, seed and recipe of a cell, and the
+    source that a user's architecture has now."""
     # resolving a cell imports torch, which takes seconds
     if not any((root / name).is_dir() for name in ("runs", "smoke")):
         return False
-    from lra.registry import tasks
+    from lra.registry import architectures, tasks
     from lra.results import result
+    from lra.source import digest
     from lra.training.request import resolve
 
     recipe, _ = resolve(cell.request())
@@ -40,17 +42,19 @@ def is_finished(cell: Cell, root: Path) -> bool:
         root / ("smoke" if recipe.smoke else "runs") / tasks.get(cell.task).cls.name / result.slug(cell.architecture)
     )
     pattern = f"*-{recipe.hash[:8]}-s{cell.seed}-*.json"
-    return any(_recipe_hash(path) == recipe.hash for path in folder.glob(pattern))
+    wanted = (recipe.hash, digest(architectures.source(cell.architecture)))
+    return any(_identity(path) == wanted for path in folder.glob(pattern))
 
 
-def _recipe_hash(path: Path) -> str:
-    """The recipe hash of a result; empty for a damaged one, so that its cell is run again."""
+def _identity(path: Path) -> tuple[str, str]:
+    """Recipe hash and source of a result; empty for a damaged one, so that its cell is run again."""
     from lra.results import result
 
     try:
-        return result.read(path).recipe_hash
+        record = result.read(path)
     except UserError:
-        return ""
+        return "", ""
+    return record.recipe_hash, record.source.sha256 if record.source else ""
 
 
 def command(cell: Cell, *more: str) -> list[str]:

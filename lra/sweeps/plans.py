@@ -41,7 +41,18 @@ TYPES = {
     "set": dict, "grid": dict, "run": dict, "search": dict, "recipe": str, "protocol": str, "device": str,
 }  # fmt: skip
 MAX_CELLS = 10_000
-RUN_OPTIONS = ("time-limit", "checkpoint-dir", "pretrain", "match", "devices", "nodes", "strategy", "logger", "from")
+RUN_OPTIONS = (
+    "time-limit",
+    "checkpoint-dir",
+    "pretrain",
+    "match",
+    "devices",
+    "nodes",
+    "strategy",
+    "threads",
+    "logger",
+    "from",
+)
 
 
 @dataclass(frozen=True)

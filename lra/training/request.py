@@ -25,6 +25,7 @@ SHAPE = ("d_model", "n_layers", "length", "dropout", "direction")
 TABLES = ("block", "layer")
 """Constructor arguments that are tables: those of the residual stack, and those of a user's own layer."""
 LARGEST_SEED = 2**32 - 1
+MAX_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Request:
     pretrain: "" as the recipe says, else one of OBJECTIVES. match: a budget to solve the width for (lra.config.match).
     checkpoint_dir: folder for checkpoints, by default the run's own. search: how these settings were searched for.
     select_only: stop before the test set is read. init_from: run, exported folder or file with the initial weights.
+    threads: number of CPU threads, by default those of OMP_NUM_THREADS, else one for each core.
     """
 
     task: str | type
@@ -58,6 +60,7 @@ class Request:
     select_only: bool = False
     init_from: Path | None = None
     created: float = field(default_factory=time.monotonic, compare=False)
+    threads: int = 0
 
     @property
     def task_name(self) -> str:
@@ -93,6 +96,7 @@ class Request:
             ("devices", self.placement.devices, defaults.devices),
             ("nodes", self.placement.nodes, defaults.nodes),
             ("strategy", self.placement.strategy, defaults.strategy),
+            ("threads", self.threads, 0),
             ("from", self.source, None),
             ("checkpoint-dir", self.checkpoint_dir, None),
             ("init-from", self.init_from, None),
@@ -117,7 +121,7 @@ def read(request: Request) -> tuple[Recipe, dict[str, str]]:
     _check_task(request.task)
     architecture, name = architectures.declaration(request.architecture), request.architecture_name
     recipe, origin = recipes.resolve(request.recipe_name, request.task_name, name, request.settings)
-    if request.protocol:
+    if request.protocol and request.protocol != (recipe.data.protocol or _protocols(request.task)[0]):
         recipe = replace(recipe, data=replace(recipe.data, protocol=request.protocol))
         origin["data.protocol"] = "--protocol"
     if origin["data.protocol"].startswith("--"):
@@ -178,6 +182,8 @@ def check(request: Request, recipe: Recipe) -> None:
     """Raise UserError for everything in a request that can be seen to be wrong before data and model are loaded."""
     if type(request.seed) is not int or not 0 <= request.seed <= LARGEST_SEED:
         raise UserError(f"seed is {brief(request.seed)}; a whole number from 0 to {LARGEST_SEED}")
+    if type(request.threads) is not int or not 0 <= request.threads <= MAX_THREADS:
+        raise UserError(f"threads is {brief(request.threads)}; a whole number up to {MAX_THREADS}, 0 for the default")
     kind = device.device_type()
     if recipe.train.precision == "fp16" and kind != "cuda":
         raise UserError("train.precision=fp16 needs a GPU, and PyTorch finds none here; use bf16 or 32")
@@ -248,8 +254,13 @@ def _check_option(key: str, value: Any, default: Any) -> None:
         raise UserError(f"encoder.{key} is {brief(value)}; expected {type(default).__name__}")
 
 
+def _protocols(task: str | type) -> list[str]:
+    """Names of the protocols of a task, its default first."""
+    return list(tasks.declaration(task).facts["protocols"])
+
+
 def _check_protocol(task: str | type, protocol: str) -> None:
-    names = tasks.declaration(task).facts["protocols"]
+    names = _protocols(task)
     if protocol not in names:
         raise unknown(f"protocol of {reference_of(task)}", protocol, names)
 

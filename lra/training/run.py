@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from lra.model import Classifier
 from lra.operators import doctor
 from lra.registry import Constructor, architectures, tasks
 from lra.results import environment, result
+from lra.source import digest
 from lra.training import construction, distributed, run_folder, stages, warm_start
 from lra.training.callbacks import StepProgress
 from lra.training.device import device
@@ -39,14 +41,15 @@ def run(request: Request, console: Console | None = None, progress: StepProgress
 
     console: for messages and progress bars; nothing is shown without one. progress: called during training instead.
     Returns the path of the record; on every process but the first, the folder of the run. Leaves the global random
-    state and matmul precision as they were. Raises UserError, Interrupted among them.
+    state, matmul precision and number of threads as they were. Raises UserError, Interrupted among them.
     """
     recipe, origin = resolve(request)
     check(request, recipe)
     files.check_writable(result_folder(request, recipe))
     console = console or Console(quiet=True)
-    matmul_precision = torch.get_float32_matmul_precision()
+    matmul_precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
     torch.set_float32_matmul_precision("high")
+    torch.set_num_threads(request.threads or threads)
     try:
         with construction.kept_random_state():
             return _run(request, recipe, origin, console, progress)
@@ -54,6 +57,7 @@ def run(request: Request, console: Console | None = None, progress: StepProgress
         raise Interrupted(str(error), request.command("--resume")) from error
     finally:
         torch.set_float32_matmul_precision(matmul_precision)
+        torch.set_num_threads(threads)
 
 
 def _run(
@@ -71,6 +75,10 @@ def _run(
     construction.check_memory(recipe, constructor, protocol.length, device().type)
     with terminal.progress_bar(console, f"preparing {task.name}") as report:
         prepared = prepared_sets.load_prepared(task, recipe.data.protocol, source=request.source, progress=report)
+    # the command of the record repeats the run on another machine
+    request = replace(request, protocol=prepared.protocol.name, threads=torch.get_num_threads())
+    if prepared.replaced:
+        console.print(f"[yellow]{escape(prepared.replaced)}; prepared again[/]", soft_wrap=True)
     with _explain_failures(recipe):
         model = construction.build(recipe, constructor, prepared.task, prepared.protocol, request.seed)
         _announce(request, recipe, origin, prepared, model, console)
@@ -79,7 +87,7 @@ def _run(
             console.print(escape(warm_start.summary(initial)), soft_wrap=True)
         refused = check_operators(model, prepared, constructor)
     started, clock = datetime.now(UTC), time.perf_counter()
-    with _explain_failures(recipe), run_folder.opened(request, recipe, folder, leads):
+    with _explain_failures(recipe), run_folder.opened(request, recipe, folder, leads, digest(constructor.source)):
         context = RunContext(
             device(), folder, checkpoint_folder(request, folder), console, request.seed, request.placement,
             request.loggers, request.deadline, request.resume, progress,

@@ -1,7 +1,8 @@
 """The folder of a run: recipe, log, checkpoints, and where its record is.
 
-recipe.json holds the resolved recipe; run.json {"seed", "command", "checkpoints", "record"}, where "checkpoints" is the
-folder with best.ckpt and "record" the path of the result, empty until there is one.
+recipe.json holds the resolved recipe; run.json {"seed", "command", "checkpoints", "source", "record"}, where
+"checkpoints" is the folder with best.ckpt, "source" the SHA-256 of the source of a user's class, and "record" the path
+of the result, empty until there is one.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ RECIPE, RUN, BEST = "recipe.json", "run.json", "best.ckpt"
 
 
 @contextmanager
-def opened(request: Request, recipe: Recipe, folder: Path, leads: bool) -> Iterator[None]:
+def opened(request: Request, recipe: Recipe, folder: Path, leads: bool, source: str = "") -> Iterator[None]:
     """Create the folder of a run, or open it again to resume, and hold its lock. leads: whether this is the first
-    process of the run; the others leave the folder alone. Raises UserError."""
+    process of the run; the others leave the folder alone. source: SHA-256 of the source of a user's class; a run of
+    another source is not resumed. Raises UserError."""
     if not leads:
         yield
         return
@@ -44,9 +46,14 @@ def opened(request: Request, recipe: Recipe, folder: Path, leads: bool) -> Itera
         if not request.resume:
             for place in (checkpoints, folder / "log"):
                 shutil.rmtree(place, ignore_errors=True)
+        elif read(folder).get("source", source) != source:
+            raise UserError(
+                f"{request.architecture_name} or a file that it imports was changed since this run began; run it "
+                "without --resume, or undo the changes"
+            )
         _write(folder / RECIPE, recipe.as_dict())
         about = {"seed": request.seed, "command": request.command(), "checkpoints": str(checkpoints.resolve())}
-        _write(folder / RUN, about | {"record": ""})
+        _write(folder / RUN, about | {"source": source, "record": ""})
         interruption.mark_resumable()
         yield
 

@@ -20,6 +20,7 @@ from lra.results import record as records
 from lra.results import statistics
 from lra.results.official import changed_settings
 from lra.results.record import RunRecord
+from lra.source import digest
 from lra.task import Protocol
 
 
@@ -79,6 +80,9 @@ def record(
         started=started.isoformat(timespec="seconds"),
         predictions=records.PredictionsFile(file="", sha256=""),
         receptive_field=_receptive_field(model, protocol),
+        source=None
+        if constructor.source is None
+        else records.Source(sha256=digest(constructor.source), files=dict(constructor.source)),
         **other,
     )
 
@@ -119,7 +123,7 @@ def model_work(model: Classifier, protocol: Protocol, size: float) -> records.Mo
         length=protocol.length,
         forward=share(one.forward, two.forward),
         forward_backward=share(one.forward_backward, two.forward_backward),
-        matmul=share(one.matmul, two.matmul),
+        matmul=share(one.products, two.products),
         matmul_by_formula=analytic,
         uncounted=tuple(sorted(one.uncounted)),
         convention=f"multiply-add = 2; one example of a batch of {size:g}",

@@ -249,6 +249,7 @@ def score(
         data = DeviceSet.of(split, prepared.protocol, context.device, examples)
         clock = time.perf_counter()
         index, predicted = _predict(recipe, trained, data, context)
+        predicted = predicted.astype(np.min_scalar_type(prepared.task.classes - 1))
         seconds = time.perf_counter() - clock
         if not np.array_equal(index, np.arange(len(data))):
             raise RuntimeError(f"scoring {name} covered {len(index)} examples, not each of {len(data)} once")
@@ -258,7 +259,7 @@ def score(
             "accuracy": correct / len(labels), "correct": correct, "n": len(labels), "seconds": round(seconds, 3),
         }  # fmt: skip
         scores["predictions"] = {
-            "prediction": predicted, "label": labels.astype(np.uint8),
+            "prediction": predicted, "label": labels.astype(predicted.dtype),
             "example": (np.arange(len(split)) if examples is None else examples).astype(np.int32),
         }  # fmt: skip
     return scores
@@ -280,7 +281,7 @@ def _predict(
     gathered = distributed.gather(columns)
     index, predicted = (np.concatenate(column) for column in zip(*gathered, strict=True))
     order = np.argsort(index, kind="stable")
-    return index[order], predicted[order].astype(np.uint8)
+    return index[order], predicted[order]
 
 
 @contextmanager

@@ -27,12 +27,13 @@ from typing import ClassVar
 import numpy as np
 
 from lra.task import DataError, Progress, Protocol, Split, Task
+from lra.tasks import _cifar
 from lra.tasks._floors import bag_of_tokens
 from lra.tasks._source import Hub, read_table
 from lra.tasks._storage import DocumentWriter, open_split, write_examples
 
-HUB = Hub("uoft-cs/cifar10", "0b2714987fa478483af9968de7c934580d0bb9a2", "cifar10")
-RAW = f"{HUB.files}, or {HUB.id} from the hub"
+HUB = Hub("uoft-cs/cifar10", "0b2714987fa478483af9968de7c934580d0bb9a2", "cifar10", _cifar.OFFICIAL)
+RAW = f"{HUB.files} or {HUB.id} from the hub"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 COUNTS = {"train": 45_000, "validation": 5_000, "test": 10_000}
 GREY = (122.6 / 255, 61 / 255)
@@ -157,6 +158,10 @@ def _read(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Read RGB images (n, 32, 32, 3) uint8 and labels (n,) in the official order."""
     progress(f"reading {split} from {source or HUB.id}", 0, 0)
+    if root := _cifar.find(source):
+        images, classes = _cifar.read_batches(root, split)
+        _check_labels(classes.tolist(), split)
+        return images, classes
     files, labels = read_table(HUB, split, ("img", "label"), source, command)
     images = np.empty((len(files), 32, 32, 3), np.uint8)
     with ThreadPoolExecutor(workers) as pool:
@@ -166,9 +171,13 @@ def _read(
             images[row] = image
             if row % 1000 == 999:
                 progress(f"decoding {split}", row + 1, len(files))
+    _check_labels(labels, split)
+    return images, np.array(labels)
+
+
+def _check_labels(labels: list[int], split: str) -> None:
     if not all(label in range(10) for label in labels):
         raise DataError(f"{split} of {HUB.id} holds labels other than 0 to 9; fetch the files again")
-    return images, np.array(labels)
 
 
 def _decode(file: Mapping[str, bytes]) -> np.ndarray | str:

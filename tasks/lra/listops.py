@@ -8,7 +8,7 @@ with id 15.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar
@@ -16,6 +16,7 @@ from typing import ClassVar
 import numpy as np
 
 from lra.task import SPLITS, DataError, Progress, Protocol, Split, Task
+from lra.tasks._archive import find_file, lines
 from lra.tasks._floors import bag_of_tokens
 from lra.tasks._listops import CLOSE, EOS, SYMBOLS, Law, evaluate, evaluate_many, expressions
 from lra.tasks._storage import DocumentWriter, open_split, write_examples
@@ -30,19 +31,20 @@ RAW = "basic_train.tsv, basic_val.tsv and basic_test.tsv of the LRA release (fol
 def released(source: Path | None, split: str, command: str) -> Iterator[np.ndarray]:
     """Read the expressions of a released file and compare each with its label.
 
-    Accepts "]" and "X" as closing brackets, with and without binary parentheses. Raises DataError naming file and line.
+    Accepts "]" and "X" as closing brackets, with and without binary parentheses, and gzipped files. Raises DataError
+    naming file and line.
     """
     name = FILES[split]
     if source is None:
         raise DataError(f"{RAW} are needed; with these in a folder DIR, run `{command} --from DIR`")
-    path = next((source / place / name for place in PLACES if (source / place / name).is_file()), None)
+    path = find_file(source, PLACES, name)
     if path is None:
         raise DataError(f"no {name} in {source} or in listops-1000/ below it; {RAW} are needed")
-    with path.open(encoding="utf-8", errors="replace") as file:
-        if file.readline().split() != ["Source", "Target"]:
-            raise DataError(f"{path} line 1: the header is not Source, Target; is this the released file?")
-        for number, line in enumerate(file, start=2):
-            yield _parse_line(line, f"{path} line {number}")
+    rows = (line.decode(errors="replace") for line in lines(path))
+    if next(rows, "").split() != ["Source", "Target"]:
+        raise DataError(f"{path} line 1: the header is not Source, Target; is this the released file?")
+    for number, line in enumerate(rows, start=2):
+        yield _parse_line(line, f"{path} line {number}")
 
 
 def _parse_line(line: str, where: str) -> np.ndarray:
@@ -123,6 +125,9 @@ class ListOps(Task):
                     if done % 1000 == 0:
                         progress("reading expressions" if protocol.raw else "generating expressions", done, total)
             write_examples(folder, split, np.array(labels))
+
+    def raw_files(self, protocol: Protocol, source: Path) -> Iterable[Path]:
+        return [path for name in FILES.values() if (path := find_file(source, PLACES, name))]
 
     def encode(self, text: str, protocol: Protocol) -> np.ndarray:
         tokens = _tokens(text, repr(text[:60]))

@@ -23,7 +23,7 @@ from typing import ClassVar
 import numpy as np
 
 from lra.task import DataError, Progress, Protocol
-from lra.tasks._archive import NAMES, download, members
+from lra.tasks._archive import NAMES, download, find_file, lines, members
 from lra.tasks._retrieval import PARTS, Pairs, Row, as_bytes, as_characters, write_pairs
 
 FILES = {f"new_aan_pairs.{part}.tsv": split for split, part in PARTS.items()}
@@ -72,24 +72,35 @@ class Retrieval(Pairs):
                 progress,
             )
         rows: dict[str, list[Row]] = {}
-        for split, where, lines in _files(source, archive):
+        for split, where, content in _files(source, archive):
             progress(f"reading {split} pairs", len(rows), len(FILES))
-            rows[split] = list(_rows(lines, where, protocol, documents))
+            rows[split] = list(_rows(content, where, protocol, documents))
         write_pairs(folder, rows, documents.__getitem__, progress)
         if archive is not None:
             archive.unlink()
+
+    def raw_files(self, protocol: Protocol, source: Path) -> Iterable[Path]:
+        return _released(source)
+
+
+def _released(source: Path) -> list[Path]:
+    """The three files in a user's folder, in the order of FILES, or else the archive; [] if neither is there."""
+    for place in PLACES:
+        paths = [path for name in FILES if (path := find_file(source, [place], name))]
+        if len(paths) == len(FILES):
+            return paths
+    return [source / name for name in NAMES if (source / name).is_file()][:1]
 
 
 def _files(source: Path | None, archive: Path | None) -> Iterator[tuple[str, str, Iterable[bytes]]]:
     """Yield the split, a name for messages and the lines of each of the three files."""
     if source is not None:
-        root = next((source / p for p in PLACES if all((source / p / name).is_file() for name in FILES)), None)
-        if root is not None:
-            for name, split in FILES.items():
-                with (root / name).open("rb") as file:
-                    yield split, str(root / name), file
+        paths = _released(source)
+        if len(paths) > 1:
+            for path, split in zip(paths, FILES.values(), strict=True):
+                yield split, str(path), lines(path)
             return
-        archive = next((source / name for name in NAMES if (source / name).is_file()), None)
+        archive = next(iter(paths), None)
     if archive is None:
         raise DataError(
             f"{source} holds neither {', '.join(FILES)} nor {NAMES[0]}; put them there, "

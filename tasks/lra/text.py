@@ -19,13 +19,14 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lra.task import DataError, Progress, Protocol, Split, Task
+from lra.tasks import _imdb
 from lra.tasks._floors import bag_of_tokens
 from lra.tasks._overlap import near_duplicates
 from lra.tasks._source import Hub, read_table
 from lra.tasks._storage import SHARED, open_split, write_documents, write_examples, write_notes
 
-HUB = Hub("stanfordnlp/imdb", "e6281661ce1c48d982bc483cf8a173c1bbeb5d31", "imdb")
-RAW = f"{HUB.files}, or {HUB.id} from the hub"
+HUB = Hub("stanfordnlp/imdb", "e6281661ce1c48d982bc483cf8a173c1bbeb5d31", "imdb", _imdb.OFFICIAL)
+RAW = f"{HUB.files} or {HUB.id} from the hub"
 PAD, UNKNOWN, EOS = range(3)
 # characters that occur at least 15 times in the first 4,095 of the training reviews, the most frequent first
 CHARACTERS = (
@@ -144,7 +145,10 @@ class Text(Task):
 
 def _read(split: str, source: Path | None, command: str) -> tuple[list[str], list[int]]:
     """Read the texts and labels of an official split, sorted by the SHA-256 of the text."""
-    texts, labels = read_table(HUB, split, ("text", "label"), source, command)
+    if root := _imdb.find(source):
+        texts, labels = _imdb.read_reviews(root, split)
+    else:
+        texts, labels = read_table(HUB, split, ("text", "label"), source, command)
     if not texts or not all(isinstance(t, str) and t for t in texts) or not all(label in (0, 1) for label in labels):
         raise DataError(f"{split} of {HUB.id} holds empty texts or labels other than 0 and 1; fetch it again")
     order = sorted(range(len(texts)), key=lambda i: (hashlib.sha256(texts[i].encode()).digest(), labels[i]))

@@ -123,3 +123,15 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "architecture" in done.stdout
     assert "validation_accuracy" not in done.stdout
     assert runner.invoke(app, ["compare", "nothing", "quick-listops-gru"]).exit_code == 2
+
+
+def test_two_sources_are_told_apart(tmp_path: Path) -> None:
+    files = [{"net.py": "a" * 64, "helper.py": "b" * 64}, {"net.py": "a" * 64, "helper.py": "c" * 64}]
+    first, second = (
+        record("net.py:Net", seed, source={"sha256": str(seed) * 64, "files": files[seed]}) for seed in (0, 1)
+    )
+    compared = compare(first, second, Collection((first, second)))
+    assert str(compared).endswith("another source: helper.py; these are two models, not two runs of one")
+    assert compared.fields["source"] == ("0" * 8, "1" * 8)
+    same = compare(first, first, Collection((first,)))
+    assert "source" not in str(same)

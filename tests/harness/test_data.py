@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -126,3 +132,12 @@ def test_the_chosen_subset_is_fixed() -> None:
     assert len(set(chosen.tolist())) == 30
     assert (np.sort(chosen) == chosen).all()
     assert (chosen == choose(1000, 30)).all()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the growth is that of glibc's heap")
+def test_training_on_varying_lengths_keeps_its_memory() -> None:
+    """Without the rounding of batch lengths it grows by 90 MiB from step 100 to step 300, and goes on growing."""
+    script = Path(__file__).parents[1] / "varying_lengths.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    _, early, *later = json.loads(done.stdout)
+    assert max(later) < early + 25

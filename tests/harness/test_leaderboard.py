@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from records import answered, filled, modified, record, write
+from records import answered, filled, modified, profile_content, record, write
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -226,18 +226,55 @@ def test_runs_at_chance_are_counted_and_told(collection: Collection) -> None:
     shown = next(t for t in leaderboard.all_tables(Leaderboard.of(collection)) if t.title.startswith("pathfinder"))
     row = next(row for row in shown.rows if row[1].text == "gru")
     assert [cell.text for cell in row[2:5:2]] == [f"{100 * np.mean([0.5, 0.702, 0.704]):.2f}", "2/3"]
-    assert "at chance: 1 of 3 runs of gru (the others' mean is 70.30)" in shown.notes
+    assert shown.notes == ["at chance: 1 of 3 runs of gru (the others' mean is 70.30)"]
+    assert not shown.grey
 
 
 def test_a_table_says_who_was_trained_on_more() -> None:
     speed = {"examples": 9600, "examples_per_second": 10.0}
     made = [record("gru"), record("gru", 1), record("lstm"), record("s4d", speed=speed)]
     (shown,) = leaderboard.all_tables(ranked(*made))
-    assert "training examples differ: 9.6k for s4d; 6.4k for the others" in shown.notes
-    seen = {row[1].text: row[shown.columns.index("seen")].text for row in shown.rows}
+    assert shown.notes == ["training examples differ: 9.6k for s4d; 6.4k for the others"]
+    seen = {row[1].text: row[shown.columns.index("seen")].text for row in shown.rows if row[0].text != "-"}
     assert seen == {"gru": "6.4k", "lstm": "6.4k", "s4d": "9.6k"}
     (same,) = leaderboard.all_tables(ranked(*made[:3]))
-    assert not [note for note in same.notes if "training examples" in note]
+    assert not same.notes
+
+
+TRIALS = [{"lr": lr, "steps": 20, "accuracy": 0.2, "loss": 2.0, "examples": 640, "seconds": 1.0} for lr in (1e-3, 3e-3)]
+SPEED = {"examples": 6400, "examples_per_second": 10.0, "steps": 200}
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({"speed": SPEED | {"steps": 400}}, "steps differ: 400 for s4d; 200 for the others"),
+        (
+            {"rate_search": {"lr": 1e-3, "trials": TRIALS, "examples": 1280, "seconds": 2.0}},
+            "learning rates tried differ: 0.001 (20 steps), 0.003 (20 steps) for s4d; one for the others",
+        ),
+        ({"budget": 1.1}, "parameter budget differ: 1.1 for s4d; 0.0 for the others"),
+    ],
+)
+def test_a_table_says_who_was_given_more(changes: dict[str, Any], note: str) -> None:
+    other = record("s4d", **{"speed": SPEED} | {k: v for k, v in changes.items() if k != "budget"})
+    if "budget" in changes:
+        other.recipe.model["budget"] = changes["budget"]
+    ((_, rows),) = ranked(record("gru", speed=SPEED), record("lstm", speed=SPEED), other).groups.items()
+    assert leaderboard.unequal(rows) == note
+    assert not leaderboard.unequal([row for row in rows if row.architecture != "s4d"])
+
+
+def test_the_rows_of_every_committed_table_were_given_the_same(tracked: Path) -> None:
+    """Training examples, steps, search and parameter budget; and no row exceeds the budget."""
+    board = Leaderboard.of(Collection.read(tracked / "results"))
+    assert board.groups
+    for group, rows in board.groups.items():
+        assert not leaderboard.unequal(rows), group
+        sizes = {row.architecture: row.parameters for row in rows}
+        for row in rows:
+            budget = row.runs[0].recipe.model.get("budget") or math.inf
+            assert row.parameters <= budget * sizes.get("transformer", math.inf), row.label
 
 
 def test_no_row_at_chance_is_the_best_of_anything() -> None:
@@ -245,8 +282,11 @@ def test_no_row_at_chance_is_the_best_of_anything() -> None:
     made += [record(name, task="image", accuracy=0.498, collapsed=AT_CHANCE) for name in ("gru", "s4d")]
     overall, image, listops = leaderboard.all_tables(ranked(*made))
     assert [[cell.place for cell in row[1:3]] for row in overall.rows] == [[0, 0], [1, 0]]
-    assert [row[2].place for row in image.rows] == [0, 0]
-    assert [row[2].place for row in listops.rows] == [0, 1]
+    assert [(row[1].text, row[2].place) for row in image.rows[:2]] == [("gru", 0), ("s4d", 0)]
+    assert [(row[1].text, row[2].place) for row in listops.rows[:2]] == [("gru", 0), ("s4d", 1)]
+    assert (image.grey, listops.grey) == ({0, 1}, {0})
+    page = leaderboard.build(ranked(*made), "html")
+    assert len(re.findall(r'<tr class="grey">(?:<td[^>]*>[^<]*</td>){2}<td>49.80', page)) == 3
     assert "| gru | 49.80 ± 2.19, at chance | 49.80 ± 2.19, at chance |" in leaderboard.readme(ranked(*made))
 
 
@@ -256,19 +296,16 @@ def test_many_rows_at_chance_are_one_line(tmp_path: Path, monkeypatch: pytest.Mo
     lost = [record(name, accuracy=0.17, collapsed=AT_CHANCE) for name in names]
     mixed = [record("gru", i, a, collapsed=AT_CHANCE if a < 0.2 else "") for i, a in enumerate((0.17, 0.6, 0.64))]
     told = f"at chance: every run of {', '.join(names)}; 1 of 3 runs of gru (the others' mean is 62.00)"
-    for records, notes in (
-        (lost + mixed, [f"one seed, ± of the test set: {', '.join(names)}", told]),
-        (lost, ["one seed, ± of the test set: all rows", "at chance: every run of all rows"]),
-    ):
+    for records, note in ((lost + mixed, told), (lost, "at chance: every run of all rows")):
         (shown,) = leaderboard.all_tables(ranked(*records))
-        assert [note for note in shown.notes if "floors" not in note] == notes
+        assert shown.notes == [note]
     for made in lost + mixed:
         write(tmp_path, made)
     monkeypatch.setenv("LRA_RESULTS", str(tmp_path))
     written = invoke("--out", str(tmp_path)).stdout, *(p.read_text() for p in tmp_path.glob("[Ll]*.[mht]*"))
     assert len(written) == 4
     assert [text.count("at chance: ") for text in written] == [1] * 4
-    assert [text.count("net7, net8") for text in written] == [2] * 4
+    assert [text.count("net7, net8") for text in written] == [1] * 4
 
 
 @pytest.mark.parametrize("form", ["md", "csv", "tex", "html"])
@@ -310,16 +347,16 @@ def test_the_committed_tables_are_those_of_the_committed_runs(tracked: Path) -> 
 
 def test_the_short_form_has_a_row_for_each_architecture(collection: Collection) -> None:
     """The records of tests/records.py are of one recipe, regime and device."""
-    title, _, head, _, *rows, _, floors = leaderboard.readme(Leaderboard.of(collection)).splitlines()
+    title, _, head, _, *rows = leaderboard.readme(Leaderboard.of(collection)).splitlines()
     assert title == "Recipe quick, scratch, a cpu x2:"
     assert head == "| architecture | listops (strict) | pathfinder (strict) |"
     assert rows == [
         "| s4d | **62.20 ± 0.50, 3 seeds** | **92.20 ± 0.50, 3 seeds** |",
         "| transformer | <u>40.40 ± 0.50, 3 seeds</u> | <u>70.40 ± 0.50, 3 seeds</u> |",
         "| gru | 40.20 ± 0.50, 3 seeds | 63.53 ± 29.12, 3 seeds, 1 at chance |",
+        "| majority class (no sequence model) | 17.00 | 17.00 |",
+        "| root operator (no sequence model) | 36.00 | 36.00 |",
     ]
-    rules = "majority class 17.0, root operator 36.0"
-    assert floors == f"Floors: listops (strict) {rules}; pathfinder (strict) {rules}."
 
 
 def test_the_terminal_form_fits_100_columns(tmp_path: Path) -> None:
@@ -488,3 +525,58 @@ def test_a_model_with_a_stated_receptive_field_is_a_floor() -> None:
     names = dict(leaderboard.floor_cells([*runs, record("gru")]))
     assert names["bounded_cnn, which sees 9 tokens"] == "25.0"
     assert len(names) == 3
+    (shown,) = leaderboard.all_tables(ranked(*runs))
+    assert shown.notes == ["bounded_cnn sees 9 tokens"]
+
+
+def test_baselines_are_rows_of_the_table_between_those_that_beat_them_and_the_others() -> None:
+    (shown,) = leaderboard.all_tables(ranked(record("s4d", accuracy=0.6), record("gru", accuracy=0.2)))
+    assert [[cell.text for cell in row[:4]] for row in shown.rows] == [
+        ["1", "s4d", "60.00", shown.rows[0][3].text], ["-", "root operator (no sequence model)", "36.00", "-"],
+        ["1", "gru", "20.00", shown.rows[2][3].text], ["-", "majority class (no sequence model)", "17.00", "-"],
+    ]  # fmt: skip
+
+
+def test_runs_of_two_sources_are_two_rows() -> None:
+    """Two versions of a user's class under one name are two models, not two seeds of one."""
+
+    def made(seed: int, source: dict[str, Any] | None, **changes: Any) -> RunRecord:
+        return record("net.py:Net", seed, 0.4 + seed / 10, source=source, **changes)
+
+    one, two = ({"sha256": digit * 64, "files": {"net.py": digit * 64}} for digit in "ab")
+    rows = rows_of(ranked(made(0, one), made(1, one), made(2, two)))
+    assert {row.label: row.seeds for row in rows} == {"net.py:Net source aaaaaa": 2, "net.py:Net source bbbbbb": 1}
+    (row,) = rows_of(ranked(made(0, one), made(1, one)))
+    assert (row.label, row.seeds) == ("net.py:Net", 2)
+    # a source that nobody knows is that of no other run
+    assert [row.seeds for row in rows_of(ranked(made(0, {}), made(1, {})))] == [1, 1]
+    assert [row.seeds for row in rows_of(ranked(made(0, None), made(1, None)))] == [2]
+
+
+PRECISION = {"cpu": "a cpu x2", "threads": 2, "precision": "32-true"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "found"),
+    [({}, True), ({"threads": 1}, False), ({"precision": "bf16-mixed"}, False), ({"cpu": "another x2"}, False)],
+    ids=["the same", "threads", "dtype", "device"],
+)
+def test_speed_and_memory_are_those_of_the_profile_of_that_machine(
+    environment: dict[str, Any], found: bool, tmp_path: Path
+) -> None:
+    """The run's own speed and memory, which may be those of a shared machine, are in no table."""
+    made = profile_content("gru", 1024, 0.5, environment={"cpu": "a cpu x2", "threads": 2})
+    (tmp_path / "profile" / "a").mkdir(parents=True)
+    (tmp_path / "profile" / "a" / "gru.json").write_text(json.dumps(made))
+    for name in ("gru", "s4d"):
+        write(tmp_path, record(name, environment=PRECISION | environment))
+    collection = Collection.read(tmp_path)
+    (shown,) = leaderboard.all_tables(Leaderboard.of(collection))
+    cells = {row[1].text: dict(zip(shown.columns, (cell.text for cell in row), strict=True)) for row in shown.rows}
+    assert (cells["s4d"]["tok/s"], cells["s4d"]["MiB"]) == ("-", "-")
+    assert (cells["gru"]["tok/s"], cells["gru"]["MiB"]) == (("2,048", "16") if found else ("-", "-"))
+    assert cells["gru"]["threads"] == str((PRECISION | environment)["threads"])
+    note = "profiled step: 1,024 tokens, batch 1, d_model 64, 2 layers, bidirectional"
+    assert shown.notes == ([note] if found else [])
+    frame = leaderboard.frame(collection).set_index("architecture")
+    assert frame.loc["gru", "tokens_per_second"] == (2048 if found else pytest.approx(math.nan, nan_ok=True))

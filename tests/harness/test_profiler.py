@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from test_report import profile_content as content
+from records import profile_content as content
 from typer.testing import CliRunner
 
 from lra.cli.app import app
@@ -28,7 +28,7 @@ from lra.profiling.timing import measure, together
 from lra.reports import efficiency, lra_table
 from lra.reports import table as tables
 from lra.results import profile as stored
-from lra.results.profile import Cell, FailedProfile, Profile, machine_name
+from lra.results.profile import Cell, FailedProfile, Profile, machine_name, nearest_steps
 from lra.results.record import Environment
 
 CPU = torch.device("cpu")
@@ -115,7 +115,9 @@ def test_work_done_once_for_a_batch_is_shared_by_its_sequences() -> None:
     found = profiler.measure_cell(cell, CPU)["flops"]
     cost = profiler.Workload(cell, CPU).model.cost(cell.length)  # type: ignore[operator]
     assert cost.batch_matmul > cost.matmul
-    assert found["matmul_by_formula"] == cost.matmul + cost.batch_matmul / cell.batch
+    # and the long convolution, which is a kernel of ours
+    kernel = found["matmul_by_formula"] - (cost.matmul + cost.batch_matmul / cell.batch)
+    assert 0 < kernel <= cost.other + cost.batch_other / cell.batch
     assert found["matmul_counted"] == pytest.approx(found["matmul_by_formula"], rel=0.01)
     assert found["forward"] < 0.75 * cost.total
 
@@ -384,8 +386,13 @@ def test_a_utilisation_on_file_that_cannot_be_is_not_shown() -> None:
 
 def test_memory_is_that_of_the_nearest_length() -> None:
     profiles = [profiled("s4d", n, 1.0) for n in (256, 1024)] + [profiled("gru", 1024, 1.0)]
-    assert efficiency.memory_near(profiles, "a cpu x2", 2000) == {"s4d": (2**24, 1024), "gru": (2**24, 1024)}
-    assert efficiency.memory_near(profiles, "another", 2000) == {}
+    steps = nearest_steps(profiles, "a cpu x2", "float32", 2000)
+    assert {name: (p.memory.peak_bytes, p.cell.length) for name, p in steps.items()} == {
+        "s4d": (2**24, 1024), "gru": (2**24, 1024),
+    }  # fmt: skip
+    assert nearest_steps(profiles, "another", "float32", 2000) == {}
+    assert nearest_steps(profiles, "a cpu x2, 2 threads", "float32", 2000) == {}
+    assert nearest_steps(profiles, "a cpu x2", "bfloat16", 2000) == {}
 
 
 def test_crossover_is_where_the_curves_meet_for_good() -> None:
@@ -527,7 +534,7 @@ def test_the_table_says_how_far_the_two_flop_numbers_are_apart_and_leaves_out_wh
     work = msgspec.structs.replace(two.flops, matmul_by_formula=two.flops.matmul_counted / 1.02)
     two = msgspec.structs.replace(two, flops=work)
     found = efficiency.tables([one, two])[0]
-    assert "matrix work counted and by formula: at most 2.00 % apart (s4d at 512)" in found.notes
+    assert "work counted and by formula: at most 2.00 % apart (s4d at 512)" in found.notes
     shown = [str(column.header) for column in tables.terminal(found).columns]
     assert "tokens/s" in shown
     assert "decode µs" not in shown

@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from records import filled, record, write
+from records import filled, profile_content, record, write
 from typer.testing import CliRunner
 
 from lra.cli.app import app
@@ -51,24 +51,6 @@ def fill(tmp_path: Path) -> Path:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(json.dumps(made))
     return tmp_path
-
-
-def profile_content(name: str, length: int, seconds: float, **changes: Any) -> dict[str, Any]:
-    timing = {"median": seconds, "low": 0.99 * seconds, "high": 1.02 * seconds, "repeats": 30}
-    made = {
-        "cell": {"architecture": name, "length": length, "batch": 1, "d_model": 64, "n_layers": 2,
-                 "direction": "bidirectional", "budget": 1.0, "task": ""},
-        "environment": {"cpu": "a cpu x2", "versions": {"torch": "2.13.0"}, "commit": {"hash": "0" * 40}},
-        "parameters": 100_000,
-        "flops": {"forward": 1e5 * length, "algorithmic": 1e5 * length, "forward_backward": 3e5 * length,
-                  "matmul_counted": 1e5 * length, "matmul_by_formula": 1e5 * length, "uncounted": ()},
-        "seconds": {"forward": timing, "train": timing},
-        "memory": {"peak_bytes": 2**20 * length // 64, "parameters": 400_000, "gradients": 400_000,
-                   "optimiser": 800_000, "activations": 2**19 * length // 64},
-        "tokens_per_second": length / seconds, "mfu": 0.2,
-        "rounds": [{"forward": seconds, "train": seconds}] * 2, "machine": {"rate": 1e12},
-    }  # fmt: skip
-    return made | changes
 
 
 @pytest.fixture(scope="module")
@@ -196,10 +178,18 @@ def test_an_average_is_a_column_only_where_it_exists(tmp_path: Path) -> None:
     assert re.findall(r'data-sort="52\.000" class="place0">52\.00 <small></small></td>', page)
 
 
-def test_memory_comes_from_the_profile_of_the_device(page: str) -> None:
-    rows = {r["label"]: r for rows in contents(page)["datasets"].values() for r in rows if r.get("status")}
-    assert rows["s4d"]["memory"] == "16 MiB, a step of 1,024 tokens"
-    assert rows["gru"]["memory"] == "not profiled"
+def test_memory_comes_from_the_profile_of_the_device(page: str, tmp_path: Path) -> None:
+    def memory(text: str) -> dict[str, str]:
+        datasets = contents(text)["datasets"].values()
+        return {row["label"]: row["memory"] for rows in datasets for row in rows if row.get("status")}
+
+    assert memory(page)["s4d"] == "16 MiB, a step of 1,024 tokens"
+    assert memory(page)["gru"] == "not profiled"
+    fill(tmp_path)
+    for path in (tmp_path / "profile").rglob("*.json"):
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(content | {"environment": content["environment"] | {"threads": 2}}))
+    assert memory(report.build(Collection.read(tmp_path), tmp_path))["s4d"] == "not profiled"
 
 
 def test_long_curves_are_thinned(tmp_path: Path) -> None:

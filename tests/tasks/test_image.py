@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import pickle
+import struct
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +152,81 @@ def test_the_hub_is_asked_for_undecoded_images(raw: Path, monkeypatch: pytest.Mo
     found = prepared_sets.load_prepared(Image(), small("strict"))
     assert asked[0] == ("uoft-cs/cifar10", "0b2714987fa478483af9968de7c934580d0bb9a2", "train")
     assert np.array_equal(pixels(found, "test"), grey(pictures("test")))
+
+
+def batch(images: np.ndarray, labels: list[int]) -> bytes:
+    """A batch byte for byte as Python 2 pickled those of the release, which no pickler of Python 3 does."""
+    planes = images.transpose(0, 3, 1, 2).tobytes()
+    parts = [
+        b"\x80\x02}(U\x0bbatch_labelU\x07a batchU\x04data",
+        b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R",
+        b"(K\x01J", struct.pack("<i", len(images)), b"M\x00\x0c\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R",
+        b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T", struct.pack("<i", len(planes)), planes,
+        b"tbU\x06labels](", b"".join(b"K" + bytes([label]) for label in labels), b"eu.",
+    ]  # fmt: skip
+    return b"".join(parts)
+
+
+@pytest.fixture
+def official(tmp_path: Path) -> Path:
+    folder = tmp_path / "official" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    train, test = pictures("train"), pictures("test")
+    for number in range(5):
+        rows = np.arange(12 * number, 12 * number + 12)
+        content = batch(train[rows], (rows % 10).tolist())
+        (folder / f"data_batch_{number + 1}").write_bytes(content)
+    (folder / "test_batch").write_bytes(batch(test, [i % 10 for i in range(len(test))]))
+    (folder / "batches.meta").write_bytes(b"not read")
+    return folder
+
+
+def test_the_official_batches_give_the_same_as_the_tables(
+    raw: Path, official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = prepared_sets.load_prepared(Image(), small("s4"), source=raw).checksum
+    packed = tmp_path / "packed" / "cifar10"
+    packed.mkdir(parents=True)
+    with tarfile.open(packed / "cifar-10-python.tar.gz", "w:gz") as tar:
+        tar.add(official, official.name)
+    for number, source in enumerate((official.parent, official, packed.parent)):
+        monkeypatch.setenv("LRA_CACHE", str(tmp_path / f"cache {number}"))
+        assert prepared_sets.load_prepared(Image(), small("s4"), source=source).checksum == expected
+
+
+class Harmful:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_that_calls_anything_is_refused_unread(raw: Path, official: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    pickle.loads(pickle.dumps(Harmful(trace)))
+    assert trace.exists(), "the pickle is not harmful at all"
+    trace.unlink()
+    (official / "data_batch_2").write_bytes(pickle.dumps({b"data": Harmful(trace), b"labels": []}))
+    with pytest.raises(DataError, match=r"data_batch_2 is not a batch of CIFAR-10 \(it calls .*\); fetch it again"):
+        prepared_sets.load_prepared(Image(), small("s4"), source=official)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"data_batch_3 is not a batch of CIFAR-10"),
+        (pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1]}, 2), r"data_batch_3 is not a batch"),
+        (pickle.dumps({b"data": np.zeros((1, 3072)), b"labels": [1]}, 2), r"data_batch_3 is not .* data are float64"),
+        (batch(np.zeros((1, 32, 32, 3), np.uint8), [10]), r"holds labels other than 0 to 9"),
+    ],
+    ids=["empty", "counts", "type", "label"],
+)
+def test_a_bad_batch_is_one_clear_line(raw: Path, official: Path, content: bytes, message: str) -> None:
+    (official / "data_batch_3").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        prepared_sets.load_prepared(Image(), small("s4"), source=official)
 
 
 @pytest.mark.parametrize(

@@ -312,6 +312,40 @@ def test_released_files_are_read_in_every_form(cache: Path, place: str, form: Ca
     assert prepared.split("validation").document(0).tolist() == tokens(ROWS["val"][0]).tolist()
 
 
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("", lambda content: b"\xef\xbb\xbf" + content), ("", lambda content: content.replace(b"\n", b"\r\n")),
+        (".gz", gzip.compress), ("", gzip.compress),
+        (".gz", lambda content: gzip.compress(b"\xef\xbb\xbf" + content.replace(b"\n", b"\r\n"))),
+    ],
+    ids=["byte-order mark", "CRLF", "gzip", "gzip without the ending", "all three"],
+)  # fmt: skip
+def test_files_as_other_programs_save_them_give_the_same(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, name: str, form: Callable[[bytes], bytes]
+) -> None:
+    source, protocol = release(cache / "raw", str), small("lra2020", train=2, validation=1, test=1)
+    expected = prepared_sets.load_prepared(ListOps(), protocol, source=source).checksum
+    for path in list(source.iterdir()):
+        content = form(path.read_bytes())
+        path.unlink()
+        path.with_name(path.name + name).write_bytes(content)
+    monkeypatch.setenv("LRA_CACHE", str(cache / "other"))
+    assert prepared_sets.load_prepared(ListOps(), protocol, source=source).checksum == expected
+
+
+def test_a_changed_released_file_is_read_again(cache: Path) -> None:
+    source, protocol = release(cache / "raw", str), small("lra2020", train=2, validation=1, test=1)
+    prepared_sets.load_prepared(ListOps(), protocol, source=source)
+    (source / "not of the release.txt").write_text("")
+    assert prepared_sets.load_prepared(ListOps(), protocol).replaced == ""
+    path = source / "basic_test.tsv"
+    path.write_text(path.read_text().replace("[MIN 7 6 5 ]\t5", "[MIN 7 6 4 ]\t4"))
+    prepared = prepared_sets.load_prepared(ListOps(), protocol)
+    assert prepared.replaced == f"the raw files in {source} changed"
+    assert prepared.split("test").labels.tolist() == [4]
+
+
 def test_s4_ends_each_expression_with_a_mark(cache: Path) -> None:
     source = release(cache / "raw", binary)
     prepared = prepared_sets.load_prepared(ListOps(), small("s4", train=2, validation=1, test=1), source=source)

@@ -10,7 +10,7 @@ import hashlib
 import io
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -117,6 +117,24 @@ def test_the_archive_gives_the_same_as_the_files(raw: Path, monkeypatch: pytest.
     (raw / "packed").mkdir()
     (raw / "packed" / "lra_release.gz").write_bytes(archive())
     assert prepared_sets.load_prepared(Retrieval(), small(), source=raw / "packed").checksum == files
+
+
+@pytest.mark.parametrize(
+    ("ending", "form"),
+    [
+        ("", lambda content: b"\xef\xbb\xbf" + content.replace(b"\n", b"\r\n")), (".gz", gzip.compress),
+    ],
+    ids=["byte-order mark and CRLF", "gzip"],
+)  # fmt: skip
+def test_files_as_other_programs_save_them_give_the_same(
+    raw: Path, monkeypatch: pytest.MonkeyPatch, ending: str, form: Callable[[bytes], bytes]
+) -> None:
+    expected = prepared_sets.load_prepared(Retrieval(), small(), source=raw).checksum
+    for split, name in NAMES.items():
+        (raw / "tsv_data" / name).unlink()
+        (raw / "tsv_data" / f"{name}{ending}").write_bytes(form(lines(split)))
+    monkeypatch.setenv("LRA_CACHE", str(raw / "other"))
+    assert prepared_sets.load_prepared(Retrieval(), small(), source=raw).checksum == expected
 
 
 @pytest.mark.parametrize(
@@ -325,7 +343,7 @@ def test_a_bad_stand_in_is_one_clear_line(place: Path) -> None:
     for content, message in (
         (gzip.compress(b"1\td0\n"), r"eval.pairs.tsv.gz line 1: not a label 0 or 1 and two ids"),
         (gzip.compress(b"1\td0\td1\n0\td0\tdx\n"), r"eval.pairs.tsv.gz line 2: there is no document 'dx'"),
-        (path.read_bytes()[:-20], r"eval.pairs.tsv.gz is truncated or not gzip"),
+        (path.read_bytes()[:-20], r"eval.pairs.tsv.gz is truncated or damaged"),
         (gzip.compress(b""), r"validation holds no pairs"),
     ):
         path.write_bytes(content)

@@ -29,11 +29,11 @@ def test_documents_written_in_pieces_read_back(tmp_path: Path) -> None:
 
 
 def test_the_writer_refuses_what_does_not_fit(tmp_path: Path) -> None:
-    with DocumentWriter(tmp_path, "train") as writer:
-        with pytest.raises(TypeError, match="values are int64, the writer's are uint8"):
-            writer.append(np.array([1]))
-        with pytest.raises(ValueError, match="lengths add up to 3, values are 2"):
-            writer.append(np.zeros(2, np.uint8), np.array([3]))
+    with (
+        DocumentWriter(tmp_path, "train") as writer,
+        pytest.raises(ValueError, match="lengths add up to 3, values are 2"),
+    ):
+        writer.append(np.zeros(2, np.uint8), np.array([3]))
     with pytest.raises(ValueError, match="1 rows of index for 2 labels"):
         write_examples(tmp_path, "train", np.zeros(2), np.zeros(1))
 
@@ -74,3 +74,31 @@ def test_a_prepared_set_is_on_disk_before_its_manifest_is_and_looking_at_it_wait
     assert all(hash_file(found.folder / name) == facts["sha256"] for name, facts in found.manifest["files"].items())
     assert prepared_sets.verify(Tiny()) == []
     assert synced == []
+
+
+@pytest.mark.parametrize(
+    ("labels", "dtype"), [([0, 255], np.uint8), ([999, 3], np.uint16), ([70_000], np.uint32), ([2.0], np.uint8)]
+)
+def test_labels_are_stored_in_a_type_that_holds_them(tmp_path: Path, labels: list[float], dtype: type) -> None:
+    write_documents(tmp_path, "train", [np.ones(1, np.uint8)] * len(labels))
+    write_examples(tmp_path, "train", np.array(labels))
+    stored = open_split(tmp_path, "train").labels
+    assert stored.dtype == dtype
+    assert stored.tolist() == labels
+
+
+@pytest.mark.parametrize("label", [-1, 0.5, float("nan"), 2**32])
+def test_a_label_that_is_no_class_is_refused_with_its_number(tmp_path: Path, label: float) -> None:
+    with pytest.raises(DataError, match=f"the label of example 2 of train is {label}, not a whole number from 0 to"):
+        write_examples(tmp_path, "train", np.array([0, 1, label]))
+
+
+def test_values_that_do_not_fit_are_refused_with_the_number_of_their_document(tmp_path: Path) -> None:
+    with DocumentWriter(tmp_path, "train") as writer:
+        writer.append(np.array([7, 255]))
+        with pytest.raises(DataError, match="document 2 of train holds 256; uint8 holds whole numbers from 0 to 255"):
+            writer.append(np.array([1, 2, 3, 256, 4]), np.array([2, 3]))
+    with DocumentWriter(tmp_path, "test", np.uint16) as writer:
+        writer.append(np.zeros(3, np.uint16))
+        with pytest.raises(DataError, match=r"document 1 of test holds 0.5; uint16"):
+            writer.append(np.array([0.5]))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shutil
+import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -147,6 +149,51 @@ def test_the_hub_gives_the_same_bytes_as_a_folder(raw: Path, monkeypatch: pytest
     assert prepared_sets.load_prepared(Text(), small("strict"), source=raw).checksum == from_hub.checksum
 
 
+def official(folder: Path) -> Path:
+    """The reviews in the layout of the official folder, which has other files too."""
+    for split in ("train", "test"):
+        for number, (text, label) in enumerate(zip(*reviews(split), strict=True)):
+            path = folder / "aclImdb" / split / ("neg", "pos")[label] / f"{number}_{7 * label + 1}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(text.encode())
+    (folder / "aclImdb" / "train" / "unsup").mkdir()
+    (folder / "aclImdb" / "train" / "unsup" / "0_0.txt").write_text("no label")
+    (folder / "aclImdb" / "README").write_text("read me")
+    return folder
+
+
+def test_the_official_folder_and_archive_give_the_same_as_the_tables(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = prepared_sets.load_prepared(Text(), small("strict"), source=raw).checksum
+    folder, packed = official(tmp_path / "official"), tmp_path / "packed"
+    packed.mkdir()
+    with tarfile.open(packed / "aclImdb_v1.tar.gz", "w:gz") as tar:
+        tar.add(folder / "aclImdb", "aclImdb")
+    for number, source in enumerate((folder, folder / "aclImdb", packed)):
+        monkeypatch.setenv("LRA_CACHE", str(tmp_path / f"cache {number}"))
+        assert prepared_sets.load_prepared(Text(), small("strict"), source=source).checksum == expected
+
+
+def test_a_damaged_official_folder_is_one_clear_line(raw: Path, tmp_path: Path) -> None:
+    folder = official(tmp_path / "official")
+    review = folder / "aclImdb" / "test" / "pos" / "30_8.txt"
+    for content, message in (
+        (b"\xff\xfe", r"aclImdb: a review of test is not UTF-8"),
+        (b"x" * (1 << 21), r"aclImdb: aclImdb/test/pos/30_8.txt has more than 1,048,576 bytes"),
+    ):
+        review.write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            prepared_sets.load_prepared(Text(), small("strict"), source=folder)
+    shutil.rmtree(review.parent)
+    with pytest.raises(DataError, match=r"aclImdb does not hold aclImdb/test/pos/\*.txt; fetch it again"):
+        prepared_sets.load_prepared(Text(), small("strict"), source=folder)
+    (tmp_path / "packed" / "imdb").mkdir(parents=True)
+    (tmp_path / "packed" / "imdb" / "aclImdb_v1.tar.gz").write_bytes(b"\x1f\x8b torn")
+    with pytest.raises(DataError, match=r"aclImdb_v1.tar.gz is truncated or damaged"):
+        prepared_sets.load_prepared(Text(), small("strict"), source=tmp_path / "packed")
+
+
 def test_without_network_the_command_is_given(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     huggingface_hub = pytest.importorskip("huggingface_hub")
@@ -164,7 +211,8 @@ def test_without_network_the_command_is_given(raw: Path, monkeypatch: pytest.Mon
         prepared_sets.load_prepared("text")
     assert str(caught.value) == (
         "stanfordnlp/imdb cannot be fetched (ConnectionError: Couldn't reach the Hub); offline, with "
-        "imdb/train.parquet and imdb/test.parquet in a folder DIR, run `lra data prepare text --from DIR`"
+        "imdb/train.parquet and imdb/test.parquet, or the official aclImdb/ or aclImdb_v1.tar.gz, in a folder DIR, run "
+        "`lra data prepare text --from DIR`"
     )
 
 
