@@ -105,6 +105,10 @@ class Encoder(nn.Module, ABC):
     """
 
     card: ClassVar[Card]
+    refuses_causal: ClassVar[bool] = False
+    """Whether a constructor with an argument `direction` raises ValueError for "causal"."""
+    recurrent: ClassVar[bool | None] = None
+    """False where the default options rule out a recurrent mode that the mixers have."""
     d_model: int
     n_layers: int
     length: int

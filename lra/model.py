@@ -108,7 +108,9 @@ class Classifier(nn.Module):
         """values: (B, L) tokens or (B, L, channels) bytes -> (B, L, D)."""
         if isinstance(self.embedding, nn.Embedding):
             return self.embedding(values.int())
-        return self.embedding((values.float() / 255 - self.mean) / self.std)
+        # residual streams keep the precision of what enters them, so that autocast has no say here
+        with torch.autocast(values.device.type, enabled=False):
+            return self.embedding((values.float() / 255 - self.mean) / self.std)
 
     def encode_embedded(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """x: (B, L, D) -> encoded (B, L', D) and its mask."""

@@ -85,6 +85,7 @@ class CDIL(Encoder):
         scaling="L log L",
         causal=False,
     )
+    refuses_causal = True
 
     levels: Any
 

@@ -65,7 +65,7 @@ class PerformerMixer(AttentionMixer):
     projection: Tensor
 
     def __init__(
-        self, d_model: int, n_heads: int, qkv_dim: int, feature_map: str, causal: bool, n_features: int, redraw: int,
+        self, d_model: int, *, n_heads: int, qkv_dim: int, feature_map: str, causal: bool, n_features: int, redraw: int,
         dropout: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__(d_model, n_heads, qkv_dim, "none", causal, dropout=dropout)
@@ -210,7 +210,10 @@ class Performer(Stack):
             raise ValueError(f"n_features is {features} and redraw {redraw}; at least 1 and at least 0")
         causal = direction == "causal"
         super().__init__(
-            lambda _: PerformerMixer(d_model, n_heads, width, feature_map, causal, features, redraw, attention_dropout),
+            lambda _: PerformerMixer(
+                d_model, n_heads=n_heads, qkv_dim=width, feature_map=feature_map, causal=causal, n_features=features,
+                redraw=redraw, dropout=attention_dropout,
+            ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block={"positions": positions, **(block or {})},
         )  # fmt: skip

@@ -55,7 +55,7 @@ class DSSMixer(Mixer):
     """(B, L, D) -> (B, L, D)."""
 
     def __init__(
-        self, d_model: int, length: int, state_size: int, version: str, separate_dt: bool, dt_min: float,
+        self, d_model: int, *, length: int, state_size: int, version: str, separate_dt: bool, dt_min: float,
         dt_max: float, causal: bool, dropout: float,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -68,7 +68,7 @@ class DSSMixer(Mixer):
         # complex numbers are kept as pairs of reals, which every optimiser and checkpoint format takes
         self.W = nn.Parameter(torch.randn(1 if causal else 2, d_model, state_size, 2))
         self.D = nn.Parameter(torch.randn(d_model))
-        self.out = nn.Linear(d_model, d_model)
+        self.output_linear = nn.Linear(d_model, d_model)
         self.dropout = Dropout(dropout)
 
     def _modes(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -102,7 +102,7 @@ class DSSMixer(Mixer):
         return falling + rising.flip(-1)
 
     def _project(self, y: Tensor) -> Tensor:
-        return self.out(self.dropout(F.gelu(y)))
+        return self.output_linear(self.dropout(F.gelu(y)))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         K = self.kernel(x.shape[1])
@@ -188,7 +188,8 @@ class DSS(Stack):
         self.ssm_lr, self.dt_lr, self.dt_lr_scale = ssm_lr, dt_lr, dt_lr_scale
         super().__init__(
             lambda _: DSSMixer(
-                d_model, length, state_size, version, separate_dt, dt_min, dt_max, direction == "causal", dropout
+                d_model, length=length, state_size=state_size, version=version, separate_dt=separate_dt, dt_min=dt_min,
+                dt_max=dt_max, causal=direction == "causal", dropout=dropout,
             ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block=block,

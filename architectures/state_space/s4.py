@@ -50,18 +50,27 @@ class S4Mixer(DPLRSSM, Mixer):
     """(B, L, D) -> (B, L, D)."""
 
     def __init__(
-        self, d_model: int, length: int, state_size: int, init: str, dt_min: float, dt_max: float, n_ssm: int,
+        self, d_model: int, *, length: int, state_size: int, init: str, dt_min: float, dt_max: float, n_ssm: int,
         causal: bool, dropout: float,
     ) -> None:  # fmt: skip
-        super().__init__(d_model, length, state_size, init, dt_min, dt_max, n_ssm, ways=1 if causal else 2)
+        super().__init__(
+            d_model,
+            length=length,
+            state_size=state_size,
+            init=init,
+            dt_min=dt_min,
+            dt_max=dt_max,
+            n_ssm=n_ssm,
+            ways=1 if causal else 2,
+        )
         self.causal = causal
         self.D = nn.Parameter(torch.randn(d_model))
-        self.out = nn.Linear(d_model, 2 * d_model)
+        self.output_linear = nn.Linear(d_model, 2 * d_model)
         # the released block drops before its activation as well, at each position even where it ties the other masks
         self.inner_dropout, self.dropout = nn.Dropout(dropout), Dropout(dropout)
 
     def _project(self, y: Tensor) -> Tensor:
-        return F.glu(self.out(self.dropout(F.gelu(self.inner_dropout(y)))), dim=-1)
+        return F.glu(self.output_linear(self.dropout(F.gelu(self.inner_dropout(y)))), dim=-1)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         K = self.kernel(x.shape[1])
@@ -146,7 +155,8 @@ class S4(Stack):
         self.ssm_lr, self.dt_lr = ssm_lr, dt_lr
         super().__init__(
             lambda _: S4Mixer(
-                d_model, length, state_size, init, dt_min, dt_max, copies, direction == "causal", dropout
+                d_model, length=length, state_size=state_size, init=init, dt_min=dt_min, dt_max=dt_max, n_ssm=copies,
+                causal=direction == "causal", dropout=dropout,
             ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block=block,

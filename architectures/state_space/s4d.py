@@ -55,18 +55,27 @@ class S4DMixer(DiagonalSSM, Mixer):
     """(B, L, D) -> (B, L, D)."""
 
     def __init__(
-        self, d_model: int, state_size: int, init: str, discretization: str, dt_min: float, dt_max: float,
+        self, d_model: int, *, state_size: int, init: str, discretization: str, dt_min: float, dt_max: float,
         n_ssm: int, causal: bool, dropout: float,
     ) -> None:  # fmt: skip
-        super().__init__(d_model, state_size, init, discretization, dt_min, dt_max, n_ssm, ways=1 if causal else 2)
+        super().__init__(
+            d_model,
+            state_size=state_size,
+            init=init,
+            discretization=discretization,
+            dt_min=dt_min,
+            dt_max=dt_max,
+            n_ssm=n_ssm,
+            ways=1 if causal else 2,
+        )
         self.causal = causal
         self.D = nn.Parameter(torch.randn(d_model))
-        self.out = nn.Linear(d_model, 2 * d_model)
+        self.output_linear = nn.Linear(d_model, 2 * d_model)
         # the released block drops before its activation as well, at each position even where it ties the other masks
         self.inner_dropout, self.dropout = nn.Dropout(dropout), Dropout(dropout)
 
     def _project(self, y: Tensor) -> Tensor:
-        return F.glu(self.out(self.dropout(F.gelu(self.inner_dropout(y)))), dim=-1)
+        return F.glu(self.output_linear(self.dropout(F.gelu(self.inner_dropout(y)))), dim=-1)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         K = self.kernel(x.shape[1])
@@ -90,12 +99,12 @@ class S4DMixer(DiagonalSSM, Mixer):
     def chunk(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """The kernel filters the tokens; what the state adds is a kernel too, one for each sequence."""
         tokens, (A, C, dt) = x.shape[1], self._continuous()
-        decay, enter = self.discrete(A, dt)
-        reads = (C[0] * state * decay / enter).to(A.dtype)
+        A_bar, B_bar = self.discrete(A, dt)
+        reads = (C[0] * state * A_bar / B_bar).to(A.dtype)
         before = ssm_kernel_diag(A, reads, dt, tokens, self.discretization).transpose(1, 2)
         y = fft_conv(x, self.kernel(tokens)[0], self.D) + before.to(x.dtype)
-        z = decay.log().unsqueeze(-1)
-        after = decay**tokens * state + enter * weighted_sum(x, lambda place: z * (tokens - 1 - place))
+        z = A_bar.log().unsqueeze(-1)
+        after = A_bar**tokens * state + B_bar * weighted_sum(x, lambda place: z * (tokens - 1 - place))
         return self._project(y), after.to(state.dtype)
 
 
@@ -145,7 +154,8 @@ class S4D(Stack):
         self.ssm_lr, self.dt_lr = ssm_lr, dt_lr
         super().__init__(
             lambda _: S4DMixer(
-                d_model, state_size, init, discretization, dt_min, dt_max, copies, direction == "causal", dropout
+                d_model, state_size=state_size, init=init, discretization=discretization, dt_min=dt_min, dt_max=dt_max,
+                n_ssm=copies, causal=direction == "causal", dropout=dropout,
             ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block=block,

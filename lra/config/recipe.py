@@ -158,7 +158,7 @@ def resolve(
         section, _, key = dotted.partition(".")
         if section not in SECTIONS or not key:
             raise unknown("setting", dotted, origin, where="--set")
-        _set_value(values, section, key, _parse_setting(text), "--set")
+        _set_value(values, section, key, parse_setting(text), "--set")
         origin[dotted] = "--set"
     if "betas" not in values["optim"] and values["optim"].get("name") in OWN_BETAS:
         values["optim"]["betas"] = OWN_BETAS[values["optim"]["name"]]
@@ -218,6 +218,18 @@ def _read(path: Path) -> dict[str, Any]:
         return _parse(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid TOML: {error}") from error
+
+
+def encoder_options(settings: Mapping[str, str]) -> dict[str, Any]:
+    """Constructor arguments from settings as text: {"encoder.layer.n_heads": "4"} -> {"layer": {"n_heads": 4}}. Raises
+    UserError for a setting of another section."""
+    options: dict[str, Any] = {}
+    for dotted, text in settings.items():
+        section, _, key = dotted.partition(".")
+        if section != "encoder" or not key:
+            raise UserError(f"--set {dotted}: only constructor arguments, encoder.<argument>=value, can be set here")
+        _set_nested(options, key, parse_setting(text), "encoder", "--set")
+    return options
 
 
 @lru_cache
@@ -361,7 +373,7 @@ def _check_type(value: Any, kind: Any, where: str) -> Any:
     return value if kind is float else check_json(value, where)
 
 
-def _parse_setting(text: str) -> Any:
+def parse_setting(text: str) -> Any:
     """Parse a --set value as TOML; text that is not valid TOML is a string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]

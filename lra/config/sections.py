@@ -13,7 +13,7 @@ POOLINGS = ("mean", "max", "last", "cls", "first")
 HEADS = ("auto", "linear", "mlp")
 PAIRS = ("products", "concat")
 SCHEDULES = ("constant", "linear", "cosine", "rsqrt", "plateau")
-PRECISIONS = ("auto", "32", "bf16")
+PRECISIONS = ("auto", "32", "bf16", "fp16")
 OPTIMISERS = ("adamw", "adam", "sgd", "adafactor", "muon", "lion", "sophia", "schedule_free")
 OWN_BETAS = {"lion": (0.9, 0.99), "sophia": (0.965, 0.99)}
 """Default betas of optimisers whose authors recommend others than Adam's."""
@@ -146,7 +146,7 @@ class Train:
     """Training steps and how they are executed.
 
     steps: optimiser steps; evaluate_every: steps between validations; precision: auto = bf16 on devices with native
-    bf16 arithmetic (CUDA; CPUs with AVX512-BF16 or AMX), else 32.
+    bf16 arithmetic (CUDA; CPUs with AVX512-BF16 or AMX), else 32. fp16, with loss scaling, needs a GPU.
 
     accumulate: micro-batches per optimiser step; checkpointing: recompute the activations of each block in the backward
     pass; compile: torch.compile the encoder. tbptt: chunk length in tokens of truncated backpropagation through time (0

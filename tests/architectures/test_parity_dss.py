@@ -37,8 +37,8 @@ def load(mixer: DSSMixer, g: dict[str, Tensor], head: int = 0) -> DSSMixer:
         "Lambda_im": im,
         "W": torch.view_as_real(g["param.W"][head::heads]),
         "D": g["param.D"][head],
-        "out.weight": g["param.out.weight"][:, head * width : (head + 1) * width],
-        "out.bias": g["param.out.bias"] * (head == 0),
+        "output_linear.weight": g["param.out.weight"][:, head * width : (head + 1) * width],
+        "output_linear.bias": g["param.out.bias"] * (head == 0),
     }
     mixer.load_state_dict(state)
     return mixer
@@ -146,7 +146,7 @@ def test_gradients_of_every_parameter_equal_the_recurrence(version: str, separat
         state = z.exp() * state + u.unsqueeze(-1)
         rows.append((C * state).sum(-1).real + mixer.D * u)
     h = torch.stack(rows, 1)
-    written = mixer.out(0.5 * h * (1 + torch.erf(h / math.sqrt(2))))
+    written = mixer.output_linear(0.5 * h * (1 + torch.erf(h / math.sqrt(2))))
     close(own, y)
     torch.testing.assert_close(y, written, rtol=0, atol=1e-5 if version == "softmax" else 1e-12)
     loss = (y * w).sum()

@@ -29,7 +29,9 @@ def test_layer_equals_performer_pytorch(feature_map: str, causal: bool, monkeypa
     which are put in here: its sums of keys carry a further 1e-6 for each feature, which are m^-1/2 smaller there, and
     its c is the largest of the whole sequence."""
     g = golden(f"performer_{feature_map}{'_causal' if causal else ''}")
-    mixer = PerformerMixer(36, 2, 12, feature_map, causal, n_features=14, redraw=0).double()
+    mixer = PerformerMixer(
+        36, n_heads=2, qkv_dim=12, feature_map=feature_map, causal=causal, n_features=14, redraw=0
+    ).double()
     mixer.projection = g["mid.projection"]
     identity = torch.eye(36, dtype=torch.float64)
     mixer.load_state_dict({"qkv.weight": identity, "out.weight": identity[:, :12]}, strict=False)
@@ -90,7 +92,9 @@ def explicit(mixer: PerformerMixer, x: Tensor, mask: Tensor) -> Tensor:
 @both
 @maps
 def test_outputs_and_gradients_equal_the_definition(feature_map: str, causal: bool) -> None:
-    mixer = PerformerMixer(12, 3, 12, feature_map, causal, n_features=9, redraw=0).double()
+    mixer = PerformerMixer(
+        12, n_heads=3, qkv_dim=12, feature_map=feature_map, causal=causal, n_features=9, redraw=0
+    ).double()
     for parameter in mixer.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     x, mask = torch.randn(2, 40, 12, dtype=torch.float64), torch.arange(40) < torch.tensor([[40], [23]])
@@ -132,7 +136,9 @@ def test_error_to_softmax_attention_falls_as_the_root_of_the_features(causal: bo
         draws: list[Tensor] = []
         for _ in range(4):
             torch.manual_seed(len(draws))
-            mixer = PerformerMixer(16, 2, 16, "softmax", causal, n_features=m, redraw=0).double()
+            mixer = PerformerMixer(
+                16, n_heads=2, qkv_dim=16, feature_map="softmax", causal=causal, n_features=m, redraw=0
+            ).double()
             mixer.eps = 0.0
             q, k, v = heads(mixer, x)
             exact = mixer.out(merge_heads(F.scaled_dot_product_attention(q, k, v, is_causal=causal)))
@@ -159,7 +165,7 @@ def test_features_are_orthogonal_in_blocks_with_gaussian_lengths() -> None:
 def test_features_are_drawn_anew_and_the_same_after_a_restart() -> None:
     def built(seed: int) -> PerformerMixer:
         torch.manual_seed(seed)
-        return PerformerMixer(8, 2, 8, "softmax", causal=False, n_features=6, redraw=3)
+        return PerformerMixer(8, n_heads=2, qkv_dim=8, feature_map="softmax", causal=False, n_features=6, redraw=3)
 
     one, x = built(0), torch.randn(1, 5, 8)
     drawn = [one.projection.clone()]
@@ -180,7 +186,7 @@ def test_features_are_drawn_anew_and_the_same_after_a_restart() -> None:
 
 def test_step_equals_forward_over_2048_tokens() -> None:
     for feature_map in ("softmax", "relu"):
-        mixer = PerformerMixer(8, 2, 8, feature_map, causal=True, n_features=6, redraw=0)
+        mixer = PerformerMixer(8, n_heads=2, qkv_dim=8, feature_map=feature_map, causal=True, n_features=6, redraw=0)
         x = torch.randn(1, 2048, 8)
         with torch.no_grad():
             torch.testing.assert_close(stepped(mixer, x), mixer(x, everything(x)), rtol=1e-4, atol=2e-5)

@@ -42,8 +42,8 @@ def test_layer_equals_s4block(name: str, length: int) -> None:
         "B": torch.view_as_real(g["param.B"][0]),
         "C_tilde": mixer.C_tilde,
         "D": g["param.D"].flatten(),
-        "out.weight": g["param.out.weight"],
-        "out.bias": g["param.out.bias"],
+        "output_linear.weight": g["param.out.weight"],
+        "output_linear.bias": g["param.out.bias"],
     }
     mixer.load_state_dict(state)
     mixer.set_output(g["param.C"])

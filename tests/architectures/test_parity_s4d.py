@@ -44,8 +44,8 @@ def load(mixer: S4DMixer, g: dict[str, Tensor]) -> S4DMixer:
         "B": torch.view_as_real(B),
         "C": torch.view_as_real(C),
         "D": g["param.D"].flatten(),
-        "out.weight": g["param.out.weight"],
-        "out.bias": g["param.out.bias"],
+        "output_linear.weight": g["param.out.weight"],
+        "output_linear.bias": g["param.out.bias"],
     }
     mixer.load_state_dict(state)
     return mixer

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lra
 from lra.config import match
 from lra.config.recipe import Data, Optim, Recipe
 from lra.encoder import Cost, Encoder
@@ -238,3 +239,25 @@ def test_schedules_warm_up_peak_and_end(schedule: str) -> None:
     end = {"constant": 1.0, "linear": 0.0, "cosine": 0.0, "rsqrt": (10 / 110) ** 0.5}[schedule]
     assert at(110) == pytest.approx(end)
     assert all(at(s + 1) <= at(s) for s in range(10, 110))
+
+
+@pytest.mark.parametrize("architecture", ["s4d", "bounded_cnn", "hgrn"])
+def test_gradients_under_bfloat16_autocast_are_those_of_float32(architecture: str) -> None:
+    """Over 8,192 tokens: sums in bfloat16 lose what fewer tokens would not show."""
+    torch.manual_seed(0)
+    length, classes, count = 256, 10, 32
+    protocol = Protocol("pixels", length=length, channels=1, scale=(0.5, 0.25))
+    encoder = lra.create_encoder(architecture, d_model=16, n_layers=1, length=length)
+    model = Classifier(encoder, protocol, classes, 1, "mean")
+    values = torch.randint(0, 256, (count, 1, length, 1), dtype=torch.uint8)
+    mask = torch.ones(count, 1, length, dtype=torch.bool)
+    labels = torch.arange(count) % classes
+    given = Batch(values, mask, labels, torch.arange(count))
+    gradients = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logits = model(given).float()
+        loss = nn.functional.cross_entropy(logits, labels)
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    for (name, _), exact, rounded in zip(model.named_parameters(), *gradients, strict=True):
+        assert (rounded - exact).norm() <= 0.05 * exact.norm(), name
