@@ -189,7 +189,7 @@ def test_optimiser_groups_are_those_of_the_released_configurations(
     groups = parameter_groups(encoder, encoder, Optim(lr=4e-3, weight_decay=0.07, decay="all"))
     found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     mixer = encoder.layers[0].mixer
-    assert [found[id(p)] for p in (mixer.B, mixer.log_dt, mixer.A_real)] == [B, dt, (5e-4, 0.0)]
+    assert [found[id(p)] for p in (mixer.B, mixer.log_step, mixer.Lambda_re)] == [B, dt, (5e-4, 0.0)]
     assert {found[id(p)] for p in (mixer.C, mixer.D)} == {(4e-3, 0.07)}
 
 
