@@ -6,6 +6,8 @@ Nothing has to be inherited. What the layer may say of itself, under the names `
     causal = True                        class attribute: no output depends on later tokens
     cost(length) -> Cost                 analytic forward work for a sequence, and for a batch
     init_state(batch), step(x, state)    recurrent mode, and chunk(x, state) where it has one
+    published(tensors, given)            class method: the map of `Encoder.published`; in its names the i-th copy of the
+                                         layer is `layers.i.mixer.inner`
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from lra.architectures._stack import Stack
-from lra.encoder import Card, Cost, Mixer
+from lra.encoder import Card, Cost, Mixer, Published
 
 WIDTHS = ("d_model", "dim", "hidden_size", "embed_dim", "input_size", "channels", "width")
 LENGTHS = ("length", "seq_len", "max_len", "max_length", "max_seq_len", "l_max")
@@ -90,7 +92,7 @@ def adopt(layer: Any, name: str) -> type[Stack]:
             raise ValueError(f"{name} also needs {', '.join(missing)}: give a default, or set encoder.layer")
         return layer(**given)
 
-    direction = getattr(layer, "causal", None)
+    direction, layer_class = getattr(layer, "causal", None), layer
     declares = {"cost"} if hasattr(layer, "cost") else set()
     declares |= {"step"} if hasattr(layer, "step") and hasattr(layer, "init_state") else set()
     declares |= {"direction"} if isinstance(direction, bool) else set()
@@ -114,6 +116,11 @@ def adopt(layer: Any, name: str) -> type[Stack]:
                 d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
                 direction="causal" if direction is True else "bidirectional", native=True, block=block,
             )  # fmt: skip
+
+        @classmethod
+        def published(cls, tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> Published:
+            own = getattr(layer_class, "published", super().published)
+            return own(tensors, given)
 
     Adopted.declares = frozenset(declares)
     Adopted.__name__ = Adopted.__qualname__ = name

@@ -6,8 +6,11 @@ z = sum_j phi(k_j) (M,), over all real keys, or over j <= i when causal.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lra.architectures._precision import wide
@@ -15,6 +18,61 @@ from lra.encoder import Cost
 from lra.kernels.decay_attention import decay_attention
 
 CHUNK = 64
+
+
+class _Sums(torch.autograd.Function):
+    """`summed` over all real keys, (B, H, L, ...) in float32 at least: each input is laid out once, and the gradients
+    of both sums are formed together."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = (torch.empty(t.shape, dtype=wide(t[:0]).dtype, device=t.device).copy_(t) for t in (q, k, v))
+        _clear(k, mask), _clear(v, mask)
+        S, z = k.mT @ v, k.sum(2).unsqueeze(-1)
+        ctx.save_for_backward(q, k, v, S, z, mask)
+        return q @ S, q @ z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, S, z, mask = ctx.saved_tensors
+        with torch.autocast(q.device.type, enabled=False):
+            to_top, to_bottom = (g.contiguous() for g in grads)
+            to_S, to_z = q.mT @ to_top, q.mT @ to_bottom
+            to_q = (to_top @ S.mT).addcmul_(to_bottom, z.mT)
+            to_k, to_v = (v @ to_S.mT).add_(to_z.mT), k @ to_S
+        _clear(to_k, mask)
+        return to_q, to_k, to_v, None
+
+
+def _clear(x: Tensor, mask: Tensor) -> None:
+    """Zeros at padding, x: (B, H, L, ...)."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        x.masked_fill_(~mask[:, None, :, None], 0)
+    else:  # a fill by mask visits every number by itself
+        x.transpose(1, 2)[~mask] = 0
+
+
+class _Ratio(torch.autograd.Function):
+    """top (..., d) / bottom (..., 1), whose gradients share one division."""
+
+    @staticmethod
+    def forward(ctx: Any, top: Tensor, bottom: Tensor) -> Tensor:
+        y = top / bottom
+        ctx.save_for_backward(y, bottom)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        y, bottom = ctx.saved_tensors
+        to_top = grads[0] / bottom
+        return to_top, (to_top * y).sum(-1, keepdim=True).neg_()
+
+
+def divided(top: Tensor, bottom: Tensor) -> Tensor:
+    """The sums of values over those of their weights: top (..., d) / bottom (..., 1) -> (..., d)."""
+    return _Ratio.apply(top, bottom)
 
 
 def summed(
@@ -28,11 +86,8 @@ def summed(
     if causal:
         top, bottom, _, _ = summed_chunk(q, k, v, None, log_decay)
         return top, bottom
-    v = _with_ones(v)
     with torch.autocast(q.device.type, enabled=False):
-        q, k, v = wide(q), wide(k), wide(v.masked_fill(~mask[:, None, :, None], 0))
-        o = q @ (k.mT @ v)
-    return o[..., :-1], o[..., -1:]
+        return _Sums.apply(q, k, v, mask)
 
 
 def summed_chunk(
@@ -66,4 +121,5 @@ def sums_cost(length: int, heads: int, features: int, width: int, causal: bool) 
     if causal:
         inside = CHUNK * (features + width + 1) + 2 * features * (width + 1)
         return Cost(other=2.0 * length * heads * inside)
-    return Cost(4.0 * length * heads * features * (width + 1), 2.0 * length * heads * width)
+    # z is a sum, and only reading it a product
+    return Cost(2.0 * length * heads * features * (2 * width + 1), length * heads * (2.0 * width + features))

@@ -19,11 +19,11 @@ from torch.nn import functional as F
 
 from lra.architectures._dropout import Dropout, tie_dropout
 from lra.architectures._moe import MIXTURES, Experts
-from lra.architectures._norm import BatchNorm, LayerNorm, ScaleNorm, normalised
-from lra.encoder import Cost, Encoder, Mixer, lengths_of
+from lra.architectures._norm import BatchNorm, LayerNorm, RMSNorm, ScaleNorm, normalised
+from lra.encoder import Cost, Encoder, Mixer, fill_padding, lengths_of
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "layer": LayerNorm, "rms": lambda d: nn.RMSNorm(d, eps=1e-6), "batch": BatchNorm, "scale": ScaleNorm,
+    "layer": LayerNorm, "rms": lambda d: RMSNorm(d, eps=1e-6), "batch": BatchNorm, "scale": ScaleNorm,
 }  # fmt: skip
 POSITIONS = ("none", "sinusoidal", "learned")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
@@ -146,8 +146,7 @@ class Layer(nn.Module):
         return normalised(norm, x + self.dropout(part(x)), mask)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        padding = ~mask.unsqueeze(-1)
-        x = self._around(x, self.norm, lambda h: self.mixer(h.masked_fill(padding, 0), mask), mask)
+        x = self._around(x, self.norm, lambda h: self.mixer(fill_padding(h, mask), mask), mask)
         ffn = self.ffn
         if ffn is not None and self.ffn_norm is not None:
             x = self._around(x, self.ffn_norm, lambda h: ffn(h, mask), mask)
@@ -174,12 +173,31 @@ class Layer(nn.Module):
         return x, after[0]
 
 
+class Flip(torch.autograd.Function):
+    """Rows of x: (R, D) in an order that is its own inverse, so that the gradient is read in the same order."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, rows: Tensor) -> Tensor:
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return Flip.apply(grads[0], *ctx.saved_tensors), None
+
+
 def flip(x: Tensor, mask: Tensor) -> Tensor:
     """Reverse the real tokens of each row, leaving padding in place: (B, L, D), (B, L) -> (B, L, D)."""
     position = torch.arange(x.shape[1], device=x.device)
     length = lengths_of(mask).unsqueeze(1)
     index = torch.where(position < length, length - 1 - position, position)
-    return x.gather(1, index.unsqueeze(-1).expand_as(x))
+    rows = index + x.shape[1] * torch.arange(len(x), device=x.device).unsqueeze(1)
+    return Flip.apply(x.flatten(0, 1), rows.flatten()).view(x.shape)
 
 
 class Bidirectional(Mixer):

@@ -60,6 +60,34 @@ def models(
         console.print(f"wrote {path}", soft_wrap=True)
 
 
+@app.command()
+@guarded
+def precision(
+    architecture: Annotated[
+        list[str] | None, typer.Argument(help="Architectures; default: those of the standard comparison.")
+    ] = None,
+    task: Annotated[str, typer.Option(help="Task of the recipe.")] = "image",
+    rounds: Annotated[int, typer.Option(min=1, help="Steps of each kind.")] = 5,
+) -> None:
+    """Compare training steps of recipe `standard` in float32 and under bfloat16 autocast, by CPU time."""
+    from benchmarks import precision as steps
+    from lra.results import result
+
+    table = Table(title="training step of recipe standard, CPU time", title_justify="left", pad_edge=False)
+    for column in ("architecture", "d_model", "float32 ms", "bf16 ms", "float32 / bf16"):
+        table.add_column(column, justify="left" if column == "architecture" else "right")
+    done = []
+    for step in steps.bench(architecture or steps.names(), task, rounds):
+        done.append(step)
+        table.add_row(
+            step.architecture, str(step.d_model), f"{1e3 * step.float32:,.0f}", f"{1e3 * step.bfloat16:,.0f}",
+            f"{step.ratio:.2f}",
+        )  # fmt: skip
+    console.print(table)
+    if not architecture:
+        console.print(f"wrote {steps.write(done, task, result.folder())}", soft_wrap=True)
+
+
 app.command()(gpu)
 
 if __name__ == "__main__":

@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from lra.api import check as check
     from lra.api import compare as compare
     from lra.api import create_encoder as create_encoder
+    from lra.api import import_weights as import_weights
     from lra.api import leaderboard as leaderboard
     from lra.api import list_architectures as list_architectures
     from lra.api import load as load
+    from lra.api import load_encoder as load_encoder
     from lra.api import load_task as load_task
     from lra.api import profile as profile
     from lra.api import train as train
@@ -36,8 +38,8 @@ if TYPE_CHECKING:
 _MODULES = {
     **dict.fromkeys(
         (
-            "check", "compare", "create_encoder", "leaderboard", "list_architectures", "load", "load_task", "profile",
-            "train",
+            "check", "compare", "create_encoder", "import_weights", "leaderboard", "list_architectures", "load",
+            "load_encoder", "load_task", "profile", "train",
         ),
         "lra.api",
     ),

@@ -19,6 +19,7 @@ from lra.registry import reference_of
 
 if TYPE_CHECKING:
     import pandas as pd
+    import torch
 
     from lra.data.examples import LoadedTask
     from lra.encoder import Encoder
@@ -49,6 +50,41 @@ def create_encoder(architecture: str | type, **options: Any) -> Encoder:
     options: constructor arguments; `lra show TASK ARCH` lists them. Raises UserError for an unknown name or argument.
     """
     return registry.architectures.get(architecture)(**options)
+
+
+def import_weights(
+    architecture: str | type,
+    file: str | Path,
+    *,
+    out: str | Path | None = None,
+    ignore: Sequence[str] = (),
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Encoder:
+    """An encoder with weights that others published: `import_weights("mamba", "model.safetensors", length=1024)`.
+
+    The map from their names to ours stands in the file of the architecture (`Encoder.published`).
+
+    file: a state dict in a .safetensors file or a file of torch.save, of which nothing but tensors is unpickled.
+    out: a new folder for config.json and model.safetensors, which `load_encoder` reads. ignore: patterns of tensors to
+    leave out. dtype: of the encoder, float32 unless given. options: constructor arguments that the tensors do not show,
+    `length` among them. Raises UserError for a tensor that is missing, has the wrong shape or has no place here.
+    """
+    from lra.training import published
+
+    if out is not None:
+        published.check_folder(Path(out).expanduser())
+    encoder, built = published.import_weights(architecture, file, options=options, ignore=ignore, dtype=dtype)
+    if out is not None:
+        published.write(encoder, out, reference_of(architecture), built, Path(file).name)
+    return encoder
+
+
+def load_encoder(folder: str | Path) -> Encoder:
+    """The encoder in a folder that `import_weights` or `lra import` wrote. Raises UserError."""
+    from lra.training import published
+
+    return published.load(folder)
 
 
 def load_task(task: str | type | Task, protocol: str = "", *, source: str | Path | None = None) -> LoadedTask:

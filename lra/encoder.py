@@ -12,7 +12,7 @@ says so (`gaps`) also takes masks that hide tokens between real ones, under the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -97,6 +97,25 @@ class Card:
     exempt: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Published:
+    """Where the tensors of a state dict that others published stand in an encoder: the answer of `Encoder.published`.
+
+    options: constructor arguments that the tensors show, such as widths and the number of layers.
+    names: own parameter -> the published tensors that it is made of, () for a parameter that they do not have.
+    convert: pattern of own parameters (fnmatch) -> function of those tensors. Without one, tensors are joined along
+    their first dimension, dimensions of size 1 do not count, and a parameter made of nothing is 0.
+    ignored: patterns of published tensors that an encoder has no place for, such as embeddings and output layers.
+    undetermined: constructor arguments that the tensors do not show, and that must be given with them.
+    """
+
+    options: Mapping[str, Any]
+    names: Mapping[str, Sequence[str]]
+    convert: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
+    ignored: Sequence[str] = ()
+    undetermined: Sequence[str] = ()
+
+
 class Encoder(nn.Module, ABC):
     """Base class of every architecture: one public subclass per file in `architectures/`, named after the file.
 
@@ -139,6 +158,16 @@ class Encoder(nn.Module, ABC):
         first pattern that matches a parameter applies; a pattern that matches none is an error.
         """
         return {}
+
+    @classmethod
+    def published(cls, tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> Published:
+        """How a published state dict fills an encoder of this class; `lra import` and `lra.import_weights` read it.
+
+        tensors: the state dict; reading a tensor that it does not have is reported to the user. given: the constructor
+        arguments that the user gave. Raises NotImplementedError if the class has no such map, and ValueError for
+        tensors of a form that it cannot represent.
+        """
+        raise NotImplementedError(f"{cls.__name__} has no map for published weights")
 
     @abstractmethod
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -224,6 +253,16 @@ class Mixer(nn.Module, ABC):
 def lengths_of(mask: Tensor) -> Tensor:
     """Number of real tokens in each row of a right-padded mask: (B, L) bool -> (B,) int64."""
     return mask.sum(dim=1, dtype=torch.int64)
+
+
+def fill_padding(x: Tensor, mask: Tensor, value: float = 0.0) -> Tensor:
+    """x with `value` at padding, whatever stood there: (B, L, D), (B, L) bool -> (B, L, D). x itself where a CPU finds
+    no padding."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return x.masked_fill(~mask.unsqueeze(-1), value)
+    # a fill by mask visits every number by itself, forward and back
+    rows = (~mask).flatten().nonzero().squeeze(1)
+    return x.flatten(0, 1).index_fill(0, rows, value).view(x.shape) if len(rows) else x
 
 
 def stepwise(step: Callable[[Tensor, Any], tuple[Tensor, Any]], x: Tensor, state: Any) -> tuple[Tensor, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.encoder import Cost, Encoder, lengths_of
+from lra.encoder import Cost, Encoder, fill_padding, lengths_of
 from lra.errors import UserError
 from lra.task import Protocol
 
@@ -127,8 +127,8 @@ class Classifier(nn.Module):
             last = mask.int().cumsum(1).argmax(1) if self.hides_zeros else lengths_of(mask) - 1
             return x[torch.arange(len(x), device=x.device), last]
         if self.pooling == "max":
-            return x.masked_fill(~mask.unsqueeze(-1), float("-inf")).amax(dim=1)
-        total = x.masked_fill(~mask.unsqueeze(-1), 0).sum(dim=1, dtype=torch.float32)
+            return fill_padding(x, mask, float("-inf")).amax(dim=1)
+        total = fill_padding(x, mask).sum(dim=1, dtype=torch.float32)
         return (total / lengths_of(mask).unsqueeze(-1)).to(x.dtype)
 
     def cost(self, length: int) -> Cost:

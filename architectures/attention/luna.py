@@ -42,7 +42,7 @@ from lra.architectures._attention import at_least, checked_dropout, checked_widt
 from lra.architectures._norm import normalised
 from lra.architectures._precision import wide
 from lra.architectures._stack import NORMS, Block, Layer, Stack
-from lra.encoder import Card, Cost, Mixer
+from lra.encoder import Card, Cost, Mixer, fill_padding
 from lra.kernels.decay_attention import decay_attention
 
 POSITIONS = ("sinusoidal", "learned", "none")
@@ -209,11 +209,11 @@ class Luna(Stack):
 
 def both(layer: Layer, memory_norm: nn.Module, x: Tensor, p: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """A layer on both sequences: x (B, L, D), P (B, l, D)."""
-    mixer, ffn, padding = layer.mixer, layer.ffn, ~mask.unsqueeze(-1)
+    mixer, ffn = layer.mixer, layer.ffn
     assert isinstance(mixer, LunaMixer)
     rows = torch.ones(p.shape[:2], dtype=torch.bool, device=p.device)
     h, m = (normalised(layer.norm, x, mask), normalised(memory_norm, p, rows)) if layer.prenorm else (x, p)
-    h = h.masked_fill(padding, 0)
+    h = fill_padding(h, mask)
     packed = mixer.pack(h, mask, m)
     x, p = x + layer.dropout(mixer.unpack(h, packed)), p + layer.dropout(packed)
     if not layer.prenorm:

@@ -40,7 +40,7 @@ from lra.architectures._attention import attention_mask, rope
 from lra.architectures._norm import normalised
 from lra.architectures._precision import wide
 from lra.architectures._stack import NORMS, Block, Stack
-from lra.encoder import Card, Cost, Mixer
+from lra.encoder import Card, Cost, Mixer, fill_padding
 from lra.kernels.fft_conv import fft_conv
 from lra.kernels.ssm_kernel_diag import ssm_kernel_diag
 
@@ -148,7 +148,7 @@ class MegaMixer(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         length = x.shape[1]
-        xn = normalised(self.norm, x, mask).masked_fill(~mask.unsqueeze(-1), 0)
+        xn = fill_padding(normalised(self.norm, x, mask), mask)
         u, q, k, r, c = self._views(self.move(xn))
         block = length if self.chunk_size is None else min(self.chunk_size, length)
         spare = -length % block

@@ -39,7 +39,7 @@ from torch.nn import functional as F
 
 from lra.architectures._attention import at_least, merge_heads, rope, split_heads
 from lra.architectures._dropout import Dropout
-from lra.architectures._norm import LayerNorm
+from lra.architectures._norm import LayerNorm, rms_norm
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
@@ -151,10 +151,10 @@ class MegalodonMixer(Mixer):
 
     def _views(self, n: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """m, Q, K and V of the equations, each (..., features)."""
-        m = F.rms_norm(wide(c), c.shape[-1:], eps=EPS) * (1 + self.rmsnorm_weight)
+        m = rms_norm(wide(c), EPS) * (1 + self.rmsnorm_weight)
         z = wide(self.wz(m)).unflatten(-1, (self.n_heads, -1))
         head = z.shape[-1]
-        z = F.rms_norm(z, (head,), eps=EPS).flatten(-2).unsqueeze(-2)
+        z = rms_norm(z, EPS).flatten(-2).unsqueeze(-2)
         q, k = (z * ((1 + self.gamma) * head**-0.5) + self.beta).unbind(-2)
         return m, q, k, F.silu(self.wv(n))
 

@@ -53,10 +53,11 @@ from lra.architectures._attention import (  # fmt: skip
     rope,
     split_heads,
 )
+from lra.architectures._norm import rms_norm
 from lra.architectures._reversible import Step, reversible
 from lra.architectures._rounds import Reordered, UnionOfRounds
 from lra.architectures._stack import Layer, Stack
-from lra.encoder import Card, Cost, Mixer, stepwise
+from lra.encoder import Card, Cost, Mixer, fill_padding, stepwise
 
 ITSELF = -1e5
 """Score of a token for itself: it looks at itself only when nothing else is there."""
@@ -114,7 +115,7 @@ class LSHMixer(Mixer):
         return self.out(merge_heads(y))[:, :length]
 
     def queries_and_keys(self, qk: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
-        k = F.rms_norm(qk, qk.shape[-1:], eps=1e-6) * self.head**-0.5
+        k = rms_norm(qk, 1e-6) * self.head**-0.5
         return (rope(qk, start), rope(k, start)) if self.rotary else (qk, k)
 
     @torch.no_grad()
@@ -273,7 +274,7 @@ def reversible_step(layer: Layer, mask: Tensor) -> Step:
     assert ffn_norm is not None
 
     def attention(x: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
-        h = layer.norm(x).masked_fill(~mask.unsqueeze(-1), 0)
+        h = fill_padding(layer.norm(x), mask)
         buckets = mixer.buckets(h, mask) if kept is None else kept
         return layer.dropout(mixer(h, mask, buckets)), buckets
 

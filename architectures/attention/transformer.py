@@ -27,10 +27,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from lra.architectures._attention import added_positions, checked_width
+from lra.architectures._published import first_prefix, number_of_layers
 from lra.architectures._softmax import SoftmaxMixer
 from lra.architectures._stack import Stack
-from lra.encoder import Card
+from lra.encoder import Card, Published
+
+LLAMA = {
+    "mixer.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "mixer.out": ("self_attn.o_proj",),
+    "norm": ("input_layernorm",), "ffn_norm": ("post_attention_layernorm",),
+    "ffn.up": ("mlp.gate_proj", "mlp.up_proj"), "ffn.down": ("mlp.down_proj",),
+}  # fmt: skip
+BERT = {
+    "mixer.qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
+    "mixer.out": ("attention.output.dense",), "norm": ("attention.output.LayerNorm",),
+    "ffn.up": ("intermediate.dense",), "ffn.down": ("output.dense",), "ffn_norm": ("output.LayerNorm",),
+}  # fmt: skip
+"""Module of a layer -> modules of Hugging Face's layer, whose rows it holds one after the other."""
 
 
 class Transformer(Stack):
@@ -76,3 +91,57 @@ class Transformer(Stack):
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block={"positions": added_positions(positions), **(block or {})},
         )  # fmt: skip
+
+    @classmethod
+    def published(cls, tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> Published:
+        """Of Hugging Face's Llama, whose map of a linear layer without bias is one with a bias of 0 here, and of its
+        BERT and RoBERTa, whose embeddings, with their norm, come before the encoder. Norms keep their own epsilon."""
+        if any(".self_attn." in name for name in tensors):
+            return _of_llama(tensors)
+        if any(".attention.self." in name for name in tensors):
+            return _of_bert(tensors)
+        raise ValueError("neither a Llama (model.layers.0.self_attn.q_proj.weight) nor a BERT")
+
+
+def _of_llama(tensors: Mapping[str, Tensor]) -> Published:
+    base = first_prefix(tensors, "model.", "")
+    hidden, d_model = tensors[f"{base}layers.0.mlp.gate_proj.weight"].shape
+    width = len(tensors[f"{base}layers.0.self_attn.q_proj.weight"])
+    if len(tensors[f"{base}layers.0.self_attn.k_proj.weight"]) != width:
+        raise ValueError("its heads share keys and values; only one with a key head for every head of queries does")
+    n_layers = number_of_layers(tensors, f"{base}layers.")
+    options = {
+        "d_model": d_model, "n_layers": n_layers, "qkv_dim": width, "positions": "rope", "direction": "causal",
+        "block": {"norm": "rms", "ffn": "swiglu", "expand": hidden / d_model},
+    }  # fmt: skip
+    names = {"norm.weight": (f"{base}norm.weight",)} | _layers(tensors, f"{base}layers.", n_layers, LLAMA)
+    ignored = (f"{base}embed_tokens.weight", "lm_head.weight", "*.rotary_emb.inv_freq")
+    return Published(options, names, ignored=ignored, undetermined=("n_heads",))
+
+
+def _of_bert(tensors: Mapping[str, Tensor]) -> Published:
+    base = first_prefix(tensors, "bert.encoder.", "roberta.encoder.", "encoder.")
+    hidden, d_model = tensors[f"{base}layer.0.intermediate.dense.weight"].shape
+    n_layers = number_of_layers(tensors, f"{base}layer.")
+    options = {
+        "d_model": d_model, "n_layers": n_layers, "positions": "none",
+        "block": {"prenorm": False, "ffn": "gelu", "expand": hidden / d_model},
+    }  # fmt: skip
+    ignored = ("*embeddings.*", "*pooler.*", "cls.*", "lm_head.*", "classifier.*")
+    names = _layers(tensors, f"{base}layer.", n_layers, BERT)
+    return Published(options, names, ignored=ignored, undetermined=("n_heads",))
+
+
+def _layers(
+    tensors: Mapping[str, Tensor], base: str, n_layers: int, modules: Mapping[str, tuple[str, ...]]
+) -> dict[str, tuple[str, ...]]:
+    """Own parameter -> published tensors; a bias that a linear map does not have is made of none."""
+    names = {}
+    for i in range(n_layers):
+        for own, theirs in modules.items():
+            for kind in ("weight", "bias"):
+                sources = tuple(f"{base}{i}.{module}.{kind}" for module in theirs)
+                has_bias = any(source in tensors for source in sources)
+                if kind == "weight" or has_bias or "norm" not in own:
+                    names[f"layers.{i}.{own}.{kind}"] = sources if kind == "weight" or has_bias else ()
+    return names

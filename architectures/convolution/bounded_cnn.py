@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from lra.architectures._norm import LayerNorm
 from lra.architectures._stack import Block, Stack
-from lra.encoder import Card, Cost, Mixer
+from lra.encoder import Card, Cost, Mixer, fill_padding
 from lra.kernels.causal_conv1d import causal_conv1d
 
 
@@ -49,7 +49,7 @@ class BoundedCNNMixer(Mixer):
         self.out = nn.Linear(hidden, d_model)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        z = F.gelu(self.value(x)).masked_fill(~mask.unsqueeze(-1), 0)
+        z = fill_padding(F.gelu(self.value(x)), mask)
         s = causal_conv1d(F.pad(z, (0, 0, 0, self.ahead)), self.weight, self.bias)[:, self.ahead :]
         return self._project(x, s)
 

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lra.architectures._attention import AttentionMixer, at_least, checked_width, drop_keys, merge_heads
-from lra.architectures._linear_attention import summed, summed_chunk, summed_step, sums_cost
+from lra.architectures._linear_attention import divided, summed, summed_chunk, summed_step, sums_cost
 from lra.architectures._precision import wide
 from lra.architectures._stack import Stack
 from lra.encoder import Card, Cost
@@ -65,7 +65,7 @@ class CosformerMixer(AttentionMixer):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         top, bottom = summed(self.features(q), self.features(k), drop_keys(v, self.rate), mask, self.causal)
-        return top / bottom.clamp(min=LEAST)
+        return divided(top, bottom.clamp(min=LEAST))
 
     def pairs(self, length: int) -> float:
         return 0.0

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._attention import AttentionMixer, checked_width, drop_keys, merge_heads
-from lra.architectures._linear_attention import summed, summed_chunk, summed_step, sums_cost
+from lra.architectures._linear_attention import divided, summed, summed_chunk, summed_step, sums_cost
 from lra.architectures._precision import wide
 from lra.architectures._stack import Stack
 from lra.encoder import Card, Cost, lengths_of
@@ -44,6 +44,24 @@ FLOOR = 1e-3  # what the ReLU of the Performer's authors adds: without it y jump
 
 
 State = tuple[Tensor, Tensor, Tensor]
+
+
+class AboveElu(torch.autograd.Function):
+    """elu(x) + 1. Its slope is the smaller of y and 1, so that nothing but y is kept and no exponential repeated."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clamp(max=0).exp_().add_(x.relu())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * ctx.saved_tensors[0].clamp(max=1)
 
 
 class LinearTransformerMixer(AttentionMixer):
@@ -70,15 +88,15 @@ class LinearTransformerMixer(AttentionMixer):
             angle = wide(F.normalize(x, dim=-1) @ (self.projection * self.sigma.unsqueeze(1)).mT)
             return torch.cat([angle.sin(), angle.cos()], dim=-1) * self.projection.shape[1] ** -0.5
         if self.feature_map == "elu":
-            return F.elu(x) + 1
+            return AboveElu.apply(x)
         return F.relu(x) + FLOOR if self.feature_map == "relu" else x.sigmoid()
 
     def _divided(self, top: Tensor, bottom: Tensor, keys: Tensor) -> Tensor:
         """keys: how many were summed, (B or 1, 1, L or 1, 1)."""
         if self.sigma is None:
-            return top / (bottom + EPS)
+            return divided(top, bottom + EPS)
         least = torch.exp(-2 * self.sigma.detach().square().amax(-1))[:, None, None]
-        return top / torch.maximum(bottom, keys * least)
+        return divided(top, torch.maximum(bottom, keys * least))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         top, bottom = summed(self.features(q), self.features(k), drop_keys(v, self.rate), mask, self.causal)

@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lra.architectures._attention import AttentionMixer, checked_width, drop_keys, merge_heads
-from lra.architectures._linear_attention import summed, summed_chunk, summed_step, sums_cost
+from lra.architectures._linear_attention import divided, summed, summed_chunk, summed_step, sums_cost
 from lra.architectures._precision import wide
 from lra.architectures._stack import Stack
 from lra.encoder import Card, Cost
@@ -125,7 +125,7 @@ class PerformerMixer(AttentionMixer):
         top_k, decay = self.largest_key(k[0], mask)
         top_q = q[0].detach().amax(-1, keepdim=True)
         top, bottom = summed(self.features(q, top_q), self.features(k, top_k), v, mask, self.causal, decay)
-        return top / bottom
+        return divided(top, bottom)
 
     def pairs(self, length: int) -> float:
         return 0.0

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._attention import rope
+from lra.architectures._norm import rms_norm
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
 from lra.encoder import Card, Cost, Mixer
@@ -71,7 +72,7 @@ class RetNetMixer(Mixer):
 
     def finish(self, o: Tensor, gate: Tensor) -> Tensor:
         """Norm, gate and output map: (..., H, V), (..., value_dim) -> (..., D)."""
-        return self.out_proj(F.silu(gate) * F.rms_norm(wide(o), o.shape[-1:], eps=1e-6).flatten(-2))
+        return self.out_proj(F.silu(gate) * rms_norm(wide(o), 1e-6).flatten(-2))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         q, k, v, gate = self._projected(x, 0)

@@ -39,10 +39,17 @@ from torch.nn import functional as F
 
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
+from lra.architectures._published import first_prefix, number_of_layers
 from lra.architectures._rwkv import RWKVStack, along, depth, ramp, shifted
 from lra.architectures._stack import Block
-from lra.encoder import Card, Cost, Mixer
+from lra.encoder import Card, Cost, Mixer, Published
 from lra.kernels.wkv import wkv
+
+HUGGING_FACE = {
+    "att": "attention", "ffn": "feed_forward", "ln0": "pre_ln", "emb": "embeddings", "time_mix_k": "time_mix_key",
+    "time_mix_v": "time_mix_value", "time_mix_r": "time_mix_receptance",
+}  # fmt: skip
+"""Names of the released code that Hugging Face writes out."""
 
 
 def mixed(x: Tensor, before: Tensor, mu: Tensor) -> Tensor:
@@ -177,6 +184,37 @@ class RWKV4(RWKVStack):
             lambda layer: ChannelMix(d_model, hidden, layer, n_layers),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
         )  # fmt: skip
+
+    @classmethod
+    def published(cls, tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> Published:
+        """Of the released RWKV-4 and of Hugging Face's RwkvModel and RwkvForCausalLM, as they are stored."""
+        base = first_prefix(tensors, "rwkv.", "")
+        theirs = HUGGING_FACE if any(".attention." in name for name in tensors) else {}
+
+        def name(text: str) -> str:
+            return base + ".".join(theirs.get(part, part) for part in text.split("."))
+
+        n_layers = number_of_layers(tensors, f"{base}blocks.")
+        time_dim, d_model = tensors[name("blocks.0.att.key.weight")].shape
+        options = {
+            "d_model": d_model, "n_layers": n_layers, "time_dim": time_dim,
+            "channel_dim": len(tensors[name("blocks.0.ffn.key.weight")]),
+        }  # fmt: skip
+        time = ("time_mix_r", "time_mix_k", "time_mix_v", "time_decay", "time_first")
+        parts = {
+            "att": (*time, *(f"{m}.weight" for m in ("receptance", "key", "value", "output"))),
+            "ffn": ("time_mix_r", "time_mix_k", *(f"{m}.weight" for m in ("receptance", "key", "value"))),
+        }
+        norms = {"norm_0": "blocks.0.ln0", "norm": "ln_out"}
+        names: dict[str, tuple[str, ...]] = {}
+        for i in range(n_layers):
+            for second, (part, own) in enumerate(parts.items()):
+                block = f"layers.{2 * i + second}"
+                norms[f"{block}.norm"] = f"blocks.{i}.ln{1 + second}"
+                names |= {f"{block}.mixer.{n}": (name(f"blocks.{i}.{part}.{n}"),) for n in own}
+        for own_norm, norm in norms.items():
+            names |= {f"{own_norm}.{kind}": (name(f"{norm}.{kind}"),) for kind in ("weight", "bias")}
+        return Published(options, names, ignored=(name("emb.weight"), "head.weight"))
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:

@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._rwkv import RWKVStack, along, depth, ramp, shifted
 from lra.architectures._stack import Block
@@ -212,4 +213,4 @@ class RWKV6(RWKVStack):
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
-        return {"*.time_decay": {"lr_scale": 2.0, "weight_decay": 0.0}, "*.time_*": {"weight_decay": 0.0}}
+        return {"*.time_decay": {"lr_scale": 2.0, "weight_decay": 0.0}, **undecayed(self, "time_*", "ln_x.weight")}

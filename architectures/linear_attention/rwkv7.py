@@ -52,7 +52,7 @@ from lra.architectures._norm import normalised
 from lra.architectures._precision import wide
 from lra.architectures._rwkv import RWKVStack, along, depth, ramp, shifted
 from lra.architectures._stack import Bidirectional, Block, Layer, flip
-from lra.encoder import Card, Cost, Encoder, Mixer
+from lra.encoder import Card, Cost, Encoder, Mixer, fill_padding
 
 EPS = 64e-5
 """Of the group norm, as released: 1e-5 times the head width of 64."""
@@ -223,10 +223,10 @@ class ValueLayer(Layer):
     """A block that also hands on the values of the first layer: forward(x, mask, first) -> x, first."""
 
     def forward(self, x: Tensor, mask: Tensor, first: Any = None) -> Any:
-        passed, padding = [first], ~mask.unsqueeze(-1)
+        passed = [first]
 
         def mix(h: Tensor) -> Tensor:
-            h = h.masked_fill(padding, 0)
+            h = fill_padding(h, mask)
             if not isinstance(self.mixer, TimeMix | BothTimeMixes):
                 return self.mixer(h, mask)
             y, passed[0] = self.mixer.mix(h, mask, first)

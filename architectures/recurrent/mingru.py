@@ -31,12 +31,40 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lra.architectures._init import chrono
 from lra.architectures._precision import wide
 from lra.architectures._stack import Stack
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.linear_scan import linear_scan
+
+
+class Terms(torch.autograd.Function):
+    """Candidate and gate before their nonlinearities, (..., 2 H) -> 1 - z and z n, (..., H) in float32 at least.
+
+    With z' = z (1 - z), and n' = 1 where n >= 1/2, else n (1 - n), both follow from what is kept: 1 - z, z and n.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        c, gate = wide(x).chunk(2, dim=-1)
+        forget, z = gate.neg().sigmoid_(), gate.sigmoid()
+        n = torch.where(c >= 0, c + 0.5, c.sigmoid())
+        ctx.save_for_backward(forget, z, n)
+        ctx.dtype = x.dtype
+        return forget, z * n
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        forget, z, n = ctx.saved_tensors
+        to_forget, to_inputs = grads
+        to_x = n.new_empty(*n.shape[:-1], 2 * n.shape[-1], dtype=ctx.dtype)
+        to_c, to_gate = to_x.chunk(2, dim=-1)
+        to_c.copy_(torch.where(n >= 0.5, 1, torch.addcmul(n, n, n, value=-1)).mul_(z).mul_(to_inputs))
+        to_gate.copy_((to_inputs * n).sub_(to_forget).mul_(z).mul_(forget))
+        return to_x
 
 
 class MinGRUMixer(Mixer):
@@ -51,9 +79,7 @@ class MinGRUMixer(Mixer):
 
     def _terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """1 - z and z n, each (..., H)."""
-        c, gate = wide(self.to_hidden_and_gate(x)).chunk(2, dim=-1)
-        n = torch.where(c >= 0, c + 0.5, torch.sigmoid(c))
-        return torch.sigmoid(-gate), torch.sigmoid(gate) * n
+        return Terms.apply(self.to_hidden_and_gate(x))
 
     def _output(self, h: Tensor) -> Tensor:
         return h if self.to_out is None else self.to_out(h)

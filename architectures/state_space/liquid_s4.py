@@ -44,7 +44,7 @@ from lra.architectures._dropout import Dropout
 from lra.architectures._precision import wide
 from lra.architectures._ssm import checked_copies
 from lra.architectures._stack import Block, Stack, flip
-from lra.encoder import Card, Cost, Mixer, lengths_of
+from lra.encoder import Card, Cost, Mixer, fill_padding, lengths_of
 from lra.kernels.fft_conv import fft_conv
 
 LIQUIDS = ("pb", "kb")
@@ -107,7 +107,7 @@ class LiquidS4Mixer(DPLRSSM, Mixer):
 
     def correction(self, x: Tensor, mask: Tensor, kernel: Tensor) -> Tensor:
         """The sum of c_p: (B, L, D) -> (B, L, D). kernel: (ways, D, L)."""
-        v = flip(x.masked_fill(~mask.unsqueeze(-1), 0), mask)
+        v = flip(fill_padding(x, mask), mask)
         dB, s = self._discrete_B()
         total = torch.zeros_like(v)
         for p in range(2, self.degree + 1):

@@ -34,10 +34,11 @@ from torch.nn import functional as F
 
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
+from lra.architectures._published import first_prefix, number_of_layers, same_names
 from lra.architectures._ssm import initial_log_dt
 from lra.architectures._stack import Block, Stack
 from lra.architectures._window import ShortConvolution
-from lra.encoder import Card, Cost, Mixer
+from lra.encoder import Card, Cost, Mixer, Published
 from lra.kernels.selective_scan import selective_scan
 
 State = tuple[Tensor, Tensor]
@@ -161,6 +162,22 @@ class Mamba(Stack):
             ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
         )  # fmt: skip
+
+    @classmethod
+    def published(cls, tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> Published:
+        """Of the authors' MambaLMHeadModel and Hugging Face's MambaModel and MambaForCausalLM, whose norms add 1e-5 to
+        the mean square where this suite adds 1e-6."""
+        base = first_prefix(tensors, "backbone.", "")
+        mixer = f"{base}layers.0.mixer."
+        width, d_model = tensors[mixer + "in_proj.weight"].shape
+        taps, rank = tensors[mixer + "conv1d.weight"].shape[-1], tensors[mixer + "dt_proj.weight"].shape[1]
+        options = {
+            "d_model": d_model, "n_layers": number_of_layers(tensors, f"{base}layers."),
+            "expand": width // (2 * d_model), "state_size": tensors[mixer + "A_log"].shape[1], "d_conv": taps,
+            "dt_rank": rank, "bias": mixer + "in_proj.bias" in tensors,
+        }  # fmt: skip
+        names = same_names(tensors, f"{base}layers.", "layers.") | {"norm.weight": (f"{base}norm_f.weight",)}
+        return Published(options, names, ignored=(f"{base}embedding*.weight", "lm_head.weight"))
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:

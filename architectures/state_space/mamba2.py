@@ -32,12 +32,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._norm import rms_norm
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
+from lra.architectures._published import first_prefix, number_of_layers, same_names
 from lra.architectures._ssm import initial_log_dt
 from lra.architectures._stack import Block, Stack
 from lra.architectures._window import ShortConvolution
-from lra.encoder import Card, Cost, Mixer
+from lra.encoder import Card, Cost, Mixer, Published
 from lra.kernels.ssd import ssd
 
 State = tuple[Tensor, Tensor]
@@ -54,7 +56,7 @@ class GatedNorm(nn.Module):
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         y = wide(y * F.silu(z)).unflatten(-1, (self.n_groups, -1))
-        return F.rms_norm(y, y.shape[-1:], eps=1e-5).flatten(-2) * self.weight
+        return rms_norm(y, 1e-5).flatten(-2) * self.weight
 
 
 class Mamba2Mixer(Mixer):
@@ -186,6 +188,23 @@ class Mamba2(Stack):
             ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
         )  # fmt: skip
+
+    @classmethod
+    def published(cls, tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> Published:
+        """Of the authors' MambaLMHeadModel with Mamba-2 layers and Hugging Face's Mamba2Model and Mamba2ForCausalLM,
+        whose norms add 1e-5 to the mean square where this suite adds 1e-6."""
+        base = first_prefix(tensors, "backbone.", "")
+        mixer = f"{base}layers.0.mixer."
+        d_model, width = tensors[mixer + "out_proj.weight"].shape
+        channels, _, taps = tensors[mixer + "conv1d.weight"].shape
+        options = {
+            "d_model": d_model, "n_layers": number_of_layers(tensors, f"{base}layers."), "expand": width // d_model,
+            "state_size": (channels - width) // 2 // given.get("n_groups", 1), "d_conv": taps,
+            "head_dim": width // len(tensors[mixer + "A_log"]), "bias": mixer + "in_proj.bias" in tensors,
+        }  # fmt: skip
+        names = same_names(tensors, f"{base}layers.", "layers.") | {"norm.weight": (f"{base}norm_f.weight",)}
+        ignored = (f"{base}embedding*.weight", "lm_head.weight")
+        return Published(options, names, ignored=ignored, undetermined=("n_groups",))
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:

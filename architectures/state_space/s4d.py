@@ -44,9 +44,10 @@ from torch.nn import functional as F
 
 from lra.architectures._diagonal import DiagonalSSM, check_diagonal
 from lra.architectures._dropout import Dropout
+from lra.architectures._published import number_of_layers
 from lra.architectures._ssm import checked_copies, weighted_sum
 from lra.architectures._stack import Block, Stack
-from lra.encoder import Card, Cost, Mixer
+from lra.encoder import Card, Cost, Mixer, Published
 from lra.kernels.fft_conv import fft_conv
 from lra.kernels.ssm_kernel_diag import ssm_kernel_diag
 
@@ -160,6 +161,28 @@ class S4D(Stack):
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block=block,
         )  # fmt: skip
+
+    @classmethod
+    def published(cls, tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> Published:
+        """Of S4Model in the authors' example.py with their minimal S4D: norms after each layer unless `block` says
+        otherwise, and B = 1."""
+        first = "s4_layers.0."
+        width, modes = tensors[first + "kernel.log_A_real"].shape
+        n_layers = number_of_layers(tensors, "s4_layers.")
+        options = {
+            "d_model": width, "n_layers": n_layers, "state_size": 2 * modes, "discretization": "zoh",
+            "block": {"prenorm": False},
+        }  # fmt: skip
+        names: dict[str, tuple[str, ...]] = {}
+        for i in range(n_layers):
+            mixer, theirs = f"layers.{i}.mixer.", f"s4_layers.{i}."
+            names |= {f"{mixer}{name}": (f"{theirs}kernel.{name}",) for name in ("log_dt", "log_A_real", "A_imag", "C")}
+            names |= {f"{mixer}D": (f"{theirs}D",), f"{mixer}B": ()}
+            for kind in ("weight", "bias"):
+                names[f"{mixer}output_linear.{kind}"] = (f"{theirs}output_linear.0.{kind}",)
+                names[f"layers.{i}.norm.{kind}"] = (f"norms.{i}.{kind}",)
+        one = torch.tensor([1.0, 0.0]).expand(width, modes, 2)
+        return Published(options, names, {"*.B": lambda: one}, ignored=("encoder.*", "decoder.*"))
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:

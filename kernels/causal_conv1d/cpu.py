@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
@@ -15,6 +16,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from lra.kernels._exp import exp
 from lra.kernels._threads import blocks_of, over_rows
+
+RUN = 32  # steps whose terms are added up in the precision of x
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
@@ -43,14 +46,14 @@ def _forward(start, stop, x, weight, bias, y, blocks, silu):
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
-def _backward(start, stop, grad, x, weight, bias, grad_x, grad_weight, grad_bias, blocks, silu):
+def _backward(start, stop, grad, x, weight, bias, grad_x, sums, blocks, silu):
+    """sums: (batch, taps + 1, width), gradients of the taps and the bias by row, in double precision."""
     _, length, width = x.shape
     taps = weight.shape[0]
     for row in range(start, stop):
         i, block = divmod(row, blocks)
         lo, hi = width * block // blocks, width * (block + 1) // blocks
-        g = bias[lo:hi].copy()
-        total = grad_bias[i, lo:hi]
+        g, run = bias[lo:hi].copy(), np.zeros((taps + 1, hi - lo), x.dtype)
         for t in range(length):
             y_t = grad[i, t, lo:hi]
             if silu:
@@ -60,17 +63,24 @@ def _backward(start, stop, grad, x, weight, bias, grad_x, grad_weight, grad_bias
                     g[d] = y_t[d] * gate * (1 + g[d] * (1 - gate))
             else:
                 g[:] = y_t
+            to_bias = run[taps]
             for d in range(hi - lo):
-                total[d] += g[d]
+                to_bias[d] += g[d]
             grad_x[i, t, lo:hi] = 0
             for k in range(max(0, taps - 1 - t), taps):
                 at = t - taps + 1 + k
                 tap, source = weight[k, lo:hi], x[i, at, lo:hi]
-                to_x, to_tap = grad_x[i, at, lo:hi], grad_weight[i, k, lo:hi]
+                to_x, to_tap = grad_x[i, at, lo:hi], run[k]
                 for d in range(hi - lo):
                     to_x[d] += tap[d] * g[d]
                 for d in range(hi - lo):
                     to_tap[d] += source[d] * g[d]
+            if t % RUN == RUN - 1 or t == length - 1:
+                for k in range(taps + 1):
+                    part, total = run[k], sums[i, k, lo:hi]
+                    for d in range(hi - lo):
+                        total[d] += part[d]
+                run[:] = 0
 
 
 def _arrays(dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None) -> list[Any]:
@@ -110,13 +120,13 @@ def convolve_backward(
     taps = weight.shape[1]
     dtype = torch.promote_types(x.dtype, torch.float32)
     grad_x = torch.empty(x.shape, dtype=dtype)
-    # sums over every step: in double precision, to keep the digits
-    grad_weight, grad_bias = (torch.zeros(batch, *s, width, dtype=torch.float64) for s in ((taps,), ()))
+    # sums over every step: runs of them in double precision, to keep the digits
+    sums = torch.zeros(batch, taps + 1, width, dtype=torch.float64)
     blocks = blocks_of(batch, width)
     read = [grad.to(dtype).contiguous().numpy(), *_arrays(dtype, x, weight, bias)]
-    written = (t.numpy() for t in (grad_x, grad_weight, grad_bias))
-    over_rows(_backward, batch * blocks, *read, *written, blocks, silu)
-    return grad_x.to(x.dtype), grad_weight.sum(0).T.to(x.dtype).contiguous(), grad_bias.sum(0).to(x.dtype)
+    over_rows(_backward, batch * blocks, *read, grad_x.numpy(), sums.numpy(), blocks, silu)
+    total = sums.sum(0).to(x.dtype)
+    return grad_x.to(x.dtype), total[:taps].T.contiguous(), total[taps].clone()
 
 
 @convolve_backward.register_fake

@@ -47,9 +47,22 @@ def _work(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def _rows(x: Tensor, batch: slice, channels: slice, dtype: torch.dtype) -> Tensor:
-    """(B, L, H) -> its block as contiguous (b, h, L)."""
-    return x[batch, :, channels].to(dtype).transpose(1, 2).contiguous()
+class _Room:
+    """Memory for the samples of a block, channels first, with zeros behind the last step: every block is written over
+    the one before, the zeros stay."""
+
+    def __init__(self, u: Tensor, size: int, dtype: torch.dtype) -> None:
+        channels, batches = next(_blocks(u, size))
+        shape = len(u[batches[0]]), u[0, 0, channels].numel(), size
+        self.length, self.samples = u.shape[1], torch.empty(shape, dtype=dtype, device=u.device)
+        self.samples[..., self.length :] = 0
+
+    def spectrum(self, x: Tensor, batch: slice, channels: slice) -> Tensor:
+        """Transform of a block of x, (B, L, H) -> (b, h, bins)."""
+        block = x[batch, :, channels].transpose(1, 2)
+        room = self.samples[: block.shape[0], : block.shape[1]]
+        room[..., : self.length].copy_(block)
+        return torch.fft.rfft(room)
 
 
 def _spectrum(k: Tensor, channels: slice, behind: int, ahead: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -67,11 +80,11 @@ def _spectrum(k: Tensor, channels: slice, behind: int, ahead: int, size: int, dt
 def convolve(u: Tensor, k: Tensor, D: Tensor | None, bidirectional: bool) -> Tensor:
     length, dtype = u.shape[1], _work(u, k)
     behind, ahead, size = _taps(k, length, bidirectional)
-    y = torch.empty_like(u, memory_format=torch.contiguous_format)
+    y, room = torch.empty_like(u, memory_format=torch.contiguous_format), _Room(u, size, dtype)
     for channels, batches in _blocks(u, size):
         kernel = _spectrum(k, channels, behind, ahead, size, dtype)
         for batch in batches:
-            product = torch.fft.rfft(_rows(u, batch, channels, dtype), size).mul_(kernel)
+            product = room.spectrum(u, batch, channels).mul_(kernel)
             y[batch, :, channels] = torch.fft.irfft(product, size)[..., :length].transpose(1, 2)
     if D is not None:
         y.addcmul_(u, D.to(u.dtype))
@@ -86,13 +99,13 @@ def convolve_backward(
     length, dtype = u.shape[1], _work(u, k)
     behind, ahead, size = _taps(k, length, bidirectional)
     du, dk = torch.empty_like(u, memory_format=torch.contiguous_format), torch.zeros_like(k)
-    lag0 = torch.empty(u.shape[2], dtype=dtype, device=u.device)
+    lag0, room = torch.empty(u.shape[2], dtype=dtype, device=u.device), _Room(u, size, dtype)
     for channels, batches in _blocks(u, size):
         kernel = _spectrum(k, channels, behind, ahead, size, dtype).conj_physical_()
         total = torch.zeros_like(kernel)
         for batch in batches:
-            g = torch.fft.rfft(_rows(grad, batch, channels, dtype), size)
-            total += (torch.fft.rfft(_rows(u, batch, channels, dtype), size).conj_physical_().mul_(g)).sum(0)
+            g = room.spectrum(grad, batch, channels)
+            total += room.spectrum(u, batch, channels).conj_physical_().mul_(g).sum(0)
             du[batch, :, channels] = torch.fft.irfft(g.mul_(kernel), size)[..., :length].transpose(1, 2)
         circle = torch.fft.irfft(total, size)
         lag0[channels] = circle[:, 0]

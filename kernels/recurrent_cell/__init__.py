@@ -60,7 +60,8 @@ def recurrent_cell(
     norm: (6, H) for lstm_layernorm: n divides what is left of the mean by the deviation (biased, plus 1e-5 in the
     variance), over the 4 H numbers of U h and the H of c; rows 0 to 3 are the gains of i, f, g, o in n(U h), whose
     offset is b, rows 4 and 5 gain and offset of n(c). The input's own norm is taken before (Ba, Kiros and Hinton 2016).
-    All of one device; dtypes promote; bfloat16 and float16 run in float32.
+    All of one device; dtypes promote; bfloat16 and float16 run in float32, but the gradient of U, summed over steps, is
+    a product of bfloat16 numbers where x_gates is bfloat16.
     Returns h: (B, L, H); with `return_state` also the last h (B, H) and, of an lstm, the last c (B, H).
 
     lstm and gru are those of torch.nn with `x_gates` = x W_ih^T + b_ih. Deterministic. Work 2 B L U.numel(), one step
@@ -101,9 +102,9 @@ def recurrent_cell(
     def filled(tensor: Tensor | None, *shape: int) -> Tensor:
         return x_gates.new_zeros(shape, dtype=dtype) if tensor is None else tensor.to(dtype)
 
-    x, u, bias, h0 = x_gates.to(dtype), U.to(dtype), filled(b, len(U)), filled(h0, batch, width)
+    x, u, bias, h0 = x_gates, U.to(dtype), filled(b, len(U)), filled(h0, batch, width)
     if chosen == "reference":
-        return reference(x, u, bias, cell, h0, c0=c0, peephole=peephole, norm=norm, return_state=return_state)
+        return reference(x.to(dtype), u, bias, cell, h0, c0=c0, peephole=peephole, norm=norm, return_state=return_state)
     # the operator takes empty tensors for what a cell does not have
     c0 = filled(c0, batch, width) if is_lstm else x.new_empty(0)
     vectors = filled(norm if normed else peephole, 0)

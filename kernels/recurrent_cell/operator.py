@@ -1,7 +1,8 @@
 """`recurrent_cell` as a PyTorch operator around its compiled loops.
 
 The loops return the gradient of every pre-activation; those of the weights follow from them in one matrix product over
-all rows and steps, after the loop.
+rows and steps, after the loop. Where x comes in bfloat16 beside float32 weights, as under autocast, that is a product
+of bfloat16 numbers, as those of a linear map are then; the loop stays in float32.
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """h, the last c of an lstm (else empty), and what the backward needs (without `keep`: nothing)."""
     batch, length, _ = x.shape
-    width, dtype, given = h0.shape[1], _wide(x.dtype), x.dtype
+    width, given = h0.shape[1], torch.promote_types(x.dtype, U.dtype)
+    dtype = _wide(given)
     kept = x.new_empty(_kept_shape(x, U, h0, cell, keep), dtype=dtype)
     # what is not kept has room for one step
     room = kept if keep else kept.new_empty(batch, 1, *kept.shape[2:])
@@ -128,16 +130,17 @@ def run(
 def _(
     x: Tensor, U: Tensor, b: Tensor, h0: Tensor, c0: Tensor, vectors: Tensor, cell: str, keep: bool, triton: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kept = x.new_empty(_kept_shape(x, U, h0, cell, keep), dtype=_wide(x.dtype))
-    return x.new_empty(len(x), x.shape[1], h0.shape[1]), x.new_empty(c0.shape), kept
+    given = torch.promote_types(x.dtype, U.dtype)
+    kept = x.new_empty(_kept_shape(x, U, h0, cell, keep), dtype=_wide(given))
+    return x.new_empty(len(x), x.shape[1], h0.shape[1], dtype=given), x.new_empty(c0.shape, dtype=given), kept
 
 
 @torch.library.custom_op("lra::recurrent_cell_backward", mutates_args=())
 def run_backward(
     grad_h: Tensor, grad_c: Tensor, U: Tensor, h0: Tensor, c0: Tensor, vectors: Tensor, h: Tensor, kept: Tensor,
-    cell: str, triton: bool,
+    cell: str, x_dtype: torch.dtype, triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, U, b, h0, c0 and vectors."""
+    """Gradients of x, U, b, h0, c0 and vectors; the first in `x_dtype`."""
     batch, length, width = h.shape
     given = h.dtype
     grad_h, grad_c, U, h0, c0, h, kept = _plain(kept.dtype, grad_h, grad_c, U, h0, c0, h, kept)
@@ -164,13 +167,15 @@ def run_backward(
     if cell == "indrnn":
         grad_U, grad_b = (of_rows.sum(0) for of_rows in sums)
     else:
-        grad_U, grad_b = _of_weights(delta, h0, h, kept, cell)
-    grads = grad_x, grad_U, grad_b, grad_h0, grad_c0, grad_vectors
-    return tuple(t.to(given) for t in grads)  # type: ignore[return-value]
+        grad_U, grad_b = _of_weights(delta, h0, h, kept, cell, x_dtype if x_dtype == torch.bfloat16 else h.dtype)
+    rest = (t.to(given) for t in (grad_U, grad_b, grad_h0, grad_c0, grad_vectors))
+    return grad_x.to(x_dtype), *rest  # type: ignore[return-value]
 
 
-def _of_weights(delta: Tensor, h0: Tensor, h: Tensor, kept: Tensor, cell: str) -> tuple[Tensor, Tensor]:
-    """Gradients of U and b. delta: as above, (1 or 2, B, L, G, H)."""
+def _of_weights(
+    delta: Tensor, h0: Tensor, h: Tensor, kept: Tensor, cell: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Gradients of U and b. delta: as above, (1 or 2, B, L, G, H); dtype: of the numbers that are multiplied."""
     before = torch.cat((h0.unsqueeze(1), h[:, :-1]), dim=1)
     sums, products = delta[0], delta[-1]
     # gates that share what they multiply
@@ -188,22 +193,23 @@ def _of_weights(delta: Tensor, h0: Tensor, h: Tensor, kept: Tensor, cell: str) -
         parts = [(products, before)]
     flat = [(g.flatten(2).flatten(0, 1), v.flatten(0, 1)) for g, v in parts]
     grad_b = [sums.flatten(2).sum((0, 1))] if cell in NORMED else [g.sum(0) for g, _ in flat]
-    return torch.cat([g.T @ v for g, v in flat]), torch.cat(grad_b)
+    return torch.cat([g.to(dtype).T @ v.to(dtype) for g, v in flat]), torch.cat(grad_b)
 
 
 @run_backward.register_fake
 def _(
     grad_h: Tensor, grad_c: Tensor, U: Tensor, h0: Tensor, c0: Tensor, vectors: Tensor, h: Tensor, kept: Tensor,
-    cell: str, triton: bool,
+    cell: str, x_dtype: torch.dtype, triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     gates = 2 if cell == "rhn" else len(U) // h.shape[2]
-    grad_x = h.new_empty(len(h), h.shape[1], gates * h.shape[2])
+    grad_x = h.new_empty(len(h), h.shape[1], gates * h.shape[2], dtype=x_dtype)
     of_rest = (h.new_empty(t.shape) for t in (U, U[..., 0] if U.ndim == 2 else U, h0, c0, vectors))
     return grad_x, *of_rest  # type: ignore[return-value]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, U, _, h0, c0, vectors, ctx.cell, _, ctx.triton = inputs
+    x, U, _, h0, c0, vectors, ctx.cell, _, ctx.triton = inputs
+    ctx.x_dtype = x.dtype
     h, _, kept = output
     # nobody differentiates `kept`: no zeros of its size
     ctx.set_materialize_grads(False)
@@ -214,7 +220,7 @@ def _differentiate(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None, _: Te
     U, h0, c0, vectors, h, kept = ctx.saved_tensors
     grad_h = torch.zeros_like(h) if grad_h is None else grad_h
     grad_c = torch.zeros_like(c0) if grad_c is None else grad_c
-    grads = run_backward(grad_h, grad_c, U, h0, c0, vectors, h, kept, ctx.cell, ctx.triton)
+    grads = run_backward(grad_h, grad_c, U, h0, c0, vectors, h, kept, ctx.cell, ctx.x_dtype, ctx.triton)
     return *grads, None, None, None
 
 

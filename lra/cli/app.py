@@ -14,7 +14,7 @@ from lra.cli.check import check
 from lra.cli.common import console, errors, guarded
 from lra.cli.data import audit, data
 from lra.cli.lists import list_
-from lra.cli.models import evaluate, export, predict
+from lra.cli.models import evaluate, export, import_, predict
 from lra.cli.operators import bench, doctor
 from lra.cli.profile import profile
 from lra.cli.report import compare, leaderboard, report
@@ -83,6 +83,7 @@ for command in (
     run, show, sweep, predict, evaluate, export, check, leaderboard, compare, report, audit, profile, bench, doctor,
 ):  # fmt: skip
     app.command()(command)
+app.command("import")(import_)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""`lra predict`, `lra evaluate`, `lra export`: what to do with a trained run."""
+"""`lra predict`, `lra evaluate`, `lra export`: what to do with a trained run; `lra import`: weights of others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from lra.cli.common import DryRun, console, guarded
+from lra.cli.common import DryRun, console, guarded, settings_of
 from lra.errors import UserError
 
 if TYPE_CHECKING:
@@ -103,6 +103,39 @@ def export(
         console.print(f"would write {escape(str(loaded))} to {escape(str(folder))}", soft_wrap=True)
         return
     console.print(f"wrote {escape(str(exporting.write(loaded, folder)))}", soft_wrap=True)
+
+
+@guarded
+def import_(
+    architecture: Annotated[str, typer.Argument(metavar="ARCH", help="A name, file.py:Class or module:Class.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A state dict: .safetensors, .pt, .pth, .bin, .ckpt.")],
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write the encoder to a new folder.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A constructor argument, such as n_heads=12.")
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Tensors to leave out, such as 'head.*'.")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Read published weights into an encoder: names, shapes and the number of tensors must fit."""
+    from lra.config.recipe import parse_setting
+    from lra.training import published
+
+    if out is not None:
+        published.check_folder(out)
+    options = {key: parse_setting(text) for key, text in settings_of(settings).items()}
+    encoder, built = published.import_weights(architecture, file, options=options, ignore=ignore or ())
+    count = sum(parameter.numel() for parameter in encoder.parameters())
+    shown = ", ".join(f"{key} {value}" for key, value in built.items())
+    console.print(
+        f"{escape(architecture)}: {count:,} parameters of {escape(str(file))} ({escape(shown)})", soft_wrap=True
+    )
+    if out is not None and dry_run:
+        console.print(f"would write {escape(str(out))}", soft_wrap=True)
+    elif out is not None:
+        written = published.write(encoder, out, architecture, built, file.name)
+        console.print(f"wrote {escape(str(written))}", soft_wrap=True)
 
 
 def _load(run: Path, checkpoints: Path | None) -> TrainedRun:

@@ -57,7 +57,9 @@ LONG = tuple(3 * 4**i for i in range(6, 10))
 """12,288 to 786,432 tokens: growth is judged beyond any window or number of landmarks."""
 
 
-RECURRENCE = re.compile(r"(log_)?(dt|step|A|decay|nu|theta|tau)(_log|_real|_imag|_re|_im|_bias)?|[Ll]ambda.*")
+RECURRENCE = re.compile(
+    r"(log_|time_)?(dt|step|A|decay|nu|theta|tau)(_log|_real|_imag|_re|_im|_bias)?|[Ll]ambda.*|recurrent_param|time_first"
+)
 """Last names of parameters that set how long a recurrence remembers: step sizes, state matrices, decay rates."""
 SPREAD = 10.0
 """Largest ratio between the outputs of two mixers of one encoder, at any of SHAPES."""

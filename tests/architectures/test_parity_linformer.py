@@ -70,7 +70,7 @@ def test_softmax_attention_where_projections_are_identities(own: bool) -> None:
 def test_sharing_and_padding(sharing: str) -> None:
     """Padded rows equal the equations on the real tokens alone, with as many length maps as the mode says."""
     encoder = Linformer(d_model=8, n_layers=2, length=9, n_heads=2, k=3, sharing=sharing).double()
-    maps = [p for name, p in encoder.named_parameters() if ".of_" in name]
+    maps = [p for name, p in encoder.named_parameters() if ".proj_" in name]
     assert len(maps) == {"head": 4, "key-value": 2, "layer": 1, "none": 4}[sharing]
     assert {tuple(p.shape) for p in maps} == ({(2, 9, 3)} if sharing == "none" else {(9, 3)})
     mixer = encoder.blocks[0].mixer

@@ -8,7 +8,7 @@ from golden_tensors import golden
 from stepping import run, stepped
 from torch import Tensor
 
-from lra.architectures.recurrent.mingru import MinGRU, MinGRUMixer
+from lra.architectures.recurrent.mingru import MinGRU, MinGRUMixer, Terms
 
 NAMES = ("to_hidden_and_gate.weight", "to_out.weight")
 
@@ -33,6 +33,17 @@ def test_layer_equals_an_independent_one() -> None:
     for name in NAMES:
         grad = mixer.get_parameter(name).grad
         torch.testing.assert_close(grad, g[f"grad.param.{name}"], rtol=1e-11, atol=1e-12)
+
+
+def test_terms_have_the_gradients_of_their_formulas() -> None:
+    x = torch.linspace(-4, 4, 36, dtype=torch.float64).view(3, 12).requires_grad_()
+    c, gate = x.chunk(2, dim=-1)
+    written = 1 - gate.sigmoid(), gate.sigmoid() * torch.where(c >= 0, c + 0.5, c.sigmoid())
+    found = Terms.apply(x)
+    torch.testing.assert_close(found, written)
+    w = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
+    own, theirs = (torch.autograd.grad(terms, x, w)[0] for terms in (found, written))
+    torch.testing.assert_close(own, theirs, rtol=1e-12, atol=1e-14)
 
 
 def test_step_equals_the_sequential_form() -> None:

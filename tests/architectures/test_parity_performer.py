@@ -116,9 +116,10 @@ def test_the_deterministic_map_is_that_of_the_linear_transformer_with_relu(
     which is left out here."""
     monkeypatch.setattr(linear_transformer, "EPS", 0.0)
     torch.manual_seed(0)
-    shape: dict[str, Any] = {"n_heads": 3, "qkv_dim": 12, "causal": causal, "n_features": 4}
-    mixer = PerformerMixer(12, feature_map="deterministic", redraw=1000, **shape)
-    other = LinearTransformerMixer(12, feature_map="relu", **shape)
+    mixer = PerformerMixer(
+        12, n_heads=3, qkv_dim=12, feature_map="deterministic", causal=causal, n_features=4, redraw=1000
+    )
+    other = LinearTransformerMixer(12, n_heads=3, qkv_dim=12, feature_map="relu", causal=causal, n_features=4)
     other.load_state_dict({k: v for k, v in mixer.state_dict().items() if k in other.state_dict()})
     x, mask = torch.randn(2, 40, 12), torch.arange(40) < torch.tensor([[40], [23]])
     torch.testing.assert_close(mixer(x, mask)[mask], other(x, mask)[mask], rtol=0, atol=5e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from benchmarks import models
+from benchmarks import models, precision
 from benchmarks.__main__ import app
 from benchmarks.models import MATCHES, Match, Peer, Shape, contestants
 
@@ -89,3 +90,19 @@ def test_an_architecture_without_peers_is_refused() -> None:
     done = CliRunner().invoke(app, ["models", "grru"])
     assert done.exit_code == 2
     assert "did you mean 'gru'" in " ".join(done.output.split())
+
+
+def test_precision_compares_both_kinds_of_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "LENGTH", 16)
+    monkeypatch.setattr(precision, "names", lambda: ["fnet"])
+    monkeypatch.setenv("LRA_RESULTS", str(tmp_path))
+    kinds: list[bool] = []
+    step = precision.Workload.step
+    monkeypatch.setattr(precision.Workload, "step", lambda self, kind: (kinds.append(kind), step(self, kind))[1])
+    done = CliRunner().invoke(app, ["precision", "--rounds", "2"])
+    assert done.exit_code == 0, done.output
+    assert kinds == [False, True] * 3
+    content = json.loads((tmp_path / "bench" / "precision-cpu.json").read_text())
+    (row,) = content["steps"]
+    assert (row["architecture"], row["rounds"], content["task"]) == ("fnet", 2, "image")
+    assert row["ratio"] == round(row["float32"] / row["bfloat16"], 3)

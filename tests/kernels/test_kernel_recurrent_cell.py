@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import llvmlite
 import numpy as np
 import pytest
 import torch
 from golden_tensors import golden
+from llvmlite import binding, ir
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lra.kernels.recurrent_cell import GATES, recurrent_cell
+from lra.kernels.recurrent_cell import GATES, product, recurrent_cell
 from lra.kernels.recurrent_cell.activations import sigmoid, tanh
 from lra.kernels.recurrent_cell.cpu import compiled
-from lra.kernels.recurrent_cell.product import multiply, pack
+from lra.kernels.recurrent_cell.product import multiply, multiply_plain, multiply_tiles, pack
 
 both = pytest.mark.parametrize("impl", ["reference", "cpu"])
 
@@ -176,9 +180,26 @@ def test_nothing_is_kept_without_a_gradient(cell: str) -> None:
     torch.testing.assert_close(kept, with_gradient.detach(), rtol=0, atol=0)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_first", "rhn"])
+def test_a_bfloat16_input_leaves_the_loop_in_float32_and_its_weights_a_bfloat16_product(cell: str) -> None:
+    given = {name: t.float() if isinstance(t, Tensor) else t for name, t in arguments(cell).items()}
+    given["x_gates"] = given["x_gates"].bfloat16()
+    found, wide = ({k: t.detach().requires_grad_() for k, t in given.items() if k in ("x_gates", "U")} for _ in "ab")
+    y = recurrent_cell(**given | found)
+    expected = recurrent_cell(**given | wide | {"x_gates": wide["x_gates"].float()})
+    assert torch.equal(y, expected)
+    w = torch.randn_like(y)
+    own, theirs = (torch.autograd.grad(h, tuple(of.values()), w) for h, of in ((y, found), (expected, wide)))
+    assert torch.equal(own[0], theirs[0])
+    assert own[1].dtype == torch.float32
+    error = (own[1] - theirs[1]).norm() / theirs[1].norm()
+    assert 0 < error < 2**-8
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("rows", "depth", "width"), [(1, 1, 1), (4, 7, 64), (7, 33, 65), (9, 12, 150)])
-def test_product(dtype: torch.dtype, rows: int, depth: int, width: int) -> None:
+@pytest.mark.parametrize("multiply", [multiply_tiles, multiply_plain])
+def test_product(dtype: torch.dtype, rows: int, depth: int, width: int, multiply: Callable[..., None]) -> None:
     """Whole blocks of rows and the rest, whole tiles of columns and the rest."""
     v, matrix = torch.randn(rows, depth, dtype=dtype), torch.randn(depth, width, dtype=dtype)
     packed = pack(matrix)
@@ -186,6 +207,47 @@ def test_product(dtype: torch.dtype, rows: int, depth: int, width: int) -> None:
     multiply(v.numpy(), packed.numpy(), out.numpy())
     torch.testing.assert_close(out[:, :width], v @ matrix)
     assert not out[:, width:].any()
+
+
+@pytest.mark.parametrize("typed", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_vectors_of_the_product_with_typed_and_with_opaque_pointers(dtype: torch.dtype, typed: bool) -> None:
+    """The versions of llvmlite differ in the pointers that they have; compiled here without Numba."""
+    number: ir.Type = ir.FloatType() if dtype == torch.float32 else ir.DoubleType()
+    module = product.tile_module(dtype.itemsize * 8, 4, number.as_pointer() if typed else ir.PointerType())
+    machine = binding.Target.from_default_triple().create_target_machine(cpu=binding.get_host_cpu_name())
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(str(module)), machine)
+    engine.finalize_object()
+    v, matrix = torch.randn(6, 5, dtype=dtype), torch.randn(5, 150, dtype=dtype)
+    packed = pack(matrix)
+    tiles, _, columns = packed.shape
+    out = torch.zeros(6, tiles * columns, dtype=dtype)
+    address, count = ctypes.c_void_p, ctypes.c_int64
+    kind = ctypes.CFUNCTYPE(None, address, count, address, count, address, count, count)
+    kind(engine.get_function_address("tile"))(
+        out.data_ptr(), tiles * columns, v.data_ptr(), 5, packed.data_ptr(), 2, tiles - 1
+    )
+    last = slice((tiles - 1) * columns, 150)
+    torch.testing.assert_close(out[2:, last], (v @ matrix)[2:, last])
+    out[2:, last] = 0
+    assert not out.any()
+
+
+def test_the_installed_llvmlite_takes_the_vectors() -> None:
+    """Another version may not: then products are plain loops, which are slower, and the import says so."""
+    assert not product.obstacle(), f"llvmlite {llvmlite.__version__}"
+    assert multiply is multiply_tiles
+
+
+def test_a_llvmlite_that_does_not_take_the_vectors_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*arguments: Any, **options: Any) -> None:
+        raise ValueError("GEP lacks type.")
+
+    monkeypatch.setattr(product, "emit_tile", refused)
+    with pytest.warns(
+        RuntimeWarning, match=r"llvmlite \d.* does not take vector code \(ValueError: GEP lacks type\.\)"
+    ):
+        assert product.chosen() is multiply_plain
 
 
 @compiled

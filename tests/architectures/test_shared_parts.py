@@ -1,0 +1,61 @@
+"""The parts of the residual stack that have a faster form on a CPU: the same numbers as PyTorch's own operators."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lra.architectures._norm import RMSNorm, rms_norm
+from lra.architectures._stack import flip
+from lra.encoder import fill_padding
+
+MASK = torch.arange(6) < torch.tensor([[6], [4], [1]])
+
+
+def _sequence() -> torch.Tensor:
+    return torch.randn(3, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_rms_norm_is_that_of_torch_with_its_gradients(weighted: bool) -> None:
+    x, norm = _sequence(), RMSNorm(5, eps=1e-3).double()
+    torch.nn.init.normal_(norm.weight)
+    weight, by = (norm.weight, (x, norm.weight)) if weighted else (None, (x,))
+    own = norm(x) if weighted else rms_norm(x, 1e-3)
+    theirs = F.rms_norm(x, (5,), weight, 1e-3)
+    torch.testing.assert_close(own, theirs, rtol=1e-13, atol=1e-13)
+    w = torch.randn_like(own)
+    for one, other in zip(torch.autograd.grad(own, by, w), torch.autograd.grad(theirs, by, w), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
+
+
+def test_rms_norm_of_bfloat16_is_rounded_once() -> None:
+    x = _sequence().detach().bfloat16().requires_grad_()
+    y = rms_norm(x, 1e-6)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, F.rms_norm(x.float(), (5,), None, 1e-6).bfloat16())
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.bfloat16
+
+
+def test_padding_is_filled_whatever_stood_there() -> None:
+    x = _sequence()
+    given = torch.where(MASK.unsqueeze(-1), x, torch.nan)
+    y = fill_padding(given, MASK)
+    torch.testing.assert_close(y, x.masked_fill(~MASK.unsqueeze(-1), 0))
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(grad, MASK.unsqueeze(-1).expand_as(x).double())
+    assert torch.isneginf(fill_padding(given, MASK, -torch.inf)[~MASK]).all()
+    assert fill_padding(x, torch.ones_like(MASK)) is x
+
+
+def test_flip_reverses_the_real_tokens_and_so_does_its_gradient() -> None:
+    x, w = _sequence(), torch.randn(3, 6, 5, dtype=torch.float64)
+    y = flip(x, MASK)
+    for row, length in enumerate((6, 4, 1)):
+        assert torch.equal(y[row, :length], x[row, :length].flip(0))
+        assert torch.equal(y[row, length:], x[row, length:])
+    assert torch.equal(torch.autograd.grad(y, x, w)[0], flip(w, MASK))
+    assert torch.autograd.gradgradcheck(lambda t: flip(t, MASK).square(), x)
