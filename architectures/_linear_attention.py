@@ -27,7 +27,8 @@ class _Sums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v = (torch.empty(t.shape, dtype=wide(t[:0]).dtype, device=t.device).copy_(t) for t in (q, k, v))
-        _clear(k, mask), _clear(v, mask)
+        _clear(k, mask)
+        _clear(v, mask)
         S, z = k.mT @ v, k.sum(2).unsqueeze(-1)
         ctx.save_for_backward(q, k, v, S, z, mask)
         return q @ S, q @ z

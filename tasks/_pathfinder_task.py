@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -51,11 +52,14 @@ def protocols(size: int, sha256: Mapping[str, tuple[str, str, str]]) -> dict[str
         scale=(0.5, 0.5),
         note="the images of strict, grey levels centred to -1..1",
     )
-    small = {
+    small = replace(
+        strict,
+        name="strict-small",
         # drawn in a few seconds at 32 pixels, in about a minute at 128
-        "counts": SMALL if size <= 32 else {name: count // 4 for name, count in SMALL.items()},
-        "sha256": frozen.get("strict-small", {}),
-    }
+        counts=SMALL if size <= 32 else {name: count // 4 for name, count in SMALL.items()},
+        sha256=frozen.get("strict-small", {}),
+        note="generated like strict, but a small set for first experiments; never ranked with it",
+    )
     released = replace(
         strict,
         name="lra2020",
@@ -83,15 +87,11 @@ def protocols(size: int, sha256: Mapping[str, tuple[str, str, str]]) -> dict[str
         replace(
             continuous,
             name="strict-continuous-small",
+            counts=small.counts,
+            sha256=small.sha256,
             note="generated like strict-continuous, but a small set for first experiments; never ranked with it",
-            **small,
         ),
-        replace(
-            strict,
-            name="strict-small",
-            note="generated like strict, but a small set for first experiments; never ranked with it",
-            **small,
-        ),
+        small,
         released,
         replace(
             released,
@@ -207,7 +207,7 @@ class PathfinderTask(Task):
                 y, x = divmod(int(light.argmax()), self.size)
                 light[max(0, y - diameter) : y + diameter + 1, max(0, x - diameter) : x + diameter + 1] = -1
                 discs.append((y, x))
-            distance[i] = np.hypot(*np.subtract(*discs)) / self.size
+            distance[i] = math.dist(*discs) / self.size
         return distance[:, None] ** np.arange(1, 4)
 
     def picture(self, split: Split, example: int) -> np.ndarray:

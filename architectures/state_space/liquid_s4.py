@@ -163,7 +163,7 @@ class LiquidS4(Stack):
     """degree: of the highest products. liquid: pb or kb. products: all or shift. contract: tanh of every product.
     ways: 1, a kernel that looks back, or 2, one each way. state_size: N, even. n_ssm: independent state matrices,
     d_model unless given, which it divides. init: legs, fout, legt or hippo. dt_min, dt_max: range of the initial step
-    sizes. ssm_lr: highest learning rate of A, B, P and dt."""
+    sizes. ssm_lr: highest learning rate of A, B and P, dt_lr: of dt."""
 
     card = Card(
         title="Liquid Structural State-Space Models",
@@ -200,6 +200,7 @@ class LiquidS4(Stack):
         dt_max: float = 0.1,
         n_ssm: int | None = None,
         ssm_lr: float = 0.001,
+        dt_lr: float = 0.001,
         block: Mapping[str, Any] | None = None,
     ) -> None:
         if direction != "bidirectional":
@@ -215,7 +216,7 @@ class LiquidS4(Stack):
             raise ValueError("ways is 2; 1, as liquid is 'kb', which no source gives both ways")
         copies = checked_copies(n_ssm, d_model)
         check_dplr(state_size, init, copies)
-        self.ssm_lr = ssm_lr
+        self.ssm_lr, self.dt_lr = ssm_lr, dt_lr
         super().__init__(
             lambda _: LiquidS4Mixer(
                 d_model, length=length, state_size=state_size, init=init, dt_min=dt_min, dt_max=dt_max, n_ssm=copies,
@@ -227,5 +228,5 @@ class LiquidS4(Stack):
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
-        names = ("log_dt", "log_A_real", "A_imag", "P", "B")
-        return {f"*.{name}": {"lr": self.ssm_lr, "weight_decay": 0.0} for name in names}
+        rates = {"log_dt": self.dt_lr} | dict.fromkeys(("log_A_real", "A_imag", "P", "B"), self.ssm_lr)
+        return {f"*.{name}": {"lr": rate, "weight_decay": 0.0} for name, rate in rates.items()}

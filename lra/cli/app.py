@@ -20,17 +20,19 @@ from lra.cli.profile import profile
 from lra.cli.report import compare, leaderboard, report
 from lra.cli.train import run, show, sweep
 
-UsageError = typer.BadParameter.__mro__[1]
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 class OneLineErrors(TyperGroup):
     """The group of all commands. Wrong usage is one line, as every other mistake is."""
 
-    def main(self, *arguments: Any, standalone_mode: bool = True, **options: Any) -> Any:
-        if not standalone_mode:
-            return super().main(*arguments, standalone_mode=False, **options)
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        standalone = options.get("standalone_mode", True)
+        options["standalone_mode"] = False
+        if not standalone:
+            return super().main(*arguments, **options)
         try:
-            sys.exit(super().main(*arguments, standalone_mode=False, **options) or 0)
+            sys.exit(super().main(*arguments, **options) or 0)
         except UsageError as error:
             message, context = " ".join(error.format_message().split()), getattr(error, "ctx", None)  # type: ignore[attr-defined]
             if type(error).__name__ == "NoArgsIsHelpError":  # a group without a command

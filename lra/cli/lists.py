@@ -45,7 +45,7 @@ def list_(
     for card in cards:
         more = f" +{len(card['variants'])}" if card["variants"] and "/" not in card["name"] else ""
         known = [str(card.get(key, "?")) for key in ("family", "scaling", "direction")]
-        recurrent = {True: "yes", False: ""}.get(card.get("recurrent"), "?")
+        recurrent = "?" if card.get("recurrent") is None else "yes" if card["recurrent"] else ""
         rows.append([card["name"] + more, *known, recurrent, str(card.get("year") or "?")])
     show_table(("name", "family", "work", "direction", "recurrent", "year"), rows, right=("year",))
     example = next((card["name"] for card in cards if card["variants"] and "/" not in card["name"]), "")

@@ -33,10 +33,10 @@ def floors(prepared: Prepared) -> dict[str, float]:
 
 
 def _code(task: Task) -> str:
-    """SHA-256 of the modules that define `floors` of a task; empty where their source cannot be read."""
-    owners = [cls for cls in type(task).__mro__ if "floors" in vars(cls)]
+    """SHA-256 of the modules of a task and its base classes; empty where their source cannot be read."""
     try:
-        source = "".join(Path(inspect.getfile(cls)).read_text(encoding="utf-8") for cls in owners)
+        files = [inspect.getfile(cls) for cls in type(task).__mro__ if issubclass(cls, Task)]
+        source = "".join(Path(file).read_text(encoding="utf-8") for file in files)
     except (OSError, TypeError):
         return ""
     return hashlib.sha256(source.encode()).hexdigest()

@@ -194,7 +194,8 @@ def floor_cells(runs: Iterable[RunRecord]) -> list[tuple[str, str]]:
     """Accuracies in % that a result has to beat to mean anything, lowest first: rules without a sequence model, and
     the mean over seeds of models that see a stated number of tokens. runs: of one group."""
     runs = list(runs)
-    floors, controls = baselines(runs), {}
+    floors = baselines(runs)
+    controls: dict[str, list[float]] = {}
     for run in runs:
         if run.receptive_field is not None:
             name = f"{run.architecture}, which sees {run.receptive_field:,} tokens"

@@ -23,7 +23,7 @@ from tiny_task import Tiny
 from lra import registry
 from lra.config import recipe
 from lra.data import pack, prepared_sets
-from lra.data.floors import floors
+from lra.data.floors import _code, floors
 from lra.errors import UserError
 from lra.results import result
 from lra.results.collection import Collection
@@ -79,6 +79,16 @@ def test_floors_are_computed_once_for_the_same_data(
     assert floors(prepared) == right
     other = prepared.manifest | {"sha256": dict.fromkeys(SPLITS, "0" * 64)}
     assert floors(dataclasses.replace(prepared, manifest=other)) == {"majority class": 0.0}
+
+
+def test_floors_of_earlier_code_are_computed_again(
+    prepared: prepared_sets.Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    floors(prepared)
+    assert len(_code(prepared.task)) == 64
+    monkeypatch.setattr(type(prepared.task), "floors", lambda *_: {"majority class": 0.0})
+    monkeypatch.setattr("lra.data.floors._code", lambda _: "that of a new baseline")
+    assert floors(prepared) == {"majority class": 0.0}
 
 
 @given(data=st.data())
