@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from lra.architectures._dropout import Dropout, tie_dropout
 from lra.architectures._moe import MIXTURES, Experts
 from lra.architectures._norm import BatchNorm, ScaleNorm, normalised
-from lra.encoder import Cost, Encoder, Mixer, lengths_of
+from lra.architectures._table import Tables
+from lra.encoder import Cost, Encoder, Mixer, clean_padding, lengths_of
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "layer": nn.LayerNorm, "rms": lambda d: nn.RMSNorm(d, eps=1e-6), "batch": BatchNorm, "scale": ScaleNorm,
@@ -207,7 +208,7 @@ class Bidirectional(Mixer):
         return _sum_losses([self.ahead, self.back])
 
 
-class Stack(Encoder):
+class Stack(Tables, Encoder):
     """Encoder built of `n_layers` residual blocks around the mixers that `make(layer)` returns.
 
     direction: "causal", or "bidirectional"; mixers with a bidirectional form of their own say `native=True` and build
@@ -249,9 +250,9 @@ class Stack(Encoder):
 
         self.layers = nn.ModuleList(type(self).layer(mixer(i), d_model, shape, dropout) for i in range(n_layers))
         self.norm = NORMS[shape.norm](d_model) if shape.prenorm else nn.Identity()
-        self.register_buffer("positions", None, persistent=False)
+        self.register_buffer("positions", None)
         if shape.positions == "sinusoidal":
-            self.register_buffer("positions", sinusoidal(length, d_model), persistent=False)
+            self.register_table("positions", sinusoidal, length, d_model)
         elif shape.positions == "learned":
             self.positions = nn.Parameter(torch.randn(length, d_model) * 0.02)
         self.embedding_dropout = Dropout(shape.embedding_dropout)
@@ -274,6 +275,7 @@ class Stack(Encoder):
         return self.embedding_dropout(x)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x, mask = clean_padding(x, mask)
         x = self.enter(x)
         for layer in self.blocks:
             x = layer(x, mask)

@@ -4,8 +4,8 @@ An encoder maps a batch of embedded sequences to a batch of the same shape:
 
     forward(x: (B, L, D) float, mask: (B, L) bool, True = real token) -> (B, L, D)
 
-Sequences are right-padded: in each row of `mask` the real tokens form a prefix of at least one token. Outputs at real
-positions do not depend on the content or the amount of padding; outputs at padding are unspecified.
+Sequences are right-padded: in each row of `mask` the real tokens come first. Outputs and gradients at real positions do
+not depend on the content or the amount of padding, or on rows of padding alone; outputs at padding are unspecified.
 """
 
 from __future__ import annotations
@@ -17,12 +17,18 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
+
+from lra.errors import UserError
 
 FAMILIES = ("recurrent", "state_space", "linear_attention", "attention", "mixture", "convolution", "memory")
 """The folders of `architectures/`."""
 SCALINGS = ("L", "L log L", "L sqrt L", "L^2")
 DIRECTIONS = ("causal", "bidirectional", "concat", "add", "shared")
+PADDING_ORDER = (
+    "mask has real tokens (True) after padding (False); pad on the right, and invert a mask in which True is padding"
+)
 
 
 @dataclass(frozen=True)
@@ -207,6 +213,29 @@ class Mixer(nn.Module, ABC):
 
     def aux_loss(self) -> Tensor | None:
         return None
+
+
+def clean_padding(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Check the mask and clear the padding, at the start of `forward`: x: (B, L, D), mask: (B, L) bool -> the same.
+
+    x becomes zero at the padding, so that NaN there reaches no gradient. In a row of padding alone the first position
+    counts as a real token, so that norms and softmax have something to work on.
+
+    Raises UserError for a mask that is not (B, L) bool, and for one with real tokens after padding. On an accelerator,
+    where reading the mask would wait for the device, the latter is a device-side assertion; in traced code, and in
+    the transforms of torch.func, it is not checked.
+    """
+    if mask.dtype is not torch.bool or mask.dim() != 2:
+        raise UserError(
+            f"mask is {tuple(mask.shape)} {mask.dtype}; expected (batch, length) torch.bool, True = real token"
+        )
+    if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+        ordered = (mask[:, :-1] | ~mask[:, 1:]).all()
+        if mask.device.type != "cpu":
+            torch._assert_async(ordered, PADDING_ORDER)
+        elif not ordered:
+            raise UserError(PADDING_ORDER)
+    return x.masked_fill(~mask.unsqueeze(-1), 0), F.pad(mask[:, 1:], (1, 0), value=True)
 
 
 def lengths_of(mask: Tensor) -> Tensor:

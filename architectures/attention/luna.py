@@ -42,7 +42,7 @@ from lra.architectures._attention import at_least, checked_dropout, checked_widt
 from lra.architectures._norm import normalised
 from lra.architectures._precision import wide
 from lra.architectures._stack import NORMS, Block, Layer, Stack
-from lra.encoder import Card, Cost, Mixer
+from lra.encoder import Card, Cost, Mixer, clean_padding
 from lra.kernels.decay_attention import decay_attention
 
 POSITIONS = ("sinusoidal", "learned", "none")
@@ -194,6 +194,7 @@ class Luna(Stack):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         if self.causal:
             return super().forward(x, mask)
+        x, mask = clean_padding(x, mask)
         x = self.enter(x)
         p = self.memory.expand(len(x), -1, -1)
         for layer, norm in zip(self.blocks, self.memory_norms, strict=True):

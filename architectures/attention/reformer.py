@@ -56,13 +56,14 @@ from lra.architectures._attention import (  # fmt: skip
 from lra.architectures._reversible import Step, reversible
 from lra.architectures._rounds import Reordered, UnionOfRounds
 from lra.architectures._stack import Layer, Stack
-from lra.encoder import Card, Cost, Mixer, stepwise
+from lra.architectures._table import Tables
+from lra.encoder import Card, Cost, Mixer, clean_padding, stepwise
 
 ITSELF = -1e5
 """Score of a token for itself: it looks at itself only when nothing else is there."""
 
 
-class LSHMixer(Mixer):
+class LSHMixer(Tables, Mixer):
     """Attention within hash buckets: (B, L, D) -> (B, L, D)."""
 
     rotations: Tensor
@@ -81,8 +82,9 @@ class LSHMixer(Mixer):
         for layer in (self.qk, self.v, self.out):
             nn.init.xavier_uniform_(layer.weight)
         self.register_buffer("rotations", torch.randn(n_heads, self.head, n_hashes, n_buckets // 2))
-        slopes = alibi_slopes(n_heads).float() if positions == "alibi" else None
-        self.register_buffer("slopes", slopes, persistent=False)
+        self.register_buffer("slopes", None)
+        if positions == "alibi":
+            self.register_table("slopes", alibi_slopes, n_heads)
 
     @torch.no_grad()
     def buckets(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -239,6 +241,7 @@ class Reformer(Stack):
 
     def streams(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Both streams after the last layer, before they are averaged: (B, L, D) each."""
+        x, mask = clean_padding(x, mask)
         x = self.enter(x)
         return reversible(x, x, [reversible_step(layer, mask) for layer in self.blocks], random=self.training)
 

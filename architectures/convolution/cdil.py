@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-from lra.encoder import Card, Cost, Encoder, lengths_of
+from lra.encoder import Card, Cost, Encoder, clean_padding, lengths_of
 
 
 class Turn(torch.autograd.Function):
@@ -119,6 +119,7 @@ class CDIL(Encoder):
         return "L log L" if self.follows_length else "L"
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x, mask = clean_padding(x, mask)
         for level in self.levels:
             x = level(x, mask)
         return x

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._norm import BatchNorm, normalised
-from lra.encoder import Card, Cost, Encoder, lengths_of
+from lra.architectures._table import Tables
+from lra.encoder import Card, Cost, Encoder, clean_padding, lengths_of
 
 NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "batch": BatchNorm, "none": nn.Identity}
 
@@ -62,6 +63,11 @@ def turned(mask: Tensor, by: Tensor) -> Tensor:
     return ((first + source) * len(by) + torch.arange(len(by), device=mask.device)).flatten()
 
 
+def shifts(powers: int) -> Tensor:
+    """Places that each track is turned by: (powers + 1,)."""
+    return torch.tensor([0, *(2**i for i in range(powers))])
+
+
 class ChordMixerBlock(nn.Module):
     """(B, L, E) -> (B, L, E). order, inverse: of the rows of tracks, as `turned` gives them."""
 
@@ -81,7 +87,7 @@ class ChordMixerBlock(nn.Module):
         return normalised(self.norm, x + rotated, mask)
 
 
-class ChordMixer(Encoder):
+class ChordMixer(Tables, Encoder):
     """track_size: S; the largest with E <= d_model unless given, at least 1. hidden: F, E unless given. blocks: as many
     as `length` needs and at least n_layers unless given. prenorm, norm: of NORMS."""
 
@@ -126,7 +132,7 @@ class ChordMixer(Encoder):
         size = track_size or max(1, d_model // (powers + 1))
         width = (powers + 1) * size
         depth = blocks or max(n_layers, powers)
-        self.register_buffer("shifts", torch.tensor([0, *(2**i for i in range(powers))]), persistent=False)
+        self.register_table("shifts", shifts, powers)
         self.into = nn.Identity() if width == d_model else nn.Linear(d_model, width)
         self.blocks = nn.ModuleList(
             ChordMixerBlock(width, size, hidden or width, prenorm, norm, dropout) for _ in range(depth)
@@ -142,6 +148,7 @@ class ChordMixer(Encoder):
         return "L log L" if self.follows_length else "L"
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x, mask = clean_padding(x, mask)
         order, inverse = turned(mask, self.shifts), turned(mask, -self.shifts)
         x = self.into(x)
         for block in self.blocks:

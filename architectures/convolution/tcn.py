@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 from lra.architectures._stack import Bidirectional
-from lra.encoder import Card, Cost, Encoder, Mixer
+from lra.encoder import Card, Cost, Encoder, Mixer, clean_padding
 
 
 class CausalConv(nn.Module):
@@ -225,7 +225,7 @@ class TCN(Encoder):
         return "L log L" if self.follows_length else "L"
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return self.net(x, mask)
+        return self.net(*clean_padding(x, mask))
 
     def cost(self, length: int) -> Cost:
         return self.net.cost(length)
