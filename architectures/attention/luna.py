@@ -40,7 +40,7 @@ from torch.nn import functional as F
 
 from lra.architectures._attention import at_least, checked_dropout, checked_width, merge_heads, split_heads
 from lra.architectures._norm import normalised
-from lra.architectures._precision import wide
+from lra.architectures._precision import mixed, wide
 from lra.architectures._stack import NORMS, Block, Layer, Stack
 from lra.encoder import Card, Cost, Mixer, clean_padding
 from lra.kernels.decay_attention import decay_attention
@@ -209,8 +209,10 @@ def both(layer: Layer, memory_norm: nn.Module, x: Tensor, p: Tensor, mask: Tenso
     rows = torch.ones(p.shape[:2], dtype=torch.bool, device=p.device)
     h, m = (normalised(layer.norm, x, mask), normalised(memory_norm, p, rows)) if layer.prenorm else (x, p)
     h = h.masked_fill(padding, 0)
-    packed = mixer.pack(h, mask, m)
-    x, p = x + layer.dropout(mixer.unpack(h, packed)), p + layer.dropout(packed)
+    with mixed(x):
+        packed = mixer.pack(h, mask, m)
+        unpacked = layer.dropout(mixer.unpack(h, packed))
+    x, p = x + unpacked.to(x.dtype), p + layer.dropout(packed).to(p.dtype)
     if not layer.prenorm:
         x, p = normalised(layer.norm, x, mask), normalised(memory_norm, p, rows)
     if ffn is not None and layer.ffn_norm is not None:

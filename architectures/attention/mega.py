@@ -65,8 +65,12 @@ class MovingAverages(nn.Module):
 
     def _coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
         """log q, p beta and gamma / sqrt(N): each (rows, N)."""
-        p = self.delta.sigmoid()
-        return torch.log1p(-p * self.alpha.sigmoid()), p * self.beta, self.gamma * self.gamma.shape[1] ** -0.5
+        p = wide(self.delta).sigmoid()
+        return (
+            torch.log1p(-p * wide(self.alpha).sigmoid()),
+            p * self.beta,
+            wide(self.gamma) * self.gamma.shape[1] ** -0.5,
+        )
 
     def kernel(self, length: int) -> Tensor:
         """(rows, length), the current token first."""

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
+from lra.architectures._precision import wide
 from lra.architectures._stack import Stack
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.recurrent_cell import recurrent_cell
@@ -62,7 +63,7 @@ class ElmanMixer(Mixer):
     def U(self) -> Tensor:
         """(H, H)."""
         if self.recurrent == "spectral":
-            V = self.state.weight
+            V = wide(self.state.weight)
             return V * (BOUND / torch.linalg.matrix_norm(V, 2)).clamp_max(1)
         if self.recurrent == "orthogonal":
             return self.scale.sigmoid() * self.state.weight

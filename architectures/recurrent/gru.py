@@ -78,6 +78,7 @@ class GRUMixer(Mixer):
 
     def _loop(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         entering, outputs = wide(self._entering(x)), []
+        h = wide(h)
         with torch.autocast(x.device.type, enabled=False):
             for token, keep in zip(entering.unbind(1), self.keeps(entering).unbind(1), strict=True):
                 h = self._advance(token, h, keep)

@@ -64,7 +64,7 @@ class LinOSSMixer(Mixer):
 
     def _roots(self) -> tuple[Tensor, Tensor, Tensor]:
         """l_1 and l_2 complex, e real: (P,) each."""
-        dt = torch.sigmoid(self.steps)
+        dt = torch.sigmoid(wide(self.steps))
         a = dt.square() * F.relu(self.A_diag)
         if self.implicit:
             middle = 1 / (1 + a)
@@ -105,13 +105,13 @@ class LinOSSMixer(Mixer):
         return maps + Cost(other=length * (18.0 * states + 20.0 * width))
 
     def init_state(self, batch: int) -> State:
-        zeros = torch.zeros(batch, len(self.steps), dtype=self.steps.dtype.to_complex(), device=self.steps.device)
+        zeros = torch.zeros(batch, len(self.steps), dtype=wide(self.steps).dtype.to_complex(), device=self.steps.device)
         return zeros, zeros
 
     def advance(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One token through the two equations as they stand: x (B, D) -> o (B, D), and (z, y)."""
         z, y = state
-        dt, A = torch.sigmoid(self.steps), F.relu(self.A_diag)
+        dt, A = torch.sigmoid(wide(self.steps)), F.relu(self.A_diag)
         z = z + dt * (self._enter(x) - A * y)
         if self.implicit:
             z = z / (1 + dt.square() * A)

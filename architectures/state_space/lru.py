@@ -71,7 +71,7 @@ class LRUMixer(Mixer):
 
     def _decay(self) -> Tensor:
         """lambda: (N,) complex."""
-        return torch.exp(torch.complex(-self.nu.exp(), self.theta.exp()))
+        return torch.exp(torch.complex(-wide(self.nu).exp(), wide(self.theta).exp()))
 
     def _enter(self, x: Tensor) -> Tensor:
         """exp(gamma) B x: (..., D) -> (..., N) complex."""

@@ -98,12 +98,12 @@ class S5Mixer(Mixer):
     def discrete(self) -> tuple[Tensor, Tensor]:
         """Abar: (P,), Bbar: (P, D), complex."""
         A_real = self.A_real.clamp(max=-1e-4) if self.clip_eigs else self.A_real
-        A, dt = torch.complex(A_real, self.A_imag), self.log_dt.exp()
+        A, dt = torch.complex(wide(A_real), wide(self.A_imag)), wide(self.log_dt).exp()
         if self.discretization == "zoh":
             decay, enter = torch.exp(dt * A), torch.expm1(dt * A) / A
         else:
             decay, enter = (1 + dt * A / 2) / (1 - dt * A / 2), dt / (1 - dt * A / 2)
-        return decay, enter.unsqueeze(1) * torch.view_as_complex(self.B)
+        return decay, enter.unsqueeze(1) * torch.view_as_complex(wide(self.B))
 
     def _enter(self, x: Tensor, B: Tensor) -> Tensor:
         """Bbar x: (..., D) -> (..., P) complex, as one real product."""
