@@ -66,11 +66,8 @@ class MovingAverages(nn.Module):
     def _coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
         """log q, p beta and gamma / sqrt(N): each (rows, N)."""
         p = wide(self.delta).sigmoid()
-        return (
-            torch.log1p(-p * wide(self.alpha).sigmoid()),
-            p * self.beta,
-            wide(self.gamma) * self.gamma.shape[1] ** -0.5,
-        )
+        leave = wide(self.gamma) * self.gamma.shape[1] ** -0.5
+        return torch.log1p(-p * wide(self.alpha).sigmoid()), p * self.beta, leave
 
     def kernel(self, length: int) -> Tensor:
         """(rows, length), the current token first."""

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.parametrizations import weight_norm
 
+from lra.architectures._weight_norm import WeightNormConv1d
 from lra.encoder import Card, Cost, Encoder, clean_padding, lengths_of
 
 
@@ -63,7 +63,7 @@ class CDILLevel(nn.Module):
     def __init__(self, d_in: int, d_out: int, kernel: int, dilation: int, dropout: float) -> None:
         super().__init__()
         self.dilation = dilation
-        self.conv = weight_norm(nn.Conv1d(d_in, d_out, kernel))
+        self.conv = WeightNormConv1d(d_in, d_out, kernel)
         self.dropout = nn.Dropout(dropout)
 
     def convolve(self, x: Tensor, mask: Tensor) -> Tensor:

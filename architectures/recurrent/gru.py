@@ -112,15 +112,16 @@ class GRUMixer(Mixer):
     def _advance(self, entering: Tensor, state: Tensor, keep: Tensor | None) -> Tensor:
         """The next h; keep: share of the old one that stays, (B, H)."""
         *reset, z, n = entering.chunk(len(self.U) // self.U.shape[1], dim=-1)
-        turned = state @ self.U.T
+        U, c = wide(self.U), wide(self.c)
+        turned = state @ U.T
         if self.gamma is not None:
-            turned = nn.functional.layer_norm(turned, (len(self.U),), self.gamma[1])
-        *u_reset, u_z, u_n = (turned + self.c).chunk(len(reset) + 2, dim=-1)
+            turned = nn.functional.layer_norm(turned, (len(U),), wide(self.gamma[1]))
+        *u_reset, u_z, u_n = (turned + c).chunk(len(reset) + 2, dim=-1)
         z = torch.sigmoid(z + u_z)
         r = torch.sigmoid(reset[0] + u_reset[0]) if reset else 1 - z
         if self.cell == "gru_reset_first":
-            width = self.U.shape[1]
-            inside = (r * state) @ self.U[-width:].T + self.c[-width:]
+            width = U.shape[1]
+            inside = (r * state) @ U[-width:].T + c[-width:]
         else:
             inside = r * u_n
         h = z * state + (1 - z) * torch.tanh(n + inside)
