@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from difflib import get_close_matches
+from functools import cache
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -58,6 +59,7 @@ class AdoptedMixer(Mixer):
         return getattr(self.inner, method)
 
 
+@cache  # a copy that pickle makes is of the same class
 def adopt(layer: Any, name: str) -> type[Stack]:
     """An Encoder class around `layer`, a class whose constructor takes the width (under one of WIDTHS, or first) and,
     if it likes, the longest length (under one of LENGTHS).
@@ -90,7 +92,7 @@ def adopt(layer: Any, name: str) -> type[Stack]:
             raise ValueError(f"{name} also needs {', '.join(missing)}: give a default, or set encoder.layer")
         return layer(**given)
 
-    direction = getattr(layer, "causal", None)
+    adopted, direction = layer, getattr(layer, "causal", None)
     declares = {"cost"} if hasattr(layer, "cost") else set()
     declares |= {"step"} if hasattr(layer, "step") and hasattr(layer, "init_state") else set()
     declares |= {"direction"} if isinstance(direction, bool) else set()
@@ -115,6 +117,15 @@ def adopt(layer: Any, name: str) -> type[Stack]:
                 direction="causal" if direction is True else "bidirectional", native=True, block=block,
             )  # fmt: skip
 
+        def __reduce__(self) -> tuple[Any, ...]:
+            return _blank, (adopted, name), self.__dict__
+
     Adopted.declares = frozenset(declares)
     Adopted.__name__ = Adopted.__qualname__ = name
     return Adopted
+
+
+def _blank(layer: Any, name: str) -> Stack:
+    """An instance without attributes, for pickle, which cannot find a class made in a function by its name."""
+    cls = adopt(layer, name)
+    return cls.__new__(cls)

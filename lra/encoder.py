@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from lra.errors import UserError
@@ -235,7 +234,8 @@ def clean_padding(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
             torch._assert_async(ordered, PADDING_ORDER)
         elif not ordered:
             raise UserError(PADDING_ORDER)
-    return x.masked_fill(~mask.unsqueeze(-1), 0), F.pad(mask[:, 1:], (1, 0), value=True)
+    first = torch.arange(mask.shape[1], device=mask.device) == 0
+    return x.masked_fill(~mask.unsqueeze(-1), 0), mask | first
 
 
 def lengths_of(mask: Tensor) -> Tensor:

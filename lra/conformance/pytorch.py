@@ -7,6 +7,7 @@ is about another precision.
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable, Mapping
 
@@ -21,7 +22,9 @@ from lra.encoder import Encoder, lengths_of
 EXACT = 1e-8
 """Largest difference, over the RMS of the expected values, that float64 arithmetic in another order may make."""
 NEAR = 0.03
-"""Largest RMS difference that lower precision may make, over the RMS of the float32 output."""
+"""Largest RMS difference that autocast may make, over the RMS of the float32 output."""
+NEAR_MODULE = 0.1
+"""The same of a module converted to bfloat16, whose residual stream is rounded too."""
 
 
 def _loss(y: Tensor, mask: Tensor) -> Tensor:
@@ -46,7 +49,7 @@ def _vector(encoder: Encoder, gradients: Mapping[str, Tensor | None]) -> Tensor:
 def padding_nan(context: CheckContext) -> None:
     """NaN in the padding reaches no output and no gradient"""
     x, mask = inputs([LENGTH, 17, 1], LENGTH)
-    spoilt = x.masked_fill(~mask.unsqueeze(-1), torch.nan)
+    x, spoilt = (x.masked_fill(~mask.unsqueeze(-1), value) for value in (0.0, torch.nan))
     for how, encoder in context.directions():
         if gap(outputs(encoder, spoilt, mask), outputs(encoder, x, mask)) > EXACT:
             raise Broken(f"{how}outputs at real positions change if the padding holds NaN: {CLEAN}")
@@ -107,19 +110,19 @@ def checkpointing(context: CheckContext) -> None:
 
 
 def meta(context: CheckContext) -> None:
-    """built on the meta device and loaded, it is the same encoder"""
+    """built on the meta device, then loaded, it gives the same outputs"""
     x, mask = inputs([LENGTH, 17], LENGTH)
     encoder = context.encoder()
     with torch.device("meta"):
-        twin = context.encoder(seed=1)
+        twin = context.encoder()
     # as `to_empty`, with memory that is sure to hold garbage
     twin._apply(lambda t: torch.full_like(t, float("nan") if t.is_floating_point() else 77, device="cpu"))
     twin.load_state_dict(encoder.state_dict())
     try:
-        same = torch.equal(outputs(twin, x, mask), outputs(encoder, x, mask))
-    except (RuntimeError, IndexError):
-        same = False
-    if not same:
+        change = gap(outputs(twin, x, mask), outputs(encoder, x, mask))
+    except (RuntimeError, IndexError):  # a table of indices holds anything
+        change = math.inf
+    if change > EXACT:
         raise Broken(
             "built on the meta device, then to_empty and load_state_dict: outputs differ, because a table is in no "
             "state dict and stays uninitialised: keep it in a Table, or make its buffer persistent"
@@ -127,7 +130,7 @@ def meta(context: CheckContext) -> None:
 
 
 def copies(context: CheckContext) -> None:
-    """deepcopy and pickle work after a training step, bit for bit"""
+    """deepcopy and pickle give the same encoder after a training step"""
     x, mask = inputs([LENGTH, 17], LENGTH)
     encoder = context.encoder().train()
     _gradients(encoder, x, mask)
@@ -136,9 +139,10 @@ def copies(context: CheckContext) -> None:
         try:
             twin = copied(encoder)
         except Exception as error:
-            raise Broken(f"{how} failed after a training step: {type(error).__name__}: {error}") from error
-        if not torch.equal(outputs(twin, x, mask), expected):
-            raise Broken(f"outputs of a copy by {how} differ")
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise Broken(f"{how} failed after a training step: {reason}") from error
+        if (change := gap(outputs(twin, x, mask), expected)) > EXACT:
+            raise Broken(f"outputs of a copy by {how} differ by {change:.2g}")
 
 
 def functional(context: CheckContext) -> None:
@@ -171,11 +175,12 @@ def bfloat16(context: CheckContext) -> None:
     """as a bfloat16 module it stays finite and near float32"""
     x, mask = inputs([LENGTH, 17], LENGTH, torch.float32)
     low = woken(context.encoder(torch.float32)).to(torch.bfloat16)
-    exact = copy.deepcopy(low).float()
+    exact = context.encoder(torch.float32)
+    exact.load_state_dict(low.state_dict())
     y = low(x.bfloat16(), mask)
     if y.dtype != torch.bfloat16:
         raise Broken(f"a bfloat16 module with bfloat16 input returned {y.dtype}")
-    _compare(low, y, outputs(exact, x.bfloat16().float(), mask), mask, "as a bfloat16 module", 0.1)
+    _compare(low, y, outputs(exact, x.bfloat16().float(), mask), mask, "as a bfloat16 module", NEAR_MODULE)
 
 
 def float16(context: CheckContext) -> None:
