@@ -1,4 +1,4 @@
-# Thin wrappers around `lra`; `make help` lists them. Needs GNU make, bash and Python 3.11 to 3.13.
+# Thin wrappers around `lra`; `make help` lists them. Needs GNU make, bash and Python 3.11 to 3.14.
 SHELL := bash
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
@@ -13,8 +13,10 @@ K :=
 ARGS :=
 JOBS := auto
 PYTHON :=
+# UV= installs with pip
+UV := uv
 # make recipes read these from the environment, so that values need no quoting
-export ARCH RECIPE SEED TIME OP K PYTHON
+export ARCH RECIPE SEED TIME OP K PYTHON UV
 
 TASKS := listops text retrieval image pathfinder pathx pathfinder64 path256
 VENV := .venv/bin
@@ -117,6 +119,7 @@ check: .venv/.stamp
 	@$(RUN) ruff check --quiet .
 	@$(RUN) ruff format --check --quiet .
 	@$(RUN) mypy
+	@$(RUN) mypy --python-version $(NEWEST)
 	@PYTHONPATH=. $(VENV)/lint-imports --no-cache > .cache/imports.txt || { cat .cache/imports.txt; exit 1; }
 	@$(VENV)/lra check "$$ARCH"
 
@@ -133,19 +136,20 @@ ifneq ($(shell test -x $(VENV)/python && cat .venv/.stamp 2>/dev/null),$(CURDIR)
 .PHONY: .venv/.stamp
 endif
 
-USABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+USABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
+NEWEST := 3.14
 
 .venv/.stamp: pyproject.toml constraints.txt
 	@set -euo pipefail; \
 	usable() { "$$1" -c '$(USABLE)' 2>/dev/null; }; \
 	if ! usable $(VENV)/python || { test -e $@ && test "$$(cat $@)" != "$$(pwd -P)"; }; then \
 	    found=; \
-	    if test -n "$$PYTHON"; then set -- "$$PYTHON"; else set -- python3 python3.13 python3.12 python3.11 python; fi; \
+	    if test -n "$$PYTHON"; then set -- "$$PYTHON"; else set -- python3 python3.14 python3.13 python3.12 python3.11 python; fi; \
 	    for name in "$$@"; do \
 	        if usable "$$name"; then found=$$name; break; fi; \
 	    done; \
 	    if test -z "$$found"; then \
-	        echo "setup: no usable Python: needs 3.11, 3.12 or 3.13 with venv (on Debian and Ubuntu the package" \
+	        echo "setup: no usable Python: needs 3.11, 3.12, 3.13 or 3.14 with venv (on Debian and Ubuntu the package" \
 	            "python3-venv); tried $$*;" \
 	            "python3 is '$$(python3 --version 2>&1 | head -n 1)'. Name another: make setup PYTHON=/path/to/python3.12" >&2; \
 	        exit 1; \
@@ -155,8 +159,14 @@ USABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[
 	fi; \
 	rm -f $@; \
 	echo "setup: installing what pyproject.toml and constraints.txt ask for (a few minutes the first time)"; \
-	if ! $(RUN) pip --disable-pip-version-check install --progress-bar off --no-compile -c constraints.txt -e '.[dev]' 2>&1 \
-	    | tee .venv/setup.log | { grep --line-buffered -oE '^ *(Downloading [^ ]+ \([0-9.]+ [MG]B\)|Installing .*packages)' || true; }; then \
+	wanted=(-c constraints.txt -e '.[dev]'); \
+	shown='^ *(Downloading [^ ]+ \([0-9.]+ ?[MG]i?B\)|Install(ing|ed) .*packages)'; \
+	install() { "$$@" 2>&1 | tee .venv/setup.log | { grep --line-buffered -oE "$$shown" || true; }; }; \
+	if command -v "$$UV" > /dev/null; then \
+	    install "$$UV" pip install --python $(VENV)/python "$${wanted[@]}" && pwd -P > $@ && echo "setup: done, with uv" && exit 0; \
+	    echo "setup: uv failed ($$(grep -im 1 error .venv/setup.log)); trying pip" >&2; \
+	fi; \
+	if ! install $(RUN) pip --disable-pip-version-check install --progress-bar off --no-compile "$${wanted[@]}"; then \
 	    grep -iE '^ *(ERROR|WARNING: Retry)' .venv/setup.log | tail -n 5 >&2 || true; \
 	    echo "setup: pip failed; its output is in .venv/setup.log; 'make setup' tries again" >&2; \
 	    exit 1; \

@@ -23,7 +23,6 @@ from torch.nn import functional as F
 from lra.architectures._precision import wide
 from lra.architectures._ssm import initial_log_dt
 from lra.encoder import Cost
-from lra.kernels.causal_conv1d import causal_conv1d
 from lra.kernels.decay_attention.chunks import chunk_size
 from lra.kernels.decay_attention.decays import PerChannel, first, second
 
@@ -61,33 +60,6 @@ def mamba_decay(n_heads: int, channels: int) -> tuple[nn.Parameter, nn.Parameter
     dt = initial_log_dt(channels, 0.001, 0.1).exp()
     inverse_softplus = dt + torch.log(-torch.expm1(-dt))
     return nn.Parameter((16 * (1 - torch.rand(n_heads))).log()), nn.Parameter(inverse_softplus)
-
-
-class ShortConvolution(nn.Module):
-    """Depthwise, causal, without bias: (B, L, C) -> (B, L, C). weight: (C, 1, taps), the last tap on the present token.
-    Starts as PyTorch's Conv1d."""
-
-    def __init__(self, channels: int, taps: int, activation: str | None = "silu") -> None:
-        super().__init__()
-        self.activation = activation
-        self.weight = nn.Parameter(torch.empty(channels, 1, taps).uniform_(-(taps**-0.5), taps**-0.5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return causal_conv1d(x, self.weight.squeeze(1), None, self.activation)
-
-    def cost(self, length: int) -> Cost:
-        channels, _, taps = self.weight.shape
-        return Cost(other=length * channels * (2.0 * taps + 4))
-
-    def init_state(self, batch: int) -> Tensor:
-        channels, _, taps = self.weight.shape
-        return self.weight.new_zeros(batch, taps - 1, channels)
-
-    def step(self, x: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
-        """x: (B, C); window: the inputs before it, (B, taps - 1, C)."""
-        window = torch.cat([window, x.unsqueeze(1)], dim=1)
-        y = torch.einsum("bkc,ck->bc", window, self.weight.squeeze(1))
-        return F.silu(y) if self.activation == "silu" else y, window[:, 1:]
 
 
 def decayed_scores(rows: Tensor, columns: Tensor, decay: PerChannel) -> Tensor:

@@ -55,7 +55,7 @@ class DiagonalSSM(nn.Module):
     """
 
     def __init__(
-        self, width: int, state_size: int, init: str, discretization: str, dt_min: float, dt_max: float, n_ssm: int,
+        self, width: int, *, state_size: int, init: str, discretization: str, dt_min: float, dt_max: float, n_ssm: int,
         ways: int = 1,
     ) -> None:  # fmt: skip
         super().__init__()

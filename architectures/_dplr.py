@@ -58,7 +58,7 @@ class DPLRSSM(nn.Module):
     """
 
     def __init__(
-        self, width: int, length: int, state_size: int, init: str, dt_min: float, dt_max: float, n_ssm: int,
+        self, width: int, *, length: int, state_size: int, init: str, dt_min: float, dt_max: float, n_ssm: int,
         ways: int = 1,
     ) -> None:  # fmt: skip
         super().__init__()

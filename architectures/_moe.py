@@ -57,6 +57,11 @@ class Experts(nn.Module, ABC):
     def router_cost(self, length: int) -> Cost:
         """Analytic forward work of `route` in evaluation mode."""
 
+    @property
+    def idle_parameters(self) -> int:
+        """Number of parameters of the experts that a token does not visit."""
+        return (self.n_experts - self.k) * (self.w1[0].numel() + self.w2[0].numel())
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, L, D), (B, L) -> (B, L, D), all tokens real without a mask; or (B, D) -> (B, D), one token a sequence."""
         if x.dim() == 2:

@@ -1,4 +1,5 @@
-"""Norms beside PyTorch's own: batch normalisation of sequences that are padded, and one gain for all channels."""
+"""Norms beside PyTorch's own: batch normalisation of sequences that are padded, one gain for all channels, and layer
+normalisation that is exact under autocast."""
 
 from __future__ import annotations
 
@@ -38,6 +39,17 @@ class BatchNorm(nn.Module):
                 self.running_var.lerp_(unbiased, self.momentum)
         scale = self.weight * torch.rsqrt(variance + self.eps)
         return (wide(x) * scale + (self.bias - mean * scale)).to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """As nn.LayerNorm; under autocast it computes in float32 on every device, as PyTorch does on CUDA.
+
+    On a CPU, PyTorch sums the gradients of weight and bias in bfloat16 where the input is bfloat16: over the 8,192
+    tokens of a batch they are off by their own size.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(wide(x) if torch.is_autocast_enabled(x.device.type) else x)
 
 
 class ScaleNorm(nn.Module):

@@ -19,13 +19,13 @@ from torch.nn import functional as F
 
 from lra.architectures._dropout import Dropout, tie_dropout
 from lra.architectures._moe import MIXTURES, Experts
-from lra.architectures._norm import BatchNorm, ScaleNorm, normalised
+from lra.architectures._norm import BatchNorm, LayerNorm, ScaleNorm, normalised
 from lra.architectures._precision import mixed
 from lra.architectures._table import Tables
 from lra.encoder import Cost, Encoder, Mixer, clean_padding, lengths_of
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "layer": nn.LayerNorm, "rms": lambda d: nn.RMSNorm(d, eps=1e-6), "batch": BatchNorm, "scale": ScaleNorm,
+    "layer": LayerNorm, "rms": lambda d: nn.RMSNorm(d, eps=1e-6), "batch": BatchNorm, "scale": ScaleNorm,
 }  # fmt: skip
 POSITIONS = ("none", "sinusoidal", "learned")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
@@ -264,6 +264,10 @@ class Stack(Tables, Encoder):
     def blocks(self) -> list[Layer]:
         return [layer for layer in self.layers if isinstance(layer, Layer)]
 
+    @property
+    def active_parameters(self) -> int:
+        return super().active_parameters - sum(m.idle_parameters for m in self.modules() if isinstance(m, Experts))
+
     def enter(self, x: Tensor, time: Tensor | int = 0) -> Tensor:
         """Add positions to a sequence (B, L, D) that starts at `time`, or to one token (B, D), and drop."""
         if self.positions is not None and x.dim() == 2:
@@ -277,7 +281,7 @@ class Stack(Tables, Encoder):
         return self.embedding_dropout(x)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        x, mask = clean_padding(x, mask)
+        x, mask = clean_padding(x, mask, gaps=self.gaps and not self.causal)
         x = self.enter(x)
         for layer in self.blocks:
             x = layer(x, mask)

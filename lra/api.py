@@ -83,6 +83,7 @@ def train(
     nodes: int = 1,
     strategy: str = "auto",
     loggers: Sequence[str] = (),
+    init_from: str | Path | None = None,
     progress: Callable[[int, int, Mapping[str, float]], None] | None = None,
 ) -> TrainedRun:
     """Train, select on validation, test once, and write the record, as `lra run` does.
@@ -97,7 +98,7 @@ def train(
     """
     from lra.data.examples import LoadedTask
     from lra.training.placement import Placement
-    from lra.training.request import Request, check, folder_of, resolve, setting_texts
+    from lra.training.request import Request, check, folder_of, read, resolve, setting_texts
 
     if isinstance(task, LoadedTask):
         default = next(iter(task.task.protocols))
@@ -107,9 +108,10 @@ def train(
         task, architecture, recipe, seed, protocol, setting_texts(overrides), None if source is None else Path(source),
         time_limit, resume, pretrain, match, Placement(devices, nodes, strategy),
         None if checkpoint_dir is None else Path(checkpoint_dir), tuple(loggers),
+        init_from=None if init_from is None else Path(init_from),
     )  # fmt: skip
+    check(request, read(request)[0])
     resolved, _ = resolve(request)
-    check(request, resolved)
     from lra.training.run import run
 
     run(request, _console(), progress)

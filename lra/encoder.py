@@ -5,7 +5,8 @@ An encoder maps a batch of embedded sequences to a batch of the same shape:
     forward(x: (B, L, D) float, mask: (B, L) bool, True = real token) -> (B, L, D)
 
 Sequences are right-padded: in each row of `mask` the real tokens come first. Outputs and gradients at real positions do
-not depend on the content or the amount of padding, or on rows of padding alone; outputs at padding are unspecified.
+not depend on the content or the amount of padding, or on rows of padding alone; outputs at padding are unspecified. An
+encoder that says so (`gaps`) also takes masks that hide tokens between real ones, under the same rule.
 """
 
 from __future__ import annotations
@@ -109,15 +110,26 @@ class Encoder(nn.Module, ABC):
     """
 
     card: ClassVar[Card]
+    refuses_causal: ClassVar[bool] = False
+    """Whether a constructor with an argument `direction` raises ValueError for "causal"."""
+    recurrent: ClassVar[bool | None] = None
+    """False where the default options rule out a recurrent mode that the mixers have."""
     d_model: int
     n_layers: int
     length: int
     direction: str = "causal"
     """One of DIRECTIONS. Outputs depend on later positions unless it is "causal"."""
+    gaps: ClassVar[bool] = False
+    """Whether masks may hide tokens between real ones; never when causal."""
 
     @property
     def causal(self) -> bool:
         return self.direction == "causal"
+
+    @property
+    def active_parameters(self) -> int:
+        """Number of parameters that one token uses: all of them, unless a router picks experts for it."""
+        return sum(p.numel() for p in self.parameters())
 
     @property
     def scaling(self) -> str:
@@ -214,11 +226,12 @@ class Mixer(nn.Module, ABC):
         return None
 
 
-def clean_padding(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def clean_padding(x: Tensor, mask: Tensor, *, gaps: bool = False) -> tuple[Tensor, Tensor]:
     """Check the mask and clear the padding, at the start of `forward`: x: (B, L, D), mask: (B, L) bool -> the same.
 
     x becomes zero at the padding, so that NaN there reaches no gradient. In a row of padding alone the first position
-    counts as a real token, so that norms and softmax have something to work on.
+    counts as a real token, so that norms and softmax have something to work on. gaps: whether real tokens may come
+    after padding.
 
     Raises UserError for a mask that is not (B, L) bool, and for one with real tokens after padding. On an accelerator,
     where reading the mask would wait for the device, the latter is a device-side assertion; in traced code, and in
@@ -228,14 +241,14 @@ def clean_padding(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         raise UserError(
             f"mask is {tuple(mask.shape)} {mask.dtype}; expected (batch, length) torch.bool, True = real token"
         )
-    if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+    if not (gaps or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
         ordered = (mask[:, :-1] | ~mask[:, 1:]).all()
         if mask.device.type != "cpu":
             torch._assert_async(ordered, PADDING_ORDER)
         elif not ordered:
             raise UserError(PADDING_ORDER)
     first = torch.arange(mask.shape[1], device=mask.device) == 0
-    return x.masked_fill(~mask.unsqueeze(-1), 0), mask | first
+    return x.masked_fill(~mask.unsqueeze(-1), 0), mask | (first & ~mask.any(1, keepdim=True))
 
 
 def lengths_of(mask: Tensor) -> Tensor:

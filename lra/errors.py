@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 from reprlib import Repr
 
+PACKAGES = ("site-packages", "dist-packages")
+# lra/ and the folders that its links lead to
+PROJECT = [(Path(__file__).parent / part).resolve() for part in (".", "architectures", "kernels", "tasks")]
 _SHORT = Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 3, 60, 60, 60
 
@@ -32,6 +37,27 @@ class Interrupted(UserError):
 def brief(value: object) -> str:
     """A value as a message shows it: 60 characters at most, however long or deeply nested it is."""
     return _SHORT.repr(value)[:60]
+
+
+def is_users(filename: str) -> bool:
+    """Whether a source file belongs neither to an installed package nor to this project."""
+    folders = Path(filename).resolve().parents
+    return not any(part in filename for part in PACKAGES) and not any(part in folders for part in PROJECT)
+
+
+def user_line(error: BaseException) -> str:
+    """The last line of a user's own code that an exception went through, as " (net.py:12)"; empty without one."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename)]
+    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line, with the last line of a user's code, else of this project's."""
+    if isinstance(error, UserError):
+        return str(error)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(p in f.filename for p in PACKAGES)]
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"raised {type(error).__name__}: {' '.join(str(error).split())[:300]}{user_line(error) or place}"
 
 
 def unknown(kind: str, name: str, known: Iterable[str], where: str = "") -> UserError:

@@ -71,16 +71,15 @@ def seal(content: dict[str, Any]) -> str:
     return sha256(json.dumps(unsealed, sort_keys=True).encode(errors="surrogatepass"))
 
 
-def check_writable(folder: Path) -> None:
-    """Raise UserError if results cannot be written to a folder. Called before training starts."""
+def check_writable(folder: Path, advice: str = "set LRA_RESULTS") -> None:
+    """Raise UserError if results cannot be written to a folder. Called before the work starts. advice: what else to do
+    than to make it writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(
-            f"cannot write results to {folder}: {error.strerror}; make it writable or set LRA_RESULTS"
-        ) from None
+        raise UserError(f"cannot write results to {folder}: {error.strerror}; make it writable or {advice}") from None
 
 
 def safe_name(name: str, limit: int = 120) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -9,7 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.encoder import Cost, Encoder, lengths_of
+from lra.errors import UserError
 from lra.task import Protocol
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
 class Batch(NamedTuple):
@@ -25,18 +30,56 @@ class Batch(NamedTuple):
     example: Tensor
 
 
+@dataclass(frozen=True)
+class Head:
+    """The map from pooled vectors to logits.
+
+    kind: "linear"; "mlp", a perceptron with hidden layers of the widths `hidden`; "auto", linear for one tower, one
+    hidden layer of d_model units for two. activation: of the hidden layers, "gelu" or "relu". pair: how the head reads
+    two towers: "products", [u, v, u * v, u - v], or "concat", [u, v].
+    """
+
+    kind: str = "auto"
+    hidden: tuple[int, ...] = ()
+    activation: str = "gelu"
+    pair: str = "products"
+
+    def join(self, u: Tensor, v: Tensor) -> Tensor:
+        """Two pooled outputs (B, D) -> (B, 4 D) or (B, 2 D)."""
+        return torch.cat([u, v] if self.pair == "concat" else [u, v, u * v, u - v], dim=-1)
+
+    def build(self, d_model: int, classes: int, towers: int) -> nn.Module:
+        hidden = self.hidden if self.kind == "mlp" else (d_model,) * (self.kind == "auto" and towers == 2)
+        inputs = d_model * (1 if towers == 1 else 2 if self.pair == "concat" else 4)
+        layers: list[nn.Module] = []
+        for width in hidden:
+            layers += [nn.Linear(inputs, width), ACTIVATIONS[self.activation]()]
+            inputs = width
+        last = nn.Linear(inputs, classes)
+        return nn.Sequential(*layers, last) if layers else last
+
+
 class Classifier(nn.Module):
     """Batch -> logits (B, classes).
 
     Tokens are embedded by a lookup table, continuous values by a linear map of (byte / 255 - mean) / std. Two towers
-    share all weights; the head reads their pooled outputs u and v as [u, v, u * v, u - v]. Padding is identified by the
-    mask, never by a token value.
+    share all weights; `head` says how their pooled outputs are joined. Padding is identified by the mask, never by a
+    token value, unless the protocol hides zeros: then a token 0 is hidden from the encoder, except at the first
+    position. Raises UserError if the encoder takes no masks with gaps, which this needs.
     """
 
-    def __init__(self, encoder: Encoder, protocol: Protocol, classes: int, towers: int, pooling: str) -> None:
+    def __init__(
+        self, encoder: Encoder, protocol: Protocol, classes: int, towers: int, pooling: str, head: Head | None = None
+    ) -> None:
         super().__init__()
         d = encoder.d_model
         self.encoder, self.pooling, self.towers = encoder, pooling, towers
+        self.hides_zeros = protocol.hides_zeros
+        if self.hides_zeros and (encoder.causal or not encoder.gaps):
+            raise UserError(
+                f"protocol {protocol.name} hides tokens between others, which {type(encoder).__name__} "
+                f"{'when causal ' if encoder.gaps else ''}does not support; choose another protocol"
+            )
         self.embedding: nn.Module
         if protocol.vocabulary:
             self.embedding = nn.Embedding(protocol.vocabulary, d)
@@ -45,27 +88,29 @@ class Classifier(nn.Module):
             self.embedding = nn.Linear(protocol.channels, d)
         self.mean, self.std = protocol.scale
         self.cls = nn.Parameter(torch.randn(d) * 0.02) if pooling == "cls" else None
-        self.head: nn.Module = nn.Linear(d, classes)
-        if towers == 2:
-            self.head = nn.Sequential(nn.Linear(4 * d, d), nn.GELU(), nn.Linear(d, classes))
+        self.join = (head or Head()).join
+        self.head = (head or Head()).build(d, classes, towers)
 
     def forward(self, batch: Batch) -> Tensor:
         values, mask = batch.values.flatten(0, 1), batch.mask.flatten(0, 1)
         pooled = self.pool(*self.encode(values, mask))
         if self.towers == 2:
-            u, v = pooled.unflatten(0, (-1, 2)).unbind(1)
-            pooled = torch.cat([u, v, u * v, u - v], dim=-1)
+            pooled = self.join(*pooled.unflatten(0, (-1, 2)).unbind(1))
         return self.head(pooled)
 
     def encode(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """values: (B, L) tokens or (B, L, channels) bytes -> encoded (B, L', D) and its mask; L' = L + 1 with CLS."""
+        if self.hides_zeros:
+            mask = mask & F.pad(values[:, 1:] != 0, (1, 0), value=True)
         return self.encode_embedded(self.embed(values), mask)
 
     def embed(self, values: Tensor) -> Tensor:
         """values: (B, L) tokens or (B, L, channels) bytes -> (B, L, D)."""
         if isinstance(self.embedding, nn.Embedding):
             return self.embedding(values.int())
-        return self.embedding((values.float() / 255 - self.mean) / self.std)
+        # residual streams keep the precision of what enters them, so that autocast has no say here
+        with torch.autocast(values.device.type, enabled=False):
+            return self.embedding((values.float() / 255 - self.mean) / self.std)
 
     def encode_embedded(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """x: (B, L, D) -> encoded (B, L', D) and its mask."""
@@ -76,10 +121,11 @@ class Classifier(nn.Module):
 
     def pool(self, x: Tensor, mask: Tensor) -> Tensor:
         """Pool over the real tokens: (B, L, D), (B, L) -> (B, D)."""
-        if self.pooling == "cls":
+        if self.pooling in ("cls", "first"):
             return x[:, 0]
         if self.pooling == "last":
-            return x[torch.arange(len(x), device=x.device), lengths_of(mask) - 1]
+            last = mask.int().cumsum(1).argmax(1) if self.hides_zeros else lengths_of(mask) - 1
+            return x[torch.arange(len(x), device=x.device), last]
         if self.pooling == "max":
             return x.masked_fill(~mask.unsqueeze(-1), float("-inf")).amax(dim=1)
         total = x.masked_fill(~mask.unsqueeze(-1), 0).sum(dim=1, dtype=torch.float32)

@@ -28,9 +28,11 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
-from lra.errors import UserError, unknown
+from lra.errors import UserError, describe, unknown, user_line
 
 ROOT = Path(__file__).parent
+PLUGIN = "plug-in"
+"""The family of what another package registers."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,12 @@ class Constructor:
         try:
             return self.cls(**{**self.preset, **arguments})
         except (TypeError, ValueError) as error:
-            raise UserError(f"{self.name}: {error}") from error
+            raise UserError(f"{self.name}: {error}{user_line(error)}") from error
+        except Exception as error:
+            # a file of this project should not raise anything else; running out of memory is explained elsewhere
+            if ":" not in self.name or isinstance(error, UserError | MemoryError) or "memory" in str(error):
+                raise
+            raise UserError(f"{self.name}: its constructor {describe(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -118,9 +125,9 @@ class Registry:
         return [full for name in names for full in (name, *(f"{name}/{v}" for v in self.facts(name)["variants"]))]
 
     def family(self, name: str) -> str:
-        """The folder of a name, such as `state_space`; empty for a plug-in. Raises UserError for an unknown name."""
+        """The folder of a name, such as `state_space`; PLUGIN for a plug-in. Raises UserError for an unknown name."""
         if name in self._plugins():
-            return ""
+            return PLUGIN
         if name not in self._files():
             raise unknown(self.kind, name, self.names())
         return self._files()[name].parent.name
@@ -128,11 +135,14 @@ class Registry:
     def facts(self, name: str) -> dict[str, Any]:
         """Card or class attributes of a file, as far as they are literals, read without importing it.
 
-        `name` has no variant. Raises UserError for an unknown name and for a card that is not made of literals.
+        Of an architecture also `direction` ("causal", "two-way", or "either" where the recipe chooses) and `recurrent`
+        (whether it has a recurrent mode; a class whose default options rule it out sets `recurrent = False`). A plug-in
+        is imported for them; where that fails, `problem` says why. `name` has no variant. Raises UserError for an
+        unknown name and for a card that is not made of literals.
         """
         facts: dict[str, Any] = {"name": name, "family": self.family(name), "variants": {}}
         if name in self._plugins():
-            return facts | {"plugin": self._plugins()[name].value}
+            return facts | {"plugin": self._plugins()[name].value} | self._plugin_facts(name)
         if name not in self._files():
             raise unknown(self.kind, name, self.names())
         path = self._files()[name]
@@ -141,11 +151,35 @@ class Registry:
                 # a file may hold helper classes; the registered one declares a card or a task's name
                 if isinstance(node, ast.ClassDef) and _assigned_names(node) & {"card", "name"}:
                     facts |= _read_literals(node)
+            if "causal" in facts:
+                chosen = "direction" in (_read_signature(path) or {}) and not facts.pop("refuses_causal", False)
+                stateful = bool(_stateful_classes(path)) and (chosen or facts["causal"])
+                facts = {"recurrent": stateful} | facts | {"direction": _direction(facts["causal"], chosen)}
         except (SyntaxError, ValueError) as error:
             raise UserError(
                 f"{path} cannot be read without importing it ({error}); write the card as literals"
             ) from None
         return facts
+
+    def _plugin_facts(self, name: str) -> dict[str, Any]:
+        """As `facts`, of the class that a plug-in names."""
+        try:
+            constructor = self.get(name)
+        except UserError as error:
+            return {"problem": str(error)}
+        card, cls = getattr(constructor.cls, "card", None), constructor.cls
+        if self.kind == "task":
+            return {"title": cls.title, "classes": cls.classes, "protocols": list(cls.protocols)}
+        chosen = "direction" in constructor.options() and not getattr(cls, "refuses_causal", False)
+        facts = {**vars(card), "direction": _direction(card.causal, chosen)} if card else {}
+        options = {"direction": "causal"} if chosen else {}
+        try:
+            constructor(d_model=16, n_layers=1, length=16, **options).init_state(1)
+            return facts | {"recurrent": True}
+        except NotImplementedError:
+            return facts | {"recurrent": False}
+        except Exception as error:  # noqa: BLE001  (another package may raise anything)
+            return facts | {"problem": f"cannot be built: {type(error).__name__}: {error}"}
 
     def declaration(self, reference: str | type) -> Declaration:
         """The declaration of a name or class. Files of this project are read without importing them, everything else is
@@ -249,6 +283,29 @@ def _read_literals(node: ast.ClassDef) -> dict[str, Any]:
             ):
                 facts["protocols"] = keys
     return facts
+
+
+def _direction(causal: bool, chosen: bool) -> str:
+    return "either" if chosen else "causal" if causal else "two-way"
+
+
+@cache
+def _stateful_classes(path: Path) -> frozenset[str]:
+    """Names of the classes that a file defines or imports from a shared file, and that have a method `init_state`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    known: set[str] = set()
+    for node in tree.body:
+        module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+        # the residual stack has one, which asks the mixers in it
+        if module.startswith("lra.architectures._") and not module.endswith("._stack"):
+            shared = _stateful_classes(ROOT / "architectures" / f"{module.rpartition('.')[2]}.py")
+            known |= {a.asname or a.name for a in node.names if a.name in shared}  # type: ignore[attr-defined]
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            own = any(isinstance(part, ast.FunctionDef) and part.name == "init_state" for part in node.body)
+            if own or any(isinstance(base, ast.Name) and base.id in known for base in node.bases):
+                known.add(node.name)
+    return frozenset(known)
 
 
 def _read_signature(path: Path) -> dict[str, Any] | None:

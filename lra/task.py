@@ -39,6 +39,7 @@ class Protocol:
 
     length: longest sequence in tokens (longer ones are truncated); vocabulary: number of token ids, 0 for continuous
     input; channels: input values per position, for continuous input; scale: (mean, std) that normalise bytes / 255.
+    hides_zeros: token 0 is hidden from the encoder like padding, wherever it stands (except at the first position).
     selection: the split that selects the checkpoint. counts, sha256: number of examples and checksum of each split,
     compared after preparation; without a sha256 any data are accepted and their checksum is recorded.
     raw: the files that the data are prepared from, in words; empty when the task generates its examples.
@@ -49,6 +50,7 @@ class Protocol:
     vocabulary: int = 0
     channels: int = 0
     scale: tuple[float, float] = (0.0, 1.0)
+    hides_zeros: bool = False
     selection: str = "validation"
     counts: Mapping[str, int] = field(default_factory=dict)
     sha256: Mapping[str, str] = field(default_factory=dict)

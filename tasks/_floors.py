@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numba
 import numpy as np
-from scipy.optimize import minimize
-from scipy.special import logsumexp, softmax
 
 from lra.task import Split
 
@@ -57,6 +55,9 @@ def bag_of_tokens(train: Split, test: Split, classes: int) -> float:
 
 def logistic(x: np.ndarray, y: np.ndarray, classes: int, penalty: float = 1e-4) -> tuple[np.ndarray, np.ndarray]:
     """Multinomial logistic regression by L-BFGS: x (n, f), y (n,) -> weight (f, classes), bias (classes,)."""
+    from scipy.optimize import minimize
+    from scipy.special import logsumexp, softmax
+
     n, features = x.shape
     target = np.eye(classes)[y]
 

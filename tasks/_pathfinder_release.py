@@ -29,12 +29,12 @@ def write_released(
 ) -> None:
     """Prepare the released set in `source`. Empty files are skipped and noted, as in published code.
 
-    Protocol `s4` splits like torch's random_split with seed 42; other protocols take 80, 10 and 10 % in the order of
-    the metadata files. Raises DataError for missing and damaged files.
+    Protocols `s4` and `s4-centred` split like torch's random_split with seed 42; the others take 80, 10 and 10 % in the
+    order of the metadata files. Raises DataError for missing and damaged files.
     """
     root = _find_release(source, size)
     samples, empty = _samples(root)
-    parts = _split(len(samples), at_random=protocol.name == "s4")
+    parts = _split(len(samples), at_random=protocol.name.startswith("s4"))
     done = 0
     with ThreadPoolExecutor(workers) as pool:
         for split, rows in parts.items():

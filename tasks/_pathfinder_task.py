@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,45 +43,69 @@ def protocols(size: int, sha256: Mapping[str, tuple[str, str, str]]) -> dict[str
         sha256=frozen.get("strict", {}),
         note=tokens.format("14 (hard)"),
     )
-    entries = [
+    continuous = replace(
         strict,
-        replace(
-            strict,
-            name="strict-continuous",
-            vocabulary=0,
-            channels=1,
-            scale=(0.5, 0.5),
-            note="the images of strict, grey levels centred to -1..1",
-        ),
+        name="strict-continuous",
+        vocabulary=0,
+        channels=1,
+        scale=(0.5, 0.5),
+        note="the images of strict, grey levels centred to -1..1",
+    )
+    small = {
+        # drawn in a few seconds at 32 pixels, in about a minute at 128
+        "counts": SMALL if size <= 32 else {name: count // 4 for name, count in SMALL.items()},
+        "sha256": frozen.get("strict-small", {}),
+    }
+    released = replace(
+        strict,
+        name="lra2020",
+        sha256={},
+        note="released images, the token is the grey level; first 80 %, next and last 10 % in the order of the "
+        "metadata files (the published code took them in an order of TensorFlow Datasets, so members differ); black "
+        "is a token here, the published code hides it as padding: see lra2020-masked",
+        raw=raw,
+    )
+    s4 = replace(
+        released,
+        name="s4",
+        vocabulary=0,
+        channels=1,
+        note="released images, grey levels in 0..1; random_split with seed 42, as published",
+    )
+    entries = [
+        continuous,
+        strict,
         *(
             replace(strict, name=name, sha256=frozen[name], note=tokens.format(contour))
             for name, contour in CONTOURS.items()
             if name in frozen
         ),
         replace(
+            continuous,
+            name="strict-continuous-small",
+            note="generated like strict-continuous, but a small set for first experiments; never ranked with it",
+            **small,
+        ),
+        replace(
             strict,
             name="strict-small",
-            # drawn in a few seconds at 32 pixels, in about a minute at 128
-            counts=SMALL if size <= 32 else {name: count // 4 for name, count in SMALL.items()},
-            sha256=frozen.get("strict-small", {}),
             note="generated like strict, but a small set for first experiments; never ranked with it",
+            **small,
         ),
+        released,
         replace(
-            strict,
-            name="lra2020",
-            sha256={},
-            note="released images, the token is the grey level; first 80 %, next and last 10 % in the order of the "
-            "metadata files (the published code took them in an order of TensorFlow Datasets, so members differ)",
-            raw=raw,
+            released,
+            name="lra2020-masked",
+            hides_zeros=True,
+            note="the images of lra2020; black pixels, about two in three, are hidden from attention and pooling, as "
+            "the padding mask `inputs > 0` of the published code does",
         ),
+        s4,
         replace(
-            strict,
-            name="s4",
-            vocabulary=0,
-            channels=1,
-            sha256={},
-            note="released images, grey levels in 0..1; random_split with seed 42, as published",
-            raw=raw,
+            s4,
+            name="s4-centred",
+            scale=(0.5, 0.5),
+            note="the images and splits of s4, grey levels centred to -1..1, as in the code of S5 and MEGA",
         ),
     ]
     return {protocol.name: protocol for protocol in entries}
@@ -138,18 +162,24 @@ class PathfinderTask(Task):
         return open_split(folder, split)
 
     def floors(self, train: Split, test: Split) -> dict[str, float]:
-        """Majority class, bag of tokens and centre crop.
+        """Majority class, bag of tokens, centre crop and marker distance.
 
         "centre crop" is logistic regression on the central half of the image, where the first contour starts, averaged
-        to 16 x 16 cells. It is fitted to at most MAX_FITTED examples, spread evenly over `train`.
+        to 16 x 16 cells; "marker distance" on the distance between the two discs, its square and its cube. They are
+        fitted to at most MAX_FITTED examples, spread evenly over `train`.
         """
-        rows = np.linspace(0, len(train) - 1, min(MAX_FITTED, len(train))).astype(np.int64)
-        weight, bias = logistic(self._centre(train, rows), np.asarray(train.labels)[rows], self.classes)
-        guess = (self._centre(test, np.arange(len(test))) @ weight + bias).argmax(axis=1)
         return super().floors(train, test) | {
             "bag of tokens": bag_of_tokens(train, test, self.classes),
-            "centre crop": float((guess == np.asarray(test.labels)).mean()),
+            "centre crop": self._fitted(self._centre, train, test),
+            "marker distance": self._fitted(self._marker_distance, train, test),
         }
+
+    def _fitted(self, features: Callable[[Split, np.ndarray], np.ndarray], train: Split, test: Split) -> float:
+        """Test accuracy of logistic regression on `features(split, rows)`: (n, f)."""
+        rows = np.linspace(0, len(train) - 1, min(MAX_FITTED, len(train))).astype(np.int64)
+        weight, bias = logistic(features(train, rows), np.asarray(train.labels)[rows], self.classes)
+        guess = (features(test, np.arange(len(test))) @ weight + bias).argmax(axis=1)
+        return float((guess == np.asarray(test.labels)).mean())
 
     def _centre(self, split: Split, rows: np.ndarray) -> np.ndarray:
         """Central halves of the images `rows`, averaged to CELLS x CELLS values in [0, 1]: (n, CELLS^2)."""
@@ -159,6 +189,23 @@ class PathfinderTask(Task):
             middle = self.picture(split, row)[quarter : self.size - quarter, quarter : self.size - quarter]
             features[i] = middle.reshape(CELLS, cell, CELLS, cell).mean(axis=(1, 3)).ravel() / 255
         return features
+
+    def _marker_distance(self, split: Split, rows: np.ndarray) -> np.ndarray:
+        """Distance between the two discs of the images `rows`, in image sides, its square and its cube: (n, 3)."""
+        from scipy.ndimage import uniform_filter
+
+        diameter = int(2 * lra_drawing(self.size).marker_radius)
+        distance = np.empty(len(rows))
+        for i, row in enumerate(rows):
+            # a disc is the brightest square of its width, and the other one lies outside it
+            light = uniform_filter(self.picture(split, row).astype(np.float32), diameter, mode="constant")
+            discs = []
+            for _ in range(2):
+                y, x = divmod(int(light.argmax()), self.size)
+                light[max(0, y - diameter) : y + diameter + 1, max(0, x - diameter) : x + diameter + 1] = -1
+                discs.append((y, x))
+            distance[i] = np.hypot(*np.subtract(*discs)) / self.size
+        return distance[:, None] ** np.arange(1, 4)
 
     def picture(self, split: Split, example: int) -> np.ndarray:
         """One example as an image: (size, size) uint8."""

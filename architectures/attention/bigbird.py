@@ -44,7 +44,7 @@ class BigBirdMixer(AttentionMixer):
     random_blocks: Tensor
 
     def __init__(
-        self, d_model: int, n_heads: int, width: int, positions: str, causal: bool, size: int, n_random: int,
+        self, d_model: int, *, n_heads: int, width: int, positions: str, causal: bool, size: int, n_random: int,
         length: int, dropout: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__(d_model, n_heads, width, positions, causal, dropout=dropout)
@@ -126,7 +126,8 @@ class BigBird(Stack):
         causal = direction == "causal"
         super().__init__(
             lambda _: BigBirdMixer(
-                d_model, n_heads, width, positions, causal, size, n_random, length, attention_dropout
+                d_model, n_heads=n_heads, width=width, positions=positions, causal=causal, size=size, n_random=n_random,
+                length=length, dropout=attention_dropout,
             ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block={"positions": added_positions(positions), **(block or {})},

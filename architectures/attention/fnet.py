@@ -76,6 +76,7 @@ class FNet(Stack):
         scaling="L log L",
         causal=False,
     )
+    refuses_causal = True
     block = Block(prenorm=False)
 
     def __init__(

@@ -50,14 +50,14 @@ def length_map(*shape: int) -> nn.Parameter:
 
 
 class LinformerMixer(AttentionMixer):
-    """(B, L, D) -> (B, L, D). of_keys, of_values: E and F, the same parameter where they are shared."""
+    """(B, L, D) -> (B, L, D). proj_k, proj_v: E and F, the same parameter where they are shared."""
 
     def __init__(
-        self, d_model: int, n_heads: int, qkv_dim: int, of_keys: nn.Parameter, of_values: nn.Parameter,
+        self, d_model: int, *, n_heads: int, qkv_dim: int, proj_k: nn.Parameter, proj_v: nn.Parameter,
         dropout: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__(d_model, n_heads, qkv_dim, "none", causal=False, dropout=dropout)
-        self.of_keys, self.of_values = of_keys, of_values
+        self.proj_k, self.proj_v = proj_k, proj_v
 
     def _shortened(self, x: Tensor, mask: Tensor, mixture: Tensor, linear: tuple[Tensor, Tensor]) -> Tensor:
         """E' (x W + b) over real tokens: (B, L, D), 0 at padding -> (B, H, k, d)."""
@@ -72,22 +72,22 @@ class LinformerMixer(AttentionMixer):
         return split_heads(F.linear(mixed, weight) + reached.unsqueeze(-1) * bias, self.n_heads)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        if x.shape[1] > self.of_keys.shape[-2]:
-            raise ValueError(f"length {x.shape[1]} exceeds the {self.of_keys.shape[-2]} positions of E and F")
+        if x.shape[1] > self.proj_k.shape[-2]:
+            raise ValueError(f"length {x.shape[1]} exceeds the {self.proj_k.shape[-2]} positions of E and F")
         of_q, of_k, of_v = zip(self.qkv.weight.split(self.widths), self.qkv.bias.split(self.widths), strict=True)
         q = split_heads(F.linear(x, *of_q), self.n_heads)
-        k, v = self._shortened(x, mask, self.of_keys, of_k), self._shortened(x, mask, self.of_values, of_v)
+        k, v = self._shortened(x, mask, self.proj_k, of_k), self._shortened(x, mask, self.proj_v, of_v)
         return self.out(merge_heads(self.attend(q, k, v, mask)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=self.rate)
 
     def pairs(self, length: int) -> float:
-        return float(self.n_heads * length * self.of_keys.shape[-1])
+        return float(self.n_heads * length * self.proj_k.shape[-1])
 
     def cost(self, length: int) -> Cost:
-        d_model, k, width = self.out.out_features, self.of_keys.shape[-1], self.out.in_features
-        own = self.of_keys.dim() == 3
+        d_model, k, width = self.out.out_features, self.proj_k.shape[-1], self.out.in_features
+        own = self.proj_k.dim() == 3
         rows, mixed = (length, width) if own else (k, d_model)
         total = Cost.linear(length, d_model, width) + Cost.linear(length, width, d_model)
         total += 2 * (
@@ -112,6 +112,7 @@ class Linformer(Stack):
             "unshared": {"sharing": "none"},
         },
     )
+    refuses_causal = True
 
     def __init__(
         self,
@@ -141,9 +142,11 @@ class Linformer(Stack):
         of_all = length_map(*shape) if sharing == "layer" else None
 
         def make(_: int) -> LinformerMixer:
-            of_keys = length_map(*shape) if of_all is None else of_all
-            of_values = length_map(*shape) if sharing in ("head", "none") else of_keys
-            return LinformerMixer(d_model, n_heads, width, of_keys, of_values, attention_dropout)
+            proj_k = length_map(*shape) if of_all is None else of_all
+            proj_v = length_map(*shape) if sharing in ("head", "none") else proj_k
+            return LinformerMixer(
+                d_model, n_heads=n_heads, qkv_dim=width, proj_k=proj_k, proj_v=proj_v, dropout=attention_dropout
+            )
 
         super().__init__(
             make, d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,

@@ -47,8 +47,8 @@ class LocalMixer(AttentionMixer):
     """Attention to the own block, `before` blocks back and `after` ahead: (B, L, D) -> (B, L, D)."""
 
     def __init__(
-        self, d_model: int, n_heads: int, width: int, positions: str, causal: bool, size: int, before: int, after: int,
-        dropout: float = 0.0,
+        self, d_model: int, *, n_heads: int, width: int, positions: str, causal: bool, size: int, before: int,
+        after: int, dropout: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__(d_model, n_heads, width, positions, causal, dropout=dropout)
         self.size, self.window = size, (before, 0 if causal else after)
@@ -89,6 +89,7 @@ class Local(Stack):
     the width of all heads together, d_model unless given. positions: "sinusoidal", "learned", "rope", "alibi", "none".
     attention_dropout: on the attention weights."""
 
+    gaps = True
     card = Card(
         title="Long Range Arena: A Benchmark for Efficient Transformers",
         year=2020,
@@ -120,7 +121,10 @@ class Local(Stack):
         at_least(0, before=before, after=after)
         causal = direction == "causal"
         super().__init__(
-            lambda _: LocalMixer(d_model, n_heads, width, positions, causal, size, before, after, attention_dropout),
+            lambda _: LocalMixer(
+                d_model, n_heads=n_heads, width=width, positions=positions, causal=causal, size=size, before=before,
+                after=after, dropout=attention_dropout,
+            ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block={"positions": added_positions(positions), **(block or {})},
         )  # fmt: skip

@@ -51,7 +51,7 @@ class LongformerMixer(AttentionMixer):
     """Window attention with one dilation per head, and global tokens: (B, L, D) -> (B, L, D)."""
 
     def __init__(
-        self, d_model: int, n_heads: int, width: int, positions: str, causal: bool, window: int, dilation: list[int],
+        self, d_model: int, *, n_heads: int, width: int, positions: str, causal: bool, window: int, dilation: list[int],
         n_global: int, dropout: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__(d_model, n_heads, width, positions, causal, dropout=dropout)
@@ -115,6 +115,7 @@ class Longformer(Stack):
     unless given. positions: "sinusoidal", "learned", "rope", "alibi", "none". attention_dropout: on the
     attention weights."""
 
+    gaps = True
     card = Card(
         title="Longformer: The Long-Document Transformer",
         year=2020,
@@ -151,7 +152,15 @@ class Longformer(Stack):
             above = max(0, layer + 1 - n_layers // 2)
             steps = [1] * (n_heads - stretched) + [1 - above * (1 - dilation) // upper] * stretched
             return LongformerMixer(
-                d_model, n_heads, width, positions, direction == "causal", window, steps, n_global, attention_dropout
+                d_model,
+                n_heads=n_heads,
+                width=width,
+                positions=positions,
+                causal=direction == "causal",
+                window=window,
+                dilation=steps,
+                n_global=n_global,
+                dropout=attention_dropout,
             )
 
         super().__init__(

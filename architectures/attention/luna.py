@@ -63,27 +63,27 @@ class LunaMixer(Mixer):
     """(B, L, D) -> (B, L, D), from P as it was learned: memory, (l, D), one parameter of all layers."""
 
     def __init__(
-        self, d_model: int, n_heads: int, pack_heads: int, tied: bool, causal: bool, memory: nn.Parameter,
+        self, d_model: int, *, n_heads: int, pack_heads: int, tied: bool, causal: bool, memory: nn.Parameter,
         dropout: float,
     ) -> None:  # fmt: skip
         super().__init__()
         self.n_heads, self.pack_heads, self.causal = n_heads, pack_heads, causal
         self.dropout = checked_dropout(dropout)
         self.memory = memory
-        self.pq, self.pk = nn.Linear(d_model, d_model), nn.Linear(d_model, d_model)
-        self.pv = None if tied or causal else nn.Linear(d_model, d_model)
-        self.q, self.k = nn.Linear(d_model, d_model), nn.Linear(d_model, d_model)
-        self.v = None if tied else nn.Linear(d_model, d_model)
-        self.out = nn.Linear(d_model, d_model)
-        for linear in (self.pq, self.pk, self.pv, self.q, self.k, self.v, self.out):
+        self.pq_proj, self.pk_proj = nn.Linear(d_model, d_model), nn.Linear(d_model, d_model)
+        self.pv_proj = None if tied or causal else nn.Linear(d_model, d_model)
+        self.q_proj, self.k_proj = nn.Linear(d_model, d_model), nn.Linear(d_model, d_model)
+        self.v_proj = None if tied else nn.Linear(d_model, d_model)
+        self.out_proj = nn.Linear(d_model, d_model)
+        for linear in (self.pq_proj, self.pk_proj, self.pv_proj, self.q_proj, self.k_proj, self.v_proj, self.out_proj):
             if linear is not None:
-                nn.init.xavier_uniform_(linear.weight, gain=1.0 if linear is self.out else 2**-0.5)
+                nn.init.xavier_uniform_(linear.weight, gain=1.0 if linear is self.out_proj else 2**-0.5)
                 nn.init.zeros_(linear.bias)
 
     def pack(self, x: Tensor, mask: Tensor, p: Tensor) -> Tensor:
         """Y_P: (B, L, D), (B, L), (B, l, D) -> (B, l, D)."""
-        q, k = split_heads(self.pq(p), self.pack_heads), split_heads(self.pk(x), self.pack_heads)
-        v = k if self.pv is None else split_heads(self.pv(x), self.pack_heads)
+        q, k = split_heads(self.pq_proj(p), self.pack_heads), split_heads(self.pk_proj(x), self.pack_heads)
+        v = k if self.pv_proj is None else split_heads(self.pv_proj(x), self.pack_heads)
         dropout = self.dropout if self.training else 0.0
         return merge_heads(F.scaled_dot_product_attention(q, k, v, mask[:, None, None, :], dropout))
 
@@ -91,16 +91,19 @@ class LunaMixer(Mixer):
         """Y_x: (B, L, D), (B, l, D) -> (B, L, D)."""
         q, k, v = self._heads(x, packed)
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        return self.out(merge_heads(y))
+        return self.out_proj(merge_heads(y))
 
     def _heads(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of x, keys and values of context, by head."""
-        q, k = split_heads(self.q(x), self.n_heads), split_heads(self.k(context), self.n_heads)
-        return q, k, k if self.v is None else split_heads(self.v(context), self.n_heads)
+        q, k = split_heads(self.q_proj(x), self.n_heads), split_heads(self.k_proj(context), self.n_heads)
+        return q, k, k if self.v_proj is None else split_heads(self.v_proj(context), self.n_heads)
 
     def _weights(self, x: Tensor) -> Tensor:
         """A of the equations: (B, L, D) -> (B, H, L, l)."""
-        q, k = split_heads(self.pq(self.memory).unsqueeze(0), self.n_heads), split_heads(self.pk(x), self.n_heads)
+        q, k = (
+            split_heads(self.pq_proj(self.memory).unsqueeze(0), self.n_heads),
+            split_heads(self.pk_proj(x), self.n_heads),
+        )
         return F.softplus(wide((k * k.shape[-1] ** -0.5) @ q.mT), beta=math.log(2))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -110,12 +113,12 @@ class LunaMixer(Mixer):
         q, k, v = self._heads(x, x)
         unpacking = running_mean(q * q.shape[-1] ** -0.5, k, packing).softmax(dim=-1)
         y = running_mean(F.dropout(unpacking, self.dropout, self.training), packing, v)
-        return self.out(merge_heads(y))
+        return self.out_proj(merge_heads(y))
 
     def cost(self, length: int) -> Cost:
         rows, d_model = self.memory.shape
-        head, own = d_model // self.n_heads, 1 if self.v is None else 2
-        of_tokens, of_memory = 3 if self.pv is None else 4, 1
+        head, own = d_model // self.n_heads, 1 if self.v_proj is None else 2
+        of_tokens, of_memory = 3 if self.pv_proj is None else 4, 1
         if self.causal:
             # the queries of P are the same for all sequences
             maps = Cost.linear((of_tokens + own) * length, d_model, d_model)
@@ -137,7 +140,7 @@ class LunaMixer(Mixer):
         q, k, v = self._heads(x, x)
         keys, values = state[1] + k.mT @ packing, state[2] + packing.mT @ v
         unpacking = ((q * q.shape[-1] ** -0.5) @ keys / count).softmax(dim=-1)
-        return self.out(merge_heads(unpacking @ values / count)).squeeze(1), (count, keys, values)
+        return self.out_proj(merge_heads(unpacking @ values / count)).squeeze(1), (count, keys, values)
 
 
 class Luna(Stack):
@@ -181,7 +184,10 @@ class Luna(Stack):
             raise ValueError(f"pack_heads is {packing}; the causal form has n_heads, {n_heads}, for both attentions")
         of_all = nn.Parameter(torch.randn(memory, d_model))
         super().__init__(
-            lambda _: LunaMixer(d_model, n_heads, packing, tied, causal, of_all, attention_dropout),
+            lambda _: LunaMixer(
+                d_model, n_heads=n_heads, pack_heads=packing, tied=tied, causal=causal, memory=of_all,
+                dropout=attention_dropout,
+            ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block={"positions": positions, **(block or {})},
         )  # fmt: skip

@@ -6,10 +6,10 @@ norm comes after. Per layer:
     q = 1 - p a,  p = sigmoid(delta), a = sigmoid(alpha)      (D, N)       damping of each average
     s_t = q s_{t-1} + p beta xn_t                             (B, L, D, N)
     m = silu(sum_n gamma_n s_n / sqrt(N) + omega xn)          (B, L, D)
-    u, z, r, c = split(W_m m + b_m)                           D, Z, E, D   u = sigmoid(u), z = silu(z), r = silu(r)
-    Q = k_0 z + m_0,  K = k_1 z + m_1,  V = silu(W_v xn + b_v)             (B, L, Z), (B, L, E)
+    u, z, r, c = split(mx_proj m)                             D, Z, E, D   u = sigmoid(u), z = silu(z), r = silu(r)
+    Q = k_0 z + m_0,  K = k_1 z + m_1,  V = silu(v_proj xn)                (B, L, Z), (B, L, E)    k: gamma, m: beta
     A = softmax(Q K' / sqrt(Z) + bias), or laplace(Q K' / n + bias), n the keys a query sees
-    h = silu(c + W_h (r * A V) + b_h)                         (B, L, D)
+    h = silu(c + h_proj (r * A V))                            (B, L, D)
     y = x + u (h - x)                                         (B, L, D)
 
 laplace(s) = (1 + erf((s - 0.707107) / (0.282095 sqrt 2))) / 2, element by element. bias_ij: "simple", one number for
@@ -71,10 +71,10 @@ class MovingAverages(nn.Module):
 
     def kernel(self, length: int) -> Tensor:
         """(rows, length), the current token first."""
-        decay, enter, leave = self._coefficients()
-        pairs = (torch.complex(t, torch.zeros_like(t)) for t in (decay, enter * leave / 2))
+        log_q, p_beta, gamma = self._coefficients()
+        pairs = (torch.complex(t, torch.zeros_like(t)) for t in (log_q, p_beta * gamma / 2))
         A, C = pairs  # halved: that operator sums over conjugate pairs
-        return ssm_kernel_diag(A, C.unsqueeze(0), torch.ones_like(decay[:, 0]), length, "none")[0]
+        return ssm_kernel_diag(A, C.unsqueeze(0), torch.ones_like(log_q[:, 0]), length, "none")[0]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.causal:
@@ -92,31 +92,31 @@ class MovingAverages(nn.Module):
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """State: s (B, D, N)."""
-        decay, enter, leave = self._coefficients()
-        state = decay.exp() * state + enter * x.unsqueeze(-1)
-        return F.silu((state * leave).sum(-1) + self.omega * x), state
+        log_q, p_beta, gamma = self._coefficients()
+        state = log_q.exp() * state + p_beta * x.unsqueeze(-1)
+        return F.silu((state * gamma).sum(-1) + self.omega * x), state
 
 
 class MegaMixer(Mixer):
     """u (h - x): (B, L, D) -> (B, L, D). norm: of xn. positions: the longest distance that the simple bias knows."""
 
     def __init__(
-        self, d_model: int, positions: int, norm: nn.Module, z_dim: int, value_dim: int, averages: int,
+        self, d_model: int, *, positions: int, norm: nn.Module, z_dim: int, value_dim: int, averages: int,
         attention: str, bias: str, chunk: int | None, causal: bool,
     ) -> None:  # fmt: skip
         super().__init__()
         self.attention, self.chunk_size, self.causal = attention, chunk, causal
         self.sizes = [d_model, z_dim, value_dim, d_model]
         self.norm = norm
-        self.averages = MovingAverages(d_model, averages, causal)
-        self.value = nn.Linear(d_model, value_dim)
-        self.gates = nn.Linear(d_model, sum(self.sizes))  # rows: u, z, r, c
-        self.scale = nn.Parameter(torch.randn(2, z_dim) * 0.02)
-        self.shift = nn.Parameter(torch.zeros(2, z_dim))
-        self.table = nn.Parameter(torch.randn(2 * positions - 1) * 0.02) if bias == "simple" else None
+        self.move = MovingAverages(d_model, averages, causal)
+        self.v_proj = nn.Linear(d_model, value_dim)
+        self.mx_proj = nn.Linear(d_model, sum(self.sizes))  # rows: u, z, r, c
+        self.gamma = nn.Parameter(torch.randn(2, z_dim) * 0.02)
+        self.beta = nn.Parameter(torch.zeros(2, z_dim))
+        self.rel_pos_bias = nn.Parameter(torch.randn(2 * positions - 1) * 0.02) if bias == "simple" else None
         self.angles = nn.Parameter(torch.randn(2, z_dim) * 0.02) if bias == "rotary" else None
-        self.out = nn.Linear(value_dim, d_model)
-        for linear in (self.value, self.gates, self.out):
+        self.h_proj = nn.Linear(value_dim, d_model)
+        for linear in (self.v_proj, self.mx_proj, self.h_proj):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
 
@@ -125,11 +125,11 @@ class MegaMixer(Mixer):
         if self.angles is not None:
             a, b = (rope(part.expand(length, -1)) for part in self.angles)
             return a @ b.mT
-        assert self.table is not None
-        middle = len(self.table) // 2
+        assert self.rel_pos_bias is not None
+        middle = len(self.rel_pos_bias) // 2
         if length > middle + 1:
             raise ValueError(f"length {length} exceeds the {middle + 1} positions this Mega has")
-        return self.table[middle + 1 - length : middle + length].unfold(0, length, 1).flip(0)
+        return self.rel_pos_bias[middle + 1 - length : middle + length].unfold(0, length, 1).flip(0)
 
     def _weights(self, q: Tensor, k: Tensor, allowed: Tensor, bias: Tensor) -> Tensor:
         """(..., i, Z), (..., j, Z), (..., i or 1, j) bool, (i, j) -> (..., i, j)."""
@@ -143,53 +143,53 @@ class MegaMixer(Mixer):
 
     def _views(self, m: Tensor) -> tuple[Tensor, ...]:
         """u, Q, K, r, c of the equations, each (..., features)."""
-        u, z, r, c = self.gates(m).split(self.sizes, dim=-1)
-        q, k = (F.silu(z).unsqueeze(-2) * self.scale + self.shift).unbind(-2)
+        u, z, r, c = self.mx_proj(m).split(self.sizes, dim=-1)
+        q, k = (F.silu(z).unsqueeze(-2) * self.gamma + self.beta).unbind(-2)
         return torch.sigmoid(u), q, k, F.silu(r), c
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         length = x.shape[1]
         xn = normalised(self.norm, x, mask).masked_fill(~mask.unsqueeze(-1), 0)
-        u, q, k, r, c = self._views(self.averages(xn))
+        u, q, k, r, c = self._views(self.move(xn))
         block = length if self.chunk_size is None else min(self.chunk_size, length)
         spare = -length % block
-        q, k, v = (F.pad(t, (0, 0, 0, spare)).unflatten(1, (-1, block)) for t in (q, k, F.silu(self.value(xn))))
+        q, k, v = (F.pad(t, (0, 0, 0, spare)).unflatten(1, (-1, block)) for t in (q, k, F.silu(self.v_proj(xn))))
         keys = F.pad(mask, (0, spare)).view(-1, block)
         # one "head": (B chunks, 1, 1 or block, block); a chunk of padding sees something, which nobody reads
         allowed = attention_mask(keys | ~keys.any(dim=1, keepdim=True), causal=self.causal)
         weights = self._weights(q, k, allowed[:, 0].unflatten(0, (len(x), -1)), self.bias(block))
         read = (weights @ v).flatten(1, 2)[:, :length]
-        return u * (F.silu(c + self.out(r * read)) - x)
+        return u * (F.silu(c + self.h_proj(r * read)) - x)
 
     def cost(self, length: int) -> Cost:
         width, z_dim, value_dim, _ = self.sizes
         block = length if self.chunk_size is None else min(self.chunk_size, length)
         chunks = -(-length // block)
         maps = Cost.linear(length, width, value_dim) + Cost.linear(length, width, sum(self.sizes))
-        maps = maps + Cost.linear(length, value_dim, width) + self.averages.cost(length)
+        maps = maps + Cost.linear(length, value_dim, width) + self.move.cost(length)
         turned = 2.0 * block**2 * z_dim if self.angles is not None else 0.0
         attention = Cost(2.0 * chunks * block**2 * (z_dim + value_dim), 8.0 * chunks * block**2, turned)
         return maps + attention + Cost(other=length * (20.0 * width + 8.0 * (z_dim + value_dim)))
 
     def init_state(self, batch: int) -> State:
         _, z_dim, value_dim, _ = self.sizes
-        zeros = self.scale.new_zeros
-        return zeros(batch, *self.averages.gamma.shape), zeros(batch, 0, z_dim), zeros(batch, 0, value_dim)
+        zeros = self.gamma.new_zeros
+        return zeros(batch, *self.move.gamma.shape), zeros(batch, 0, z_dim), zeros(batch, 0, value_dim)
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """State: s (B, D, N), keys and values of the chunk so far, (B, t, Z) and (B, t, E)."""
         s, keys, values = state
         xn = self.norm(x)
-        m, s = self.averages.step(xn, s)
+        m, s = self.move.step(xn, s)
         u, q, k, r, c = self._views(m)
         if keys.shape[1] == self.chunk_size:
             keys, values = keys[:, :0], values[:, :0]
         keys = torch.cat([keys, k.unsqueeze(1)], dim=1)
-        values = torch.cat([values, F.silu(self.value(xn)).unsqueeze(1)], dim=1)
+        values = torch.cat([values, F.silu(self.v_proj(xn)).unsqueeze(1)], dim=1)
         seen = keys.shape[1]
         allowed = torch.ones(1, seen, dtype=torch.bool, device=x.device)
         weights = self._weights(q.unsqueeze(1), keys, allowed, self.bias(seen)[-1:])
-        return u * (F.silu(c + self.out(r * (weights @ values).squeeze(1))) - x), (s, keys, values)
+        return u * (F.silu(c + self.h_proj(r * (weights @ values).squeeze(1))) - x), (s, keys, values)
 
 
 class Mega(Stack):
@@ -236,8 +236,9 @@ class Mega(Stack):
         def mixer(_: int) -> MegaMixer:
             norm = NORMS[shape.norm](d_model) if shape.prenorm else nn.Identity()
             return MegaMixer(
-                d_model, length if chunk is None else chunk, norm, z_dim, value_dim or 2 * d_model, averages,
-                attention, bias, chunk, direction == "causal",
+                d_model, positions=length if chunk is None else chunk, norm=norm, z_dim=z_dim,
+                value_dim=value_dim or 2 * d_model, averages=averages, attention=attention, bias=bias, chunk=chunk,
+                causal=direction == "causal",
             )  # fmt: skip
 
         super().__init__(

@@ -39,6 +39,7 @@ from torch.nn import functional as F
 
 from lra.architectures._attention import at_least, merge_heads, rope, split_heads
 from lra.architectures._dropout import Dropout
+from lra.architectures._norm import LayerNorm
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
@@ -127,7 +128,7 @@ class MegalodonMixer(Mixer):
     """out - x: (B, L, D) -> (B, L, D). Padding comes after all real tokens: no mask needed."""
 
     def __init__(
-        self, d_model: int, z_dim: int, value_dim: int, n_heads: int, averages: int, chunk: int, groups: int,
+        self, d_model: int, *, z_dim: int, value_dim: int, n_heads: int, averages: int, chunk: int, groups: int,
         hidden: int, dropout: float,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -142,7 +143,7 @@ class MegalodonMixer(Mixer):
         self.wh2 = nn.Linear(value_dim, d_model, bias=False)
         self.gamma = nn.Parameter(torch.zeros(2, z_dim))
         self.beta = nn.Parameter(torch.zeros(2, z_dim))
-        self.ffn_norm = nn.LayerNorm(d_model)
+        self.ffn_norm = LayerNorm(d_model)
         self.fc1 = nn.Linear(d_model, hidden, bias=False)
         self.fc2 = nn.Linear(hidden, d_model, bias=False)
         self.fc3 = nn.Linear(d_model, hidden, bias=False)
@@ -273,7 +274,8 @@ class Megalodon(Stack):
             raise ValueError("block.prenorm is false; true, as the mixer holds its norms")
         super().__init__(
             lambda _: MegalodonMixer(
-                d_model, z_dim, values, n_heads, averages, chunk, groups, round(shape.expand * d_model), dropout
+                d_model, z_dim=z_dim, value_dim=values, n_heads=n_heads, averages=averages, chunk=chunk, groups=groups,
+                hidden=round(shape.expand * d_model), dropout=dropout,
             ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
         )  # fmt: skip

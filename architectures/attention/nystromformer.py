@@ -71,7 +71,7 @@ class NystromformerMixer(AttentionMixer):
     """(B, L, D) -> (B, L, D)."""
 
     def __init__(
-        self, d_model: int, n_heads: int, qkv_dim: int, landmarks: int, kernel: int, iterations: int,
+        self, d_model: int, *, n_heads: int, qkv_dim: int, landmarks: int, kernel: int, iterations: int,
         dropout: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__(d_model, n_heads, qkv_dim, "none", causal=False, dropout=dropout)
@@ -116,6 +116,7 @@ class Nystromformer(Stack):
         scaling="L",
         causal=False,
     )
+    refuses_causal = True
 
     def __init__(
         self,
@@ -143,7 +144,10 @@ class Nystromformer(Stack):
         if direction != "bidirectional":
             raise ValueError(f"direction is {direction!r}; bidirectional, means of segments see the future")
         super().__init__(
-            lambda _: NystromformerMixer(d_model, n_heads, width, landmarks, kernel, iterations, attention_dropout),
+            lambda _: NystromformerMixer(
+                d_model, n_heads=n_heads, qkv_dim=width, landmarks=landmarks, kernel=kernel, iterations=iterations,
+                dropout=attention_dropout,
+            ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block={"positions": positions, **(block or {})},
         )  # fmt: skip

@@ -71,16 +71,16 @@ class LSHMixer(Tables, Mixer):
     slopes: Tensor | None
 
     def __init__(
-        self, d_model: int, n_heads: int, width: int, positions: str, causal: bool, n_hashes: int, n_buckets: int,
+        self, d_model: int, *, n_heads: int, width: int, positions: str, causal: bool, n_hashes: int, n_buckets: int,
         chunk: int, dropout: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
         self.dropout = checked_dropout(dropout)
         self.n_heads, self.head, self.causal, self.rotary = n_heads, width // n_heads, causal, positions == "rope"
         self.n_hashes, self.n_buckets, self.chunk_size = n_hashes, n_buckets, chunk
-        self.qk, self.v = nn.Linear(d_model, width, bias=False), nn.Linear(d_model, width, bias=False)
+        self.query_key, self.value = nn.Linear(d_model, width, bias=False), nn.Linear(d_model, width, bias=False)
         self.out = nn.Linear(width, d_model, bias=False)
-        for layer in (self.qk, self.v, self.out):
+        for layer in (self.query_key, self.value, self.out):
             nn.init.xavier_uniform_(layer.weight)
         self.register_buffer("rotations", torch.randn(n_heads, self.head, n_hashes, n_buckets // 2))
         self.register_buffer("slopes", None)
@@ -92,7 +92,7 @@ class LSHMixer(Tables, Mixer):
         """(B, H, r, L) int16; padding has a bucket of its own, the last."""
         with torch.autocast(x.device.type, enabled=False):  # a bucket is a comparison, which rounding turns over
             rotations = self.rotations.flatten(2)
-            qk = split_heads(self.qk(x.to(rotations.dtype)), self.n_heads)
+            qk = split_heads(self.query_key(x.to(rotations.dtype)), self.n_heads)
             turned = (qk @ rotations).unflatten(-1, (self.n_hashes, -1)).transpose(2, 3)
             # argmax of [y, -y] without laying it out twice
             high, low = turned.max(dim=-1), turned.min(dim=-1)
@@ -106,8 +106,8 @@ class LSHMixer(Tables, Mixer):
         missing = -length % m
         buckets = self.buckets(x, mask) if buckets is None else buckets
         x, buckets = F.pad(x, (0, 0, 0, missing)), F.pad(buckets, (0, missing), value=self.n_buckets)
-        q, k = self.queries_and_keys(split_heads(self.qk(x), self.n_heads))
-        v = drop_keys(split_heads(self.v(x), self.n_heads), self.dropout if self.training else 0.0)
+        q, k = self.queries_and_keys(split_heads(self.query_key(x), self.n_heads))
+        v = drop_keys(split_heads(self.value(x), self.n_heads), self.dropout if self.training else 0.0)
         order = buckets.sort(dim=-1, stable=True).indices
         place = torch.empty_like(order).scatter_(-1, order, torch.arange(x.shape[1], device=x.device).expand_as(order))
         q, k = q.to(v.dtype), k.to(v.dtype)
@@ -172,8 +172,8 @@ class LSHMixer(Tables, Mixer):
             raise NotImplementedError("LSH attention has no recurrent mode when bidirectional")
         x, time = x.unsqueeze(1), state[0].shape[2]
         found = self.buckets(x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device))
-        q, k = self.queries_and_keys(split_heads(self.qk(x), self.n_heads), time)
-        new = k, split_heads(self.v(x), self.n_heads)
+        q, k = self.queries_and_keys(split_heads(self.query_key(x), self.n_heads), time)
+        new = k, split_heads(self.value(x), self.n_heads)
         keys, values = (torch.cat([old, t], dim=2) for old, t in zip(state, new, strict=False))
         buckets = torch.cat([state[2], found], dim=3)
         same = buckets == found
@@ -229,7 +229,10 @@ class Reformer(Stack):
             raise ValueError(f"n_buckets is {count}; an even number from 2 to {2**15 - 2}")
         causal, self.follows_length = direction == "causal", n_buckets is None
         super().__init__(
-            lambda _: LSHMixer(d_model, n_heads, width, positions, causal, n_hashes, count, chunk, attention_dropout),
+            lambda _: LSHMixer(
+                d_model, n_heads=n_heads, width=width, positions=positions, causal=causal, n_hashes=n_hashes,
+                n_buckets=count, chunk=chunk, dropout=attention_dropout,
+            ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block={"positions": added_positions(positions), **(block or {})},
         )  # fmt: skip

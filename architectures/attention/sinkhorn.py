@@ -68,7 +68,7 @@ class SinkhornMixer(AttentionMixer):
     """Attention to the own and to a sorted block: (B, L, D) -> (B, L, D). size: None for the root of `length`."""
 
     def __init__(
-        self, d_model: int, n_heads: int, width: int, positions: str, size: int | None, iterations: int,
+        self, d_model: int, *, n_heads: int, width: int, positions: str, size: int | None, iterations: int,
         temperature: float, length: int, dropout: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__(d_model, n_heads, width, positions, causal=False, dropout=dropout)
@@ -142,6 +142,7 @@ class Sinkhorn(Stack):
         scaling="L sqrt L",
         causal=False,
     )
+    refuses_causal = True
 
     def __init__(
         self,
@@ -171,7 +172,8 @@ class Sinkhorn(Stack):
         self.follows_length = size is None
         super().__init__(
             lambda _: SinkhornMixer(
-                d_model, n_heads, width, positions, size, iterations, temperature, length, attention_dropout
+                d_model, n_heads=n_heads, width=width, positions=positions, size=size, iterations=iterations,
+                temperature=temperature, length=length, dropout=attention_dropout,
             ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block={"positions": added_positions(positions), **(block or {})},

@@ -42,7 +42,7 @@ class SparseMixer(AttentionMixer):
     """Strided or fixed factorised attention: (B, L, D) -> (B, L, D). stride: None for the root of `length`."""
 
     def __init__(
-        self, d_model: int, n_heads: int, width: int, positions: str, causal: bool, pattern: str, stride: int | None,
+        self, d_model: int, *, n_heads: int, width: int, positions: str, causal: bool, pattern: str, stride: int | None,
         summary: int | None, length: int, dropout: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__(d_model, n_heads, width, positions, causal, dropout=dropout)
@@ -113,6 +113,7 @@ class Sparse(Stack):
     n_heads: must divide qkv_dim, the width of all heads together, d_model unless given. positions: "sinusoidal",
     "learned", "rope", "alibi", "none". attention_dropout: on the attention weights."""
 
+    gaps = True
     card = Card(
         title="Generating Long Sequences with Sparse Transformers",
         year=2019,
@@ -151,7 +152,8 @@ class Sparse(Stack):
         causal, self.follows_length = direction == "causal", stride is None
         super().__init__(
             lambda _: SparseMixer(
-                d_model, n_heads, width, positions, causal, pattern, stride, summary, length, attention_dropout
+                d_model, n_heads=n_heads, width=width, positions=positions, causal=causal, pattern=pattern,
+                stride=stride, summary=summary, length=length, dropout=attention_dropout,
             ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block={"positions": added_positions(positions), **(block or {})},

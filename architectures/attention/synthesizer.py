@@ -46,7 +46,7 @@ class SynthesizerMixer(Mixer):
     """(B, L, D) -> (B, L, D). parts: of LOGITS; size: N; k: rank of the factorised logits."""
 
     def __init__(
-        self, d_model: int, n_heads: int, qkv_dim: int, parts: tuple[str, ...], size: int, k: int, causal: bool,
+        self, d_model: int, *, n_heads: int, qkv_dim: int, parts: tuple[str, ...], size: int, k: int, causal: bool,
         dropout: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -55,17 +55,17 @@ class SynthesizerMixer(Mixer):
         head = qkv_dim // n_heads
         self.value = nn.Linear(d_model, qkv_dim)
         self.out = nn.Linear(qkv_dim, d_model)
-        self.hidden = nn.Linear(d_model, qkv_dim) if "dense" in parts else None
-        self.spread = nn.Linear(head, size) if "dense" in parts else None
-        self.compared = nn.Linear(d_model, 2 * qkv_dim) if "dot" in parts else None
-        for layer in (self.value, self.out, self.hidden, self.spread, self.compared):
+        self.dense_syn = nn.Linear(d_model, qkv_dim) if "dense" in parts else None
+        self.dense_syn_len = nn.Linear(head, size) if "dense" in parts else None
+        self.query_key = nn.Linear(d_model, 2 * qkv_dim) if "dot" in parts else None
+        for layer in (self.value, self.out, self.dense_syn, self.dense_syn_len, self.query_key):
             if layer is not None:
-                for weight in layer.weight.chunk(2 if layer is self.compared else 1):
+                for weight in layer.weight.chunk(2 if layer is self.query_key else 1):
                     nn.init.xavier_uniform_(weight)
                 nn.init.zeros_(layer.bias)
         factors = "factorised" in parts
-        self.rows = nn.Parameter(torch.randn(n_heads, size, k) * k**-0.25) if factors else None
-        self.columns = nn.Parameter(torch.randn(n_heads, k, size) * k**-0.25) if factors else None
+        self.random1 = nn.Parameter(torch.randn(n_heads, size, k) * k**-0.25) if factors else None
+        self.random2 = nn.Parameter(torch.randn(n_heads, k, size) * k**-0.25) if factors else None
         self.random = nn.Parameter(torch.randn(n_heads, size, size)) if "random" in parts else None
         used = head * (("dense" in parts) + ("dot" in parts)) + ("dense" in parts) + (k if factors else 0) + 1
         self.width = -(-max(head, used) // ALIGNED) * ALIGNED
@@ -78,15 +78,15 @@ class SynthesizerMixer(Mixer):
         hidden = torch.where(mask, 0.0, -3e4).to(x.dtype)[:, None, :, None].expand(-1, heads, -1, -1)
         queries, keys = [x.new_ones(batch, heads, x.shape[1], 1)], [hidden]
         dots = x.new_zeros(batch, heads, total, 0)
-        if self.hidden is not None and self.spread is not None:
-            queries.append(F.pad(split_heads(F.relu(self.hidden(x)), heads), (0, 1), value=1.0))
-            wanted = torch.cat([self.spread.weight, self.spread.bias.unsqueeze(1)], dim=1)[:total]
+        if self.dense_syn is not None and self.dense_syn_len is not None:
+            queries.append(F.pad(split_heads(F.relu(self.dense_syn(x)), heads), (0, 1), value=1.0))
+            wanted = torch.cat([self.dense_syn_len.weight, self.dense_syn_len.bias.unsqueeze(1)], dim=1)[:total]
             keys.append(wanted.expand(batch, heads, -1, -1))
-        if self.rows is not None and self.columns is not None:
-            queries.append(self.rows[:, start : start + x.shape[1]].expand(batch, -1, -1, -1))
-            keys.append(self.columns[..., :total].mT.expand(batch, -1, -1, -1))
-        if self.compared is not None:
-            q, dots = (split_heads(part, heads) for part in self.compared(x).chunk(2, dim=-1))
+        if self.random1 is not None and self.random2 is not None:
+            queries.append(self.random1[:, start : start + x.shape[1]].expand(batch, -1, -1, -1))
+            keys.append(self.random2[..., :total].mT.expand(batch, -1, -1, -1))
+        if self.query_key is not None:
+            q, dots = (split_heads(part, heads) for part in self.query_key(x).chunk(2, dim=-1))
             dots = dots if known is None else torch.cat([known, dots], dim=2)
             queries.append(q * q.shape[-1] ** -0.5)
             keys.append(dots)
@@ -140,6 +140,7 @@ class Synthesizer(Stack):
     "+" between; "random" has H length^2 parameters a layer. k: rank of the factorised logits.
     attention_dropout: on the attention weights."""
 
+    gaps = True
     card = Card(
         title="Synthesizer: Rethinking Self-Attention in Transformer Models",
         year=2020,
@@ -182,7 +183,10 @@ class Synthesizer(Stack):
             raise ValueError(f"k is {k}; at least 1")
         causal = direction == "causal"
         super().__init__(
-            lambda _: SynthesizerMixer(d_model, n_heads, width, parts, length, k, causal, attention_dropout),
+            lambda _: SynthesizerMixer(
+                d_model, n_heads=n_heads, qkv_dim=width, parts=parts, size=length, k=k, causal=causal,
+                dropout=attention_dropout,
+            ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block={"positions": positions, **(block or {})},
         )  # fmt: skip

@@ -37,6 +37,7 @@ class Transformer(Stack):
     """n_heads: must divide qkv_dim. qkv_dim: width of all heads together, d_model unless given. attention_dropout: on
     the attention weights; it rules out the fused kernel on a CPU."""
 
+    gaps = True
     card = Card(
         title="Attention Is All You Need",
         year=2017,

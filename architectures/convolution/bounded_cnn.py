@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._norm import LayerNorm
 from lra.architectures._stack import Block, Stack
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.causal_conv1d import causal_conv1d
@@ -44,7 +45,7 @@ class BoundedCNNMixer(Mixer):
         self.gate = nn.Linear(d_model, hidden)
         self.weight = nn.Parameter(torch.randn(hidden, kernel) * 1e-5)
         self.bias = nn.Parameter(torch.ones(hidden))
-        self.norm = nn.LayerNorm(hidden)
+        self.norm = LayerNorm(hidden)
         self.out = nn.Linear(hidden, d_model)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:

@@ -88,6 +88,7 @@ class CDIL(Encoder):
         scaling="L log L",
         causal=False,
     )
+    refuses_causal = True
 
     levels: Any
 

@@ -3,7 +3,7 @@
 Khalitov, Yu, Cheng and Yang 2022, arXiv:2206.05852. With n = ceil(log2 `length`) there are n + 1 tracks of S features,
 E = (n + 1) S in all; track 0 stays, track i >= 1 is turned by 2^(i-1), over a ring of the l real tokens. A block:
 
-    h = W_2 gelu(W_1 norm(x) + b_1) + b_2                  (B, L, E)   W_1 (F, E), W_2 (E, F)
+    h = fc2 gelu(fc1 prenorm(x))                           (B, L, E)   from E to F features and back
     r_t = [h^0_t, h^1_{t+1}, h^2_{t+2}, h^3_{t+4}, ..., h^n_{t+2^(n-1)}]   every t + 2^(i-1) modulo l
     x = norm(x + r)                                        (B, L, E)
 
@@ -16,8 +16,8 @@ Initialisation: as released, Xavier uniform with zero biases.
 Departures: the ring closes at each sequence's own last token, as it does in the authors' mode of variable lengths; that
 mode also leaves blocks out when the first sequence of the batch is short, ours never does. The paper's own tasks use no
 norms (`prenorm`, `norm` "none"), its Long Range Arena layer or batch norm before and batch norm after; layer norms are
-the default here, because with them no sequence sees another. Dropout stands behind gelu and W_2 (the authors' second
-one, behind W_2 again, is 0 in their settings).
+the default here, because with them no sequence sees another. Dropout stands behind gelu and fc2 (the authors' second
+one, behind fc2 again, is 0 in their settings).
 
 Checked against: tensors of the authors' encoder with layer norms, outputs and gradient; a float64 loop that rolls each
 sequence at its own length, outputs and every gradient; what an output sees after n blocks and after n - 1.
@@ -31,11 +31,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._norm import BatchNorm, normalised
+from lra.architectures._norm import BatchNorm, LayerNorm, normalised
 from lra.architectures._table import Tables
 from lra.encoder import Card, Cost, Encoder, clean_padding, lengths_of
 
-NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "batch": BatchNorm, "none": nn.Identity}
+NORMS: dict[str, type[nn.Module]] = {"layer": LayerNorm, "batch": BatchNorm, "none": nn.Identity}
 
 
 class Turn(torch.autograd.Function):
@@ -74,18 +74,18 @@ def shifts(powers: int) -> Tensor:
 class ChordMixerBlock(nn.Module):
     """(B, L, E) -> (B, L, E). order, inverse: of the rows of tracks, as `turned` gives them."""
 
-    def __init__(self, width: int, track_size: int, hidden: int, prenorm: str, norm: str, dropout: float) -> None:
+    def __init__(self, width: int, *, track_size: int, hidden: int, prenorm: str, norm: str, dropout: float) -> None:
         super().__init__()
         self.track_size = track_size
         self.prenorm = NORMS[prenorm](width)
-        self.up = nn.Linear(width, hidden)
-        self.down = nn.Linear(hidden, width)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
         self.norm = NORMS[norm](width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        h = self.dropout(F.gelu(self.up(normalised(self.prenorm, x, mask))))
-        h = self.dropout(self.down(h))
+        h = self.dropout(F.gelu(self.fc1(normalised(self.prenorm, x, mask))))
+        h = self.dropout(self.fc2(h))
         rotated = Turn.apply(h.reshape(-1, self.track_size), order, inverse).view(h.shape)
         return normalised(self.norm, x + rotated, mask)
 
@@ -101,6 +101,7 @@ class ChordMixer(Tables, Encoder):
         scaling="L log L",
         causal=False,
     )
+    refuses_causal = True
 
     shifts: Tensor
     blocks: Any
@@ -136,9 +137,10 @@ class ChordMixer(Tables, Encoder):
         width = (powers + 1) * size
         depth = blocks or max(n_layers, powers)
         self.register_table("shifts", shifts, powers)
-        self.into = nn.Identity() if width == d_model else nn.Linear(d_model, width)
+        self.embedding = nn.Identity() if width == d_model else nn.Linear(d_model, width)
         self.blocks = nn.ModuleList(
-            ChordMixerBlock(width, size, hidden or width, prenorm, norm, dropout) for _ in range(depth)
+            ChordMixerBlock(width, track_size=size, hidden=hidden or width, prenorm=prenorm, norm=norm, dropout=dropout)
+            for _ in range(depth)
         )
         self.out = nn.Identity() if width == d_model else nn.Linear(width, d_model)
         for part in self.modules():
@@ -153,13 +155,13 @@ class ChordMixer(Tables, Encoder):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x, mask = clean_padding(x, mask)
         order, inverse = turned(mask, self.shifts), turned(mask, -self.shifts)
-        x = self.into(x)
+        x = self.embedding(x)
         for block in self.blocks:
             x = block(x, mask, order, inverse)
         return self.out(x)
 
     def cost(self, length: int) -> Cost:
-        hidden, width = self.blocks[0].up.weight.shape
+        hidden, width = self.blocks[0].fc1.weight.shape
         mixing = Cost.linear(length, width, hidden) + Cost.linear(length, hidden, width)
         block = mixing + Cost(other=8.0 * length * hidden + 11.0 * length * width)
         maps = Cost.linear(length, self.d_model, width) + Cost.linear(length, width, self.d_model)

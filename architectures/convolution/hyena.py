@@ -3,9 +3,9 @@
 Poli et al. 2023, arXiv:2302.10866. Order N, E positional features, and per layer (section 3.3, as the released code has
 it):
 
-    x_0 .. x_{N-1}, v = split(short(W_in x + b_in))        (B, L, D) each; short: causal depthwise, 3 taps and a bias
+    x_0 .. x_{N-1}, v = split(short_filter(in_proj x))     (B, L, D) each; causal depthwise, 3 taps and a bias
     v = h_n * (x_{N-1-n} v) + a_n (x_{N-1-n} v)            for n = 0 .. N - 2; * is the causal convolution over L
-    y = W_out (x_0 v) + b_out                              (B, L, D)
+    y = out_proj (x_0 v)                                   (B, L, D)
 
 and the filters, at the time t = step / (length - 1) in [0, 1]:
 
@@ -76,16 +76,16 @@ class HyenaFilter(Tables):
         else:
             self.register_table("z", positions, length, features)
         self.sizes = [features, width, width, width]
-        self.maps = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(self.sizes))
+        self.implicit_filter = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(self.sizes))
         self.last = nn.Linear(width, channels, bias=False)
-        self.frequency = nn.Parameter(torch.full((width,), float(w)))
+        self.freq = nn.Parameter(torch.full((width,), float(w)))
         self.register_table("t", times, length)
         self.register_table("deltas", torch.linspace, math.log(0.01) / 1.5, math.log(0.01) / 0.3, channels)
 
     def forward(self, length: int) -> Tensor:
         h = self.z[:length]
-        for linear in self.maps:
-            h = torch.sin(self.frequency * linear(h))
+        for linear in self.implicit_filter:
+            h = torch.sin(self.freq * linear(h))
         window = torch.exp(-self.t[:length].unsqueeze(1) * self.deltas.abs()) + self.shift
         return (self.last(h) * window).T
 
@@ -105,34 +105,32 @@ class HyenaMixer(Mixer):
     ) -> None:  # fmt: skip
         super().__init__()
         self.order, self.length = order, length
-        self.input = nn.Linear(d_model, (order + 1) * d_model)
-        short = nn.Conv1d((order + 1) * d_model, (order + 1) * d_model, 3, groups=(order + 1) * d_model)
-        assert short.bias is not None
-        self.short = nn.Parameter(short.weight.detach().squeeze(1))
-        self.short_bias = nn.Parameter(short.bias.detach())
-        self.filter = HyenaFilter(
+        self.in_proj = nn.Linear(d_model, (order + 1) * d_model)
+        self.short_filter = nn.Conv1d((order + 1) * d_model, (order + 1) * d_model, 3, groups=(order + 1) * d_model)
+        self.filter_fn = HyenaFilter(
             (order - 1) * d_model, length, features=features, width=width, shift=shift, w=w, learn_z=learn_z
         )
         self.skip = nn.Parameter(torch.randn(order - 1, d_model))
-        self.out = nn.Linear(d_model, d_model)
+        self.out_proj = nn.Linear(d_model, d_model)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         length = x.shape[1]
         if length > self.length:
             raise ValueError(f"length {length} exceeds the {self.length} steps of this Hyena's filters")
-        parts = causal_conv1d(self.input(x), self.short, self.short_bias).chunk(self.order + 1, dim=-1)
-        v, filters = parts[-1], self.filter(length).chunk(self.order - 1)
+        taps, bias = self.short_filter.weight.squeeze(1), self.short_filter.bias
+        parts = causal_conv1d(self.in_proj(x), taps, bias).chunk(self.order + 1, dim=-1)
+        v, filters = parts[-1], self.filter_fn(length).chunk(self.order - 1)
         for n, h in enumerate(filters):
             v = fft_conv(v * parts[self.order - 1 - n], h, self.skip[n])
-        return self.out(v * parts[0])
+        return self.out_proj(v * parts[0])
 
     def cost(self, length: int) -> Cost:
-        width = self.out.in_features
+        width = self.out_proj.in_features
         maps = Cost.linear(length, width, (self.order + 1) * width) + Cost.linear(length, width, width)
         transform = 2.5 * 2 * length * math.log2(2 * length)  # a real FFT over the doubled length
         convolution = width * (2 * transform + 6 * length)
         light = length * width * (7.0 * (self.order + 1) + self.order)
-        filters = (self.filter.cost(length) + Cost(other=(self.order - 1) * width * transform)).per_batch
+        filters = (self.filter_fn.cost(length) + Cost(other=(self.order - 1) * width * transform)).per_batch
         return maps + filters + Cost(other=(self.order - 1) * convolution + light)
 
 
@@ -188,5 +186,5 @@ class Hyena(Stack):
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
-        own = {"*.filter.z": {"lr": self.position_lr, "weight_decay": 0.0}} if self.position_lr else {}
-        return {**own, "*.filter.*": {"lr": self.filter_lr, "weight_decay": 0.0}}
+        own = {"*.filter_fn.z": {"lr": self.position_lr, "weight_decay": 0.0}} if self.position_lr else {}
+        return {**own, "*.filter_fn.*": {"lr": self.filter_lr, "weight_decay": 0.0}}

@@ -44,7 +44,7 @@ class LongConvMixer(Mixer):
     """(B, L, D) -> (B, L, D). The padding is zero, so what looks ahead finds nothing in it."""
 
     def __init__(
-        self, d_model: int, length: int, channels: int, lam: float, smoothing: int, kernel_dropout: float,
+        self, d_model: int, *, length: int, channels: int, lam: float, smoothing: int, kernel_dropout: float,
         causal: bool, dropout: float,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -54,7 +54,7 @@ class LongConvMixer(Mixer):
         self.D = nn.Parameter(torch.randn(channels, d_model))
         self.kernel = nn.Parameter(torch.randn(ways * channels, d_model, length) * 0.002)  # direction before channel
         self.kernel_drop = nn.Dropout(kernel_dropout)
-        self.out = nn.Linear(channels * d_model, 2 * d_model)
+        self.output_linear = nn.Linear(channels * d_model, 2 * d_model)
         self.dropout = Dropout(dropout)
 
     def squashed(self, length: int) -> Tensor:
@@ -67,7 +67,7 @@ class LongConvMixer(Mixer):
         return F.softshrink(k[..., :length], self.lam)
 
     def _project(self, y: Tensor) -> Tensor:
-        return F.glu(self.out(self.dropout(F.gelu(y))), dim=-1)
+        return F.glu(self.output_linear(self.dropout(F.gelu(y))), dim=-1)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         k = self.kernel_drop(self.squashed(x.shape[1])).unflatten(0, (-1, self.channels)).flatten(1, 2)
@@ -125,7 +125,8 @@ class LongConv(Stack):
         self.kernel_lr = kernel_lr
         super().__init__(
             lambda _: LongConvMixer(
-                d_model, length, channels, lam, smoothing, kernel_dropout, direction == "causal", dropout
+                d_model, length=length, channels=channels, lam=lam, smoothing=smoothing, kernel_dropout=kernel_dropout,
+                causal=direction == "causal", dropout=dropout,
             ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block=block,

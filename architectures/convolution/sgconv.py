@@ -62,7 +62,7 @@ class SGConvMixer(Mixer):
     decay: Tensor | None
 
     def __init__(
-        self, d_model: int, length: int, kernel_dim: int, init_scale: int, combine: str, interpolation: str,
+        self, d_model: int, *, length: int, kernel_dim: int, init_scale: int, combine: str, interpolation: str,
         decay: str, decay_min: float, decay_max: float, init: str, postact: str, causal: bool, dropout: float,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -79,7 +79,7 @@ class SGConvMixer(Mixer):
             self.decay = nn.Parameter(power)
         else:
             self.register_buffer("decay", power if decay == "power" else None)
-        self.out = nn.Linear(d_model, d_model * (2 if postact == "glu" else 1))
+        self.output_linear = nn.Linear(d_model, d_model * (2 if postact == "glu" else 1))
         self.dropout = Dropout(dropout)
         with torch.no_grad():
             self.register_buffer("kernel_norm", self._raw().norm(dim=-1, keepdim=True))
@@ -107,7 +107,7 @@ class SGConvMixer(Mixer):
         return self._raw()[..., :length] / self.kernel_norm
 
     def _project(self, y: Tensor) -> Tensor:
-        y = self.out(self.dropout(F.gelu(y)))
+        y = self.output_linear(self.dropout(F.gelu(y)))
         return F.glu(y, dim=-1) if self.postact == "glu" else y
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class SGConvMixer(Mixer):
         spectral = width * (2 * transform + 6 * length)
         kernel = ways * width * (6.0 * max(length, self.length) + transform)
         other = spectral + 20.0 * length * width
-        return Cost.linear(length, width, self.out.out_features) + Cost(other=other, batch_other=kernel)
+        return Cost.linear(length, width, self.output_linear.out_features) + Cost(other=other, batch_other=kernel)
 
 
 class SGConv(Stack):
@@ -177,8 +177,9 @@ class SGConv(Stack):
         self.kernel_lr, self.learnt = kernel_lr, decay == "learnt"
         super().__init__(
             lambda _: SGConvMixer(
-                d_model, length, kernel_dim, init_scale, combine, interpolation, decay, decay_min, decay_max, init,
-                postact, direction == "causal", dropout,
+                d_model, length=length, kernel_dim=kernel_dim, init_scale=init_scale, combine=combine,
+                interpolation=interpolation, decay=decay, decay_min=decay_min, decay_max=decay_max, init=init,
+                postact=postact, causal=direction == "causal", dropout=dropout,
             ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block=block,

@@ -100,20 +100,24 @@ class GatedLevel(nn.Module):
     def __init__(self, d_model: int, kernel: int, dilation: int, dropout: float, last: bool) -> None:
         super().__init__()
         self.conv = CausalConv(d_model, 2 * d_model, kernel, dilation)
-        self.out = None if last else CausalConv(d_model, d_model)
-        self.skip = CausalConv(d_model, d_model)
+        self.conv1x1_out = None if last else CausalConv(d_model, d_model)
+        self.conv1x1_skip = CausalConv(d_model, d_model)
         self.dropout = nn.Dropout(dropout)
 
     def _after(self, x: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
         f, s = gates.chunk(2, dim=-1)
         u = f.tanh() * s.sigmoid()
-        return (x if self.out is None else x + self.out(u)), self.skip(u)
+        return (x if self.conv1x1_out is None else x + self.conv1x1_out(u)), self.conv1x1_skip(u)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self._after(x, self.conv(self.dropout(x)))
 
     def cost(self, length: int) -> Cost:
-        maps = [self.conv, self.skip] if self.out is None else [self.conv, self.skip, self.out]
+        maps = (
+            [self.conv, self.conv1x1_skip]
+            if self.conv1x1_out is None
+            else [self.conv, self.conv1x1_skip, self.conv1x1_out]
+        )
         return sum((part.cost(length) for part in maps), Cost())
 
     def init_state(self, batch: int) -> Tensor:

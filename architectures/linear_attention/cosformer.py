@@ -48,7 +48,9 @@ State = tuple[Tensor, Tensor, Tensor]
 class CosformerMixer(AttentionMixer):
     """(B, L, D) -> (B, L, D). span: M."""
 
-    def __init__(self, d_model: int, n_heads: int, qkv_dim: int, causal: bool, span: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self, d_model: int, *, n_heads: int, qkv_dim: int, causal: bool, span: int, dropout: float = 0.0
+    ) -> None:
         super().__init__(d_model, n_heads, qkv_dim, "none", causal, dropout=dropout)
         self.span = span
 
@@ -126,7 +128,9 @@ class Cosformer(Stack):
         at_least(length, span=reach)
         causal = direction == "causal"
         super().__init__(
-            lambda _: CosformerMixer(d_model, n_heads, width, causal, reach, attention_dropout),
+            lambda _: CosformerMixer(
+                d_model, n_heads=n_heads, qkv_dim=width, causal=causal, span=reach, dropout=attention_dropout,
+            ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block={"positions": positions, **(block or {})},
         )  # fmt: skip

@@ -37,7 +37,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -45,9 +44,8 @@ from lra.architectures._delta import EPS, advance, mamba_decay, unit
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
-from lra.architectures._window import continued_conv1d
+from lra.architectures._window import ShortConvolution
 from lra.encoder import Card, Cost, Mixer
-from lra.kernels.causal_conv1d import causal_conv1d
 from lra.kernels.delta_rule import delta_rule
 
 State = tuple[Tensor, Tensor]
@@ -58,22 +56,22 @@ class DeltaNetMixer(Mixer):
     """(B, L, D) -> (B, L, D). Padding comes after all real tokens: no mask needed."""
 
     def __init__(
-        self, d_model: int, n_heads: int, key_dim: int, value_dim: int, d_conv: int, gated: bool, negative: bool
+        self, d_model: int, *, n_heads: int, key_dim: int, value_dim: int, d_conv: int, gated: bool, negative: bool
     ) -> None:
         super().__init__()
         self.n_heads, self.gated, self.negative = n_heads, gated, negative
         self.inner = (key_dim, key_dim, value_dim)  # q, k, v
         self.sizes = (sum(self.inner), n_heads, *((n_heads, value_dim) if gated else ()))  # qkv, beta, alpha, gate
-        self.into = nn.Linear(d_model, sum(self.sizes), bias=False)
-        self.conv_weight = nn.Parameter(torch.empty(sum(self.inner), d_conv).uniform_(-(d_conv**-0.5), d_conv**-0.5))
+        self.in_proj = nn.Linear(d_model, sum(self.sizes), bias=False)
+        self.conv1d = ShortConvolution(sum(self.inner), d_conv)
         if gated:
             self.A_log, self.dt_bias = mamba_decay(n_heads, n_heads)
-        self.norm_weight = nn.Parameter(torch.ones(value_dim // n_heads))
-        self.out = nn.Linear(value_dim, d_model, bias=False)
+        self.o_norm = nn.RMSNorm(value_dim // n_heads, eps=EPS)
+        self.o_proj = nn.Linear(value_dim, d_model, bias=False)
 
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """(..., D) -> qkv before the convolution, beta: (..., H), log alpha: (..., H) and gate, None without gates."""
-        qkv, beta, *gates = self.into(x).split(self.sizes, dim=-1)
+        qkv, beta, *gates = self.in_proj(x).split(self.sizes, dim=-1)
         beta = wide(beta).sigmoid() * (2 if self.negative else 1)
         if not self.gated:
             return qkv, beta, None, None
@@ -86,16 +84,16 @@ class DeltaNetMixer(Mixer):
 
     def _finish(self, o: Tensor, gate: Tensor | None) -> Tensor:
         """Norm, gate and output map: (..., H, V), (..., H V) -> (..., D)."""
-        o = (F.rms_norm(wide(o), o.shape[-1:], eps=EPS) * self.norm_weight).flatten(-2)
-        return self.out(o if gate is None else o * F.silu(gate))
+        o = self.o_norm(wide(o)).flatten(-2)
+        return self.o_proj(o if gate is None else o * F.silu(gate))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         qkv, beta, log_alpha, gate = self._projected(x)
-        q, k, v = self._heads(causal_conv1d(qkv, self.conv_weight, None, "silu"))
+        q, k, v = self._heads(self.conv1d(qkv))
         return self._finish(delta_rule(q, k, v, beta, log_alpha, CHUNK), gate)
 
     def cost(self, length: int) -> Cost:
-        d_model, taps = self.into.in_features, self.conv_weight.shape[1]
+        d_model, taps = self.in_proj.in_features, self.conv1d.weight.shape[2]
         keys, _, values = self.inner
         maps = Cost.linear(length, d_model, sum(self.sizes), False) + Cost.linear(length, values, d_model, False)
         rule = 4.0 * CHUNK * (keys + values) + 6.0 * keys * values / self.n_heads
@@ -103,21 +101,18 @@ class DeltaNetMixer(Mixer):
 
     def init_state(self, batch: int) -> State:
         keys, _, values = (size // self.n_heads for size in self.inner)
-        channels, taps = self.conv_weight.shape
-        like = self.conv_weight
-        return like.new_zeros(batch, taps - 1, channels), wide(like.new_zeros(batch, self.n_heads, keys, values))
+        return self.conv1d.init_state(batch), wide(self.o_proj.weight.new_zeros(batch, self.n_heads, keys, values))
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """State: the last d_conv - 1 inputs of the convolution (B, d_conv - 1, 2 K H + V H), and S (B, H, K, V)."""
         qkv, beta, log_alpha, gate = self._projected(x)
-        window = torch.cat([state[0], qkv.unsqueeze(1)], dim=1)
-        q, k, v = self._heads(F.silu(torch.einsum("bkc,ck->bc", window, self.conv_weight)))
-        o, S = advance(q, k, v, beta, log_alpha, state[1])
-        return self._finish(o, gate), (window[:, 1:], S)
+        qkv, window = self.conv1d.step(qkv, state[0])
+        o, S = advance(*self._heads(qkv), beta, log_alpha, state[1])
+        return self._finish(o, gate), (window, S)
 
     def chunk(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         qkv, beta, log_alpha, gate = self._projected(x)
-        qkv, window = continued_conv1d(qkv, state[0], self.conv_weight, None, "silu")
+        qkv, window = self.conv1d.chunk(qkv, state[0])
         q, k, v = self._heads(qkv)
         o, S = delta_rule(q, k, v, beta, log_alpha, CHUNK, h0=state[1], return_state=True)
         return self._finish(o, gate), (window, S)
@@ -166,7 +161,10 @@ class DeltaNet(Stack):
             if width < 1 or width % n_heads or not math.isclose(width, share * d_model):
                 raise ValueError(f"{name} is {share}; times d_model, {d_model}, it is a multiple of n_heads, {n_heads}")
         super().__init__(
-            lambda _: DeltaNetMixer(d_model, n_heads, key_dim, value_dim, d_conv, gated, negative),
+            lambda _: DeltaNetMixer(
+                d_model, n_heads=n_heads, key_dim=key_dim, value_dim=value_dim, d_conv=d_conv, gated=gated,
+                negative=negative,
+            ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
         )  # fmt: skip
         self.gated = gated

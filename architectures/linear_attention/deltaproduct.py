@@ -34,10 +34,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._delta import ShortConvolution, advance, mamba_decay, unit
+from lra.architectures._delta import advance, mamba_decay, unit
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
+from lra.architectures._window import ShortConvolution
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.delta_rule import delta_rule
 
@@ -49,7 +50,7 @@ class DeltaProductMixer(Mixer):
     """(B, L, D) -> (B, L, D). Padding comes after all real tokens: no mask needed."""
 
     def __init__(
-        self, d_model: int, n_heads: int, key_dim: int, value_dim: int, d_conv: int, n_steps: int, gated: bool
+        self, d_model: int, *, n_heads: int, key_dim: int, value_dim: int, d_conv: int, n_steps: int, gated: bool
     ) -> None:
         super().__init__()
         self.n_heads, self.n_steps, self.gated = n_heads, n_steps, gated
@@ -162,7 +163,10 @@ class DeltaProduct(Stack):
             if width < 1 or width % n_heads or not math.isclose(width, share * d_model):
                 raise ValueError(f"{name} is {share}; times d_model, {d_model}, it is a multiple of n_heads, {n_heads}")
         super().__init__(
-            lambda _: DeltaProductMixer(d_model, n_heads, key_dim, value_dim, d_conv, n_steps, gated),
+            lambda _: DeltaProductMixer(
+                d_model, n_heads=n_heads, key_dim=key_dim, value_dim=value_dim, d_conv=d_conv, n_steps=n_steps,
+                gated=gated,
+            ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
         )  # fmt: skip
         self.gated = gated

@@ -42,7 +42,7 @@ State = tuple[Tensor, Tensor, Tensor, Tensor]
 class FlashMixer(GatedUnit):
     """(B, L, D) -> (B, L, D)."""
 
-    def __init__(self, d_model: int, qk_dim: int, width: int, chunk: int, length: int, causal: bool) -> None:
+    def __init__(self, d_model: int, *, qk_dim: int, width: int, chunk: int, length: int, causal: bool) -> None:
         super().__init__(d_model, qk_dim, width, 4, causal)
         self.chunk_size, self.length = chunk, length
 
@@ -125,7 +125,9 @@ class Flash(Stack):
         if chunk < 1:
             raise ValueError(f"chunk is {chunk}; at least 1 token")
         super().__init__(
-            lambda _: FlashMixer(d_model, qk_dim, width, chunk, length, direction == "causal"),
+            lambda _: FlashMixer(
+                d_model, qk_dim=qk_dim, width=width, chunk=chunk, length=length, causal=direction == "causal",
+            ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, native=True,
             block=block,
         )  # fmt: skip

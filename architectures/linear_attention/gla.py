@@ -1,7 +1,8 @@
 """GLA: linear attention in which every channel of the keys forgets at a rate that the input sets.
 
 Yang, Wang, Shen, Panda and Kim 2023, arXiv:2312.06635. With H heads, keys of width K = expand_k D / H, values of width
-V = expand_v D / H and a gate through R = gate_rank channels:
+V = expand_v D / H and a gate through R = gate_rank channels (in_proj: the rows of W_q, W_k, W_1, W_v, W_r; k_gate: W_2
+and b_alpha; g_bias: b_r):
 
     q, k, v = x W_q, x W_k, x W_v                          (B, L, H, K), (B, L, H, K), (B, L, H, V)
     alpha = sigmoid(x W_1 W_2 + b_alpha)^(1 / tau)         (B, L, H, K)   W_1: (D, R), W_2: (R, H K)
@@ -50,35 +51,35 @@ def advance(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, S: Tensor) -> tu
 class GLAMixer(Mixer):
     """(B, L, D) -> (B, L, D). Padding comes after all real tokens: no mask needed."""
 
-    def __init__(self, d_model: int, n_heads: int, key_dim: int, value_dim: int, gate_rank: int, tau: float) -> None:
+    def __init__(self, d_model: int, *, n_heads: int, key_dim: int, value_dim: int, gate_rank: int, tau: float) -> None:
         super().__init__()
         self.n_heads, self.tau = n_heads, tau
         self.sizes = (key_dim, key_dim, gate_rank, value_dim, value_dim)
-        self.into = nn.Linear(d_model, sum(self.sizes), bias=False)  # rows: q, k, gate, v, r
-        self.alpha = nn.Linear(gate_rank, key_dim)
-        self.r_bias = nn.Parameter(torch.zeros(value_dim))
-        self.out = nn.Linear(value_dim, d_model, bias=False)
-        for weight in (*self.into.weight.split(self.sizes)[:3], self.alpha.weight):
+        self.in_proj = nn.Linear(d_model, sum(self.sizes), bias=False)  # rows: q, k, gate, v, r
+        self.k_gate = nn.Linear(gate_rank, key_dim)
+        self.g_bias = nn.Parameter(torch.zeros(value_dim))
+        self.out_proj = nn.Linear(value_dim, d_model, bias=False)
+        for weight in (*self.in_proj.weight.split(self.sizes)[:3], self.k_gate.weight):
             nn.init.xavier_uniform_(weight, gain=2**-2.5)
-        nn.init.zeros_(self.alpha.bias)
+        nn.init.zeros_(self.k_gate.bias)
 
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(..., D) -> q, k: (..., H, K), v: (..., H, V), log alpha: (..., H, K), r before its silu: (..., H V)."""
-        q, k, low, v, r = self.into(x).split(self.sizes, dim=-1)
-        log_alpha = F.logsigmoid(wide(self.alpha(low))) / self.tau
+        q, k, low, v, r = self.in_proj(x).split(self.sizes, dim=-1)
+        log_alpha = F.logsigmoid(wide(self.k_gate(low))) / self.tau
         q, k, v, log_alpha = (t.unflatten(-1, (self.n_heads, -1)) for t in (q, k, v, log_alpha))
-        return q, k, v, log_alpha, r + self.r_bias
+        return q, k, v, log_alpha, r + self.g_bias
 
     def _finish(self, o: Tensor, r: Tensor) -> Tensor:
         """Norm, gate and output map: (..., H, V), (..., H V) -> (..., D)."""
-        return self.out(F.silu(r) * F.layer_norm(wide(o), o.shape[-1:], eps=1e-5).flatten(-2))
+        return self.out_proj(F.silu(r) * F.layer_norm(wide(o), o.shape[-1:], eps=1e-5).flatten(-2))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         q, k, v, log_alpha, r = self._projected(x)
         return self._finish(decay_attention(q, k, v, log_alpha, CHUNK), r)
 
     def cost(self, length: int) -> Cost:
-        d_model, (keys, _, rank, values, _) = self.into.in_features, self.sizes
+        d_model, (keys, _, rank, values, _) = self.in_proj.in_features, self.sizes
         maps = Cost.linear(length, d_model, sum(self.sizes), False) + Cost.linear(length, rank, keys)
         maps = maps + Cost.linear(length, values, d_model, False)
         attention = 2.0 * CHUNK * (keys + values) + 4.0 * keys * values / self.n_heads
@@ -86,7 +87,7 @@ class GLAMixer(Mixer):
 
     def init_state(self, batch: int) -> Tensor:
         keys, values = self.sizes[0] // self.n_heads, self.sizes[3] // self.n_heads
-        return wide(self.r_bias.new_zeros(batch, self.n_heads, keys, values))
+        return wide(self.g_bias.new_zeros(batch, self.n_heads, keys, values))
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """State: S (B, H, K, V)."""
@@ -138,6 +139,8 @@ class GLA(Stack):
             if width < 1 or width % n_heads or not math.isclose(width, share * d_model):
                 raise ValueError(f"{name} is {share}; times d_model, {d_model}, it is a multiple of n_heads, {n_heads}")
         super().__init__(
-            lambda _: GLAMixer(d_model, n_heads, key_dim, value_dim, gate_rank, tau),
+            lambda _: GLAMixer(
+                d_model, n_heads=n_heads, key_dim=key_dim, value_dim=value_dim, gate_rank=gate_rank, tau=tau,
+            ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
         )  # fmt: skip

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._bounds import LowerBounds
+from lra.architectures._norm import LayerNorm
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
@@ -56,25 +57,25 @@ class HGRNMixer(Mixer):
             if bidirectional:
                 self.theta_reverse = nn.Parameter(angles.clone())
         self.gate = nn.Linear(d_model, width)
-        self.norm = nn.LayerNorm(width)
+        self.norm = LayerNorm(width)
         self.out_proj = nn.Linear(width, d_model)
 
     def _terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """lambda and (1 - lambda) c, each (..., D), the second one complex where the state is."""
-        c, keep = F.silu(wide(self.input_proj(x))), torch.sigmoid(wide(self.lambda_proj(x)))
+        c, forget = F.silu(wide(self.input_proj(x))), torch.sigmoid(wide(self.lambda_proj(x)))
         bound = self._bounds[0](self.layer)
         if bound is not None:
-            keep = bound + (1 - bound) * keep
+            forget = bound + (1 - bound) * forget
         if self.complex_state:
             c = torch.view_as_complex(c.unflatten(-1, (-1, 2)).contiguous())
-        return keep, (1 - keep) * c
+        return forget, (1 - forget) * c
 
-    def _decay(self, keep: Tensor, theta: str) -> Tensor:
+    def _decay(self, forget: Tensor, theta: str) -> Tensor:
         """lambda e^(i theta), or lambda where the state is real: (..., D)."""
         if not self.complex_state:
-            return keep
+            return forget
         angle = wide(getattr(self, theta))
-        return torch.complex(keep * angle.cos(), keep * angle.sin())
+        return torch.complex(forget * angle.cos(), forget * angle.sin())
 
     def _finish(self, h: Tensor, x: Tensor) -> Tensor:
         """Norm, gate and output map: (..., D) state and input -> (..., D)."""
@@ -82,11 +83,11 @@ class HGRNMixer(Mixer):
         return self.out_proj(self.norm(features.to(self.norm.weight.dtype)) * F.silu(self.gate(x)))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        keep, enter = self._terms(x)
-        h = linear_scan(self._decay(keep, "theta"), enter)
+        forget, inputs = self._terms(x)
+        h = linear_scan(self._decay(forget, "theta"), inputs)
         if self.bidirectional:
-            enter = enter.masked_fill(~mask.unsqueeze(-1), 0)  # the scan from the end starts in the padding
-            h = h + linear_scan(self._decay(keep, "theta_reverse"), enter, reverse=True)
+            inputs = inputs.masked_fill(~mask.unsqueeze(-1), 0)  # the scan from the end starts in the padding
+            h = h + linear_scan(self._decay(forget, "theta_reverse"), inputs, reverse=True)
         return self._finish(h, x)
 
     def cost(self, length: int) -> Cost:
@@ -102,8 +103,8 @@ class HGRNMixer(Mixer):
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """State: h (B, D)."""
-        keep, enter = self._terms(x)
-        h = self._decay(keep, "theta") * state + enter
+        forget, inputs = self._terms(x)
+        h = self._decay(forget, "theta") * state + inputs
         return self._finish(h, x), h
 
 

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._bounds import LowerBounds
+from lra.architectures._norm import LayerNorm
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack, flip
 from lra.encoder import Card, Cost, Mixer
@@ -62,14 +63,14 @@ class HGRN2Mixer(Mixer):
     """(B, L, D) -> (B, L, D). bounds: the table shared by the stack, read at row `layer`."""
 
     def __init__(
-        self, d_model: int, n_heads: int, bounds: LowerBounds, layer: int, lra: bool, bidirectional: bool
+        self, d_model: int, *, n_heads: int, bounds: LowerBounds, layer: int, lra: bool, bidirectional: bool
     ) -> None:
         super().__init__()
         self.n_heads, self.layer, self.lra, self.bidirectional = n_heads, layer, lra, bidirectional
         self.scale = 1.0 if lra else (d_model // n_heads) ** -0.5
         self._bounds = (bounds,)  # in a tuple: the stack registers it, a mixer only reads it
         self.in_proj = nn.Linear(d_model, 3 * d_model, bias=lra)  # rows: v, q, f
-        self.norm = nn.LayerNorm(d_model) if lra else nn.RMSNorm(d_model, eps=1e-5)
+        self.norm = LayerNorm(d_model) if lra else nn.RMSNorm(d_model, eps=1e-5)
         self.out_proj = nn.Linear(d_model, d_model, bias=lra)
 
     def _heads(self, vqf: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -139,7 +140,10 @@ class HGRN2(Stack):
             raise ValueError(f"n_heads is {n_heads}; a divisor of d_model, {d_model}")
         bounds = LowerBounds(n_layers, d_model)
         super().__init__(
-            lambda layer: HGRN2Mixer(d_model, n_heads, bounds, layer, lra, direction == "bidirectional"),
+            lambda layer: HGRN2Mixer(
+                d_model, n_heads=n_heads, bounds=bounds, layer=layer, lra=lra,
+                bidirectional=direction == "bidirectional",
+            ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, native=True,
             block=block,
         )  # fmt: skip

@@ -34,17 +34,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._delta import (
-    ShortConvolution,
-    channel_delta,
-    channel_delta_cost,
-    channel_delta_step,
-    mamba_decay,
-    unit,
-)  # fmt: skip
+from lra.architectures._delta import channel_delta, channel_delta_cost, channel_delta_step, mamba_decay, unit
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
+from lra.architectures._window import ShortConvolution
 from lra.encoder import Card, Cost, Mixer
 
 State = tuple[Tensor, Tensor, Tensor, Tensor]

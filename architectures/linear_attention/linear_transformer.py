@@ -52,7 +52,7 @@ class LinearTransformerMixer(AttentionMixer):
     projection: Tensor | None
 
     def __init__(
-        self, d_model: int, n_heads: int, qkv_dim: int, feature_map: str, causal: bool, n_features: int,
+        self, d_model: int, *, n_heads: int, qkv_dim: int, feature_map: str, causal: bool, n_features: int,
         dropout: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__(d_model, n_heads, qkv_dim, "none", causal, dropout=dropout)
@@ -161,7 +161,8 @@ class LinearTransformer(Stack):
         causal = direction == "causal"
         super().__init__(
             lambda _: LinearTransformerMixer(
-                d_model, n_heads, width, feature_map, causal, n_features, attention_dropout
+                d_model, n_heads=n_heads, qkv_dim=width, feature_map=feature_map, causal=causal, n_features=n_features,
+                dropout=attention_dropout,
             ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block={"positions": positions, **(block or {})},

@@ -36,10 +36,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._delta import ShortConvolution, mamba_decay
+from lra.architectures._delta import mamba_decay
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
+from lra.architectures._window import ShortConvolution
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.decay_attention.chunks import chunk_size
 
@@ -109,7 +110,7 @@ def _across(q: Tensor, k: Tensor, v: Tensor, total: Tensor, scales: Tensor) -> T
 class LogLinearMixer(Mixer):
     """(B, L, D) -> (B, L, D). Padding comes after all real tokens: no mask needed."""
 
-    def __init__(self, d_model: int, state_size: int, head_dim: int, expand: int, d_conv: int, length: int) -> None:
+    def __init__(self, d_model: int, *, state_size: int, head_dim: int, expand: int, d_conv: int, length: int) -> None:
         super().__init__()
         self.width, self.state_size, self.levels = expand * d_model, state_size, number_of_levels(length)
         self.n_heads, self.length = self.width // head_dim, length
@@ -213,7 +214,9 @@ class LogLinearAttention(Stack):
         if share < 1 or width % share:
             raise ValueError(f"head_dim is {share}; a divisor of expand * d_model, {width}")
         super().__init__(
-            lambda _: LogLinearMixer(d_model, state_size, share, expand, d_conv, length),
+            lambda _: LogLinearMixer(
+                d_model, state_size=state_size, head_dim=share, expand=expand, d_conv=d_conv, length=length,
+            ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
         )  # fmt: skip
 

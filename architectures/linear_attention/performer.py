@@ -9,6 +9,7 @@ Choromanski et al. 2020, arXiv:2009.14794, FAVOR+. With d = qkv_dim / H, x' = x 
 
 E[phi(q) . phi(k)] is exp(q . k / sqrt(d)) up to factors that cancel (and the 1e-4). W: blocks of d orthogonal rows,
 each row with the length of an independent Gaussian vector (section 2.4). `relu`: phi(x) = max(W x', 0) + 1e-3.
+`deterministic`: phi(x) = max(x, 0) + 1e-3, without W (m = d), the default of the LRA code.
 
 c keeps exponents at or below 0: the largest of W x' in a row for queries, over all real tokens for keys, as in the
 authors' code; here it is a constant in the gradient. It cancels but for the 1e-4. Causally, keys take the largest so
@@ -44,7 +45,7 @@ from lra.architectures._stack import Stack
 from lra.encoder import Card, Cost
 
 State = tuple[Tensor, Tensor, Tensor]
-FEATURE_MAPS = ("softmax", "relu")
+FEATURE_MAPS = ("softmax", "relu", "deterministic")
 POSITIONS = ("sinusoidal", "learned", "none")
 
 
@@ -64,16 +65,18 @@ class PerformerMixer(AttentionMixer):
     projection: Tensor
 
     def __init__(
-        self, d_model: int, n_heads: int, qkv_dim: int, feature_map: str, causal: bool, n_features: int, redraw: int,
+        self, d_model: int, *, n_heads: int, qkv_dim: int, feature_map: str, causal: bool, n_features: int, redraw: int,
         dropout: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__(d_model, n_heads, qkv_dim, "none", causal, dropout=dropout)
-        self.feature_map, self.redraw = feature_map, redraw
+        self.feature_map, self.redraw = feature_map, 0 if feature_map == "deterministic" else redraw
         self.eps = 1e-4 if feature_map == "softmax" else 1e-3
         self.seed, self.passes = int(torch.randint(2**31, ())), 0
         self.register_buffer("projection", self._drawn(n_features))
 
     def _drawn(self, features: int) -> Tensor:
+        if self.feature_map == "deterministic":
+            return torch.eye(self.head) * self.head**0.25  # W x' = x
         draws = self.passes // self.redraw if self.redraw else 0
         generator = torch.Generator().manual_seed(self.seed + draws)
         return orthogonal_features(features, self.head, generator)
@@ -96,8 +99,8 @@ class PerformerMixer(AttentionMixer):
             return x @ (scale * self.projection.to(x.dtype)).T, x.square().sum(-1, keepdim=True) * (scale**2 / 2)
 
     def features(self, projected: tuple[Tensor, Tensor], largest: Tensor) -> Tensor:
-        """phi (B, H, L, m) from the above; largest: c, of any shape that fits, unused by relu."""
-        if self.feature_map == "relu":
+        """phi (B, H, L, m) from the above; largest: c, of any shape that fits, for softmax alone."""
+        if self.feature_map != "softmax":
             return F.relu(projected[0]) + self.eps
         return (projected[0] - (projected[1] + largest)).exp_() + self.eps
 
@@ -166,8 +169,8 @@ class PerformerMixer(AttentionMixer):
 
 class Performer(Stack):
     """n_heads: must divide qkv_dim. qkv_dim: width of all heads together, d_model unless given. feature_map: one of
-    FEATURE_MAPS. n_features: m, d ln d unless given. redraw: forward passes in training between draws of W.
-    attention_dropout: on weights that are never formed: a key is left out for all queries of a head."""
+    FEATURE_MAPS. n_features: m, d ln d unless given; not for deterministic. redraw: forward passes in training between
+    draws of W. attention_dropout: on weights that are never formed: a key is left out for all queries of a head."""
 
     card = Card(
         title="Rethinking Attention with Performers",
@@ -200,12 +203,17 @@ class Performer(Stack):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; one of {', '.join(known)}")
         head = width // n_heads
+        if feature_map == "deterministic" and n_features is not None:
+            raise ValueError(f"n_features is {n_features}; feature_map 'deterministic' has those of a head, {head}")
         features = max(1, int(head * math.log(head))) if n_features is None else n_features
         if features < 1 or redraw < 0:
             raise ValueError(f"n_features is {features} and redraw {redraw}; at least 1 and at least 0")
         causal = direction == "causal"
         super().__init__(
-            lambda _: PerformerMixer(d_model, n_heads, width, feature_map, causal, features, redraw, attention_dropout),
+            lambda _: PerformerMixer(
+                d_model, n_heads=n_heads, qkv_dim=width, feature_map=feature_map, causal=causal, n_features=features,
+                redraw=redraw, dropout=attention_dropout,
+            ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block={"positions": positions, **(block or {})},
         )  # fmt: skip

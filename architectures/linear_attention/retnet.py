@@ -1,6 +1,7 @@
 """RetNet: attention without a softmax, in which each head forgets at a fixed rate, so that it is also a recurrence.
 
-Sun et al. 2023, arXiv:2307.08621. With H heads, keys of width K = D / H and values of width V = value_dim / H:
+Sun et al. 2023, arXiv:2307.08621. With H heads, keys of width K = D / H and values of width V = value_dim / H (in_proj:
+the rows of W_Q, W_K, W_V, W_G):
 
     Q, K, V = x W_Q, x W_K, x W_V                          (B, L, H, K), (B, L, H, K), (B, L, H, V)   section 2.1
     Q, K turned by the angle t theta                       theta_j = 10000^(-j / (K/2 - 1)), pairs (2j, 2j + 1)
@@ -48,20 +49,20 @@ class RetNetMixer(Mixer):
         super().__init__()
         self.n_heads, self.value_dim = n_heads, value_dim
         self.sizes = (d_model, d_model, value_dim, value_dim)
-        self.into = nn.Linear(d_model, sum(self.sizes), bias=False)  # rows: Q, K, V, G
-        self.out = nn.Linear(value_dim, d_model, bias=False)
-        for weight in self.into.weight.split(self.sizes):
+        self.in_proj = nn.Linear(d_model, sum(self.sizes), bias=False)  # rows: Q, K, V, G
+        self.out_proj = nn.Linear(value_dim, d_model, bias=False)
+        for weight in self.in_proj.weight.split(self.sizes):
             nn.init.xavier_uniform_(weight, gain=2**-2.5)
-        nn.init.xavier_uniform_(self.out.weight, gain=0.5)
+        nn.init.xavier_uniform_(self.out_proj.weight, gain=0.5)
 
     def log_decay(self) -> Tensor:
         """log gamma: (H,), in float64, because float32 would round 1 - gamma of a head that reaches far."""
-        head = torch.arange(self.n_heads, dtype=torch.float64, device=self.out.weight.device)
+        head = torch.arange(self.n_heads, dtype=torch.float64, device=self.out_proj.weight.device)
         return torch.log1p(-(2.0 ** (-5 - head)))
 
     def _projected(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Q, K turned: (B, L, H, K), V: (B, L, H, V), gate: (B, L, value_dim); the first position is `start`."""
-        q, k, v, gate = self.into(x).split(self.sizes, dim=-1)
+        q, k, v, gate = self.in_proj(x).split(self.sizes, dim=-1)
         q, k, v = (t.unflatten(-1, (self.n_heads, -1)) for t in (q, k, v))
         half = q.shape[-1] // 2
         base = 10000.0 ** (half / max(half - 1, 1))  # exponents from 0 to 1 with both ends in
@@ -70,7 +71,7 @@ class RetNetMixer(Mixer):
 
     def finish(self, o: Tensor, gate: Tensor) -> Tensor:
         """Norm, gate and output map: (..., H, V), (..., value_dim) -> (..., D)."""
-        return self.out(F.silu(gate) * F.rms_norm(wide(o), o.shape[-1:], eps=1e-6).flatten(-2))
+        return self.out_proj(F.silu(gate) * F.rms_norm(wide(o), o.shape[-1:], eps=1e-6).flatten(-2))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         q, k, v, gate = self._projected(x, 0)
@@ -79,7 +80,7 @@ class RetNetMixer(Mixer):
         return self.finish(o, gate)
 
     def cost(self, length: int) -> Cost:
-        d_model = self.out.out_features
+        d_model = self.out_proj.out_features
         maps = Cost.linear(length, d_model, sum(self.sizes), bias=False)
         maps = maps + Cost.linear(length, self.value_dim, d_model, bias=False)
         width = d_model + self.value_dim
@@ -87,7 +88,7 @@ class RetNetMixer(Mixer):
         return maps + Cost(other=length * (retention + 8.0 * width))
 
     def init_state(self, batch: int) -> State:
-        weight, heads = self.out.weight, self.n_heads
+        weight, heads = self.out_proj.weight, self.n_heads
         start = torch.zeros((), dtype=torch.int64, device=weight.device)
         return start, weight.new_zeros(batch, heads, weight.shape[0] // heads, self.value_dim // heads)
 

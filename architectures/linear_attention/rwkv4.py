@@ -10,7 +10,8 @@ Peng et al. 2023, arXiv:2305.13048, section 3. With E = time_dim, H = channel_di
 
     h = norm_0(x);  in each layer  h = h + time mix(norm(h)),  h = h + channel mix(norm(h));  last, norm(h)
 
-No map has a bias, and there are no positions.
+No map has a bias, and there are no positions. The parameters are named as in the released code: time_mix_k for mu_k,
+time_decay for w, time_first for u.
 
 Initialisation, that of the released code, where l of n counts the layers from 0 and p = (i / D)^(1 - l / n) for channel
 i: mu_k = p, mu_v = p + 0.3 l / (n - 1), mu_r = p^(1/2), mu' = p, so that deeper layers look less at the token before;
@@ -59,12 +60,13 @@ class TimeMix(Mixer):
     def __init__(self, d_model: int, width: int, layer: int, n_layers: int) -> None:
         super().__init__()
         p, deep = ramp(d_model, layer, n_layers), depth(layer, n_layers)
-        self.mu_r, self.mu_k, self.mu_v = nn.Parameter(p.sqrt()), nn.Parameter(p), nn.Parameter(p + 0.3 * deep)
+        self.time_mix_r, self.time_mix_k = nn.Parameter(p.sqrt()), nn.Parameter(p)
+        self.time_mix_v = nn.Parameter(p + 0.3 * deep)
         self.receptance = nn.Linear(d_model, width, bias=False)
         self.key = nn.Linear(d_model, width, bias=False)
         self.value = nn.Linear(d_model, width, bias=False)
-        self.w = nn.Parameter(-5 + 8 * along(width) ** (0.7 + 1.3 * deep))
-        self.u = nn.Parameter(math.log(0.3) + 0.5 * ((torch.arange(width) + 1) % 3 - 1))
+        self.time_decay = nn.Parameter(-5 + 8 * along(width) ** (0.7 + 1.3 * deep))
+        self.time_first = nn.Parameter(math.log(0.3) + 0.5 * ((torch.arange(width) + 1) % 3 - 1))
         self.output = nn.Linear(width, d_model, bias=False)
         orthogonal(self.value)
         for linear in (self.receptance, self.key, self.output):
@@ -72,12 +74,12 @@ class TimeMix(Mixer):
 
     def _views(self, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """sigmoid(r), k, v: (..., E) each."""
-        r = self.receptance(mixed(x, before, self.mu_r))
-        return torch.sigmoid(r), self.key(mixed(x, before, self.mu_k)), self.value(mixed(x, before, self.mu_v))
+        x_r, x_k, x_v = (mixed(x, before, mu) for mu in (self.time_mix_r, self.time_mix_k, self.time_mix_v))
+        return torch.sigmoid(self.receptance(x_r)), self.key(x_k), self.value(x_v)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         r, k, v = self._views(x, shifted(x))
-        return self.output(r * wkv(k, v, self.w, self.u))
+        return self.output(r * wkv(k, v, self.time_decay, self.time_first))
 
     def cost(self, length: int) -> Cost:
         d_model, width = self.key.in_features, self.key.out_features
@@ -85,21 +87,21 @@ class TimeMix(Mixer):
         return maps + Cost(other=length * (12.0 * d_model + 23.0 * width))
 
     def init_state(self, batch: int) -> tuple[Tensor, Tensor]:
-        sums = wide(self.w).new_zeros(batch, 3, len(self.w))
+        sums = wide(self.time_decay).new_zeros(batch, 3, len(self.time_decay))
         sums[:, 2] = -1e38  # nothing came before
-        return self.mu_k.new_zeros(batch, len(self.mu_k)), sums
+        return self.time_mix_k.new_zeros(batch, len(self.time_mix_k)), sums
 
     def step(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """State: the token before (B, D), and the sums of wkv with their exponent (B, 3, E)."""
         before, sums = state
         r, k, v = self._views(x, before)
-        o, sums = wkv(k.unsqueeze(1), v.unsqueeze(1), self.w, self.u, h0=sums, return_state=True)
+        o, sums = wkv(k.unsqueeze(1), v.unsqueeze(1), self.time_decay, self.time_first, h0=sums, return_state=True)
         return self.output(r * o.squeeze(1)), (x, sums)
 
     def chunk(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         before, sums = state
         r, k, v = self._views(x, shifted(x, before))
-        o, sums = wkv(k, v, self.w, self.u, h0=sums, return_state=True)
+        o, sums = wkv(k, v, self.time_decay, self.time_first, h0=sums, return_state=True)
         return self.output(r * o), (x[:, -1], sums)
 
 
@@ -109,7 +111,7 @@ class ChannelMix(Mixer):
     def __init__(self, d_model: int, width: int, layer: int, n_layers: int) -> None:
         super().__init__()
         p = ramp(d_model, layer, n_layers)
-        self.mu_r, self.mu_k = nn.Parameter(p), nn.Parameter(p.clone())
+        self.time_mix_r, self.time_mix_k = nn.Parameter(p), nn.Parameter(p.clone())
         self.receptance = nn.Linear(d_model, d_model, bias=False)
         self.key = nn.Linear(d_model, width, bias=False)
         self.value = nn.Linear(width, d_model, bias=False)
@@ -118,8 +120,8 @@ class ChannelMix(Mixer):
             nn.init.zeros_(linear.weight)
 
     def _mix(self, x: Tensor, before: Tensor) -> Tensor:
-        r = self.receptance(mixed(x, before, self.mu_r))
-        return torch.sigmoid(r) * self.value(F.relu(self.key(mixed(x, before, self.mu_k))).square())
+        r = self.receptance(mixed(x, before, self.time_mix_r))
+        return torch.sigmoid(r) * self.value(F.relu(self.key(mixed(x, before, self.time_mix_k))).square())
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         return self._mix(x, shifted(x))
@@ -131,7 +133,7 @@ class ChannelMix(Mixer):
         return maps + Cost(other=length * (13.0 * d_model + 2.0 * width))
 
     def init_state(self, batch: int) -> Tensor:
-        return self.mu_k.new_zeros(batch, len(self.mu_k))
+        return self.time_mix_k.new_zeros(batch, len(self.time_mix_k))
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """State: the token before (B, D)."""
@@ -178,4 +180,4 @@ class RWKV4(RWKVStack):
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
-        return undecayed(self, "w", "u", "mu_?")
+        return undecayed(self, "time_*")

@@ -60,7 +60,9 @@ def advance(r: Tensor, k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, S: Tensor
 class TimeMix(Mixer):
     """(B, L, D) -> (B, L, D). Padding comes after all real tokens: no mask needed."""
 
-    def __init__(self, d_model: int, n_heads: int, mix_rank: int, decay_rank: int, layer: int, n_layers: int) -> None:
+    def __init__(
+        self, d_model: int, *, n_heads: int, mix_rank: int, decay_rank: int, layer: int, n_layers: int
+    ) -> None:
         super().__init__()
         self.n_heads = n_heads
         p, deep, i = ramp(d_model, layer, n_layers), depth(layer, n_layers), along(d_model)
@@ -201,7 +203,9 @@ class RWKV6(RWKVStack):
         if n_heads < 1 or d_model % n_heads:
             raise ValueError(f"n_heads is {n_heads}; a divisor of d_model, {d_model}")
         super().__init__(
-            lambda layer: TimeMix(d_model, n_heads, mix_rank, decay_rank, layer, n_layers),
+            lambda layer: TimeMix(
+                d_model, n_heads=n_heads, mix_rank=mix_rank, decay_rank=decay_rank, layer=layer, n_layers=n_layers,
+            ),
             lambda layer: ChannelMix(d_model, hidden, layer, n_layers),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
         )  # fmt: skip

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._attention import at_least, rope
+from lra.architectures._norm import LayerNorm
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
 from lra.encoder import Card, Cost, Mixer
@@ -57,7 +58,7 @@ class TTTLinearMixer(Mixer):
         self.b1 = nn.Parameter(torch.zeros(n_heads, 1, self.head))
         self.ttt_norm_weight = nn.Parameter(torch.ones(n_heads, self.head))
         self.ttt_norm_bias = nn.Parameter(torch.zeros(n_heads, self.head))
-        self.post_norm = nn.LayerNorm(d_model, eps=EPS)
+        self.post_norm = LayerNorm(d_model, eps=EPS)
         self.o_proj = nn.Linear(d_model, d_model, bias=False)
 
     def _views(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -44,6 +44,7 @@ class SwitchTransformer(Stack):
         scaling="L^2",
         causal=False,
     )
+    recurrent = False
 
     def __init__(
         self,

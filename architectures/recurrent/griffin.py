@@ -4,7 +4,7 @@ third. Hawk (`griffin/hawk`) has the recurrence in all of them.
 De et al. 2024, arXiv:2402.19427. With R = rnn_dim, c = 8, G = n_blocks, section 2.4 and figure 2:
 
     r_t, i_t = sigmoid(W_a x_t + b_a), sigmoid(W_x x_t + b_x)       (B, L, R)   W_a, W_x of G blocks on the diagonal
-    a_t = a^(c r_t),  a = sigmoid(Lambda)                           (B, L, R)   Lambda: (R,)
+    a_t = a^(c r_t),  a = sigmoid(Lambda)                           (B, L, R)   Lambda: recurrent_param, (R,)
     h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t x_t);  h_1 = i_1 x_1   (B, L, R)   RG-LRU
     recurrent block  W_o (RG-LRU(conv(W_1 x)) * gelu(W_2 x))        (B, L, D)   conv: depthwise, causal, d_conv taps
     attention block  multi-query softmax attention with rotary positions to the token and the `window` before it
@@ -39,10 +39,9 @@ from lra.architectures._dropout import tie_dropout
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._stack import NORMS, Block, FeedForward, Stack
-from lra.architectures._window import continued_conv1d
+from lra.architectures._window import ShortConvolution
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.band_attention.tiles import pairs
-from lra.kernels.causal_conv1d import causal_conv1d
 from lra.kernels.linear_scan import linear_scan
 
 C = 8.0
@@ -68,21 +67,21 @@ class RGLRU(nn.Module):
 
     def __init__(self, width: int, n_blocks: int) -> None:
         super().__init__()
-        self.recurrence, self.input = BlockLinear(width, n_blocks), BlockLinear(width, n_blocks)
+        self.recurrent_gate, self.input_gate = BlockLinear(width, n_blocks), BlockLinear(width, n_blocks)
         a = torch.empty(width, dtype=torch.float64).uniform_(0.9, 0.999) ** (1 / C)
-        self.decay = nn.Parameter(torch.logit(a).float())  # Lambda
+        self.recurrent_param = nn.Parameter(torch.logit(a).float())  # Lambda
 
     def terms(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """a_t, sqrt(1 - a_t^2) and i_t x_t: (..., R) each."""
-        log_a = C * wide(torch.sigmoid(self.recurrence(x))) * F.logsigmoid(wide(self.decay))
+        log_a = C * wide(torch.sigmoid(self.recurrent_gate(x))) * F.logsigmoid(wide(self.recurrent_param))
         # never the root of 0, whose derivative is infinite
         rest = (-torch.expm1(2 * log_a)).clamp(min=torch.finfo(log_a.dtype).tiny)
-        return log_a.exp(), rest.sqrt(), torch.sigmoid(self.input(x)) * x
+        return log_a.exp(), rest.sqrt(), torch.sigmoid(self.input_gate(x)) * x
 
     def forward(self, x: Tensor) -> Tensor:
-        a, scale, enter = self.terms(x)
+        a, scale, gated = self.terms(x)
         scale = torch.cat([torch.ones_like(scale[:, :1]), scale[:, 1:]], dim=1)
-        return linear_scan(a, scale * enter)
+        return linear_scan(a, scale * gated)
 
 
 class RecurrentMixer(Mixer):
@@ -90,45 +89,48 @@ class RecurrentMixer(Mixer):
 
     def __init__(self, d_model: int, width: int, n_blocks: int, d_conv: int, n_layers: int) -> None:
         super().__init__()
-        self.into = nn.Linear(d_model, 2 * width)  # rows: W_1, W_2
-        self.conv_weight = nn.Parameter(torch.randn(width, d_conv) * (0.01 / d_conv) ** 0.5)
-        self.conv_bias = nn.Parameter(torch.zeros(width))
-        self.lru = RGLRU(width, n_blocks)
-        self.out = nn.Linear(width, d_model)
-        start(self.into)
-        start(self.out, 2 / n_layers)
+        self.linear_xy = nn.Linear(d_model, 2 * width)  # rows: W_1, W_2
+        taps = torch.randn(width, 1, d_conv) * (0.01 / d_conv) ** 0.5
+        self.conv_1d = ShortConvolution(width, d_conv, None, bias=True, weight=taps)
+        self.rg_lru = RGLRU(width, n_blocks)
+        self.linear_out = nn.Linear(width, d_model)
+        start(self.linear_xy)
+        start(self.linear_out, 2 / n_layers)
+
+    def _gated(self, h: Tensor, gate: Tensor) -> Tensor:
+        """Gate and output map: (..., R) twice -> (..., D)."""
+        return self.linear_out(h * F.gelu(gate, approximate="tanh"))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        x, gate = self.into(x).chunk(2, dim=-1)
-        h = self.lru(causal_conv1d(x, self.conv_weight, self.conv_bias))
-        return self.out(h * F.gelu(gate, approximate="tanh"))
+        x, gate = self.linear_xy(x).chunk(2, dim=-1)
+        return self._gated(self.rg_lru(self.conv_1d(x)), gate)
 
     def cost(self, length: int) -> Cost:
-        d_model, (width, taps) = self.out.out_features, self.conv_weight.shape
+        d_model, (width, _, taps) = self.linear_out.out_features, self.conv_1d.weight.shape
         maps = Cost.linear(length, d_model, 2 * width) + Cost.linear(length, width, d_model)
-        gates = Cost.linear(length, width // len(self.lru.input.weight), 2 * width)
+        gates = Cost.linear(length, width // len(self.rg_lru.input_gate.weight), 2 * width)
         return maps + gates + Cost(other=length * width * (2.0 * taps + 36.0))
 
     def init_state(self, batch: int) -> State:
-        width, taps = self.conv_weight.shape
-        window, h = self.conv_weight.new_zeros(batch, taps - 1, width), wide(self.conv_weight).new_zeros(batch, width)
-        return window, h, torch.zeros((), dtype=torch.bool, device=h.device)
+        decay = wide(self.rg_lru.recurrent_param)
+        h, started = decay.new_zeros(batch, len(decay)), torch.zeros((), dtype=torch.bool, device=decay.device)
+        return self.conv_1d.init_state(batch), h, started
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """State: the last d_conv - 1 inputs of the convolution (B, d_conv - 1, R), h (B, R), whether a token came."""
-        x, gate = self.into(x).chunk(2, dim=-1)
-        window = torch.cat([state[0], x.unsqueeze(1)], dim=1)
-        a, scale, enter = self.lru.terms(torch.einsum("bkr,rk->br", window, self.conv_weight) + self.conv_bias)
-        h = a * state[1] + torch.where(state[2], scale, 1.0) * enter
-        return self.out(h * F.gelu(gate, approximate="tanh")), (window[:, 1:], h, torch.ones_like(state[2]))
+        x, gate = self.linear_xy(x).chunk(2, dim=-1)
+        x, window = self.conv_1d.step(x, state[0])
+        a, scale, gated = self.rg_lru.terms(x)
+        h = a * state[1] + torch.where(state[2], scale, 1.0) * gated
+        return self._gated(h, gate), (window, h, torch.ones_like(state[2]))
 
     def chunk(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        x, gate = self.into(x).chunk(2, dim=-1)
-        x, window = continued_conv1d(x, state[0], self.conv_weight, self.conv_bias)
-        a, scale, enter = self.lru.terms(x)
+        x, gate = self.linear_xy(x).chunk(2, dim=-1)
+        x, window = self.conv_1d.chunk(x, state[0])
+        a, scale, gated = self.rg_lru.terms(x)
         scale = torch.cat([torch.where(state[2], scale[:, :1], 1.0), scale[:, 1:]], dim=1)
-        h = linear_scan(a, scale * enter, state[1])
-        return self.out(h * F.gelu(gate, approximate="tanh")), (window, h[:, -1], torch.ones_like(state[2]))
+        h = linear_scan(a, scale * gated, state[1])
+        return self._gated(h, gate), (window, h[:, -1], torch.ones_like(state[2]))
 
 
 class LocalMixer(AttentionMixer):
@@ -232,4 +234,4 @@ class Griffin(Stack):
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
-        return undecayed(self, "decay")
+        return undecayed(self, "recurrent_param")

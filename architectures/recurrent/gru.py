@@ -49,7 +49,7 @@ class GRUMixer(Mixer):
     """The recurrence over a sequence: (B, L, D) -> (B, L, D). Padding comes after all real tokens: no mask needed."""
 
     def __init__(
-        self, d_model: int, horizon: int, coupled: bool = False, reset_first: bool = False, layernorm: bool = False,
+        self, d_model: int, *, horizon: int, coupled: bool = False, reset_first: bool = False, layernorm: bool = False,
         zoneout: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -94,7 +94,7 @@ class GRUMixer(Mixer):
         if self.gamma is None:
             return self.input(x)
         return nn.functional.layer_norm(
-            nn.functional.linear(x, self.input.weight), (len(self.U),), self.gamma[0], self.input.bias
+            wide(nn.functional.linear(x, self.input.weight)), (len(self.U),), self.gamma[0], self.input.bias
         )  # fmt: skip
 
     def cost(self, length: int) -> Cost:
@@ -175,6 +175,8 @@ class GRU(Stack):
         if coupled + reset_first + layernorm > 1:
             raise ValueError("coupled, reset_first and layernorm are three forms of the cell: one of them at most")
         super().__init__(
-            lambda _: GRUMixer(d_model, reach, coupled, reset_first, layernorm, zoneout),
+            lambda _: GRUMixer(
+                d_model, horizon=reach, coupled=coupled, reset_first=reset_first, layernorm=layernorm, zoneout=zoneout,
+            ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
         )  # fmt: skip

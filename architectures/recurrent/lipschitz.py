@@ -39,7 +39,7 @@ from lra.encoder import Card, Cost
 class LipschitzMixer(Loop):
     """The recurrence over a sequence: (B, L, D) -> (B, L, D)."""
 
-    def __init__(self, d_model: int, eps: float, beta: float, gamma: float, alpha: float, gated: bool) -> None:
+    def __init__(self, d_model: int, *, eps: float, beta: float, gamma: float, alpha: float, gated: bool) -> None:
         super().__init__()
         self.d_model, self.eps, self.beta, self.gamma, self.alpha = d_model, eps, beta, gamma, alpha
         self.B = nn.Parameter(torch.randn(d_model, d_model) / d_model)
@@ -114,6 +114,6 @@ class Lipschitz(Stack):
         if not 0.5 <= beta <= 1:
             raise ValueError(f"beta is {beta}; from 0.5 to 1")
         super().__init__(
-            lambda _: LipschitzMixer(d_model, eps, beta, gamma, alpha, gated),
+            lambda _: LipschitzMixer(d_model, eps=eps, beta=beta, gamma=gamma, alpha=alpha, gated=gated),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
         )  # fmt: skip

@@ -63,7 +63,7 @@ class LSTMMixer(Mixer):
     """The recurrence over a sequence: (B, L, D) -> (B, L, D). Padding comes after all real tokens: no mask needed."""
 
     def __init__(
-        self, d_model: int, peephole: bool, coupled: bool, horizon: int, forget_bias: float | None,
+        self, d_model: int, *, peephole: bool, coupled: bool, horizon: int, forget_bias: float | None,
         layernorm: bool = False, zoneout: tuple[float, float] = (0.0, 0.0), weight_drop: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -119,7 +119,7 @@ class LSTMMixer(Mixer):
         """W x + b, or n(W x) without b: (..., D) -> (..., 4 H)."""
         if self.norm is None:
             return self.input(x)
-        return F.layer_norm(F.linear(x, self.input.weight), (len(self.U),), self.gain)
+        return F.layer_norm(wide(F.linear(x, self.input.weight)), (len(self.U),), self.gain)
 
     def cost(self, length: int) -> Cost:
         rows, width = self.U.shape
@@ -208,7 +208,8 @@ class LSTM(Stack):
             raise ValueError("layernorm is of the plain cell: without peephole and coupled")
         super().__init__(
             lambda _: LSTMMixer(
-                d_model, peephole, coupled, length, forget_bias, layernorm, (zoneout_c, zoneout_h), weight_drop
+                d_model, peephole=peephole, coupled=coupled, horizon=length, forget_bias=forget_bias,
+                layernorm=layernorm, zoneout=(zoneout_c, zoneout_h), weight_drop=weight_drop,
             ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
         )  # fmt: skip

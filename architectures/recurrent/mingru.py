@@ -7,7 +7,7 @@ H = expand D:
     n = g(W_h x + b_h)                                     (B, L, H)   candidate: g(v) = v + 1/2
                                                                        for v >= 0, else sigmoid(v)
     h_t = (1 - z_t) h_{t-1} + z_t n_t,   h_0 = 0           (B, L, H)
-    y = h, or W_o h + b_o where H differs from D           (B, L, D)
+    y = h, or to_out h where H differs from D              (B, L, D)
 
 The paper scans in the log domain, which is why it needs n > 0. All terms being positive nothing cancels, and the direct
 scan used here gives the same numbers with fewer operations.
@@ -18,7 +18,7 @@ reports, for minLSTM, that a start that remembers trains in fewer steps.
 
 Departures: that bias; and the surroundings: a pre-norm residual block followed by a feed-forward part, while the paper
 puts a short convolution before the recurrence in its language models. The paper's listing starts from g(h_0), a half
-where h_0 is 0, and the authors' code always ends in a map W_o.
+where h_0 is 0, and the authors' code always ends in to_out.
 
 Checked against: tensors of lucidrains/minGRU-pytorch, whose parallel form is the listing of the paper's appendix:
 outputs and gradients of input and weights.
@@ -45,35 +45,35 @@ class MinGRUMixer(Mixer):
     def __init__(self, d_model: int, expand: float, horizon: int) -> None:
         super().__init__()
         self.width = round(expand * d_model)
-        self.project = nn.Linear(d_model, 2 * self.width)  # rows: candidate, gate
-        self.out = nn.Linear(self.width, d_model) if self.width != d_model else None
-        chrono(self.project.bias.data[self.width :], horizon).neg_()
+        self.to_hidden_and_gate = nn.Linear(d_model, 2 * self.width)  # rows: candidate, gate
+        self.to_out = nn.Linear(self.width, d_model) if self.width != d_model else None
+        chrono(self.to_hidden_and_gate.bias.data[self.width :], horizon).neg_()
 
     def _terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """1 - z and z n, each (..., H)."""
-        c, gate = wide(self.project(x)).chunk(2, dim=-1)
+        c, gate = wide(self.to_hidden_and_gate(x)).chunk(2, dim=-1)
         n = torch.where(c >= 0, c + 0.5, torch.sigmoid(c))
         return torch.sigmoid(-gate), torch.sigmoid(gate) * n
 
     def _output(self, h: Tensor) -> Tensor:
-        return h if self.out is None else self.out(h)
+        return h if self.to_out is None else self.to_out(h)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        keep, enter = self._terms(x)
-        return self._output(linear_scan(keep, enter))
+        forget, inputs = self._terms(x)
+        return self._output(linear_scan(forget, inputs))
 
     def cost(self, length: int) -> Cost:
-        d_model = self.project.in_features
+        d_model = self.to_hidden_and_gate.in_features
         work = Cost.linear(length, d_model, 2 * self.width) + Cost(other=18.0 * length * self.width)
-        return work if self.out is None else work + Cost.linear(length, self.width, d_model)
+        return work if self.to_out is None else work + Cost.linear(length, self.width, d_model)
 
     def init_state(self, batch: int) -> Tensor:
-        return self.project.weight.new_zeros(batch, self.width)
+        return self.to_hidden_and_gate.weight.new_zeros(batch, self.width)
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """State: h (B, H)."""
-        keep, enter = self._terms(x)
-        h = keep * state + enter
+        forget, inputs = self._terms(x)
+        h = forget * state + inputs
         return self._output(h), h
 
     def chunk(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

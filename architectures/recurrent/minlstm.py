@@ -8,7 +8,7 @@ H = expand D:
     n = g(W_h x + b_h)                                     (B, L, H)   candidate: g(v) = v + 1/2
                                                                        for v >= 0, else sigmoid(v)
     h_t = f'_t h_{t-1} + i'_t n_t,   h_0 = 0               (B, L, H)
-    y = h, or W_o h + b_o where H differs from D           (B, L, D)
+    y = h, or to_out h where H differs from D              (B, L, D)
 
 f' is computed as sigmoid(log f - log i), which stays finite where both gates round to 0. The paper scans in the log
 domain, which is why it needs n > 0. All terms being positive nothing cancels, and the direct scan used here gives the
@@ -20,7 +20,7 @@ library and reports that raising b_f at the start makes training take fewer step
 
 Departures: that bias; and the surroundings: a pre-norm residual block followed by a feed-forward part, while the paper
 puts a short convolution before the recurrence in its language models. The paper's listing starts from g(h_0), a half
-where h_0 is 0, and the authors' code always ends in a map W_o.
+where h_0 is 0, and the authors' code always ends in to_out.
 
 Checked against: tensors of lucidrains/minGRU-pytorch, whose parallel form is the listing of the paper's appendix:
 outputs and gradients of input and weights.
@@ -48,37 +48,37 @@ class MinLSTMMixer(Mixer):
     def __init__(self, d_model: int, expand: float, horizon: int) -> None:
         super().__init__()
         self.width = round(expand * d_model)
-        self.project = nn.Linear(d_model, 3 * self.width)  # rows: candidate, forget gate, input gate
-        self.out = nn.Linear(self.width, d_model) if self.width != d_model else None
-        _, forget, enter = self.project.bias.data.chunk(3)
-        enter.copy_(-chrono(forget, horizon))
+        self.to_hidden_and_f_i_gate = nn.Linear(d_model, 3 * self.width)  # rows: candidate, forget gate, input gate
+        self.to_out = nn.Linear(self.width, d_model) if self.width != d_model else None
+        _, forget, input_gate = self.to_hidden_and_f_i_gate.bias.data.chunk(3)
+        input_gate.copy_(-chrono(forget, horizon))
 
     def _terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """f' and i' n, each (..., H)."""
-        c, forget, enter = wide(self.project(x)).chunk(3, dim=-1)
+        c, forget, input_gate = wide(self.to_hidden_and_f_i_gate(x)).chunk(3, dim=-1)
         n = torch.where(c >= 0, c + 0.5, torch.sigmoid(c))
-        odds = F.logsigmoid(forget) - F.logsigmoid(enter)
+        odds = F.logsigmoid(forget) - F.logsigmoid(input_gate)
         return torch.sigmoid(odds), torch.sigmoid(-odds) * n
 
     def _output(self, h: Tensor) -> Tensor:
-        return h if self.out is None else self.out(h)
+        return h if self.to_out is None else self.to_out(h)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        keep, enter = self._terms(x)
-        return self._output(linear_scan(keep, enter))
+        forget, inputs = self._terms(x)
+        return self._output(linear_scan(forget, inputs))
 
     def cost(self, length: int) -> Cost:
-        d_model = self.project.in_features
+        d_model = self.to_hidden_and_f_i_gate.in_features
         work = Cost.linear(length, d_model, 3 * self.width) + Cost(other=34.0 * length * self.width)
-        return work if self.out is None else work + Cost.linear(length, self.width, d_model)
+        return work if self.to_out is None else work + Cost.linear(length, self.width, d_model)
 
     def init_state(self, batch: int) -> Tensor:
-        return self.project.weight.new_zeros(batch, self.width)
+        return self.to_hidden_and_f_i_gate.weight.new_zeros(batch, self.width)
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """State: h (B, H)."""
-        keep, enter = self._terms(x)
-        h = keep * state + enter
+        forget, inputs = self._terms(x)
+        h = forget * state + inputs
         return self._output(h), h
 
     def chunk(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

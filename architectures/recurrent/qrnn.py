@@ -56,19 +56,19 @@ class QRNNMixer(Mixer):
     def _terms(self, gates: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """f, what enters c, and o where there is one, each (..., D), of the convolution's (..., G D)."""
         Z, F_, *rest = wide(gates).chunk(1 + len(self.pooling), dim=-1)
-        keep, lose = torch.sigmoid(F_), torch.sigmoid(-F_)
+        f, not_f = torch.sigmoid(F_), torch.sigmoid(-F_)
         if self.training and self.zoneout:
-            lose = lose * (torch.rand_like(lose) >= self.zoneout)
-            keep = 1 - lose
-        enter = torch.sigmoid(rest[1]) if self.pooling == "ifo" else lose
-        return keep, enter * torch.tanh(Z), torch.sigmoid(rest[0]) if rest else None
+            not_f = not_f * (torch.rand_like(not_f) >= self.zoneout)
+            f = 1 - not_f
+        i = torch.sigmoid(rest[1]) if self.pooling == "ifo" else not_f
+        return f, i * torch.tanh(Z), torch.sigmoid(rest[0]) if rest else None
 
     def pool(self, x: Tensor, c0: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Outputs (B, L, D) and last cell (B, D), from the cell c0 (zero where None)."""
         gates = self.conv(F.pad(x.mT, (self.conv.kernel_size[0] - 1, 0))).mT
-        keep, enter, out = self._terms(gates)
-        c = linear_scan(keep, enter, c0)
-        return c if out is None else out * c, c[:, -1]
+        f, inputs, o = self._terms(gates)
+        c = linear_scan(f, inputs, c0)
+        return c if o is None else o * c, c[:, -1]
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         return self.pool(x)[0]
@@ -84,15 +84,15 @@ class QRNNMixer(Mixer):
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """State: the last window - 1 inputs (B, window - 1, D), and c (B, D)."""
         recent = torch.cat([state[0], x.unsqueeze(1)], dim=1)
-        keep, enter, out = self._terms(self.conv(recent.mT).squeeze(-1))
-        c = keep * state[1] + enter
-        return c if out is None else out * c, (recent[:, 1:], c)
+        f, inputs, o = self._terms(self.conv(recent.mT).squeeze(-1))
+        c = f * state[1] + inputs
+        return c if o is None else o * c, (recent[:, 1:], c)
 
     def chunk(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         recent = torch.cat([state[0], x], dim=1)
-        keep, enter, out = self._terms(self.conv(recent.mT).mT)
-        c = linear_scan(keep, enter, state[1])
-        return c if out is None else out * c, (recent[:, x.shape[1] :], c[:, -1])
+        f, inputs, o = self._terms(self.conv(recent.mT).mT)
+        c = linear_scan(f, inputs, state[1])
+        return c if o is None else o * c, (recent[:, x.shape[1] :], c[:, -1])
 
 
 class QRNN(Stack):

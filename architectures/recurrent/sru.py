@@ -66,13 +66,13 @@ class SRUMixer(Recurrence):
         """State: c (B, D)."""
         u = wide(x @ self.weight).unflatten(-1, (self.d_model, -1))
         b_f, b_r = self.bias.chunk(2)
-        enter, forget, highway = u[..., 0], u[..., 1] + b_f, u[..., 2] + b_r
+        candidate, forget, highway = u[..., 0], u[..., 1] + b_f, u[..., 2] + b_r
         if self.weight_c is None:
             f = torch.sigmoid(forget)
-            c = linear_scan(f, (1 - f) * enter, state)
+            c = linear_scan(f, (1 - f) * candidate, state)
         else:
             v_f, v_r = self.weight_c.chunk(2)
-            c = _gated_by_cell(enter, forget, v_f, state)
+            c = _gated_by_cell(candidate, forget, v_f, state)
             highway = highway + v_r * torch.cat([state.unsqueeze(1), c[:, :-1]], dim=1)
         skip = u[..., 3] if self.projected else self.scale_x * x
         shown = torch.tanh(c) if self.activation == "tanh" else c
@@ -87,10 +87,10 @@ class SRUMixer(Recurrence):
         return self.zeros(batch, self.d_model)
 
 
-def _gated_by_cell(enter: Tensor, forget: Tensor, v: Tensor, c: Tensor) -> Tensor:
-    """c = f c + (1 - f) enter with f = sigmoid(forget + v c), a token at a time: (B, C, D), the first c (B, D)."""
+def _gated_by_cell(candidate: Tensor, forget: Tensor, v: Tensor, c: Tensor) -> Tensor:
+    """c = f c + (1 - f) candidate with f = sigmoid(forget + v c), a token at a time: (B, C, D), the first c (B, D)."""
     cells = []
-    for new, gate in zip(enter.unbind(1), forget.unbind(1), strict=True):
+    for new, gate in zip(candidate.unbind(1), forget.unbind(1), strict=True):
         c = torch.lerp(new, c.to(new.dtype), torch.sigmoid(torch.addcmul(gate, v.to(gate.dtype), c.to(gate.dtype))))
         cells.append(c)
     return torch.stack(cells, dim=1)

@@ -51,11 +51,12 @@ from torch.nn import functional as F
 
 from lra.architectures._dropout import tie_dropout
 from lra.architectures._init import chrono
+from lra.architectures._norm import LayerNorm
 from lra.architectures._precision import wide
 from lra.architectures._recurrence import Loop, Recurrence
 from lra.architectures._stack import Block, FeedForward, Stack
+from lra.architectures._window import ShortConvolution
 from lra.encoder import Card, Cost, Mixer
-from lra.kernels.causal_conv1d import causal_conv1d
 from lra.kernels.decay_attention import decay_attention
 
 TAPS, BLOCK, CHUNK = 4, 4, 64
@@ -77,11 +78,9 @@ def head_norm(x: Tensor, weight: Tensor, heads: int) -> Tensor:
     return F.layer_norm(x, x.shape[-1:]).flatten(-2) * weight
 
 
-def convolved(x: Tensor, recent: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """silu of the causal convolution after the tokens in `recent` (B, K - 1, D), and the last K - 1 tokens of all."""
-    seen = torch.cat([recent.to(x.dtype), x], dim=1)
-    past = recent.shape[1]
-    return causal_conv1d(seen, weight, bias, "silu")[:, past:], seen[:, seen.shape[1] - past :]
+def short_convolution(channels: int, taps: int) -> ShortConvolution:
+    weight = torch.empty(channels, 1, taps).uniform_(-(taps**-0.5), taps**-0.5)
+    return ShortConvolution(channels, taps, bias=True, weight=weight)
 
 
 def small(*shape: int) -> nn.Parameter:
@@ -112,10 +111,10 @@ class SLSTMCell(Loop):
         h, c, n, m = state
         own = entering.unflatten(-1, (self.heads, -1)).transpose(0, 1)
         i, f, z, o = torch.baddbmm(own, h, weights[0]).chunk(4, dim=-1)
-        kept = F.logsigmoid(f) + m
-        m = torch.maximum(kept, i)
-        keep, enter = torch.exp(kept - m), torch.exp(i - m)
-        c, n = keep * c + enter * torch.tanh(z), keep * n + enter
+        log_f = F.logsigmoid(f) + m
+        m = torch.maximum(log_f, i)
+        f, i = torch.exp(log_f - m), torch.exp(i - m)
+        c, n = f * c + i * torch.tanh(z), f * n + i
         h = torch.sigmoid(o) * c / n
         return h.transpose(0, 1).flatten(1), (h, c, n, m)
 
@@ -134,8 +133,7 @@ class SLSTMMixer(Recurrence):
     def __init__(self, d_model: int, heads: int, horizon: int, taps: int = TAPS) -> None:
         super().__init__()
         self.d_model, self.heads = d_model, heads
-        self.conv_weight = nn.Parameter(torch.empty(d_model, taps).uniform_(-(taps**-0.5), taps**-0.5))
-        self.conv_bias = nn.Parameter(torch.zeros(d_model))
+        self.conv1d = short_convolution(d_model, taps)
         width = d_model // heads
         self.igate, self.fgate, self.zgate, self.ogate = (small(heads, width, width) for _ in range(4))
         self.cell = SLSTMCell(d_model, heads, horizon)
@@ -143,19 +141,18 @@ class SLSTMMixer(Recurrence):
 
     def chunk(self, x: Tensor, state: tuple[Tensor, Tensors]) -> tuple[Tensor, tuple[Tensor, Tensors]]:
         """State: the last taps - 1 inputs (B, taps - 1, D), and that of the cell."""
-        seen, recent = convolved(x, state[0], self.conv_weight, self.conv_bias)
+        seen, recent = self.conv1d.chunk(x, state[0].to(x.dtype))
         gates = ((seen, self.igate), (seen, self.fgate), (x, self.zgate), (x, self.ogate))
         h, cell = self.cell.chunk(torch.cat([headwise(u, w) for u, w in gates], dim=-1), state[1])
         return head_norm(h, self.group_norm, self.heads), (recent, cell)
 
     def cost(self, length: int) -> Cost:
-        width, taps = self.conv_weight.shape
+        width, _, taps = self.conv1d.weight.shape
         maps = Cost(8.0 * length * width**2 / self.heads, (2.0 * taps + 15.0) * length * width)
         return maps + self.cell.cost(length)
 
     def init_state(self, batch: int) -> tuple[Tensor, Tensors]:
-        width, taps = self.conv_weight.shape
-        return self.conv_weight.new_zeros(batch, taps - 1, width), self.cell.init_state(batch)
+        return self.conv1d.init_state(batch), self.cell.init_state(batch)
 
 
 def mlstm(
@@ -168,12 +165,12 @@ def mlstm(
     total = F.logsigmoid(f.double()).cumsum(1)
     top = torch.maximum((i.double() - total).cummax(1).values, m_0.double().unsqueeze(1))
     before = torch.cat([torch.where(m_0.isinf(), top[:, 0], m_0.double()).unsqueeze(1), top[:, :-1]], dim=1)
-    enter, decay, m = torch.exp(i.double() - total - top), before - top, top + total
+    input_gate, log_decay, m = torch.exp(i.double() - total - top), before - top, top + total
     narrow = memory.dtype
-    keys = wide(k) * (enter.to(narrow) * k.shape[-1] ** -0.5).unsqueeze(-1)
+    keys = wide(k) * (input_gate.to(narrow) * k.shape[-1] ** -0.5).unsqueeze(-1)
     values = F.pad(wide(v), (0, 1), value=1.0)
     o, memory = decay_attention(
-        wide(q), keys, values, decay.to(narrow), CHUNK, scale=1.0, h0=memory, return_state=True
+        wide(q), keys, values, log_decay.to(narrow), CHUNK, scale=1.0, h0=memory, return_state=True
     )  # fmt: skip
     floor = torch.exp(-m).to(narrow).unsqueeze(-1)
     h = o[..., :-1] / (torch.maximum(o[..., -1:].abs(), floor) + 1e-6)
@@ -184,14 +181,13 @@ class MLSTMMixer(Recurrence):
     """(B, L, D) -> (B, L, D). inner: width E of the layer; bias: of its maps."""
 
     def __init__(
-        self, d_model: int, heads: int, inner: int, n_layers: int, taps: int = TAPS, block: int = BLOCK,
+        self, d_model: int, *, heads: int, inner: int, n_layers: int, taps: int = TAPS, block: int = BLOCK,
         bias: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.d_model, self.heads, self.inner = d_model, heads, inner
         self.proj_up = nn.Linear(d_model, 2 * inner, bias=bias)
-        self.conv_weight = nn.Parameter(torch.empty(inner, taps).uniform_(-(taps**-0.5), taps**-0.5))
-        self.conv_bias = nn.Parameter(torch.zeros(inner))
+        self.conv1d = short_convolution(inner, taps)
         self.q_proj, self.k_proj, self.v_proj = (small(inner // block, block, block) for _ in range(3))
         self.qkv_bias = nn.Parameter(torch.zeros(3, inner)) if bias else None
         self.igate, self.fgate = (nn.Linear(3 * inner, heads) for _ in range(2))
@@ -208,7 +204,7 @@ class MLSTMMixer(Recurrence):
     def chunk(self, x: Tensor, state: Tensors) -> tuple[Tensor, Tensors]:
         """State: the last taps - 1 inner inputs (B, taps - 1, E), C with n, and m."""
         u, gate = self.proj_up(x).chunk(2, dim=-1)
-        seen, recent = convolved(u, state[0], self.conv_weight, self.conv_bias)
+        seen, recent = self.conv1d.chunk(u, state[0].to(u.dtype))
         q, k, v = headwise(seen, self.q_proj), headwise(seen, self.k_proj), headwise(u, self.v_proj)
         if self.qkv_bias is not None:
             q, k, v = q + self.qkv_bias[0], k + self.qkv_bias[1], v + self.qkv_bias[2]
@@ -219,7 +215,7 @@ class MLSTMMixer(Recurrence):
         return self.proj_down(h.to(x.dtype) * F.silu(gate)), (recent, memory, m)
 
     def cost(self, length: int) -> Cost:
-        inner, taps = self.conv_weight.shape
+        inner, _, taps = self.conv1d.weight.shape
         maps = Cost.linear(length, self.d_model, 2 * inner, bias=False) + Cost.linear(length, inner, self.d_model)
         block = self.q_proj.shape[-1]
         maps = maps + Cost(6.0 * length * inner * block) + 2 * Cost.linear(length, 3 * inner, self.heads)
@@ -228,10 +224,9 @@ class MLSTMMixer(Recurrence):
         return maps + Cost(other=length * (memory + (2.0 * taps + 30.0) * inner))
 
     def init_state(self, batch: int) -> Tensors:
-        inner, taps = self.conv_weight.shape
-        width, m = inner // self.heads, self.zeros(batch, self.heads)
+        width, m = self.inner // self.heads, self.zeros(batch, self.heads)
         memory = m.new_zeros(batch, self.heads, width, width + 1)
-        return self.conv_weight.new_zeros(batch, taps - 1, inner), memory, torch.full_like(m, -math.inf)
+        return self.conv1d.init_state(batch), memory, torch.full_like(m, -math.inf)
 
 
 class GatedFeedForward(FeedForward):
@@ -284,7 +279,7 @@ class XLSTM(Stack):
         def make(layer: int) -> Mixer:
             if kinds[layer] == "s":
                 return SLSTMMixer(d_model, heads, length)
-            return MLSTMMixer(d_model, heads, inner, n_layers)
+            return MLSTMMixer(d_model, heads=heads, inner=inner, n_layers=n_layers)
 
         super().__init__(
             make,
@@ -294,6 +289,6 @@ class XLSTM(Stack):
             if kind == "s" and layer.ffn is None:
                 layer.ffn = GatedFeedForward(d_model, _rounded(4 * d_model / 3), dropout)
                 tie_dropout(layer.ffn, type(self).block.updated(block).tie_dropout)
-                layer.ffn_norm = nn.LayerNorm(d_model)
+                layer.ffn_norm = LayerNorm(d_model)
                 nn.init.normal_(layer.ffn.up.weight, std=(2 / (5 * d_model)) ** 0.5)
                 nn.init.normal_(layer.ffn.down.weight, std=2 / n_layers * d_model**-0.5)

@@ -60,7 +60,15 @@ class B2S6Mixer(Mixer):
     """(B, L, D) -> (B, L, D). Padding comes after all real tokens: no mask needed."""
 
     def __init__(
-        self, d_model: int, state_size: int, n_blocks: int, complex: bool, dt_min: float, dt_max: float, dropout: float
+        self,
+        d_model: int,
+        *,
+        state_size: int,
+        n_blocks: int,
+        complex: bool,
+        dt_min: float,
+        dt_max: float,
+        dropout: float,
     ) -> None:
         super().__init__()
         share, parts = d_model // n_blocks, 2 if complex else 1
@@ -76,7 +84,7 @@ class B2S6Mixer(Mixer):
         self.B_bias = nn.Parameter(F.pad(torch.ones(n_blocks, share, state_size, 1), (0, parts - 1)))
         self.C = nn.Parameter(torch.empty(n_blocks, share, state_size).uniform_(-bound, bound))
         self.D = nn.Parameter(torch.randn(d_model))
-        self.out = nn.Linear(d_model, 2 * d_model)
+        self.output_linear = nn.Linear(d_model, 2 * d_model)
         self.dropout = Dropout(dropout)
 
     def _A(self) -> Tensor:
@@ -98,9 +106,9 @@ class B2S6Mixer(Mixer):
 
     def _chunk(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """x: (B, c, h, p), the state before (B, D n) -> Re(C . s) (B, c, h, p) and the state after."""
-        decay, enter, C = self._recurrence(x)
-        states = linear_scan(decay.flatten(2), enter.flatten(2), state)
-        return (C * states.view_as(enter)).sum(-1).real, states[:, -1]
+        decay, inputs, C = self._recurrence(x)
+        states = linear_scan(decay.flatten(2), inputs.flatten(2), state)
+        return (C * states.view_as(inputs)).sum(-1).real, states[:, -1]
 
     def unit(self, x: Tensor) -> Tensor:
         """Re(C . s) of the equations, without the skip: (B, L, D) -> (B, L, D)."""
@@ -114,7 +122,7 @@ class B2S6Mixer(Mixer):
         return torch.cat(outputs, dim=1).flatten(-2)
 
     def _project(self, y: Tensor) -> Tensor:
-        return F.glu(self.out(self.dropout(F.gelu(y))), dim=-1)
+        return F.glu(self.output_linear(self.dropout(F.gelu(y))), dim=-1)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         return self._project(self.unit(x) + self.D * x)
@@ -132,8 +140,8 @@ class B2S6Mixer(Mixer):
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """State: s (B, h, p, n)."""
-        decay, enter, C = self._recurrence(x.unflatten(-1, self.w.shape))
-        state = decay * state + enter
+        decay, inputs, C = self._recurrence(x.unflatten(-1, self.w.shape))
+        state = decay * state + inputs
         y = (C * state).sum(-1).real.flatten(-2)
         return self._project(y + self.D * x), state
 
@@ -174,7 +182,10 @@ class B2S6(Stack):
             raise ValueError(f"n_blocks is {n_blocks}; a divisor of d_model, {d_model}")
         self.ssm_lr, self.complex = ssm_lr, complex
         super().__init__(
-            lambda _: B2S6Mixer(d_model, state_size, n_blocks, complex, dt_min, dt_max, dropout),
+            lambda _: B2S6Mixer(
+                d_model, state_size=state_size, n_blocks=n_blocks, complex=complex, dt_min=dt_min, dt_max=dt_max,
+                dropout=dropout,
+            ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
         )  # fmt: skip
 

@@ -56,7 +56,7 @@ class DSSMixer(Mixer):
     """(B, L, D) -> (B, L, D)."""
 
     def __init__(
-        self, d_model: int, length: int, state_size: int, version: str, separate_dt: bool, dt_min: float,
+        self, d_model: int, *, length: int, state_size: int, version: str, separate_dt: bool, dt_min: float,
         dt_max: float, causal: bool, dropout: float,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -69,7 +69,7 @@ class DSSMixer(Mixer):
         # complex numbers are kept as pairs of reals, which every optimiser and checkpoint format takes
         self.W = nn.Parameter(torch.randn(1 if causal else 2, d_model, state_size, 2))
         self.D = nn.Parameter(torch.randn(d_model))
-        self.out = nn.Linear(d_model, d_model)
+        self.output_linear = nn.Linear(d_model, d_model)
         self.dropout = Dropout(dropout)
 
     def _modes(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -103,7 +103,7 @@ class DSSMixer(Mixer):
         return falling + rising.flip(-1)
 
     def _project(self, y: Tensor) -> Tensor:
-        return self.out(self.dropout(F.gelu(y)))
+        return self.output_linear(self.dropout(F.gelu(y)))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         K = self.kernel(x.shape[1])
@@ -150,7 +150,8 @@ class DSSMixer(Mixer):
 
 class DSS(Stack):
     """state_size: N, complex. version: of VERSIONS. separate_dt: two step sizes a channel. dt_min, dt_max: range of the
-    initial step sizes. ssm_lr: highest learning rate of Lambda and W, dt_lr: of dt."""
+    initial step sizes. ssm_lr: highest learning rate of Lambda and W, dt_lr: of dt, which trains at dt_lr_scale
+    times the base rate below that."""
 
     card = Card(
         title="Diagonal State Spaces are as Effective as Structured State Spaces",
@@ -178,16 +179,18 @@ class DSS(Stack):
         dt_max: float = 0.1,
         ssm_lr: float = 0.001,
         dt_lr: float = 0.001,
+        dt_lr_scale: float = 1.0,
         block: Mapping[str, Any] | None = None,
     ) -> None:
         if state_size < 1:
             raise ValueError(f"state_size is {state_size}; at least 1")
         if version not in VERSIONS:
             raise ValueError(f"version is {version!r}; one of {', '.join(VERSIONS)}")
-        self.ssm_lr, self.dt_lr = ssm_lr, dt_lr
+        self.ssm_lr, self.dt_lr, self.dt_lr_scale = ssm_lr, dt_lr, dt_lr_scale
         super().__init__(
             lambda _: DSSMixer(
-                d_model, length, state_size, version, separate_dt, dt_min, dt_max, direction == "causal", dropout
+                d_model, length=length, state_size=state_size, version=version, separate_dt=separate_dt, dt_min=dt_min,
+                dt_max=dt_max, causal=direction == "causal", dropout=dropout,
             ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block=block,
@@ -195,5 +198,5 @@ class DSS(Stack):
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
-        rates = {"log_dt": self.dt_lr, "Lambda_re": self.ssm_lr, "Lambda_im": self.ssm_lr, "W": self.ssm_lr}
-        return {f"*.{name}": {"lr": rate, "weight_decay": 0.0} for name, rate in rates.items()}
+        settings = {f"*.{name}": {"lr": self.ssm_lr, "weight_decay": 0.0} for name in ("Lambda_re", "Lambda_im", "W")}
+        return settings | {"*.log_dt": {"lr": self.dt_lr, "lr_scale": self.dt_lr_scale, "weight_decay": 0.0}}

@@ -51,7 +51,7 @@ class H3Mixer(Mixer):
     """(B, L, D) -> (B, L, D). Padding comes after all real tokens: no mask needed."""
 
     def __init__(
-        self, d_model: int, state_size: int, head_dim: int, init: str, discretization: str, dt_min: float,
+        self, d_model: int, *, state_size: int, head_dim: int, init: str, discretization: str, dt_min: float,
         dt_max: float, dropout: float,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -62,7 +62,15 @@ class H3Mixer(Mixer):
         self.shift_B = nn.Parameter(F.pad(torch.ones(d_model, 1), (0, state_size - 1)))
         self.shift_C = nn.Parameter(torch.empty(d_model, state_size).uniform_(-(state_size**-0.5), state_size**-0.5))
         self.ssm_k_D = nn.Parameter(torch.randn(d_model))
-        self.diag = DiagonalSSM(self.n_heads, state_size, init, discretization, dt_min, dt_max, n_ssm=self.n_heads)
+        self.diag = DiagonalSSM(
+            self.n_heads,
+            state_size=state_size,
+            init=init,
+            discretization=discretization,
+            dt_min=dt_min,
+            dt_max=dt_max,
+            n_ssm=self.n_heads,
+        )
         self.D = nn.Parameter(torch.randn(self.n_heads))
         self.output_linear = nn.Linear(d_model, d_model)
         self.dropout = Dropout(dropout)
@@ -153,7 +161,10 @@ class H3(Stack):
         check_diagonal(state_size, init, discretization, d_model // head_dim)
         self.ssm_lr = ssm_lr
         super().__init__(
-            lambda _: H3Mixer(d_model, state_size, head_dim, init, discretization, dt_min, dt_max, dropout),
+            lambda _: H3Mixer(
+                d_model, state_size=state_size, head_dim=head_dim, init=init, discretization=discretization,
+                dt_min=dt_min, dt_max=dt_max, dropout=dropout,
+            ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
         )  # fmt: skip
 

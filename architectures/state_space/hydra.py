@@ -4,12 +4,12 @@ Hwang, Lahoti, Puduppully, Dao and Gu 2024, arXiv:2407.09941. With E = expand D,
 state size and G groups of heads that share B and C; f is the scan ahead, b the scan back:
 
     z, xBC, dt = split(in_proj u)                      (B, L, E), (B, L, E + 4 G N), (B, L, 2 H)
-    x, B^f, C^f, B^b, C^b = split(silu(conv xBC))      depthwise, centred, over d_conv tokens
+    x, B^f, C^f, B^b, C^b = split(silu(conv1d xBC))    depthwise, centred, over d_conv tokens
     dt^f, dt^b = softplus(dt + dt_bias)                (B, L, H) each; A = -exp(A_log), (H,), and dt_bias serve both
     h^f_t = exp(dt^f_t A) h^f_{t-1} + dt^f_t x_t B^f_t^T,   s^f_t = h^f_t C^f_t       SSD, as in Mamba-2
     s^b the same from the last token back, with B^b, C^b, dt^b
-    y_t = s^f_{t-1} + s^b_{t+1} + (W_D x_t + D) x_t    (B, L, H, P)   section 3: shifted scans and a diagonal
-    out = out_proj(rmsnorm(y) norm_weight silu(z))     (B, L, D)
+    y_t = s^f_{t-1} + s^b_{t+1} + (fc_D x_t + D) x_t   (B, L, H, P)   section 3: shifted scans and a diagonal
+    out = out_proj(norm(y) silu(z))                    (B, L, D)
 
 The two shifts leave the current token to the diagonal, whose weight for each head is a function of the token.
 
@@ -38,8 +38,8 @@ from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._ssm import initial_log_dt
 from lra.architectures._stack import Block, Stack, flip
+from lra.architectures._window import ShortConvolution
 from lra.encoder import Card, Cost, Mixer
-from lra.kernels.causal_conv1d import causal_conv1d
 from lra.kernels.ssd import ssd
 
 CHUNK = 64
@@ -49,7 +49,7 @@ class HydraMixer(Mixer):
     """(B, L, D) -> (B, L, D). The padding is zero, so the convolution at the last real tokens sees nothing behind."""
 
     def __init__(
-        self, d_model: int, state_size: int, head_dim: int, n_groups: int, expand: int, d_conv: int, dt_min: float,
+        self, d_model: int, *, state_size: int, head_dim: int, n_groups: int, expand: int, d_conv: int, dt_min: float,
         dt_max: float,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -59,20 +59,19 @@ class HydraMixer(Mixer):
         self.inner = (self.width, shared, shared, shared, shared)  # x, B and C ahead, B and C back
         self.sizes = (self.width, sum(self.inner), 2 * self.n_heads)
         self.in_proj = nn.Linear(d_model, sum(self.sizes), bias=False)
-        self.conv_weight = nn.Parameter(torch.empty(sum(self.inner), d_conv).uniform_(-(d_conv**-0.5), d_conv**-0.5))
-        self.conv_bias = nn.Parameter(torch.empty(sum(self.inner)).uniform_(-(d_conv**-0.5), d_conv**-0.5))
+        self.conv1d = ShortConvolution(sum(self.inner), d_conv, bias=True)
         dt = initial_log_dt(self.n_heads, dt_min, dt_max).exp().clamp(min=1e-4)
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
         self.A_log = nn.Parameter(torch.zeros(self.n_heads))
         self.D = nn.Parameter(torch.ones(self.n_heads))
         self.fc_D = nn.Linear(self.width, self.n_heads, bias=False)
-        self.norm_weight = nn.Parameter(torch.ones(self.width))
+        self.norm = nn.RMSNorm(self.width, eps=1e-5)
         self.out_proj = nn.Linear(self.width, d_model, bias=False)
 
     def _convolve(self, xBC: Tensor) -> Tensor:
         """Centred: a causal convolution that runs d_conv // 2 tokens further."""
-        later = self.conv_weight.shape[1] // 2
-        return causal_conv1d(F.pad(xBC, (0, 0, 0, later)), self.conv_weight, self.conv_bias, "silu")[:, later:]
+        later = self.conv1d.weight.shape[2] // 2
+        return self.conv1d(F.pad(xBC, (0, 0, 0, later)))[:, later:]
 
     def mix(self, xBC: Tensor, dt: Tensor, mask: Tensor) -> Tensor:
         """y of the equations: (B, L, E + 4 G N), (B, L, 2 H) -> (B, L, E)."""
@@ -92,11 +91,10 @@ class HydraMixer(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         z, xBC, dt = self.in_proj(x).split(self.sizes, dim=-1)
-        y = F.rms_norm(wide(self.mix(xBC, dt, mask)), (self.width,), eps=1e-5) * self.norm_weight
-        return self.out_proj(y * F.silu(z))
+        return self.out_proj(self.norm(wide(self.mix(xBC, dt, mask))) * F.silu(z))
 
     def cost(self, length: int) -> Cost:
-        d_model, taps, head_dim = self.in_proj.in_features, self.conv_weight.shape[1], self.width // self.n_heads
+        d_model, taps, head_dim = self.in_proj.in_features, self.conv1d.weight.shape[2], self.width // self.n_heads
         maps = (
             Cost.linear(length, d_model, sum(self.sizes), bias=False)
             + Cost.linear(length, self.width, self.n_heads, bias=False)
@@ -117,6 +115,7 @@ class Hydra(Stack):
         scaling="L",
         causal=False,
     )
+    refuses_causal = True
     block = Block(ffn="none", norm="rms")
 
     def __init__(
@@ -150,7 +149,10 @@ class Hydra(Stack):
         if n_groups < 1 or width // share % n_groups:
             raise ValueError(f"n_groups is {n_groups}; a divisor of the number of heads, {width // share}")
         super().__init__(
-            lambda _: HydraMixer(d_model, state_size, share, n_groups, expand, d_conv, dt_min, dt_max),
+            lambda _: HydraMixer(
+                d_model, state_size=state_size, head_dim=share, n_groups=n_groups, expand=expand, d_conv=d_conv,
+                dt_min=dt_min, dt_max=dt_max,
+            ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block=block,
         )  # fmt: skip

@@ -4,7 +4,7 @@ Lieber et al. 2024, arXiv:2403.19887. Layer i is attention where i mod p = p // 
 Its feed-forward part is a mixture where i mod `experts_every` is the last. Each part has an RMS norm before it.
 
     mamba      that of arXiv:2312.00752 with E = expand D, N states and rank R, and RMS norms inside (section 3.1):
-               u, z = split(in_proj x),  u = silu(conv u),  r, B, C = split(x_proj u), each over its rms with a gain
+               u, z = split(in_proj x),  u = silu(conv1d u),  r, B, C = split(x_proj u), each over its rms with a gain
                dt = softplus(dt_proj r),  h_t = exp(dt A) h_{t-1} + dt B_t u_t,  y = out_proj((C h + D u) silu(z))
     attention  causal softmax, H heads of queries over n_kv_heads of keys and values, no positions of any kind
     experts    p = softmax(W_r x); y = sum over the k largest of p_e W2_e(silu(W1_e x) * W3_e x), p as it is
@@ -40,8 +40,8 @@ from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._ssm import initial_log_dt
 from lra.architectures._stack import Block, FeedForward, Stack
+from lra.architectures._window import ShortConvolution
 from lra.encoder import Card, Cost, Mixer
-from lra.kernels.causal_conv1d import causal_conv1d
 from lra.kernels.selective_scan import selective_scan
 
 State = tuple[Tensor, Tensor]
@@ -52,14 +52,13 @@ class JambaMambaMixer(Mixer):
     """(B, L, D) -> (B, L, D). Padding comes after all real tokens: no mask needed."""
 
     def __init__(
-        self, d_model: int, state_size: int, expand: int, d_conv: int, dt_rank: int, dt_min: float, dt_max: float
+        self, d_model: int, *, state_size: int, expand: int, d_conv: int, dt_rank: int, dt_min: float, dt_max: float
     ) -> None:
         super().__init__()
         width = expand * d_model
         self.sizes = (dt_rank, state_size, state_size)
         self.in_proj = nn.Linear(d_model, 2 * width, bias=False)  # rows: u, z
-        self.conv_weight = nn.Parameter(torch.empty(width, d_conv).uniform_(-(d_conv**-0.5), d_conv**-0.5))
-        self.conv_bias = nn.Parameter(torch.empty(width).uniform_(-(d_conv**-0.5), d_conv**-0.5))
+        self.conv1d = ShortConvolution(width, d_conv, bias=True)
         self.x_proj = nn.Linear(width, sum(self.sizes), bias=False)  # rows: r, B, C
         self.dt_layernorm, self.b_layernorm, self.c_layernorm = (nn.RMSNorm(size, eps=EPS) for size in self.sizes)
         self.dt_proj = nn.Linear(dt_rank, width)
@@ -76,14 +75,16 @@ class JambaMambaMixer(Mixer):
         r, B, C = self.x_proj(u).split(self.sizes, dim=-1)
         return self.dt_layernorm(wide(r)), self.b_layernorm(wide(B)), self.c_layernorm(wide(C))
 
-    def _steps(self, r: Tensor) -> Tensor:
-        return F.softplus(wide(F.linear(r, self.dt_proj.weight)) + self.dt_proj.bias)
+    def _selection(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """dt (..., E), A (E, N), B and C (..., N)."""
+        r, B, C = self.selected(u)
+        dt = F.softplus(wide(F.linear(r, self.dt_proj.weight)) + self.dt_proj.bias)
+        return dt, -self.A_log.exp(), B, C
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        u = causal_conv1d(u, self.conv_weight, self.conv_bias, "silu")
-        r, B, C = self.selected(u)
-        return self.out_proj(selective_scan(u, self._steps(r), -self.A_log.exp(), B, C, self.D, z))
+        u = self.conv1d(u)
+        return self.out_proj(selective_scan(u, *self._selection(u), self.D, z))
 
     def cost(self, length: int) -> Cost:
         d_model, (width, states), rank = self.in_proj.in_features, self.A_log.shape, self.sizes[0]
@@ -93,24 +94,20 @@ class JambaMambaMixer(Mixer):
             + Cost.linear(length, rank, width)
             + Cost.linear(length, width, d_model, bias=False)
         )
-        scan = width * (7.0 * states + 2.0 * self.conv_weight.shape[1] + 20.0)
+        scan = width * (7.0 * states + 2.0 * self.conv1d.weight.shape[2] + 20.0)
         return maps + Cost(other=length * (scan + 5.0 * sum(self.sizes)))
 
     def init_state(self, batch: int) -> State:
-        width, taps = self.conv_weight.shape
-        like = self.conv_weight
-        return like.new_zeros(batch, taps - 1, width), like.new_zeros(batch, *self.A_log.shape)
+        return self.conv1d.init_state(batch), self.A_log.new_zeros(batch, *self.A_log.shape)
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """State: the last d_conv - 1 inputs of the convolution (B, d_conv - 1, E), and h (B, E, N)."""
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        window = torch.cat([state[0], u.unsqueeze(1)], dim=1)
-        u = F.silu(torch.einsum("bke,ek->be", window, self.conv_weight) + self.conv_bias)
-        r, B, C = self.selected(u)
-        dt = self._steps(r)
-        h = torch.exp(-dt.unsqueeze(-1) * self.A_log.exp()) * state[1] + (dt * u).unsqueeze(-1) * B.unsqueeze(1)
+        u, window = self.conv1d.step(u, state[0])
+        dt, A, B, C = self._selection(u)
+        h = torch.exp(dt.unsqueeze(-1) * A) * state[1] + (dt * u).unsqueeze(-1) * B.unsqueeze(1)
         y = torch.einsum("ben,bn->be", h, C) + self.D * u
-        return self.out_proj(y * F.silu(z)), (window[:, 1:], h)
+        return self.out_proj(y * F.silu(z)), (window, h)
 
 
 class JambaAttentionMixer(AttentionMixer):
@@ -223,7 +220,9 @@ class Jamba(Stack):
         def mixer(layer: int) -> Mixer:
             if period and layer % period == period // 2:
                 return JambaAttentionMixer(d_model, n_heads, n_kv_heads)
-            return JambaMambaMixer(d_model, state_size, expand, d_conv, rank, dt_min, dt_max)
+            return JambaMambaMixer(
+                d_model, state_size=state_size, expand=expand, d_conv=d_conv, dt_rank=rank, dt_min=dt_min, dt_max=dt_max
+            )
 
         super().__init__(
             mixer,

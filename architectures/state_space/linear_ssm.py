@@ -5,8 +5,8 @@ a step size dt = exp(log_dt):
 
     bilinear    Abar = (I - dt/2 A)^-1 (I + dt/2 A),  Bbar = dt (I - dt/2 A)^-1 B     (D, N, N), (D, N)
     zoh         Abar = exp(dt A),                     Bbar = A^-1 (Abar - I) B
-    s_t = Abar s_{t-1} + Bbar x_t,   y_t = C s_t + d x_t                              recurrent view, s: (B, L, D, N)
-    y_t = (K * x)_t + d x_t,         K_l = C Abar^l Bbar                              convolutional view, K: (D, L)
+    s_t = Abar s_{t-1} + Bbar x_t,   y_t = C s_t + D x_t                              recurrent view, s: (B, L, D, N)
+    y_t = (K * x)_t + D x_t,         K_l = C Abar^l Bbar                              convolutional view, K: (D, L)
     out = W gelu(y) + b                                                               (B, L, D)
 
 K_{im + j} = (C Abar^{mi}) (Abar^j Bbar) with m about sqrt(L): 2 sqrt(L) vectors a channel, each family by doubling, and
@@ -14,7 +14,7 @@ one product; in float64, as the powers of a matrix that is far from normal multi
 
 Bidirectional: a second C gives a second kernel of the same states; it looks ahead and leaves out the current token.
 
-Initialisation: A and B are HiPPO-LegS, n_ssm copies; C, d standard normal; log_dt uniform between log dt_min and
+Initialisation: A and B are HiPPO-LegS, n_ssm copies; C, D standard normal; log_dt uniform between log dt_min and
 log dt_max; W, b PyTorch's own. A, B and dt learn at `ssm_lr` at most and without weight decay. Variant fixed, the
 paper's LSSL-f: A, B and dt stay as they start.
 
@@ -77,7 +77,7 @@ class LinearSSMMixer(Mixer):
     log_dt: Tensor
 
     def __init__(
-        self, d_model: int, state_size: int, discretization: str, dt_min: float, dt_max: float, n_ssm: int,
+        self, d_model: int, *, state_size: int, discretization: str, dt_min: float, dt_max: float, n_ssm: int,
         fixed: bool, causal: bool, dropout: float,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -90,8 +90,8 @@ class LinearSSMMixer(Mixer):
             else:
                 self.register_parameter(name, nn.Parameter(start))
         self.C = nn.Parameter(torch.randn(1 if causal else 2, d_model, state_size))
-        self.d = nn.Parameter(torch.randn(d_model))
-        self.out = nn.Linear(d_model, d_model)
+        self.D = nn.Parameter(torch.randn(d_model))
+        self.output_linear = nn.Linear(d_model, d_model)
         self.dropout = Dropout(dropout)
 
     def discrete(self) -> tuple[Tensor, Tensor]:
@@ -110,10 +110,10 @@ class LinearSSMMixer(Mixer):
     def ssm(self, x: Tensor) -> Tensor:
         """y of the equations: (B, L, D) -> (B, L, D)."""
         K = self.kernel(x.shape[1]).to(torch.promote_types(x.dtype, torch.float32))
-        return fft_conv(x, K[0] if self.causal else K, self.d, bidirectional=not self.causal)
+        return fft_conv(x, K[0] if self.causal else K, self.D, bidirectional=not self.causal)
 
     def _project(self, y: Tensor) -> Tensor:
-        return self.out(self.dropout(F.gelu(y)))
+        return self.output_linear(self.dropout(F.gelu(y)))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         return self._project(self.ssm(x))
@@ -141,18 +141,18 @@ class LinearSSMMixer(Mixer):
         """State: s_t, (B, D, N), Abar and Bbar. One step is in float64, as the kernel is."""
         before, A, B = state
         after = (A @ before.to(A.dtype).unsqueeze(-1)).squeeze(-1) + B * x.unsqueeze(-1)
-        y = (self.C[0] * after).sum(-1).to(x.dtype) + self.d * x
+        y = (self.C[0] * after).sum(-1).to(x.dtype) + self.D * x
         return self._project(y), (after.to(before.dtype), A, B)
 
     def chunk(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         (before, A, B), tokens = state, x.shape[1]
         reads = orbit(A.mT, self.C[0].double(), tokens + 1)[0]  # C Abar^l
         K = (reads[:, :tokens] @ B.unsqueeze(-1)).squeeze(-1)
-        y = fft_conv(x, K.to(torch.promote_types(x.dtype, torch.float32)), self.d)
+        y = fft_conv(x, K.to(torch.promote_types(x.dtype, torch.float32)), self.D)
         y = y + torch.einsum("dln,bdn->bld", reads[:, 1 : tokens + 1], before.to(A.dtype)).to(y.dtype)
-        enters = orbit(A, B, tokens)[0][:, :tokens].flip(1)  # Abar^(C - 1 - l) Bbar
+        inputs = orbit(A, B, tokens)[0][:, :tokens].flip(1)  # Abar^(C - 1 - l) Bbar
         after = torch.einsum("dij,bdj->bdi", torch.linalg.matrix_power(A, tokens), before.to(A.dtype))
-        after = after + torch.einsum("dln,bld->bdn", enters, x.to(A.dtype))
+        after = after + torch.einsum("dln,bld->bdn", inputs, x.to(A.dtype))
         return self._project(y), (after.to(before.dtype), A, B)
 
 
@@ -196,7 +196,8 @@ class LinearSSM(Stack):
         self.ssm_lr, self.fixed = ssm_lr, fixed
         super().__init__(
             lambda _: LinearSSMMixer(
-                d_model, state_size, discretization, dt_min, dt_max, n_ssm, fixed, direction == "causal", dropout
+                d_model, state_size=state_size, discretization=discretization, dt_min=dt_min, dt_max=dt_max,
+                n_ssm=n_ssm, fixed=fixed, causal=direction == "causal", dropout=dropout,
             ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block=block,

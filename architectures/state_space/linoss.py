@@ -62,10 +62,14 @@ class LinOSSMixer(Mixer):
         self.glu = nn.Linear(d_model, 2 * d_model)  # rows: W_1, W_2
         self.dropout = Dropout(dropout)
 
+    def _rates(self) -> tuple[Tensor, Tensor]:
+        """dt and A of the equations: (P,) each."""
+        return torch.sigmoid(wide(self.steps)), F.relu(self.A_diag)
+
     def _roots(self) -> tuple[Tensor, Tensor, Tensor]:
         """l_1 and l_2 complex, e real: (P,) each."""
-        dt = torch.sigmoid(wide(self.steps))
-        a = dt.square() * F.relu(self.A_diag)
+        dt, A = self._rates()
+        a = dt.square() * A
         if self.implicit:
             middle = 1 / (1 + a)
             square, gain = -a * middle.square(), middle * dt.square()
@@ -76,12 +80,12 @@ class LinOSSMixer(Mixer):
         root = torch.complex(square.masked_fill(double, 1), torch.zeros_like(square)).sqrt().masked_fill(double, 0)
         return middle + root, middle - root, gain
 
-    def _enter(self, x: Tensor) -> Tensor:
+    def _inputs(self, x: Tensor) -> Tensor:
         """B x: (..., D) -> (..., P) complex."""
         B = self.B.transpose(1, 2).flatten(0, 1)
         return torch.view_as_complex(wide(F.linear(x, B)).unflatten(-1, (-1, 2)))
 
-    def _leave(self, y: Tensor, x: Tensor) -> Tensor:
+    def _outputs(self, y: Tensor, x: Tensor) -> Tensor:
         """Re(C y) + D x: (..., P) complex, (..., D) -> (..., D)."""
         real, imaginary = self.C.unbind(-1)
         C = torch.stack([real, -imaginary], dim=-1).flatten(1)
@@ -90,8 +94,8 @@ class LinOSSMixer(Mixer):
     def ssm(self, x: Tensor) -> Tensor:
         """o of the equations: (B, L, D) -> (B, L, D)."""
         one, two, gain = self._roots()
-        inner = linear_scan(two[None, None], gain * self._enter(x))
-        return self._leave(linear_scan(one[None, None], inner), x)
+        inner = linear_scan(two[None, None], gain * self._inputs(x))
+        return self._outputs(linear_scan(one[None, None], inner), x)
 
     def _gate(self, o: Tensor) -> Tensor:
         return F.glu(self.glu(self.dropout(F.gelu(o, approximate="tanh"))), dim=-1)
@@ -111,12 +115,12 @@ class LinOSSMixer(Mixer):
     def advance(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One token through the two equations as they stand: x (B, D) -> o (B, D), and (z, y)."""
         z, y = state
-        dt, A = torch.sigmoid(wide(self.steps)), F.relu(self.A_diag)
-        z = z + dt * (self._enter(x) - A * y)
+        dt, A = self._rates()
+        z = z + dt * (self._inputs(x) - A * y)
         if self.implicit:
             z = z / (1 + dt.square() * A)
         y = y + dt * z
-        return self._leave(y, x), (z, y)
+        return self._outputs(y, x), (z, y)
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """State: z and y, (B, P) complex each."""

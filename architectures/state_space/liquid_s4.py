@@ -64,15 +64,24 @@ class LiquidS4Mixer(DPLRSSM, Mixer):
     """(B, L, D) -> (B, L, D). Products are counted from the end of the real tokens, so that padding has no part."""
 
     def __init__(
-        self, d_model: int, length: int, state_size: int, init: str, dt_min: float, dt_max: float, n_ssm: int,
+        self, d_model: int, *, length: int, state_size: int, init: str, dt_min: float, dt_max: float, n_ssm: int,
         ways: int, degree: int, liquid: str, products: str, contract: bool, dropout: float,
     ) -> None:  # fmt: skip
-        super().__init__(d_model, length, state_size, init, dt_min, dt_max, n_ssm, ways)
+        super().__init__(
+            d_model,
+            length=length,
+            state_size=state_size,
+            init=init,
+            dt_min=dt_min,
+            dt_max=dt_max,
+            n_ssm=n_ssm,
+            ways=ways,
+        )
         self.degree, self.liquid, self.products, self.contract = degree, liquid, products, contract
         if liquid == "pb":
             self.C_liquid = nn.Parameter(torch.view_as_real(self.output().conj().resolve_conj()).float())
         self.D = nn.Parameter(torch.randn(d_model))
-        self.out = nn.Linear(d_model, 2 * d_model)
+        self.output_linear = nn.Linear(d_model, 2 * d_model)
         self.dropout = Dropout(dropout)
         for p in range(2, degree + 1) if products == "all" else ():
             self.register_buffer(f"subsets_{p}", subsets(length, p))
@@ -90,7 +99,7 @@ class LiquidS4Mixer(DPLRSSM, Mixer):
             q = q * padded[:, others]
         return q
 
-    def _enter(self) -> tuple[Tensor, Tensor]:
+    def _discrete_B(self) -> tuple[Tensor, Tensor]:
         """dB: (H, M) complex and s: (H,)."""
         A, _, B, dt = self._continuous()
         dB = dt.unsqueeze(-1) * B / (1 - dt.unsqueeze(-1) * A / 2)
@@ -99,7 +108,7 @@ class LiquidS4Mixer(DPLRSSM, Mixer):
     def correction(self, x: Tensor, mask: Tensor, kernel: Tensor) -> Tensor:
         """The sum of c_p: (B, L, D) -> (B, L, D). kernel: (ways, D, L)."""
         v = flip(x.masked_fill(~mask.unsqueeze(-1), 0), mask)
-        dB, s = self._enter()
+        dB, s = self._discrete_B()
         total = torch.zeros_like(v)
         for p in range(2, self.degree + 1):
             q, gain = wide(self._products(v, p)), s ** (2 ** (p - 1) - 1)
@@ -132,7 +141,7 @@ class LiquidS4Mixer(DPLRSSM, Mixer):
         return y + self.correction(x, mask, K)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return F.glu(self.out(self.dropout(F.gelu(self.ssm(x, mask)))), dim=-1)
+        return F.glu(self.output_linear(self.dropout(F.gelu(self.ssm(x, mask)))), dim=-1)
 
     def cost(self, length: int) -> Cost:
         width, terms = len(self.D), self.degree - 1
@@ -169,6 +178,7 @@ class LiquidS4(Stack):
         },
         exempt={"optim_norms": "the released optimiser, that of S4, spares the kernel's own parameters alone"},
     )
+    refuses_causal = True
     block = Block(ffn="none")
 
     def __init__(
@@ -208,8 +218,8 @@ class LiquidS4(Stack):
         self.ssm_lr = ssm_lr
         super().__init__(
             lambda _: LiquidS4Mixer(
-                d_model, length, state_size, init, dt_min, dt_max, copies, ways, degree, liquid, products, contract,
-                dropout,
+                d_model, length=length, state_size=state_size, init=init, dt_min=dt_min, dt_max=dt_max, n_ssm=copies,
+                ways=ways, degree=degree, liquid=liquid, products=products, contract=contract, dropout=dropout,
             ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block=block,

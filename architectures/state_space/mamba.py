@@ -2,21 +2,21 @@
 
 Gu and Dao 2023, arXiv:2312.00752. With E = expand D, N the state size and R the rank of the step-size map:
 
-    u, z = split(W_in x)                                   (B, L, E) each                    section 3.4, figure 3
-    u = silu(conv(u) + b)                                  (B, L, E)     depthwise, causal, over d_conv tokens
-    r, B, C = split(W_x u)                                 (B, L, R), (B, L, N), (B, L, N)   selection, section 3.2
-    dt = softplus(W_dt r + b_dt)                           (B, L, E)
+    u, z = split(in_proj x)                                (B, L, E) each                    section 3.4, figure 3
+    u = silu(conv1d u)                                     (B, L, E)     depthwise, causal, over d_conv tokens
+    r, B, C = split(x_proj u)                              (B, L, R), (B, L, N), (B, L, N)   selection, section 3.2
+    dt = softplus(dt_proj r)                               (B, L, E)
     h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t,   h_0 = 0    (B, L, E, N), never stored;  A = -exp(A_log), (E, N)
-    y = W_out((C h + d u) silu(z))                         (B, L, D)
+    y = out_proj((C h + D u) silu(z))                      (B, L, D)
 
 Initialisation (section 3.6 and the released code): A = -1, ..., -N in every channel (S4D-Real); dt at x = 0 uniform in
-the logarithm between dt_min and dt_max, at least 1e-4; W_dt uniform within R^-1/2; d = 1; W_out divided by
-sqrt(n_layers), as there is one residual a layer; the rest PyTorch's own. A_log, d, biases, b_dt among them,
-and norms learn without weight decay.
+the logarithm between dt_min and dt_max, at least 1e-4; the weight of dt_proj uniform within R^-1/2; D = 1; out_proj
+divided by sqrt(n_layers), as there is one residual a layer; the rest PyTorch's own. A_log, D, biases, that of dt_proj
+among them, and norms learn without weight decay.
 
 Departures: the paper's optional norm inside the mixer is left out, as in the released code. A block is the mixer alone,
-with RMS norm, as in the paper; `bias` adds biases, 0 at first, to W_in and W_out, which the released code offers and
-leaves out.
+with RMS norm, as in the paper; `bias` adds biases, 0 at first, to in_proj and out_proj, which the released code offers
+and leaves out.
 
 Checked against: tensors of Hugging Face's MambaMixer, cross-checked there against mamba-minimal: outputs, gradients of
 x and of every parameter, sequences inside the layer.
@@ -36,86 +36,88 @@ from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._ssm import initial_log_dt
 from lra.architectures._stack import Block, Stack
-from lra.architectures._window import continued_conv1d
+from lra.architectures._window import ShortConvolution
 from lra.encoder import Card, Cost, Mixer
-from lra.kernels.causal_conv1d import causal_conv1d
 from lra.kernels.selective_scan import selective_scan
 
 State = tuple[Tensor, Tensor]
+
+
+class StepSizes(nn.Module):
+    """dt of the equations: r (..., R) -> (..., E), in float32 at least."""
+
+    def __init__(self, dt_rank: int, width: int, dt_min: float, dt_max: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, dt_rank).uniform_(-(dt_rank**-0.5), dt_rank**-0.5))
+        dt = initial_log_dt(width, dt_min, dt_max).exp().clamp(min=1e-4)
+        self.bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+    def forward(self, r: Tensor) -> Tensor:
+        return F.softplus(wide(F.linear(r, self.weight)) + self.bias)
 
 
 class MambaMixer(Mixer):
     """(B, L, D) -> (B, L, D). Padding comes after all real tokens: no mask needed."""
 
     def __init__(
-        self, d_model: int, state_size: int, expand: int, d_conv: int, dt_rank: int, dt_min: float, dt_max: float,
+        self, d_model: int, *, state_size: int, expand: int, d_conv: int, dt_rank: int, dt_min: float, dt_max: float,
         bias: bool, n_layers: int,
     ) -> None:  # fmt: skip
         super().__init__()
         width = expand * d_model
         self.sizes = (dt_rank, state_size, state_size)
-        self.into = nn.Linear(d_model, 2 * width, bias=bias)  # rows: u, z
-        self.conv_weight = nn.Parameter(torch.empty(width, d_conv).uniform_(-(d_conv**-0.5), d_conv**-0.5))
-        self.conv_bias = nn.Parameter(torch.empty(width).uniform_(-(d_conv**-0.5), d_conv**-0.5))
-        self.select = nn.Linear(width, sum(self.sizes), bias=False)  # rows: r, B, C
-        self.dt_weight = nn.Parameter(torch.empty(width, dt_rank).uniform_(-(dt_rank**-0.5), dt_rank**-0.5))
-        dt = initial_log_dt(width, dt_min, dt_max).exp().clamp(min=1e-4)
-        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self.in_proj = nn.Linear(d_model, 2 * width, bias=bias)  # rows: u, z
+        self.conv1d = ShortConvolution(width, d_conv, bias=True)
+        self.x_proj = nn.Linear(width, sum(self.sizes), bias=False)  # rows: r, B, C
+        self.dt_proj = StepSizes(dt_rank, width, dt_min, dt_max)
         self.A_log = nn.Parameter(torch.arange(1.0, state_size + 1).log().repeat(width, 1))
-        self.d = nn.Parameter(torch.ones(width))
-        self.out = nn.Linear(width, d_model, bias=bias)
+        self.D = nn.Parameter(torch.ones(width))
+        self.out_proj = nn.Linear(width, d_model, bias=bias)
         with torch.no_grad():
-            self.out.weight.div_(math.sqrt(n_layers))
+            self.out_proj.weight.div_(math.sqrt(n_layers))
         if bias:
-            nn.init.zeros_(self.into.bias)
-            nn.init.zeros_(self.out.bias)
+            nn.init.zeros_(self.in_proj.bias)
+            nn.init.zeros_(self.out_proj.bias)
 
-    def _selected(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """dt (..., E), B and C (..., N)."""
-        r, B, C = self.select(u).split(self.sizes, dim=-1)
-        return F.softplus(wide(F.linear(r, self.dt_weight)) + self.dt_bias), B, C
+    def _selection(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """dt (..., E), A (E, N), B and C (..., N)."""
+        r, B, C = self.x_proj(u).split(self.sizes, dim=-1)
+        return self.dt_proj(r), -self.A_log.exp(), B, C
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        u, z = self.into(x).chunk(2, dim=-1)
-        u = causal_conv1d(u, self.conv_weight, self.conv_bias, "silu")
-        return self.out(selective_scan(u, *self._scan_arguments(u), self.d, z))
-
-    def _scan_arguments(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        dt, B, C = self._selected(u)
-        return dt, -self.A_log.exp(), B, C
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        u = self.conv1d(u)
+        return self.out_proj(selective_scan(u, *self._selection(u), self.D, z))
 
     def cost(self, length: int) -> Cost:
-        d_model, (width, states), rank = self.into.in_features, self.A_log.shape, self.sizes[0]
-        bias = self.into.bias is not None
+        d_model, (width, states), rank = self.in_proj.in_features, self.A_log.shape, self.sizes[0]
+        bias = self.in_proj.bias is not None
         maps = (
             Cost.linear(length, d_model, 2 * width, bias)
             + Cost.linear(length, width, sum(self.sizes), bias=False)
             + Cost.linear(length, rank, width)
             + Cost.linear(length, width, d_model, bias)
         )
-        scan = 7.0 * states + 2.0 * self.conv_weight.shape[1]
+        scan = 7.0 * states + 2.0 * self.conv1d.weight.shape[2]
         return maps + Cost(other=length * width * (scan + 20.0))
 
     def init_state(self, batch: int) -> State:
-        width, taps = self.conv_weight.shape
-        like = self.conv_weight
-        return like.new_zeros(batch, taps - 1, width), like.new_zeros(batch, *self.A_log.shape)
+        return self.conv1d.init_state(batch), self.A_log.new_zeros(batch, *self.A_log.shape)
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """State: the last d_conv - 1 inputs of the convolution (B, d_conv - 1, E), and h (B, E, N)."""
-        u, z = self.into(x).chunk(2, dim=-1)
-        window = torch.cat([state[0], u.unsqueeze(1)], dim=1)
-        u = F.silu(torch.einsum("bke,ek->be", window, self.conv_weight) + self.conv_bias)
-        dt, A, B, C = self._scan_arguments(u)
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        u, window = self.conv1d.step(u, state[0])
+        dt, A, B, C = self._selection(u)
         h = torch.exp(dt.unsqueeze(-1) * A) * state[1] + (dt * u).unsqueeze(-1) * B.unsqueeze(1)
-        y = torch.einsum("ben,bn->be", h, C) + self.d * u
-        return self.out(y * F.silu(z)), (window[:, 1:], h)
+        y = torch.einsum("ben,bn->be", h, C) + self.D * u
+        return self.out_proj(y * F.silu(z)), (window, h)
 
     def chunk(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        u, z = self.into(x).chunk(2, dim=-1)
-        u, window = continued_conv1d(u, state[0], self.conv_weight, self.conv_bias, "silu")
-        y, h = selective_scan(u, *self._scan_arguments(u), self.d, z, h0=state[1], return_state=True)
-        return self.out(y), (window, h)
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        u, window = self.conv1d.chunk(u, state[0])
+        y, h = selective_scan(u, *self._selection(u), self.D, z, h0=state[1], return_state=True)
+        return self.out_proj(y), (window, h)
 
 
 class Mamba(Stack):
@@ -153,10 +155,13 @@ class Mamba(Stack):
             if value < 1:
                 raise ValueError(f"{name} is {value}; at least 1")
         super().__init__(
-            lambda _: MambaMixer(d_model, state_size, expand, d_conv, rank, dt_min, dt_max, bias, n_layers),
+            lambda _: MambaMixer(
+                d_model, state_size=state_size, expand=expand, d_conv=d_conv, dt_rank=rank, dt_min=dt_min,
+                dt_max=dt_max, bias=bias, n_layers=n_layers,
+            ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
         )  # fmt: skip
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
-        return undecayed(self, "A_log", "d")
+        return undecayed(self, "A_log", "D")

@@ -3,20 +3,20 @@
 Dao and Gu 2024, arXiv:2405.21060. With E = expand D split into H heads of width P, state size N, and G groups of heads
 that share B and C:
 
-    z, (x, B, C), dt = split(W_in x)                       (B, L, E), (B, L, E + 2 G N), (B, L, H)   section 7.1
-    x, B, C = silu(conv(x, B, C) + b)                      depthwise, causal, over d_conv tokens
-    dt = softplus(dt + b_dt)                               (B, L, H)
+    z, (x, B, C), dt = split(in_proj x)                    (B, L, E), (B, L, E + 2 G N), (B, L, H)   section 7.1
+    x, B, C = silu(conv1d(x, B, C))                        depthwise, causal, over d_conv tokens
+    dt = softplus(dt + dt_bias)                            (B, L, H)
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t',   h_0 = 0   (B, L, H, P, N), never stored;  A = -exp(A_log), (H,)
-    y_t = h_t C_t + d x_t                                  (B, L, H, P), flattened to (B, L, E)      section 6
-    out = W_out norm(y silu(z))                            (B, L, D)     RMS over the E / G features of each group
+    y_t = h_t C_t + D x_t                                  (B, L, H, P), flattened to (B, L, E)      section 6
+    out = out_proj norm(y silu(z))                         (B, L, D)     RMS over the E / G features of each group
 
 Initialisation, that of the released code: A uniform in [-16, -1]; dt at x = 0 uniform in the logarithm between dt_min
-and dt_max, at least 1e-4; d = 1; W_out divided by sqrt(n_layers), as there is one residual a layer; the rest PyTorch's
-own. A_log, d, biases, b_dt among them, and norms learn without weight decay.
+and dt_max, at least 1e-4; D = 1; out_proj divided by sqrt(n_layers), as there is one residual a layer; the rest
+PyTorch's own. A_log, D, biases, dt_bias among them, and norms learn without weight decay.
 
 Departures: none known in the mixer. N is 64 unless told, where the paper's language models have 128, and P the largest
 power of two up to 64 that divides E. A block is the mixer alone, with RMS norm, as in the paper; `bias` adds biases, 0
-at first, to W_in and W_out, which the released code offers and leaves out.
+at first, to in_proj and out_proj, which the released code offers and leaves out.
 
 Checked against: tensors of Hugging Face's Mamba2Mixer, cross-checked there against mamba2-minimal, with one group and
 with two: outputs, gradients of x and of every parameter.
@@ -36,20 +36,32 @@ from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._ssm import initial_log_dt
 from lra.architectures._stack import Block, Stack
-from lra.architectures._window import continued_conv1d
+from lra.architectures._window import ShortConvolution
 from lra.encoder import Card, Cost, Mixer
-from lra.kernels.causal_conv1d import causal_conv1d
 from lra.kernels.ssd import ssd
 
 State = tuple[Tensor, Tensor]
 CHUNK = 64
 
 
+class GatedNorm(nn.Module):
+    """norm(y silu(z)) of the equations, y, z: (..., E) -> (..., E), in float32 at least."""
+
+    def __init__(self, width: int, n_groups: int) -> None:
+        super().__init__()
+        self.n_groups = n_groups
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        y = wide(y * F.silu(z)).unflatten(-1, (self.n_groups, -1))
+        return F.rms_norm(y, y.shape[-1:], eps=1e-5).flatten(-2) * self.weight
+
+
 class Mamba2Mixer(Mixer):
     """(B, L, D) -> (B, L, D). Padding comes after all real tokens: no mask needed."""
 
     def __init__(
-        self, d_model: int, state_size: int, head_dim: int, n_groups: int, expand: int, d_conv: int, dt_min: float,
+        self, d_model: int, *, state_size: int, head_dim: int, n_groups: int, expand: int, d_conv: int, dt_min: float,
         dt_max: float, bias: bool, n_layers: int,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -58,20 +70,19 @@ class Mamba2Mixer(Mixer):
         shared = n_groups * state_size
         self.inner = (self.width, shared, shared)  # x, B, C
         self.sizes = (self.width, sum(self.inner), self.n_heads)  # z, (x, B, C), dt
-        self.into = nn.Linear(d_model, sum(self.sizes), bias=bias)
-        self.conv_weight = nn.Parameter(torch.empty(sum(self.inner), d_conv).uniform_(-(d_conv**-0.5), d_conv**-0.5))
-        self.conv_bias = nn.Parameter(torch.empty(sum(self.inner)).uniform_(-(d_conv**-0.5), d_conv**-0.5))
+        self.in_proj = nn.Linear(d_model, sum(self.sizes), bias=bias)
+        self.conv1d = ShortConvolution(sum(self.inner), d_conv, bias=True)
         dt = initial_log_dt(self.n_heads, dt_min, dt_max).exp().clamp(min=1e-4)
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
         self.A_log = nn.Parameter(torch.empty(self.n_heads).uniform_(1, 16).log())
-        self.d = nn.Parameter(torch.ones(self.n_heads))
-        self.norm_weight = nn.Parameter(torch.ones(self.width))
-        self.out = nn.Linear(self.width, d_model, bias=bias)
+        self.D = nn.Parameter(torch.ones(self.n_heads))
+        self.norm = GatedNorm(self.width, n_groups)
+        self.out_proj = nn.Linear(self.width, d_model, bias=bias)
         with torch.no_grad():
-            self.out.weight.div_(math.sqrt(n_layers))
+            self.out_proj.weight.div_(math.sqrt(n_layers))
         if bias:
-            nn.init.zeros_(self.into.bias)
-            nn.init.zeros_(self.out.bias)
+            nn.init.zeros_(self.in_proj.bias)
+            nn.init.zeros_(self.out_proj.bias)
 
     def _split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., E + 2 G N) -> x: (..., H, P), B and C: (..., G, N)."""
@@ -82,49 +93,48 @@ class Mamba2Mixer(Mixer):
             C.unflatten(-1, (self.n_groups, -1)),
         )
 
+    def _rates(self, dt: Tensor) -> tuple[Tensor, Tensor]:
+        """dt of the equations: (..., H), and A: (H,)."""
+        return F.softplus(wide(dt) + self.dt_bias), -self.A_log.exp()
+
     def _finish(self, y: Tensor, x: Tensor, z: Tensor) -> Tensor:
         """Skip, gate, norm and output map: y, x: (..., H, P), z: (..., E) -> (..., D)."""
-        y = wide((y + self.d.unsqueeze(-1) * x).flatten(-2) * F.silu(z)).unflatten(-1, (self.n_groups, -1))
-        return self.out(F.rms_norm(y, y.shape[-1:], eps=1e-5).flatten(-2) * self.norm_weight)
+        return self.out_proj(self.norm((y + self.D.unsqueeze(-1) * x).flatten(-2), z))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        z, xBC, dt = self.into(x).split(self.sizes, dim=-1)
-        heads, B, C = self._split(causal_conv1d(xBC, self.conv_weight, self.conv_bias, "silu"))
-        y = ssd(heads, F.softplus(wide(dt) + self.dt_bias), -self.A_log.exp(), B, C, CHUNK)
+        z, xBC, dt = self.in_proj(x).split(self.sizes, dim=-1)
+        heads, B, C = self._split(self.conv1d(xBC))
+        y = ssd(heads, *self._rates(dt), B, C, CHUNK)
         assert isinstance(y, Tensor)
         return self._finish(y, heads, z)
 
     def cost(self, length: int) -> Cost:
-        d_model, taps = self.into.in_features, self.conv_weight.shape[1]
-        bias = self.into.bias is not None
+        d_model, taps = self.in_proj.in_features, self.conv1d.weight.shape[2]
+        bias = self.in_proj.bias is not None
         maps = Cost.linear(length, d_model, sum(self.sizes), bias) + Cost.linear(length, self.width, d_model, bias)
         head_dim = self.width // self.n_heads
         scan = 4.0 * self.n_heads * (CHUNK * (self.state_size + head_dim) / 2 + self.state_size * head_dim)
         return maps + Cost(other=length * (scan + sum(self.inner) * (2.0 * taps + 6) + 16.0 * self.width))
 
     def init_state(self, batch: int) -> State:
-        channels, taps = self.conv_weight.shape
-        like = self.conv_weight
-        head_dim = self.width // self.n_heads
-        return like.new_zeros(batch, taps - 1, channels), like.new_zeros(batch, self.n_heads, head_dim, self.state_size)
+        h = self.D.new_zeros(batch, self.n_heads, self.width // self.n_heads, self.state_size)
+        return self.conv1d.init_state(batch), h
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """State: the last d_conv - 1 inputs of the convolution (B, d_conv - 1, E + 2 G N), and h (B, H, P, N)."""
-        z, xBC, dt = self.into(x).split(self.sizes, dim=-1)
-        window = torch.cat([state[0], xBC.unsqueeze(1)], dim=1)
-        heads, B, C = self._split(F.silu(torch.einsum("bkc,ck->bc", window, self.conv_weight) + self.conv_bias))
+        z, xBC, raw_dt = self.in_proj(x).split(self.sizes, dim=-1)
+        xBC, window = self.conv1d.step(xBC, state[0])
+        heads, B, C = self._split(xBC)
         B, C = (t.repeat_interleave(self.n_heads // self.n_groups, dim=1) for t in (B, C))  # (B, H, N)
-        dt = F.softplus(wide(dt) + self.dt_bias)
-        decay = torch.exp(-dt * self.A_log.exp())[..., None, None]
-        h = decay * state[1] + torch.einsum("bh,bhp,bhn->bhpn", dt, heads, B)
-        return self._finish(torch.einsum("bhpn,bhn->bhp", h, C), heads, z), (window[:, 1:], h)
+        dt, A = self._rates(raw_dt)
+        h = torch.exp(dt * A)[..., None, None] * state[1] + torch.einsum("bh,bhp,bhn->bhpn", dt, heads, B)
+        return self._finish(torch.einsum("bhpn,bhn->bhp", h, C), heads, z), (window, h)
 
     def chunk(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        z, xBC, dt = self.into(x).split(self.sizes, dim=-1)
-        xBC, window = continued_conv1d(xBC, state[0], self.conv_weight, self.conv_bias, "silu")
+        z, xBC, dt = self.in_proj(x).split(self.sizes, dim=-1)
+        xBC, window = self.conv1d.chunk(xBC, state[0])
         heads, B, C = self._split(xBC)
-        dt = F.softplus(wide(dt) + self.dt_bias)
-        y, h = ssd(heads, dt, -self.A_log.exp(), B, C, CHUNK, h0=state[1], return_state=True)
+        y, h = ssd(heads, *self._rates(dt), B, C, CHUNK, h0=state[1], return_state=True)
         return self._finish(y, heads, z), (window, h)
 
 
@@ -171,11 +181,12 @@ class Mamba2(Stack):
             raise ValueError(f"n_groups is {n_groups}; a divisor of the number of heads, {width // share}")
         super().__init__(
             lambda _: Mamba2Mixer(
-                d_model, state_size, share, n_groups, expand, d_conv, dt_min, dt_max, bias, n_layers
+                d_model, state_size=state_size, head_dim=share, n_groups=n_groups, expand=expand, d_conv=d_conv,
+                dt_min=dt_min, dt_max=dt_max, bias=bias, n_layers=n_layers,
             ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
         )  # fmt: skip
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
-        return undecayed(self, "A_log", "d")
+        return undecayed(self, "A_log", "D")

@@ -57,7 +57,7 @@ class Mamba3Mixer(Mixer):
     """(B, L, D) -> (B, L, D). Padding comes after all real tokens: no mask needed."""
 
     def __init__(
-        self, d_model: int, state_size: int, head_dim: int, n_groups: int, expand: int, angles: int, dt_min: float,
+        self, d_model: int, *, state_size: int, head_dim: int, n_groups: int, expand: int, angles: int, dt_min: float,
         dt_max: float,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -190,7 +190,10 @@ class Mamba3(Stack):
         if n_groups < 1 or width // share % n_groups:
             raise ValueError(f"n_groups is {n_groups}; a divisor of the number of heads, {width // share}")
         super().__init__(
-            lambda _: Mamba3Mixer(d_model, state_size, share, n_groups, expand, angles, dt_min, dt_max),
+            lambda _: Mamba3Mixer(
+                d_model, state_size=state_size, head_dim=share, n_groups=n_groups, expand=expand, angles=angles,
+                dt_min=dt_min, dt_max=dt_max,
+            ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
         )  # fmt: skip
 

@@ -19,8 +19,8 @@ Initialisation, exactly S = V* HiPPO V for a unitary V of eigenvectors, B = V* B
     legt  HiPPO_nk = -sqrt((2n + 1)(2k + 1)) / 2, times (-1)^(n - k) above the diagonal; B_n = sqrt(2n + 1) / 2; two P,
           sqrt(n + 1/2) at odd n and at even n
     hippo legs in the first half of the n_ssm state matrices, fout in the second (arXiv:2206.12037, LegS/FouT)
-C complex and D real standard normal; log_dt uniform between log dt_min and log dt_max; W, b PyTorch's own. A, B, P and
-dt learn at `ssm_lr` at most and without weight decay.
+C complex and D real standard normal; log_dt uniform between log dt_min and log dt_max; W, b PyTorch's own. A, B and P
+learn at `ssm_lr` at most, dt at `dt_lr`, all without weight decay.
 
 Departures: the released code clips |Im B| at 2, which takes legs away from HiPPO; here B is whole. The real part of
 fout and legt, 0, is -1e-4, as there. As there, a block holds no feed-forward part beside the GLU.
@@ -50,18 +50,27 @@ class S4Mixer(DPLRSSM, Mixer):
     """(B, L, D) -> (B, L, D)."""
 
     def __init__(
-        self, d_model: int, length: int, state_size: int, init: str, dt_min: float, dt_max: float, n_ssm: int,
+        self, d_model: int, *, length: int, state_size: int, init: str, dt_min: float, dt_max: float, n_ssm: int,
         causal: bool, dropout: float,
     ) -> None:  # fmt: skip
-        super().__init__(d_model, length, state_size, init, dt_min, dt_max, n_ssm, ways=1 if causal else 2)
+        super().__init__(
+            d_model,
+            length=length,
+            state_size=state_size,
+            init=init,
+            dt_min=dt_min,
+            dt_max=dt_max,
+            n_ssm=n_ssm,
+            ways=1 if causal else 2,
+        )
         self.causal = causal
         self.D = nn.Parameter(torch.randn(d_model))
-        self.out = nn.Linear(d_model, 2 * d_model)
+        self.output_linear = nn.Linear(d_model, 2 * d_model)
         # the released block drops before its activation as well, at each position even where it ties the other masks
         self.inner_dropout, self.dropout = nn.Dropout(dropout), Dropout(dropout)
 
     def _project(self, y: Tensor) -> Tensor:
-        return F.glu(self.out(self.dropout(F.gelu(self.inner_dropout(y)))), dim=-1)
+        return F.glu(self.output_linear(self.dropout(F.gelu(self.inner_dropout(y)))), dim=-1)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         K = self.kernel(x.shape[1])
@@ -105,8 +114,8 @@ class S4Mixer(DPLRSSM, Mixer):
 
 class S4(Stack):
     """state_size: N, even. n_ssm: independent state matrices, d_model unless given, which it divides. init: legs,
-    fout, legt or hippo. dt_min, dt_max: range of the initial step sizes. ssm_lr: highest learning rate of A, B, P and
-    dt."""
+    fout, legt or hippo. dt_min, dt_max: range of the initial step sizes. ssm_lr: highest learning rate of A, B and P,
+    dt_lr: of dt."""
 
     card = Card(
         title="Efficiently Modeling Long Sequences with Structured State Spaces",
@@ -138,14 +147,16 @@ class S4(Stack):
         dt_max: float = 0.1,
         n_ssm: int | None = None,
         ssm_lr: float = 0.001,
+        dt_lr: float = 0.001,
         block: Mapping[str, Any] | None = None,
     ) -> None:
         copies = checked_copies(n_ssm, d_model)
         check_dplr(state_size, init, copies)
-        self.ssm_lr = ssm_lr
+        self.ssm_lr, self.dt_lr = ssm_lr, dt_lr
         super().__init__(
             lambda _: S4Mixer(
-                d_model, length, state_size, init, dt_min, dt_max, copies, direction == "causal", dropout
+                d_model, length=length, state_size=state_size, init=init, dt_min=dt_min, dt_max=dt_max, n_ssm=copies,
+                causal=direction == "causal", dropout=dropout,
             ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block=block,
@@ -153,5 +164,6 @@ class S4(Stack):
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
-        names = ("log_dt", "log_A_real", "A_imag", "P", "B")
-        return {f"*.{name}": {"lr": self.ssm_lr, "weight_decay": 0.0} for name in names}
+        names = ("log_A_real", "A_imag", "P", "B")
+        rates = {"log_dt": self.dt_lr} | dict.fromkeys(names, self.ssm_lr)
+        return {f"*.{name}": {"lr": rate, "weight_decay": 0.0} for name, rate in rates.items()}

@@ -22,7 +22,8 @@ Initialisation of A and B (section 4), half of the pairs, n = 0 .. M - 1:
     real  A = -(n + 1),                               B = 1    the eigenvalues of LegS itself; frequencies start at 0
     diag  inv in the first half of the n_ssm state matrices, lin in the second: the mixture of the released code
 C complex and D real standard normal; log_dt uniform between log dt_min and log dt_max, so that channels remember from
-1 / dt_max to 1 / dt_min tokens; W, b PyTorch's own. A, B and dt learn at `ssm_lr` at most and without weight decay.
+1 / dt_max to 1 / dt_min tokens; W, b PyTorch's own. A and B learn at `ssm_lr` at most, dt at `dt_lr`, all
+without weight decay.
 
 Departures: the released code clamps frequencies at 1e-4 from below, so its n = 0 is not quite 0, and starts legs from
 a B clipped to |Im B| <= 2 and not halved. As there, a block holds no feed-forward part beside the GLU.
@@ -54,18 +55,27 @@ class S4DMixer(DiagonalSSM, Mixer):
     """(B, L, D) -> (B, L, D)."""
 
     def __init__(
-        self, d_model: int, state_size: int, init: str, discretization: str, dt_min: float, dt_max: float,
+        self, d_model: int, *, state_size: int, init: str, discretization: str, dt_min: float, dt_max: float,
         n_ssm: int, causal: bool, dropout: float,
     ) -> None:  # fmt: skip
-        super().__init__(d_model, state_size, init, discretization, dt_min, dt_max, n_ssm, ways=1 if causal else 2)
+        super().__init__(
+            d_model,
+            state_size=state_size,
+            init=init,
+            discretization=discretization,
+            dt_min=dt_min,
+            dt_max=dt_max,
+            n_ssm=n_ssm,
+            ways=1 if causal else 2,
+        )
         self.causal = causal
         self.D = nn.Parameter(torch.randn(d_model))
-        self.out = nn.Linear(d_model, 2 * d_model)
+        self.output_linear = nn.Linear(d_model, 2 * d_model)
         # the released block drops before its activation as well, at each position even where it ties the other masks
         self.inner_dropout, self.dropout = nn.Dropout(dropout), Dropout(dropout)
 
     def _project(self, y: Tensor) -> Tensor:
-        return F.glu(self.out(self.dropout(F.gelu(self.inner_dropout(y)))), dim=-1)
+        return F.glu(self.output_linear(self.dropout(F.gelu(self.inner_dropout(y)))), dim=-1)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         K = self.kernel(x.shape[1])
@@ -89,19 +99,19 @@ class S4DMixer(DiagonalSSM, Mixer):
     def chunk(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """The kernel filters the tokens; what the state adds is a kernel too, one for each sequence."""
         tokens, (A, C, dt) = x.shape[1], self._continuous()
-        decay, enter = self.discrete(A, dt)
-        reads = (C[0] * state * decay / enter).to(A.dtype)
+        A_bar, B_bar = self.discrete(A, dt)
+        reads = (C[0] * state * A_bar / B_bar).to(A.dtype)
         before = ssm_kernel_diag(A, reads, dt, tokens, self.discretization).transpose(1, 2)
         y = fft_conv(x, self.kernel(tokens)[0], self.D) + before.to(x.dtype)
-        z = decay.log().unsqueeze(-1)
-        after = decay**tokens * state + enter * weighted_sum(x, lambda place: z * (tokens - 1 - place))
+        z = A_bar.log().unsqueeze(-1)
+        after = A_bar**tokens * state + B_bar * weighted_sum(x, lambda place: z * (tokens - 1 - place))
         return self._project(y), after.to(state.dtype)
 
 
 class S4D(Stack):
     """state_size: N, even. n_ssm: independent state matrices, d_model unless given, which it divides. init: lin, inv,
-    legs, real or diag. dt_min, dt_max: range of the initial step sizes. ssm_lr: highest learning rate of A, B and
-    dt."""
+    legs, real or diag. dt_min, dt_max: range of the initial step sizes. ssm_lr: highest learning rate of A and B,
+    dt_lr: of dt."""
 
     card = Card(
         title="On the Parameterization and Initialization of Diagonal State Space Models",
@@ -136,14 +146,16 @@ class S4D(Stack):
         dt_max: float = 0.1,
         n_ssm: int | None = None,
         ssm_lr: float = 0.001,
+        dt_lr: float = 0.001,
         block: Mapping[str, Any] | None = None,
     ) -> None:
         copies = checked_copies(n_ssm, d_model)
         check_diagonal(state_size, init, discretization, copies)
-        self.ssm_lr = ssm_lr
+        self.ssm_lr, self.dt_lr = ssm_lr, dt_lr
         super().__init__(
             lambda _: S4DMixer(
-                d_model, state_size, init, discretization, dt_min, dt_max, copies, direction == "causal", dropout
+                d_model, state_size=state_size, init=init, discretization=discretization, dt_min=dt_min, dt_max=dt_max,
+                n_ssm=copies, causal=direction == "causal", dropout=dropout,
             ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block=block,
@@ -151,5 +163,6 @@ class S4D(Stack):
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
-        names = ("log_dt", "log_A_real", "A_imag", "B")
-        return {f"*.{name}": {"lr": self.ssm_lr, "weight_decay": 0.0} for name in names}
+        names = ("log_A_real", "A_imag", "B")
+        rates = {"log_dt": self.dt_lr} | dict.fromkeys(names, self.ssm_lr)
+        return {f"*.{name}": {"lr": rate, "weight_decay": 0.0} for name, rate in rates.items()}

@@ -2,20 +2,20 @@
 
 Smith, Warrington and Linderman 2022, arXiv:2208.04933. `state_size` counts real dimensions; of each conjugate pair of
 modes one is kept: P = state_size / 2 complex modes, and every sum over them is 2 Re. Per token, with a step size
-dt = exp(log_dt) for each mode:
+dt = exp(log_step) for each mode and A = Lambda_re + i Lambda_im:
 
     zoh         Abar = exp(dt A),                        Bbar = (Abar - 1) / A B        section 2.1
     bilinear    Abar = (1 + dt A / 2) / (1 - dt A / 2),  Bbar = dt / (1 - dt A / 2) B
     s_t = Abar s_{t-1} + Bbar x_t,   s_0 = 0               (B, L, P)   A (P,), B complex (P, D)
-    y_t = 2 Re(C s_t) + d x_t                              (B, L, D)   C complex (D, P), d (D,)
-    out = g sigmoid(W g + b),   g = gelu(y)                (B, L, D)   half_glu1, tanh form of GELU; appendix G.1
-          y sigmoid(W g + b)                                           half_glu2
+    y_t = 2 Re(C s_t) + D x_t                              (B, L, D)   C complex (D, P), D (D,)
+    out = g sigmoid(out2 g),   g = gelu(y)                 (B, L, D)   half_glu1, tanh form of GELU; appendix G.1
+          y sigmoid(out2 g)                                            half_glu2
 
 Bidirectional: a second scan of the same Bbar x runs backwards and is read by a C of its own; both include x_t.
 
 Initialisation (section 3.4, appendix B.1): A = n_blocks copies of the eigenvalues of the normal part of HiPPO-LegS of
-size state_size / n_blocks, with eigenvectors V; B = V* B' with B' real and normal of variance 1 / state_size; d
-standard normal; log_dt uniform between log dt_min and log dt_max for each mode; W, b PyTorch's own. A, B and dt learn
+size state_size / n_blocks, with eigenvectors V; B = V* B' with B' real and normal of variance 1 / state_size; D
+standard normal; log_step uniform between log dt_min and log dt_max for each mode; out2 PyTorch's own. A, B and dt learn
 at `ssm_lr` at most and without weight decay. C has one of the three forms released, by the names they have there:
     trunc_standard_normal   C = C' V, both parts of C' normal of variance 1 / state_size
     lecun_normal            C = C' V, both parts of C' normal of variance 1 / (D state_size)
@@ -51,6 +51,7 @@ from lra.kernels.linear_scan import linear_scan
 DISCRETIZATIONS = ("zoh", "bilinear")
 ACTIVATIONS = ("half_glu1", "half_glu2")
 C_INITS = ("trunc_standard_normal", "lecun_normal", "complex_normal")
+OPT_CONFIGS = ("standard", "BandCdecay", "BfastandCdecay")
 
 
 def output_matrix(c_init: str, d_model: int, n_blocks: int, basis: Tensor, ways: int) -> Tensor:
@@ -76,7 +77,7 @@ class S5Mixer(Mixer):
     """(B, L, D) -> (B, L, D). The padding is zero, so the backward scan reaches the last real token with no state."""
 
     def __init__(
-        self, d_model: int, state_size: int, n_blocks: int, discretization: str, dt_min: float, dt_max: float,
+        self, d_model: int, *, state_size: int, n_blocks: int, discretization: str, dt_min: float, dt_max: float,
         clip_eigs: bool, activation: str, causal: bool, dropout: float, c_init: str = C_INITS[0],
     ) -> None:  # fmt: skip
         super().__init__()
@@ -85,48 +86,48 @@ class S5Mixer(Mixer):
         B = torch.randn(n_blocks, len(basis), d_model, dtype=torch.float64) / math.sqrt(state_size)
         B = (basis.mH @ B.to(basis.dtype)).flatten(0, 1)
         C = output_matrix(c_init, d_model, n_blocks, basis, 1 if causal else 2)
-        self.A_real = nn.Parameter(modes.real.float().repeat(n_blocks))
-        self.A_imag = nn.Parameter(modes.imag.float().repeat(n_blocks))
+        self.Lambda_re = nn.Parameter(modes.real.float().repeat(n_blocks))
+        self.Lambda_im = nn.Parameter(modes.imag.float().repeat(n_blocks))
         # complex numbers are kept as pairs of reals, which every optimiser and checkpoint format takes
         self.B = nn.Parameter(torch.view_as_real(B).float())  # (P, D, 2)
         self.C = nn.Parameter(torch.view_as_real(C).float())  # (1 or 2, D, P, 2); the second reads the backward scan
-        self.d = nn.Parameter(torch.randn(d_model))
-        self.log_dt = nn.Parameter(initial_log_dt(len(B), dt_min, dt_max))
-        self.gate = nn.Linear(d_model, d_model)
+        self.D = nn.Parameter(torch.randn(d_model))
+        self.log_step = nn.Parameter(initial_log_dt(len(B), dt_min, dt_max))
+        self.out2 = nn.Linear(d_model, d_model)
         self.dropout = Dropout(dropout)
 
     def discrete(self) -> tuple[Tensor, Tensor]:
         """Abar: (P,), Bbar: (P, D), complex."""
-        A_real = self.A_real.clamp(max=-1e-4) if self.clip_eigs else self.A_real
-        A, dt = torch.complex(wide(A_real), wide(self.A_imag)), wide(self.log_dt).exp()
+        real = self.Lambda_re.clamp(max=-1e-4) if self.clip_eigs else self.Lambda_re
+        A, dt = torch.complex(wide(real), wide(self.Lambda_im)), wide(self.log_step).exp()
         if self.discretization == "zoh":
-            decay, enter = torch.exp(dt * A), torch.expm1(dt * A) / A
+            A_bar, B_bar = torch.exp(dt * A), torch.expm1(dt * A) / A
         else:
-            decay, enter = (1 + dt * A / 2) / (1 - dt * A / 2), dt / (1 - dt * A / 2)
-        return decay, enter.unsqueeze(1) * torch.view_as_complex(wide(self.B))
+            A_bar, B_bar = (1 + dt * A / 2) / (1 - dt * A / 2), dt / (1 - dt * A / 2)
+        return A_bar, B_bar.unsqueeze(1) * torch.view_as_complex(wide(self.B))
 
-    def _enter(self, x: Tensor, B: Tensor) -> Tensor:
+    def _inputs(self, x: Tensor, B_bar: Tensor) -> Tensor:
         """Bbar x: (..., D) -> (..., P) complex, as one real product."""
-        pairs = F.linear(x, torch.view_as_real(B).transpose(1, 2).flatten(0, 1))
+        pairs = F.linear(x, torch.view_as_real(B_bar).transpose(1, 2).flatten(0, 1))
         return torch.view_as_complex(wide(pairs).unflatten(-1, (-1, 2)))
 
-    def _leave(self, states: list[Tensor], x: Tensor) -> Tensor:
-        """2 Re(C s) + d x: one (..., P) for each direction -> (..., D)."""
+    def _outputs(self, states: list[Tensor], x: Tensor) -> Tensor:
+        """2 Re(C s) + D x: one (..., P) for each direction -> (..., D)."""
         real, imaginary = self.C.unbind(-1)
         C = 2 * torch.stack([real, -imaginary], dim=-1)  # (1 or 2, D, P, 2)
         s = torch.cat([torch.view_as_real(s).flatten(-2) for s in states], dim=-1)
-        return F.linear(s, C.flatten(2).transpose(0, 1).flatten(1)) + self.d * x
+        return F.linear(s, C.flatten(2).transpose(0, 1).flatten(1)) + self.D * x
 
     def _activate(self, y: Tensor) -> Tensor:
         g = self.dropout(F.gelu(y, approximate="tanh"))
-        return (g if self.activation == "half_glu1" else y) * torch.sigmoid(self.gate(g))
+        return (g if self.activation == "half_glu1" else y) * torch.sigmoid(self.out2(g))
 
     def ssm(self, x: Tensor) -> Tensor:
         """y of the equations: (B, L, D) -> (B, L, D)."""
-        decay, B = self.discrete()
-        entering = self._enter(x, B)
+        A_bar, B_bar = self.discrete()
+        inputs = self._inputs(x, B_bar)
         ways = [False, True][: len(self.C)]
-        return self._leave([linear_scan(decay[None, None], entering, reverse=way) for way in ways], x)
+        return self._outputs([linear_scan(A_bar[None, None], inputs, reverse=way) for way in ways], x)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         return self._activate(self.ssm(x))
@@ -137,25 +138,27 @@ class S5Mixer(Mixer):
         return maps + Cost.linear(length, width, width) + Cost(other=length * (8.0 * ways * modes + 18.0 * width))
 
     def init_state(self, batch: int) -> Tensor:
-        return torch.zeros(batch, len(self.A_real), dtype=self.A_real.dtype.to_complex(), device=self.A_real.device)
+        real = self.Lambda_re
+        return torch.zeros(batch, len(real), dtype=real.dtype.to_complex(), device=real.device)
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """State: s (B, P) complex."""
-        decay, B = self.discrete()
-        state = decay * state + self._enter(x, B)
-        return self._activate(self._leave([state], x)), state
+        A_bar, B_bar = self.discrete()
+        state = A_bar * state + self._inputs(x, B_bar)
+        return self._activate(self._outputs([state], x)), state
 
     def chunk(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        decay, B = self.discrete()
-        s = linear_scan(decay[None, None], self._enter(x, B), state)
-        return self._activate(self._leave([s], x)), s[:, -1]
+        A_bar, B_bar = self.discrete()
+        s = linear_scan(A_bar[None, None], self._inputs(x, B_bar), state)
+        return self._activate(self._outputs([s], x)), s[:, -1]
 
 
 class S5(Stack):
     """state_size: real dimensions of the state, in n_blocks blocks of even size. discretization: of DISCRETIZATIONS.
     dt_min, dt_max: range of the initial step sizes. clip_eigs: hold Re A at -1e-4 or below, so that training cannot
     make it unstable. activation: of ACTIVATIONS. c_init: how C starts, of C_INITS. ssm_lr: highest learning
-    rate of A, B and dt."""
+    rate of A, B and dt. opt_config, dt_global: as in the released code, of OPT_CONFIGS: "BandCdecay" decays B,
+    "BfastandCdecay" also trains it at the base rate; dt_global trains dt at the base rate and decays it."""
 
     card = Card(
         title="Simplified State Space Layers for Sequence Modeling",
@@ -185,6 +188,8 @@ class S5(Stack):
         activation: str = "half_glu1",
         c_init: str = "trunc_standard_normal",
         ssm_lr: float = 0.001,
+        opt_config: str = "standard",
+        dt_global: bool = False,
         block: Mapping[str, Any] | None = None,
     ) -> None:
         if n_blocks < 1 or state_size < 2 * n_blocks or state_size % (2 * n_blocks):
@@ -195,11 +200,14 @@ class S5(Stack):
             raise ValueError(f"activation is {activation!r}; one of {', '.join(ACTIVATIONS)}")
         if c_init not in C_INITS:
             raise ValueError(f"c_init is {c_init!r}; one of {', '.join(C_INITS)}")
-        self.ssm_lr = ssm_lr
+        if opt_config not in OPT_CONFIGS:
+            raise ValueError(f"opt_config is {opt_config!r}; one of {', '.join(OPT_CONFIGS)}")
+        self.ssm_lr, self.opt_config, self.dt_global = ssm_lr, opt_config, dt_global
         super().__init__(
             lambda _: S5Mixer(
-                d_model, state_size, n_blocks, discretization, dt_min, dt_max, clip_eigs, activation,
-                direction == "causal", dropout, c_init,
+                d_model, state_size=state_size, n_blocks=n_blocks, discretization=discretization, dt_min=dt_min,
+                dt_max=dt_max, clip_eigs=clip_eigs, activation=activation, causal=direction == "causal",
+                dropout=dropout, c_init=c_init,
             ),
             d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block=block,
@@ -207,5 +215,10 @@ class S5(Stack):
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:
-        names = ("A_real", "A_imag", "B", "log_dt")
-        return {f"*.{name}": {"lr": self.ssm_lr, "weight_decay": 0.0} for name in names}
+        settings = {f"*.{name}": {"lr": self.ssm_lr, "weight_decay": 0.0} for name in ("Lambda_re", "Lambda_im")}
+        if self.opt_config != "BfastandCdecay":
+            undecayed = {} if self.opt_config == "BandCdecay" else {"weight_decay": 0.0}
+            settings["*.B"] = {"lr": self.ssm_lr} | undecayed
+        if not self.dt_global:
+            settings["*.log_step"] = {"lr": self.ssm_lr, "weight_decay": 0.0}
+        return settings

@@ -2,28 +2,47 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.table import Table
-from rich.text import Text
+from rich.markup import escape
+from typer.core import TyperGroup
 
 from lra import __version__
-from lra.api import list_architectures
 from lra.cli.check import check
 from lra.cli.common import console, errors, guarded
 from lra.cli.data import audit, data
+from lra.cli.lists import list_
 from lra.cli.models import evaluate, export, predict
 from lra.cli.operators import bench, doctor
 from lra.cli.profile import profile
 from lra.cli.report import compare, leaderboard, report
 from lra.cli.train import run, show, sweep
-from lra.errors import UserError, unknown
-from lra.registry import architectures, tasks
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+UsageError = typer.BadParameter.__mro__[1]
+
+
+class OneLineErrors(TyperGroup):
+    """The group of all commands. Wrong usage is one line, as every other mistake is."""
+
+    def main(self, *arguments: Any, standalone_mode: bool = True, **options: Any) -> Any:
+        if not standalone_mode:
+            return super().main(*arguments, standalone_mode=False, **options)
+        try:
+            sys.exit(super().main(*arguments, standalone_mode=False, **options) or 0)
+        except UsageError as error:
+            message, context = " ".join(error.format_message().split()), getattr(error, "ctx", None)  # type: ignore[attr-defined]
+            if type(error).__name__ == "NoArgsIsHelpError":  # a group without a command
+                print(message) if message.startswith("Usage") else None
+            else:
+                message = message.removesuffix(".").replace(". Did you mean", "; did you mean")
+                more = "" if message.endswith("?") else f"; see `{getattr(context, 'command_path', 'lra')} --help`"
+                errors.print(f"[red]error:[/] {escape(message[:1].lower() + message[1:] + more)}", soft_wrap=True)
+            sys.exit(2)
+
+
+app = typer.Typer(cls=OneLineErrors, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 new = typer.Typer(no_args_is_help=True, help="Create a file from a template.")
 app.add_typer(data, name="data")
 app.add_typer(new, name="new")
@@ -44,44 +63,7 @@ def options(
     pass
 
 
-@app.command("list")
-@guarded
-def list_(
-    pattern: Annotated[str, typer.Argument(help="Pattern of architecture names, such as '*former*'.")] = "*",
-    family: Annotated[str, typer.Option(metavar="NAME", help="Only architectures of this family.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """List architectures and, without pattern and family, tasks."""
-    cards = [architectures.facts(name) for name in list_architectures(pattern)]
-    families = sorted({architectures.family(name) for name in architectures.names()} - {""})
-    if family and family not in families:
-        raise unknown("family", family, families)
-    cards = [card for card in cards if not family or card["family"] == family]
-    if not cards:
-        raise UserError(f"no architecture matches {pattern!r}; `lra list` shows all names")
-    entries = [tasks.facts(name) for name in tasks.names()] if pattern == "*" and not family else []
-    if as_json:
-        print(json.dumps({"architectures": cards, "tasks": entries}, indent=1, sort_keys=True))
-        return
-    table = Table(title="architectures", title_justify="left", pad_edge=False)
-    for column in ("name", "variants", "family", "work", "year"):
-        table.add_column(column, overflow="fold")
-    table.add_column("paper", no_wrap=True, max_width=len("arXiv:0000.00000"))
-    for facts in cards:
-        cells = [", ".join(facts["variants"]), *(str(facts.get(k, "")) for k in ("family", "scaling", "year"))]
-        url = str(facts.get("url", ""))
-        short_url = url.replace("https://arxiv.org/abs/", "arXiv:").replace("https://doi.org/", "doi:")
-        table.add_row(facts["name"], *cells, Text(short_url, style=f"link {url}" if url else ""))
-    console.print(table)
-    console.print("full URLs: lra list --json, lra show TASK ARCHITECTURE")
-    if not entries:
-        return
-    table = Table(title="tasks", title_justify="left", pad_edge=False)
-    for column in ("name", "title"):
-        table.add_column(column)
-    for facts in entries:
-        table.add_row(facts["name"], str(facts.get("title", "")))
-    console.print(table)
+app.command("list")(list_)
 
 
 @new.command("architecture")
@@ -104,8 +86,4 @@ for command in (
 
 
 def main() -> None:
-    try:
-        app()
-    except KeyboardInterrupt:
-        errors.print("interrupted; no incomplete file was kept")
-        sys.exit(130)
+    app(prog_name="lra")

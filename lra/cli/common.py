@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,11 +28,29 @@ def one_line() -> Iterator[None]:
     try:
         yield
     except Interrupted as error:
-        errors.print(f"[yellow]{escape(str(error))}[/]\nresume with: {escape(error.command)}", soft_wrap=True)
+        report_interruption(error)
+        raise typer.Exit(130) from None
+    except KeyboardInterrupt:
+        errors.print("interrupted; no incomplete file was kept")
         raise typer.Exit(130) from None
     except UserError as error:
         errors.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2) from None
+
+
+def report_interruption(error: Interrupted) -> None:
+    """Print what stopped a run and how it goes on."""
+    verb = "resume with" if error.command.endswith(" --resume") else "run it again with"
+    errors.print(f"[yellow]{escape(str(error))}[/]\n{verb}: {escape(error.command)}", soft_wrap=True)
+
+
+def process_start() -> float:
+    """The time of `time.monotonic` at which this process started; now, where the system does not tell."""
+    now = time.monotonic()
+    with suppress(OSError, AttributeError, ValueError, IndexError):
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return now - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
+    return now
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from lra.cli import lists
 from lra.cli.common import ProtocolName, Source, TaskName, console, errors, guarded
+from lra.cli.lists import AsJson
 from lra.errors import UserError
 from lra.registry import tasks
 
@@ -18,23 +21,48 @@ data = typer.Typer(no_args_is_help=True, help="Prepare, verify, pack and inspect
 
 @data.command("list")
 @guarded
-def data_list() -> None:
-    """List tasks and protocols, and which of them are prepared on this machine."""
+def data_list(
+    pattern: Annotated[str, typer.Argument(help="Pattern of task names, such as 'path*'.")] = "*",
+    as_json: AsJson = False,
+) -> None:
+    """List tasks and protocols, and what of them is prepared on this machine; with a pattern also notes."""
     from lra.data import prepared_sets
     from lra.task import DataError
 
-    table = Table(pad_edge=False)
-    for column in ("task", "protocol", "length", "input", "prepared", "note"):
-        table.add_column(column, overflow="fold")
-    for name in tasks.names():
+    rows = []
+    for name in lists.match_tasks(pattern):
         task = tasks.get(name)()
         for protocol in task.protocols.values():
+            folder, damaged = None, False
             try:
-                state = "yes" if prepared_sets.find_prepared(task, protocol) else ""
+                folder = prepared_sets.find_prepared(task, protocol)
             except DataError:
-                state = "damaged"
-            table.add_row(name, protocol.name, str(protocol.length), protocol.encoding, state, protocol.note)
-    console.print(table)
+                damaged = True
+            size = sum(f.stat().st_size for f in folder.folder.rglob("*") if f.is_file()) if folder else None
+            rows.append({
+                "task": name, "protocol": protocol.name, "length": protocol.length, "classes": task.classes,
+                "input": protocol.encoding, "chance": 1 / task.classes, "bytes": size, "damaged": damaged,
+                "counts": dict(protocol.counts), "note": protocol.note, "raw": protocol.raw,
+            })  # fmt: skip
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    cells = [
+        [
+            str(row["task"]), str(row["protocol"]), f"{row['length']:,}", str(row["classes"]),
+            "tokens" if row["input"] == "tokens" else "values",
+            f"{100 * row['chance']:.0f} %", "damaged" if row["damaged"] else lists.size_text(row["bytes"]),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    columns = ("task", "protocol", "length", "classes", "input", "chance", "on disk")
+    lists.show_table(columns, cells, right=("length", "classes", "chance", "on disk"))
+    if pattern == "*":
+        console.print("notes and numbers of examples: `lra data list TASK`", soft_wrap=True)
+        return
+    for row in rows:
+        counts = ", ".join(f"{count:,} {split}" for split, count in row["counts"].items())
+        console.print(f"{row['task']} {row['protocol']}: {row['note']}; {counts}", soft_wrap=True, markup=False)
 
 
 @data.command()

@@ -9,6 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from lra.cli.common import console, guarded
+from lra.errors import unknown
+from lra.operators import operators
 
 if TYPE_CHECKING:
     from lra.operators.bench import Peers
@@ -20,18 +22,15 @@ def doctor(
     fresh: Annotated[bool, typer.Option(help="Ignore cached diagnoses.")] = False,
 ) -> None:
     """Check which implementations of each operator run on this machine and whether they match the reference."""
-    from lra.errors import unknown
+    _check_operator(op)
     from lra.operators import doctor as diagnosis
-    from lra.operators import parity
     from lra.training.device import device
 
-    if op and op not in parity.operators():
-        raise unknown("operator", op, parity.operators())
     table = Table(pad_edge=False)
     for column in ("operator", "implementation", "status", "error", "detail"):
         table.add_column(column, overflow="fold")
     with console.status("checking") as status:
-        ops = [op] if op else parity.operators()
+        ops = [op] if op else operators()
         diagnoses = diagnosis.examine(
             ops, device(), fresh=fresh, on_operator=lambda name: status.update(f"checking {name}")
         )
@@ -44,12 +43,18 @@ def doctor(
         raise typer.Exit(1)
 
 
+def _check_operator(op: str) -> None:
+    if op and op not in operators():
+        raise unknown("operator", op, operators())
+
+
 @guarded
 def bench(
     op: Annotated[str, typer.Argument(help="Operator to time; default: all.")] = "",
     budget: Annotated[float, typer.Option(min=0.1, help="Seconds per measurement.")] = 1.5,
 ) -> None:
     """Time the operators and compare them with the limits of this machine. Without OP, also write results/bench/."""
+    _check_operator(op)
     from lra.operators.bench import no_peers
 
     time_operators(op, budget, no_peers)
@@ -58,13 +63,12 @@ def bench(
 def time_operators(op: str, budget: float, peers: Peers) -> None:
     """Time one operator, or all if `op` is empty, beside the peers. Prints a table; writes it if all were timed."""
     from lra.operators import bench as benchmark
-    from lra.operators import parity
     from lra.results import result
     from lra.training.device import device
 
     target = device()
     with console.status("starting") as status:
-        ops = [op] if op else parity.operators()
+        ops = [op] if op else operators()
         measurements = list(
             benchmark.bench(
                 ops, target, budget=budget, peers=peers, on_case=lambda name: status.update(f"timing {name}")

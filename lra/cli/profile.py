@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +15,7 @@ from rich.table import Table
 
 from lra.cli.common import console, guarded
 from lra.errors import UserError, unknown
+from lra.profiling.budget import budget_of
 from lra.registry import architectures
 from lra.results.profile import DTYPES, Cell
 
@@ -43,8 +44,6 @@ def profile(
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is on file.")] = False,
 ) -> None:
     """Work, speed and memory of encoders, each cell in a fresh process; written to results/profile/ as it goes."""
-    for name in names or []:
-        architectures.get(name)
     base = FULL if full else LRA if lra_table else QUICK
     given = {"lengths": lengths, "batch": batch, "d_model": d_model, "layers": layers, "budget": budget}
     shape: dict[str, Any] = base | {key: value for key, value in given.items() if value}
@@ -55,6 +54,11 @@ def profile(
         raise UserError(f"--direction is {direction!r}; causal or bidirectional")
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES, where="--dtype")
+    if fit:
+        budget_of(fit)
+    _check_size(shape, max(map(int, parts)))
+    for name in names or []:
+        architectures.declaration(name)
     chosen = names or architectures.names()
     if lra_table and names and "transformer" not in names:
         chosen = ["transformer", *names]
@@ -71,6 +75,20 @@ def profile(
         _fit(cells[: len(chosen)], fit)
     else:
         _measure(cells, fresh, lra_table, PATIENCE if base is QUICK else math.inf)
+
+
+def _check_size(shape: Mapping[str, Any], length: int) -> None:
+    """Raise UserError where not even the input of the longest cell fits into memory."""
+    from lra.training import device, sizes
+
+    row, memory = 4 * shape["batch"] * shape["d_model"], sizes.total_memory(device.device_type())
+    if memory and row * length > memory:
+        fits = f"--lengths {memory // row}" if row < memory else f"--batch {memory // (4 * shape['d_model'] * length)}"
+        raise UserError(
+            f"{length:,} tokens with --batch {shape['batch']} and --d-model {shape['d_model']} need more than "
+            f"{row * length / 2**30:,.0f} GiB, and this machine has {memory / 2**30:,.0f}: at most {fits} "
+            "can fit"
+        )
 
 
 def _measure(cells: Sequence[Cell], fresh: bool, lra_table: bool, patience: float) -> None:
@@ -141,7 +159,7 @@ def _tree(cell: Cell) -> None:
 def _fit(cells: Sequence[Cell], text: str) -> None:
     from lra.profiling import fit as search
 
-    budget = search.budget_of(text)
+    budget = budget_of(text)
     table = Table(title=f"largest training step in {text}", title_justify="left", pad_edge=False)
     for column in ("architecture", "batch at L", "MiB", "length at batch", "MiB"):
         table.add_column(column, justify="left" if column == "architecture" else "right")

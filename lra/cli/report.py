@@ -8,9 +8,13 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from lra import files
 from lra.cli.common import console, errors, guarded
-from lra.errors import UserError
+from lra.errors import UserError, unknown
+from lra.results import result
 
+FORMATS = ("md", "csv", "tex", "html")
+"""Those of lra.reports.leaderboard, known before pandas is imported."""
 Filter = Annotated[str, typer.Option(metavar="NAME")]
 
 
@@ -26,14 +30,18 @@ def leaderboard(
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write the files there.")] = None,
 ) -> None:
     """Print the tables of all results and write them to files; with a filter only print, in --format if given."""
+    chosen = [form for form in formats.split(",") if form] or list(FORMATS)
+    for form in chosen:
+        if form not in FORMATS:
+            raise unknown("format", form, FORMATS)
+    root = result.folder()
+    if out is not None:
+        files.check_writable(out, "give another --out")
     from lra.reports import leaderboard as board
     from lra.reports import table
     from lra.reports.ranking import Leaderboard
-    from lra.results import result
     from lra.results.collection import Collection
 
-    chosen = [form for form in formats.split(",") if form] or list(board.FORMATS)
-    root = result.folder()
     everything = Collection.read(root)
     for line in everything.problems:
         errors.print(f"[yellow]{escape(line)}[/]", soft_wrap=True)
@@ -84,11 +92,11 @@ def report(
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where to write it; results/ by default.")] = None,
 ) -> None:
     """Write one HTML file with all results, figures and records behind them; it opens from disk, without a network."""
+    root = result.folder()
+    files.check_writable(out or root, "give another --out" if out else "set LRA_RESULTS")
     from lra.reports import report as page
-    from lra.results import result
     from lra.results.collection import Collection
 
-    root = result.folder()
     collection = Collection.read(root)
     for line in collection.problems:
         errors.print(f"[yellow]{escape(line)}[/]", soft_wrap=True)

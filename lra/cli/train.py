@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,14 +25,18 @@ from lra.cli.common import (
     console,
     errors,
     guarded,
+    process_start,
+    report_interruption,
     seconds_of,
     settings_of,
 )
-from lra.errors import UserError
+from lra.errors import Interrupted, UserError
 from lra.registry import architectures
 
 if TYPE_CHECKING:
+    from lra.config.recipe import Recipe
     from lra.config.sections import Expected
+    from lra.training.request import Request
 
 Pretrain = Annotated[str, typer.Option("--pretrain", help="mlm, causal or none: first predict the training inputs.")]
 Match = Annotated[str, typer.Option("--match", help="Solve d_model for params=600k, flops=1G or memory=8G.")]
@@ -45,7 +52,8 @@ def show(
     pretrain: Pretrain = "",
     match: Match = "",
 ) -> None:
-    """The resolved recipe of a run, where each value comes from, and the accuracy to expect."""
+    """The resolved recipe of a run, where each value comes from, what its source does otherwise, what to expect."""
+    from lra.config import recipe as recipes
     from lra.config.sections import SECTIONS
     from lra.training.request import SHAPE, Request, resolve
 
@@ -54,6 +62,8 @@ def show(
     )
     resolved, origin = resolve(request)
     declaration = architectures.declaration(architecture)
+    stated = recipes.provenance(request.recipe_name, task, architecture)
+    file = recipes.path_of(request.recipe_name, architecture).name
     table = Table(title=f"{task} x {architecture}, recipe {resolved.name}", title_justify="left", pad_edge=False)
     for column in ("key", "value", "from"):
         table.add_column(column, overflow="fold")
@@ -61,7 +71,10 @@ def show(
     sections = ["data", "model", "encoder", "optim", "train", *(["search"] if resolved.search.rates else [])]
     for section in [*sections, *(["pretrain"] if resolved.pretrain.objective != "none" else [])]:
         for key, value in _dotted(values[section]):
-            source = origin.get(f"{section}.{key}", "built-in default" if section in SECTIONS else "")
+            name = f"{section}.{key}"
+            source = origin.get(name, "built-in default" if section in SECTIONS else "")
+            if name in stated.sources and source.startswith(file):
+                source += f": {stated.sources[name]}"
             table.add_row(f"{section}.{key}", escape(json.dumps(value)), escape(source))
     for key, value in declaration.options.items():
         if key not in SHAPE and key not in resolved.encoder:
@@ -71,6 +84,8 @@ def show(
     if url := declaration.facts.get("url"):
         title, year = declaration.facts.get("title", ""), declaration.facts.get("year", "")
         console.print(escape(f"{title}, {year}: {url}"), soft_wrap=True)
+    for line in stated.differences:
+        console.print(f"differs from its source: {escape(line)}", soft_wrap=True)
     for line in _expectations(resolved.expected):
         console.print(line, soft_wrap=True)
     if resolved.note:
@@ -109,35 +124,120 @@ def run(
     nodes: Annotated[int, typer.Option(help="Nodes.")] = 1,
     strategy: Annotated[str, typer.Option(help="auto, ddp or fsdp.")] = "auto",
     logger: Annotated[list[str] | None, typer.Option(help="Beside csv: tensorboard, wandb, mlflow.")] = None,
+    init_from: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Start with the weights of a run or of an exported folder.")
+    ] = None,
     dry_run: DryRun = False,
     search: Annotated[str, typer.Option(hidden=True)] = "",
     select_only: Annotated[bool, typer.Option("--select-only", hidden=True)] = False,
 ) -> None:
     """Train, select on validation, test once, write the result, show the task's table."""
-    from lra.training.placement import Placement, launcher_rank
-    from lra.training.request import Request, check, folder_of, read, resolve
+    from lra.training.placement import Placement
+    from lra.training.request import Request
 
     request = Request(
         task, architecture, recipe, seed, protocol, settings_of(settings), source, seconds_of(time_limit), resume,
         pretrain, match, Placement(devices, nodes, strategy), checkpoint_dir, tuple(logger or ()), _search(search),
-        select_only,
+        select_only, init_from, process_start(),
     )  # fmt: skip
+    with _stopping_on_signals(request):
+        _run(request, dry_run)
+
+
+@contextmanager
+def _stopping_on_signals(request: Request) -> Iterator[None]:
+    """Turn a signal into Interrupted. Several processes all end within seconds, and only the first says why."""
+    from lra.training import interruption
+    from lra.training.placement import launcher_rank
+
+    leads, alone = launcher_rank() == 0, request.placement.world_size == 1
+
+    def interrupted(message: str) -> Interrupted:
+        return Interrupted(message, request.command(*(["--resume"] if interruption.is_resumable() else [])))
+
+    with interruption.listening(alone, leads, lambda name: report_interruption(interrupted(f"stopped by {name}"))):
+        try:
+            yield
+        except (interruption.Stopped, Interrupted) as stop:
+            error = stop if isinstance(stop, Interrupted) else interrupted(f"stopped by {stop}")
+            if alone:
+                raise error from None
+            if leads:
+                report_interruption(error)
+            # communication threads of a process that another one has left can keep Python from ending
+            os._exit(interruption.EXIT_CODE if leads else 0)
+
+
+def _run(request: Request, dry_run: bool) -> None:
+    from lra.training.placement import launcher_rank
+    from lra.training.request import check, read, resolve
+
     resolved, _ = read(request)
     check(request, resolved)
     if dry_run:
-        resolved, _ = resolve(request)
-        console.print(
-            f"{request.command()}: recipe {resolved.hash[:8]}, in {folder_of(request, resolved)}", soft_wrap=True
-        )
+        _show_plan(request, resolve(request)[0])
         return
     if launcher_rank() == 0:
-        console.print(f"{task} x {architecture}, recipe {resolved.name}, seed {seed}: loading PyTorch", soft_wrap=True)
+        name = f"{request.task_name} x {request.architecture_name}, recipe {resolved.name}, seed {request.seed}"
+        console.print(f"{name}: loading PyTorch", soft_wrap=True)
+    if ":" in request.architecture_name:
+        _refuse_mistakes(request, resolved)
     from lra.training import distributed
     from lra.training.run import run as train
 
     path = train(request, console)
     if distributed.rank() == 0:
-        console.print(f"validation only, in {path}", soft_wrap=True) if select_only else _show_result(path)
+        console.print(f"validation only, in {path}", soft_wrap=True) if request.select_only else _show_result(path)
+
+
+def _show_plan(request: Request, recipe: Recipe) -> None:
+    """What would run, on which data, how long and in how much memory."""
+    from lra.config.recipe import parse_setting
+    from lra.data import prepared_sets
+    from lra.registry import tasks
+    from lra.sweeps.forecast import run_probe
+    from lra.sweeps.plans import Cell
+    from lra.sweeps.progress import duration
+    from lra.training.request import folder_of
+
+    def show(line: str) -> None:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+    show(f"{request.command()}: recipe {recipe.hash[:8]}, in {folder_of(request, recipe)}")
+    show(
+        f"model: d_model {recipe.d_model}, {recipe.model.n_layers} layers; {recipe.train.steps:,} steps of "
+        f"{recipe.data.batch_size} examples, {recipe.train.precision} precision"
+    )
+    task, protocol = prepared_sets.resolve(tasks.get(request.task)(), recipe.data.protocol or None)
+    counts = ", ".join(f"{count:,} {split}" for split, count in protocol.counts.items())
+    prepared = prepared_sets.find_prepared(task, protocol)
+    show(f"data: {task.name} ({protocol.name}), up to {protocol.length:,} tokens; {counts}")
+    if prepared is None:
+        show(f"forecast: none before the data are prepared: {task.command(protocol)}")
+        return
+    show(f"data are in {prepared.folder}")
+    settings = {key: parse_setting(text) for key, text in (request.settings or {}).items()}
+    options = {"pretrain": request.pretrain, "match": request.match, "init-from": str(request.init_from or "")}
+    cell = Cell(
+        request.task_name, request.architecture_name, request.seed, request.recipe_name, settings,
+        {key: value for key, value in options.items() if value}, request.protocol,
+    )  # fmt: skip
+    with console.status("measuring a few steps"):
+        probe = run_probe(cell)
+    if "failed" in probe:
+        raise UserError(f"no forecast: {probe['failed']}")
+    more = "" if request.placement.world_size == 1 else " on one device"
+    show(f"forecast{more}: {duration(probe['seconds'])}, at least {probe['bytes'] / 2**20:,.0f} MiB")
+
+
+def _refuse_mistakes(request: Request, recipe: Recipe) -> None:
+    """Raise UserError for a common mistake in a user's own layer, which could train for hours all the same."""
+    from lra.conformance import diagnosis
+    from lra.conformance.context import CheckContext
+
+    context = CheckContext(architectures.get(request.architecture), recipe.encoder)
+    if cause := diagnosis.mistake(context):
+        raise UserError(f"{request.architecture_name}: {cause}")
 
 
 def _show_result(path: Path) -> None:
@@ -191,9 +291,12 @@ def sweep(
         return
     if time_limit and ray:
         raise UserError("--time-limit is of a sweep on this machine; with --ray, put time-limit under [run]")
+    seconds = seconds_of(time_limit)
+    if seconds is not None:
+        seconds -= time.monotonic() - process_start()
     failed = local.execute_plan(
-        plan, console, ray=ray, only=cell, forecast=forecast and cell is None, dry_run=dry_run,
-        seconds=seconds_of(time_limit),
+        plan, console, ray=ray, only=cell, forecast=forecast and cell is None, dry_run=dry_run, seconds=seconds,
+        jobs=jobs,
     )  # fmt: skip
     if failed:
         raise typer.Exit(1)

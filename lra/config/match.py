@@ -83,16 +83,18 @@ def find_widest(
 ) -> tuple[int, str]:
     """Find the widest d_model with at most `model.budget` times the parameters of the reference's encoder.
 
-    Tries the recipe's d_model, then the multiples of `model.width_step` below it, and skips widths that the
-    architecture rejects. Returns the width and a line on its size. Raises UserError if no width meets the budget.
+    Counted are the parameters that one token uses: a mixture of experts is matched by the work it does, not by the
+    experts it holds. Tries the recipe's d_model, then the multiples of `model.width_step` below it, and skips widths
+    that the architecture rejects. Returns the width and a line on its size. Raises UserError if no width meets the
+    budget.
     """
-    allowed = recipe.model.budget * _size(build_on_meta(lambda: reference_build(reference)))
+    allowed = recipe.model.budget * build_on_meta(lambda: reference_build(reference)).active_parameters
     step = recipe.model.width_step
     size, reason = 0, ""
     for width in (recipe.model.d_model, *range((recipe.model.d_model - 1) // step * step, 0, -step)):
         sized = replace(recipe, width=width)
         try:
-            size = _size(build_on_meta(lambda sized=sized: build(sized)))  # type: ignore[misc]
+            size = build_on_meta(lambda sized=sized: build(sized)).active_parameters  # type: ignore[misc]
         except UserError as error:
             reason = str(error)
             continue

@@ -7,7 +7,16 @@ A recipe file holds tables, from general to specific. A more specific table over
     [architecture.s4d.encoder]          for one architecture ("s4d/inv" for one variant)
     [cell.listops.s4d.optim]            for one architecture on one task
 
-A table may also hold a `note` for the reader and an `expected` table (lra.config.sections.Expected).
+A table may also hold a `note` for the reader and an `expected` table (lra.config.sections.Expected). Published settings
+state where they come from: `source` is the source of all values of a table, `sources` that of single ones by key, and
+`differences` lists what the run does otherwise than its source:
+
+    [task.listops]
+    source = "configs/listops.yaml"
+    differences = ["the last checkpoint is scored there, the best one here"]
+    [task.listops.sources]
+    train.evaluate_every = "ours"
+
 `--set train.steps=500` overrides every table. Unknown keys and values of the wrong type raise UserError.
 """
 
@@ -29,6 +38,8 @@ from lra.errors import UserError, brief, unknown
 
 FOLDER = Path(__file__).parent
 SECTIONS = ("data", "model", "encoder", "optim", "train", "pretrain", "search")
+STATEMENTS = ("source", "sources", "differences")
+"""Keys of a table that say where its values come from. They are no settings and not part of the hash."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +88,17 @@ class Recipe:
         return replace(self, pretrain=replace(self.pretrain, objective=objective), regime=regime)
 
 
+@dataclass(frozen=True)
+class Provenance:
+    """What a recipe file states about its own source.
+
+    sources: dotted key -> source, for the values that have one; differences: what a run does otherwise than the source.
+    """
+
+    sources: Mapping[str, str]
+    differences: tuple[str, ...]
+
+
 def names() -> list[str]:
     """Sorted names of the shipped recipes, such as `paper/s4d`."""
     return sorted(str(path.relative_to(FOLDER).with_suffix("")) for path in FOLDER.rglob("*.toml"))
@@ -112,15 +134,15 @@ def resolve(
     value. Raises UserError.
     """
     path = path_of(name, architecture)
-    try:
-        tables = _parse(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from error
+    tables = _read(path)
     values: dict[str, dict[str, Any]] = {section: {} for section in (*SECTIONS, "expected")}
     origin = {f"{s}.{f.name}": "built-in default" for s in SECTIONS if s != "encoder" for f in fields(TYPED[s])}
     note, smoke = "", False
     for where, table in _layers(tables, path, task, architecture):
+        _statements(table, f"{path.name} [{where}]")
         for section, entries in table.items():
+            if section in STATEMENTS:
+                continue
             if section == "note" and isinstance(entries, str):
                 note = entries
                 continue
@@ -136,7 +158,7 @@ def resolve(
         section, _, key = dotted.partition(".")
         if section not in SECTIONS or not key:
             raise unknown("setting", dotted, origin, where="--set")
-        _set_value(values, section, key, _parse_setting(text), "--set")
+        _set_value(values, section, key, parse_setting(text), "--set")
         origin[dotted] = "--set"
     if "betas" not in values["optim"] and values["optim"].get("name") in OWN_BETAS:
         values["optim"]["betas"] = OWN_BETAS[values["optim"]["name"]]
@@ -151,6 +173,63 @@ def resolve(
         **{s: TYPED[s](**values[s]) for s in TYPED},
     )
     return recipe.with_pretraining(recipe.pretrain.objective), origin
+
+
+def provenance(name: str, task: str, architecture: str) -> Provenance:
+    """What the file of a recipe states about the source of its values, for a task and an architecture. Raises
+    UserError."""
+    path = path_of(name, architecture)
+    sources: dict[str, str] = {}
+    differences: list[str] = []
+    for where, table in _layers(_read(path), path, task, architecture):
+        own, more = _statements(table, f"{path.name} [{where}]")
+        sources = {key: text for key, text in sources.items() if key not in own} | {k: t for k, t in own.items() if t}
+        differences += more
+    return Provenance(sources, tuple(differences))
+
+
+def _statements(table: Mapping[str, Any], where: str) -> tuple[dict[str, str], list[str]]:
+    """The source of each value of a table, by dotted key ("" where none is stated), and the differences it lists."""
+    keys = [
+        f"{section}.{key}"
+        for section, entries in table.items()
+        if section in SECTIONS and isinstance(entries, dict)
+        for key, _ in _flatten(entries)
+    ]
+    source, single = table.get("source", ""), table.get("sources", {})
+    differences = table.get("differences", [])
+    if not isinstance(single, dict):
+        raise UserError(f"sources ({where}) is {brief(single)}; expected a table")
+    single = dict(_flatten(single))
+    if not isinstance(differences, list):
+        raise UserError(f"differences ({where}) is {brief(differences)}; expected a list of texts")
+    for text in (source, *single.values(), *differences):
+        if not isinstance(text, str):
+            raise UserError(f"source, sources or differences ({where}) hold {brief(text)}; expected a text")
+    for key in single:
+        if key not in keys:
+            raise unknown("key", f"sources.{key}", [f"sources.{k}" for k in keys], where=where)
+    return dict.fromkeys(keys, source) | single, differences
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The tables of a file. Raises UserError."""
+    try:
+        return _parse(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from error
+
+
+def encoder_options(settings: Mapping[str, str]) -> dict[str, Any]:
+    """Constructor arguments from settings as text: {"encoder.layer.n_heads": "4"} -> {"layer": {"n_heads": 4}}. Raises
+    UserError for a setting of another section."""
+    options: dict[str, Any] = {}
+    for dotted, text in settings.items():
+        section, _, key = dotted.partition(".")
+        if section != "encoder" or not key:
+            raise UserError(f"--set {dotted}: only constructor arguments, encoder.<argument>=value, can be set here")
+        _set_nested(options, key, parse_setting(text), "encoder", "--set")
+    return options
 
 
 @lru_cache
@@ -294,7 +373,7 @@ def _check_type(value: Any, kind: Any, where: str) -> Any:
     return value if kind is float else check_json(value, where)
 
 
-def _parse_setting(text: str) -> Any:
+def parse_setting(text: str) -> Any:
     """Parse a --set value as TOML; text that is not valid TOML is a string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]

@@ -9,9 +9,11 @@ from typing import Any
 
 from lra.errors import UserError
 
-POOLINGS = ("mean", "max", "last", "cls")
+POOLINGS = ("mean", "max", "last", "cls", "first")
+HEADS = ("auto", "linear", "mlp")
+PAIRS = ("products", "concat")
 SCHEDULES = ("constant", "linear", "cosine", "rsqrt", "plateau")
-PRECISIONS = ("auto", "32", "bf16")
+PRECISIONS = ("auto", "32", "bf16", "fp16")
 OPTIMISERS = ("adamw", "adam", "sgd", "adafactor", "muon", "lion", "sophia", "schedule_free")
 OWN_BETAS = {"lion": (0.9, 0.99), "sophia": (0.965, 0.99)}
 """Default betas of optimisers whose authors recommend others than Adam's."""
@@ -53,11 +55,15 @@ class Data:
 class Model:
     """Width, depth, dropout, pooling and direction of the model.
 
+    pooling: over the real tokens; "cls" reads a learned token that is put in front, "first" the first token.
     direction: "causal" or "bidirectional", or how the two directions are combined (see lra.encoder.DIRECTIONS).
 
     budget: largest number of parameters of the encoder at 1,024 tokens, as a multiple of the Transformer's in the same
-    recipe (0 = no limit). An architecture above the limit gets the widest d_model that meets it among the multiples of
-    width_step below d_model.
+    recipe (0 = no limit); of a mixture of experts, those that one token visits count. An architecture above the limit
+    gets the widest d_model that meets it among the multiples of width_step below d_model.
+
+    head, head_hidden, head_activation, pair: the map from pooled vectors to classes, and how it reads two sequences
+    (lra.model.Head).
     """
 
     d_model: int = 64
@@ -67,6 +73,10 @@ class Model:
     direction: str = "bidirectional"
     budget: float = unhashed(0.0)
     width_step: int = unhashed(16)
+    head: str = unhashed("auto")
+    head_hidden: tuple[int, ...] = unhashed(())
+    head_activation: str = unhashed("gelu")
+    pair: str = unhashed("products")
 
     def __post_init__(self) -> None:
         _check_at_least(self, 1, "d_model", "n_layers", "width_step")
@@ -74,6 +84,14 @@ class Model:
         _check_choice(self, "pooling", POOLINGS)
         _check_choice(self, "direction", ("causal", "bidirectional", "concat", "add", "shared"))
         _check_share(self, "dropout")
+        _check_choice(self, "head", HEADS)
+        _check_choice(self, "head_activation", ("gelu", "relu"))
+        _check_choice(self, "pair", PAIRS)
+        if (self.head == "mlp") != bool(self.head_hidden) or any(width < 1 for width in self.head_hidden):
+            raise UserError(
+                f"model.head is {self.head!r} and model.head_hidden is {list(self.head_hidden)}; 'mlp' and the widths "
+                "of its hidden layers go together"
+            )
 
 
 @dataclass(frozen=True)
@@ -84,9 +102,10 @@ class Optim:
     optimisers that have two; OWN_BETAS lists defaults that differ. decay: parameters that weight_decay applies to,
     "matrices" or "all" (settings of the encoder take precedence).
 
-    warmup: steps of linear warm-up; schedule: the schedule after the warm-up. "plateau" multiplies the rate by
-    plateau_factor after plateau_patience validations without a better accuracy. clip: largest gradient norm (0 = no
-    clipping). ema: decay of the moving average of the weights, which is validated, tested and saved (0 = none).
+    warmup: steps of warm-up, in which the rate grows as the step to the power of warmup_power; schedule: the schedule
+    after the warm-up. "plateau" multiplies the rate by plateau_factor after plateau_patience validations without a
+    better accuracy. clip: largest gradient norm (0 = no clipping). ema: decay of the moving average of the weights,
+    which is validated, tested and saved (0 = none).
     """
 
     lr: float = 1e-3
@@ -101,6 +120,7 @@ class Optim:
     plateau_factor: float = unhashed(0.1)
     plateau_patience: int = unhashed(5)
     ema: float = unhashed(0.0)
+    warmup_power: float = unhashed(1.0)
 
     def __post_init__(self) -> None:
         _check_choice(self, "schedule", SCHEDULES)
@@ -109,6 +129,10 @@ class Optim:
             _check_choice(self, "name", OPTIMISERS)
         _check_at_least(self, 0, "weight_decay", "warmup", "clip", "plateau_patience")
         _check_share(self, "ema", "plateau_factor")
+        if not 0 < self.warmup_power < math.inf:
+            raise UserError(f"optim.warmup_power is {self.warmup_power}; more than 0")
+        if self.warmup_power != 1 and self.name == "schedule_free":
+            raise UserError("optim.name 'schedule_free' has a linear warm-up of its own: set warmup_power = 1")
         if not 0 < self.lr < math.inf:
             raise UserError(f"optim.lr is {self.lr}; more than 0")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -122,7 +146,7 @@ class Train:
     """Training steps and how they are executed.
 
     steps: optimiser steps; evaluate_every: steps between validations; precision: auto = bf16 on devices with native
-    bf16 arithmetic (CUDA; CPUs with AVX512-BF16 or AMX), else 32.
+    bf16 arithmetic (CUDA; CPUs with AVX512-BF16 or AMX), else 32. fp16, with loss scaling, needs a GPU.
 
     accumulate: micro-batches per optimiser step; checkpointing: recompute the activations of each block in the backward
     pass; compile: torch.compile the encoder. tbptt: chunk length in tokens of truncated backpropagation through time (0

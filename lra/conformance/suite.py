@@ -7,10 +7,8 @@ assert not [finding for finding in check("my_layer.py:MyLayer") if finding.faile
 from __future__ import annotations
 
 import time
-import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,16 +17,16 @@ from rich.constrain import Constrain
 from rich.table import Table
 from rich.text import Text
 
+from lra.conformance import diagnosis
 from lra.conformance.checks import CHECKS
 from lra.conformance.context import Broken, CheckContext, NotDeclared
 from lra.encoder import Card
-from lra.errors import UserError, unknown
+from lra.errors import describe, unknown
 from lra.registry import Constructor, architectures
 
 __all__ = ["CHECKS", "Finding", "check", "meaning", "render"]
 
 COLOURS = {"pass": "green", "fail": "bold red", "exempt": "yellow", "stale": "bold red", "undeclared": "cyan"}
-PACKAGES = ("site-packages", "dist-packages")
 
 
 @dataclass(frozen=True)
@@ -60,8 +58,8 @@ def check(
     """Run conformance checks. An encoder that cannot be built yields a single finding.
 
     reference: a registered name, `file.py:Class`, `package.module:Class` or a constructor; only: names of the checks to
-    run, by default all; options: constructor arguments that override the defaults. Raises UserError for an unknown
-    reference or check.
+    run, by default all; options: constructor arguments that override the defaults. A common mistake, which would fail
+    many checks, yields a single finding, too. Raises UserError for an unknown reference or check.
     """
     constructor = architectures.get(reference) if isinstance(reference, str) else reference
     names = list(CHECKS) if only is None else list(only)
@@ -74,9 +72,20 @@ def check(
         try:
             context.encoder()
         except Exception as error:  # noqa: BLE001  (a user's constructor may raise anything)
-            message = f"the encoder cannot be built: {_describe(error)}"
+            message = f"the encoder cannot be built: {describe(error)}"
             return [Finding("signature", "fail", message, time.perf_counter() - started)]
-        return [_run_check(name, context) for name in CHECKS if name in names]
+        findings: list[Finding] = []
+        # a device is the one thing that no check on the CPU notices
+        explained = constructor.declared or only is not None
+        for name in CHECKS:
+            if name not in names:
+                continue
+            findings.append(_run_check(name, context))
+            if only is None and (not explained or (findings[-1].failed and not any(f.failed for f in findings[:-1]))):
+                explained = True
+                if cause := diagnosis.mistake(context):
+                    return [Finding("mistake", "fail", cause, time.perf_counter() - started)]
+        return findings
 
 
 def _run_check(name: str, context: CheckContext) -> Finding:
@@ -96,22 +105,12 @@ def _run_check(name: str, context: CheckContext) -> Finding:
     except Broken as broken:
         status, message = "fail", str(broken)
     except Exception as error:  # noqa: BLE001  (a user's layer may raise anything)
-        status, message = "fail", _describe(error)
+        status, message = "fail", describe(error)
     if reason is not None and status == "fail":
         status, message = "exempt", reason
     elif reason is not None and status == "pass" and must_fail:
         status, message = "stale", f'passes although the card exempts it ("{reason}"); delete the exemption'
     return Finding(name, status, message, time.perf_counter() - started)
-
-
-def _describe(error: Exception) -> str:
-    """An exception in one line, with the file and line of the last frame outside installed packages."""
-    if isinstance(error, UserError):
-        return str(error)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(p in f.filename for p in PACKAGES)]
-    location = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    text = " ".join(str(error).split())
-    return f"raised {type(error).__name__}: {text[:300]}{location}"
 
 
 def render(findings: list[Finding]) -> Group:

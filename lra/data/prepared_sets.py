@@ -245,8 +245,8 @@ def split_checksum(split: Split) -> str:
 
 
 def identity(task: Task, protocol: Protocol) -> dict[str, Any]:
-    """The manifest entries that a set of the current version has. The text of `note` and `raw` is not part of them."""
-    fields = {k: v for k, v in dataclasses.asdict(protocol).items() if k not in ("note", "raw")}
+    """The manifest entries that a set of the current version has. What does not change its bytes is left out."""
+    fields = {k: v for k, v in dataclasses.asdict(protocol).items() if k not in ("note", "raw", "hides_zeros")}
     return {"format": FORMAT, "task": task.name, "version": task.version, "protocol": json.loads(json.dumps(fields))}
 
 

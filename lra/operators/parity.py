@@ -5,23 +5,19 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lra.kernels._case import Case
+from lra.operators import KERNELS, operators
 
-KERNELS = Path(__file__).parents[1] / "kernels"
+__all__ = ["KERNELS", "arguments_of", "cases_of", "errors_of", "operator", "operators", "run"]
+
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """Largest RMS(error) / RMS(reference), by dtype of the inputs. The reference gets the same, rounded inputs."""
 CPU = torch.device("cpu")
-
-
-def operators() -> list[str]:
-    """Sorted names of the operators."""
-    return sorted(folder.parent.name for folder in KERNELS.glob("*/__init__.py"))
 
 
 def cases_of(op: str, *kinds: str) -> list[Case]:

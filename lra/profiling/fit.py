@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
 import torch
 
-from lra.errors import UserError
 from lra.profiling.profiler import in_process, measure_memory
 from lra.results.profile import Cell
 
 LIMITS = {"batch": 4096, "length": 65_536}
-UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -26,14 +23,6 @@ class Fit:
     peak: int
     capped: bool
     tries: int
-
-
-def budget_of(text: str) -> int:
-    """ "2GiB" -> bytes. Raises UserError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB)", text)
-    if not match:
-        raise UserError(f"--fit is {text!r}; expected a number and a unit, for example 512MiB or 2GiB")
-    return int(float(match[1]) * UNITS[match[2]])
 
 
 def largest(

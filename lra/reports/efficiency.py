@@ -18,7 +18,7 @@ from scipy import stats
 
 from lra.config.match import build_on_meta
 from lra.errors import UserError
-from lra.registry import architectures
+from lra.registry import PLUGIN, architectures
 from lra.reports.table import Table, TableCell
 from lra.results import profile as stored
 from lra.results.profile import CLOSE, FailedProfile, Profile, agreed, machine_name
@@ -88,9 +88,10 @@ def title(shape: Shape) -> str:
 def family(architecture: str) -> str:
     """The family an architecture belongs to; OUTSIDE for one that is not a file of this project."""
     try:
-        return architectures.family(architecture.partition("/")[0]) or OUTSIDE
+        known = architectures.family(architecture.partition("/")[0])
     except UserError:
         return OUTSIDE
+    return OUTSIDE if known == PLUGIN else known
 
 
 def frame(profiles: Sequence[AnyProfile]) -> pd.DataFrame:

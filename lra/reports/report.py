@@ -101,7 +101,7 @@ def build(collection: Collection, root: Path) -> str:
     }
     table = result_frame(groups, profiles, ids)
     page = _Page(runs=[run for _, row in listed for run in _run_curves(row, ids[id(row)])])
-    families = sorted({architectures.family(name) for name in architectures.names()} | {efficiency.OUTSIDE})
+    families = sorted({efficiency.family(name) for name in architectures.names()} | {efficiency.OUTSIDE})
     evidence, parts = _pooled({
         ids[id(row)]: _evidence(group, row, baselines[group], collection) for group, row in listed
     })  # fmt: skip

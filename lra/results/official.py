@@ -27,7 +27,7 @@ from lra.registry import architectures
 from lra.results.record import RunRecord
 
 OFFICIAL, MODIFIED, EARLIER, OWN = "official", "modified", "earlier recipe", "own recipe"
-OPTIONS = ("--set", "--match", "--pretrain")
+OPTIONS = ("--set", "--match", "--pretrain", "--init-from")
 """Options of `lra run` that change settings of a recipe."""
 ABSENT = "-"
 
@@ -57,10 +57,10 @@ def settings_of(record: RunRecord) -> Settings:
         return Settings(OWN)
     if shipped.hash == record.recipe_hash:
         return Settings(OFFICIAL)
-    used = recipe_settings(record)
+    used = recipe_settings(record) | {"regime": record.regime}
     if record.changed:
         return Settings(MODIFIED, {k: (used.get(k, ABSENT), _text(v)) for k, v in sorted(record.changed.items())})
-    changed = differences(used, dict(flatten(_settings(shipped.as_dict()))))
+    changed = differences(used, dict(flatten(_settings(shipped.as_dict()))) | {"regime": record.regime})
     by_option = record.changed is None and _has_option(record.command)
     return Settings(MODIFIED if by_option else EARLIER, changed)
 
@@ -72,6 +72,8 @@ def changed_settings(recipe: Recipe) -> dict[str, Any] | None:
     if shipped is None:
         return None
     used, official = (dict(_leaves(_settings(r.as_dict()))) for r in (recipe, shipped))
+    if recipe.regime.startswith("warm start"):
+        used, official = used | {"regime": recipe.regime}, official | {"regime": shipped.regime}
     return {
         key: official.get(key) for key in sorted(used.keys() | official.keys()) if used.get(key) != official.get(key)
     }

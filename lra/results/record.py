@@ -199,7 +199,8 @@ class RunRecord(Part, frozen=True, kw_only=True):
     collapsed: why the run counts as at chance, empty if it does not. floors: accuracy of rules without a sequence
     model on the same test set. changed: settings in which the run departs from the shipped recipe of that name, with
     the shipped values; None where that was not recorded. receptive_field: tokens that an output depends on, where
-    they are fewer than the sequence holds. refused_implementations: kernels that failed their parity check. seal:
+    they are fewer than the sequence holds. init_from: the weights of another run that this one started with, and what
+    of them did not fit. refused_implementations: kernels that failed their parity check. seal:
     SHA-256 of all other fields.
     """
 
@@ -241,6 +242,7 @@ class RunRecord(Part, frozen=True, kw_only=True):
     off_course: str = ""
     refused_implementations: tuple[str, ...] = ()
     resumed: bool = False
+    init_from: dict[str, Any] | None = None
 
     @property
     def at_chance(self) -> bool:

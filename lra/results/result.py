@@ -28,16 +28,24 @@ LARGEST = 16 * 2**20
 
 def folder() -> Path:
     """Folder of results: `LRA_RESULTS`, else `results/` of the checkout, else (an installed package) of the working
-    directory."""
+    directory. Raises UserError if LRA_RESULTS is a file."""
     if "LRA_RESULTS" in os.environ:
-        return Path(os.environ["LRA_RESULTS"])
+        return _folder_named("LRA_RESULTS")
     checkout = Path(__file__).parents[2]
     return (checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()) / "results"
 
 
 def unfinished() -> Path:
-    """Folder of logs and checkpoints: `LRA_RUNS`, or `runs/` of the working directory."""
-    return Path(os.environ.get("LRA_RUNS", "runs"))
+    """Folder of logs and checkpoints: `LRA_RUNS`, or `runs/` of the working directory. Raises UserError if LRA_RUNS is
+    a file."""
+    return _folder_named("LRA_RUNS") if "LRA_RUNS" in os.environ else Path("runs")
+
+
+def _folder_named(variable: str) -> Path:
+    path = Path(os.environ[variable])
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise UserError(f"{variable} is {path}, which is a file; set it to a folder")
+    return path
 
 
 def write(record: RunRecord, predictions: dict[str, np.ndarray], root: Path, place: str = "runs") -> Path:

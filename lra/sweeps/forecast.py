@@ -143,7 +143,7 @@ def _time_training(module: Trainable, recipe: Recipe, data: DeviceSet, sampler: 
     for step in (chosen[0], *chosen, by_length[-1]):
         start = time.perf_counter()
         for part in range(parts):
-            with precision.autocast(recipe, data.device):
+            with precision.autocast(precision.of_run(recipe, data.device), data.device):
                 loss: Any = module.training_step(data.batch(sampler.batch(int(step))[part::parts]), 0)
             (loss / parts).backward()
         if recipe.optim.clip:
@@ -170,7 +170,7 @@ def _time_evaluation(model: Classifier, recipe: Recipe, data: DeviceSet) -> floa
     model.eval()
     for examples in (chosen[0], *chosen):
         start = time.perf_counter()
-        with torch.no_grad(), precision.autocast(recipe, data.device):
+        with torch.no_grad(), precision.autocast(precision.of_run(recipe, data.device), data.device):
             model(data.batch(examples))
         _synchronize(data.device)
         seconds.append((time.perf_counter() - start) / len(examples))

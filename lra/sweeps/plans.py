@@ -77,7 +77,7 @@ class Cell:
         from lra.training.request import Request
 
         settings = {k: json.dumps(v) for k, v in self.settings.items()}
-        pretrain, match = (str(self.options.get(key, "")) for key in ("pretrain", "match"))
+        pretrain, match, initial = (str(self.options.get(key, "")) for key in ("pretrain", "match", "init-from"))
         return Request(
             self.task,
             self.architecture,
@@ -87,6 +87,7 @@ class Cell:
             settings,
             pretrain=pretrain,
             match=match,
+            init_from=Path(initial) if initial else None,
         )
 
 

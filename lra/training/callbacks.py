@@ -21,7 +21,7 @@ from lra.config.sections import Expected
 from lra.data.batches import TrainingLoader
 from lra.errors import Interrupted, UserError
 from lra.model import Batch
-from lra.training import checkpoint, distributed
+from lra.training import checkpoint, distributed, interruption
 from lra.training.module import Trainable, Training
 
 SCHEMA = 4
@@ -350,7 +350,8 @@ def checkpoints(folder: Path, validate_every: int) -> list[Callback]:
 
 
 class Stop(Callback):
-    """Stops between two steps, with a checkpoint, on Ctrl-C, SIGTERM or a deadline; a second Ctrl-C stops at once.
+    """Stops between two steps, with a checkpoint, on Ctrl-C, SIGTERM, SIGHUP or a deadline; a second Ctrl-C stops at
+    once.
 
     Signals are handled in the main thread only, and their handlers are restored afterwards.
     deadline: of `time.monotonic`. validate_every: steps between validations (0 = none); one that is due runs first.
@@ -363,7 +364,7 @@ class Stop(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in interruption.heeded():
                 self._before[number] = signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _: Any) -> None:
@@ -371,7 +372,7 @@ class Stop(Callback):
         # `timeout` and a shell's Ctrl-C deliver the same signal twice; only a later one asks to stop at once
         if self.reason and number == signal.SIGINT and now - self._first > 1:
             self._restore()
-            raise KeyboardInterrupt
+            raise interruption.Stopped(self.reason)
         if not self.reason:
             self.reason, self._first = signal.Signals(number).name, now
 
@@ -407,6 +408,9 @@ class Stop(Callback):
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._restore()
+        # a signal after the last step: scoring may take long
+        if self.reason and self._first:
+            raise Interrupted(f"stopped after the last of {trainer.max_steps} steps by {self.reason}")
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         self._restore()

@@ -13,13 +13,11 @@ import torch
 
 from lra.config.recipe import Recipe
 from lra.encoder import Encoder
-from lra.errors import UserError
-from lra.model import Classifier
+from lra.model import Classifier, Head
 from lra.registry import Constructor
 from lra.task import Protocol, Task
+from lra.training import sizes
 
-BYTES_PER_PARAMETER = 16
-"""A weight, its gradient and the two moments of an optimiser, in float32."""
 LIGHTNING_SEED = "PL_GLOBAL_SEED"
 
 
@@ -51,7 +49,9 @@ def build(recipe: Recipe, constructor: Constructor, task: Task, protocol: Protoc
     """The classifier of a recipe with the weights that `seed` gives it. Seeds the global generators."""
     seed_everything(seed)
     encoder = build_encoder(recipe, constructor, protocol.length)
-    return Classifier(encoder, protocol, task.classes, task.towers, recipe.model.pooling)
+    model = recipe.model
+    head = Head(model.head, model.head_hidden, model.head_activation, model.pair)
+    return Classifier(encoder, protocol, task.classes, task.towers, model.pooling, head)
 
 
 def build_encoder(recipe: Recipe, constructor: Constructor, length: int) -> Encoder:
@@ -63,41 +63,11 @@ def build_encoder(recipe: Recipe, constructor: Constructor, length: int) -> Enco
     return constructor(**shape, length=length + extra, dropout=recipe.model.dropout, **recipe.encoder)
 
 
-def check_weight_memory(recipe: Recipe, device: torch.device) -> None:
-    """Raise UserError where the weights cannot fit, before they are allocated.
-
-    Counted is one d_model x d_model matrix in each layer, which is a lower bound for almost every architecture.
-    """
-    model = recipe.model
-    size = BYTES_PER_PARAMETER * model.n_layers * recipe.d_model**2
-    _check_fits(size, device, f"model.d_model={recipe.d_model} with model.n_layers={model.n_layers}", "lower them")
-
-
-def check_batch_memory(recipe: Recipe, device: torch.device, lengths: np.ndarray) -> None:
-    """Raise UserError where a batch cannot fit, before it is allocated.
-
-    lengths: (n, towers), tokens of the training examples. Counted is one activation for each layer and token.
-    """
-    rows = min(recipe.data.batch_size, len(lengths)) / recipe.train.accumulate
-    tokens = rows * float(lengths.sum(axis=1).mean())
-    size = 4 * tokens * recipe.d_model * recipe.model.n_layers
-    what = f"data.batch_size={recipe.data.batch_size} with train.accumulate={recipe.train.accumulate}"
-    _check_fits(size, device, what, "lower the first or raise the second")
-
-
-def _check_fits(size: float, device: torch.device, what: str, advice: str) -> None:
-    memory = total_memory(device)
-    if memory and size > memory:
-        raise UserError(
-            f"{what} needs more than {size / 2**30:,.0f} GiB of memory, and this {device.type} has "
-            f"{memory / 2**30:,.0f} GiB: {advice}"
-        )
-
-
-def total_memory(device: torch.device) -> int:
-    """Bytes of memory of a device; 0 where it cannot be told."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    with suppress(AttributeError, OSError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 0
+def check_memory(recipe: Recipe, constructor: Constructor, length: int, device: str) -> None:
+    """Raise UserError where the encoder of a recipe cannot fit, before it is allocated."""
+    sizes.check_weights(recipe, device)
+    # an encoder whose initialisation reads values cannot be built without memory
+    count = 0
+    with suppress(Exception), kept_random_state(), torch.device("meta"):
+        count = sum(p.numel() for p in build_encoder(recipe, constructor, length).parameters())
+    sizes.check_parameters(count, device)

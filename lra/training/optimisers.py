@@ -195,13 +195,13 @@ class Plateau:
 
 
 def factor(recipe: Optim, steps: int, plateau: Plateau | None = None) -> Callable[[int], float]:
-    """Learning-rate multiplier as a function of the step: linear warm-up over `warmup` steps, then the schedule."""
+    """Learning-rate multiplier as a function of the step: warm-up over `warmup` steps, then the schedule."""
     if recipe.name == "schedule_free":
         return lambda step: 1.0
 
     def at(step: int) -> float:
         if step < recipe.warmup:
-            return (step + 1) / recipe.warmup
+            return ((step + 1) / recipe.warmup) ** recipe.warmup_power
         done = min((step - recipe.warmup) / max(steps - recipe.warmup, 1), 1.0)
         if recipe.schedule == "cosine":
             return 0.5 * (1 + math.cos(math.pi * done))

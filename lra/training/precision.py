@@ -1,4 +1,4 @@
-"""Arithmetic of a run: float32, or bfloat16 autocast where the hardware computes in it."""
+"""Arithmetic of a run: float32, bfloat16 autocast where the hardware computes in it, or float16 autocast on a GPU."""
 
 from __future__ import annotations
 
@@ -28,12 +28,18 @@ def cpu_has_bf16() -> bool:
     return False
 
 
-def uses_bf16(recipe: Recipe, device: torch.device) -> bool:
-    """Whether a run of `recipe` on `device` computes under bfloat16 autocast."""
-    if recipe.train.precision != "auto":
-        return recipe.train.precision == "bf16"
-    return device.type == "cuda" or (device.type == "cpu" and cpu_has_bf16())
+def of_run(recipe: Recipe, device: torch.device) -> str:
+    """Lightning's name of the arithmetic of a run of `recipe` on `device`."""
+    precision = recipe.train.precision
+    if precision == "auto":
+        native = device.type == "cuda" or (device.type == "cpu" and cpu_has_bf16())
+        precision = "bf16" if native else "32"
+    return {"bf16": "bf16-mixed", "fp16": "16-mixed", "32": "32-true"}[precision]
 
 
-def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(recipe, device))
+def autocast(name: str, device: torch.device) -> torch.autocast:
+    """The context of a forward pass. name: as of `of_run`; float16 is float32 on a CPU, which cannot multiply it."""
+    dtype = torch.float16 if name.startswith("16") else torch.bfloat16
+    return torch.autocast(
+        device.type, dtype, enabled=name.startswith("bf16") or (name.startswith("16") and device.type == "cuda")
+    )

@@ -17,7 +17,7 @@ from lra.config.sections import OBJECTIVES
 from lra.errors import UserError, brief, unknown
 from lra.registry import architectures, reference_of, tasks
 from lra.results import result
-from lra.training import device, loggers
+from lra.training import device, loggers, sizes
 from lra.training.placement import Placement
 
 SHAPE = ("d_model", "n_layers", "length", "dropout", "direction")
@@ -35,7 +35,7 @@ class Request:
     source: folder with the raw data. time_limit: seconds, counted from `created` (of `time.monotonic`).
     pretrain: "" as the recipe says, else one of OBJECTIVES. match: a budget to solve the width for (lra.config.match).
     checkpoint_dir: folder for checkpoints, by default the run's own. search: how these settings were searched for.
-    select_only: stop before the test set is read.
+    select_only: stop before the test set is read. init_from: run, exported folder or file with the initial weights.
     """
 
     task: str | type
@@ -54,6 +54,7 @@ class Request:
     loggers: tuple[str, ...] = ()
     search: Mapping[str, Any] | None = None
     select_only: bool = False
+    init_from: Path | None = None
     created: float = field(default_factory=time.monotonic, compare=False)
 
     @property
@@ -91,6 +92,8 @@ class Request:
             ("nodes", self.placement.nodes, defaults.nodes),
             ("strategy", self.placement.strategy, defaults.strategy),
             ("from", self.source, None),
+            ("checkpoint-dir", self.checkpoint_dir, None),
+            ("init-from", self.init_from, None),
         ):
             words += [f"--{name}", str(given)] if given != default else []
         return shlex.join([*words, *more])
@@ -122,6 +125,12 @@ def read(request: Request) -> tuple[Recipe, dict[str, str]]:
             raise unknown("objective", request.pretrain, OBJECTIVES, where="--pretrain")
         recipe = recipe.with_pretraining(request.pretrain)
         origin["pretrain.objective"] = "--pretrain"
+    if request.init_from is not None:
+        from lra.training import warm_start
+
+        regime = f"warm start ({warm_start.digest(request.init_from)[:8]})"
+        more = "" if recipe.regime == "scratch" else f", {recipe.regime}"
+        recipe = replace(recipe, regime=regime + more)
     own = [key for key in architecture.options if key not in SHAPE]
     for key in recipe.encoder:
         if key not in own:
@@ -165,7 +174,11 @@ def check(request: Request, recipe: Recipe) -> None:
     """Raise UserError for everything in a request that can be seen to be wrong before data and model are loaded."""
     if type(request.seed) is not int or not 0 <= request.seed <= LARGEST_SEED:
         raise UserError(f"seed is {brief(request.seed)}; a whole number from 0 to {LARGEST_SEED}")
-    request.placement.validate(device.device_type(), recipe)
+    kind = device.device_type()
+    if recipe.train.precision == "fp16" and kind != "cuda":
+        raise UserError("train.precision=fp16 needs a GPU, and PyTorch finds none here; use bf16 or 32")
+    sizes.check_weights(recipe, kind)
+    request.placement.validate(kind, recipe)
     loggers.check(request.loggers)
     if request.source is not None:
         from lra.data import prepared_sets

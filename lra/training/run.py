@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -14,19 +13,20 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from lra import files, terminal
 from lra.config.recipe import Recipe
 from lra.data import prepared_sets
 from lra.data.batches import DeviceSet
 from lra.data.prepared_sets import Prepared
-from lra.errors import Interrupted, UserError
+from lra.errors import Interrupted, UserError, describe
 from lra.kernels import _dispatch
 from lra.model import Classifier
 from lra.operators import doctor
 from lra.registry import Constructor, architectures, tasks
 from lra.results import environment, result
-from lra.training import construction, distributed, run_folder, stages
+from lra.training import construction, distributed, run_folder, stages, warm_start
 from lra.training.callbacks import StepProgress
 from lra.training.device import device
 from lra.training.request import Request, check, checkpoint_folder, folder_of, resolve, result_folder, result_place
@@ -67,12 +67,16 @@ def _run(
         return finished
     constructor = architectures.get(request.architecture)
     task = tasks.get(request.task)()
+    _, protocol = prepared_sets.resolve(task, recipe.data.protocol or None)
+    construction.check_memory(recipe, constructor, protocol.length, device().type)
     with terminal.progress_bar(console, f"preparing {task.name}") as report:
         prepared = prepared_sets.load_prepared(task, recipe.data.protocol, source=request.source, progress=report)
     with _explain_failures(recipe):
-        construction.check_weight_memory(recipe, device())
         model = construction.build(recipe, constructor, prepared.task, prepared.protocol, request.seed)
         _announce(request, recipe, origin, prepared, model, console)
+        initial = warm_start.load(model, request.init_from) if request.init_from else None
+        if initial is not None:
+            console.print(escape(warm_start.summary(initial)), soft_wrap=True)
         refused = check_operators(model, prepared, constructor)
     started, clock = datetime.now(UTC), time.perf_counter()
     with _explain_failures(recipe), run_folder.opened(request, recipe, folder, leads):
@@ -88,7 +92,7 @@ def _run(
             return _write_selection(folder, recipe, scores[prepared.protocol.selection])
         content = record(
             request.architecture_name, request.seed, recipe, prepared, constructor, trained.model, scores,
-            _own_fields(request, trained, refused, context), started,
+            _own_fields(request, trained, refused, context) | ({"init_from": initial} if initial else {}), started,
             trained.meter.earlier + time.perf_counter() - clock,
         )  # fmt: skip
         path = result.write(content, scores["predictions"], result.folder(), result_place(recipe))
@@ -150,13 +154,9 @@ def check_operators(model: Classifier, prepared: Prepared, constructor: Construc
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             model.eval()(data.batch(np.arange(len(data))))
     except Exception as error:
-        if constructor.declared or isinstance(error, UserError):
+        if (constructor.declared and ":" not in constructor.name) or isinstance(error, UserError):
             raise
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(
-            f"{constructor.name} fails on its first batch: {type(error).__name__}: {' '.join(str(error).split())} "
-            f"({Path(frame.filename).name}:{frame.lineno})"
-        ) from error
+        raise UserError(f"{constructor.name}: its first batch {describe(error)}") from error
     model.train()
     lines = doctor.require_parity(_dispatch.used(), device())
     _dispatch.forget_used()

@@ -18,9 +18,10 @@ from lra import files
 from lra.config.recipe import Recipe
 from lra.errors import UserError
 from lra.results import result
+from lra.training import interruption
 from lra.training.request import Request, checkpoint_folder
 
-RECIPE, RUN = "recipe.json", "run.json"
+RECIPE, RUN, BEST = "recipe.json", "run.json", "best.ckpt"
 
 
 @contextmanager
@@ -46,7 +47,16 @@ def opened(request: Request, recipe: Recipe, folder: Path, leads: bool) -> Itera
         _write(folder / RECIPE, recipe.as_dict())
         about = {"seed": request.seed, "command": request.command(), "checkpoints": str(checkpoints.resolve())}
         _write(folder / RUN, about | {"record": ""})
+        interruption.mark_resumable()
         yield
+
+
+def best_checkpoint(folder: Path, checkpoints: Path | None = None) -> Path | None:
+    """The best checkpoint of a run's folder; None without one. checkpoints: where they are, if they were moved."""
+    places = [folder / "checkpoints", Path(read(folder).get("checkpoints") or folder)]
+    if checkpoints is not None:
+        places = [checkpoints, checkpoints / folder.name]
+    return next((place / BEST for place in places if (place / BEST).is_file()), None)
 
 
 def finish(folder: Path, record: Path) -> None:

@@ -24,7 +24,7 @@ from lra.data.batches import DeviceSet, EvaluationLoader, Sampler, TrainingLoade
 from lra.data.prepared_sets import Prepared
 from lra.model import Classifier
 from lra.profiling import memory
-from lra.training import checkpoint, construction, distributed, execution, loggers, precision, rate_search
+from lra.training import checkpoint, distributed, execution, loggers, precision, rate_search, sizes
 from lra.training.callbacks import (
     ExpectationCheck,
     ProgressBar,
@@ -85,7 +85,9 @@ def train(recipe: Recipe, prepared: Prepared, model: Classifier, context: RunCon
     memory.keep_freed()
     split = prepared.split("train")
     data = DeviceSet.of(split, prepared.protocol, device, choose(len(split), recipe.data.train_examples))
-    construction.check_batch_memory(recipe, device, data.lengths)
+    scored = ((prepared.protocol.selection, recipe.data.validation_examples), ("test", recipe.data.test_examples))
+    evaluated = max(count or len(prepared.split(name)) for name, count in scored)
+    sizes.check_batches(recipe, device.type, data.lengths, evaluated)
     apply_execution(recipe, model)
     facts = compile_encoder(data, model.to(device)) if recipe.train.compile else {}
     if recipe.pretrain.objective != "none":
@@ -210,13 +212,15 @@ def _fit(
         accumulate_grad_batches=parts, gradient_clip_val=recipe.optim.clip or None, plugins=[AtomicCheckpointIO()],
         **options, **distributed.trainer_options(context.placement, block),
     )  # fmt: skip
+    # Lightning's own handler of SIGTERM waits in it for the other processes, which hangs; `Stop` handles signals
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     with quiet():
         trainer.fit(module, loader, validation, ckpt_path=resumed_from, weights_only=True)
     return trainer
 
 
 def _trainer(recipe: Recipe, context: RunContext, **options: Any) -> L.Trainer:
-    kind: Any = "bf16-mixed" if precision.uses_bf16(recipe, context.device) else "32-true"
+    kind: Any = precision.of_run(recipe, context.device)
     draw_bar = context.console.is_terminal and context.progress is None
     defaults = {"devices": 1, "logger": False, "enable_checkpointing": False}
     callbacks = [*options.pop("callbacks", []), *([ProgressBar(leave=False)] if draw_bar else [])]
@@ -270,7 +274,7 @@ def _predict(
             parts: Any = _trainer(recipe, context).predict(trained.module, loader) or []
     else:
         model = trained.model.to(context.device).eval()
-        with torch.inference_mode(), precision.autocast(recipe, context.device):
+        with torch.inference_mode(), precision.autocast(precision.of_run(recipe, context.device), context.device):
             parts = [(batch.example.cpu(), model(batch).argmax(dim=-1).cpu()) for batch in loader]
     columns = [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
     gathered = distributed.gather(columns)

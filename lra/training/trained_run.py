@@ -25,8 +25,9 @@ from lra.results import result, statistics
 from lra.results.record import RunRecord
 from lra.task import SPLITS, Protocol, Task
 from lra.training import checkpoint, construction, run_folder
+from lra.training.precision import autocast
 
-CONFIG, WEIGHTS, BEST = "config.json", "model.safetensors", "best.ckpt"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT = 1
 """Version of config.json."""
 
@@ -168,7 +169,7 @@ class TrainedRun:
     def _autocast(self, device: torch.device) -> torch.autocast:
         """The precision that the run was scored in; float32 where there is no record."""
         precision = str(self.record.environment.precision or "") if self.finished else ""
-        return torch.autocast(device.type, torch.bfloat16, enabled=precision.startswith("bf16"))
+        return autocast(precision, device)
 
 
 def load(
@@ -188,12 +189,10 @@ def load(
     except (OSError, ValueError, UserError) as error:
         raise UserError(f"{path} is neither a run's folder nor an exported one: {error}") from None
     about = run_folder.read(path)
-    places = [path / "checkpoints", Path(about.get("checkpoints") or path)]
-    if checkpoints is not None:
-        places = [Path(checkpoints), Path(checkpoints) / path.name]
-    best = next((place / BEST for place in places if (place / BEST).is_file()), None)
+    best = run_folder.best_checkpoint(path, None if checkpoints is None else Path(checkpoints))
     if best is None:
-        raise UserError(f"{path} has no trained model yet: no {BEST} in {' or '.join(map(str, places))}")
+        place = checkpoints or about.get("checkpoints") or path / "checkpoints"
+        raise UserError(f"{path} has no trained model yet: no {run_folder.BEST} in {place}")
     run = _untrained(recipe, architecture, task, path, about.get("seed", 0))
     _load_weights(run.model, checkpoint.model_weights(checkpoint.read(best)), best)
     record = run_folder.finished_record(path, missing_ok=True)

@@ -2,12 +2,13 @@
 
 Grey is ITU-R 601 luma in integers, (19595 R + 38470 G + 7471 B + 2^15) >> 16, as in torchvision's Grayscale. Only
 `lra2020` uses TensorFlow's rgb_to_grayscale (0.2989, 0.587, 0.114 in float32, times 255.5, truncated), as the published
-code did. Black is never treated as padding.
+code did. Black is treated as padding in `lra2020-masked` only.
 
     strict          grey, continuous, normalised    validation: the 500 training images of each class with the lowest
     strict-tokens   grey, 256 token ids             SHA-256 of their RGB bytes; the same in all three protocols
     strict-colour   three channels, continuous
     lra2020         grey, 256 token ids             validation: the last 5,000 training images
+    lra2020-masked  the same, black pixels hidden
     s4              grey, continuous, normalised    validation: torch's random_split with seed 42
 
 Images keep the order of the official files. Images may be stored in any lossless format that Pillow reads.
@@ -19,6 +20,7 @@ import hashlib
 import io
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -35,6 +37,22 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 COUNTS = {"train": 45_000, "validation": 5_000, "test": 10_000}
 GREY = (122.6 / 255, 61 / 255)
 COLOUR = (0.4734, 0.2516)
+
+LRA2020 = Protocol(
+    "lra2020",
+    length=1024,
+    vocabulary=256,
+    counts=COUNTS,
+    sha256={
+        "train": "afa6520d55b96d70864163eb5587f6f0d5aa467f40bbaa67403b519111020632",
+        "validation": "b5973610339bda4b2880c95a69ac20505b0b86e2f746cae17033a721ac7e80b4",
+        "test": "234f6c01993129a60709c8863385587ebc652a7349247832e03be59e968f4109",
+    },
+    note="grey by TensorFlow's formula, tokens; validation is the last 10 % of the official order (the "
+    "published code took it in the order of TensorFlow Datasets, so its members differ); black is a "
+    "token here, the published code hides it as padding: see lra2020-masked",
+    raw=RAW,
+)
 
 
 class Image(Task):
@@ -84,20 +102,13 @@ class Image(Task):
             "the split of strict",
             raw=RAW,
         ),
-        "lra2020": Protocol(
-            "lra2020",
-            length=1024,
-            vocabulary=256,
-            counts=COUNTS,
-            sha256={
-                "train": "afa6520d55b96d70864163eb5587f6f0d5aa467f40bbaa67403b519111020632",
-                "validation": "b5973610339bda4b2880c95a69ac20505b0b86e2f746cae17033a721ac7e80b4",
-                "test": "234f6c01993129a60709c8863385587ebc652a7349247832e03be59e968f4109",
-            },
-            note="grey by TensorFlow's formula, tokens; validation is the last 10 % of the official order (the "
-            "published code took it in the order of TensorFlow Datasets, so its members differ); black is not masked "
-            "as padding",
-            raw=RAW,
+        "lra2020": LRA2020,
+        "lra2020-masked": replace(
+            LRA2020,
+            name="lra2020-masked",
+            hides_zeros=True,
+            note="the images of lra2020; black pixels are hidden from attention and pooling, as the padding mask "
+            "`inputs > 0` of the published code does",
         ),
         "s4": Protocol(
             "s4",
@@ -176,7 +187,7 @@ def _decode(file: Mapping[str, bytes]) -> np.ndarray | str:
 def _validation_rows(images: np.ndarray, labels: np.ndarray, protocol: Protocol) -> np.ndarray:
     """Rows of the official training images that form the validation split, in ascending order."""
     count = protocol.counts["validation"]
-    if protocol.name == "lra2020":
+    if protocol.name.startswith("lra2020"):
         return np.arange(len(labels) - count, len(labels))
     if protocol.name == "s4":
         import torch
@@ -192,7 +203,7 @@ def _encode(images: np.ndarray, protocol: Protocol) -> np.ndarray:
     """Convert RGB images (n, 32, 32, 3) to the values of a protocol: (n, 32, 32) or (n, 32, 32, 3) uint8."""
     if protocol.channels == 3:
         return images
-    if protocol.name == "lra2020":
+    if protocol.name.startswith("lra2020"):
         # element by element, because matrix products round differently on different machines
         r, g, b = (images[..., channel] * np.float32(1 / 255) for channel in range(3))
         grey = r * np.float32(0.2989) + g * np.float32(0.587) + b * np.float32(0.114)

@@ -19,7 +19,16 @@ def test_equals_hugging_face() -> None:
     """The row of their batch that ends without padding: their last global block is that of the padded sequence."""
     g = golden("bigbird_block_sparse")
     heads, width, length = int(g["cfg.H"]), g["x"].shape[2], g["x"].shape[1]
-    mixer = BigBirdMixer(width, heads, width, "none", False, int(g["cfg.block"]), int(g["cfg.r"]), length).double()
+    mixer = BigBirdMixer(
+        width,
+        n_heads=heads,
+        width=width,
+        positions="none",
+        causal=False,
+        size=int(g["cfg.block"]),
+        n_random=int(g["cfg.r"]),
+        length=length,
+    ).double()
     mixer.random_blocks[:, 1:-1] = g["mid.rand_blocks"].long()
     for kind in ("weight", "bias"):
         parts = [g[f"param.{part}.{kind}"] for part in ("query", "key", "value")]
@@ -40,7 +49,7 @@ def test_equals_hugging_face() -> None:
 def test_equals_dense_definition(positions: str, causal: bool) -> None:
     torch.manual_seed(0)
     lengths, total, size = (38, 22, 5), 38, 4
-    mixer = BigBirdMixer(16, 4, 16, positions, causal, size, 2, 44)
+    mixer = BigBirdMixer(16, n_heads=4, width=16, positions=positions, causal=causal, size=size, n_random=2, length=44)
     block = torch.arange(total) // size
     apart = (block - block[:, None]).abs()
     sees = (apart <= 1) | (block == 0) | (mixer.random_blocks[:, block, :, None] == block).any(2)

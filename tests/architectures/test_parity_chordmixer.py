@@ -15,7 +15,7 @@ from lra.architectures.convolution.chordmixer import ChordMixer, Turn, turned
 
 
 def load(encoder: ChordMixer, g: dict[str, Tensor]) -> ChordMixer:
-    names = {"prenorm": "prenorm", "up": "mix.fc1", "down": "mix.fc2", "norm": "norm"}
+    names = {"prenorm": "prenorm", "fc1": "mix.fc1", "fc2": "mix.fc2", "norm": "norm"}
     encoder.blocks.load_state_dict(
         {
             f"{i}.{own}.{kind}": g[f"param.encoder.chordmixer_blocks.{i}.{other}.{kind}"]
@@ -48,7 +48,7 @@ def test_a_map_leads_into_the_tracks_and_out() -> None:
     """The authors' embedding is the map in, where d_model is that of their input."""
     g = golden("chordmixer")
     encoder = load(ChordMixer(d_model=3, n_layers=1, length=16, track_size=2, hidden=7).double(), g)
-    encoder.into.load_state_dict({kind: g[f"param.embedding.{kind}"] for kind in ("weight", "bias")})
+    encoder.embedding.load_state_dict({kind: g[f"param.embedding.{kind}"] for kind in ("weight", "bias")})
     y = encoder.out(g["y"])
     torch.testing.assert_close(encoder(g["x"], everything(g["x"])), y, rtol=1e-12, atol=1e-12)
 
@@ -63,10 +63,10 @@ def test_rotation_alone_equals_the_authors() -> None:
 
 def rolled(encoder: ChordMixer, x: Tensor, size: int) -> Tensor:
     """One sequence without padding, (L, D), by the equations: each track is rolled with torch.roll."""
-    x = encoder.into(x)
+    x = encoder.embedding(x)
     for block in encoder.blocks:
-        h = block.up(block.prenorm(x))
-        h = block.down(0.5 * h * (1 + torch.erf(h / math.sqrt(2))))
+        h = block.fc1(block.prenorm(x))
+        h = block.fc2(0.5 * h * (1 + torch.erf(h / math.sqrt(2))))
         tracks = [h[:, i : i + size] for i in range(0, h.shape[1], size)]
         turns = [tracks[0], *(torch.roll(track, -(2**i), 0) for i, track in enumerate(tracks[1:]))]
         x = block.norm(x + torch.cat(turns, -1))
@@ -124,20 +124,20 @@ def test_shape_follows_length() -> None:
         encoder = ChordMixer(d_model=64, n_layers=1, length=length)
         assert encoder.shifts.tolist() == [0, *(2**i for i in range(powers))]
         assert len(encoder.blocks) == max(1, powers)
-        width = encoder.blocks[0].down.out_features
+        width = encoder.blocks[0].fc2.out_features
         assert width % (powers + 1) == 0
         assert 64 - powers - 1 < width <= 64
     narrow = ChordMixer(d_model=4, n_layers=12, length=1024)
-    assert narrow.blocks[0].down.out_features == 11
+    assert narrow.blocks[0].fc2.out_features == 11
     assert len(narrow.blocks) == 12
     wide = ChordMixer(d_model=4, n_layers=1, length=1024, track_size=28, hidden=420)
-    assert wide.blocks[0].up.weight.shape == (420, 308)
+    assert wide.blocks[0].fc1.weight.shape == (420, 308)
 
 
 def test_start_is_xavier_without_biases() -> None:
     torch.manual_seed(0)
     encoder = ChordMixer(d_model=100, n_layers=1, length=16, track_size=24, hidden=200)
-    for layer in ("into", "blocks.0.up", "blocks.3.down", "out"):
+    for layer in ("embedding", "blocks.0.fc1", "blocks.3.fc2", "out"):
         weight = encoder.get_parameter(f"{layer}.weight")
         bound = math.sqrt(6 / sum(weight.shape))
         assert 0.95 * bound < weight.abs().max() <= bound

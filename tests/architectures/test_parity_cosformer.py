@@ -20,7 +20,7 @@ from lra.architectures.linear_attention.cosformer import LEAST, Cosformer, Cosfo
 def theirs(g: dict[str, Tensor], causal: bool, span: int) -> CosformerMixer:
     """A mixer with the parameters of one of their modules."""
     width = len(g["param.out_proj.bias"])
-    mixer = CosformerMixer(width, int(g["cfg.H"]), width, causal, span).double()
+    mixer = CosformerMixer(width, n_heads=int(g["cfg.H"]), qkv_dim=width, causal=causal, span=span).double()
     state = {f"qkv.{part}": torch.cat([g[f"param.{n}_proj.{part}"] for n in "qkv"]) for part in ("weight", "bias")}
     mixer.load_state_dict(state | {f"out.{part}": g[f"param.out_proj.{part}"] for part in ("weight", "bias")})
     return mixer
@@ -65,7 +65,7 @@ def explicit(mixer: CosformerMixer, x: Tensor, mask: Tensor) -> Tensor:
 def test_outputs_and_gradients_equal_the_definition(causal: bool, std: float) -> None:
     """Over more than a chunk of the operator; some queries meet no key, and sums of small weights fall below 1e-6."""
     torch.manual_seed(0)
-    mixer = CosformerMixer(12, 3, 12, causal, span=90).double()
+    mixer = CosformerMixer(12, n_heads=3, qkv_dim=12, causal=causal, span=90).double()
     for parameter in mixer.parameters():
         nn.init.normal_(parameter, std=0.5 if parameter.shape[0] == 12 else std)
     x, mask = torch.randn(2, 70, 12, dtype=torch.float64), torch.arange(70) < torch.tensor([[70], [41]])
@@ -85,7 +85,7 @@ def test_outputs_and_gradients_equal_the_definition(causal: bool, std: float) ->
 
 def test_weights_are_a_cosine_of_the_distance() -> None:
     """Of the distance alone, wherever a pair stands; 1 at distance 0, and above 0 up to the last."""
-    mixer = CosformerMixer(4, 1, 4, causal=False, span=16)
+    mixer = CosformerMixer(4, n_heads=1, qkv_dim=4, causal=False, span=16)
     phi = mixer.features(torch.tensor([0.5, 0.5, 0.5, -0.5], dtype=torch.float64).expand(1, 1, 16, 4))
     weights = (phi @ phi.mT)[0, 0] / 0.75
     distance = torch.arange(16, dtype=torch.float64)
@@ -96,7 +96,7 @@ def test_weights_are_a_cosine_of_the_distance() -> None:
 
 
 def test_a_query_that_meets_no_key_gets_nothing() -> None:
-    mixer = CosformerMixer(8, 2, 8, causal=False, span=9).double()
+    mixer = CosformerMixer(8, n_heads=2, qkv_dim=8, causal=False, span=9).double()
     nn.init.normal_(mixer.out.bias)
     with torch.no_grad():
         mixer.qkv.weight[:8] = 0
@@ -108,7 +108,7 @@ def test_a_query_that_meets_no_key_gets_nothing() -> None:
 
 def test_step_equals_forward_over_2048_tokens() -> None:
     torch.manual_seed(0)
-    mixer = CosformerMixer(8, 2, 8, causal=True, span=2048)
+    mixer = CosformerMixer(8, n_heads=2, qkv_dim=8, causal=True, span=2048)
     x = torch.randn(1, 2048, 8)
     with torch.no_grad():
         torch.testing.assert_close(stepped(mixer, x), mixer(x, everything(x)), rtol=1e-4, atol=1e-5)
@@ -142,7 +142,7 @@ def test_wrong_arguments_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             Cosformer(**shape, **wrong)
-    mixer, x = CosformerMixer(16, 2, 16, causal=True, span=8), torch.zeros(1, 9, 16)
+    mixer, x = CosformerMixer(16, n_heads=2, qkv_dim=16, causal=True, span=8), torch.zeros(1, 9, 16)
     with pytest.raises(ValueError, match="length 9 exceeds the span 8"):
         mixer(x, everything(x))
     _, state = run(mixer, x[:, :8])

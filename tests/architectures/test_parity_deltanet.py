@@ -29,10 +29,10 @@ def mixer_of(**own: Any) -> DeltaNetMixer:
 def gathered(g: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The authors' tensors under our names: their projections are rows of one map here, their filters of another."""
     found = {
-        "into.weight": torch.cat([g[f"{prefix}{p}.weight"] for p in PROJECTIONS if f"{prefix}{p}.weight" in g]),
-        "conv_weight": torch.cat([g[f"{prefix}{p}_conv1d.weight"].squeeze(1) for p in "qkv"]),
-        "norm_weight": g[f"{prefix}o_norm.weight"],
-        "out.weight": g[f"{prefix}o_proj.weight"],
+        "in_proj.weight": torch.cat([g[f"{prefix}{p}.weight"] for p in PROJECTIONS if f"{prefix}{p}.weight" in g]),
+        "conv1d.weight": torch.cat([g[f"{prefix}{p}_conv1d.weight"] for p in "qkv"]),
+        "o_norm.weight": g[f"{prefix}o_norm.weight"],
+        "o_proj.weight": g[f"{prefix}o_proj.weight"],
     }
     return found | {name: g[prefix + name] for name in ("A_log", "dt_bias") if prefix + name in g}
 
@@ -88,9 +88,9 @@ def test_recurrence_from_a_state_equals_the_authors(name: str) -> None:
 def as_the_papers_write_it(mixer: DeltaNetMixer, x: Tensor) -> Tensor:
     """S_t = S_{t-1} alpha_t (I - beta_t k_t k_t^T) + beta_t v_t k_t^T, o_t = S_t q_t / sqrt(K)."""
     heads, widths = mixer.n_heads, mixer.inner
-    W_q, W_k, W_v, W_beta, *rest = mixer.into.weight.split([*widths, *mixer.sizes[1:]])
+    W_q, W_k, W_v, W_beta, *rest = mixer.in_proj.weight.split([*widths, *mixer.sizes[1:]])
     filtered = []
-    for W, taps in zip((W_q, W_k, W_v), mixer.conv_weight.split(widths), strict=True):
+    for W, taps in zip((W_q, W_k, W_v), mixer.conv1d.weight.squeeze(1).split(widths), strict=True):
         u, number = x @ W.T, taps.shape[1]
         late = [torch.cat([torch.zeros_like(u[:, :j]), u[:, : u.shape[1] - j]], 1) for j in range(number)]
         y = torch.stack([taps[:, number - 1 - j] * late[j] for j in range(number)]).sum(0)
@@ -109,11 +109,11 @@ def as_the_papers_write_it(mixer: DeltaNetMixer, x: Tensor) -> Tensor:
             S = S @ (alpha[b, t, :, None, None] * (eye - rate * key @ key.mT)) + rate * v[b, t].unsqueeze(-1) @ key.mT
             reads.append((S @ q[b, t].unsqueeze(-1)).squeeze(-1) / math.sqrt(q.shape[-1]))
     o = torch.stack(reads).unflatten(0, x.shape[:2])
-    o = (o / (o.square().mean(-1, keepdim=True) + 1e-6).sqrt() * mixer.norm_weight).flatten(-2)
+    o = (o / (o.square().mean(-1, keepdim=True) + 1e-6).sqrt() * mixer.o_norm.weight).flatten(-2)
     if rest:
         gate = x @ rest[1].T
         o = o * gate / (1 + torch.exp(-gate))
-    return o @ mixer.out.weight.T
+    return o @ mixer.o_proj.weight.T
 
 
 def test_recurrence_with_negative_eigenvalues_equals_the_authors() -> None:
@@ -135,7 +135,7 @@ def test_outputs_and_gradients_equal_the_products_of_the_papers(gated: bool, neg
     torch.manual_seed(0)
     mixer = mixer_of(expand_v=2.0, d_conv=3, gated=gated, negative=negative).double()
     with torch.no_grad():
-        mixer.norm_weight.uniform_(0.5, 1.5)
+        mixer.o_norm.weight.uniform_(0.5, 1.5)
     x = torch.randn(2, 21, 12, dtype=torch.float64, requires_grad=True)
     ours, theirs = mixer(x, everything(x)), as_the_papers_write_it(mixer, x)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
@@ -179,9 +179,9 @@ def test_initialisation_of_the_gates() -> None:
 def test_initialisation_of_the_maps() -> None:
     torch.manual_seed(0)
     mixer = mixer_of(d_model=48, d_conv=4)
-    assert 0.99 < mixer.into.weight.abs().max() * math.sqrt(48) <= 1 + 1e-6
-    assert 0.98 < mixer.conv_weight.abs().max() * 2 <= 1
-    assert (mixer.norm_weight == 1).all()
+    assert 0.99 < mixer.in_proj.weight.abs().max() * math.sqrt(48) <= 1 + 1e-6
+    assert 0.98 < mixer.conv1d.weight.abs().max() * 2 <= 1
+    assert (mixer.o_norm.weight == 1).all()
 
 
 def test_gated_is_the_gated_paper() -> None:

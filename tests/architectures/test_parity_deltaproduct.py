@@ -17,7 +17,9 @@ from lra.architectures.linear_attention.deltaproduct import DeltaProduct, DeltaP
 def loaded(g: dict[str, Tensor], gated: bool) -> DeltaProductMixer:
     heads, steps, width = int(g["cfg.heads"]), int(g["cfg.num_householder"]), g["x"].shape[-1]
     keys, values = len(g["param.q_proj.weight"]), len(g["param.g_proj.weight"])
-    mixer = DeltaProductMixer(width, heads, keys, values, 4, steps, gated).double()
+    mixer = DeltaProductMixer(
+        width, n_heads=heads, key_dim=keys, value_dim=values, d_conv=4, n_steps=steps, gated=gated
+    ).double()
     mixer.load_state_dict({name: g[f"param.{name}"] for name, _ in mixer.named_parameters()})
     return mixer
 

@@ -14,6 +14,8 @@ from stepping import stepped
 from torch import Tensor
 
 from lra.architectures.state_space.dss import DSS, DSSMixer
+from lra.config.sections import Optim
+from lra.training.optimisers import parameter_groups
 
 
 def mixer_of(**own: Any) -> DSSMixer:
@@ -35,8 +37,8 @@ def load(mixer: DSSMixer, g: dict[str, Tensor], head: int = 0) -> DSSMixer:
         "Lambda_im": im,
         "W": torch.view_as_real(g["param.W"][head::heads]),
         "D": g["param.D"][head],
-        "out.weight": g["param.out.weight"][:, head * width : (head + 1) * width],
-        "out.bias": g["param.out.bias"] * (head == 0),
+        "output_linear.weight": g["param.out.weight"][:, head * width : (head + 1) * width],
+        "output_linear.bias": g["param.out.bias"] * (head == 0),
     }
     mixer.load_state_dict(state)
     return mixer
@@ -144,7 +146,7 @@ def test_gradients_of_every_parameter_equal_the_recurrence(version: str, separat
         state = z.exp() * state + u.unsqueeze(-1)
         rows.append((C * state).sum(-1).real + mixer.D * u)
     h = torch.stack(rows, 1)
-    written = mixer.out(0.5 * h * (1 + torch.erf(h / math.sqrt(2))))
+    written = mixer.output_linear(0.5 * h * (1 + torch.erf(h / math.sqrt(2))))
     close(own, y)
     torch.testing.assert_close(y, written, rtol=0, atol=1e-5 if version == "softmax" else 1e-12)
     loss = (y * w).sum()
@@ -227,6 +229,14 @@ def test_optimiser_settings_reach_the_kernel_alone() -> None:
     own = {"log_dt": 0.02, "Lambda_re": 5e-4, "Lambda_im": 5e-4, "W": 5e-4}
     assert rates == {f"layers.{i}.mixer.{name}": rate for i in range(2) for name, rate in own.items()}
     assert all(settings["weight_decay"] == 0.0 for settings in encoder.optim.values())
+
+
+def test_step_sizes_may_train_faster_than_the_rest() -> None:
+    """As in the runs of ListOps and Text, where log_dt has twice the base rate."""
+    for scale, rate in ((1.0, 0.01), (2.0, 0.02)):
+        encoder = DSS(d_model=8, n_layers=1, length=8, dt_lr=0.02, dt_lr_scale=scale)
+        groups = parameter_groups(encoder, encoder, Optim(lr=0.01))
+        assert [g["lr"] for g in groups if any(p is encoder.layers[0].mixer.log_dt for p in g["params"])] == [rate]
 
 
 def test_longer_than_its_softmax_is_refused() -> None:

@@ -46,7 +46,9 @@ def loaded(kind: str, g: dict[str, Tensor], causal: bool = False) -> tuple[nn.La
     if kind == "gau":
         mixer: Any = GAUMixer(width, qk, values, length, causal).double()
     else:
-        mixer = FlashMixer(width, qk, values, int(g["cfg.group"]), length, causal).double()
+        mixer = FlashMixer(
+            width, qk_dim=qk, width=values, chunk=int(g["cfg.group"]), length=length, causal=causal
+        ).double()
     state = {own: g[f"param.{theirs(kind, own)}"].view(p.shape) for own, p in mixer.named_parameters()}
     state["rel_pos_bias"] = state["rel_pos_bias"] * scale_of(kind, g)
     mixer.load_state_dict(state)

@@ -28,11 +28,11 @@ def gathered(g: dict[str, Tensor], prefix: str, key_scale: float) -> dict[str, T
     """The authors' tensors under our names, their keys times `key_scale`."""
     rows = [g[f"{prefix}{p}.weight"] * (key_scale if p == "k_proj" else 1) for p in PROJECTIONS]
     return {
-        "into.weight": torch.cat(rows),
-        "alpha.weight": g[f"{prefix}k_gate.1.weight"],
-        "alpha.bias": g[f"{prefix}k_gate.1.bias"],
-        "r_bias": g[f"{prefix}g_proj.bias"],
-        "out.weight": g[f"{prefix}out_proj.weight"],
+        "in_proj.weight": torch.cat(rows),
+        "k_gate.weight": g[f"{prefix}k_gate.1.weight"],
+        "k_gate.bias": g[f"{prefix}k_gate.1.bias"],
+        "g_bias": g[f"{prefix}g_proj.bias"],
+        "out_proj.weight": g[f"{prefix}out_proj.weight"],
     }
 
 
@@ -79,15 +79,15 @@ def test_recurrence_from_a_state_equals_the_authors() -> None:
 
 def in_parallel(mixer: GLAMixer, x: Tensor) -> Tensor:
     """O = ((Q * B)(K / B)^T * M) V / sqrt(K), B_t the product of the gates through t, M causal."""
-    W_q, W_k, W_1, W_v, W_r = mixer.into.weight.split(mixer.sizes)
-    alpha = torch.sigmoid(x @ W_1.T @ mixer.alpha.weight.T + mixer.alpha.bias) ** (1 / mixer.tau)
+    W_q, W_k, W_1, W_v, W_r = mixer.in_proj.weight.split(mixer.sizes)
+    alpha = torch.sigmoid(x @ W_1.T @ mixer.k_gate.weight.T + mixer.k_gate.bias) ** (1 / mixer.tau)
     parts = (x @ W_q.T, x @ W_k.T, x @ W_v.T, alpha.cumprod(1))
     q, k, v, B = (t.unflatten(-1, (mixer.n_heads, -1)).transpose(1, 2) for t in parts)
     o = ((q * B) @ (k / B).mT).tril() @ v / math.sqrt(q.shape[-1])
     o = o - o.mean(-1, keepdim=True)
     o = (o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt()).transpose(1, 2).flatten(-2)
-    r = x @ W_r.T + mixer.r_bias
-    return (r * torch.sigmoid(r) * o) @ mixer.out.weight.T
+    r = x @ W_r.T + mixer.g_bias
+    return (r * torch.sigmoid(r) * o) @ mixer.out_proj.weight.T
 
 
 def test_outputs_and_gradients_equal_the_parallel_form() -> None:
@@ -116,14 +116,14 @@ def test_step_equals_forward_over_2048_tokens() -> None:
 def test_initialisation() -> None:
     torch.manual_seed(0)
     mixer = mixer_of(d_model=48)
-    own = mixer.into.weight.split(mixer.sizes)
-    for weight in (*own[:3], mixer.alpha.weight):
+    own = mixer.in_proj.weight.split(mixer.sizes)
+    for weight in (*own[:3], mixer.k_gate.weight):
         bound = 2**-2.5 * math.sqrt(6 / sum(weight.shape))
         assert 0.97 * bound < weight.abs().max() <= bound
-    for weight in (*own[3:], mixer.out.weight):
+    for weight in (*own[3:], mixer.out_proj.weight):
         assert 0.98 < weight.abs().max() * math.sqrt(48) <= 1 + 1e-6
-    assert not mixer.alpha.bias.any()
-    assert not mixer.r_bias.any()
+    assert not mixer.k_gate.bias.any()
+    assert not mixer.g_bias.any()
 
 
 def test_a_gate_half_open_holds_a_value_over_24_tokens() -> None:

@@ -17,34 +17,30 @@ from lra.architectures._attention import rope
 from lra.architectures.recurrent.griffin import RGLRU, GatedMLP, Griffin, LocalMixer, RecurrentMixer
 from lra.registry import architectures
 
-LRU = {
-    "recurrence.weight": "recurrent_gate_weight",
-    "recurrence.bias": "recurrent_gate_bias",
-    "input.weight": "input_gate_weight",
-    "input.bias": "input_gate_bias",
-    "decay": "recurrent_param",
-}
+
+def lru_name(own: str) -> str:
+    """Their RG-LRU has no modules inside."""
+    return own.replace("gate.", "gate_")
 
 
 def stored(g: dict[str, Tensor], prefix: str, own: str) -> Tensor:
     """What is stored there for a parameter of the recurrent block: its Lambda has the other sign, its two maps from the
-    input are apart, its filters (channels, 1, taps), its biases of blocks (blocks, width)."""
-    if own.startswith("lru."):
-        tensor = g[f"{prefix}rg_lru.{LRU[own.removeprefix('lru.')]}"]
-        return -tensor if own.endswith("decay") else tensor if own.endswith("weight") else tensor.flatten()
-    if own.startswith("into."):
-        return torch.cat([g[prefix + own.replace("into", f"linear_{branch}")] for branch in "xy"])
-    tensor = g[prefix + {"conv_weight": "conv_1d.weight", "conv_bias": "conv_1d.bias"}.get(own, f"linear_{own}")]
-    return tensor.squeeze(1) if own == "conv_weight" else tensor
+    input are apart, its biases of blocks (blocks, width)."""
+    if own.startswith("rg_lru."):
+        tensor = g[prefix + lru_name(own)]
+        return -tensor if own.endswith("param") else tensor if own.endswith("weight") else tensor.flatten()
+    if own.startswith("linear_xy."):
+        return torch.cat([g[prefix + own.replace("linear_xy", f"linear_{branch}")] for branch in "xy"])
+    return g[prefix + own]
 
 
 def test_rglru_equals_an_independent_one() -> None:
     """Where its positions start again, its state is cut: each document is a sequence of its own here."""
     g = golden("rglru")
     lru, prefix = RGLRU(8, 2).double(), "param."
-    lru.load_state_dict({own: g[prefix + LRU[own]].view_as(p) for own, p in lru.named_parameters()})
+    lru.load_state_dict({own: g[prefix + lru_name(own)].view_as(p) for own, p in lru.named_parameters()})
     with torch.no_grad():
-        lru.decay.neg_()
+        lru.recurrent_param.neg_()
     x, cut = g["x"].requires_grad_(), int(g["in.position_ids"][0, 1:].argmin()) + 1
     assert not g["in.position_ids"][0, [0, cut]].any()
     documents = [lru(x[:1, :cut]), lru(x[:1, cut:]), lru(x[1:])]
@@ -55,7 +51,7 @@ def test_rglru_equals_an_independent_one() -> None:
     torch.testing.assert_close(x.grad, g["grad.x"], rtol=1e-11, atol=1e-11)
     for own, parameter in lru.named_parameters():
         assert parameter.grad is not None
-        expected = g[f"grad.{prefix}{LRU[own]}"].view_as(parameter) * (-1 if own == "decay" else 1)
+        expected = g[f"grad.{prefix}{lru_name(own)}"].view_as(parameter) * (-1 if own == "recurrent_param" else 1)
         assert torch.allclose(parameter.grad, expected, rtol=1e-10, atol=1e-10), own
 
 
@@ -71,7 +67,7 @@ def test_recurrent_block_equals_an_independent_one() -> None:
     g = golden("griffin_recurrent_block")
     block, x = block_of(g, "param."), g["x"].requires_grad_()
     inside: list[Tensor] = []
-    block.lru.register_forward_hook(lambda *a: inside.extend((a[1][0], a[2])))
+    block.rg_lru.register_forward_hook(lambda *a: inside.extend((a[1][0], a[2])))
     y = block(x, everything(x))
     for found, name in zip((*inside, y), ("mid.conv", "mid.lru", "y"), strict=True):
         torch.testing.assert_close(found, g[name], rtol=1e-12, atol=1e-12)
@@ -119,18 +115,19 @@ def drawn(part: nn.Module, std: float = 0.5) -> nn.Module:
 def plain_recurrence(block: nn.Module, x: Tensor) -> Tensor:
     """The equations token by token with dense matrices, a_t as the power that they write."""
     p = dict(block.named_parameters())
-    gates = [torch.block_diag(*p[f"lru.{name}.weight"]) for name in ("recurrence", "input")]
-    taps, h, outputs = p["conv_weight"].shape[1], torch.zeros(()), []
-    branch, gate = (x @ p["into.weight"].T + p["into.bias"]).chunk(2, dim=-1)
+    gates = [torch.block_diag(*p[f"rg_lru.{name}_gate.weight"]) for name in ("recurrent", "input")]
+    filters, h, outputs = p["conv_1d.weight"].squeeze(1), torch.zeros(()), []
+    branch, gate = (x @ p["linear_xy.weight"].T + p["linear_xy.bias"]).chunk(2, dim=-1)
     for t in range(x.shape[1]):
-        u = p["conv_bias"] + sum(p["conv_weight"][:, -1 - j] * branch[:, t - j] for j in range(min(taps, t + 1)))
-        r = torch.sigmoid(u @ gates[0] + p["lru.recurrence.bias"])
-        i = torch.sigmoid(u @ gates[1] + p["lru.input.bias"])
-        a = torch.sigmoid(p["lru.decay"]) ** (8 * r)
+        last = min(filters.shape[1], t + 1)
+        u = p["conv_1d.bias"] + sum(filters[:, -1 - j] * branch[:, t - j] for j in range(last))
+        r = torch.sigmoid(u @ gates[0] + p["rg_lru.recurrent_gate.bias"])
+        i = torch.sigmoid(u @ gates[1] + p["rg_lru.input_gate.bias"])
+        a = torch.sigmoid(p["rg_lru.recurrent_param"]) ** (8 * r)
         h = a * h + (1 if t == 0 else (1 - a**2) ** 0.5) * i * u
         z = gate[:, t]
         gelu = 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
-        outputs.append((h * gelu) @ p["out.weight"].T + p["out.bias"])
+        outputs.append((h * gelu) @ p["linear_out.weight"].T + p["linear_out.bias"])
     return torch.stack(outputs, dim=1)
 
 
@@ -171,7 +168,7 @@ def test_step_equals_forward_over_2048_tokens() -> None:
 
 def test_a_gate_that_is_shut_keeps_the_state_and_has_finite_gradients() -> None:
     lru = RGLRU(4, 2)
-    nn.init.constant_(lru.recurrence.bias, -200.0)
+    nn.init.constant_(lru.recurrent_gate.bias, -200.0)
     x = torch.randn(2, 9, 4, requires_grad=True)
     h = lru(x)
     torch.testing.assert_close(h, h[:, :1].expand_as(h))
@@ -203,18 +200,18 @@ def test_initialisation() -> None:
     block, attention = encoder.blocks[0].mixer, encoder.blocks[2].mixer
     assert isinstance(block, RecurrentMixer)
     assert isinstance(attention, LocalMixer)
-    decay = torch.sigmoid(block.lru.decay.double()) ** 8
+    decay = torch.sigmoid(block.rg_lru.recurrent_param.double()) ** 8
     assert 0.9 * (1 - 1e-6) < decay.min() < 0.901
     assert 0.998 < decay.max() < 0.999 * (1 + 1e-6)
     assert abs(decay.mean().item() - 0.9495) < 0.002
     mlp = encoder.blocks[0].ffn
     assert isinstance(mlp, GatedMLP)
     for weight, variance in (
-        (block.into.weight, 1 / 120),
-        (block.conv_weight, 0.01 / 4),
-        (block.lru.recurrence.weight, 1 / 1000),
-        (block.lru.input.weight, 1 / 1000),
-        (block.out.weight, 2 / 8 / 4000),
+        (block.linear_xy.weight, 1 / 120),
+        (block.conv_1d.weight, 0.01 / 4),
+        (block.rg_lru.recurrent_gate.weight, 1 / 1000),
+        (block.rg_lru.input_gate.weight, 1 / 1000),
+        (block.linear_out.weight, 2 / 8 / 4000),
         (attention.qkv.weight, 1 / 120),
         (attention.out.weight, 2 / 8 / 120),
         (mlp.up.weight, 1 / 120),
@@ -230,7 +227,7 @@ def test_widths_follow_the_paper() -> None:
         block, mlp = encoder.blocks[0].mixer, encoder.blocks[0].ffn
         assert isinstance(block, RecurrentMixer)
         assert isinstance(mlp, GatedMLP)
-        assert (block.out.in_features, mlp.down.in_features) == (rnn_dim, 3 * d_model)
+        assert (block.linear_out.in_features, mlp.down.in_features) == (rnn_dim, 3 * d_model)
 
 
 def test_state_stops_growing_with_the_window() -> None:
@@ -244,7 +241,7 @@ def test_weight_decay_spares_lambda_biases_and_norms() -> None:
     encoder = Griffin(d_model=8, n_layers=3, length=8)
     own = {name for name, _ in encoder.named_parameters() if any(fnmatch(name, pattern) for pattern in encoder.optim)}
     rest = {name for name, _ in encoder.named_parameters() if name.endswith("bias") or "norm" in name}
-    assert own == {"layers.0.mixer.lru.decay", "layers.1.mixer.lru.decay"} | rest
+    assert own == {f"layers.{i}.mixer.rg_lru.recurrent_param" for i in range(2)} | rest
     assert all(settings == {"weight_decay": 0.0} for settings in encoder.optim.values())
 
 

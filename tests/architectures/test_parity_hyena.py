@@ -19,25 +19,25 @@ def test_operator_equals_the_authors(name: str) -> None:
     mixer = HyenaMixer(
         4, length, order=order, features=features, width=6, shift=float(g["param.shift"]), learn_z=True
     ).double()
-    filters = mixer.filter
+    filters = mixer.filter_fn
     torch.testing.assert_close(filters.z, g["mid.init.z"][0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(filters.t, g["mid.init.t"][0, :, 0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(filters.deltas, g["mid.init.deltas"].flatten(), rtol=1e-6, atol=1e-6)
     own = {
-        "input.weight": g["param.in_proj.weight"],
-        "input.bias": g["param.in_proj.bias"],
-        "short": g["param.short_filter.weight"].squeeze(1),
-        "short_bias": g["param.short_filter.bias"],
+        "in_proj.weight": g["param.in_proj.weight"],
+        "in_proj.bias": g["param.in_proj.bias"],
+        "short_filter.weight": g["param.short_filter.weight"],
+        "short_filter.bias": g["param.short_filter.bias"],
         "skip": g["param.filter_fn.bias"].view(order - 1, 4),
-        "out.weight": g["param.out_proj.weight"],
-        "out.bias": g["param.out_proj.bias"],
-        "filter.z": g["param.filter_fn.pos_emb.z"][0],
-        "filter.frequency": g["param.filter_fn.implicit_filter.1.freq"][0],
-        "filter.last.weight": g["param.filter_fn.implicit_filter.6.weight"],
+        "out_proj.weight": g["param.out_proj.weight"],
+        "out_proj.bias": g["param.out_proj.bias"],
+        "filter_fn.z": g["param.filter_fn.pos_emb.z"][0],
+        "filter_fn.freq": g["param.filter_fn.implicit_filter.1.freq"][0],
+        "filter_fn.last.weight": g["param.filter_fn.implicit_filter.6.weight"],
     }
     for i in range(3):
         for part in ("weight", "bias"):
-            own[f"filter.maps.{i}.{part}"] = g[f"param.filter_fn.implicit_filter.{2 * i}.{part}"]
+            own[f"filter_fn.implicit_filter.{i}.{part}"] = g[f"param.filter_fn.implicit_filter.{2 * i}.{part}"]
     mixer.load_state_dict(own)
     filters.deltas, filters.t = (
         g["param.filter_fn.modulation.deltas"].flatten(),
@@ -57,17 +57,17 @@ def test_gradients_of_every_parameter_equal_a_dense_convolution() -> None:
     mixer = HyenaMixer(3, 12, order=3, features=5, width=4, shift=0.1, learn_z=True).double()
     x = torch.randn(2, 10, 3, dtype=torch.float64, requires_grad=True)
     w = torch.randn_like(x)
-    u = mixer.input(x)
-    short = mixer.short_bias + sum(
-        mixer.short[:, 2 - j] * torch.nn.functional.pad(u, (0, 0, j, 0))[:, :10] for j in range(3)
+    u = mixer.in_proj(x)
+    short = mixer.short_filter.bias + sum(
+        mixer.short_filter.weight[:, 0, 2 - j] * torch.nn.functional.pad(u, (0, 0, j, 0))[:, :10] for j in range(3)
     )
     x0, x1, x2, v = short.chunk(4, dim=-1)
-    h = mixer.filter(10).view(2, 3, 10)
+    h = mixer.filter_fn(10).view(2, 3, 10)
     for n, gate in enumerate((x2, x1)):
         u = v * gate
         rows = [sum(h[n, :, t - s] * u[:, s] for s in range(t + 1)) + mixer.skip[n] * u[:, t] for t in range(10)]
         v = torch.stack(rows, dim=1)
-    expected, y = mixer.out(v * x0), mixer(x, torch.ones(2, 10, dtype=torch.bool))
+    expected, y = mixer.out_proj(v * x0), mixer(x, torch.ones(2, 10, dtype=torch.bool))
     torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-12)
     inputs = (x, *mixer.parameters())
     ours, others = (torch.autograd.grad((out * w).sum(), inputs, retain_graph=True) for out in (y, expected))
@@ -76,10 +76,10 @@ def test_gradients_of_every_parameter_equal_a_dense_convolution() -> None:
 
 
 def test_windows_fall_to_a_hundredth_within_their_range() -> None:
-    filters = HyenaMixer(8, 1001, order=2, features=3, width=4, shift=0.0).filter
+    filters = HyenaMixer(8, 1001, order=2, features=3, width=4, shift=0.0).filter_fn
     falls = math.log(0.01) / filters.deltas
     torch.testing.assert_close(falls[[0, -1]], torch.tensor([1.5, 0.3]))
-    assert (filters.frequency == 1).all()
+    assert (filters.freq == 1).all()
     assert filters.t[0] == 0
     assert filters.t[-1] == 1
 
@@ -100,7 +100,7 @@ def lowest_share(**options: Any) -> float:
     mixer = Hyena(d_model=64, n_layers=1, length=1024, **options).blocks[0].mixer
     assert isinstance(mixer, HyenaMixer)
     with torch.no_grad():
-        energy = torch.fft.rfft(mixer.filter(1024)).abs().square()
+        energy = torch.fft.rfft(mixer.filter_fn(1024)).abs().square()
     return (energy[:, :2].sum(1) / energy.sum(1)).mean().item()
 
 

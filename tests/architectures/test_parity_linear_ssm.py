@@ -24,7 +24,7 @@ def test_ssm_equals_the_authors(discretization: str) -> None:
     g = golden("ssm_dense_discretisation")
     mixer = mixer_of(discretization=discretization).double()
     with torch.no_grad():
-        for own, other in (("A", "A"), ("B", "B"), ("d", "D")):
+        for own, other in (("A", "A"), ("B", "B"), ("D", "D")):
             getattr(mixer, own).copy_(g[f"param.{other}"])
         mixer.C[0].copy_(g["param.C"])
         mixer.log_dt.copy_(g["param.dt"].log())
@@ -66,7 +66,7 @@ def test_second_kernel_looks_ahead_and_leaves_out_the_current_token() -> None:
     rows = []
     for t in range(6):
         past = sum(behind[:, t - s] * x[:, s] for s in range(t + 1))
-        rows.append(past + sum(ahead[:, s - t - 1] * x[:, s] for s in range(t + 1, 6)) + mixer.d * x[:, t])
+        rows.append(past + sum(ahead[:, s - t - 1] * x[:, s] for s in range(t + 1, 6)) + mixer.D * x[:, t])
     torch.testing.assert_close(mixer.ssm(x), torch.stack(rows, 1), rtol=1e-11, atol=1e-12)
 
 

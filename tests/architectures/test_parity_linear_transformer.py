@@ -27,7 +27,7 @@ def test_layer_equals_the_authors(causal: bool) -> None:
     g = golden("linear_attn_elu_causal" if causal else "linear_attn_elu")
     mask = g["mask"].bool()
     assert not mask.all(), "no padding: the test shows less than it says"
-    mixer = LinearTransformerMixer(30, 2, 10, "elu", causal, n_features=1).double()
+    mixer = LinearTransformerMixer(30, n_heads=2, qkv_dim=10, feature_map="elu", causal=causal, n_features=1).double()
     identity = torch.eye(30, dtype=torch.float64)
     mixer.load_state_dict({"qkv.weight": identity, "out.weight": identity[:, :10]}, strict=False)
     inputs = [g[f"in.{name}"].requires_grad_() for name in "qkv"]
@@ -41,7 +41,7 @@ def test_layer_equals_the_authors(causal: bool) -> None:
 
 def test_layer_equals_lra_s() -> None:
     g = golden("lra_linear")
-    mixer = LinearTransformerMixer(8, 2, 8, "elu", causal=False, n_features=1).double()
+    mixer = LinearTransformerMixer(8, n_heads=2, qkv_dim=8, feature_map="elu", causal=False, n_features=1).double()
     names = ("query", "key", "value")
     mixer.load_state_dict({
         "qkv.weight": torch.cat([g[f"param.{name}.kernel"].flatten(1).T for name in names]),
@@ -82,7 +82,9 @@ def explicit(mixer: LinearTransformerMixer, x: Tensor, mask: Tensor) -> Tensor:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 def test_outputs_and_gradients_equal_the_definition(feature_map: str, causal: bool) -> None:
-    mixer = LinearTransformerMixer(12, 3, 12, feature_map, causal, n_features=5).double()
+    mixer = LinearTransformerMixer(
+        12, n_heads=3, qkv_dim=12, feature_map=feature_map, causal=causal, n_features=5
+    ).double()
     for parameter in mixer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     x, mask = torch.randn(2, 70, 12, dtype=torch.float64), torch.arange(70) < torch.tensor([[70], [41]])
@@ -102,7 +104,9 @@ def test_random_features_estimate_the_kernel_of_unit_vectors() -> None:
     exact = torch.exp(-(F.normalize(q, dim=-1) - F.normalize(k, dim=-1)).square().sum(-1) / 2)
     errors = []
     for m in (16, 4096):
-        mixer = LinearTransformerMixer(8, 1, 8, "random", causal=False, n_features=m).double()
+        mixer = LinearTransformerMixer(
+            8, n_heads=1, qkv_dim=8, feature_map="random", causal=False, n_features=m
+        ).double()
         found = (mixer.features(q) * mixer.features(k)).sum(-1)
         errors.append((found - exact).square().mean().sqrt())
     assert 8 < errors[0] / errors[1] < 32
@@ -110,7 +114,7 @@ def test_random_features_estimate_the_kernel_of_unit_vectors() -> None:
 
 def test_step_equals_forward_over_2048_tokens() -> None:
     for feature_map in ("elu", "random"):
-        mixer = LinearTransformerMixer(8, 2, 8, feature_map, causal=True, n_features=4)
+        mixer = LinearTransformerMixer(8, n_heads=2, qkv_dim=8, feature_map=feature_map, causal=True, n_features=4)
         x = torch.randn(1, 2048, 8)
         with torch.no_grad():
             torch.testing.assert_close(stepped(mixer, x), mixer(x, everything(x)), rtol=1e-4, atol=2e-5)

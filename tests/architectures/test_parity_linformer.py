@@ -24,7 +24,9 @@ def agrees(mixer: LinformerMixer, g: dict[str, Tensor]) -> None:
 
 def test_equals_the_linformer_package() -> None:
     g = golden("linformer_attn")
-    mixer = LinformerMixer(12, 3, 12, nn.Parameter(g["param.proj_k"]), nn.Parameter(g["param.proj_v"])).double()
+    mixer = LinformerMixer(
+        12, n_heads=3, qkv_dim=12, proj_k=nn.Parameter(g["param.proj_k"]), proj_v=nn.Parameter(g["param.proj_v"])
+    ).double()
     mixer.qkv.weight.data = torch.cat([g[f"param.to_{name}.weight"] for name in "qkv"])
     mixer.out.weight.data, mixer.out.bias.data = g["param.to_out.weight"], g["param.to_out.bias"]
     agrees(mixer, g)
@@ -34,7 +36,7 @@ def test_equals_the_package_where_all_is_shared() -> None:
     """Theirs has one head of keys, which are its values too: our maps hold its rows for each head, twice."""
     g = golden("linformer_attn_shared")
     of_all = nn.Parameter(g["param.proj_k"])
-    mixer = LinformerMixer(12, 3, 12, of_all, of_all).double()
+    mixer = LinformerMixer(12, n_heads=3, qkv_dim=12, proj_k=of_all, proj_v=of_all).double()
     mixer.qkv.weight.data = torch.cat([g["param.to_q.weight"], g["param.to_k.weight"].repeat(6, 1)])
     mixer.out.weight.data, mixer.out.bias.data = g["param.to_out.weight"], g["param.to_out.bias"]
     agrees(mixer, g)
@@ -43,7 +45,7 @@ def test_equals_the_package_where_all_is_shared() -> None:
 def test_equals_lra_s() -> None:
     g = golden("lra_linformer")
     shared = nn.Parameter(g["param.lr_kernel"])
-    mixer = LinformerMixer(8, 2, 8, shared, shared)
+    mixer = LinformerMixer(8, n_heads=2, qkv_dim=8, proj_k=shared, proj_v=shared)
     load_lra(mixer, g)
     agrees(mixer, g)
 
@@ -52,7 +54,9 @@ def test_equals_lra_s() -> None:
 def test_softmax_attention_where_projections_are_identities(own: bool) -> None:
     identity = torch.eye(12, dtype=torch.float64)
     identity = identity.expand(3, -1, -1) if own else identity
-    mixer = LinformerMixer(12, 3, 12, nn.Parameter(identity), nn.Parameter(identity)).double()
+    mixer = LinformerMixer(
+        12, n_heads=3, qkv_dim=12, proj_k=nn.Parameter(identity), proj_v=nn.Parameter(identity)
+    ).double()
     x = torch.randn(2, 12, 12, dtype=torch.float64, requires_grad=True)
     q, k, v = (split_heads(part, 3) for part in mixer.qkv(x).chunk(3, dim=-1))
     exact = mixer.out(merge_heads((q @ k.mT / 2).softmax(-1) @ v))
@@ -78,13 +82,13 @@ def test_sharing_and_padding(sharing: str) -> None:
     found = mixer(x, mask)
     for b, n in enumerate(lengths):
         q, k, v = (split_heads(part, 2) for part in mixer.qkv(x[b : b + 1, :n]).chunk(3, dim=-1))
-        k, v = mixer.of_keys[..., :n, :].mT @ k, mixer.of_values[..., :n, :].mT @ v
+        k, v = mixer.proj_k[..., :n, :].mT @ k, mixer.proj_v[..., :n, :].mT @ v
         torch.testing.assert_close(found[b : b + 1, :n], mixer.out(merge_heads(F.softmax(q @ k.mT / 2, -1) @ v)))
 
 
 def test_initialisation() -> None:
     """The bound of Xavier's uniform times 2^-1/2."""
-    weight = Linformer(d_model=8, n_layers=1, length=100, k=50, n_heads=2, sharing="none").blocks[0].mixer.of_keys
+    weight = Linformer(d_model=8, n_layers=1, length=100, k=50, n_heads=2, sharing="none").blocks[0].mixer.proj_k
     assert isinstance(weight, Tensor)
     for part in weight:
         assert 0.97 < part.abs().max() / (6 / 150 / 2) ** 0.5 <= 1

@@ -36,8 +36,8 @@ def loaded(name: str) -> tuple[LiquidS4Mixer, dict[str, Tensor]]:
         "P": torch.view_as_real(g["param.P"]),
         "B": torch.view_as_real(g["param.B"]),
         "D": g["param.D"].flatten(),
-        "out.weight": g["param.out.weight"],
-        "out.bias": g["param.out.bias"],
+        "output_linear.weight": g["param.out.weight"],
+        "output_linear.bias": g["param.out.bias"],
     }
     if mixer.liquid == "pb":
         state["C_liquid"] = torch.view_as_real(g["mid.liquid.C"])

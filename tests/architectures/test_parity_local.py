@@ -26,7 +26,16 @@ SMALL: dict[str, Any] = {"d_model": 16, "n_layers": 2, "length": 24}
 def test_equals_the_package(name: str, before: int, after: int, causal: bool) -> None:
     g = golden(name)
     heads, size = int(g["cfg.H"]), int(g["cfg.d"])
-    mixer = LocalMixer(8, heads, heads * size, "none", causal, int(g["cfg.window"]), before, after)
+    mixer = LocalMixer(
+        8,
+        n_heads=heads,
+        width=heads * size,
+        positions="none",
+        causal=causal,
+        size=int(g["cfg.window"]),
+        before=before,
+        after=after,
+    )
     q, k, v = given = [g[f"in.{n}"].requires_grad_() for n in "qkv"]
     y = mixer.attend(q, k, v, g["mask"] > 0)
     torch.testing.assert_close(y, g["y"], rtol=0, atol=1e-12)
@@ -38,7 +47,9 @@ def test_equals_lra_s_once_its_tokens_are_in_order() -> None:
     """A group of theirs is every (L / W)-th token, under the mask of a run of W; tokens it adds are zeros, and real."""
     g = golden("lra_local")
     size, missing = int(g["cfg.block"]), -int(g["cfg.L"]) % int(g["cfg.block"])
-    mixer = load_lra(LocalMixer(8, int(g["cfg.H"]), 8, "none", False, size, 0, 0), g)
+    mixer = load_lra(
+        LocalMixer(8, n_heads=int(g["cfg.H"]), width=8, positions="none", causal=False, size=size, before=0, after=0), g
+    )
     x = g["x"].requires_grad_()
     runs = F.pad(x, (0, 0, 0, missing)).unflatten(1, (size, -1)).transpose(1, 2).flatten(1, 2)
     y = mixer(runs, F.pad(g["mask"] > 0, (0, missing), value=True))
@@ -55,7 +66,16 @@ def test_equals_the_local_layer_of_hugging_face_s_reformer(name: str, after: int
     g = golden(name)
     heads, chunk, causal = int(g["cfg.H"]), int(g["cfg.chunk"]), bool(g["cfg.causal"])
     width = heads * int(g["cfg.d"])
-    mixer = LocalMixer(int(g["cfg.D"]), heads, width, "none", causal, chunk, int(g["cfg.before"]), after).double()
+    mixer = LocalMixer(
+        int(g["cfg.D"]),
+        n_heads=heads,
+        width=width,
+        positions="none",
+        causal=causal,
+        size=chunk,
+        before=int(g["cfg.before"]),
+        after=after,
+    ).double()
     weight = torch.cat([g[f"param.{n}.weight"] for n in ("query", "key", "value")])
     mixer.load_state_dict({**mixer.state_dict(), "qkv.weight": weight})
     x, reach = g["x"].requires_grad_(), 0 if causal else chunk
@@ -75,12 +95,16 @@ def test_equals_the_local_layer_of_hugging_face_s_reformer(name: str, after: int
 @pytest.mark.parametrize("causal", [False, True])
 def test_equals_dense_definition(positions: str, causal: bool) -> None:
     mask = real_prefixes(23, 9, 1)
-    plain = LocalMixer(16, 4, 16, positions, causal, 5, 0, 0)
+    plain = LocalMixer(16, n_heads=4, width=16, positions=positions, causal=causal, size=5, before=0, after=0)
     assert_dense(plain, attention_mask(torch.ones_like(mask), causal=causal, block=5), mask)
     block = torch.arange(23) // 5
     apart = block - block[:, None]
     sees = (apart >= -2) & (apart <= 1) & (distances(23) <= (0 if causal else 23))
-    assert_dense(LocalMixer(16, 4, 16, positions, causal, 5, 2, 1), sees[None, None], mask)
+    assert_dense(
+        LocalMixer(16, n_heads=4, width=16, positions=positions, causal=causal, size=5, before=2, after=1),
+        sees[None, None],
+        mask,
+    )
 
 
 def test_nothing_passes_between_blocks() -> None:

@@ -27,7 +27,7 @@ def mixer_of(**own: Any) -> LongConvMixer:
 def loaded(name: str) -> tuple[LongConvMixer, dict[str, Tensor]]:
     g = golden(name)
     mixer = mixer_of(lam=float(g["param.lam"]), **SETS[name])
-    mixer.load_state_dict({key: g[f"param.{key}"] for key in mixer.state_dict()})
+    mixer.load_state_dict({key: g[f"param.{key.replace('output_linear', 'out')}"] for key in mixer.state_dict()})
     return mixer, g
 
 

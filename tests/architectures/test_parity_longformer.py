@@ -17,14 +17,32 @@ SMALL: dict[str, Any] = {"d_model": 16, "n_layers": 2, "length": 24}
 
 
 def mixer_of(window: int, n_global: int, *, causal: bool = False, positions: str = "none") -> LongformerMixer:
-    return LongformerMixer(16, 4, 16, positions, causal, window, [1, 1, 2, 3], n_global)
+    return LongformerMixer(
+        16,
+        n_heads=4,
+        width=16,
+        positions=positions,
+        causal=causal,
+        window=window,
+        dilation=[1, 1, 2, 3],
+        n_global=n_global,
+    )
 
 
 def test_equals_hugging_face() -> None:
     """The row of their batch whose one global token is the first; its tail is padding."""
     g = golden("longformer_selfattn")
     heads, width = int(g["cfg.H"]), g["x"].shape[2]
-    mixer = LongformerMixer(width, heads, width, "none", False, int(g["cfg.window"]) // 2, [1] * heads, 1).double()
+    mixer = LongformerMixer(
+        width,
+        n_heads=heads,
+        width=width,
+        positions="none",
+        causal=False,
+        window=int(g["cfg.window"]) // 2,
+        dilation=[1] * heads,
+        n_global=1,
+    ).double()
     assert mixer.qkv_global is not None
     for own, suffix in ((mixer.qkv, ""), (mixer.qkv_global, "_global")):
         theirs = {
@@ -48,7 +66,9 @@ def test_equals_the_authors_dilated_pattern() -> None:
     given = [g[f"in.{n}"].requires_grad_() for n in "qkv"]
     mask = torch.ones(g["y"].shape[:2], dtype=torch.bool)
     for causal, expected in ((False, "y"), (True, "mid.y_causal")):
-        mixer = LongformerMixer(15, 3, 15, "none", causal, window, dilation, 0)
+        mixer = LongformerMixer(
+            15, n_heads=3, width=15, positions="none", causal=causal, window=window, dilation=dilation, n_global=0
+        )
         q, k, v = (t.transpose(1, 2) for t in given)
         y = mixer.attend(q, k, v, mask).transpose(1, 2)
         torch.testing.assert_close(y, g[expected], rtol=0, atol=1e-12)

@@ -20,12 +20,12 @@ def loaded(g: dict[str, Tensor], prefix: str = "param.", **own: Any) -> LRU:
     encoder = LRU(d_model=8, n_layers=1, length=40, state_size=12, **own).double()
     mixer = mixer_of(encoder)
     state = {
-        "nu": g[f"{prefix}nu_log"],
-        "theta": g[f"{prefix}theta_log"],
-        "gamma": g[f"{prefix}gamma_log"],
+        "nu_log": g[f"{prefix}nu_log"],
+        "theta_log": g[f"{prefix}theta_log"],
+        "gamma_log": g[f"{prefix}gamma_log"],
         "B": torch.stack([g[f"{prefix}B_re"], g[f"{prefix}B_im"]], dim=1),
         "C": torch.stack([g[f"{prefix}C_re"], g[f"{prefix}C_im"]], dim=2).unsqueeze(0),
-        "d": g[f"{prefix}D"],
+        "D": g[f"{prefix}D"],
     }
     missing, unexpected = mixer.load_state_dict(state, strict=False)
     assert missing == ["out.weight", "out.bias"]
@@ -88,7 +88,7 @@ def test_bidirectional_adds_a_scan_of_each_reversed_sequence() -> None:
     for row, length in enumerate((30, 17)):
         own = x[row : row + 1, :length]
         twice = ahead.recurrence(own) + back.recurrence(own.flip(1)).flip(1)
-        torch.testing.assert_close(y[row : row + 1, :length], twice - mixer.d * own, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(y[row : row + 1, :length], twice - mixer.D * own, rtol=1e-12, atol=1e-12)
 
 
 def test_bidirectional_shares_all_but_a_second_output_matrix() -> None:
@@ -140,7 +140,7 @@ def test_start_is_uniform_over_the_ring_and_keeps_variance() -> None:
     assert decay.angle().max() <= 1
     assert abs(decay.angle().mean().item() - 0.5) < 0.02
     # white input of variance 1: a state has variance gamma^2 |B|^2 / (1 - |lambda|^2), 1 on average
-    variance = (mixer.gamma.exp()[:, None, None] * mixer.B).square().sum((1, 2)) / (1 - decay.abs().square())
+    variance = (mixer.gamma_log.exp()[:, None, None] * mixer.B).square().sum((1, 2)) / (1 - decay.abs().square())
     assert abs(variance.mean().item() - 1) < 0.01
     assert abs(mixer.C.std().item() * math.sqrt(4000) - 1) < 0.02
 
@@ -148,7 +148,7 @@ def test_start_is_uniform_over_the_ring_and_keeps_variance() -> None:
 def test_optimiser_settings_reach_the_recurrence_alone() -> None:
     encoder = LRU(d_model=8, n_layers=1, length=8, recurrent_lr_scale=0.1)
     own = {name for name, _ in encoder.named_parameters() if any(fnmatch(name, pattern) for pattern in encoder.optim)}
-    assert own == {f"layers.0.mixer.{name}" for name in ("nu", "theta", "gamma", "B")}
+    assert own == {f"layers.0.mixer.{name}" for name in ("nu_log", "theta_log", "gamma_log", "B")}
     assert all(settings == {"lr_scale": 0.1, "weight_decay": 0.0} for settings in encoder.optim.values())
 
 

@@ -15,7 +15,10 @@ from lra.architectures.recurrent.lstm import LSTM, LSTMMixer
 
 def test_plain_cell_equals_torch() -> None:
     torch.manual_seed(0)
-    mixer, theirs = LSTMMixer(5, False, False, 20, None).double(), torch.nn.LSTM(5, 5, batch_first=True).double()
+    mixer, theirs = (
+        LSTMMixer(5, peephole=False, coupled=False, horizon=20, forget_bias=None).double(),
+        torch.nn.LSTM(5, 5, batch_first=True).double(),
+    )
     for parameter in mixer.parameters():
         torch.nn.init.normal_(parameter, std=0.7)
     own = [mixer.input.weight, mixer.U, mixer.input.bias]
@@ -42,7 +45,7 @@ def test_variants_equal_closed_forms(name: str, peephole: bool, coupled: bool) -
     """The stored layers take 4 features to 5 units; the missing one becomes a feature that is always zero."""
     with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
         g = {key: torch.from_numpy(file[key]) for key in file.files}
-    mixer = LSTMMixer(5, peephole, coupled, 20, None).double()
+    mixer = LSTMMixer(5, peephole=peephole, coupled=coupled, horizon=20, forget_bias=None).double()
     state = {
         "input.weight": torch.nn.functional.pad(g["param.W"], (0, 1)),
         "U": g["param.R"],
@@ -69,7 +72,7 @@ def test_layernorm_equals_haste() -> None:
         i, candidate, f, o = gates.chunk(4, dim=-1)
         return torch.cat([i, f, candidate, o], dim=-1)
 
-    mixer = LSTMMixer(5, False, False, 20, None, layernorm=True).double()
+    mixer = LSTMMixer(5, peephole=False, coupled=False, horizon=20, forget_bias=None, layernorm=True).double()
     state = {
         "input.weight": torch.nn.functional.pad(ours(g["param.kernel"]).T, (0, 1)),
         "input.bias": ours(g["param.bias"]),
@@ -92,7 +95,7 @@ def test_layernorm_equals_haste() -> None:
 )
 def test_gradients_of_every_parameter_equal_the_recurrence(peephole: bool, coupled: bool, layernorm: bool) -> None:
     torch.manual_seed(0)
-    mixer = LSTMMixer(5, peephole, coupled, 20, None, layernorm).double()
+    mixer = LSTMMixer(5, peephole=peephole, coupled=coupled, horizon=20, forget_bias=None, layernorm=layernorm).double()
     for parameter in mixer.parameters():
         torch.nn.init.normal_(parameter, std=0.7)
     x = torch.randn(2, 9, 5, dtype=torch.float64, requires_grad=True)
@@ -107,7 +110,7 @@ def test_gradients_of_every_parameter_equal_the_recurrence(peephole: bool, coupl
 
 def test_step_equals_forward_over_2048_tokens() -> None:
     torch.manual_seed(0)
-    mixer = LSTMMixer(8, True, False, 2048, None)
+    mixer = LSTMMixer(8, peephole=True, coupled=False, horizon=2048, forget_bias=None)
     x = torch.randn(1, 2048, 8)
     with torch.no_grad():
         torch.testing.assert_close(stepped(mixer, x), mixer(x, everything(x)))
@@ -115,7 +118,7 @@ def test_step_equals_forward_over_2048_tokens() -> None:
 
 def test_gates_start_with_memories_up_to_the_horizon() -> None:
     torch.manual_seed(0)
-    mixer = LSTMMixer(64, True, False, 1000, None)
+    mixer = LSTMMixer(64, peephole=True, coupled=False, horizon=1000, forget_bias=None)
     for gate in mixer.U.chunk(4):
         torch.testing.assert_close(gate @ gate.T, torch.eye(64), rtol=0, atol=1e-5)
     i, f, g, o = mixer.input.bias.chunk(4)
@@ -136,9 +139,9 @@ def test_layernorm_takes_no_other_variant() -> None:
 
 
 def test_a_given_forget_bias_is_used() -> None:
-    i, f, g, o = LSTMMixer(4, False, False, 1000, 1.0).input.bias.chunk(4)
+    i, f, g, o = LSTMMixer(4, peephole=False, coupled=False, horizon=1000, forget_bias=1.0).input.bias.chunk(4)
     assert (f == 1).all()
     assert not torch.cat([i, g, o]).any()
-    i, g, o = LSTMMixer(4, False, True, 1000, 1.0).input.bias.chunk(3)
+    i, g, o = LSTMMixer(4, peephole=False, coupled=True, horizon=1000, forget_bias=1.0).input.bias.chunk(3)
     assert (i == -1).all()
     assert not torch.cat([g, o]).any()

@@ -25,11 +25,19 @@ def theirs(g: dict[str, Tensor], causal: bool) -> LunaMixer:
     tied, heads, rows = "param.k_proj.weight" not in g, int(g["cfg.H"]), int(g["cfg.P"])
     width = g["param.out_proj.weight"].shape[0]
     packing = heads if causal else int(g["cfg.PH"])
-    mixer = LunaMixer(width, heads, packing, tied, causal, nn.Parameter(torch.zeros(rows, width)), 0.0).double()
+    mixer = LunaMixer(
+        width,
+        n_heads=heads,
+        pack_heads=packing,
+        tied=tied,
+        causal=causal,
+        memory=nn.Parameter(torch.zeros(rows, width)),
+        dropout=0.0,
+    ).double()
     maps = {"pk": "pc", "k": "c"} if tied else {n: n for n in ("pk", "pv", "k", "v")}
     maps |= {n: n for n in ("pq", "q", "out")}
     parts = ("weight", "bias")
-    state = {f"{own}.{part}": g[f"param.{other}_proj.{part}"] for own, other in maps.items() for part in parts}
+    state = {f"{own}_proj.{part}": g[f"param.{other}_proj.{part}"] for own, other in maps.items() for part in parts}
     mixer.load_state_dict(state | {"memory": mixer.memory})
     return mixer
 
@@ -85,8 +93,10 @@ def written_out(encoder: Luna, x: Tensor) -> Tensor:
         assert layer.ffn is not None
         assert layer.ffn_norm is not None
         h, m = (layer.norm(x), encoder.memory_norms[i](p)) if before else (x, p)
-        packed = attention(mixer.pq(m), mixer.pk(h), (mixer.pv or mixer.pk)(h), mixer.pack_heads)
-        x = x + mixer.out(attention(mixer.q(h), mixer.k(packed), (mixer.v or mixer.k)(packed), mixer.n_heads))
+        packed = attention(mixer.pq_proj(m), mixer.pk_proj(h), (mixer.pv_proj or mixer.pk_proj)(h), mixer.pack_heads)
+        x = x + mixer.out_proj(
+            attention(mixer.q_proj(h), mixer.k_proj(packed), (mixer.v_proj or mixer.k_proj)(packed), mixer.n_heads)
+        )
         p = p + packed
         if before:
             x = x + layer.ffn(layer.ffn_norm(x))
@@ -99,7 +109,13 @@ def written_out(encoder: Luna, x: Tensor) -> Tensor:
 def token_by_token(mixer: LunaMixer, x: Tensor) -> Tensor:
     """The causal equations on one sequence: (L, D) -> (L, D)."""
     heads = []
-    maps = (mixer.pq(mixer.memory), mixer.pk(x), mixer.q(x), mixer.k(x), (mixer.v or mixer.k)(x))
+    maps = (
+        mixer.pq_proj(mixer.memory),
+        mixer.pk_proj(x),
+        mixer.q_proj(x),
+        mixer.k_proj(x),
+        (mixer.v_proj or mixer.k_proj)(x),
+    )
     for pq, pk, q, k, v in zip(*(t.chunk(mixer.n_heads, dim=-1) for t in maps), strict=True):
         scale = math.sqrt(q.shape[1])
         pack = torch.log2(1 + 2 ** (pk @ pq.T / scale))
@@ -108,7 +124,7 @@ def token_by_token(mixer: LunaMixer, x: Tensor) -> Tensor:
             scores = sum((q[t] @ k[j] / scale) * pack[j] for j in range(t + 1)) / (t + 1)
             rows.append(sum((torch.as_tensor(scores).softmax(0) @ pack[j]) * v[j] for j in range(t + 1)) / (t + 1))
         heads.append(torch.stack(rows))
-    return mixer.out(torch.cat(heads, dim=-1))
+    return mixer.out_proj(torch.cat(heads, dim=-1))
 
 
 def random(module: nn.Module) -> list[nn.Parameter]:
@@ -185,10 +201,18 @@ def test_initialisation() -> None:
             mixer = layer.mixer
             assert isinstance(mixer, LunaMixer)
             assert mixer.memory is encoder.memory
-            assert (mixer.pv is None) == (direction == "causal")
-            for linear in (mixer.pq, mixer.pk, mixer.pv, mixer.q, mixer.k, mixer.v, mixer.out):
+            assert (mixer.pv_proj is None) == (direction == "causal")
+            for linear in (
+                mixer.pq_proj,
+                mixer.pk_proj,
+                mixer.pv_proj,
+                mixer.q_proj,
+                mixer.k_proj,
+                mixer.v_proj,
+                mixer.out_proj,
+            ):
                 if linear is not None:
-                    gain = 1 if linear is mixer.out else 2**-0.5
+                    gain = 1 if linear is mixer.out_proj else 2**-0.5
                     assert 0.99 < linear.weight.abs().max() / (gain * (6 / 200) ** 0.5) <= 1
                     assert not linear.bias.any()
     assert {n for n, _ in Luna(**SHAPE).named_parameters() if "memory" in n} == {

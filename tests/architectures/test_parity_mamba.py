@@ -15,20 +15,6 @@ from torch.nn import functional as F
 
 from lra.architectures.state_space.mamba import Mamba, MambaMixer
 
-NAMES = {
-    "into.weight": "in_proj.weight",
-    "into.bias": "in_proj.bias",
-    "conv_weight": "conv1d.weight",
-    "conv_bias": "conv1d.bias",
-    "select.weight": "x_proj.weight",
-    "dt_weight": "dt_proj.weight",
-    "dt_bias": "dt_proj.bias",
-    "A_log": "A_log",
-    "d": "D",
-    "out.weight": "out_proj.weight",
-    "out.bias": "out_proj.bias",
-}
-
 
 def mixer_of(**own: Any) -> MambaMixer:
     mixer = Mamba(**{"d_model": 6, "n_layers": 1, "length": 32, **own}).blocks[0].mixer
@@ -38,13 +24,8 @@ def mixer_of(**own: Any) -> MambaMixer:
 
 def loaded(g: dict[str, Tensor]) -> MambaMixer:
     mixer = mixer_of(state_size=4, dt_rank=int(g["cfg.dt_rank"]), bias=True).double()
-    mixer.load_state_dict({own: flat(g[f"param.{other}"]) for own, other in NAMES.items()})
+    mixer.load_state_dict({key.removeprefix("param."): t for key, t in g.items() if key.startswith("param.")})
     return mixer
-
-
-def flat(weight: Tensor) -> Tensor:
-    """Depthwise filters are stored (E, 1, K) there and (E, K) here."""
-    return weight.squeeze(1) if weight.dim() == 3 else weight
 
 
 def test_mixer_equals_an_independent_one() -> None:
@@ -54,10 +35,9 @@ def test_mixer_equals_an_independent_one() -> None:
     torch.testing.assert_close(y, g["y"], rtol=1e-11, atol=1e-12)
     (y * g["w"]).sum().backward()
     torch.testing.assert_close(x.grad, g["grad.x"], rtol=1e-10, atol=1e-11)
-    for own, other in NAMES.items():
-        grad = mixer.get_parameter(own).grad
-        assert grad is not None
-        assert torch.allclose(grad, flat(g[f"grad.param.{other}"]), rtol=1e-10, atol=1e-11), own
+    for name, parameter in mixer.named_parameters():
+        assert parameter.grad is not None
+        assert torch.allclose(parameter.grad, g[f"grad.param.{name}"], rtol=1e-10, atol=1e-11), name
 
 
 def test_step_equals_an_independent_mixer() -> None:
@@ -80,29 +60,29 @@ def test_initialisation() -> None:
     torch.manual_seed(0)
     mixer = mixer_of(d_model=512, n_layers=4)
     torch.testing.assert_close(mixer.A_log.exp(), torch.arange(1.0, 17).expand(1024, 16))
-    dt = F.softplus(mixer.dt_bias.double())
+    dt = F.softplus(mixer.dt_proj.bias.double())
     assert dt.min() >= 0.001 * (1 - 1e-4)
     assert dt.max() <= 0.1 * (1 + 1e-4)
     assert 0.0085 < dt.median() < 0.0118  # uniform in the logarithm: the geometric mean, 0.01
-    assert mixer.dt_weight.shape == (1024, 32)
+    assert mixer.dt_proj.weight.shape == (1024, 32)
     # uniform within R^-1/2
-    assert 0.99 < mixer.dt_weight.abs().max() * math.sqrt(32) <= 1
-    assert (mixer.d == 1).all()
+    assert 0.99 < mixer.dt_proj.weight.abs().max() * math.sqrt(32) <= 1
+    assert (mixer.D == 1).all()
     # nn.Linear draws within fan_in^-1/2, here over sqrt(n_layers)
-    assert 0.99 < mixer.out.weight.abs().max() * math.sqrt(1024 * 4) <= 1 + 1e-6
+    assert 0.99 < mixer.out_proj.weight.abs().max() * math.sqrt(1024 * 4) <= 1 + 1e-6
 
 
 def test_outer_biases_start_at_zero() -> None:
     mixer = mixer_of(bias=True)
-    assert not mixer.into.bias.any()
-    assert not mixer.out.bias.any()
+    assert not mixer.in_proj.bias.any()
+    assert not mixer.out_proj.bias.any()
 
 
 def test_weight_decay_spares_modes_steps_skip_biases_and_norms() -> None:
     encoder = Mamba(d_model=8, n_layers=1, length=8)
     own = {name for name, _ in encoder.named_parameters() if any(fnmatch(name, pattern) for pattern in encoder.optim)}
     rest = {name for name, _ in encoder.named_parameters() if name.endswith("bias") or "norm" in name}
-    assert own == {f"layers.0.mixer.{name}" for name in ("A_log", "d", "dt_bias")} | rest
+    assert own == {f"layers.0.mixer.{name}" for name in ("A_log", "D", "dt_proj.bias")} | rest
     assert all(settings == {"weight_decay": 0.0} for settings in encoder.optim.values())
 
 

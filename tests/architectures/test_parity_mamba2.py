@@ -15,19 +15,6 @@ from torch.nn import functional as F
 
 from lra.architectures.state_space.mamba2 import Mamba2, Mamba2Mixer
 
-NAMES = {
-    "into.weight": "in_proj.weight",
-    "into.bias": "in_proj.bias",
-    "conv_weight": "conv1d.weight",
-    "conv_bias": "conv1d.bias",
-    "dt_bias": "dt_bias",
-    "A_log": "A_log",
-    "d": "D",
-    "norm_weight": "norm.weight",
-    "out.weight": "out_proj.weight",
-    "out.bias": "out_proj.bias",
-}
-
 
 def mixer_of(**own: Any) -> Mamba2Mixer:
     mixer = Mamba2(**{"d_model": 8, "n_layers": 1, "length": 32, "state_size": 4, "head_dim": 4, **own}).blocks[0].mixer
@@ -37,13 +24,8 @@ def mixer_of(**own: Any) -> Mamba2Mixer:
 
 def loaded(g: dict[str, Tensor]) -> Mamba2Mixer:
     mixer = mixer_of(n_groups=int(g["cfg.n_groups"]), bias="param.in_proj.bias" in g).double()
-    mixer.load_state_dict({own: stored(g, f"param.{NAMES[own]}") for own, _ in mixer.named_parameters()})
+    mixer.load_state_dict({key.removeprefix("param."): t for key, t in g.items() if key.startswith("param.")})
     return mixer
-
-
-def stored(g: dict[str, Tensor], key: str) -> Tensor:
-    """Depthwise filters are stored (channels, 1, taps) there and (channels, taps) here."""
-    return g[key].squeeze(1) if g[key].dim() == 3 else g[key]
 
 
 @pytest.mark.parametrize("name", ["mamba2_mixer", "mamba2_mixer_nogroup"])
@@ -56,7 +38,7 @@ def test_mixer_equals_an_independent_one(name: str) -> None:
     torch.testing.assert_close(x.grad, g["grad.x"], rtol=1e-10, atol=1e-10)
     for own, parameter in mixer.named_parameters():
         assert parameter.grad is not None
-        assert torch.allclose(parameter.grad, stored(g, f"grad.param.{NAMES[own]}"), rtol=1e-10, atol=1e-10), own
+        assert torch.allclose(parameter.grad, g[f"grad.param.{own}"], rtol=1e-10, atol=1e-10), own
 
 
 @pytest.mark.parametrize("name", ["mamba2_mixer", "mamba2_mixer_nogroup"])
@@ -88,10 +70,10 @@ def test_initialisation() -> None:
     assert dt.min() >= 0.001 * (1 - 1e-4)
     assert dt.max() <= 0.1 * (1 + 1e-4)
     assert 0.0085 < dt.median() < 0.0118  # uniform in the logarithm: the geometric mean, 0.01
-    assert (mixer.d == 1).all()
-    assert (mixer.norm_weight == 1).all()
+    assert (mixer.D == 1).all()
+    assert (mixer.norm.weight == 1).all()
     # nn.Linear draws within fan_in^-1/2, here over sqrt(n_layers)
-    assert 0.99 < mixer.out.weight.abs().max() * math.sqrt(4000 * 4) <= 1 + 1e-6
+    assert 0.99 < mixer.out_proj.weight.abs().max() * math.sqrt(4000 * 4) <= 1 + 1e-6
 
 
 def test_head_width_fits_the_model() -> None:
@@ -101,15 +83,15 @@ def test_head_width_fits_the_model() -> None:
 
 def test_outer_biases_start_at_zero() -> None:
     mixer = mixer_of(bias=True)
-    assert not mixer.into.bias.any()
-    assert not mixer.out.bias.any()
+    assert not mixer.in_proj.bias.any()
+    assert not mixer.out_proj.bias.any()
 
 
 def test_weight_decay_spares_decays_steps_skip_biases_and_norms() -> None:
     encoder = Mamba2(d_model=8, n_layers=1, length=8)
     own = {name for name, _ in encoder.named_parameters() if any(fnmatch(name, pattern) for pattern in encoder.optim)}
     rest = {name for name, _ in encoder.named_parameters() if name.endswith("bias") or "norm" in name}
-    assert own == {f"layers.0.mixer.{name}" for name in ("A_log", "d", "dt_bias")} | rest
+    assert own == {f"layers.0.mixer.{name}" for name in ("A_log", "D", "dt_bias")} | rest
     assert all(settings == {"weight_decay": 0.0} for settings in encoder.optim.values())
 
 

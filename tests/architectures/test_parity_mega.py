@@ -15,18 +15,18 @@ from lra.architectures.attention.mega import Mega, MegaMixer, MovingAverages
 from lra.kernels.fft_conv import fft_conv
 
 EMA = ("alpha", "delta", "beta", "gamma", "omega")
-LINEAR = {"value": "v_proj", "gates": "mx_proj", "out": "h_proj"}
+LINEAR = ("v_proj", "mx_proj", "h_proj")
 
 
 def attention_state(g: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Our names for the parameters of a MovingAverageGatedAttention, without its norm."""
-    state = {f"averages.{p}": g[f"{prefix}move.{p}"].squeeze(-1) for p in EMA}
-    for own, other in LINEAR.items():
-        state |= {f"{own}.{part}": g[f"{prefix}{other}.{part}"] for part in ("weight", "bias")}
-    state |= {"scale": g[f"{prefix}gamma"], "shift": g[f"{prefix}beta"]}
+    state = {f"move.{p}": g[f"{prefix}move.{p}"].squeeze(-1) for p in EMA}
+    for name in LINEAR:
+        state |= {f"{name}.{part}": g[f"{prefix}{name}.{part}"] for part in ("weight", "bias")}
+    state |= {part: g[prefix + part] for part in ("gamma", "beta")}
     if f"{prefix}rel_pos_bias.alpha" in g:
         return state | {"angles": torch.cat([g[f"{prefix}rel_pos_bias.{p}"] for p in ("alpha", "beta")])}
-    return state | {"table": g[f"{prefix}rel_pos_bias.rel_pos_bias"]}
+    return state | {"rel_pos_bias": g[f"{prefix}rel_pos_bias.rel_pos_bias"]}
 
 
 def same(own: Tensor, other: Tensor) -> None:
@@ -52,7 +52,18 @@ def test_moving_averages_equal_the_authors(name: str) -> None:
 def test_gated_attention_equals_the_authors(name: str) -> None:
     g = golden(name)
     attention, bias = ("laplace", "rotary") if "rotary" in name else ("softmax", "simple")
-    mixer = MegaMixer(8, 16, nn.LayerNorm(8), 4, 10, 3, attention, bias, None, causal=True).double()
+    mixer = MegaMixer(
+        8,
+        positions=16,
+        norm=nn.LayerNorm(8),
+        z_dim=4,
+        value_dim=10,
+        averages=3,
+        attention=attention,
+        bias=bias,
+        chunk=None,
+        causal=True,
+    ).double()
     norms = {f"norm.{p}": g[f"param.norm.norm.{p}"] for p in ("weight", "bias")}
     mixer.load_state_dict(attention_state(g, "param.") | norms)
     x = g["x"].transpose(0, 1).contiguous().requires_grad_()
@@ -113,7 +124,7 @@ def test_layer_equals_the_authors(name: str, monkeypatch: pytest.MonkeyPatch) ->
     padded, forward = mixer.norm(x).masked_fill(real, 0), mixer.forward
 
     def with_padding(h: Tensor, kernel: Tensor, omega: Tensor, **options: Any) -> Tensor:
-        return fft_conv(h, kernel, omega, **options) + mixer.averages.omega * padded
+        return fft_conv(h, kernel, omega, **options) + mixer.move.omega * padded
 
     monkeypatch.setattr(mega, "fft_conv", with_padding)
     monkeypatch.setattr(mixer, "forward", lambda h, _: forward(h, mask))
@@ -144,7 +155,7 @@ def test_averages_run_over_all_chunks_and_attention_does_not() -> None:
 
     assert moved()[8] > 1e-5
     with torch.no_grad():
-        mixer.averages.gamma.zero_()
+        mixer.move.gamma.zero_()
     assert moved()[7] > 1e-5
     assert not moved()[8:].any()
 
@@ -156,7 +167,7 @@ def test_initialisation() -> None:
     for parameter, deviation in ((averages.alpha, 0.2), (averages.delta, 0.2), (averages.gamma, 1.0)):
         assert parameter.std().item() == pytest.approx(deviation, rel=0.1)
     [layer] = Mega(d_model=64, n_layers=1, length=16).blocks
-    for name in ("ffn.up", "mixer.gates"):
+    for name in ("ffn.up", "mixer.mx_proj"):
         assert not layer.get_parameter(f"{name}.bias").any()
         assert layer.get_parameter(f"{name}.weight").std().item() == pytest.approx(0.02, rel=0.1)
 

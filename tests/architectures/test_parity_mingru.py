@@ -10,13 +10,15 @@ from torch import Tensor
 
 from lra.architectures.recurrent.mingru import MinGRU, MinGRUMixer
 
+NAMES = ("to_hidden_and_gate.weight", "to_out.weight")
+
 
 def loaded(g: dict[str, Tensor]) -> MinGRUMixer:
     """A mixer with the stored weights; the source has no biases."""
     mixer = MinGRUMixer(6, expand=1.5, horizon=20).double()
-    assert mixer.out is not None
-    weights = {"project.weight": g["param.to_hidden_and_gate.weight"], "out.weight": g["param.to_out.weight"]}
-    biases = {"project.bias": torch.zeros(18), "out.bias": torch.zeros(6)}
+    assert mixer.to_out is not None
+    weights = {name: g[f"param.{name}"] for name in NAMES}
+    biases = {"to_hidden_and_gate.bias": torch.zeros(18), "to_out.bias": torch.zeros(6)}
     mixer.load_state_dict(weights | biases)
     return mixer
 
@@ -28,9 +30,9 @@ def test_layer_equals_an_independent_one() -> None:
     torch.testing.assert_close(y, g["y"], rtol=1e-11, atol=1e-12)
     (y * g["w"]).sum().backward()
     torch.testing.assert_close(x.grad, g["grad.x"], rtol=1e-11, atol=1e-12)
-    for own, other in (("project.weight", "to_hidden_and_gate.weight"), ("out.weight", "to_out.weight")):
-        grad = mixer.get_parameter(own).grad
-        torch.testing.assert_close(grad, g[f"grad.param.{other}"], rtol=1e-11, atol=1e-12)
+    for name in NAMES:
+        grad = mixer.get_parameter(name).grad
+        torch.testing.assert_close(grad, g[f"grad.param.{name}"], rtol=1e-11, atol=1e-12)
 
 
 def test_step_equals_the_sequential_form() -> None:
@@ -52,11 +54,11 @@ def test_step_equals_forward_over_2048_tokens() -> None:
 def test_memories_at_the_start_fill_the_horizon() -> None:
     torch.manual_seed(0)
     mixer = MinGRUMixer(512, expand=1.0, horizon=1000)
-    memories = 1 + (-mixer.project.bias[512:]).exp()  # 1 / z: the time constant of h for x = 0
+    memories = 1 + (-mixer.to_hidden_and_gate.bias[512:]).exp()  # 1 / z: the time constant of h for x = 0
     assert memories.min() >= 2
     assert memories.max() <= 1000
     assert 450 < memories.mean() < 550
-    assert not MinGRUMixer(8, expand=1.0, horizon=2).project.bias[8:].any()
+    assert not MinGRUMixer(8, expand=1.0, horizon=2).to_hidden_and_gate.bias[8:].any()
 
 
 def test_wrong_arguments_are_named() -> None:

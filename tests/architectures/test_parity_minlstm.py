@@ -10,13 +10,15 @@ from torch import Tensor
 
 from lra.architectures.recurrent.minlstm import MinLSTM, MinLSTMMixer
 
+NAMES = ("to_hidden_and_f_i_gate.weight", "to_out.weight")
+
 
 def loaded(g: dict[str, Tensor]) -> MinLSTMMixer:
     """A mixer with the stored weights; the source has no biases."""
     mixer = MinLSTMMixer(6, expand=1.5, horizon=20).double()
-    assert mixer.out is not None
-    weights = {"project.weight": g["param.to_hidden_and_f_i_gate.weight"], "out.weight": g["param.to_out.weight"]}
-    biases = {"project.bias": torch.zeros(27), "out.bias": torch.zeros(6)}
+    assert mixer.to_out is not None
+    weights = {name: g[f"param.{name}"] for name in NAMES}
+    biases = {"to_hidden_and_f_i_gate.bias": torch.zeros(27), "to_out.bias": torch.zeros(6)}
     mixer.load_state_dict(weights | biases)
     return mixer
 
@@ -28,9 +30,9 @@ def test_layer_equals_an_independent_one() -> None:
     torch.testing.assert_close(y, g["y"], rtol=1e-11, atol=1e-12)
     (y * g["w"]).sum().backward()
     torch.testing.assert_close(x.grad, g["grad.x"], rtol=1e-11, atol=1e-12)
-    for own, other in (("project.weight", "to_hidden_and_f_i_gate.weight"), ("out.weight", "to_out.weight")):
-        grad = mixer.get_parameter(own).grad
-        torch.testing.assert_close(grad, g[f"grad.param.{other}"], rtol=1e-11, atol=1e-12)
+    for name in NAMES:
+        grad = mixer.get_parameter(name).grad
+        torch.testing.assert_close(grad, g[f"grad.param.{name}"], rtol=1e-11, atol=1e-12)
 
 
 def test_step_equals_the_sequential_form() -> None:
@@ -52,8 +54,8 @@ def test_step_equals_forward_over_2048_tokens() -> None:
 def test_gates_that_both_round_to_zero_stay_normalised() -> None:
     mixer = MinLSTMMixer(4, expand=1.0, horizon=2)
     with torch.no_grad():
-        mixer.project.weight.zero_()
-        mixer.project.bias.copy_(torch.tensor([0.5] * 4 + [-200.0] * 8))
+        mixer.to_hidden_and_f_i_gate.weight.zero_()
+        mixer.to_hidden_and_f_i_gate.bias.copy_(torch.tensor([0.5] * 4 + [-200.0] * 8))
         keep, enter = mixer._terms(torch.zeros(4))
     torch.testing.assert_close(keep, torch.full((4,), 0.5))
     torch.testing.assert_close(enter, torch.full((4,), 0.5))
@@ -63,7 +65,7 @@ def test_memories_at_the_start_fill_the_horizon() -> None:
     torch.manual_seed(0)
     mixer = MinLSTMMixer(512, expand=1.0, horizon=1000)
     with torch.no_grad():
-        mixer.project.weight.zero_()
+        mixer.to_hidden_and_f_i_gate.weight.zero_()
         keep, _ = mixer._terms(torch.zeros(512))
     memories = 1 / (1 - keep.double())
     assert memories.min() >= 2

@@ -19,7 +19,7 @@ from lra.architectures.attention.nystromformer import Nystromformer, Nystromform
 def test_full_sequences_equal_hugging_face() -> None:
     """Its padded row lets padding into the means, so only the row without any is compared."""
     g = golden("nystrom_hf_exact")
-    mixer = NystromformerMixer(12, 2, 12, landmarks=4, kernel=5, iterations=6).double()
+    mixer = NystromformerMixer(12, n_heads=2, qkv_dim=12, landmarks=4, kernel=5, iterations=6).double()
     names = ("query", "key", "value")
     mixer.load_state_dict({
         "qkv.weight": torch.cat([g[f"param.{name}.weight"] for name in names]),
@@ -53,7 +53,9 @@ def test_equals_the_authors_but_for_the_departures(name: str, monkeypatch: pytes
     of the batch: both rows and every gradient."""
     g = golden(name)
     heads, size, m = (int(g[f"cfg.{n}"]) for n in ("H", "d", "m"))
-    mixer = NystromformerMixer(8, heads, heads * size, m, int(g["cfg.conv"]), 6).double()
+    mixer = NystromformerMixer(
+        8, n_heads=heads, qkv_dim=heads * size, landmarks=m, kernel=int(g["cfg.conv"]), iterations=6
+    ).double()
     mixer.conv.load_state_dict({"weight": g["param.conv.weight"]})
     found = []
 
@@ -101,7 +103,7 @@ def alone(mixer: NystromformerMixer, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("lengths", [(24, 17), (19, 3), (6, 1)])
 def test_padded_rows_equal_the_equations_on_each_sequence_alone(lengths: tuple[int, ...]) -> None:
-    mixer = NystromformerMixer(8, 2, 8, landmarks=6, kernel=5, iterations=6).double()
+    mixer = NystromformerMixer(8, n_heads=2, qkv_dim=8, landmarks=6, kernel=5, iterations=6).double()
     torch.nn.init.normal_(mixer.qkv.bias)
     total = max(lengths) + 1
     mask = torch.arange(total) < torch.tensor(lengths).unsqueeze(1)
@@ -120,7 +122,7 @@ def test_padded_rows_equal_the_equations_on_each_sequence_alone(lengths: tuple[i
 def test_softmax_attention_where_every_token_is_a_landmark() -> None:
     """Z tends to the inverse: the more steps the closer."""
     torch.manual_seed(0)
-    mixer = NystromformerMixer(8, 2, 8, landmarks=16, kernel=3, iterations=6).double()
+    mixer = NystromformerMixer(8, n_heads=2, qkv_dim=8, landmarks=16, kernel=3, iterations=6).double()
     with torch.no_grad():  # keys near their queries: every token looks at itself most, and the matrix inverts well
         mixer.qkv.weight[8:16] = mixer.qkv.weight[:8]
     x, mask = torch.randn(2, 16, 8, dtype=torch.float64) * 2, torch.arange(16) < torch.tensor([[16], [11]])

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from lra.architectures._attention import merge_heads, split_heads
 from lra.architectures._linear_attention import summed
-from lra.architectures.linear_attention import performer
+from lra.architectures.linear_attention import linear_transformer, performer
+from lra.architectures.linear_attention.linear_transformer import LinearTransformerMixer
 from lra.architectures.linear_attention.performer import Performer, PerformerMixer, orthogonal_features
 
 both = pytest.mark.parametrize("causal", [False, True])
@@ -28,7 +29,9 @@ def test_layer_equals_performer_pytorch(feature_map: str, causal: bool, monkeypa
     which are put in here: its sums of keys carry a further 1e-6 for each feature, which are m^-1/2 smaller there, and
     its c is the largest of the whole sequence."""
     g = golden(f"performer_{feature_map}{'_causal' if causal else ''}")
-    mixer = PerformerMixer(36, 2, 12, feature_map, causal, n_features=14, redraw=0).double()
+    mixer = PerformerMixer(
+        36, n_heads=2, qkv_dim=12, feature_map=feature_map, causal=causal, n_features=14, redraw=0
+    ).double()
     mixer.projection = g["mid.projection"]
     identity = torch.eye(36, dtype=torch.float64)
     mixer.load_state_dict({"qkv.weight": identity, "out.weight": identity[:, :12]}, strict=False)
@@ -89,7 +92,9 @@ def explicit(mixer: PerformerMixer, x: Tensor, mask: Tensor) -> Tensor:
 @both
 @maps
 def test_outputs_and_gradients_equal_the_definition(feature_map: str, causal: bool) -> None:
-    mixer = PerformerMixer(12, 3, 12, feature_map, causal, n_features=9, redraw=0).double()
+    mixer = PerformerMixer(
+        12, n_heads=3, qkv_dim=12, feature_map=feature_map, causal=causal, n_features=9, redraw=0
+    ).double()
     for parameter in mixer.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     x, mask = torch.randn(2, 40, 12, dtype=torch.float64), torch.arange(40) < torch.tensor([[40], [23]])
@@ -104,6 +109,23 @@ def test_outputs_and_gradients_equal_the_definition(feature_map: str, causal: bo
 
 
 @both
+def test_the_deterministic_map_is_that_of_the_linear_transformer_with_relu(
+    causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LRA's default: relu(x) + 1e-3 without a projection. The other layer adds a small number to the sum it divides by,
+    which is left out here."""
+    monkeypatch.setattr(linear_transformer, "EPS", 0.0)
+    torch.manual_seed(0)
+    mixer = PerformerMixer(12, 3, 12, "deterministic", causal, n_features=4, redraw=1000)
+    other = LinearTransformerMixer(12, 3, 12, "relu", causal, n_features=4)
+    other.load_state_dict({k: v for k, v in mixer.state_dict().items() if k in other.state_dict()})
+    x, mask = torch.randn(2, 40, 12), torch.arange(40) < torch.tensor([[40], [23]])
+    torch.testing.assert_close(mixer(x, mask)[mask], other(x, mask)[mask], rtol=0, atol=5e-6)
+    if causal:
+        torch.testing.assert_close(stepped(mixer.eval(), x), mixer(x, everything(x)), rtol=0, atol=5e-6)
+
+
+@both
 def test_error_to_softmax_attention_falls_as_the_root_of_the_features(causal: bool) -> None:
     """Sixteen times as many features, a quarter of the error; without the 1e-4, which leaves a bias. Scores are small:
     the features are log-normal, and of large scores few features estimate nothing."""
@@ -114,7 +136,9 @@ def test_error_to_softmax_attention_falls_as_the_root_of_the_features(causal: bo
         draws: list[Tensor] = []
         for _ in range(4):
             torch.manual_seed(len(draws))
-            mixer = PerformerMixer(16, 2, 16, "softmax", causal, n_features=m, redraw=0).double()
+            mixer = PerformerMixer(
+                16, n_heads=2, qkv_dim=16, feature_map="softmax", causal=causal, n_features=m, redraw=0
+            ).double()
             mixer.eps = 0.0
             q, k, v = heads(mixer, x)
             exact = mixer.out(merge_heads(F.scaled_dot_product_attention(q, k, v, is_causal=causal)))
@@ -141,7 +165,7 @@ def test_features_are_orthogonal_in_blocks_with_gaussian_lengths() -> None:
 def test_features_are_drawn_anew_and_the_same_after_a_restart() -> None:
     def built(seed: int) -> PerformerMixer:
         torch.manual_seed(seed)
-        return PerformerMixer(8, 2, 8, "softmax", causal=False, n_features=6, redraw=3)
+        return PerformerMixer(8, n_heads=2, qkv_dim=8, feature_map="softmax", causal=False, n_features=6, redraw=3)
 
     one, x = built(0), torch.randn(1, 5, 8)
     drawn = [one.projection.clone()]
@@ -162,7 +186,7 @@ def test_features_are_drawn_anew_and_the_same_after_a_restart() -> None:
 
 def test_step_equals_forward_over_2048_tokens() -> None:
     for feature_map in ("softmax", "relu"):
-        mixer = PerformerMixer(8, 2, 8, feature_map, causal=True, n_features=6, redraw=0)
+        mixer = PerformerMixer(8, n_heads=2, qkv_dim=8, feature_map=feature_map, causal=True, n_features=6, redraw=0)
         x = torch.randn(1, 2048, 8)
         with torch.no_grad():
             torch.testing.assert_close(stepped(mixer, x), mixer(x, everything(x)), rtol=1e-4, atol=2e-5)
@@ -172,7 +196,8 @@ def test_wrong_arguments_are_named() -> None:
     shape: dict[str, Any] = {"d_model": 16, "n_layers": 1, "length": 8}
     for wrong, said in (
         ({"n_heads": 3}, "n_heads is 3; a divisor of the attention's width 16"),
-        ({"feature_map": "elu"}, "feature_map is 'elu'; one of softmax, relu"),
+        ({"feature_map": "elu"}, "feature_map is 'elu'; one of softmax, relu, deterministic"),
+        ({"feature_map": "deterministic", "n_features": 4}, "n_features is 4; .* those of a head, 4"),
         ({"n_features": 0}, "n_features is 0 and redraw 1000; at least 1"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -26,8 +26,19 @@ def test_buckets_equal_hugging_face(name: str) -> None:
     """Their numbers go on from round to round, with one more in each for padding."""
     g = golden(name)
     heads, size, rounds, buckets = (int(g[f"cfg.{n}"]) for n in ("H", "d", "n_hashes", "n_buckets"))
-    mixer = LSHMixer(int(g["cfg.D"]), heads, heads * size, "none", False, rounds, buckets, 4).double()
-    mixer.load_state_dict({"qk.weight": g["param.query_key.weight"], "rotations": g["mid.rotations"]}, strict=False)
+    mixer = LSHMixer(
+        int(g["cfg.D"]),
+        n_heads=heads,
+        width=heads * size,
+        positions="none",
+        causal=False,
+        n_hashes=rounds,
+        n_buckets=buckets,
+        chunk=4,
+    ).double()
+    mixer.load_state_dict(
+        {"query_key.weight": g["param.query_key.weight"], "rotations": g["mid.rotations"]}, strict=False
+    )
     found = mixer.buckets(g["x"], g["mask"] > 0).long()
     offset = torch.arange(rounds)[:, None] * (buckets + 1)
     assert not (g["mask"] > 0).all()
@@ -39,10 +50,19 @@ def loaded(g: dict[str, Tensor], rounds: slice = slice(None)) -> LSHMixer:
     """Their maps and some of their rounds; they return the heads before the output map, which is the identity here."""
     heads, size, buckets, chunk = (int(g[f"cfg.{n}"]) for n in ("H", "d", "n_buckets", "chunk"))
     rotations, causal = g["mid.rotations"][:, :, rounds], bool(g["cfg.causal"])
-    mixer = LSHMixer(int(g["cfg.D"]), heads, heads * size, "none", causal, rotations.shape[2], buckets, chunk).double()
+    mixer = LSHMixer(
+        int(g["cfg.D"]),
+        n_heads=heads,
+        width=heads * size,
+        positions="none",
+        causal=causal,
+        n_hashes=rotations.shape[2],
+        n_buckets=buckets,
+        chunk=chunk,
+    ).double()
     mixer.load_state_dict({
-        "qk.weight": g["param.query_key.weight"],
-        "v.weight": g["param.value.weight"],
+        "query_key.weight": g["param.query_key.weight"],
+        "value.weight": g["param.value.weight"],
         "out.weight": torch.eye(heads * size, dtype=torch.float64),
         "rotations": rotations,
     })  # fmt: skip
@@ -118,13 +138,18 @@ def test_scores_in_one_bucket_have_the_spread_of_the_queries() -> None:
     for one of the other, which gives the entropy of each row in closed form, for 64 features and 64 tokens. The values
     are one-hot, so that the probabilities come out. Divided by sqrt(64) again, the rows would be nearly uniform."""
     a, b = 4.0, 3.0
-    mixer = LSHMixer(128, 1, 64, "none", causal=False, n_hashes=1, n_buckets=2, chunk=64).double()
+    mixer = LSHMixer(
+        128, n_heads=1, width=64, positions="none", causal=False, n_hashes=1, n_buckets=2, chunk=64
+    ).double()
     identity = torch.eye(64, dtype=torch.float64)
     x = torch.zeros(1, 64, 128, dtype=torch.float64)
     x[..., 64:] = identity
     x[..., 0], x[..., 1] = a, b * (1 - 2 * (torch.arange(64) % 2))
     zeros = torch.zeros_like(identity)
-    mixer.qk.weight.data, mixer.v.weight.data = torch.cat([identity, zeros], 1), torch.cat([zeros, identity], 1)
+    mixer.query_key.weight.data, mixer.value.weight.data = (
+        torch.cat([identity, zeros], 1),
+        torch.cat([zeros, identity], 1),
+    )
     mixer.out.weight.data = torch.cat([identity, zeros])
     with torch.no_grad():
         y = mixer(x, torch.ones(1, 64, dtype=torch.bool), torch.zeros(1, 1, 1, 64, dtype=torch.int16))[0, :, :64]
@@ -139,8 +164,8 @@ def test_scores_in_one_bucket_have_the_spread_of_the_queries() -> None:
 def test_near_vectors_share_buckets() -> None:
     """The property of the hash: the nearer two vectors, the likelier one bucket; opposites never."""
     torch.manual_seed(0)
-    mixer = LSHMixer(16, 1, 16, "none", False, 400, 8, 4)
-    torch.nn.init.eye_(mixer.qk.weight)
+    mixer = LSHMixer(16, n_heads=1, width=16, positions="none", causal=False, n_hashes=400, n_buckets=8, chunk=4)
+    torch.nn.init.eye_(mixer.query_key.weight)
     x = torch.nn.functional.normalize(torch.randn(1, 1, 16), dim=-1)
     other = torch.randn(1, 1, 16)
     other = torch.nn.functional.normalize(other - (other * x).sum() * x, dim=-1)
@@ -169,16 +194,21 @@ def seen_by(mixer: LSHMixer, buckets: Tensor) -> Tensor:
 def test_equals_dense_definition(causal: bool, rounds: int, positions: str) -> None:
     """Softmax over what any round lets in, each key once: outputs and gradients in float64."""
     torch.manual_seed(0)
-    mixer, mask = LSHMixer(16, 4, 16, positions, causal, rounds, 4, 4).double(), real_prefixes(30, 19, 1)
+    mixer, mask = (
+        LSHMixer(
+            16, n_heads=4, width=16, positions=positions, causal=causal, n_hashes=rounds, n_buckets=4, chunk=4
+        ).double(),
+        real_prefixes(30, 19, 1),
+    )
     leaf = torch.randn(3, 30, 16, dtype=torch.float64).requires_grad_()
     x = leaf.masked_fill(~mask[..., None], 0)
     sees = seen_by(mixer, mixer.buckets(x, mask))
-    q, k = mixer.queries_and_keys(split_heads(mixer.qk(x), 4))
+    q, k = mixer.queries_and_keys(split_heads(mixer.query_key(x), 4))
     scores = q @ k.mT
     if mixer.slopes is not None:
         scores = scores - mixer.slopes[:, None, None] * distances(30).abs()
     scores = scores.masked_fill(~sees, -torch.inf) - 1e5 * torch.eye(30, dtype=torch.float64)
-    dense = mixer.out(merge_heads(scores.softmax(-1) @ split_heads(mixer.v(x), 4)))[mask]
+    dense = mixer.out(merge_heads(scores.softmax(-1) @ split_heads(mixer.value(x), 4)))[mask]
     y = mixer(x, mask)[mask]
     torch.testing.assert_close(y, dense, rtol=0, atol=1e-11)
     weight, given = torch.randn_like(y), [leaf, *mixer.parameters()]

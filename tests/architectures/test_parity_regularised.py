@@ -38,7 +38,7 @@ def evaluates(mixer: Any, g: dict[str, Tensor], state: Any) -> None:
 
 
 def lstm(W: Tensor, R: Tensor, b: Tensor, **own: Any) -> Any:
-    mixer: Any = LSTMMixer(5, False, False, 2, None, **own).double()
+    mixer: Any = LSTMMixer(5, peephole=False, coupled=False, horizon=2, forget_bias=None, **own).double()
     mixer.d_model = 5
     load(mixer, input__weight=padded(W, 20, 5), U=R, input__bias=b)
     return mixer
@@ -83,7 +83,7 @@ def test_weight_drop_equals_the_authors(monkeypatch: pytest.MonkeyPatch) -> None
 
 def gru(g: dict[str, Tensor], **own: Any) -> Any:
     """Their gates are z, r, n."""
-    mixer: Any = GRUMixer(5, 2, **own).double()
+    mixer: Any = GRUMixer(5, horizon=2, **own).double()
     mixer.d_model = 5
     W, U, b, c = (
         reordered(t, (1, 0, 2), 3)
@@ -110,7 +110,9 @@ def test_gru_with_zoneout_equals_haste() -> None:
 
 def test_masks_are_drawn_at_their_rates() -> None:
     torch.manual_seed(0)
-    cell, state = LSTMMixer(64, False, False, 2, None, zoneout=(0.5, 0.1)).keeps(torch.zeros(4, 200, 1))
+    cell, state = LSTMMixer(64, peephole=False, coupled=False, horizon=2, forget_bias=None, zoneout=(0.5, 0.1)).keeps(
+        torch.zeros(4, 200, 1)
+    )
     assert set(cell.unique().tolist()) == {0.0, 1.0}
     assert abs(cell.mean().item() - 0.5) < 0.01
     assert abs(state.mean().item() - 0.1) < 0.01

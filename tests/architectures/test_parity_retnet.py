@@ -22,7 +22,7 @@ PARTS = ("q_proj", "k_proj", "v_proj", "g_proj")
 def loaded(g: dict[str, Tensor]) -> RetNetMixer:
     mixer = RetNetMixer(12, n_heads=3, value_dim=24).double()
     into = torch.cat([g[f"param.{part}.weight"] for part in PARTS])
-    mixer.load_state_dict({"into.weight": into, "out.weight": g["param.out_proj.weight"]})
+    mixer.load_state_dict({"in_proj.weight": into, "out_proj.weight": g["param.out_proj.weight"]})
     return mixer
 
 
@@ -57,9 +57,9 @@ def test_layer_equals_the_authors_to_the_epsilon_of_the_norm() -> None:
     y = mixer(x, everything(x))
     torch.testing.assert_close(y, g["y"], rtol=0, atol=1e-4)
     (y * g["w"]).sum().backward()
-    pairs = [(x.grad, g["grad.x"]), (mixer.out.weight.grad, g["grad.param.out_proj.weight"])]
-    assert mixer.into.weight.grad is not None
-    into = mixer.into.weight.grad.split(mixer.sizes)
+    pairs = [(x.grad, g["grad.x"]), (mixer.out_proj.weight.grad, g["grad.param.out_proj.weight"])]
+    assert mixer.in_proj.weight.grad is not None
+    into = mixer.in_proj.weight.grad.split(mixer.sizes)
     pairs += [(own, g[f"grad.param.{part}.weight"]) for own, part in zip(into, PARTS, strict=True)]
     for own, other in pairs:
         assert own is not None
@@ -88,10 +88,10 @@ def test_step_equals_forward_over_2048_tokens() -> None:
 def test_initialisation() -> None:
     torch.manual_seed(0)
     mixer = RetNetMixer(64, n_heads=8, value_dim=128)
-    for weight in mixer.into.weight.split(mixer.sizes):
+    for weight in mixer.in_proj.weight.split(mixer.sizes):
         bound = 2**-2.5 * math.sqrt(6 / sum(weight.shape))
         assert 0.99 * bound < weight.abs().max() <= bound
-    assert 0.99 < mixer.out.weight.abs().max() * math.sqrt((64 + 128) / 6) / 0.5 <= 1
+    assert 0.99 < mixer.out_proj.weight.abs().max() * math.sqrt((64 + 128) / 6) / 0.5 <= 1
 
 
 def test_wrong_heads_are_named() -> None:

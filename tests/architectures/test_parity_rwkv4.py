@@ -23,11 +23,11 @@ PARTS = {
     "layers.1.mixer": "feed_forward",
 }
 NAMES = {
-    "mu_r": "time_mix_receptance",
-    "mu_k": "time_mix_key",
-    "mu_v": "time_mix_value",
-    "w": "time_decay",
-    "u": "time_first",
+    "time_mix_r": "time_mix_receptance",
+    "time_mix_k": "time_mix_key",
+    "time_mix_v": "time_mix_value",
+    "time_decay": "time_decay",
+    "time_first": "time_first",
 }
 
 
@@ -91,7 +91,7 @@ def plain(encoder: RWKV4, x: Tensor) -> Tensor:
         return F.layer_norm(h, (width,), p[f"{name}.weight"], p[f"{name}.bias"])
 
     def view(part: str, name: str, matrix: str, now: Tensor, last: Tensor) -> Tensor:
-        mu = p[f"{part}.mu_{name}"]
+        mu = p[f"{part}.time_mix_{name}"]
         return (mu * now + (1 - mu) * last) @ p[f"{part}.{matrix}.weight"].T
 
     parts = [f"layers.{i}.mixer" for i in range(len(encoder.blocks))]
@@ -108,7 +108,7 @@ def plain(encoder: RWKV4, x: Tensor) -> Tensor:
                 h = h + r * (k.clamp(min=0) ** 2 @ p[f"{part}.value.weight"].T)
             else:
                 v = view(part, "v", "value", now, before)
-                bonus, kept = torch.exp(p[f"{part}.u"] + k), torch.exp(-torch.exp(p[f"{part}.w"]))
+                bonus, kept = torch.exp(p[f"{part}.time_first"] + k), torch.exp(-torch.exp(p[f"{part}.time_decay"]))
                 average = (above[part] + bonus * v) / (below[part] + bonus)
                 h = h + (r * average) @ p[f"{part}.output.weight"].T
                 above[part] = kept * above[part] + torch.exp(k) * v
@@ -167,11 +167,11 @@ def test_initialisation(n_layers: int) -> None:
         up, down = (0.0 if n_layers == 1 else layer / (n_layers - 1)), 1 - layer / n_layers
         for i in range(d):
             p = (i / d) ** down
-            assert time.w[i].item() == pytest.approx(-5 + 8 * (i / (d - 1)) ** (0.7 + 1.3 * up), abs=1e-5)
-            assert time.u[i].item() == pytest.approx(math.log(0.3) + (-0.5, 0, 0.5)[(i + 1) % 3], abs=1e-6)
-            assert time.mu_r[i].item() == pytest.approx((i / d) ** (0.5 * down), abs=1e-6)
-            assert time.mu_v[i].item() == pytest.approx(p + 0.3 * up, abs=1e-6)
-            for mu in (time.mu_k, channel.mu_k, channel.mu_r):
+            assert time.time_decay[i].item() == pytest.approx(-5 + 8 * (i / (d - 1)) ** (0.7 + 1.3 * up), abs=1e-5)
+            assert time.time_first[i].item() == pytest.approx(math.log(0.3) + (-0.5, 0, 0.5)[(i + 1) % 3], abs=1e-6)
+            assert time.time_mix_r[i].item() == pytest.approx((i / d) ** (0.5 * down), abs=1e-6)
+            assert time.time_mix_v[i].item() == pytest.approx(p + 0.3 * up, abs=1e-6)
+            for mu in (time.time_mix_k, channel.time_mix_k, channel.time_mix_r):
                 assert mu[i].item() == pytest.approx(p, abs=1e-6)
         for linear in (time.receptance, time.key, time.output, channel.receptance, channel.value):
             assert not linear.weight.any()
@@ -199,7 +199,8 @@ def test_weight_decay_spares_decays_bonuses_shifts_biases_and_norms() -> None:
     encoder = RWKV4(d_model=8, n_layers=1, length=8)
     own = {name for name, _ in encoder.named_parameters() if any(fnmatch(name, pattern) for pattern in encoder.optim)}
     time, channel = (f"layers.{i}.mixer." for i in (0, 1))
-    wanted = {time + name for name in ("w", "u", "mu_r", "mu_k", "mu_v")} | {channel + "mu_r", channel + "mu_k"}
+    wanted = {time + name for name in ("time_decay", "time_first", "time_mix_r", "time_mix_k", "time_mix_v")}
+    wanted |= {channel + "time_mix_r", channel + "time_mix_k"}
     rest = {name for name, _ in encoder.named_parameters() if name.endswith("bias") or "norm" in name}
     assert own == wanted | rest
     assert all(settings == {"weight_decay": 0.0} for settings in encoder.optim.values())

@@ -21,7 +21,9 @@ def loaded(part: TimeMix | ChannelMix, g: dict[str, Tensor], prefix: str = "para
 
 def time_mix(g: dict[str, Tensor]) -> TimeMix:
     mix, decay = g["param.time_maa_w2"].shape[1], len(g["param.time_decay_w2"])
-    part = TimeMix(g["x"].shape[-1], int(g["cfg.heads"]), mix, decay, 0, 1).double()
+    part = TimeMix(
+        g["x"].shape[-1], n_heads=int(g["cfg.heads"]), mix_rank=mix, decay_rank=decay, layer=0, n_layers=1
+    ).double()
     part.load_state_dict(loaded(part, g))
     return part
 

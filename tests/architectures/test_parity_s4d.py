@@ -44,8 +44,8 @@ def load(mixer: S4DMixer, g: dict[str, Tensor]) -> S4DMixer:
         "B": torch.view_as_real(B),
         "C": torch.view_as_real(C),
         "D": g["param.D"].flatten(),
-        "out.weight": g["param.out.weight"],
-        "out.bias": g["param.out.bias"],
+        "output_linear.weight": g["param.out.weight"],
+        "output_linear.bias": g["param.out.bias"],
     }
     mixer.load_state_dict(state)
     return mixer
@@ -165,11 +165,12 @@ def test_step_sizes_fill_their_range() -> None:
 
 
 def test_optimiser_settings_reach_the_ssm_alone() -> None:
-    encoder = S4D(d_model=8, n_layers=2, length=8, ssm_lr=5e-4)
+    encoder = S4D(d_model=8, n_layers=2, length=8, ssm_lr=5e-4, dt_lr=0.01)
     own = {name for name, _ in encoder.named_parameters() if any(fnmatch(name, pattern) for pattern in encoder.optim)}
     expected = {f"layers.{i}.mixer.{name}" for i in range(2) for name in ("log_dt", "log_A_real", "A_imag", "B")}
     assert own == expected
-    assert all(settings == {"lr": 5e-4, "weight_decay": 0.0} for settings in encoder.optim.values())
+    rates = {pattern: 0.01 if "dt" in pattern else 5e-4 for pattern in encoder.optim}
+    assert encoder.optim == {pattern: {"lr": rate, "weight_decay": 0.0} for pattern, rate in rates.items()}
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from stepping import stepped
 from torch import Tensor, nn
 
 from lra.architectures.state_space.s5 import S5, S5Mixer, hippo_block
+from lra.config.sections import Optim
+from lra.training.optimisers import parameter_groups
 from lra.training.request import Request, resolve
 
 SSMS: dict[str, dict[str, Any]] = {
@@ -39,15 +41,15 @@ def load(mixer: S5Mixer, g: dict[str, Tensor], prefix: str = "param.", scale: fl
     else:
         C = torch.stack(g[f"{prefix}C"].chunk(len(mixer.C), dim=1))
     state = {
-        "A_real": g[f"{prefix}Lambda_re"],
-        "A_imag": g[f"{prefix}Lambda_im"],
+        "Lambda_re": g[f"{prefix}Lambda_re"],
+        "Lambda_im": g[f"{prefix}Lambda_im"],
         "B": g[f"{prefix}B"],
         "C": scale * C,
-        "d": g[f"{prefix}D"],
-        "log_dt": g[f"{prefix}log_step"].flatten(),
+        "D": g[f"{prefix}D"],
+        "log_step": g[f"{prefix}log_step"].flatten(),
     }
     missing, unexpected = mixer.load_state_dict(state, strict=False)
-    assert missing == ["gate.weight", "gate.bias"]
+    assert missing == ["out2.weight", "out2.bias"]
     assert not unexpected
     return mixer
 
@@ -79,8 +81,8 @@ def test_residual_layer_equals_the_authors(activation: str) -> None:
     state = {
         "norm.weight": g["param.norm.scale"],
         "norm.bias": g["param.norm.bias"],
-        "mixer.gate.weight": g["param.out2.kernel"].T,
-        "mixer.gate.bias": g["param.out2.bias"],
+        "mixer.out2.weight": g["param.out2.kernel"].T,
+        "mixer.out2.bias": g["param.out2.bias"],
     }
     assert not layer.load_state_dict(state, strict=False).unexpected_keys
     x = g["x"].requires_grad_()
@@ -116,7 +118,7 @@ def test_modes_are_those_of_the_authors() -> None:
     torch.testing.assert_close(modes, g["mid.init.block_Lambda"][:4], rtol=1e-11, atol=1e-11)
     # an eigenvector is defined up to its phase
     torch.testing.assert_close(basis.abs(), g["mid.init.block_V"][:, :4].abs(), rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(mixer_of(encoder_of()).A_imag, g["mid.init.Lambda_im"], rtol=1e-6, atol=0)
+    torch.testing.assert_close(mixer_of(encoder_of()).Lambda_im, g["mid.init.Lambda_im"], rtol=1e-6, atol=0)
 
 
 def test_modes_diagonalise_the_normal_part_of_hippo() -> None:
@@ -136,7 +138,7 @@ def test_scales_and_step_sizes_at_the_start() -> None:
     # V is unitary: a row of B keeps the variance of B', one of C twice that of each part of C'
     assert abs(mixer.B.square().sum(-1).mean().item() * 512 - 1) < 0.05
     assert abs(mixer.C.square().sum(-1).mean().item() * 512 - 2) < 0.05
-    dt = mixer.log_dt.exp()
+    dt = mixer.log_step.exp()
     assert dt.min() >= 1e-4 * (1 - 1e-5)
     assert dt.max() <= 0.1 * (1 + 1e-5)
     assert 2e-3 < dt.median() < 5e-3  # uniform in the logarithm: the geometric mean, 3.2e-3
@@ -166,13 +168,35 @@ def test_published_settings_start_C_as_each_script_does() -> None:
 def test_optimiser_settings_reach_the_ssm_alone() -> None:
     encoder = S5(d_model=8, n_layers=1, length=8, ssm_lr=5e-4)
     own = {name for name, _ in encoder.named_parameters() if any(fnmatch(name, pattern) for pattern in encoder.optim)}
-    assert own == {f"layers.0.mixer.{name}" for name in ("A_real", "A_imag", "B", "log_dt")}
+    assert own == {f"layers.0.mixer.{name}" for name in ("Lambda_re", "Lambda_im", "B", "log_step")}
     assert all(settings == {"lr": 5e-4, "weight_decay": 0.0} for settings in encoder.optim.values())
+
+
+@pytest.mark.parametrize(
+    ("own", "B", "dt"),
+    [
+        ({}, (5e-4, 0.0), (5e-4, 0.0)),
+        ({"opt_config": "BandCdecay"}, (5e-4, 0.07), (5e-4, 0.0)),
+        ({"opt_config": "BfastandCdecay"}, (4e-3, 0.07), (5e-4, 0.0)),
+        ({"dt_global": True}, (5e-4, 0.0), (4e-3, 0.07)),
+    ],
+)
+def test_optimiser_groups_are_those_of_the_released_configurations(
+    own: dict[str, Any], B: tuple[float, float], dt: tuple[float, float]
+) -> None:
+    """create_train_state in s5/train_helpers.py: rate and weight decay."""
+    encoder = S5(d_model=8, n_layers=1, length=8, ssm_lr=5e-4, **own)
+    groups = parameter_groups(encoder, encoder, Optim(lr=4e-3, weight_decay=0.07, decay="all"))
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    mixer = encoder.layers[0].mixer
+    assert [found[id(p)] for p in (mixer.B, mixer.log_dt, mixer.A_real)] == [B, dt, (5e-4, 0.0)]
+    assert {found[id(p)] for p in (mixer.C, mixer.D)} == {(4e-3, 0.07)}
 
 
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
+        ({"opt_config": "fast"}, "standard, BandCdecay, BfastandCdecay"),
         ({"state_size": 24}, "state_size is 24"),
         ({"n_blocks": 0}, "state_size is 64"),
         ({"discretization": "euler"}, "zoh, bilinear"),

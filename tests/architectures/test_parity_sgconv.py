@@ -32,7 +32,7 @@ def loaded(name: str) -> tuple[SGConvMixer, dict[str, Tensor]]:
     assert len(mixer.kernel_list) == int(g["param.num_scales"])
     state = {}
     for key, own in mixer.state_dict().items():
-        stored = g[f"param.{key}"]
+        stored = g[f"param.{key.replace('output_linear', 'out')}"]
         state[key] = stored.expand(own.shape) if stored.dim() == 0 else stored.reshape(own.shape)
     mixer.load_state_dict(state)
     return mixer, g

@@ -50,7 +50,16 @@ def test_layer_equals_the_package(name: str, monkeypatch: pytest.MonkeyPatch) ->
     g = golden(name)
     heads, size, block = (int(g[f"cfg.{n}"]) for n in ("H", "d", "block"))
     width = heads * size
-    mixer = SinkhornMixer(3 * width, heads, width, "none", block, int(g["cfg.iters"]), 0.75, 12).double()
+    mixer = SinkhornMixer(
+        3 * width,
+        n_heads=heads,
+        width=width,
+        positions="none",
+        size=block,
+        iterations=int(g["cfg.iters"]),
+        temperature=0.75,
+        length=12,
+    ).double()
     identity = torch.eye(3 * width, dtype=torch.float64)
     state = {"qkv.weight": identity, "out.weight": identity[:, :width]}
     mixer.load_state_dict(state, strict=False)
@@ -91,7 +100,11 @@ def test_balancing_is_doubly_stochastic() -> None:
 
 def mixer_and_input(training: bool) -> tuple[SinkhornMixer, Tensor, Tensor]:
     torch.manual_seed(0)
-    mixer = SinkhornMixer(16, 4, 16, "none", 4, 5, 0.75, 24).double().train(training)
+    mixer = (
+        SinkhornMixer(16, n_heads=4, width=16, positions="none", size=4, iterations=5, temperature=0.75, length=24)
+        .double()
+        .train(training)
+    )
     mask = real_prefixes(22, 9, 3)
     return mixer, torch.randn(3, 22, 16, dtype=torch.float64), mask
 

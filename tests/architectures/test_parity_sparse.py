@@ -30,7 +30,17 @@ def test_fixed_equals_the_authors_code() -> None:
     length, heads, size, stride = (int(g[f"cfg.{n}"]) for n in ("n", "H", "d", "stride"))
     columns, stripes = int(g["cfg.vertsize"]) * int(g["cfg.block"]), int(g["cfg.num_verts"])
     width = heads * size
-    mixer = SparseMixer(width, heads, width, "none", True, "fixed", stride, columns, length)
+    mixer = SparseMixer(
+        width,
+        n_heads=heads,
+        width=width,
+        positions="none",
+        causal=True,
+        pattern="fixed",
+        stride=stride,
+        summary=columns,
+        length=length,
+    )
     assert mixer.shape(length) == (stride, columns, stripes)
     assert torch.equal(seen_by(mixer, length), g["mid.blocksparse_fixed"])
     q, k, v = given = [g[f"in.{n}"].requires_grad_() for n in "qkv"]
@@ -43,7 +53,17 @@ def test_fixed_equals_the_authors_code() -> None:
 def test_strided_heads_have_the_authors_masks() -> None:
     g = golden("sparse_transformer_patterns")
     length = int(g["cfg.n"])
-    mixer = SparseMixer(16, 4, 16, "none", True, "strided", int(g["cfg.stride"]), None, length)
+    mixer = SparseMixer(
+        16,
+        n_heads=4,
+        width=16,
+        positions="none",
+        causal=True,
+        pattern="strided",
+        stride=int(g["cfg.stride"]),
+        summary=None,
+        length=length,
+    )
     near, far = seen_by(mixer, length).chunk(2)
     assert all(torch.equal(head, g["mid.dense_local"]) for head in near)
     assert all(torch.equal(head, g["mid.dense_strided"]) for head in far)
@@ -52,7 +72,17 @@ def test_strided_heads_have_the_authors_masks() -> None:
 def test_fixed_equals_lra_s_once_the_first_columns_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     g = golden("lra_sparse_fixed")
     stride, summary, length = int(g["cfg.block"]), int(g["cfg.c"]), int(g["cfg.L"])
-    mixer = SparseMixer(8, int(g["cfg.H"]), 8, "none", True, "fixed", stride, summary, length)
+    mixer = SparseMixer(
+        8,
+        n_heads=int(g["cfg.H"]),
+        width=8,
+        positions="none",
+        causal=True,
+        pattern="fixed",
+        stride=stride,
+        summary=summary,
+        length=length,
+    )
     own = mixer.stripe
     monkeypatch.setattr(mixer, "shape", lambda _: (stride, summary, 1))
     monkeypatch.setattr(mixer, "stripe", lambda j, number: own(j, number) | (j % stride == 0))
@@ -67,7 +97,17 @@ def test_both_strided_heads_together_equal_lra_s() -> None:
     """Theirs is one softmax over what either kind of head sees, in every head."""
     g = golden("lra_sparse_strided")
     length, heads = int(g["cfg.L"]), int(g["cfg.H"])
-    mixer = SparseMixer(8, heads, 8, "none", True, "strided", int(g["cfg.block"]), None, length)
+    mixer = SparseMixer(
+        8,
+        n_heads=heads,
+        width=8,
+        positions="none",
+        causal=True,
+        pattern="strided",
+        stride=int(g["cfg.block"]),
+        summary=None,
+        length=length,
+    )
     pattern = seen_by(mixer, length).any(0)
     assert torch.equal(pattern, g["mid.pattern"])
     x, rows = g["x"].requires_grad_(), g["mid.row_valid"]
@@ -96,21 +136,35 @@ def pattern_of(mixer: SparseMixer, length: int) -> Tensor:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("pattern", ["strided", "fixed"])
 def test_equals_dense_definition(pattern: str, causal: bool, positions: str) -> None:
-    mixer = SparseMixer(16, 4, 16, positions, causal, pattern, 6, 2, 33)
+    mixer = SparseMixer(
+        16, n_heads=4, width=16, positions=positions, causal=causal, pattern=pattern, stride=6, summary=2, length=33
+    )
     assert_dense(mixer, pattern_of(mixer, 33), real_prefixes(33, 20, 1))
 
 
 def test_two_layers_reach_everything() -> None:
     """The factorisation: any token reaches any later one in two steps, over a neighbour and a column."""
     for pattern in ("strided", "fixed"):
-        mixer = SparseMixer(16, 4, 16, "none", True, pattern, 6, 2, 33)
+        mixer = SparseMixer(
+            16, n_heads=4, width=16, positions="none", causal=True, pattern=pattern, stride=6, summary=2, length=33
+        )
         once = seen_by(mixer, 33).any(0).double()
         assert torch.equal((once @ once > 0), distances(33) <= 0)
 
 
 def test_stride_is_the_root_of_the_length() -> None:
     for length, stride, summary in ((1024, 32, 8), (4096, 64, 8), (16384, 128, 8), (100, 10, 2), (1, 1, 1)):
-        mixer = SparseMixer(16, 4, 16, "none", False, "fixed", None, None, length)
+        mixer = SparseMixer(
+            16,
+            n_heads=4,
+            width=16,
+            positions="none",
+            causal=False,
+            pattern="fixed",
+            stride=None,
+            summary=None,
+            length=length,
+        )
         assert mixer.shape(length)[:2] == (stride, summary)
 
 

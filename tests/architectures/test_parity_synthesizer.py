@@ -31,7 +31,9 @@ MIXTURES = ("dense", "random", "factorised", "dense+random", "random+dot", "fact
 def test_layer_equals_lra_s(name: str, logits: str, key: str) -> None:
     """With "dot" padding is left out there too; without, it takes part, so every token is called real."""
     g = golden(f"lra_synthesizer_{name}")
-    mixer = SynthesizerMixer(8, 2, 8, tuple(logits.split("+")), size=16, k=3, causal=False).double()
+    mixer = SynthesizerMixer(
+        8, n_heads=2, qkv_dim=8, parts=tuple(logits.split("+")), size=16, k=3, causal=False
+    ).double()
     state = {
         "value.weight": g["param.value.kernel"].flatten(1).T,
         "value.bias": g["param.value.bias"].flatten(),
@@ -40,19 +42,19 @@ def test_layer_equals_lra_s(name: str, logits: str, key: str) -> None:
     }
     if "dense" in logits:
         state |= {
-            "hidden.weight": g["param.dense_syn.kernel"].flatten(1).T,
-            "hidden.bias": g["param.dense_syn.bias"].flatten(),
-            "spread.weight": g["param.dense_syn_len.kernel"].T,
-            "spread.bias": g["param.dense_syn_len.bias"],
+            "dense_syn.weight": g["param.dense_syn.kernel"].flatten(1).T,
+            "dense_syn.bias": g["param.dense_syn.bias"].flatten(),
+            "dense_syn_len.weight": g["param.dense_syn_len.kernel"].T,
+            "dense_syn_len.bias": g["param.dense_syn_len.bias"],
         }
     if "random" in logits:
         state["random"] = g["param.random"]
     if "factorised" in logits:
-        state |= {"rows": g["param.random1"], "columns": g["param.random2"]}
+        state |= {name: g[f"param.{name}"] for name in ("random1", "random2")}
     if "dot" in logits:
         parts = ("query", "key")
-        state["compared.weight"] = torch.cat([g[f"param.{part}.kernel"].flatten(1).T for part in parts])
-        state["compared.bias"] = torch.cat([g[f"param.{part}.bias"].flatten() for part in parts])
+        state["query_key.weight"] = torch.cat([g[f"param.{part}.kernel"].flatten(1).T for part in parts])
+        state["query_key.bias"] = torch.cat([g[f"param.{part}.bias"].flatten() for part in parts])
     mixer.load_state_dict(state)
     mask = g["mask"].bool() if "dot" in logits else torch.ones(2, 12, dtype=torch.bool)
     rows = g["mid.row_valid"]
@@ -65,16 +67,16 @@ def test_layer_equals_lra_s(name: str, logits: str, key: str) -> None:
 
 def explicit(mixer: SynthesizerMixer, x: Tensor, mask: Tensor) -> Tensor:
     length, logits = x.shape[1], torch.zeros((), dtype=x.dtype)
-    if mixer.hidden is not None:
-        assert mixer.spread is not None
-        logits = logits + mixer.spread(split_heads(F.relu(mixer.hidden(x)), mixer.n_heads))[..., :length]
+    if mixer.dense_syn is not None:
+        assert mixer.dense_syn_len is not None
+        logits = logits + mixer.dense_syn_len(split_heads(F.relu(mixer.dense_syn(x)), mixer.n_heads))[..., :length]
     if mixer.random is not None:
         logits = logits + mixer.random[:, :length, :length]
-    if mixer.rows is not None:
-        assert mixer.columns is not None
-        logits = logits + mixer.rows[:, :length] @ mixer.columns[..., :length]
-    if mixer.compared is not None:
-        q, k = (split_heads(part, mixer.n_heads) for part in mixer.compared(x).chunk(2, dim=-1))
+    if mixer.random1 is not None:
+        assert mixer.random2 is not None
+        logits = logits + mixer.random1[:, :length] @ mixer.random2[..., :length]
+    if mixer.query_key is not None:
+        q, k = (split_heads(part, mixer.n_heads) for part in mixer.query_key(x).chunk(2, dim=-1))
         logits = logits + q @ k.mT / q.shape[-1] ** 0.5
     allowed = mask[:, None, None, :]
     if mixer.causal:
@@ -86,7 +88,9 @@ def explicit(mixer: SynthesizerMixer, x: Tensor, mask: Tensor) -> Tensor:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("logits", MIXTURES)
 def test_outputs_and_gradients_equal_the_definition(logits: str, causal: bool) -> None:
-    mixer = SynthesizerMixer(12, 3, 12, tuple(logits.split("+")), size=20, k=2, causal=causal).double()
+    mixer = SynthesizerMixer(
+        12, n_heads=3, qkv_dim=12, parts=tuple(logits.split("+")), size=20, k=2, causal=causal
+    ).double()
     for parameter in mixer.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     x, mask = torch.randn(2, 17, 12, dtype=torch.float64), torch.arange(17) < torch.tensor([[17], [9]])
@@ -101,7 +105,9 @@ def test_outputs_and_gradients_equal_the_definition(logits: str, causal: bool) -
 
 @pytest.mark.parametrize("logits", MIXTURES)
 def test_step_equals_forward(logits: str) -> None:
-    mixer = SynthesizerMixer(12, 3, 12, tuple(logits.split("+")), size=20, k=2, causal=True).double()
+    mixer = SynthesizerMixer(
+        12, n_heads=3, qkv_dim=12, parts=tuple(logits.split("+")), size=20, k=2, causal=True
+    ).double()
     x = torch.randn(2, 20, 12, dtype=torch.float64)
     torch.testing.assert_close(stepped(mixer, x), mixer(x, torch.ones(2, 20, dtype=torch.bool)))
 
@@ -109,10 +115,10 @@ def test_step_equals_forward(logits: str) -> None:
 def test_logits_start_with_variance_one() -> None:
     for logits in ("random", "factorised"):
         torch.manual_seed(0)
-        mixer = SynthesizerMixer(8, 2, 8, (logits,), size=64, k=32, causal=False)
+        mixer = SynthesizerMixer(8, n_heads=2, qkv_dim=8, parts=(logits,), size=64, k=32, causal=False)
         found: Tensor | None = mixer.random
-        if mixer.rows is not None and mixer.columns is not None:
-            found = mixer.rows @ mixer.columns
+        if mixer.random1 is not None and mixer.random2 is not None:
+            found = mixer.random1 @ mixer.random2
         assert isinstance(found, Tensor)
         assert 0.9 < found.var() < 1.1
 

@@ -49,8 +49,8 @@ def test_gated_level_equals_a_public_wavenet() -> None:
     level = GatedLevel(4, 3, 2, 0.0, last=False)
     # its gates are narrower than its residual path and its skip path wider
     level.conv = load(CausalConv(4, 6, 3, int(g["cfg.dilation"])), g, "param.conv")
-    level.out = load(CausalConv(3, 4), g, "param.conv1x1_out")
-    level.skip = load(CausalConv(3, 5), g, "param.conv1x1_skip")
+    level.conv1x1_out = load(CausalConv(3, 4), g, "param.conv1x1_out")
+    level.conv1x1_skip = load(CausalConv(3, 5), g, "param.conv1x1_skip")
     x = g["x"].clone().requires_grad_()
     y, skip = level(x)
     torch.testing.assert_close(skip, g["mid.skip"], rtol=1e-12, atol=1e-12)
@@ -76,8 +76,8 @@ def test_gated_network_equals_a_public_wavenet() -> None:
             g[f"{out}.{part}"] /= shrunk
             g[f"{skip}.{part}"] /= count**0.5
         level.conv = load(CausalConv(5, 6, 2, 2 ** (i % (count // int(g["cfg.stacks"])))), g, conv)
-        level.skip = load(CausalConv(3, 7), g, skip)
-        level.out = None if level.out is None else load(CausalConv(3, 5), g, out)
+        level.conv1x1_skip = load(CausalConv(3, 7), g, skip)
+        level.conv1x1_out = None if level.conv1x1_out is None else load(CausalConv(3, 5), g, out)
     mixer.head = torch.nn.ModuleList(
         load(CausalConv(7, width), g, f"param.last_conv_layers.{place}") for width, place in ((7, 1), (4, 3))
     )
@@ -114,8 +114,8 @@ def test_network_equals_a_loop_over_its_equations(gated: bool) -> None:
         if isinstance(level, GatedLevel):
             f, s = conv(level.conv, h, 2**i).chunk(2, dim=-1)
             u = torch.tanh(f) * torch.sigmoid(s)
-            total = total + conv(level.skip, u)
-            h = h if level.out is None else h + conv(level.out, u)
+            total = total + conv(level.conv1x1_skip, u)
+            h = h if level.conv1x1_out is None else h + conv(level.conv1x1_out, u)
         else:
             one, two = level.convs
             h = F.relu(h + F.relu(conv(two, F.relu(conv(one, h, 2**i)), 2**i)))

@@ -35,13 +35,12 @@ def test_slstm_cell_equals_the_authors() -> None:
 def slstm_mixer(g: dict[str, Tensor], prefix: str, mixer: SLSTMMixer) -> dict[str, Tensor]:
     """Load a stored layer, whose names of the input and the forget gate are swapped; keys by our parameter names."""
     keys = {
-        "conv_weight": "conv1d.conv.weight", "conv_bias": "conv1d.conv.bias", "igate": "fgate.weight",
+        "conv1d.weight": "conv1d.conv.weight", "conv1d.bias": "conv1d.conv.bias", "igate": "fgate.weight",
         "fgate": "igate.weight", "zgate": "zgate.weight", "ogate": "ogate.weight",
         "cell.recurrent_kernel": "slstm_cell._recurrent_kernel_", "cell.bias": "slstm_cell._bias_",
         "group_norm": "group_norm.weight",
     }  # fmt: skip
     own = {name: g[f"param.{prefix}{key}"] for name, key in keys.items()}
-    own["conv_weight"] = own["conv_weight"].squeeze(1)
     own["group_norm"] = 1 + own["group_norm"]
     load(mixer, **{name.replace(".", "__"): value for name, value in own.items()})
     return {name: f"grad.param.{prefix}{key}" for name, key in keys.items()}  # type: ignore[misc]
@@ -105,17 +104,16 @@ def test_mlstm_cell_and_every_gradient_equal_the_authors() -> None:
 
 def test_mlstm_block_and_every_gradient_equal_the_authors() -> None:
     g = golden("mlstm_block")
-    layer = Layer(MLSTMMixer(6, 2, 12, n_layers=1, bias=True), 6, Block(ffn="none"), dropout=0.0).double()
+    layer = Layer(MLSTMMixer(6, heads=2, inner=12, n_layers=1, bias=True), 6, Block(ffn="none"), dropout=0.0).double()
     own = {key.removeprefix("param.xlstm."): v for key, v in g.items() if key.startswith("param.xlstm.")}
     grads = {key.removeprefix("grad.param.xlstm."): v for key, v in g.items() if key.startswith("grad.param.xlstm.")}
 
     def ours(values: dict[str, Tensor]) -> dict[str, Tensor]:
-        moved = {name.replace("mlstm_cell.", "").replace("conv1d.conv.", "conv_"): v for name, v in values.items()}
+        moved = {name.replace("mlstm_cell.", "").replace("conv1d.conv.", "conv1d."): v for name, v in values.items()}
         moved["qkv_bias"] = torch.stack([moved.pop(f"{name}_proj.bias") for name in "qkv"])
         for name in "qkv":
             moved[f"{name}_proj"] = moved.pop(f"{name}_proj.weight")
         moved["outnorm"] = moved.pop("outnorm.weight")
-        moved["conv_weight"] = moved["conv_weight"].squeeze(1)
         return moved
 
     values = ours(own)
@@ -134,7 +132,7 @@ def test_mlstm_block_and_every_gradient_equal_the_authors() -> None:
 
 def test_chunks_of_any_size_equal_the_whole() -> None:
     torch.manual_seed(0)
-    mixers: list[Any] = [SLSTMMixer(8, 2, horizon=20), MLSTMMixer(8, 2, 16, n_layers=1)]
+    mixers: list[Any] = [SLSTMMixer(8, 2, horizon=20), MLSTMMixer(8, heads=2, inner=16, n_layers=1)]
     for mixer in mixers:
         mixer.double()
         for parameter in mixer.parameters():

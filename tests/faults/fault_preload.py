@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fault_drills
+import fault_ranks
 import lightning
 import records
 import tiny_task
@@ -17,6 +18,6 @@ from lra.sweeps import local
 from lra.training import checkpoint, run
 
 __all__ = [
-    "app", "checkpoint", "collection", "fault_drills", "gru", "leaderboard", "lightning", "local", "prepared_sets",
-    "records", "run", "tiny_task", "torch",
+    "app", "checkpoint", "collection", "fault_drills", "fault_ranks", "gru", "leaderboard", "lightning", "local",
+    "prepared_sets", "records", "run", "tiny_task", "torch",
 ]  # fmt: skip

@@ -472,7 +472,8 @@ def test_resolving_a_recipe_needs_neither_torch_nor_lightning() -> None:
         "    print(done.exit_code, sorted({'torch', 'lightning', 'numba', 'pandas'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.splitlines() == ["0 []", "2 []", "2 []", "0 []"] or torch.cuda.is_available()
+    # a plan names the task's data, whose generators numba compiles
+    assert done.stdout.splitlines() == ["0 []", "2 []", "2 []", "0 ['numba']"] or torch.cuda.is_available()
 
 
 @pytest.mark.parametrize("name", [*lra.list_architectures(), *lra.list_architectures("*/*")])

@@ -6,12 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from lra import registry
 from lra.cli.app import app
+from lra.cli.common import process_start
 from lra.cli.template import architecture as start_architecture
 
 TINY = f"{Path(__file__).parents[1] / 'tiny_task.py'}:Tiny"
@@ -49,15 +51,7 @@ def test_list_names_everything_and_imports_no_torch() -> None:
     assert {"lin", "inv", "legs"} <= set(s4d["variants"])
 
 
-def test_list_fits_100_columns_with_the_paper_beside_the_name() -> None:
-    lines = runner.invoke(app, ["list"]).output.splitlines()
-    assert max(map(len, lines)) <= 100
-    for name in registry.architectures.names():
-        url = registry.architectures.facts(name)["url"]
-        (row,) = (line for line in lines if line.startswith(f"│{name} "))
-        paper = row.rpartition("│ ")[2].rstrip("│ ")
-        brief = url.replace("https://arxiv.org/abs/", "arXiv:").replace("https://doi.org/", "doi:")
-        assert paper == brief or ("arxiv" not in url and paper.endswith("…") and brief.startswith(paper[:-1]))
+def test_show_names_the_paper() -> None:
     url = registry.architectures.facts("lstm")["url"]
     assert url in runner.invoke(app, ["show", "listops", "lstm", "--recipe", "quick"]).output
 
@@ -109,6 +103,47 @@ def test_an_unwritable_results_folder_is_refused_before_training(places: Path, m
     file.write_text("")
     monkeypatch.setenv("LRA_RESULTS", str(file))
     assert "LRA_RESULTS" in refused("run", TINY, "gru", "--recipe", "quick")
+
+
+def test_a_time_limit_counts_from_the_start_of_the_process() -> None:
+    code = "import time; time.sleep(1.5); from lra.cli.common import process_start as p; print(time.monotonic() - p())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert 1.5 < float(done.stdout) < 60
+    created = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lra.cli.train._run", lambda request, dry_run: created.append(request.created))
+        assert runner.invoke(app, ["run", "listops", "gru", "--time-limit", "8m"]).exit_code == 0
+    assert abs(created[0] - process_start()) < 0.1
+
+
+def test_a_sweep_runs_as_many_cells_at_a_time_as_asked(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("lra.sweeps.local.execute_plan", lambda *_, **options: given.update(options) or [])
+    grid = places / "grid.toml"
+    grid.write_text('tasks = ["listops"]\narchitectures = ["gru"]\n')
+    assert runner.invoke(app, ["sweep", str(grid), "--jobs", "3", "--time-limit", "9h"]).exit_code == 0
+    assert given["jobs"] == 3
+    assert given["seconds"] < 9 * 3600
+
+
+def test_a_dry_run_shows_the_plan_its_data_and_the_forecast(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["run", TINY, "gru", "--recipe", "quick", "--set", "train.steps=77", "--dry-run"]
+    done = runner.invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert "forecast: none before the data are prepared: lra data prepare tiny" in done.output
+    assert runner.invoke(app, ["data", "prepare", TINY]).exit_code == 0
+    cells: list[Any] = []
+    monkeypatch.setattr(
+        "lra.sweeps.forecast.run_probe", lambda cell: cells.append(cell) or {"seconds": 61.0, "bytes": 2.0**30}
+    )
+    done = runner.invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert "77 steps" in done.output
+    assert "tiny (strict), up to 24 tokens; 512 train, 100 validation, 150 test" in done.output
+    assert "at least 1,024 MiB" in done.output
+    assert cells[0].request().settings == {"train.steps": "77"}
+    assert not (places / "lra_runs").exists()
+    assert not (places / "lra_results").exists()
 
 
 def test_corrupt_data_are_named_with_what_to_do(places: Path) -> None:

@@ -29,7 +29,7 @@ def make(folder: Path, *words: str, path: str | None = None) -> subprocess.Compl
         k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS", "ARCH", "RECIPE", "SEED", "TIME"))
     }
     return subprocess.run(
-        ["make", *words],
+        ["make", "UV=", *words],  # a uv of this machine would be called instead of the stand-in for pip
         cwd=folder,
         env=own | ({"PATH": path} if path else {}),
         capture_output=True,
@@ -110,6 +110,7 @@ def test_test_and_check(checkout: Path) -> None:
     assert done.stdout.splitlines() == ["lra", "<check>", "<gru>"]
     assert (checkout / "calls").read_text(encoding="utf-8").splitlines() == [
         "-m pytest -q -n 2 -k some name", "-m ruff check --quiet .", "-m ruff format --check --quiet .", "-m mypy",
+        "-m mypy --python-version 3.14",
     ]  # fmt: skip
 
 
@@ -149,6 +150,26 @@ def test_changed_inputs_update_the_environment(checkout: Path, changed: str) -> 
     assert "-c constraints.txt -e .[dev]" in (checkout / "calls").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("works", [True, False])
+def test_uv_installs_the_same_packages_where_it_is_installed(checkout: Path, works: bool) -> None:
+    log, end = 'echo "$@" >> "$(dirname "$0")/../uv-calls"', "" if works else 'echo "error: no index" >&2; exit 2\n'
+    command(checkout / "path/uv", f"#!/bin/sh\n{log}\n{end}")
+    (checkout / ".venv/.stamp").unlink()
+    done = make(checkout, "setup", f"UV={checkout}/path/uv")
+    assert done.returncode == 0, done.stderr
+    wanted = "-c constraints.txt -e .[dev]"
+    assert (checkout / "uv-calls").read_text().strip() == f"pip install --python .venv/bin/python {wanted}"
+    assert (checkout / "calls").exists() != works
+    assert works or "uv failed (error: no index); trying pip" in done.stderr
+    assert (checkout / ".venv/.stamp").read_text().strip() == str(checkout.resolve())
+
+
+def test_pip_installs_where_there_is_no_uv(checkout: Path) -> None:
+    (checkout / ".venv/.stamp").unlink()
+    assert make(checkout, "setup", "UV=no-such-uv").returncode == 0
+    assert "install" in (checkout / "calls").read_text()
+
+
 def test_moved_checkout_gets_a_new_environment(checkout: Path) -> None:
     moved = checkout.rename(checkout.parent / "elsewhere")
     command(moved / "a path/python3", '#!/bin/sh\necho "$@" >> made\n')
@@ -180,6 +201,6 @@ def test_no_usable_python_is_one_clear_line(checkout: Path) -> None:
     done = make(checkout, "listops", path=str(checkout / "path"))
     assert done.returncode != 0
     [line] = [line for line in done.stderr.splitlines() if line.startswith("setup:")]
-    assert "3.11, 3.12 or 3.13" in line
+    assert "3.11, 3.12, 3.13 or 3.14" in line
     assert "Python 3.9.2" in line
     assert not (checkout / ".venv").exists()

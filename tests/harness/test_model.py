@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lra
 from lra.config import match
 from lra.config.recipe import Data, Optim, Recipe
 from lra.encoder import Cost, Encoder
 from lra.errors import UserError
-from lra.model import Batch, Classifier
+from lra.model import Batch, Classifier, Head
 from lra.profiling import flops
 from lra.registry import architectures
 from lra.task import Protocol
@@ -20,11 +21,14 @@ from lra.training import optimisers
 from lra.training.run_record import model_work
 
 TOKENS = Protocol("tokens", length=8, vocabulary=11)
+HIDING = Protocol("hiding", length=8, vocabulary=11, hides_zeros=True)
 PIXELS = Protocol("pixels", length=8, channels=3, scale=(0.5, 0.25))
 
 
 class Identity(Encoder):
     """Returns its input, and garbage at padding."""
+
+    gaps, direction = True, "bidirectional"
 
     def __init__(self, d_model: int = 6, optim: Mapping[str, Mapping[str, float]] | None = None) -> None:
         super().__init__()
@@ -50,7 +54,7 @@ def batch(towers: int = 1, channels: int = 0) -> Batch:
     return Batch(values, mask.expand(shape), torch.zeros(3, dtype=torch.int64), torch.arange(3))
 
 
-@pytest.mark.parametrize("pooling", ["mean", "max", "last", "cls"])
+@pytest.mark.parametrize("pooling", ["mean", "max", "last", "cls", "first"])
 def test_pooling_looks_at_real_tokens_only(pooling: str) -> None:
     torch.manual_seed(0)
     model, given = Classifier(Identity(), TOKENS, 4, 1, pooling), batch()
@@ -60,7 +64,8 @@ def test_pooling_looks_at_real_tokens_only(pooling: str) -> None:
     assert isinstance(model.embedding, nn.Embedding)
     table = model.embedding.weight
     row = [table[int(v)] for v in given.values[1, 0, :2]]
-    expected = {"mean": (row[0] + row[1]) / 2, "max": torch.maximum(*row), "last": row[1], "cls": model.cls}[pooling]
+    mean, largest = (row[0] + row[1]) / 2, torch.maximum(*row)
+    expected = {"mean": mean, "max": largest, "last": row[1], "cls": model.cls, "first": row[0]}[pooling]
     torch.testing.assert_close(pooled[1], expected)
 
 
@@ -72,6 +77,77 @@ def test_two_towers_share_weights_and_meet_in_four_parts() -> None:
     assert model(given).shape == (3, 2)
     u, v = (model.pool(*model.encode(given.values[:, t], given.mask[:, t])) for t in (0, 1))
     torch.testing.assert_close(seen[0], torch.cat([u, v, u * v, u - v], -1))
+
+
+@pytest.mark.parametrize(
+    ("head", "towers", "widths", "features"),
+    [
+        (Head(), 1, [(6, 3)], 6),
+        (Head(), 2, [(24, 6), (6, 3)], 24),
+        (Head("mlp", (10,), "relu"), 1, [(6, 10), (10, 3)], 6),
+        # LRA: classifier_head_dual of common_layers.py
+        (Head("mlp", (10, 5), "relu", "concat"), 2, [(12, 10), (10, 5), (5, 3)], 12),
+        (Head("linear"), 2, [(24, 3)], 24),
+    ],
+)
+def test_heads_have_the_layers_they_name(head: Head, towers: int, widths: list[tuple[int, int]], features: int) -> None:
+    torch.manual_seed(0)
+    model, given = Classifier(Identity(), TOKENS, 3, towers, "mean", head), batch(towers)
+    seen: list[Tensor] = []
+    model.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    assert model(given).shape == (3, 3)
+    assert seen[0].shape == (3, features)
+    linear = [m for m in model.head.modules() if isinstance(m, nn.Linear)]
+    assert [(m.in_features, m.out_features) for m in linear] == widths
+    h = seen[0]
+    for layer in linear[:-1]:
+        h = nn.functional.relu(layer(h)) if head.activation == "relu" else nn.functional.gelu(layer(h))
+    torch.testing.assert_close(model(given), linear[-1](h))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max", "last", "cls", "first"])
+def test_a_protocol_that_hides_zeros_hides_them_like_padding(pooling: str) -> None:
+    """But not the first token: a mask without a token would leave nothing to read."""
+    torch.manual_seed(0)
+    model = Classifier(Identity(), HIDING, 2, 1, pooling)
+    values = torch.tensor([[0, 3, 0, 4, 0]])
+    x, mask = model.encode(values, torch.ones(1, 5, dtype=torch.bool))
+    assert mask[0, -5:].tolist() == [True, True, False, True, False]
+    shown, real = model.encode(values[:, [0, 1, 3]], torch.ones(1, 3, dtype=torch.bool))
+    torch.testing.assert_close(model.pool(x, mask), model.pool(shown, torch.ones_like(real)))
+
+
+@pytest.mark.parametrize("name", ["transformer", "local", "local/overlap", "sparse", "longformer", "synthesizer"])
+def test_encoders_that_take_masks_with_gaps_never_look_at_what_is_hidden(name: str) -> None:
+    torch.manual_seed(0)
+    own = {"size": 4} if name.startswith("local") else {}
+    encoder = architectures.get(name)(d_model=8, n_layers=2, length=16, direction="bidirectional", **own).eval()
+    x, mask = torch.randn(2, 16, 8), torch.rand(2, 16) < 0.5
+    mask[:, 0] = True
+    changed = torch.where(mask.unsqueeze(-1), x, torch.randn(2, 16, 8))
+    with torch.no_grad():
+        y, again, all_shown = (encoder(*given) for given in ((x, mask), (changed, mask), (x, torch.ones_like(mask))))
+    torch.testing.assert_close(y[mask], again[mask])
+    assert not torch.allclose(y[mask], all_shown[mask], atol=1e-3)
+
+
+def test_hidden_tokens_are_as_if_they_were_not_there() -> None:
+    torch.manual_seed(0)
+    encoder = architectures.get("transformer")(
+        d_model=8, n_layers=2, length=16, direction="bidirectional", positions="none"
+    )
+    x, mask = torch.randn(1, 16, 8), (torch.arange(16) % 3 != 1).unsqueeze(0)
+    short = x[mask].unsqueeze(0)
+    torch.testing.assert_close(encoder(x, mask)[mask], encoder(short, torch.ones(short.shape[:2], dtype=torch.bool))[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "direction"), [("s4d", "bidirectional"), ("bigbird", "bidirectional"), ("transformer", "causal")]
+)
+def test_an_encoder_without_gaps_is_refused_where_the_protocol_needs_them(name: str, direction: str) -> None:
+    encoder = architectures.get(name)(d_model=8, n_layers=1, length=16, direction=direction)
+    with pytest.raises(UserError, match=r"protocol hiding hides tokens between others, which .* does not support"):
+        Classifier(encoder, HIDING, 2, 1, "mean")
 
 
 def test_continuous_input_is_scaled_as_the_protocol_says() -> None:
@@ -163,3 +239,25 @@ def test_schedules_warm_up_peak_and_end(schedule: str) -> None:
     end = {"constant": 1.0, "linear": 0.0, "cosine": 0.0, "rsqrt": (10 / 110) ** 0.5}[schedule]
     assert at(110) == pytest.approx(end)
     assert all(at(s + 1) <= at(s) for s in range(10, 110))
+
+
+@pytest.mark.parametrize("architecture", ["s4d", "bounded_cnn", "hgrn"])
+def test_gradients_under_bfloat16_autocast_are_those_of_float32(architecture: str) -> None:
+    """Over 8,192 tokens: sums in bfloat16 lose what fewer tokens would not show."""
+    torch.manual_seed(0)
+    length, classes, count = 256, 10, 32
+    protocol = Protocol("pixels", length=length, channels=1, scale=(0.5, 0.25))
+    encoder = lra.create_encoder(architecture, d_model=16, n_layers=1, length=length)
+    model = Classifier(encoder, protocol, classes, 1, "mean")
+    values = torch.randint(0, 256, (count, 1, length, 1), dtype=torch.uint8)
+    mask = torch.ones(count, 1, length, dtype=torch.bool)
+    labels = torch.arange(count) % classes
+    given = Batch(values, mask, labels, torch.arange(count))
+    gradients = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logits = model(given).float()
+        loss = nn.functional.cross_entropy(logits, labels)
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    for (name, _), exact, rounded in zip(model.named_parameters(), *gradients, strict=True):
+        assert (rounded - exact).norm() <= 0.05 * exact.norm(), name

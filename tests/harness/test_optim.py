@@ -134,6 +134,8 @@ def test_an_optimiser_of_the_users_own_gets_its_options(monkeypatch: pytest.Monk
 def test_schedules() -> None:
     at = optimisers.factor(Optim(schedule="rsqrt", warmup=4), 100)
     assert [at(0), at(3), at(4), at(16)] == [0.25, 1.0, 1.0, 0.5]
+    at = optimisers.factor(Optim(schedule="linear", warmup=4, warmup_power=2.0), 10)
+    assert [at(step) for step in range(5)] == [1 / 16, 4 / 16, 9 / 16, 1.0, 1.0]
     at = optimisers.factor(Optim(schedule="linear", warmup=0), 10)
     assert (at(0), at(5), at(10)) == (1.0, 0.5, 0.0)
     plateau = optimisers.Plateau(Optim(schedule="plateau", plateau_patience=1, plateau_factor=0.5))

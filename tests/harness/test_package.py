@@ -12,10 +12,51 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("lra", "architectures", "kernels", "tasks")
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+VERSIONS = [c.rpartition(" ")[2] for c in PROJECT["classifiers"] if c.startswith("Programming Language")]
+
+
+def test_accepted_versions_agree() -> None:
+    accepted = SpecifierSet(PROJECT["requires-python"])
+    assert [v for v in (f"3.{minor}" for minor in range(8, 30)) if f"{v}.1" in accepted] == VERSIONS
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    oldest, newest = VERSIONS[0].replace(".", ", "), VERSIONS[-1].replace(".", ", ")
+    assert f"({oldest}) <= sys.version_info[:2] <= ({newest})" in makefile
+    assert f"NEWEST := {VERSIONS[-1]}\n" in makefile
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["python_version"] == VERSIONS[0]
+    assert f"Python {VERSIONS[0]} to {VERSIONS[-1]}" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_pinned_packages_have_wheels_for_every_version(version: str, tmp_path: Path) -> None:
+    wanted = tmp_path / "wanted.txt"
+    extras = PROJECT["optional-dependencies"]
+    wanted.write_text("\n".join([*PROJECT["dependencies"], *extras["dev"]]), encoding="utf-8")
+    words = [
+        "install",
+        "--dry-run",
+        "--quiet",
+        "--ignore-installed",
+        "--only-binary=:all:",
+        "--target",
+        str(tmp_path / "x"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", *words, "--python-version", version, "-c", str(ROOT / "constraints.txt"),
+         "-r", str(wanted)],
+        capture_output=True, text=True, check=False, timeout=900,
+    )  # fmt: skip
+    if "No matching distribution found" in done.stderr and "from versions: none" in done.stderr:
+        pytest.skip("no network")
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 from lra.cli.app import app
 from lra.errors import UserError
 from lra.profiling import fit, memory, peak, profiler, timing
+from lra.profiling.budget import budget_of
 from lra.profiling.timing import measure, together
 from lra.reports import efficiency, lra_table
 from lra.reports import table as tables
@@ -482,7 +483,7 @@ def test_failure_is_like_not_fitting() -> None:
 
 @pytest.mark.parametrize(("text", "size"), [("2GiB", 2**31), ("0.5 MiB", 2**19)])
 def test_budgets_are_read(text: str, size: int) -> None:
-    assert fit.budget_of(text) == size
+    assert budget_of(text) == size
 
 
 def invoke(*arguments: str) -> Any:

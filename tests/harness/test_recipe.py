@@ -80,6 +80,11 @@ def test_the_hash_follows_the_content_and_not_the_name(path: str, tmp_path: Path
         ("optim.betas", "[0.9, 1.5]", "from 0 up to"),
         ("model.dropout", "1.0", "from 0 up to"),
         ("model.pooling", "'avg'", "one of mean"),
+        ("model.head", "'deep'", "one of auto, linear, mlp"),
+        ("model.head", "'mlp'", "go together"),
+        ("model.head_hidden", "[8]", "go together"),
+        ("model.pair", "'sum'", "one of products, concat"),
+        ("optim.warmup_power", "0.0", "more than 0"),
         ("steps", "5", "unknown setting"),
         ("optim.name", "adamx", "one of adamw"),
         ("optim.ema", "1.0", "from 0 up to"),
@@ -151,9 +156,21 @@ def test_recipes_with_a_budget_stay_within_it(name: str, recipe_name: str) -> No
         found, _ = resolve(Request("image", architecture, recipe_name))
         constructor = architectures.get(architecture)
         shape = build_on_meta(lambda: build_encoder(found, constructor, 1024))  # noqa: B023
-        sizes[architecture] = sum(p.numel() for p in shape.parameters())
+        sizes[architecture] = shape.active_parameters
         assert found.model.d_model % found.model.width_step == 0
     assert sizes[name] <= 1.1 * sizes["transformer"]
+
+
+@pytest.mark.parametrize("recipe_name", ["standard", "matched"])
+@pytest.mark.parametrize("name", ["moe", "moe/k1", "moe/k4", "switch"])
+def test_a_mixture_does_the_work_of_the_feed_forward_part_it_replaces(name: str, recipe_name: str) -> None:
+    work = []
+    for architecture in ("transformer", name):
+        found, _ = resolve(Request("image", architecture, recipe_name))
+        constructor = architectures.get(architecture)
+        encoder = build_on_meta(lambda: build_encoder(found, constructor, 1024))  # noqa: B023
+        work.append(sum(layer.ffn.cost(1024).matmul for layer in encoder.blocks))
+    assert 0.95 < work[1] / work[0] < 1.1
 
 
 def test_committed_results_keep_their_recipe_identity() -> None:
@@ -174,6 +191,62 @@ def test_pretraining_settings_count_only_when_there_is_pretraining(path: str) ->
     assert plain.hash == idle.hash != used.hash
     assert (plain.regime, used.regime) == ("scratch", "self-pretrained (mlm)")
     assert recipe.from_dict(used.as_dict()).hash == used.hash
+
+
+STATED = """
+[default]
+source = "the paper"
+differences = ["one"]
+[default.optim]
+lr = 0.1
+clip = 0.0
+[default.sources]
+optim.clip = "ours"
+[task.listops]
+differences = ["two"]
+[task.listops.optim]
+clip = 1.0
+[task.text]
+source = "its file"
+[task.text.optim]
+clip = 1.0
+"""
+
+
+def test_a_recipe_states_the_source_of_each_value_and_what_differs(tmp_path: Path) -> None:
+    stated, silent = tmp_path / "stated.toml", tmp_path / "silent.toml"
+    stated.write_text(STATED)
+    silent.write_text("[default.optim]\nlr = 0.1\nclip = 0.0\n")
+    image, listops, text = (recipe.provenance(str(stated), task, "s4d") for task in ("image", "listops", "text"))
+    assert image == recipe.Provenance({"optim.lr": "the paper", "optim.clip": "ours"}, ("one",))
+    # a value without a source does not inherit that of the value it replaces
+    assert listops == recipe.Provenance({"optim.lr": "the paper"}, ("one", "two"))
+    assert text.sources == {"optim.lr": "the paper", "optim.clip": "its file"}
+    assert recipe.provenance(str(silent), "image", "s4d") == recipe.Provenance({}, ())
+    hashes = [recipe.resolve(str(path), "image", "s4d")[0].hash for path in (stated, silent)]
+    assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "[default.sources]\noptim.lr = 'x'\n[default.optim]\nclip = 0.0",
+            "did you mean 'sources.optim.clip'|unknown key",
+        ),
+        ("[default]\nsource = 3", "hold 3; expected a text"),
+        ("[default]\nsources = 'x'", "expected a table"),
+        ("[default]\ndifferences = 'x'", "expected a list of texts"),
+        ("[default]\ndifferences = [1]", "hold 1; expected a text"),
+    ],
+)
+def test_wrong_statements_are_one_clear_line(content: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(content)
+    for call in (recipe.resolve, recipe.provenance):
+        with pytest.raises(UserError, match=message) as error:
+            call(str(file), "listops", "s4d")
+        assert "\n" not in str(error.value)
 
 
 def test_expectations_are_read_and_are_no_part_of_the_identity(path: str, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from lra import registry
 from lra.encoder import FAMILIES, Card, Encoder
 from lra.errors import UserError
-from lra.registry import Registry, architectures, tasks
+from lra.registry import PLUGIN, Registry, architectures, tasks
 
 ROOT = Path(__file__).parents[2]
 ENCODER = """
@@ -175,12 +175,11 @@ def test_plug_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     plugged = plug(monkeypatch, ("outside", "lra.architectures.recurrent.gru:GRU"), ("torn", "no_such_package:Net"))
     assert {"outside", "gru"} <= set(plugged.names(variants=True))
     assert plugged.get("outside").cls is architectures.get("gru").cls
-    assert plugged.facts("outside") == {
-        "name": "outside",
-        "family": "",
-        "variants": {},
-        "plugin": "lra.architectures.recurrent.gru:GRU",
-    }
+    facts, gru = plugged.facts("outside"), architectures.facts("gru")
+    own = {"name": "outside", "family": PLUGIN, "plugin": "lra.architectures.recurrent.gru:GRU"}
+    assert {key: facts[key] for key in own} == own
+    assert {key: facts[key] for key in gru if key not in own} == {key: gru[key] for key in gru if key not in own}
+    assert "no_such_package" in plugged.facts("torn")["problem"]
     assert "loading no_such_package:Net failed: ModuleNotFoundError" in said(plugged, "torn")
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +25,11 @@ from lra.reports.ranking import Leaderboard
 from lra.results import result
 from lra.results.collection import Collection
 from lra.results.record import AT_CHANCE
+from lra.training import precision, sizes
 from lra.training.callbacks import Stop
-from lra.training.construction import check_batch_memory
 from lra.training.request import Request, resolve
 from lra.training.run import run
+from lra.training.sizes import check_batches
 from lra.training.trained_run import load
 
 TINY = f"{Path(__file__).parents[1] / 'tiny_task.py'}:Tiny"
@@ -189,7 +192,7 @@ class Pair(torch.nn.Module):
 def test_what_cannot_run_is_one_line(places: Path) -> None:
     for settings, architecture, says in (
         ({"model.d_model": "1000000"}, "gru", r"model\.d_model=1000000 .* needs more than"),
-        ({}, Pair, r"Pair fails on its first batch: ValueError: Pair returned a tuple"),
+        ({}, Pair, r"Pair: its first batch raised ValueError: Pair returned a tuple"),
         ({"encoder.layer": "{...}"}, Pair, "Pair"),
     ):
         with pytest.raises(UserError, match=says) as error:
@@ -197,9 +200,68 @@ def test_what_cannot_run_is_one_line(places: Path) -> None:
         assert "\n" not in str(error.value)
     recipe, _ = resolve(Request(TINY, "gru", "quick", settings={"data.batch_size": "1000000000"}))
     with pytest.raises(UserError, match=r"data\.batch_size=1000000000 .* needs more than"):
-        check_batch_memory(recipe, torch.device("cpu"), np.full((10**7, 1), 4000))
-    check_batch_memory(recipe, torch.device("cpu"), np.full((100, 1), 4000))
+        check_batches(recipe, "cpu", np.full((10**7, 1), 4000), 100)
+    check_batches(recipe, "cpu", np.full((100, 1), 4000), 100)
     assert not list(places.rglob("recipe.json"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"model.d_model": "1000000"}, "model.d_model="),
+        ({"model.n_layers": "1000000000"}, "smaller values of both|model.n_layers="),
+        ({"data.batch_size": "1000000000"}, "data.batch_size="),
+        ({"data.evaluation_batch_size": "1000000000"}, "data.evaluation_batch_size="),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_what_would(
+    settings: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sizes, "total_memory", lambda device: 2**33)
+    recipe, _ = resolve(Request(TINY, "gru", "quick", settings=settings))
+
+    def refused(key: str = "", value: int = 0) -> str | None:
+        section = key.partition(".")[0]
+        changed = recipe if not key else replace(
+            recipe, **{section: replace(getattr(recipe, section), **{key.partition(".")[2]: value})}
+        )  # fmt: skip
+        try:
+            sizes.check_weights(changed, "cpu")
+            sizes.check_batches(changed, "cpu", np.full((10**7, 1), 4000), 10**7)
+        except UserError as error:
+            return str(error)
+        return None
+
+    message = refused()
+    assert message is not None
+    assert "\n" not in message
+    offer = re.search(rf"at most (?:{says})(\d+) can fit", message)
+    if offer is None:
+        assert re.search(rf"at most .*(?:{says}).* can fit", message)
+        return
+    key, most = says.rstrip("="), int(offer[1])
+    assert refused(key, most) is None
+    assert refused(key, most + most // 100 + 1) is not None
+
+
+def test_an_encoder_whose_own_size_cannot_fit_is_refused_before_it_is_allocated(places: Path) -> None:
+    with pytest.raises(UserError, match=r"a model of [\d,]+ parameters needs more than .* can fit"):
+        go({"encoder.block.expand": "100000000"}, "transformer")
+    assert not (places / "lra_cache").exists()
+
+
+def test_fp16_needs_a_gpu(places: Path) -> None:
+    settings = {"train.precision": "fp16"}
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="fp16 needs a GPU, and PyTorch finds none here; use bf16 or 32"):
+            go(settings)
+    recipe, _ = resolve(Request(TINY, "gru", "quick", settings=settings))
+    assert precision.of_run(recipe, torch.device("cuda")) == "16-mixed"
+
+
+@pytest.mark.gpu
+def test_a_run_in_fp16(places: Path) -> None:
+    assert result.read(go({"train.precision": "fp16"})).environment.precision == "16-mixed"
 
 
 def test_two_seeds_make_one_row_with_an_interval(places: Path) -> None:

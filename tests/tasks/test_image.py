@@ -123,6 +123,9 @@ def test_lra2020_holds_out_the_last_and_s4_those_of_random_split(raw: Path) -> N
     drawn = TensorDataset(torch.arange(60))
     held = random_split(drawn, [40, 20], generator=torch.Generator().manual_seed(42))[1].indices
     assert rows(prepared_sets.load_prepared(Image(), small("s4"), source=raw), "validation") == sorted(held)
+    masked = prepared_sets.load_prepared(Image(), small("lra2020-masked"), source=raw)
+    assert masked.checksum == from_file.checksum
+    assert masked.protocol.hides_zeros
 
 
 def test_any_number_of_workers_gives_the_same(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,13 +43,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("name", ["pathfinder", "pathfinder64", "pathx", "path256"])
 def test_every_size_declares_tokens_and_pixels_and_freezes_what_it_generates(name: str) -> None:
     found = registry.tasks.get(name)()
+    assert list(found.protocols)[:2] == ["strict-continuous", "strict"]
     strict, continuous = found.protocols["strict"], found.protocols["strict-continuous"]
     assert (strict.encoding, strict.vocabulary) == ("tokens", 256)
     assert (continuous.encoding, continuous.channels, continuous.scale) == ("continuous", 1, (0.5, 0.5))
     assert strict.sha256 == continuous.sha256
     for protocol in found.protocols.values():
         assert protocol.length == found.size**2
-        assert protocol.name == "strict-small" or list(protocol.counts.values()) == [160_000, 20_000, 20_000]
+        assert protocol.name.endswith("-small") or list(protocol.counts.values()) == [160_000, 20_000, 20_000]
         assert [len(protocol.sha256.get(split, "")) for split in SPLITS] == [0 if protocol.raw else 64] * 3
 
 
@@ -120,7 +121,32 @@ def test_the_centre_crop_sees_the_middle_and_a_bag_of_tokens_only_what_is_there(
     index = np.arange(40, dtype=np.int32)[:, None]
     split = Split(images.ravel(), np.arange(41) * side**2, index, labels.astype(np.uint8))
     floors = found.floors(split, split)
-    assert floors == {"majority class": 0.5, "bag of tokens": 0.5, "centre crop": 1.0}
+    assert set(floors) == {"majority class", "bag of tokens", "centre crop", "marker distance"}
+    assert [floors[name] for name in ("majority class", "bag of tokens", "centre crop")] == [0.5, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("size", [32, 128])
+def test_the_marker_distance_is_that_of_the_discs(size: int) -> None:
+    images, _, tips = generate(lra_drawing(size), 777, 0, 12)
+    index = np.arange(12, dtype=np.int32)[:, None]
+    split = Split(images.ravel(), np.arange(13) * size**2, index, np.zeros(12, np.uint8))
+    found = (Pathfinder() if size == 32 else PathX())._marker_distance(split, np.arange(12))
+    distance = np.hypot(*(tips[:, 0] - tips[:, 1]).T) / size
+    # the centre of an even square lies half a pixel off
+    np.testing.assert_allclose(found[:, 0], distance, atol=2 / size)
+    np.testing.assert_array_equal(found[:, 1:], np.stack([found[:, 0] ** 2, found[:, 0] ** 3], axis=1))
+
+
+def test_the_marker_distance_tells_the_labels_apart_where_they_differ_in_it() -> None:
+    """Discs 4 pixels apart in one class and 20 in the other, at random places."""
+    random, labels = np.random.default_rng(0), np.arange(40, dtype=np.uint8) % 2
+    images = np.zeros((40, 32, 32), np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        y, x = random.integers(1, 10, 2)
+        for start in (x, x + (20 if label else 5)):
+            image[y : y + 3, start : start + 3] = 255
+    split = Split(images.ravel(), np.arange(41) * 32**2, np.arange(40, dtype=np.int32)[:, None], labels)
+    assert Pathfinder().floors(split, split)["marker distance"] == 1.0
 
 
 Tree = Callable[..., Path]
@@ -184,6 +210,14 @@ def test_s4_splits_as_torch_does(tmp_path: Path, tree: Tree) -> None:
     for split, part in zip(splits.values(), parts, strict=True):
         for example, row in enumerate(part.indices):
             np.testing.assert_array_equal(split.document(split.index[example, 0]), order(raw)[row][0])
+
+
+def test_a_centred_set_has_the_bytes_of_s4_and_another_scale(tmp_path: Path, tree: Tree) -> None:
+    raw = tree() / "lra_release" / "pathfinder32"
+    for name in ("s4", "s4-centred"):
+        prepare(tmp_path / name, released(name), raw)
+    assert contents(tmp_path / "s4") == contents(tmp_path / "s4-centred")
+    assert [Pathfinder.protocols[name].scale for name in ("s4", "s4-centred")] == [(0.0, 1.0), (0.5, 0.5)]
 
 
 def test_the_empty_file_is_left_out_and_noted(tmp_path: Path, tree: Tree) -> None:
