@@ -203,6 +203,7 @@ class Reformer(Stack):
         url="https://arxiv.org/abs/2001.04451",
         scaling="L^2",
         causal=False,
+        exempt={"functional": "reversible layers run autograd inside their backward pass, which torch.func cannot see"},
     )
 
     def __init__(

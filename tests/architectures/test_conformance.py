@@ -26,8 +26,9 @@ HERE = Path(__file__).parents[1]
 NAMES = architectures.names(variants=True)
 # one fresh process serves all names in a test of its own: starting one for each would cost more than all other checks
 IN_PROCESS = [name for name in CHECKS if name != "save"]
-# a second each: variants are traced in the slow tests
+# two seconds a name and more: most names are traced in the slow tests
 TRACED = ["compiles", "exports"]
+OFTEN_TRACED = ("gau", "s4d", "transformer")
 UNTRACED = [name for name in IN_PROCESS if name not in TRACED]
 BROKEN = [
     name for name, c in vars(bad_encoders).items()
@@ -45,15 +46,13 @@ SLOW = ("cfc/ltc", "cfc/mixed-memory", "cfc/no-gate", "cfc/pure", "neural_ode/mi
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in NAMES])
 def test_architecture(name: str) -> None:
-    checks = UNTRACED if "/" in name else IN_PROCESS
-    findings = check(name, only=checks)
-    assert [f.check for f in findings] == checks
+    findings = check(name, only=UNTRACED)
+    assert [f.check for f in findings] == UNTRACED
     assert not [f"{f.check}: {f.message}" for f in findings if f.failed]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in NAMES if "/" in name])
-def test_variant_is_compiled_and_exported(name: str) -> None:
+@pytest.mark.parametrize("name", [n if n in OFTEN_TRACED else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
+def test_architecture_is_compiled_and_exported(name: str) -> None:
     assert not [f"{f.check}: {f.message}" for f in check(name, only=TRACED) if f.failed]
 
 
