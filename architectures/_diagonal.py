@@ -31,7 +31,7 @@ def modes(init: str, state_size: int) -> tuple[Tensor, Tensor]:
     if init == "real":
         return torch.complex(-(n + 1), torch.zeros_like(n)), torch.ones_like(n)
     frequency, basis, b = legs_modes(state_size)
-    kept = frequency > 0
+    kept = slice(state_size // 2, None)  # the frequencies above 0
     return torch.complex(half, frequency[kept]), (basis.mH @ b.to(basis.dtype)).abs()[kept] / 2
 
 

@@ -24,20 +24,18 @@ INITS = ("legs", "fout", "legt", "hippo")
 def modes(init: str, state_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """A: (N / 2,), P: (rank, N / 2) and B: (N / 2,), complex128: HiPPO in the basis that makes it diagonal minus
     P P^*. init: one of INITS but "hippo", which mixes two of them."""
-    n = torch.arange(state_size // 2, dtype=torch.float64)
+    n, above = torch.arange(state_size // 2, dtype=torch.float64), slice(state_size // 2, None)  # frequencies above 0
     if init == "fout":
         B = torch.where(n == 0, 0.5, torch.ones_like(n)).sqrt().to(torch.complex128)
         return torch.complex(torch.zeros_like(n), math.pi * n), B.unsqueeze(0), B
     if init == "legs":
         frequency, basis, b = legs_modes(state_size)
-        kept = frequency > 0
-        B = (basis.mH @ b.to(basis.dtype))[kept]
-        return torch.complex(torch.full_like(n, -0.5), frequency[kept]), B.unsqueeze(0) * 0.5**0.5, B
+        B = (basis.mH @ b.to(basis.dtype))[above]
+        return torch.complex(torch.full_like(n, -0.5), frequency[above]), B.unsqueeze(0) * 0.5**0.5, B
     dense, b, p = legt(state_size)
     frequency, basis = torch.linalg.eigh(-1j * (dense + p.mT @ p))
-    kept = frequency > 0
-    turned = torch.cat([p, b.unsqueeze(0)]).to(basis.dtype) @ basis.conj()[:, kept]
-    return torch.complex(torch.zeros_like(n), frequency[kept]), turned[:-1], turned[-1]
+    turned = torch.cat([p, b.unsqueeze(0)]).to(basis.dtype) @ basis.conj()[:, above]
+    return torch.complex(torch.zeros_like(n), frequency[above]), turned[:-1], turned[-1]
 
 
 def check_dplr(state_size: int, init: str, n_ssm: int) -> None:

@@ -49,7 +49,10 @@ class LayerNorm(nn.LayerNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(wide(x) if torch.is_autocast_enabled(x.device.type) else x)
+        if not torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        weight, bias = (None if p is None else wide(p) for p in (self.weight, self.bias))
+        return F.layer_norm(wide(x), self.normalized_shape, weight, bias, self.eps)
 
 
 class ScaleNorm(nn.Module):

@@ -69,7 +69,7 @@ def hippo_block(size: int) -> tuple[Tensor, Tensor]:
     """Eigenvalues (size / 2,) of the normal part of HiPPO-LegS with negative imaginary part, ascending, and their
     eigenvectors (size, size / 2): complex128."""
     frequency, basis, _ = legs_modes(size)
-    kept = frequency < 0
+    kept = slice(size // 2)  # the frequencies below 0
     return torch.complex(torch.full_like(frequency[kept], -0.5), frequency[kept]), basis[:, kept]
 
 
