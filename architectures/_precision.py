@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 
 def wide(x: Tensor) -> Tensor:
@@ -14,10 +15,14 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def mixed(x: Tensor) -> AbstractContextManager[Any]:
-    """Autocast to the dtype of x where that is bfloat16 or float16: a module converted by `.to(torch.bfloat16)` then
-    computes as one under autocast, with products in bfloat16 and long sums in float32."""
+def own_precision(x: Tensor, compute: Callable[[], Any]) -> Any:
+    """What `compute`, which reads x, returns: a tensor, or several.
+
+    If x is bfloat16 or float16 outside autocast, as in a module converted by `.to(torch.bfloat16)`, it runs under
+    autocast, with products in that dtype and long sums in float32, and its results are cast to the dtype of x.
+    """
     kind = x.device.type
     if x.dtype not in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(kind):
-        return nullcontext()
-    return torch.autocast(kind, x.dtype)
+        return compute()
+    with torch.autocast(kind, x.dtype):
+        return tree_map_only(Tensor, lambda t: t.to(x.dtype), compute())

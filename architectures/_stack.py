@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from lra.architectures._dropout import Dropout, tie_dropout
 from lra.architectures._moe import MIXTURES, Experts
 from lra.architectures._norm import BatchNorm, LayerNorm, ScaleNorm, normalised
-from lra.architectures._precision import mixed
+from lra.architectures._precision import own_precision
 from lra.architectures._table import Tables
 from lra.encoder import Cost, Encoder, Mixer, clean_padding, lengths_of
 
@@ -143,10 +143,9 @@ class Layer(nn.Module):
     def _around(
         self, x: Tensor, norm: nn.Module, part: Callable[[Tensor], Tensor], mask: Tensor | None = None
     ) -> Tensor:
-        with mixed(x):
-            if self.prenorm:
-                return x + self.dropout(part(normalised(norm, x, mask))).to(x.dtype)
-            return normalised(norm, x + self.dropout(part(x)).to(x.dtype), mask)
+        if self.prenorm:
+            return own_precision(x, lambda: x + self.dropout(part(normalised(norm, x, mask))))
+        return own_precision(x, lambda: normalised(norm, x + self.dropout(part(x)), mask))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         padding = ~mask.unsqueeze(-1)

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ from torch.nn import functional as F
 
 from lra.architectures._attention import at_least, checked_dropout, checked_width, merge_heads, split_heads
 from lra.architectures._norm import normalised
-from lra.architectures._precision import mixed, wide
+from lra.architectures._precision import own_precision, wide
 from lra.architectures._stack import NORMS, Block, Layer, Stack
 from lra.encoder import Card, Cost, Mixer, clean_padding
 from lra.kernels.decay_attention import decay_attention
@@ -204,7 +205,7 @@ class Luna(Stack):
         x = self.enter(x)
         p = self.memory.expand(len(x), -1, -1)
         for layer, norm in zip(self.blocks, self.memory_norms, strict=True):
-            x, p = both(layer, norm, x, p, mask)
+            x, p = own_precision(x, partial(both, layer, norm, x, p, mask))
         return normalised(self.norm, x, mask)
 
 
@@ -215,10 +216,8 @@ def both(layer: Layer, memory_norm: nn.Module, x: Tensor, p: Tensor, mask: Tenso
     rows = torch.ones(p.shape[:2], dtype=torch.bool, device=p.device)
     h, m = (normalised(layer.norm, x, mask), normalised(memory_norm, p, rows)) if layer.prenorm else (x, p)
     h = h.masked_fill(padding, 0)
-    with mixed(x):
-        packed = mixer.pack(h, mask, m)
-        unpacked = layer.dropout(mixer.unpack(h, packed))
-    x, p = x + unpacked.to(x.dtype), p + layer.dropout(packed).to(p.dtype)
+    packed = mixer.pack(h, mask, m)
+    x, p = x + layer.dropout(mixer.unpack(h, packed)), p + layer.dropout(packed)
     if not layer.prenorm:
         x, p = normalised(layer.norm, x, mask), normalised(memory_norm, p, rows)
     if ffn is not None and layer.ffn_norm is not None:

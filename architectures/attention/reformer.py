@@ -53,7 +53,7 @@ from lra.architectures._attention import (  # fmt: skip
     rope,
     split_heads,
 )
-from lra.architectures._precision import mixed
+from lra.architectures._precision import own_precision
 from lra.architectures._reversible import Step, reversible
 from lra.architectures._rounds import Reordered, UnionOfRounds
 from lra.architectures._stack import Layer, Stack
@@ -248,8 +248,8 @@ class Reformer(Stack):
         """Both streams after the last layer, before they are averaged: (B, L, D) each."""
         x, mask = clean_padding(x, mask)
         x = self.enter(x)
-        with mixed(x):
-            return reversible(x, x, [reversible_step(layer, mask) for layer in self.blocks], random=self.training)
+        steps = [reversible_step(layer, mask) for layer in self.blocks]
+        return own_precision(x, lambda: reversible(x, x, steps, random=self.training))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         y1, y2 = self.streams(x, mask)

@@ -138,7 +138,7 @@ class TimeMix(Mixer):
 
     def _finish(self, o: Tensor, views: dict[str, Tensor], gate: Tensor) -> Tensor:
         """Norm, bonus, gate and output map: (..., H, N) -> (..., D)."""
-        normed = self.ln_x(wide(o).reshape(-1, gate.shape[-1])).view(gate.shape)
+        normed = self.ln_x(o.to(self.ln_x.weight.dtype).reshape(-1, gate.shape[-1])).view(gate.shape)
         bonus = (views["r"] * views["k"] * self.r_k).sum(-1, keepdim=True) * views["v"]
         return self.output((normed + bonus.flatten(-2)) * gate)
 
