@@ -94,7 +94,7 @@ class GRUMixer(Mixer):
         if self.gamma is None:
             return self.input(x)
         return nn.functional.layer_norm(
-            wide(nn.functional.linear(x, self.input.weight)), (len(self.U),), self.gamma[0], self.input.bias
+            wide(nn.functional.linear(x, self.input.weight)), (len(self.U),), wide(self.gamma[0]), wide(self.input.bias)
         )  # fmt: skip
 
     def cost(self, length: int) -> Cost:

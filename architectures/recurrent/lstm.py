@@ -119,7 +119,7 @@ class LSTMMixer(Mixer):
         """W x + b, or n(W x) without b: (..., D) -> (..., 4 H)."""
         if self.norm is None:
             return self.input(x)
-        return F.layer_norm(wide(F.linear(x, self.input.weight)), (len(self.U),), self.gain)
+        return F.layer_norm(wide(F.linear(x, self.input.weight)), (len(self.U),), wide(cast(Tensor, self.gain)))
 
     def cost(self, length: int) -> Cost:
         rows, width = self.U.shape
