@@ -105,7 +105,7 @@ class LSTMMixer(Mixer):
     def _zoned_out(self, x: Tensor, U: Tensor, state: State) -> tuple[Tensor, State]:
         entering, outputs = wide(self._entering(x)), []
         with torch.autocast(x.device.type, enabled=False):
-            U, keeps = wide(U), self.keeps(entering)
+            U, keeps, state = wide(U), self.keeps(entering), (wide(state[0]), wide(state[1]))
             for token, keep_c, keep_h in zip(entering.unbind(1), *(k.unbind(1) for k in keeps), strict=True):
                 y, state = self._advance(token, state, U, (keep_c, keep_h))
                 outputs.append(y)

@@ -155,9 +155,8 @@ def test_compiles_without_a_graph_break(op: str) -> None:
     torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("op", OPS)
-def test_gradients_under_checkpointing(op: str, reentrant: bool) -> None:
+def test_gradients_under_checkpointing(op: str) -> None:
     """Checkpointing refuses a second reading of the tensors saved for backward."""
     arguments = arguments_of(cases_of(op, "small")[0], torch.float32)
 
@@ -168,7 +167,7 @@ def test_gradients_under_checkpointing(op: str, reentrant: bool) -> None:
         def call(*values: Tensor) -> Any:
             return operator(op)(**given, **dict(zip(names, values, strict=True)))
 
-        return checkpoint(call, *tensors, use_reentrant=reentrant)
+        return checkpoint(call, *tensors, use_reentrant=False)
 
     torch.testing.assert_close(run(checkpointed, arguments), run(operator(op), arguments))
 
