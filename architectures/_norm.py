@@ -55,6 +55,14 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(wide(x), self.normalized_shape, weight, bias, self.eps)
 
 
+class RMSNorm(nn.RMSNorm):
+    """As nn.RMSNorm; an input more precise than the weight keeps its precision without a warning."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.to(torch.promote_types(self.weight.dtype, x.dtype))
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
 class ScaleNorm(nn.Module):
     """g x / sqrt(mean of x^2 + eps), g one number: (..., D). arXiv:1910.05895 has the sum in place of the mean."""
 

@@ -19,13 +19,13 @@ from torch.nn import functional as F
 
 from lra.architectures._dropout import Dropout, tie_dropout
 from lra.architectures._moe import MIXTURES, Experts
-from lra.architectures._norm import BatchNorm, LayerNorm, ScaleNorm, normalised
+from lra.architectures._norm import BatchNorm, LayerNorm, RMSNorm, ScaleNorm, normalised
 from lra.architectures._precision import own_precision
 from lra.architectures._table import Tables
 from lra.encoder import Cost, Encoder, Mixer, clean_padding, lengths_of
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "layer": LayerNorm, "rms": lambda d: nn.RMSNorm(d, eps=1e-6), "batch": BatchNorm, "scale": ScaleNorm,
+    "layer": LayerNorm, "rms": lambda d: RMSNorm(d, eps=1e-6), "batch": BatchNorm, "scale": ScaleNorm,
 }  # fmt: skip
 POSITIONS = ("none", "sinusoidal", "learned")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}

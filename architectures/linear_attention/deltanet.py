@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._delta import EPS, advance, mamba_decay, unit
+from lra.architectures._norm import RMSNorm
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
@@ -66,7 +67,7 @@ class DeltaNetMixer(Mixer):
         self.conv1d = ShortConvolution(sum(self.inner), d_conv)
         if gated:
             self.A_log, self.dt_bias = mamba_decay(n_heads, n_heads)
-        self.o_norm = nn.RMSNorm(value_dim // n_heads, eps=EPS)
+        self.o_norm = RMSNorm(value_dim // n_heads, eps=EPS)
         self.o_proj = nn.Linear(value_dim, d_model, bias=False)
 
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._delta import advance, mamba_decay, unit
+from lra.architectures._norm import RMSNorm
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
@@ -65,7 +66,7 @@ class DeltaProductMixer(Mixer):
             self.a_proj = nn.Linear(d_model, n_heads, bias=False)
             self.A_log, self.dt_bias = mamba_decay(n_heads, n_heads)
         self.g_proj = nn.Linear(d_model, value_dim, bias=False)
-        self.o_norm = nn.RMSNorm(value_dim // n_heads, eps=1e-5)
+        self.o_norm = RMSNorm(value_dim // n_heads, eps=1e-5)
         self.o_proj = nn.Linear(value_dim, d_model, bias=False)
 
     def _views(

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._bounds import LowerBounds
-from lra.architectures._norm import LayerNorm
+from lra.architectures._norm import LayerNorm, RMSNorm
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack, flip
 from lra.encoder import Card, Cost, Mixer
@@ -70,7 +70,7 @@ class HGRN2Mixer(Mixer):
         self.scale = 1.0 if lra else (d_model // n_heads) ** -0.5
         self._bounds = (bounds,)  # in a tuple: the stack registers it, a mixer only reads it
         self.in_proj = nn.Linear(d_model, 3 * d_model, bias=lra)  # rows: v, q, f
-        self.norm = LayerNorm(d_model) if lra else nn.RMSNorm(d_model, eps=1e-5)
+        self.norm = LayerNorm(d_model) if lra else RMSNorm(d_model, eps=1e-5)
         self.out_proj = nn.Linear(d_model, d_model, bias=lra)
 
     def _heads(self, vqf: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._delta import channel_delta, channel_delta_cost, channel_delta_step, mamba_decay, unit
+from lra.architectures._norm import RMSNorm
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
@@ -58,7 +59,7 @@ class KDAMixer(Mixer):
         self.b_proj = nn.Linear(d_model, n_heads, bias=False)
         self.A_log, self.dt_bias = mamba_decay(n_heads, width)
         self.g_proj = nn.Sequential(nn.Linear(d_model, head_dim, bias=False), nn.Linear(head_dim, width))
-        self.o_norm = nn.RMSNorm(head_dim, eps=1e-5)
+        self.o_norm = RMSNorm(head_dim, eps=1e-5)
         self.o_proj = nn.Linear(width, d_model, bias=False)
 
     def _terms(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Terms:

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._delta import mamba_decay
+from lra.architectures._norm import RMSNorm
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
@@ -121,7 +122,7 @@ class LogLinearMixer(Mixer):
         self.A_log, self.dt_bias = mamba_decay(self.n_heads, self.n_heads)
         self.L = nn.Parameter(torch.ones(self.n_heads, self.levels))
         self.D = nn.Parameter(torch.ones(self.n_heads))
-        self.norm = nn.RMSNorm(self.width, eps=1e-5)
+        self.norm = RMSNorm(self.width, eps=1e-5)
         self.out_proj = nn.Linear(self.width, d_model, bias=False)
 
     def _terms(self, xBC: Tensor, dt: Tensor, dl: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

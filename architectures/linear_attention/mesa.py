@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._delta import unit
+from lra.architectures._norm import RMSNorm
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
@@ -116,7 +117,7 @@ class MesaMixer(Mixer):
         self.a_proj, self.b_proj = nn.Linear(d_model, n_heads), nn.Linear(d_model, n_heads)
         self.lambda_params = nn.Parameter(torch.full((width,), math.log(math.expm1(1 - LOWEST))))
         self.q_conv1d, self.k_conv1d = ShortConvolution(width, d_conv), ShortConvolution(width, d_conv)
-        self.o_norm = nn.RMSNorm(head_dim, eps=1e-5)
+        self.o_norm = RMSNorm(head_dim, eps=1e-5)
         self.o_proj = nn.Linear(width, d_model, bias=False)
 
     def _views(self, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._norm import RMSNorm
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._ssm import initial_log_dt
@@ -65,7 +66,7 @@ class HydraMixer(Mixer):
         self.A_log = nn.Parameter(torch.zeros(self.n_heads))
         self.D = nn.Parameter(torch.ones(self.n_heads))
         self.fc_D = nn.Linear(self.width, self.n_heads, bias=False)
-        self.norm = nn.RMSNorm(self.width, eps=1e-5)
+        self.norm = RMSNorm(self.width, eps=1e-5)
         self.out_proj = nn.Linear(self.width, d_model, bias=False)
 
     def _convolve(self, xBC: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from torch.nn import functional as F
 from lra.architectures._attention import AttentionMixer, at_least, attend, checked_width
 from lra.architectures._dropout import tie_dropout
 from lra.architectures._moe import Experts
+from lra.architectures._norm import RMSNorm
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._ssm import initial_log_dt
@@ -60,7 +61,7 @@ class JambaMambaMixer(Mixer):
         self.in_proj = nn.Linear(d_model, 2 * width, bias=False)  # rows: u, z
         self.conv1d = ShortConvolution(width, d_conv, bias=True)
         self.x_proj = nn.Linear(width, sum(self.sizes), bias=False)  # rows: r, B, C
-        self.dt_layernorm, self.b_layernorm, self.c_layernorm = (nn.RMSNorm(size, eps=EPS) for size in self.sizes)
+        self.dt_layernorm, self.b_layernorm, self.c_layernorm = (RMSNorm(size, eps=EPS) for size in self.sizes)
         self.dt_proj = nn.Linear(dt_rank, width)
         dt = initial_log_dt(width, dt_min, dt_max).exp().clamp(min=1e-4)
         with torch.no_grad():
@@ -234,7 +235,7 @@ class Jamba(Stack):
             else:
                 layer.ffn = FeedForward("swiglu", d_model, shape.expand, dropout)
             tie_dropout(layer.ffn, shape.tie_dropout)
-            layer.ffn_norm = nn.RMSNorm(d_model, eps=EPS)
+            layer.ffn_norm = RMSNorm(d_model, eps=EPS)
 
     @property
     def scaling(self) -> str:

@@ -40,6 +40,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._norm import RMSNorm
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._ssm import initial_log_dt
@@ -70,8 +71,8 @@ class Mamba3Mixer(Mixer):
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
         self.B_bias = nn.Parameter(torch.ones(self.n_heads, state_size))
         self.C_bias = nn.Parameter(torch.ones(self.n_heads, state_size))
-        self.B_norm = nn.RMSNorm(state_size, eps=1e-5)
-        self.C_norm = nn.RMSNorm(state_size, eps=1e-5)
+        self.B_norm = RMSNorm(state_size, eps=1e-5)
+        self.C_norm = RMSNorm(state_size, eps=1e-5)
         self.D = nn.Parameter(torch.ones(self.n_heads))
         self.out_proj = nn.Linear(self.width, d_model, bias=False)
 
