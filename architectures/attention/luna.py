@@ -109,7 +109,7 @@ class LunaMixer(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         if not self.causal:
-            return self.unpack(x, self.pack(x, mask, self.memory.expand(len(x), -1, -1)))
+            return self.unpack(x, self.pack(x, mask, self.memory.expand(x.shape[0], -1, -1)))
         packing = F.dropout(self._weights(x), self.dropout, self.training)
         q, k, v = self._heads(x, x)
         unpacking = running_mean(q * q.shape[-1] ** -0.5, k, packing).softmax(dim=-1)
@@ -203,7 +203,7 @@ class Luna(Stack):
             return super().forward(x, mask)
         x, mask = clean_padding(x, mask)
         x = self.enter(x)
-        p = self.memory.expand(len(x), -1, -1)
+        p = self.memory.expand(x.shape[0], -1, -1)
         for layer, norm in zip(self.blocks, self.memory_norms, strict=True):
             x, p = own_precision(x, partial(both, layer, norm, x, p, mask))
         return normalised(self.norm, x, mask)

@@ -157,7 +157,7 @@ class MegaMixer(Mixer):
         keys = F.pad(mask, (0, spare)).view(-1, block)
         # one "head": (B chunks, 1, 1 or block, block); a chunk of padding sees something, which nobody reads
         allowed = attention_mask(keys | ~keys.any(dim=1, keepdim=True), causal=self.causal)
-        weights = self._weights(q, k, allowed[:, 0].unflatten(0, (len(x), -1)), self.bias(block))
+        weights = self._weights(q, k, allowed[:, 0].unflatten(0, (x.shape[0], -1)), self.bias(block))
         read = (weights @ v).flatten(1, 2)[:, :length]
         return u * (F.silu(c + self.h_proj(r * read)) - x)
 

@@ -68,7 +68,7 @@ class TimestepNorm(nn.Module):
 
     def forward(self, x: Tensor, sums: Sums | None = None) -> tuple[Tensor, Sums]:
         """Also the sums after the last token."""
-        count, first, second = self.start(len(x)) if sums is None else sums
+        count, first, second = self.start(x.shape[0]) if sums is None else sums
         channels = x.double().unflatten(-1, (self.groups, -1))  # (B, L, G, D / G)
         tokens = torch.arange(1, x.shape[1] + 1, dtype=torch.float64, device=x.device)
         count = count.unsqueeze(1) + tokens.unsqueeze(-1)

@@ -68,7 +68,7 @@ class GRUMixer(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         # cuDNN's loop is the fast one on a GPU, and computes the plain cell alone
-        h = self.init_state(len(x))
+        h = self.init_state(x.shape[0])
         if self.gamma is not None or self.zoneout:
             return self._loop(x, h)[0]
         if x.device.type == "cuda" and self.cell == "gru":

@@ -91,7 +91,7 @@ class LSTMMixer(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         # cuDNN's loop is the fast one on a GPU, and computes the plain cell alone
-        U, (h, c) = F.dropout(self.U, self.weight_drop, self.training), self.init_state(len(x))
+        U, (h, c) = F.dropout(self.U, self.weight_drop, self.training), self.init_state(x.shape[0])
         if any(self.zoneout):
             return self._zoned_out(x, U, (h, c))[0]
         if x.device.type == "cuda" and self.cell == "lstm" and self.p is None:

@@ -112,7 +112,7 @@ class B2S6Mixer(Mixer):
 
     def unit(self, x: Tensor) -> Tensor:
         """Re(C . s) of the equations, without the skip: (B, L, D) -> (B, L, D)."""
-        blocks, state = x.unflatten(-1, self.w.shape), self.init_state(len(x)).flatten(1)
+        blocks, state = x.unflatten(-1, self.w.shape), self.init_state(x.shape[0]).flatten(1)
         if x.shape[1] <= CHUNK:
             return self._chunk(blocks, state)[0].flatten(-2)
         outputs = []
