@@ -205,7 +205,7 @@ def _show_plan(request: Request, recipe: Recipe) -> None:
 
     show(f"{request.command()}: recipe {recipe.hash[:8]}, in {folder_of(request, recipe)}")
     show(
-        f"model: d_model {recipe.d_model}, {recipe.model.n_layers} layers; {recipe.train.steps:,} steps of "
+        f"model: d_model {recipe.d_model}, {recipe.n_layers} layers; {recipe.train.steps:,} steps of "
         f"{recipe.data.batch_size} examples, {recipe.train.precision} precision"
     )
     task, protocol = prepared_sets.resolve(tasks.get(request.task)(), recipe.data.protocol or None)

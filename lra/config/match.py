@@ -78,29 +78,41 @@ def find_width(text: str, recipe: Recipe, build: Callable[[Recipe], Classifier],
     return width, f"d_model {width} has {kind} {costs[width]:,.0f}, {deviation:+.1f} % from the {budget:,.0f} asked for"
 
 
-def find_widest(
+def find_shape(
     recipe: Recipe, reference: Recipe, build: Callable[[Recipe], Encoder], reference_build: Callable[[Recipe], Encoder]
-) -> tuple[int, str]:
-    """Find the widest d_model with at most `model.budget` times the parameters of the reference's encoder.
+) -> tuple[int, int, str]:
+    """Find the largest d_model and number of layers with at most `model.budget` times the reference's parameters.
 
-    Counted are the parameters that one token uses: a mixture of experts is matched by the work it does, not by the
-    experts it holds. Tries the recipe's d_model, then the multiples of `model.width_step` below it, and skips widths
-    that the architecture rejects. Returns the width and a line on its size. Raises UserError if no width meets the
-    budget.
+    Counted are the parameters of the encoder that one token uses: a mixture of experts is matched by the work it does,
+    not by the experts it holds. Where the recipe's shape meets the budget, layers are added up to `model.max_layers`.
+    Otherwise the multiples of `model.width_step` below the recipe's d_model are tried, without those that the
+    architecture rejects. Returns d_model, the number of layers and a line on the size. Raises UserError if no width
+    meets the budget.
     """
-    allowed = recipe.model.budget * build_on_meta(lambda: reference_build(reference)).active_parameters
-    step = recipe.model.width_step
-    size, reason = 0, ""
+    transformer = build_on_meta(lambda: reference_build(reference)).active_parameters
+    allowed, step = recipe.model.budget * transformer, recipe.model.width_step
+
+    def size_of(width: int, layers: int) -> int:
+        sized = replace(recipe, width=width, depth=layers)
+        return build_on_meta(lambda: build(sized)).active_parameters
+
+    layers, size, reason = recipe.model.n_layers, 0, ""
     for width in (recipe.model.d_model, *range((recipe.model.d_model - 1) // step * step, 0, -step)):
-        sized = replace(recipe, width=width)
         try:
-            size = build_on_meta(lambda sized=sized: build(sized)).active_parameters  # type: ignore[misc]
+            size = size_of(width, layers)
         except UserError as error:
             reason = str(error)
             continue
-        if size <= allowed:
-            ratio = size / (allowed / recipe.model.budget)
-            return width, f"d_model {width} has {ratio:.2f} times the parameters of the Transformer"
+        if size > allowed:
+            continue
+        while width == recipe.model.d_model and layers < recipe.model.max_layers:
+            deeper = size_of(width, layers + 1)
+            # some architectures choose their own depth
+            if deeper > allowed or deeper == size:
+                break
+            layers, size = layers + 1, deeper
+        shape = f"d_model {width}, {layers} layers"
+        return width, layers, f"{shape}: {size / transformer:.2f} times the parameters of the Transformer"
     if not size:
         raise UserError(f"no width of {recipe.architecture} up to {recipe.model.d_model} can be built: {reason}")
     raise UserError(
@@ -136,4 +148,4 @@ def _cost(kind: str, model: Classifier, recipe: Recipe, protocol: Protocol) -> f
             raise UserError(f"--match flops: {recipe.architecture} declares no cost; match params or memory") from None
     rows = size * model.towers
     tokens = rows * protocol.length * recipe.model.d_model
-    return 16.0 * parameters + 4.0 * tokens * ACTIVATIONS * (1 if recipe.train.checkpointing else recipe.model.n_layers)
+    return 16.0 * parameters + 4.0 * tokens * ACTIVATIONS * (1 if recipe.train.checkpointing else recipe.n_layers)

@@ -46,8 +46,9 @@ STATEMENTS = ("source", "sources", "differences")
 class Recipe:
     """A resolved recipe: all settings of a run except its seed.
 
-    note: what to expect, printed before the run; smoke: the run is a smoke test, which the tables leave out; width: the
-    d_model that meets `model.budget`, 0 if that is model.d_model. regime: "scratch" or the self-pretraining objective.
+    note: what to expect, printed before the run; smoke: the run is a smoke test, which the tables leave out; width and
+    depth: d_model and number of layers that meet `model.budget`, 0 if they are those of `model`. regime: "scratch", or
+    the self-pretraining objective.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Recipe:
     pretrain: Pretrain = field(default_factory=Pretrain)
     search: Search = field(default_factory=Search)
     width: int = 0
+    depth: int = 0
     regime: str = "scratch"
     note: str = ""
     smoke: bool = False
@@ -75,9 +77,15 @@ class Recipe:
         return self.width or self.model.d_model
 
     @property
+    def n_layers(self) -> int:
+        """The number of layers of the encoders built from this recipe."""
+        return self.depth or self.model.n_layers
+
+    @property
     def hash(self) -> str:
-        """SHA-256 of the canonical JSON of all settings except name, note, smoke, width and expected."""
-        content = {k: v for k, v in self.as_dict().items() if k not in ("name", "note", "smoke", "width", *TYPED)}
+        """SHA-256 of the canonical JSON of all settings except name, note, smoke, width, depth and expected."""
+        apart = ("name", "note", "smoke", "width", "depth", *TYPED)
+        content = {k: v for k, v in self.as_dict().items() if k not in apart}
         parts = {s: identity(getattr(self, s)) for s in TYPED if s != "expected"}
         content |= {s: part for s, part in parts.items() if part}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -367,6 +375,8 @@ def _check_type(value: Any, kind: Any, where: str) -> Any:
         return value
     if kind is float and type(value) is int:
         return float(check_json(value, where))
+    if kind is str and type(value) is int:
+        return str(value)  # train.precision=32
     if type(value) is not kind:
         raise UserError(f"{where} is {brief(value)}; expected {kind.__name__}")
     # sections check the range of their floats, infinities and NaN included

@@ -60,7 +60,8 @@ class Model:
 
     budget: largest number of parameters of the encoder at 1,024 tokens, as a multiple of the Transformer's in the same
     recipe (0 = no limit); of a mixture of experts, those that one token visits count. An architecture above the limit
-    gets the widest d_model that meets it among the multiples of width_step below d_model.
+    gets the widest d_model that meets it among the multiples of width_step below d_model. One below the limit gets as
+    many layers as meet it, at most max_layers.
 
     head, head_hidden, head_activation, pair: the map from pooled vectors to classes, and how it reads two sequences
     (lra.model.Head).
@@ -73,6 +74,7 @@ class Model:
     direction: str = "bidirectional"
     budget: float = unhashed(0.0)
     width_step: int = unhashed(16)
+    max_layers: int = unhashed(0)
     head: str = unhashed("auto")
     head_hidden: tuple[int, ...] = unhashed(())
     head_activation: str = unhashed("gelu")
@@ -80,7 +82,7 @@ class Model:
 
     def __post_init__(self) -> None:
         _check_at_least(self, 1, "d_model", "n_layers", "width_step")
-        _check_at_least(self, 0, "budget")
+        _check_at_least(self, 0, "budget", "max_layers")
         _check_choice(self, "pooling", POOLINGS)
         _check_choice(self, "direction", ("causal", "bidirectional", "concat", "add", "shared"))
         _check_share(self, "dropout")

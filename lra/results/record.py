@@ -60,6 +60,7 @@ class ResolvedRecipe(Part, frozen=True, kw_only=True, omit_defaults=False):
     pretrain: dict[str, Any] = field(default_factory=dict)
     search: dict[str, Any] = field(default_factory=dict)
     width: int = 0
+    depth: int = 0
     regime: str = ""
     note: str = ""
     smoke: bool = False

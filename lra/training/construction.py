@@ -56,7 +56,7 @@ def build(recipe: Recipe, constructor: Constructor, task: Task, protocol: Protoc
 
 def build_encoder(recipe: Recipe, constructor: Constructor, length: int) -> Encoder:
     """The encoder of a recipe, for sequences of up to `length` tokens."""
-    shape: dict[str, Any] = {"d_model": recipe.d_model, "n_layers": recipe.model.n_layers}
+    shape: dict[str, Any] = {"d_model": recipe.d_model, "n_layers": recipe.n_layers}
     extra = 1 if recipe.model.pooling == "cls" else 0
     if "direction" in constructor.options():
         shape["direction"] = recipe.model.direction

@@ -102,7 +102,7 @@ class Request:
 def resolve(request: Request) -> tuple[Recipe, dict[str, str]]:
     """The recipe of a request and, for each dotted key, where its value comes from. Raises UserError.
 
-    A width that meets a budget is found by building encoders, for which torch is imported.
+    A width and a depth that meet a budget are found by building encoders, for which torch is imported.
     """
     recipe, origin = read(request)
     if request.match:
@@ -139,20 +139,21 @@ def read(request: Request) -> tuple[Recipe, dict[str, str]]:
 
 
 def _within_budget(request: Request, recipe: Recipe, origin: dict[str, str]) -> tuple[Recipe, dict[str, str]]:
-    """The recipe with a width that keeps to `model.budget`, relative to the Transformer under the same settings."""
+    """The recipe with a width and a depth that keep to `model.budget`, relative to the Transformer in this recipe."""
     from lra.config import match
     from lra.training.construction import build_encoder
 
     common = {key: text for key, text in (request.settings or {}).items() if not key.startswith("encoder.")}
     reference, _ = recipes.resolve(request.recipe_name, recipe.task, "transformer", common)
     constructor, transformer = architectures.get(request.architecture), architectures.get("transformer")
-    width, note = match.find_widest(
+    width, depth, note = match.find_shape(
         recipe, reference, lambda r: build_encoder(r, constructor, match.LENGTH),
         lambda r: build_encoder(r, transformer, match.LENGTH),
     )  # fmt: skip
-    if width == recipe.model.d_model:
+    if (width, depth) == (recipe.model.d_model, recipe.model.n_layers):
         return recipe, origin
-    return replace(recipe, width=width), origin | {"width": f"model.budget: {note}"}
+    notes = dict.fromkeys(("width", "depth"), f"model.budget: {note}")
+    return replace(recipe, width=width, depth=depth), origin | notes
 
 
 def _matched(request: Request, recipe: Recipe, origin: dict[str, str]) -> tuple[Recipe, dict[str, str]]:

@@ -29,7 +29,7 @@ def total_memory(device: str) -> int:
 def check_weights(recipe: Recipe, device: str) -> None:
     """Raise UserError where the weights cannot fit. Counted is one d_model x d_model matrix in each layer, which is a
     lower bound for almost every architecture."""
-    width, layers = recipe.d_model, recipe.model.n_layers
+    width, layers = recipe.d_model, recipe.n_layers
     memory = total_memory(device)
     if memory and (size := BYTES_PER_PARAMETER * layers * width**2) > memory:
         widest = math.isqrt(memory // (BYTES_PER_PARAMETER * layers))
@@ -63,7 +63,7 @@ def check_batches(recipe: Recipe, device: str, lengths: np.ndarray, evaluated: i
         return
     example = 4 * float(lengths.sum(axis=1).mean()) * recipe.d_model
     parts = recipe.train.accumulate
-    trained = example * recipe.model.n_layers / parts
+    trained = example * recipe.n_layers / parts
     pretrained = recipe.pretrain.batch_size if recipe.pretrain.objective != "none" else 0
     for key, batch, rows, each in (
         ("data.batch_size", recipe.data.batch_size, len(lengths), trained),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -124,6 +125,12 @@ def test_a_wrong_file_is_one_clear_line(content: str, message: str, tmp_path: Pa
     assert len(str(error.value)) < 1000
 
 
+def test_a_number_is_taken_where_a_name_can_be_one() -> None:
+    assert recipe.resolve("quick", "listops", "gru", {"train.precision": "32"})[0].train.precision == "32"
+    with pytest.raises(UserError, match=r"precision is '31'"):
+        recipe.resolve("quick", "listops", "gru", {"train.precision": "31"})
+
+
 def test_unknown_recipes_and_encoder_keys_get_the_nearest_name() -> None:
     with pytest.raises(UserError, match="did you mean 'quick'"):
         recipe.resolve("quik", "listops", "gru")
@@ -159,6 +166,27 @@ def test_recipes_with_a_budget_stay_within_it(name: str, recipe_name: str) -> No
         sizes[architecture] = shape.active_parameters
         assert found.model.d_model % found.model.width_step == 0
     assert sizes[name] <= 1.1 * sizes["transformer"]
+
+
+@pytest.mark.parametrize("recipe_name", ["standard", "matched"])
+@pytest.mark.parametrize(("name", "deeper"), [("s4d", True), ("lru", True), ("gru", False), ("transformer", False)])
+def test_an_architecture_of_small_blocks_gets_as_many_as_meet_the_budget(
+    name: str, deeper: bool, recipe_name: str
+) -> None:
+    resolved, origin = resolve(Request("image", name, recipe_name))
+    plain = resolved.model.n_layers
+    assert plain <= resolved.n_layers <= resolved.model.max_layers
+    assert (resolved.n_layers > plain) == deeper
+    assert ("depth" in origin) == ((resolved.d_model, resolved.n_layers) != (resolved.model.d_model, plain))
+    if deeper and resolved.n_layers < resolved.model.max_layers:
+        sizes = [
+            build_on_meta(lambda: build_encoder(r, architectures.get(a), 1024)).active_parameters  # noqa: B023
+            for a, r in (
+                ("transformer", resolve(Request("image", "transformer", recipe_name))[0]),
+                (name, replace(resolved, depth=resolved.n_layers + 1)),
+            )
+        ]
+        assert sizes[1] > resolved.model.budget * sizes[0]
 
 
 @pytest.mark.parametrize("recipe_name", ["standard", "matched"])
