@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from difflib import get_close_matches
+from functools import cache
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -60,6 +61,7 @@ class AdoptedMixer(Mixer):
         return getattr(self.inner, method)
 
 
+@cache  # a copy that pickle makes is of the same class
 def adopt(layer: Any, name: str) -> type[Stack]:
     """An Encoder class around `layer`, a class whose constructor takes the width (under one of WIDTHS, or first) and,
     if it likes, the longest length (under one of LENGTHS).
@@ -92,7 +94,7 @@ def adopt(layer: Any, name: str) -> type[Stack]:
             raise ValueError(f"{name} also needs {', '.join(missing)}: give a default, or set encoder.layer")
         return layer(**given)
 
-    direction, layer_class = getattr(layer, "causal", None), layer
+    adopted, direction = layer, getattr(layer, "causal", None)
     declares = {"cost"} if hasattr(layer, "cost") else set()
     declares |= {"step"} if hasattr(layer, "step") and hasattr(layer, "init_state") else set()
     declares |= {"direction"} if isinstance(direction, bool) else set()
@@ -119,9 +121,18 @@ def adopt(layer: Any, name: str) -> type[Stack]:
 
         @classmethod
         def published(cls, tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> Published:
-            own = getattr(layer_class, "published", super().published)
+            own = getattr(adopted, "published", super().published)
             return own(tensors, given)
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return _blank, (adopted, name), self.__dict__
 
     Adopted.declares = frozenset(declares)
     Adopted.__name__ = Adopted.__qualname__ = name
     return Adopted
+
+
+def _blank(layer: Any, name: str) -> Stack:
+    """An instance without attributes, for pickle, which cannot find a class made in a function by its name."""
+    cls = adopt(layer, name)
+    return cls.__new__(cls)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._table import Tables
 from lra.encoder import Cost, Mixer
 from lra.kernels.band_attention import band_attention
 
@@ -66,7 +67,7 @@ def banded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *pattern: Any, **optio
     return band_attention(q, k, v, mask, *pattern, **options).transpose(1, 2)
 
 
-class AttentionMixer(Mixer):
+class AttentionMixer(Tables, Mixer):
     """Multi-head attention over a pattern that `attend` computes: (B, L, D) -> (B, L, D).
 
     width: of all query heads together; n_kv_heads: of keys and values, each shared by n_heads / n_kv_heads consecutive
@@ -92,8 +93,9 @@ class AttentionMixer(Mixer):
             nn.init.xavier_uniform_(weight)
         nn.init.zeros_(self.qkv.bias)
         nn.init.zeros_(self.out.bias)
-        slopes = alibi_slopes(n_heads).float() if positions == "alibi" else None
-        self.register_buffer("slopes", slopes, persistent=False)
+        self.register_buffer("slopes", None)
+        if positions == "alibi":
+            self.register_table("slopes", alibi_slopes, n_heads)
 
     @property
     def rate(self) -> float:

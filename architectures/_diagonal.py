@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lra.architectures._hippo import legs_modes
+from lra.architectures._precision import wide
 from lra.architectures._ssm import initial_log_dt
 from lra.kernels.ssm_kernel_diag import ssm_kernel_diag
 
@@ -30,7 +31,7 @@ def modes(init: str, state_size: int) -> tuple[Tensor, Tensor]:
     if init == "real":
         return torch.complex(-(n + 1), torch.zeros_like(n)), torch.ones_like(n)
     frequency, basis, b = legs_modes(state_size)
-    kept = frequency > 0
+    kept = slice(state_size // 2, None)  # the frequencies above 0
     return torch.complex(half, frequency[kept]), (basis.mH @ b.to(basis.dtype)).abs()[kept] / 2
 
 
@@ -71,9 +72,9 @@ class DiagonalSSM(nn.Module):
     def _continuous(self) -> tuple[Tensor, Tensor, Tensor]:
         """A: (H, M), C B: (ways, H, M), dt: (H,)."""
         tiles = len(self.log_dt) // len(self.A_imag)
-        A = torch.complex(-self.log_A_real.exp(), self.A_imag).repeat(tiles, 1)
-        B = torch.view_as_complex(self.B).repeat(tiles, 1)
-        return A, torch.view_as_complex(self.C) * B, self.log_dt.exp()
+        A = torch.complex(-wide(self.log_A_real).exp(), wide(self.A_imag)).repeat(tiles, 1)
+        B = torch.view_as_complex(wide(self.B)).repeat(tiles, 1)
+        return A, torch.view_as_complex(wide(self.C)) * B, wide(self.log_dt).exp()
 
     def kernel(self, length: int) -> Tensor:
         """K: (ways, H, length)."""
@@ -81,7 +82,7 @@ class DiagonalSSM(nn.Module):
 
     def start(self, *batch: int) -> Tensor:
         """The state before the first token: (*batch, H, M) complex zeros."""
-        return torch.zeros(*batch, *self.C.shape[1:3], dtype=self.C.dtype.to_complex(), device=self.C.device)
+        return torch.zeros(*batch, *self.C.shape[1:3], dtype=wide(self.C).dtype.to_complex(), device=self.C.device)
 
     def advance(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One token: u (..., H), state (..., H, M) -> 2 Re C x (..., H) and the next state. In double precision:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lra.architectures._hippo import legs_modes, legt
+from lra.architectures._precision import wide
 from lra.architectures._ssm import initial_log_dt
 from lra.encoder import Cost
 from lra.kernels.ssm_kernel_dplr import ssm_kernel_dplr
@@ -23,20 +24,18 @@ INITS = ("legs", "fout", "legt", "hippo")
 def modes(init: str, state_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """A: (N / 2,), P: (rank, N / 2) and B: (N / 2,), complex128: HiPPO in the basis that makes it diagonal minus
     P P^*. init: one of INITS but "hippo", which mixes two of them."""
-    n = torch.arange(state_size // 2, dtype=torch.float64)
+    n, above = torch.arange(state_size // 2, dtype=torch.float64), slice(state_size // 2, None)  # frequencies above 0
     if init == "fout":
         B = torch.where(n == 0, 0.5, torch.ones_like(n)).sqrt().to(torch.complex128)
         return torch.complex(torch.zeros_like(n), math.pi * n), B.unsqueeze(0), B
     if init == "legs":
         frequency, basis, b = legs_modes(state_size)
-        kept = frequency > 0
-        B = (basis.mH @ b.to(basis.dtype))[kept]
-        return torch.complex(torch.full_like(n, -0.5), frequency[kept]), B.unsqueeze(0) * 0.5**0.5, B
+        B = (basis.mH @ b.to(basis.dtype))[above]
+        return torch.complex(torch.full_like(n, -0.5), frequency[above]), B.unsqueeze(0) * 0.5**0.5, B
     dense, b, p = legt(state_size)
     frequency, basis = torch.linalg.eigh(-1j * (dense + p.mT @ p))
-    kept = frequency > 0
-    turned = torch.cat([p, b.unsqueeze(0)]).to(basis.dtype) @ basis.conj()[:, kept]
-    return torch.complex(torch.zeros_like(n), frequency[kept]), turned[:-1], turned[-1]
+    turned = torch.cat([p, b.unsqueeze(0)]).to(basis.dtype) @ basis.conj()[:, above]
+    return torch.complex(torch.zeros_like(n), frequency[above]), turned[:-1], turned[-1]
 
 
 def check_dplr(state_size: int, init: str, n_ssm: int) -> None:
@@ -85,16 +84,16 @@ class DPLRSSM(nn.Module):
     def _continuous(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A: (H, M), P: (rank, H, M), B: (H, M), dt: (H,)."""
         tiles = len(self.log_dt) // len(self.A_imag)
-        A = torch.complex(-self.log_A_real.exp(), self.A_imag).repeat(tiles, 1)
-        P, B = torch.view_as_complex(self.P).repeat(1, tiles, 1), torch.view_as_complex(self.B).repeat(tiles, 1)
-        return A, P, B, self.log_dt.exp()
+        A = torch.complex(-wide(self.log_A_real).exp(), wide(self.A_imag)).repeat(tiles, 1)
+        P, B = (torch.view_as_complex(wide(part)) for part in (self.P, self.B))
+        return A, P.repeat(1, tiles, 1), B.repeat(tiles, 1), wide(self.log_dt).exp()
 
     def kernel(self, length: int) -> Tensor:
         """K: (ways, H, length)."""
         if length > self.length:
             raise ValueError(f"length {length} exceeds the {self.length} steps the parameter of this S4 stands for")
         A, P, B, dt = self._continuous()
-        C = torch.view_as_complex(self.C_tilde)
+        C = torch.view_as_complex(wide(self.C_tilde))
         return ssm_kernel_dplr(A, P, B, C, dt, self.length, transformed=True)[..., :length]
 
     def convolution_cost(self, length: int) -> Cost:
@@ -115,7 +114,7 @@ class DPLRSSM(nn.Module):
         rows = torch.complex(eye[:, :modes], -eye[:, modes:]).unsqueeze(1).expand(-1, width, -1)
         turned = transformed_output(A, P, rows, dt, self.length).transpose(0, 1)
         matrix = torch.cat([turned.real, -turned.imag], dim=-1)
-        C = torch.view_as_complex(self.C_tilde).to(torch.complex128)
+        C = torch.view_as_complex(wide(self.C_tilde)).to(torch.complex128)
         given = torch.cat([C.real, -C.imag], dim=-1)
         left, right = torch.linalg.solve(matrix, given.unsqueeze(-2), left=False).squeeze(-2).chunk(2, dim=-1)
         return torch.complex(left, -right)

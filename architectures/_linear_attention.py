@@ -25,20 +25,24 @@ class _Sums(torch.autograd.Function):
     of both sums are formed together."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         q, k, v = (torch.empty(t.shape, dtype=wide(t[:0]).dtype, device=t.device).copy_(t) for t in (q, k, v))
         _clear(k, mask)
         _clear(v, mask)
         S, z = k.mT @ v, k.sum(2).unsqueeze(-1)
-        ctx.save_for_backward(q, k, v, S, z, mask)
-        return q @ S, q @ z
+        return q @ S, q @ z, q, k, v, S, z
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(*output[2:], inputs[3])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, S, z, mask = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
-            to_top, to_bottom = (g.contiguous() for g in grads)
+            to_top, to_bottom = (g.contiguous() for g in grads[:2])
             to_S, to_z = q.mT @ to_top, q.mT @ to_bottom
             to_q = (to_top @ S.mT).addcmul_(to_bottom, z.mT)
             to_k, to_v = (v @ to_S.mT).add_(to_z.mT), k @ to_S
@@ -58,10 +62,12 @@ class _Ratio(torch.autograd.Function):
     """top (..., d) / bottom (..., 1), whose gradients share one division."""
 
     @staticmethod
-    def forward(ctx: Any, top: Tensor, bottom: Tensor) -> Tensor:
-        y = top / bottom
-        ctx.save_for_backward(y, bottom)
-        return y
+    def forward(top: Tensor, bottom: Tensor) -> Tensor:
+        return top / bottom
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output, inputs[1])
 
     @staticmethod
     @once_differentiable
@@ -88,7 +94,8 @@ def summed(
         top, bottom, _, _ = summed_chunk(q, k, v, None, log_decay)
         return top, bottom
     with torch.autocast(q.device.type, enabled=False):
-        return _Sums.apply(q, k, v, mask)
+        top, bottom, *_ = _Sums.apply(q, k, v, mask)
+        return top, bottom
 
 
 def summed_chunk(

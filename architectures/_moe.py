@@ -134,7 +134,7 @@ class NoisyTopK(Experts):
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
 
     def route(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        clean, sd = x @ self.w_gate, F.softplus(x @ self.w_noise) + 0.01
+        clean, sd = x @ wide(self.w_gate), F.softplus(x @ wide(self.w_noise)) + 0.01
         noise = torch.randn_like(clean) if self.training else None
         index, gate, importance, load = self.gates(clean, sd, noise, mask)
         importance_weight, load_weight = self.weights
@@ -189,7 +189,7 @@ class Switch(Experts):
     def route(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.training and self.jitter:
             x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
-        logits = self.router(x)
+        logits = F.linear(x, wide(self.router.weight))
         gate, index = logits.softmax(-1).max(-1, keepdim=True)
         balance, z = self.losses(logits, index, mask)
         balance_weight, z_weight = self.weights

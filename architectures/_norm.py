@@ -49,12 +49,17 @@ class _RMS(torch.autograd.Function):
     its backward is that of a layer norm around a mean of 0, which leaves out what reaches x through the mean."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    def forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
         given = wide(x)
         scale = torch.linalg.vector_norm(given, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
         y = given * scale
-        return (y if weight is None else y.mul_(weight)).to(x.dtype)
+        return (y if weight is None else y.mul_(weight)).to(x.dtype), scale
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None, float], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, _ = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, weight, output[1])
 
     @staticmethod
     @once_differentiable
@@ -74,7 +79,9 @@ def rms_norm(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
     """x / sqrt(mean of x^2 + eps) * weight over the last dimension: (..., D) -> (..., D), as F.rms_norm."""
     same = weight is None or weight.dtype == torch.promote_types(x.dtype, torch.float32)
     if same and x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _RMS.apply(x, weight, eps)
+        return _RMS.apply(x, weight, eps)[0]
+    if weight is not None:
+        weight = weight.to(torch.promote_types(weight.dtype, x.dtype))
     return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
@@ -99,8 +106,10 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
         # the meta device, on which shapes are computed, has no autocast
-        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        return super().forward(wide(x) if autocast else x)
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+            return super().forward(x)
+        weight, bias = (None if p is None else wide(p) for p in (self.weight, self.bias))
+        return F.layer_norm(wide(x), self.normalized_shape, weight, bias, self.eps)
 
 
 class ScaleNorm(nn.Module):

@@ -21,7 +21,7 @@ class Recurrence(Mixer):
         """Any number of tokens: x (B, C, D), state before them -> y (B, C, D), state after them."""
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return self.chunk(x, self.init_state(len(x)))[0]
+        return self.chunk(x, self.init_state(x.shape[0]))[0]
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         y, state = self.chunk(x.unsqueeze(1), state)

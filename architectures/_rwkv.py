@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lra.architectures._norm import normalised
 from lra.architectures._stack import NORMS, Bidirectional, Stack
-from lra.encoder import Cost, Mixer
+from lra.encoder import Cost, Mixer, clean_padding
 
 
 def shifted(x: Tensor, before: Tensor | None = None) -> Tensor:
@@ -75,6 +75,7 @@ class RWKVStack(Stack):
         self.norm_0 = NORMS[shape.norm](d_model)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x, mask = clean_padding(x, mask)
         return super().forward(normalised(self.norm_0, x, mask), mask)
 
     def cost(self, length: int) -> Cost:

@@ -20,7 +20,9 @@ from torch.nn import functional as F
 from lra.architectures._dropout import Dropout, tie_dropout
 from lra.architectures._moe import MIXTURES, Experts
 from lra.architectures._norm import BatchNorm, LayerNorm, RMSNorm, ScaleNorm, normalised
-from lra.encoder import Cost, Encoder, Mixer, fill_padding, lengths_of
+from lra.architectures._precision import own_precision
+from lra.architectures._table import Tables
+from lra.encoder import Cost, Encoder, Mixer, clean_padding, fill_padding, lengths_of
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "layer": LayerNorm, "rms": lambda d: RMSNorm(d, eps=1e-6), "batch": BatchNorm, "scale": ScaleNorm,
@@ -142,8 +144,8 @@ class Layer(nn.Module):
         self, x: Tensor, norm: nn.Module, part: Callable[[Tensor], Tensor], mask: Tensor | None = None
     ) -> Tensor:
         if self.prenorm:
-            return x + self.dropout(part(normalised(norm, x, mask)))
-        return normalised(norm, x + self.dropout(part(x)), mask)
+            return own_precision(x, lambda: x + self.dropout(part(normalised(norm, x, mask))))
+        return own_precision(x, lambda: normalised(norm, x + self.dropout(part(x)), mask))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x = self._around(x, self.norm, lambda h: self.mixer(fill_padding(h, mask), mask), mask)
@@ -225,7 +227,7 @@ class Bidirectional(Mixer):
         return _sum_losses([self.ahead, self.back])
 
 
-class Stack(Encoder):
+class Stack(Tables, Encoder):
     """Encoder built of `n_layers` residual blocks around the mixers that `make(layer)` returns.
 
     direction: "causal", or "bidirectional"; mixers with a bidirectional form of their own say `native=True` and build
@@ -267,9 +269,9 @@ class Stack(Encoder):
 
         self.layers = nn.ModuleList(type(self).layer(mixer(i), d_model, shape, dropout) for i in range(n_layers))
         self.norm = NORMS[shape.norm](d_model) if shape.prenorm else nn.Identity()
-        self.register_buffer("positions", None, persistent=False)
+        self.register_buffer("positions", None)
         if shape.positions == "sinusoidal":
-            self.register_buffer("positions", sinusoidal(length, d_model), persistent=False)
+            self.register_table("positions", sinusoidal, length, d_model)
         elif shape.positions == "learned":
             self.positions = nn.Parameter(torch.randn(length, d_model) * 0.02)
         self.embedding_dropout = Dropout(shape.embedding_dropout)
@@ -296,6 +298,7 @@ class Stack(Encoder):
         return self.embedding_dropout(x)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x, mask = clean_padding(x, mask, gaps=self.gaps and not self.causal)
         x = self.enter(x)
         for layer in self.blocks:
             x = layer(x, mask)

@@ -4,9 +4,9 @@ An encoder maps a batch of embedded sequences to a batch of the same shape:
 
     forward(x: (B, L, D) float, mask: (B, L) bool, True = real token) -> (B, L, D)
 
-Sequences are right-padded: in each row of `mask` the real tokens form a prefix of at least one token. Outputs at real
-positions do not depend on the content or the amount of padding; outputs at padding are unspecified. An encoder that
-says so (`gaps`) also takes masks that hide tokens between real ones, under the same rule.
+Sequences are right-padded: in each row of `mask` the real tokens come first. Outputs and gradients at real positions do
+not depend on the content or the amount of padding, or on rows of padding alone; outputs at padding are unspecified. An
+encoder that says so (`gaps`) also takes masks that hide tokens between real ones, under the same rule.
 """
 
 from __future__ import annotations
@@ -20,10 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lra.errors import UserError
+
 FAMILIES = ("recurrent", "state_space", "linear_attention", "attention", "mixture", "convolution", "memory")
 """The folders of `architectures/`."""
 SCALINGS = ("L", "L log L", "L sqrt L", "L^2")
 DIRECTIONS = ("causal", "bidirectional", "concat", "add", "shared")
+PADDING_ORDER = (
+    "mask has real tokens (True) after padding (False); pad on the right, and invert a mask in which True is padding"
+)
 
 
 @dataclass(frozen=True)
@@ -248,6 +253,31 @@ class Mixer(nn.Module, ABC):
 
     def aux_loss(self) -> Tensor | None:
         return None
+
+
+def clean_padding(x: Tensor, mask: Tensor, *, gaps: bool = False) -> tuple[Tensor, Tensor]:
+    """Check the mask and clear the padding, at the start of `forward`: x: (B, L, D), mask: (B, L) bool -> the same.
+
+    x becomes zero at the padding, so that NaN there reaches no gradient. In a row of padding alone the first position
+    counts as a real token, so that norms and softmax have something to work on. gaps: whether real tokens may come
+    after padding.
+
+    Raises UserError for a mask that is not (B, L) bool, and for one with real tokens after padding. On an accelerator,
+    where reading the mask would wait for the device, the latter is a device-side assertion; in traced code, and in
+    the transforms of torch.func, it is not checked.
+    """
+    if mask.dtype is not torch.bool or mask.dim() != 2:
+        raise UserError(
+            f"mask is {tuple(mask.shape)} {mask.dtype}; expected (batch, length) torch.bool, True = real token"
+        )
+    if not (gaps or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+        ordered = (mask[:, :-1] | ~mask[:, 1:]).all()
+        if mask.device.type != "cpu":
+            torch._assert_async(ordered, PADDING_ORDER)
+        elif not ordered:
+            raise UserError(PADDING_ORDER)
+    first = torch.arange(mask.shape[1], device=mask.device) == 0
+    return x.masked_fill(~mask.unsqueeze(-1), 0), mask | (first & ~mask.any(1, keepdim=True))
 
 
 def lengths_of(mask: Tensor) -> Tensor:

@@ -11,10 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lra.encoder import Card, Cost, Encoder, Mixer
+from lra.encoder import Card, Cost, Encoder, Mixer, clean_padding
 from lra.kernels.linear_scan import linear_scan
 
 CARD = Card(title="A leaky mean", year=2000, url="https://example.org/paper", scaling="L", causal=True)
+
+
+def wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Good(Encoder):
@@ -34,6 +38,9 @@ class Good(Encoder):
         self.rates = nn.Parameter(torch.randn(n_layers, d_model))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.mix(clean_padding(x, mask)[0])
+
+    def mix(self, x: Tensor) -> Tensor:
         for layer, (norm, inner) in enumerate(zip(self.norms, self.maps, strict=True)):
             a = self.rates[layer].sigmoid()
             x = x + linear_scan(a[None, None], (1 - a) * inner(norm(x)))
@@ -116,11 +123,11 @@ class LosesTheTimeAxis(Good):
         return super().forward(x, mask).squeeze(1)
 
 
-class NotFiniteForOneToken(Good):
+class NotFiniteFor33Tokens(Good):
     breaks = "shape"
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return super().forward(x, mask) * (0 * torch.log(torch.tensor(x.shape[1] - 1.0)) + 1)
+        return super().forward(x, mask) * (math.nan if x.shape[1] == 33 else 1)
 
 
 class ReadsPadding(Good):
@@ -129,8 +136,10 @@ class ReadsPadding(Good):
     breaks = "padding"
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        held = x.masked_fill(mask.unsqueeze(-1), 0).abs().amax(dim=1, keepdim=True)
-        return super().forward(x, mask) + self.norms[0].get_parameter("bias") * held
+        held = x.masked_fill(mask.unsqueeze(-1), 0).nan_to_num().abs().amax(dim=1, keepdim=True)
+        bias = self.norms[0].bias
+        assert isinstance(bias, Tensor)
+        return super().forward(x, mask) + bias * held
 
 
 class CountsPadding(Good):
@@ -141,14 +150,12 @@ class CountsPadding(Good):
 
 
 class BatchNorm(Good):
+    """In training less the mean over the batch."""
+
     breaks = "batch"
 
-    def __init__(self, *, d_model: int, n_layers: int, length: int, dropout: float = 0.0) -> None:
-        super().__init__(d_model=d_model, n_layers=n_layers, length=length)
-        self.last = nn.BatchNorm1d(d_model)
-
     def finish(self, x: Tensor) -> Tensor:
-        return self.last(x.flatten(0, -2)).view_as(x)
+        return x - 0.5 * x.flatten(0, -2).mean(0) if self.training else x
 
 
 class KnowsItsRow(Good):
@@ -176,15 +183,15 @@ class WildGradient(Good):
         return x + 0 * (self.rates[0] - self.rates[0].detach()).abs().sqrt() * x.detach() if self.wild(x) else x
 
     def wild(self, x: Tensor) -> bool:
-        # in the other checks that take gradients, precision and trains, x is single
-        return x.dtype == torch.float64
+        # as the check of gradients calls it, and none of the others that take some
+        return self.training and x.dtype == torch.float64 and len(x) == 3
 
 
 class PeeksAhead(Good):
     breaks = "causal"
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        ahead = (x * mask.unsqueeze(-1))[:, 1:]
+        ahead = x.masked_fill(~mask.unsqueeze(-1), 0)[:, 1:]
         return super().forward(x, mask) + torch.cat([ahead, torch.zeros_like(x[:, :1])], dim=1)
 
     def init_state(self, batch: int) -> Any:
@@ -214,7 +221,7 @@ class Directed(Good):
         return y if self.causal else y + self.ahead(x, mask)
 
     def ahead(self, x: Tensor, mask: Tensor) -> Tensor:
-        return torch.cat([(x * mask.unsqueeze(-1))[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
+        return torch.cat([x.masked_fill(~mask.unsqueeze(-1), 0)[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
 
     def init_state(self, batch: int) -> Any:
         if not self.causal:
@@ -245,7 +252,7 @@ class LeaksOnTheWayBack(Directed):
     breaks = "padding"
 
     def ahead(self, x: Tensor, mask: Tensor) -> Tensor:
-        return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
+        return torch.cat([x[:, 1:].nan_to_num(), torch.zeros_like(x[:, :1])], dim=1)
 
 
 class StepsDifferently(Good):
@@ -275,8 +282,8 @@ class ForgottenWork(Good):
     breaks = "cost"
 
     def finish(self, x: Tensor) -> Tensor:
-        waves = torch.fft.rfft(x.detach().repeat(1, 512) if x.dim() == 2 else x.detach().repeat(1, 1, 512)).real
-        return x + 0 * waves[..., : x.shape[-1]]
+        waves = torch.fft.rfft(wide(x.detach()).repeat(*[1] * (x.dim() - 1), 512)).real
+        return x + 0 * waves[..., : x.shape[-1]].to(x.dtype)
 
 
 class ChargedToEverySequence(Good):
@@ -285,7 +292,7 @@ class ChargedToEverySequence(Good):
     breaks = "cost"
 
     def finish(self, x: Tensor) -> Tensor:
-        return x + 0 * torch.fft.rfft(self.rates.detach()[0].repeat(4096)).real[: x.shape[-1]].to(x.dtype)
+        return x + 0 * torch.fft.rfft(wide(self.rates.detach()[0]).repeat(4096)).real[: x.shape[-1]].to(x.dtype)
 
     def cost(self, length: int) -> Cost:
         return super().cost(length) + Cost(other=2.5 * 4096 * self.d_model * math.log2(4096 * self.d_model))
@@ -296,44 +303,60 @@ class OverstatedGrowth(Good):
     card = replace(CARD, scaling="L^2")
 
 
-class UnsavedBuffer(Good):
+class UnsavedNumber(Good):
+    """Drawn first, and on the CPU: the same again for one seed, on the meta device too."""
+
     breaks = "save"
-    shift: Tensor
 
     def __init__(self, *, d_model: int, n_layers: int, length: int, dropout: float = 0.0) -> None:
+        drawn = torch.rand((), device="cpu").item()
         super().__init__(d_model=d_model, n_layers=n_layers, length=length)
-        self.register_buffer("shift", torch.randn(d_model), persistent=False)
+        self.shift = drawn
 
     def finish(self, x: Tensor) -> Tensor:
         return x + self.shift
 
 
 class CannotBeCopied(Good):
-    breaks = "save"
+    breaks = "copies"
 
     def finish(self, x: Tensor) -> Tensor:
         return x * getattr(self, "scale", 1.0)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CannotBeCopied:
-        twin = type(self)(d_model=self.d_model, n_layers=self.n_layers, length=self.length)
+        twin = type(self)(d_model=self.d_model, n_layers=self.n_layers, length=self.length).to(self.rates.dtype)
         twin.load_state_dict(self.state_dict())
         twin.scale = 2.0  # type: ignore[assignment]
         return twin
+
+
+def autocasts(dtype: torch.dtype) -> bool:
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == dtype
 
 
 class LosesBits(Good):
     breaks = "precision"
 
     def finish(self, x: Tensor) -> Tensor:
-        small = torch.is_autocast_enabled("cpu")
-        return ((x.bfloat16() if small else x) + 300) - 300
+        y = x.bfloat16() if autocasts(torch.bfloat16) else wide(x)
+        return ((y + 300) - 300).to(x.dtype)
 
 
 class Overflows(Good):
     breaks = "precision"
 
     def finish(self, x: Tensor) -> Tensor:
-        large = (x.half() if torch.is_autocast_enabled("cpu") else x) * 1e5
+        large = (x.half() if autocasts(torch.bfloat16) else x) * 1e5
+        return large / 1e5
+
+
+class OverflowsInFloat16(Good):
+    """By a constant that bfloat16 can hold."""
+
+    breaks = "float16"
+
+    def finish(self, x: Tensor) -> Tensor:
+        large = (x.half() if autocasts(torch.float16) else x) * 1e5
         return large / 1e5
 
 
@@ -427,8 +450,12 @@ class GrowsWithTheDepth(Good):
 
 class _Uphill(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
@@ -457,6 +484,136 @@ class OwnNoise(Good):
 
     def finish(self, x: Tensor) -> Tensor:
         return x + torch.from_numpy(1e-11 * np.random.default_rng().normal(size=x.shape)).to(x.dtype)
+
+
+class MultipliesNaN(Good):
+    breaks = "padding_nan"
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return super().forward(x, mask) + 0 * (x * mask.unsqueeze(-1)).sum(1, keepdim=True)
+
+
+class DividesByTheLength(Good):
+    """0 / 0 in a row of padding alone."""
+
+    breaks = "padding_row"
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        count = mask.sum(1).view(-1, 1, 1).to(x.dtype)
+        return super().forward(x, mask) * (count / count)
+
+
+class AcceptsLeftPadding(Good):
+    breaks = "padding_left"
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.mix(x.masked_fill(~mask.unsqueeze(-1), 0))
+
+
+class MeasuresTheSpread(Good):
+    """The root of a variance, which is zero for one token: its slope is infinite."""
+
+    breaks = "one_token"
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = super().forward(x, mask)
+        return y + 0 * (y - y.mean(1, keepdim=True)).square().mean(1, keepdim=True).sqrt()
+
+
+class _ReadTwice(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor) -> Tensor:
+        return x * scale
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        assert len(ctx.saved_tensors) == 2
+        return grads[0] * ctx.saved_tensors[1], None
+
+
+class ReadsSavedTensorsTwice(Good):
+    breaks = "checkpointing"
+
+    def finish(self, x: Tensor) -> Tensor:
+        return _ReadTwice.apply(x, torch.ones_like(x))
+
+
+class LosesItsTable(Good):
+    """A table that is the same in every process, and in no state dict."""
+
+    breaks = "meta"
+    ramp: Tensor
+
+    def __init__(self, *, d_model: int, n_layers: int, length: int, dropout: float = 0.0) -> None:
+        super().__init__(d_model=d_model, n_layers=n_layers, length=length)
+        self.register_buffer("ramp", torch.linspace(0, 1, d_model), persistent=False)
+
+    def finish(self, x: Tensor) -> Tensor:
+        return x + self.ramp
+
+
+class HoldsAFunction(Good):
+    breaks = "copies"
+
+    def __init__(self, *, d_model: int, n_layers: int, length: int, dropout: float = 0.0) -> None:
+        super().__init__(d_model=d_model, n_layers=n_layers, length=length)
+        self.finish = lambda x: 2 * x  # type: ignore[method-assign]
+
+
+class _OldStyle(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+class HasNoSetupContext(Good):
+    breaks = "functional"
+
+    def finish(self, x: Tensor) -> Tensor:
+        return _OldStyle.apply(x)
+
+
+class KeepsATensor(Good):
+    """Of the first forward pass: under inference_mode, one that no gradient can pass."""
+
+    breaks = "inference"
+    kept: Tensor | None = None
+
+    def finish(self, x: Tensor) -> Tensor:
+        if self.kept is None:
+            self.kept = torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
+        return x * self.kept
+
+
+class ReturnsSingle(Good):
+    breaks = "bfloat16"
+
+    def finish(self, x: Tensor) -> Tensor:
+        return wide(x)
+
+
+class DiffersWhenCompiled(Good):
+    breaks = "compiles"
+
+    def finish(self, x: Tensor) -> Tensor:
+        return 2 * x if torch.compiler.is_dynamo_compiling() else x
+
+
+class ReadsValues(Good):
+    """A branch on what a tensor holds: the compiler runs it between two graphs, an exported graph cannot."""
+
+    breaks = "exports"
+
+    def finish(self, x: Tensor) -> Tensor:
+        return x if x.is_meta or x.sum() > -math.inf else 2 * x
 
 
 class StaleExemption(Good):

@@ -75,6 +75,7 @@ class FNet(Stack):
         url="https://arxiv.org/abs/2105.03824",
         scaling="L log L",
         causal=False,
+        exempt={"exports": "each sequence is transformed at its own length, which is read from the mask"},
     )
     refuses_causal = True
     block = Block(prenorm=False)

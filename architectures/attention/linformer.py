@@ -68,7 +68,7 @@ class LinformerMixer(AttentionMixer):
             shortened = mixture.mT @ split_heads(F.linear(x, weight), self.n_heads)
             return shortened + reached.transpose(0, 1).unsqueeze(-1) * bias.view(self.n_heads, 1, -1)
         # E' (x W) = (E' x) W: the map sees k rows in place of L
-        mixed = torch.bmm(mixture.T.expand(len(x), -1, -1), x)
+        mixed = torch.bmm(mixture.T.expand(x.shape[0], -1, -1), x)
         return split_heads(F.linear(mixed, weight) + reached.unsqueeze(-1) * bias, self.n_heads)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,9 +41,9 @@ from torch.nn import functional as F
 
 from lra.architectures._attention import at_least, checked_dropout, checked_width, merge_heads, split_heads
 from lra.architectures._norm import normalised
-from lra.architectures._precision import wide
+from lra.architectures._precision import own_precision, wide
 from lra.architectures._stack import NORMS, Block, Layer, Stack
-from lra.encoder import Card, Cost, Mixer, fill_padding
+from lra.encoder import Card, Cost, Mixer, clean_padding, fill_padding
 from lra.kernels.decay_attention import decay_attention
 
 POSITIONS = ("sinusoidal", "learned", "none")
@@ -108,7 +109,7 @@ class LunaMixer(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         if not self.causal:
-            return self.unpack(x, self.pack(x, mask, self.memory.expand(len(x), -1, -1)))
+            return self.unpack(x, self.pack(x, mask, self.memory.expand(x.shape[0], -1, -1)))
         packing = F.dropout(self._weights(x), self.dropout, self.training)
         q, k, v = self._heads(x, x)
         unpacking = running_mean(q * q.shape[-1] ** -0.5, k, packing).softmax(dim=-1)
@@ -200,10 +201,11 @@ class Luna(Stack):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         if self.causal:
             return super().forward(x, mask)
+        x, mask = clean_padding(x, mask)
         x = self.enter(x)
-        p = self.memory.expand(len(x), -1, -1)
+        p = self.memory.expand(x.shape[0], -1, -1)
         for layer, norm in zip(self.blocks, self.memory_norms, strict=True):
-            x, p = both(layer, norm, x, p, mask)
+            x, p = own_precision(x, partial(both, layer, norm, x, p, mask))
         return normalised(self.norm, x, mask)
 
 

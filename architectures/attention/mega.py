@@ -65,8 +65,9 @@ class MovingAverages(nn.Module):
 
     def _coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
         """log q, p beta and gamma / sqrt(N): each (rows, N)."""
-        p = self.delta.sigmoid()
-        return torch.log1p(-p * self.alpha.sigmoid()), p * self.beta, self.gamma * self.gamma.shape[1] ** -0.5
+        p = wide(self.delta).sigmoid()
+        leave = wide(self.gamma) * self.gamma.shape[1] ** -0.5
+        return torch.log1p(-p * wide(self.alpha).sigmoid()), p * self.beta, leave
 
     def kernel(self, length: int) -> Tensor:
         """(rows, length), the current token first."""
@@ -156,7 +157,7 @@ class MegaMixer(Mixer):
         keys = F.pad(mask, (0, spare)).view(-1, block)
         # one "head": (B chunks, 1, 1 or block, block); a chunk of padding sees something, which nobody reads
         allowed = attention_mask(keys | ~keys.any(dim=1, keepdim=True), causal=self.causal)
-        weights = self._weights(q, k, allowed[:, 0].unflatten(0, (len(x), -1)), self.bias(block))
+        weights = self._weights(q, k, allowed[:, 0].unflatten(0, (x.shape[0], -1)), self.bias(block))
         read = (weights @ v).flatten(1, 2)[:, :length]
         return u * (F.silu(c + self.h_proj(r * read)) - x)
 

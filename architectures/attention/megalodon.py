@@ -68,7 +68,7 @@ class TimestepNorm(nn.Module):
 
     def forward(self, x: Tensor, sums: Sums | None = None) -> tuple[Tensor, Sums]:
         """Also the sums after the last token."""
-        count, first, second = self.start(len(x)) if sums is None else sums
+        count, first, second = self.start(x.shape[0]) if sums is None else sums
         channels = x.double().unflatten(-1, (self.groups, -1))  # (B, L, G, D / G)
         tokens = torch.arange(1, x.shape[1] + 1, dtype=torch.float64, device=x.device)
         count = count.unsqueeze(1) + tokens.unsqueeze(-1)
@@ -97,11 +97,11 @@ class ComplexEMA(nn.Module):
     def _coefficients(self) -> tuple[Tensor, Tensor]:
         """log q, and p gamma / sqrt(N): (D, N) complex each."""
         averages = self.gamma.shape[1]
-        p = torch.sigmoid(self.alpha.squeeze(-1))
-        size = torch.log1p(-p * torch.sigmoid(self.delta.squeeze(-1)))
+        p = torch.sigmoid(wide(self.alpha).squeeze(-1))
+        size = torch.log1p(-p * torch.sigmoid(wide(self.delta).squeeze(-1)))
         n = torch.arange(1, averages + 1, device=p.device, dtype=p.dtype)
-        angle = n * torch.sigmoid(self.theta.squeeze(-1)) * (2 * math.pi / averages)
-        return torch.complex(size, angle), p * torch.view_as_complex(self.gamma) * averages**-0.5
+        angle = n * torch.sigmoid(wide(self.theta).squeeze(-1)) * (2 * math.pi / averages)
+        return torch.complex(size, angle), p * torch.view_as_complex(wide(self.gamma)) * averages**-0.5
 
     def kernel(self, length: int) -> Tensor:
         """(D, length), the current token first."""

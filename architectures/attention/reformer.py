@@ -54,16 +54,18 @@ from lra.architectures._attention import (  # fmt: skip
     split_heads,
 )
 from lra.architectures._norm import rms_norm
+from lra.architectures._precision import own_precision
 from lra.architectures._reversible import Step, reversible
 from lra.architectures._rounds import Reordered, UnionOfRounds
 from lra.architectures._stack import Layer, Stack
-from lra.encoder import Card, Cost, Mixer, fill_padding, stepwise
+from lra.architectures._table import Tables
+from lra.encoder import Card, Cost, Mixer, clean_padding, fill_padding, stepwise
 
 ITSELF = -1e5
 """Score of a token for itself: it looks at itself only when nothing else is there."""
 
 
-class LSHMixer(Mixer):
+class LSHMixer(Tables, Mixer):
     """Attention within hash buckets: (B, L, D) -> (B, L, D)."""
 
     rotations: Tensor
@@ -82,8 +84,9 @@ class LSHMixer(Mixer):
         for layer in (self.query_key, self.value, self.out):
             nn.init.xavier_uniform_(layer.weight)
         self.register_buffer("rotations", torch.randn(n_heads, self.head, n_hashes, n_buckets // 2))
-        slopes = alibi_slopes(n_heads).float() if positions == "alibi" else None
-        self.register_buffer("slopes", slopes, persistent=False)
+        self.register_buffer("slopes", None)
+        if positions == "alibi":
+            self.register_table("slopes", alibi_slopes, n_heads)
 
     @torch.no_grad()
     def buckets(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -201,6 +204,7 @@ class Reformer(Stack):
         url="https://arxiv.org/abs/2001.04451",
         scaling="L^2",
         causal=False,
+        exempt={"functional": "reversible layers run autograd inside their backward pass, which torch.func cannot see"},
     )
 
     def __init__(
@@ -243,8 +247,10 @@ class Reformer(Stack):
 
     def streams(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Both streams after the last layer, before they are averaged: (B, L, D) each."""
+        x, mask = clean_padding(x, mask)
         x = self.enter(x)
-        return reversible(x, x, [reversible_step(layer, mask) for layer in self.blocks], random=self.training)
+        steps = [reversible_step(layer, mask) for layer in self.blocks]
+        return own_precision(x, lambda: reversible(x, x, steps, random=self.training))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         y1, y2 = self.streams(x, mask)

@@ -41,6 +41,7 @@ from lra.architectures._attention import (
     fused_attention,
     merge_heads,
 )
+from lra.architectures._precision import wide
 from lra.architectures._stack import Stack
 from lra.encoder import Card, Cost
 
@@ -111,9 +112,9 @@ class SinkhornMixer(AttentionMixer):
         if blocks > most:
             raise ValueError(f"{blocks} blocks of {self.size} tokens; this layer was built for {most}")
         with torch.autocast(x.device.type, enabled=False):
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            pooled = wide.unflatten(1, (-1, self.size)).sum(dim=2)
-            logits = self.sort(self.pool(pooled).relu()).relu()
+            logits = wide(x).unflatten(1, (-1, self.size)).sum(dim=2)
+            for layer in (self.pool, self.sort):
+                logits = F.linear(logits, wide(layer.weight), wide(layer.bias)).relu()
             logits = logits.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)[..., :blocks]
             if self.training:
                 noise = torch.empty_like(logits, memory_format=torch.contiguous_format).exponential_().log()

@@ -73,7 +73,7 @@ class SynthesizerMixer(Mixer):
     def _features(self, x: Tensor, start: int, known: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features whose products are the logits: of queries (B, H, n, W) at `start`, ..., of all keys (B, H, t, W),
         and the keys of "dot", those of earlier tokens, `known`, included; mask: (B, t) real keys."""
-        batch, total, heads = len(x), mask.shape[1], self.n_heads
+        batch, total, heads = x.shape[0], mask.shape[1], self.n_heads
         # the padding rides as a feature: a mask would keep the kernel from sharing one bias over the batch
         hidden = torch.where(mask, 0.0, -3e4).to(x.dtype)[:, None, :, None].expand(-1, heads, -1, -1)
         queries, keys = [x.new_ones(batch, heads, x.shape[1], 1)], [hidden]
@@ -129,7 +129,7 @@ class SynthesizerMixer(Mixer):
         """State: values so far (B, H, t, d), and keys of "dot", of width 0 without it."""
         time = state[0].shape[2]
         x = x.unsqueeze(1)
-        q, k, dots = self._features(x, time, state[1], x.new_ones(len(x), time + 1, dtype=torch.bool))
+        q, k, dots = self._features(x, time, state[1], x.new_ones(x.shape[0], time + 1, dtype=torch.bool))
         values = torch.cat([state[0], split_heads(self.value(x), self.n_heads)], dim=2)
         bias = None if self.random is None else self.random[None, :, time : time + 1, : time + 1].to(q.dtype)
         return self._attend(q, k, values, bias, causal=False).squeeze(1), (values, dots)

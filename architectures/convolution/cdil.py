@@ -27,18 +27,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.parametrizations import weight_norm
 
-from lra.encoder import Card, Cost, Encoder, lengths_of
+from lra.architectures._weight_norm import WeightNormConv1d
+from lra.encoder import Card, Cost, Encoder, clean_padding, lengths_of
 
 
 class Turn(torch.autograd.Function):
     """Rows of x: (R, D) in another order. A permutation: the gradient is a read in the opposite order."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(order, inverse)
+    def forward(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         return x.index_select(0, order)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -60,7 +63,7 @@ class CDILLevel(nn.Module):
     def __init__(self, d_in: int, d_out: int, kernel: int, dilation: int, dropout: float) -> None:
         super().__init__()
         self.dilation = dilation
-        self.conv = weight_norm(nn.Conv1d(d_in, d_out, kernel))
+        self.conv = WeightNormConv1d(d_in, d_out, kernel)
         self.dropout = nn.Dropout(dropout)
 
     def convolve(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -120,6 +123,7 @@ class CDIL(Encoder):
         return "L log L" if self.follows_length else "L"
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x, mask = clean_padding(x, mask)
         for level in self.levels:
             x = level(x, mask)
         return x

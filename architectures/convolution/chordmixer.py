@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._norm import BatchNorm, LayerNorm, normalised
-from lra.encoder import Card, Cost, Encoder, lengths_of
+from lra.architectures._table import Tables
+from lra.encoder import Card, Cost, Encoder, clean_padding, lengths_of
 
 NORMS: dict[str, type[nn.Module]] = {"layer": LayerNorm, "batch": BatchNorm, "none": nn.Identity}
 
@@ -41,9 +42,12 @@ class Turn(torch.autograd.Function):
     """Rows of x: (R, S) in another order. A permutation: the gradient is a read in the opposite order."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(order, inverse)
+    def forward(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         return x.index_select(0, order)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -60,6 +64,11 @@ def turned(mask: Tensor, by: Tensor) -> Tensor:
     source = torch.where(mask.unsqueeze(-1), (place + by) % length, place)
     first = total * torch.arange(batch, device=mask.device).view(-1, 1, 1)
     return ((first + source) * len(by) + torch.arange(len(by), device=mask.device)).flatten()
+
+
+def shifts(powers: int) -> Tensor:
+    """Places that each track is turned by: (powers + 1,)."""
+    return torch.tensor([0, *(2**i for i in range(powers))])
 
 
 class ChordMixerBlock(nn.Module):
@@ -81,7 +90,7 @@ class ChordMixerBlock(nn.Module):
         return normalised(self.norm, x + rotated, mask)
 
 
-class ChordMixer(Encoder):
+class ChordMixer(Tables, Encoder):
     """track_size: S; the largest with E <= d_model unless given, at least 1. hidden: F, E unless given. blocks: as many
     as `length` needs and at least n_layers unless given. prenorm, norm: of NORMS."""
 
@@ -127,7 +136,7 @@ class ChordMixer(Encoder):
         size = track_size or max(1, d_model // (powers + 1))
         width = (powers + 1) * size
         depth = blocks or max(n_layers, powers)
-        self.register_buffer("shifts", torch.tensor([0, *(2**i for i in range(powers))]), persistent=False)
+        self.register_table("shifts", shifts, powers)
         self.embedding = nn.Identity() if width == d_model else nn.Linear(d_model, width)
         self.blocks = nn.ModuleList(
             ChordMixerBlock(width, track_size=size, hidden=hidden or width, prenorm=prenorm, norm=norm, dropout=dropout)
@@ -144,6 +153,7 @@ class ChordMixer(Encoder):
         return "L log L" if self.follows_length else "L"
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x, mask = clean_padding(x, mask)
         order, inverse = turned(mask, self.shifts), turned(mask, -self.shifts)
         x = self.embedding(x)
         for block in self.blocks:

@@ -40,12 +40,26 @@ import torch
 from torch import Tensor, nn
 
 from lra.architectures._stack import Stack
+from lra.architectures._table import Tables
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.causal_conv1d import causal_conv1d
 from lra.kernels.fft_conv import fft_conv
 
 
-class HyenaFilter(nn.Module):
+def times(length: int) -> Tensor:
+    """From 0 to 1: (L,) float64."""
+    return torch.arange(length, dtype=torch.float64) / max(length - 1, 1)
+
+
+def positions(length: int, features: int) -> Tensor:
+    """Time, and cosines and sines of (features - 1) / 2 frequencies: (L, features) float64."""
+    bands = (features - 1) // 2
+    phase = 2 * math.pi * torch.arange(length, dtype=torch.float64) / length
+    angle = torch.linspace(1e-4, bands - 1, bands, dtype=torch.float64) * phase.unsqueeze(1)
+    return torch.cat([times(length).unsqueeze(1), angle.cos(), -angle.sin()], dim=1)
+
+
+class HyenaFilter(Tables):
     """h: (channels, L) for the first L of `length` steps."""
 
     z: Tensor
@@ -57,22 +71,16 @@ class HyenaFilter(nn.Module):
     ) -> None:
         super().__init__()
         self.shift = shift
-        step = torch.arange(length, dtype=torch.float64)
-        bands = (features - 1) // 2
-        angle = torch.linspace(1e-4, bands - 1, bands, dtype=torch.float64) * (2 * math.pi * step / length).unsqueeze(1)
-        t = step / max(length - 1, 1)
-        z = torch.cat([t.unsqueeze(1), angle.cos(), -angle.sin()], dim=1).float()
         if learn_z:
-            self.z = nn.Parameter(z)
+            self.z = nn.Parameter(positions(length, features).float())
         else:
-            self.register_buffer("z", z, persistent=False)
+            self.register_table("z", positions, length, features)
         self.sizes = [features, width, width, width]
         self.implicit_filter = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(self.sizes))
         self.last = nn.Linear(width, channels, bias=False)
         self.freq = nn.Parameter(torch.full((width,), float(w)))
-        self.register_buffer("t", t.float(), persistent=False)
-        deltas = torch.linspace(math.log(0.01) / 1.5, math.log(0.01) / 0.3, channels)
-        self.register_buffer("deltas", deltas, persistent=False)
+        self.register_table("t", times, length)
+        self.register_table("deltas", torch.linspace, math.log(0.01) / 1.5, math.log(0.01) / 0.3, channels)
 
     def forward(self, length: int) -> Tensor:
         h = self.z[:length]

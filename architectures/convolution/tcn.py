@@ -33,10 +33,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.parametrizations import weight_norm
 
 from lra.architectures._stack import Bidirectional
-from lra.encoder import Card, Cost, Encoder, Mixer
+from lra.architectures._weight_norm import WeightNormConv1d
+from lra.encoder import Card, Cost, Encoder, Mixer, clean_padding
 
 
 class CausalConv(nn.Module):
@@ -44,7 +44,7 @@ class CausalConv(nn.Module):
 
     def __init__(self, d_in: int, d_out: int, kernel: int = 1, dilation: int = 1) -> None:
         super().__init__()
-        self.conv = weight_norm(nn.Conv1d(d_in, d_out, kernel, dilation=dilation))
+        self.conv = WeightNormConv1d(d_in, d_out, kernel, dilation)
         self.reach = (kernel - 1) * dilation  # tokens seen before the present one
 
     def forward(self, x: Tensor) -> Tensor:
@@ -229,7 +229,7 @@ class TCN(Encoder):
         return "L log L" if self.follows_length else "L"
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return self.net(x, mask)
+        return self.net(*clean_padding(x, mask))
 
     def cost(self, length: int) -> Cost:
         return self.net.cost(length)

@@ -80,7 +80,7 @@ class HGRNMixer(Mixer):
     def _finish(self, h: Tensor, x: Tensor) -> Tensor:
         """Norm, gate and output map: (..., D) state and input -> (..., D)."""
         features = torch.cat([h.real, h.imag], -1) if self.complex_state else h
-        return self.out_proj(self.norm(features) * F.silu(self.gate(x)))
+        return self.out_proj(self.norm(features.to(self.norm.weight.dtype)) * F.silu(self.gate(x)))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         forget, inputs = self._terms(x)

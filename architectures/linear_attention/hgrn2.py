@@ -92,7 +92,7 @@ class HGRN2Mixer(Mixer):
         o = self._scan(vqf)
         if self.bidirectional:
             o = o + flip(self._scan(flip(vqf, mask)), mask)
-        return self.out_proj(self.norm(wide(o)))
+        return self.out_proj(self.norm(o.to(self.norm.weight.dtype)))
 
     def cost(self, length: int) -> Cost:
         d_model = self.out_proj.out_features
@@ -107,7 +107,7 @@ class HGRN2Mixer(Mixer):
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """State: S (B, H, N, N)."""
         o, S = advance(*self._heads(self.in_proj(x)), state, self.scale)
-        return self.out_proj(self.norm(o.flatten(-2))), S
+        return self.out_proj(self.norm(o.flatten(-2).to(self.norm.weight.dtype))), S
 
 
 class HGRN2(Stack):

@@ -77,10 +77,13 @@ class Solution(torch.autograd.Function):
     """x, as a function of the residual r = q - A x of a symmetric A: its derivative is the inverse of A."""
 
     @staticmethod
-    def forward(ctx: Any, residual: Tensor, x: Tensor, steps: int, *matrix: Tensor) -> Tensor:
-        ctx.steps = steps
-        ctx.save_for_backward(*matrix)
+    def forward(residual: Tensor, x: Tensor, steps: int, *matrix: Tensor) -> Tensor:
         return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, _, ctx.steps, *matrix = inputs
+        ctx.save_for_backward(*matrix)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -52,10 +52,11 @@ POSITIONS = ("sinusoidal", "learned", "none")
 def orthogonal_features(features: int, width: int, generator: torch.Generator) -> Tensor:
     """W: (m, d), float32, from blocks of at most d orthogonal rows."""
     blocks = []
+    kind: dict[str, Any] = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
     for start in range(0, features, width):
-        q, r = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
+        q, r = torch.linalg.qr(torch.randn(width, width, **kind))
         blocks.append((q * r.diagonal().sign()).T[: features - start])
-    lengths = torch.randn(features, width, generator=generator, dtype=torch.float64).norm(dim=1, keepdim=True)
+    lengths = torch.randn(features, width, **kind).norm(dim=1, keepdim=True)
     return (torch.cat(blocks) * lengths).float()
 
 
@@ -71,8 +72,8 @@ class PerformerMixer(AttentionMixer):
         super().__init__(d_model, n_heads, qkv_dim, "none", causal, dropout=dropout)
         self.feature_map, self.redraw = feature_map, 0 if feature_map == "deterministic" else redraw
         self.eps = 1e-4 if feature_map == "softmax" else 1e-3
-        self.seed, self.passes = int(torch.randint(2**31, ())), 0
-        self.register_buffer("projection", self._drawn(n_features))
+        self.seed, self.passes = int(torch.randint(2**31, (), device="cpu")), 0
+        self.register_buffer("projection", self._drawn(n_features).to(self.out.weight.device))
 
     def _drawn(self, features: int) -> Tensor:
         if self.feature_map == "deterministic":

@@ -104,7 +104,7 @@ class TimeMix(Mixer):
 
     def _finish(self, o: Tensor, gate: Tensor) -> Tensor:
         """Norm, gate and output map: (..., H, N), (..., D) -> (..., D)."""
-        normed = self.ln_x(wide(o).reshape(-1, gate.shape[-1])).view(gate.shape)
+        normed = self.ln_x(o.to(self.ln_x.weight.dtype).reshape(-1, gate.shape[-1])).view(gate.shape)
         return self.output(normed * F.silu(gate))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ from lra.architectures._norm import normalised
 from lra.architectures._precision import wide
 from lra.architectures._rwkv import RWKVStack, along, depth, ramp, shifted
 from lra.architectures._stack import Bidirectional, Block, Layer, flip
-from lra.encoder import Card, Cost, Encoder, Mixer, fill_padding
+from lra.encoder import Card, Cost, Encoder, Mixer, clean_padding, fill_padding
 
 EPS = 64e-5
 """Of the group norm, as released: 1e-5 times the head width of 64."""
@@ -138,7 +138,7 @@ class TimeMix(Mixer):
 
     def _finish(self, o: Tensor, views: dict[str, Tensor], gate: Tensor) -> Tensor:
         """Norm, bonus, gate and output map: (..., H, N) -> (..., D)."""
-        normed = self.ln_x(wide(o).reshape(-1, gate.shape[-1])).view(gate.shape)
+        normed = self.ln_x(o.to(self.ln_x.weight.dtype).reshape(-1, gate.shape[-1])).view(gate.shape)
         bonus = (views["r"] * views["k"] * self.r_k).sum(-1, keepdim=True) * views["v"]
         return self.output((normed + bonus.flatten(-2)) * gate)
 
@@ -317,6 +317,7 @@ class RWKV7(RWKVStack):
         return {"*.w0": {"lr_scale": 2.0, "weight_decay": 0.0}} | {f"*.{n}": {"weight_decay": 0.0} for n in spared}
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x, mask = clean_padding(x, mask)
         x, first = normalised(self.norm_0, x, mask), None
         for layer in self.blocks:
             x, first = layer(x, mask, first)

@@ -102,7 +102,8 @@ class TTTLinearMixer(Mixer):
             ones, eta = torch.ones(size, size, dtype=q.dtype, device=q.device).tril(), self._eta().unsqueeze(-1)
             rates = eta * ones * rate.mT  # (m, m): what gradient j weighs in W_i
             scores, target = rates * (q @ k.mT), v - k
-            W, b, outputs = wide(self.W1).expand(len(x), -1, -1, -1), wide(self.b1).expand(len(x), -1, -1, -1), []
+            W, b = (wide(part).expand(x.shape[0], -1, -1, -1) for part in (self.W1, self.b1))
+            outputs = []
             for n in range(q.shape[2]):
                 grad = self._gradient(k[:, :, n] @ W + b, target[:, :, n])
                 z = q[:, :, n] @ W - scores[:, :, n] @ grad + b - rates[:, :, n] @ grad

@@ -42,6 +42,7 @@ class MoE(Stack):
         scaling="L^2",
         causal=False,
         variants={"k1": {"k": 1}, "k4": {"k": 4}},
+        exempt={"float16": "the choice of experts is a comparison: a rounded token between two may go to the other"},
     )
 
     def __init__(

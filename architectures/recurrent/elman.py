@@ -7,11 +7,12 @@ Elman 1990, doi:10.1207/s15516709cog1402_1. Per token, with h: (B, H) and H = D:
 The recurrent matrix U is one of
     free         V itself
     spectral     V min(1, 0.99 / |V|), |V| its largest singular value: the state never grows
-    orthogonal   sigmoid(s) Q, Q = Q_0 Cayley(V) with Q_0 fixed, s one number a layer: but for act, s alone shrinks h
+    orthogonal   sigmoid(s) Q, Q = Q_0 Cayley((V - V') / 2) with Q_0 fixed, V upper triangular and s one number a layer:
+                 but for act, s alone shrinks h
 
 Initialisation: W Xavier uniform, b = 0. V of free and spectral: orthogonal for tanh, so that the state starts to fade
-as slowly as tanh allows; for relu the identity (arXiv:1504.00941). Q_0 uniform over the orthogonal matrices, Cayley(V)
-the identity, s = 6, sigmoid(s) = 0.9975.
+as slowly as tanh allows; for relu the identity (arXiv:1504.00941). Q_0 uniform over the orthogonal matrices, V = 0, so
+that Q = Q_0; s = 6, sigmoid(s) = 0.9975.
 
 Departures: the paper has one layer, logistic units and free U. Here one layer is this recurrence in a pre-norm residual
 block followed by a feed-forward part, as the suite's other recurrent networks. The bounds on U are a control's, chosen
@@ -30,8 +31,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import orthogonal
 
+from lra.architectures._orthogonal import cayley, skew
+from lra.architectures._precision import wide
 from lra.architectures._stack import Stack
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.recurrent_cell import recurrent_cell
@@ -44,6 +46,8 @@ BOUND = 0.99
 class ElmanMixer(Mixer):
     """The recurrence over a sequence: (B, L, D) -> (B, L, D). Padding comes after all real tokens: no mask needed."""
 
+    Q_0: Tensor
+
     def __init__(self, d_model: int, activation: str, recurrent: str) -> None:
         super().__init__()
         self.activation, self.recurrent = activation, recurrent
@@ -53,7 +57,9 @@ class ElmanMixer(Mixer):
         nn.init.zeros_(self.input.bias)
         nn.init.orthogonal_(self.state.weight)
         if recurrent == "orthogonal":
-            orthogonal(self.state, orthogonal_map="cayley")
+            self.V = nn.Parameter(torch.zeros(d_model, d_model))  # its strict upper triangle counts
+            self.register_buffer("Q_0", self.state.weight.detach())
+            del self.state
             self.scale = nn.Parameter(torch.tensor(6.0))
         elif activation == "relu":
             nn.init.eye_(self.state.weight)
@@ -62,10 +68,10 @@ class ElmanMixer(Mixer):
     def U(self) -> Tensor:
         """(H, H)."""
         if self.recurrent == "spectral":
-            V = self.state.weight
+            V = wide(self.state.weight)
             return V * (BOUND / torch.linalg.matrix_norm(V, 2)).clamp_max(1)
         if self.recurrent == "orthogonal":
-            return self.scale.sigmoid() * self.state.weight
+            return self.scale.sigmoid() * (wide(self.Q_0) @ cayley(skew(wide(self.V)) / 2))
         return self.state.weight
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class GRUMixer(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         # cuDNN's loop is the fast one on a GPU, and computes the plain cell alone
-        h = self.init_state(len(x))
+        h = self.init_state(x.shape[0])
         if self.gamma is not None or self.zoneout:
             return self._loop(x, h)[0]
         if x.device.type == "cuda" and self.cell == "gru":
@@ -78,6 +78,7 @@ class GRUMixer(Mixer):
 
     def _loop(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         entering, outputs = wide(self._entering(x)), []
+        h = wide(h)
         with torch.autocast(x.device.type, enabled=False):
             for token, keep in zip(entering.unbind(1), self.keeps(entering).unbind(1), strict=True):
                 h = self._advance(token, h, keep)
@@ -93,7 +94,7 @@ class GRUMixer(Mixer):
         if self.gamma is None:
             return self.input(x)
         return nn.functional.layer_norm(
-            wide(nn.functional.linear(x, self.input.weight)), (len(self.U),), self.gamma[0], self.input.bias
+            wide(nn.functional.linear(x, self.input.weight)), (len(self.U),), wide(self.gamma[0]), wide(self.input.bias)
         )  # fmt: skip
 
     def cost(self, length: int) -> Cost:
@@ -111,15 +112,16 @@ class GRUMixer(Mixer):
     def _advance(self, entering: Tensor, state: Tensor, keep: Tensor | None) -> Tensor:
         """The next h; keep: share of the old one that stays, (B, H)."""
         *reset, z, n = entering.chunk(len(self.U) // self.U.shape[1], dim=-1)
-        turned = state @ self.U.T
+        U, c = wide(self.U), wide(self.c)
+        turned = state @ U.T
         if self.gamma is not None:
-            turned = nn.functional.layer_norm(turned, (len(self.U),), self.gamma[1])
-        *u_reset, u_z, u_n = (turned + self.c).chunk(len(reset) + 2, dim=-1)
+            turned = nn.functional.layer_norm(turned, (len(U),), wide(self.gamma[1]))
+        *u_reset, u_z, u_n = (turned + c).chunk(len(reset) + 2, dim=-1)
         z = torch.sigmoid(z + u_z)
         r = torch.sigmoid(reset[0] + u_reset[0]) if reset else 1 - z
         if self.cell == "gru_reset_first":
-            width = self.U.shape[1]
-            inside = (r * state) @ self.U[-width:].T + self.c[-width:]
+            width = U.shape[1]
+            inside = (r * state) @ U[-width:].T + c[-width:]
         else:
             inside = r * u_n
         h = z * state + (1 - z) * torch.tanh(n + inside)

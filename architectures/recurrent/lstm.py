@@ -91,7 +91,7 @@ class LSTMMixer(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         # cuDNN's loop is the fast one on a GPU, and computes the plain cell alone
-        U, (h, c) = F.dropout(self.U, self.weight_drop, self.training), self.init_state(len(x))
+        U, (h, c) = F.dropout(self.U, self.weight_drop, self.training), self.init_state(x.shape[0])
         if any(self.zoneout):
             return self._zoned_out(x, U, (h, c))[0]
         if x.device.type == "cuda" and self.cell == "lstm" and self.p is None:
@@ -105,7 +105,7 @@ class LSTMMixer(Mixer):
     def _zoned_out(self, x: Tensor, U: Tensor, state: State) -> tuple[Tensor, State]:
         entering, outputs = wide(self._entering(x)), []
         with torch.autocast(x.device.type, enabled=False):
-            U, keeps = wide(U), self.keeps(entering)
+            U, keeps, state = wide(U), self.keeps(entering), (wide(state[0]), wide(state[1]))
             for token, keep_c, keep_h in zip(entering.unbind(1), *(k.unbind(1) for k in keeps), strict=True):
                 y, state = self._advance(token, state, U, (keep_c, keep_h))
                 outputs.append(y)
@@ -119,7 +119,7 @@ class LSTMMixer(Mixer):
         """W x + b, or n(W x) without b: (..., D) -> (..., 4 H)."""
         if self.norm is None:
             return self.input(x)
-        return F.layer_norm(wide(F.linear(x, self.input.weight)), (len(self.U),), self.gain)
+        return F.layer_norm(wide(F.linear(x, self.input.weight)), (len(self.U),), wide(cast(Tensor, self.gain)))
 
     def cost(self, length: int) -> Cost:
         rows, width = self.U.shape

@@ -47,19 +47,24 @@ class Terms(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         c, gate = wide(x).chunk(2, dim=-1)
         forget, z = gate.neg().sigmoid_(), gate.sigmoid()
         n = torch.where(c >= 0, c + 0.5, c.sigmoid())
+        return forget, z * n, z, n
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, ...]) -> None:
+        forget, _, z, n = output
+        ctx.mark_non_differentiable(z, n)
         ctx.save_for_backward(forget, z, n)
-        ctx.dtype = x.dtype
-        return forget, z * n
+        ctx.dtype = inputs[0].dtype
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         forget, z, n = ctx.saved_tensors
-        to_forget, to_inputs = grads
+        to_forget, to_inputs, *_ = grads
         to_x = n.new_empty(*n.shape[:-1], 2 * n.shape[-1], dtype=ctx.dtype)
         to_c, to_gate = to_x.chunk(2, dim=-1)
         to_c.copy_(torch.where(n >= 0.5, 1, torch.addcmul(n, n, n, value=-1)).mul_(z).mul_(to_inputs))
@@ -79,7 +84,8 @@ class MinGRUMixer(Mixer):
 
     def _terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """1 - z and z n, each (..., H)."""
-        return Terms.apply(self.to_hidden_and_gate(x))
+        forget, inputs, *_ = Terms.apply(self.to_hidden_and_gate(x))
+        return forget, inputs
 
     def _output(self, h: Tensor) -> Tensor:
         return h if self.to_out is None else self.to_out(h)

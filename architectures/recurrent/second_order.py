@@ -118,6 +118,7 @@ class SecondOrder(Stack):
         causal=True,
         variants={"cprnn": {"rank": 0}},
         exempt={
+            "exports": "a Python loop over the tokens is unrolled for one length",
             "cprnn/optim_groups": "A is a factor of the recurrent weights, not a rate",
             "cprnn/optim_norms": "A is a factor of the recurrent weights, not a rate",
         },

@@ -94,7 +94,8 @@ class Seq2SeqAttentionMixer(Mixer):
         return y.to(query.dtype)
 
     def _additive(self, query: Tensor, memory: Tensor, allowed: Tensor | None) -> Tensor:
-        q, k, v = F.linear(query, self.W_q), F.linear(memory, self.W_k, self.b), cast(Tensor, self.v)  # type: ignore[arg-type]
+        W_q, W_k, b, v = (wide(cast(Tensor, part)) for part in (self.W_q, self.W_k, self.b, self.v))
+        q, k = F.linear(query, W_q), F.linear(memory, W_k, b)
         rows = max(1, LARGEST // (k.numel() or 1))
         contexts = []
         for start in range(0, q.shape[1], rows):
@@ -162,6 +163,7 @@ class Seq2SeqAttention(Stack):
             "dot": {"score": "dot"},
             "general": {"score": "general"},
         },
+        exempt={"functional": "its blocks are checkpointed, and torch.func supports no saved-tensor hooks"},
     )
 
     def __init__(

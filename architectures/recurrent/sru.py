@@ -107,6 +107,7 @@ class SRU(Stack):
         scaling="L",
         causal=True,
         variants={"v1": {"peephole": False, "activation": "tanh"}, "projected": {"projected": True}},
+        exempt={"exports": "a Python loop over the tokens is unrolled for one length"},
     )
 
     def __init__(

@@ -52,6 +52,7 @@ CHUNK = 256
 
 def number(t: Tensor) -> Tensor:
     """(..., 2), pairs of real and imaginary parts, or (..., 1) -> (...)."""
+    t = wide(t)
     return torch.view_as_complex(t) if t.shape[-1] == 2 else t.squeeze(-1)
 
 
@@ -87,8 +88,8 @@ class B2S6Mixer(Mixer):
         self.dropout = Dropout(dropout)
 
     def _A(self) -> Tensor:
-        real = -self.A_log.exp()
-        return real if self.A_imag is None else torch.complex(real, self.A_imag)
+        real = -wide(self.A_log).exp()
+        return real if self.A_imag is None else torch.complex(real, wide(self.A_imag))
 
     def step_sizes(self, x: Tensor) -> Tensor:
         """x: (..., h, p) -> dt (..., h, p)."""
@@ -98,7 +99,7 @@ class B2S6Mixer(Mixer):
         """x: (..., h, p) -> factor and input of the states (..., h, p, n), and C (..., h, 1, n)."""
         A = self._A()
         z = self.step_sizes(x).unsqueeze(-1) * A
-        B = number(wide(torch.einsum("...hp,hnpc->...hnc", x, self.B_weight)).contiguous())
+        B = number(torch.einsum("...hp,hnpc->...hnc", x, self.B_weight).contiguous())
         B = B.unsqueeze(-2) + number(self.B_bias)
         C = wide(torch.einsum("...hp,hpn->...hn", x, self.C)).unsqueeze(-2)
         return z.exp(), torch.expm1(z) / A * B * x.unsqueeze(-1), C
@@ -111,7 +112,7 @@ class B2S6Mixer(Mixer):
 
     def unit(self, x: Tensor) -> Tensor:
         """Re(C . s) of the equations, without the skip: (B, L, D) -> (B, L, D)."""
-        blocks, state = x.unflatten(-1, self.w.shape), self.init_state(len(x)).flatten(1)
+        blocks, state = x.unflatten(-1, self.w.shape), self.init_state(x.shape[0]).flatten(1)
         if x.shape[1] <= CHUNK:
             return self._chunk(blocks, state)[0].flatten(-2)
         outputs = []

@@ -41,6 +41,7 @@ from torch.nn import functional as F
 
 from lra.architectures._dropout import Dropout
 from lra.architectures._hippo import legs_modes
+from lra.architectures._precision import wide
 from lra.architectures._ssm import initial_log_dt, weighted_sum
 from lra.architectures._stack import Block, Stack
 from lra.encoder import Card, Cost, Mixer
@@ -74,20 +75,20 @@ class DSSMixer(Mixer):
     def _modes(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """A: (H, N), dt: (H,), z = dt A and C: (1 or 2, H, N), both complex128, and which modes rise, (N,) bool: their
         A is turned round, so that every exp(z) has a size of at most 1."""
-        dt = self.log_dt.exp()
-        real = -self.Lambda_re.exp() if self.version == "exp" else self.Lambda_re
+        dt, real, imaginary = wide(self.log_dt).exp(), wide(self.Lambda_re), wide(self.Lambda_im)
+        real = -real.exp() if self.version == "exp" else real
         rises = real > 0
         # the imaginary step is exact, as phases need it; the real one is a ratio to it
-        A = torch.complex(real * dt[:, :1] / dt[:, -1:], self.Lambda_im.expand(len(dt), -1))
+        A = torch.complex(real * dt[:, :1] / dt[:, -1:], imaginary.expand(len(dt), -1))
         A = torch.where(rises, -A, A)
         z = dt[:, -1:].double() * A.to(torch.complex128)
-        Lambda = torch.complex(real, self.Lambda_im).to(torch.complex128)
+        Lambda = torch.complex(real, imaginary).to(torch.complex128)
         if self.version == "softmax":
             below = torch.expm1(z * self.length) * Lambda
             scale = torch.expm1(z) * below.conj() / (below.abs().square() + EPSILON)
         else:
             scale = torch.expm1(z) * Lambda.conj() / Lambda.abs().square().clamp_min(EPSILON)
-        return A, dt[:, -1], z, torch.view_as_complex(self.W) * scale, rises
+        return A, dt[:, -1], z, torch.view_as_complex(wide(self.W)) * scale, rises
 
     def kernel(self, length: int) -> Tensor:
         """K: (1 or 2, H, length); the second looks ahead."""

@@ -137,7 +137,7 @@ class JambaExperts(Experts):
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
 
     def route(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        share = self.router(x).softmax(-1)
+        share = F.linear(x, wide(self.router.weight)).softmax(-1)
         gate, index = share.topk(self.k, dim=-1)
         return index, gate, self.balance_weight * self.balance(share, index, mask)
 

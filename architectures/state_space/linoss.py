@@ -64,7 +64,7 @@ class LinOSSMixer(Mixer):
 
     def _rates(self) -> tuple[Tensor, Tensor]:
         """dt and A of the equations: (P,) each."""
-        return torch.sigmoid(self.steps), F.relu(self.A_diag)
+        return torch.sigmoid(wide(self.steps)), F.relu(self.A_diag)
 
     def _roots(self) -> tuple[Tensor, Tensor, Tensor]:
         """l_1 and l_2 complex, e real: (P,) each."""
@@ -109,7 +109,7 @@ class LinOSSMixer(Mixer):
         return maps + Cost(other=length * (18.0 * states + 20.0 * width))
 
     def init_state(self, batch: int) -> State:
-        zeros = torch.zeros(batch, len(self.steps), dtype=self.steps.dtype.to_complex(), device=self.steps.device)
+        zeros = torch.zeros(batch, len(self.steps), dtype=wide(self.steps).dtype.to_complex(), device=self.steps.device)
         return zeros, zeros
 
     def advance(self, x: Tensor, state: State) -> tuple[Tensor, State]:

@@ -116,7 +116,7 @@ class LiquidS4Mixer(DPLRSSM, Mixer):
             if self.liquid == "kb":
                 total = total + self._spectral(q, kernel[0] * gain.unsqueeze(-1), mask)
                 continue
-            weights = 2 * (torch.view_as_complex(self.C_liquid) * dB).sum(-1).real  # (ways, H)
+            weights = 2 * (torch.view_as_complex(wide(self.C_liquid)) * dB).sum(-1).real  # (ways, H)
             total = total + weights[0] * gain * q
             if len(weights) == 2:
                 total = total + weights[1] * gain * flip(q, mask)

@@ -78,7 +78,7 @@ class LRUMixer(Mixer):
 
     def _decay(self) -> Tensor:
         """lambda: (N,) complex."""
-        return torch.exp(torch.complex(-self.nu_log.exp(), self.theta_log.exp()))
+        return torch.exp(torch.complex(-wide(self.nu_log).exp(), wide(self.theta_log).exp()))
 
     def _inputs(self, x: Tensor) -> Tensor:
         """exp(gamma_log) B x: (..., D) -> (..., N) complex."""

@@ -69,7 +69,7 @@ def hippo_block(size: int) -> tuple[Tensor, Tensor]:
     """Eigenvalues (size / 2,) of the normal part of HiPPO-LegS with negative imaginary part, ascending, and their
     eigenvectors (size, size / 2): complex128."""
     frequency, basis, _ = legs_modes(size)
-    kept = frequency < 0
+    kept = slice(size // 2)  # the frequencies below 0
     return torch.complex(torch.full_like(frequency[kept], -0.5), frequency[kept]), basis[:, kept]
 
 
@@ -99,12 +99,12 @@ class S5Mixer(Mixer):
     def discrete(self) -> tuple[Tensor, Tensor]:
         """Abar: (P,), Bbar: (P, D), complex."""
         real = self.Lambda_re.clamp(max=-1e-4) if self.clip_eigs else self.Lambda_re
-        A, dt = torch.complex(real, self.Lambda_im), self.log_step.exp()
+        A, dt = torch.complex(wide(real), wide(self.Lambda_im)), wide(self.log_step).exp()
         if self.discretization == "zoh":
             A_bar, B_bar = torch.exp(dt * A), torch.expm1(dt * A) / A
         else:
             A_bar, B_bar = (1 + dt * A / 2) / (1 - dt * A / 2), dt / (1 - dt * A / 2)
-        return A_bar, B_bar.unsqueeze(1) * torch.view_as_complex(self.B)
+        return A_bar, B_bar.unsqueeze(1) * torch.view_as_complex(wide(self.B))
 
     def _inputs(self, x: Tensor, B_bar: Tensor) -> Tensor:
         """Bbar x: (..., D) -> (..., P) complex, as one real product."""

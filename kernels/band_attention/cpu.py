@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.flop_counter import register_flop_formula
 
+from lra.kernels._autograd import register_autograd
 from lra.kernels.band_attention.passes import backward, forward, global_backward, global_forward
 from lra.kernels.band_attention.scores import Inputs
 from lra.kernels.band_attention.tiles import HIDDEN, Pattern, pairs
@@ -114,7 +115,7 @@ def _backward(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     return *grads, *[None] * 14
 
 
-attend.register_autograd(_backward, setup_context=_setup)
+attend = register_autograd(attend, _backward, _setup)
 
 
 def _pairs(

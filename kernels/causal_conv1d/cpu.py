@@ -14,6 +14,7 @@ from numba import njit
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from lra.kernels._autograd import register_autograd
 from lra.kernels._exp import exp
 from lra.kernels._threads import blocks_of, over_rows
 
@@ -147,7 +148,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad_weight, None if bias is None else grad_bias, None, None
 
 
-convolve.register_autograd(_differentiate, setup_context=_save)
+convolve = register_autograd(convolve, _differentiate, _save)
 
 
 @register_flop_formula(torch.ops.lra.causal_conv1d, get_raw=True)

@@ -70,7 +70,8 @@ def decay_attention(
     fits = v.dim() == 4 and v.shape[:3] == q.shape[:3] and v.shape[3] > 0
     check(fits, op, "v", tuple(v.shape), f"({batch}, {length}, {heads}, V), as q")
     shapes = (heads,), (batch, length, heads), (batch, length, heads, keys)
-    check(log_decay.shape in shapes, op, "log_decay", tuple(log_decay.shape), " or ".join(map(str, shapes)))
+    fits = log_decay.dim() in (1, 3, 4) and log_decay.shape == shapes[max(log_decay.dim() - 2, 0)]
+    check(fits, op, "log_decay", tuple(log_decay.shape), " or ".join(map(str, shapes)))
     state_shape = batch, heads, keys, v.shape[3]
     if h0 is not None:
         check(h0.shape == state_shape, op, "h0", tuple(h0.shape), str(state_shape))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from lra.kernels._autograd import register_autograd
 from lra.kernels.decay_attention.chunks import accumulator, carry, chunk_size, cut, paste, per_group, per_head, pieces
 from lra.kernels.decay_attention.decays import decays
 
@@ -133,7 +134,7 @@ def _differentiate(ctx: Any, grad: Tensor, grad_state: Tensor) -> tuple[Tensor |
     return *grads, *[None] * (8 - len(grads))
 
 
-attend.register_autograd(_differentiate, setup_context=_save)
+attend = register_autograd(attend, _differentiate, _save)
 
 
 def chunked_flops(k: Tensor, v: Tensor, chunk: int, chunked: float, carried: float) -> int:

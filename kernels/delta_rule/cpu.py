@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from lra.kernels._autograd import register_autograd
 from lra.kernels.decay_attention.chunks import accumulator, chunk_size, cut, paste, pieces
 from lra.kernels.decay_attention.cpu import chunked_flops, state_or_zeros
 from lra.kernels.decay_attention.decays import PerHead
@@ -178,13 +179,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, grad: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
-    h0 = ctx.saved_tensors[-1]
-    *grads, grad_h0 = write_backward(grad, grad_state, *ctx.saved_tensors, ctx.chunk, ctx.scale, ctx.triton)
+    *tensors, h0 = ctx.saved_tensors  # read once: checkpointing refuses a second reading
+    *grads, grad_h0 = write_backward(grad, grad_state, *tensors, h0, ctx.chunk, ctx.scale, ctx.triton)
     of_state = None if h0 is None else grad_h0.to(h0.dtype)
     return *grads, of_state, None, None, None
 
 
-write.register_autograd(_differentiate, setup_context=_save)
+write = register_autograd(write, _differentiate, _save)
 
 
 @register_flop_formula(torch.ops.lra.delta_rule, get_raw=True)

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from lra.kernels._autograd import register_autograd
+
 
 def _grouped(a: Tensor, w: Tensor, ends: Tensor, triton: bool) -> Tensor:
     """Rows of `a`, sorted by expert, times the matrix of their expert; `ends` (E,): where the rows of each stop. Rows
@@ -126,7 +128,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Te
     return to_x, None, to_gate, to_w1, to_w2, None, None
 
 
-run.register_autograd(_differentiate, setup_context=_save)
+run = register_autograd(run, _differentiate, _save)
 
 
 @register_flop_formula(torch.ops.lra.expert_mlp)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from lra.kernels._autograd import register_autograd
+
 BLOCK = 1 << 22  # samples transformed at once on a CPU: 16 MiB each for samples, spectrum and product
 CHANNELS = 16  # at least: the transposition to channels-first then reads whole cache lines
 
@@ -140,7 +142,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return du, dk, None if D is None else dD, None
 
 
-convolve.register_autograd(_backward, setup_context=_setup)
+convolve = register_autograd(convolve, _backward, _setup)
 
 
 def _work_of(u: Any, k: Any, D: Any, bidirectional: bool, transforms: int, products: int) -> int:

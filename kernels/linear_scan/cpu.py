@@ -14,6 +14,7 @@ from numba import njit
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from lra.kernels._autograd import register_autograd
 from lra.kernels._threads import blocks_of, over_rows
 
 WIDE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
@@ -133,7 +134,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_a, grad_b, None if h0 is None else grad_h0, None, None
 
 
-scan.register_autograd(_differentiate, setup_context=_save)
+scan = register_autograd(scan, _differentiate, _save)
 
 
 @register_flop_formula(torch.ops.lra.linear_scan, get_raw=True)

@@ -75,7 +75,7 @@ def recurrent_cell(
     gates, is_lstm = GATES[cell], cell.startswith("lstm")
     fits = x_gates.ndim == 3 and x_gates.shape[1] > 0 and x_gates.shape[2] % gates == 0 and x_gates.numel() > 0
     check(fits, op, "x_gates", tuple(x_gates.shape), f"(B, L, {gates} * H) with L > 0 for {cell}")
-    batch, width = len(x_gates), x_gates.shape[2] // gates
+    batch, width = x_gates.shape[0], x_gates.shape[2] // gates
     normed = cell.startswith("lstm_layernorm")
     check(not normed or width > 1, op, "x_gates", tuple(x_gates.shape), f"(B, L, 4 * H) with H > 1 for {cell}")
     if cell == "indrnn":

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from lra.kernels._autograd import register_autograd
 from lra.kernels._threads import over_rows
 from lra.kernels.recurrent_cell import cpu
 from lra.kernels.recurrent_cell.layernorm import cpu as layernorm
@@ -224,7 +225,7 @@ def _differentiate(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None, _: Te
     return *grads, None, None, None
 
 
-run.register_autograd(_differentiate, setup_context=_save)
+run = register_autograd(run, _differentiate, _save)
 
 
 @register_flop_formula(torch.ops.lra.recurrent_cell, get_raw=True)

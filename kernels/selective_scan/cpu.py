@@ -14,6 +14,7 @@ from numba import njit
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from lra.kernels._autograd import register_autograd
 from lra.kernels._exp import exp
 from lra.kernels._threads import over_rows
 
@@ -258,7 +259,7 @@ def _differentiate(ctx: Any, grad_y: Tensor | None, grad_last: Tensor | None, _:
     return *(g if w else None for g, w in zip(grads, wanted, strict=True)), None, None
 
 
-scan.register_autograd(_differentiate, setup_context=_save)
+scan = register_autograd(scan, _differentiate, _save)
 
 
 @register_flop_formula(torch.ops.lra.selective_scan, get_raw=True)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from lra.kernels._autograd import register_autograd
+
 BLOCK = 1 << 23  # bytes of tables at once on a CPU
 
 
@@ -138,7 +140,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *vandermonde_backward(grad, *ctx.saved_tensors, ctx.gpu), None, None, None
 
 
-vandermonde.register_autograd(_backward, setup_context=_setup)
+vandermonde = register_autograd(vandermonde, _backward, _setup)
 
 
 @register_flop_formula(torch.ops.lra.ssm_kernel_diag)

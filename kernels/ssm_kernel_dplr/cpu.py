@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from lra.kernels._autograd import register_autograd
 from lra.kernels.ssm_kernel_dplr import cauchy
 
 BLOCK = 1 << 23  # bytes of Cauchy sums at once on a CPU
@@ -126,7 +127,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *cauchy_kernel_backward(grad, *ctx.saved_tensors), None
 
 
-cauchy_kernel.register_autograd(_backward, setup_context=_setup)
+cauchy_kernel = register_autograd(cauchy_kernel, _backward, _setup)
 
 
 def _flops_of(P: Any, C: Any, length: int, each: int, transforms: int) -> int:

@@ -16,6 +16,7 @@ from numba import njit
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from lra.kernels._autograd import register_autograd
 from lra.kernels._exp import exp
 from lra.kernels._threads import over_rows
 
@@ -219,12 +220,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, grad: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
-    h0 = ctx.saved_tensors[-1]
-    *grads, grad_h0 = scan_backward(grad, grad_last, *ctx.saved_tensors, ctx.triton)
+    *tensors, h0 = ctx.saved_tensors  # read once: checkpointing refuses a second reading
+    *grads, grad_h0 = scan_backward(grad, grad_last, *tensors, h0, ctx.triton)
     return *grads, None if h0 is None else grad_h0.to(h0.dtype), None
 
 
-scan.register_autograd(_differentiate, setup_context=_save)
+scan = register_autograd(scan, _differentiate, _save)
 
 
 @register_flop_formula(torch.ops.lra.wkv, get_raw=True)

@@ -38,6 +38,7 @@ from lra.conformance.context import (
     reloaded,
     woken,
 )
+from lra.conformance.pytorch import EXACT, NEAR, PYTORCH
 from lra.encoder import DIRECTIONS, SCALINGS, Card, Encoder, Mixer
 from lra.errors import UserError, unknown
 from lra.profiling.flops import encoder_flops
@@ -47,11 +48,6 @@ from lra.training.optimisers import KEYS, parameter_groups
 BATCHES = (1, 3)
 SPLITS = 2
 
-
-EXACT = 1e-8
-"""Largest difference, over the RMS of the output, that float64 arithmetic in another order may make."""
-NEAR = 0.03
-"""Largest RMS difference between bfloat16 autocast and float32, over the RMS of the output."""
 LONG = tuple(3 * 4**i for i in range(6, 10))
 """12,288 to 786,432 tokens: growth is judged beyond any window or number of landmarks."""
 
@@ -502,4 +498,4 @@ CHECKS: dict[str, Callable[[CheckContext], str | None]] = {
         signature, card, shape, padding, padding_length, batch, gradients, causal, step, cost, save, precision, optim,
         optim_groups, optim_norms, magnitudes, trains, seed,
     )
-}  # fmt: skip
+} | PYTORCH  # fmt: skip

@@ -26,6 +26,10 @@ HERE = Path(__file__).parents[1]
 NAMES = architectures.names(variants=True)
 # one fresh process serves all names in a test of its own: starting one for each would cost more than all other checks
 IN_PROCESS = [name for name in CHECKS if name != "save"]
+# two seconds a name and more: most names are traced in the slow tests
+TRACED = ["compiles", "exports"]
+OFTEN_TRACED = ("gau", "s4d", "transformer")
+UNTRACED = [name for name in IN_PROCESS if name not in TRACED]
 BROKEN = [
     name for name, c in vars(bad_encoders).items()
     if inspect.isclass(c) and issubclass(c, Encoder) and c.__module__ == "bad_encoders"
@@ -42,9 +46,14 @@ SLOW = ("cfc/ltc", "cfc/mixed-memory", "cfc/no-gate", "cfc/pure", "neural_ode/mi
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in NAMES])
 def test_architecture(name: str) -> None:
-    findings = check(name, only=IN_PROCESS)
-    assert [f.check for f in findings] == IN_PROCESS
+    findings = check(name, only=UNTRACED)
+    assert [f.check for f in findings] == UNTRACED
     assert not [f"{f.check}: {f.message}" for f in findings if f.failed]
+
+
+@pytest.mark.parametrize("name", [n if n in OFTEN_TRACED else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
+def test_architecture_is_compiled_and_exported(name: str) -> None:
+    assert not [f"{f.check}: {f.message}" for f in check(name, only=TRACED) if f.failed]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +106,7 @@ def test_architectures_reload_in_a_fresh_process() -> None:
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_encoder_fails_the_named_check_alone(name: str) -> None:
     breaks = getattr(bad_encoders, name).breaks
-    findings = check(named(name), only=IN_PROCESS)
+    findings = check(named(name), only=IN_PROCESS if breaks in TRACED or name == "Good" else UNTRACED)
     assert {f.check: f.message for f in findings if f.failed}.keys() == ({breaks} if breaks in IN_PROCESS else set())
     assert all("\n" not in f.message for f in findings)
 

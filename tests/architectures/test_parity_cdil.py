@@ -22,12 +22,8 @@ def test_levels_equal_the_authors() -> None:
     h, mask = x, torch.ones(x.shape[:2], dtype=torch.bool)
     for i, (d_in, d_out) in enumerate([(4, 6), (6, 6), (6, 5)]):
         level = CDILLevel(d_in, d_out, kernel, 2**i, dropout=0.0).double()
-        names = {
-            "bias": "bias",
-            "parametrizations.weight.original0": "weight_g",
-            "parametrizations.weight.original1": "weight_v",
-        }
-        level.conv.load_state_dict({own: g[f"param.conv_net.{i}.conv.{other}"] for own, other in names.items()})
+        names = "weight_g", "weight_v", "bias"
+        level.conv.load_state_dict({name: g[f"param.conv_net.{i}.conv.{name}"] for name in names})
         if d_in == d_out:
             h = level(h, mask)
         else:
@@ -52,7 +48,7 @@ def test_rings_of_several_lengths_equal_a_loop() -> None:
     for row, length in zip(x, lengths, strict=True):
         h = row[:length]
         for i, level in enumerate(encoder.levels):
-            g, v = level.conv.parametrizations.weight.original0, level.conv.parametrizations.weight.original1
+            g, v = level.conv.weight_g, level.conv.weight_v
             W = g * v / v.square().sum((1, 2), keepdim=True).sqrt()
             places = [[(t + (k - 2) * 2**i) % length for k in range(5)] for t in range(length)]
             c = [sum((W[:, :, k] @ h[p] for k, p in enumerate(ps)), level.conv.bias) for ps in places]

@@ -67,7 +67,7 @@ def test_orthogonal_matrix_stays_orthogonal_whatever_is_learnt() -> None:
         values = torch.linalg.svdvals(mixer.U)
         torch.testing.assert_close(values, mixer.scale.sigmoid().expand(16), rtol=1e-4, atol=1e-4)
         with torch.no_grad():
-            mixer.get_parameter("state.parametrizations.weight.original").add_(torch.randn(16, 16))
+            mixer.get_parameter("V").add_(torch.randn(16, 16))
             mixer.scale.fill_(-1.0)
 
 

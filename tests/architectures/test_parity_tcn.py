@@ -15,13 +15,7 @@ from lra.architectures.convolution.tcn import TCN, CausalConv, GatedLevel, TCNLe
 
 
 def load(conv: CausalConv, g: dict[str, Tensor], prefix: str) -> CausalConv:
-    """Weight norm keeps g as original0 and v as original1."""
-    names = {
-        "bias": "bias",
-        "parametrizations.weight.original0": "weight_g",
-        "parametrizations.weight.original1": "weight_v",
-    }
-    conv.double().conv.load_state_dict({own: g[f"{prefix}.{other}"] for own, other in names.items()})
+    conv.double().conv.load_state_dict({name: g[f"{prefix}.{name}"] for name in ("weight_g", "weight_v", "bias")})
     return conv
 
 
@@ -103,7 +97,7 @@ def test_network_equals_a_loop_over_its_equations(gated: bool) -> None:
     w = torch.randn_like(x)
 
     def conv(part: CausalConv, h: Tensor, d: int = 1) -> Tensor:
-        g, v = part.conv.parametrizations.weight.original0, part.conv.parametrizations.weight.original1
+        g, v = part.conv.weight_g, part.conv.weight_v
         W = g * v / v.square().sum((1, 2), keepdim=True).sqrt()
         taps = W.shape[2]
         rows = []

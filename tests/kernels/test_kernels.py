@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from lra.kernels import _dispatch
@@ -152,6 +153,39 @@ def test_compiles_without_a_graph_break(op: str) -> None:
     compiled = torch.compile(operator(op), backend="aot_eager", fullgraph=True)
     wanted, found = run(operator(op), arguments), run(compiled, arguments)
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_gradients_under_checkpointing(op: str) -> None:
+    """Checkpointing refuses a second reading of the tensors saved for backward."""
+    arguments = arguments_of(cases_of(op, "small")[0], torch.float32)
+
+    def checkpointed(**given: Any) -> Any:
+        names = differentiable(given)
+        tensors = [given.pop(name) for name in names]
+
+        def call(*values: Tensor) -> Any:
+            return operator(op)(**given, **dict(zip(names, values, strict=True)))
+
+        return checkpoint(call, *tensors, use_reentrant=False)
+
+    torch.testing.assert_close(run(checkpointed, arguments), run(operator(op), arguments))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_gradients_of_torch_func(op: str) -> None:
+    """torch.func asks for a setup_context, which PyTorch does not make for a registered operator."""
+    arguments = arguments_of(cases_of(op, "small")[0], torch.float32)
+    tensors = {name: arguments[name].detach() for name in differentiable(arguments)}
+
+    def loss(tensors: dict[str, Tensor]) -> Tensor:
+        results = outputs_of(operator(op)(**(arguments | tensors)))
+        return torch.stack([t.abs().square().sum() for t in results if t.is_floating_point() or t.is_complex()]).sum()
+
+    leaves = {name: t.clone().requires_grad_() for name, t in tensors.items()}
+    expected = torch.autograd.grad(loss(leaves), list(leaves.values()), materialize_grads=True)
+    found = torch.func.grad(loss)(tensors)
+    torch.testing.assert_close(found, dict(zip(tensors, expected, strict=True)))
 
 
 @pytest.mark.parametrize("op", OPS)
