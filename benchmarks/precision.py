@@ -92,13 +92,13 @@ def bench(chosen: Iterable[str], task: str, rounds: int) -> Iterator[Step]:
             workload = Workload(name, task)
             seconds: dict[bool, list[float]] = {False: [], True: []}
             for turn in range(rounds + 1):
-                for bfloat16, taken in seconds.items():
+                for kind, taken in seconds.items():
                     start = time.process_time()
-                    workload.step(bfloat16)
+                    workload.step(kind)
                     if turn:  # the first of each compiles and allocates
                         taken.append(time.process_time() - start)
-        medians = (statistics.median(seconds[kind]) for kind in (False, True))
-        yield Step(name, workload.d_model, workload.parameters, *medians, rounds)
+        float32, bfloat16 = (statistics.median(seconds[kind]) for kind in (False, True))
+        yield Step(name, workload.d_model, workload.parameters, float32, bfloat16, rounds)
 
 
 def write(steps: Iterable[Step], task: str, root: Path) -> Path:

@@ -128,7 +128,7 @@ def open_split(folder: Path, split: str) -> Split:
     values, offsets, index, labels = (_open(folder / f"{part}.npy") for part in parts)
     unsigned = {"uint8", "uint16", "uint32"}
     consistent = (
-        {values.dtype.name, labels.dtype.name} <= unsigned and (offsets.dtype, index.dtype) == (np.int64, np.int32)
+        {values.dtype.name, labels.dtype.name} <= unsigned and offsets.dtype == np.int64 and index.dtype == np.int32
         and values.ndim == 1 and offsets.ndim == 1 and len(offsets) and offsets[0] == 0 and offsets[-1] == len(values)
         and (np.diff(offsets) >= 0).all()
         and index.ndim == 2 and len(index) == len(labels) and labels.ndim == 1

@@ -236,7 +236,8 @@ def test_step_sizes_may_train_faster_than_the_rest() -> None:
     for scale, rate in ((1.0, 0.01), (2.0, 0.02)):
         encoder = DSS(d_model=8, n_layers=1, length=8, dt_lr=0.02, dt_lr_scale=scale)
         groups = parameter_groups(encoder, encoder, Optim(lr=0.01))
-        assert [g["lr"] for g in groups if any(p is encoder.layers[0].mixer.log_dt for p in g["params"])] == [rate]
+        log_dt = encoder.get_parameter("layers.0.mixer.log_dt")
+        assert [g["lr"] for g in groups if any(p is log_dt for p in g["params"])] == [rate]
 
 
 def test_longer_than_its_softmax_is_refused() -> None:

@@ -58,9 +58,11 @@ def test_gradients_of_every_parameter_equal_a_dense_convolution() -> None:
     x = torch.randn(2, 10, 3, dtype=torch.float64, requires_grad=True)
     w = torch.randn_like(x)
     u = mixer.in_proj(x)
-    short = mixer.short_filter.bias + sum(
-        mixer.short_filter.weight[:, 0, 2 - j] * torch.nn.functional.pad(u, (0, 0, j, 0))[:, :10] for j in range(3)
-    )
+    weight, bias = mixer.short_filter.weight, mixer.short_filter.bias
+    assert bias is not None
+    short = bias.expand_as(u)
+    for j in range(3):
+        short = short + weight[:, 0, 2 - j] * torch.nn.functional.pad(u, (0, 0, j, 0))[:, :10]
     x0, x1, x2, v = short.chunk(4, dim=-1)
     h = mixer.filter_fn(10).view(2, 3, 10)
     for n, gate in enumerate((x2, x1)):

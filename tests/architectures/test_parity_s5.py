@@ -188,9 +188,9 @@ def test_optimiser_groups_are_those_of_the_released_configurations(
     encoder = S5(d_model=8, n_layers=1, length=8, ssm_lr=5e-4, **own)
     groups = parameter_groups(encoder, encoder, Optim(lr=4e-3, weight_decay=0.07, decay="all"))
     found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
-    mixer = encoder.layers[0].mixer
-    assert [found[id(p)] for p in (mixer.B, mixer.log_step, mixer.Lambda_re)] == [B, dt, (5e-4, 0.0)]
-    assert {found[id(p)] for p in (mixer.C, mixer.D)} == {(4e-3, 0.07)}
+    settings = {name: found[id(p)] for name, p in encoder.blocks[0].mixer.named_parameters()}
+    assert [settings[name] for name in ("B", "log_step", "Lambda_re")] == [B, dt, (5e-4, 0.0)]
+    assert settings["C"] == settings["D"] == (4e-3, 0.07)
 
 
 @pytest.mark.parametrize(

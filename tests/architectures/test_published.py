@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import lra
+from lra.architectures._stack import Stack
 from lra.cli.app import app
 from lra.encoder import Encoder, Published
 from lra.errors import UserError
@@ -59,7 +60,8 @@ def test_mamba_equals_the_published_one(architecture: str, name: str, own: dict[
     tensors, g = mamba_file(name), golden(name)
     encoder = lra.import_weights(architecture, saved(tmp_path, tensors), length=32, dtype=FLOAT64, **own)
     x = g["x"]
-    for layer in encoder.get_submodule("layers"):
+    assert isinstance(encoder, Stack)
+    for layer in encoder.blocks:
         assert_near(layer.mixer(x, everything(x)), g["y"], "mixer")
     own_names = {name for name, _ in encoder.named_parameters()}
     assert own_names == {

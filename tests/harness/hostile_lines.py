@@ -320,7 +320,7 @@ USERS_LAYERS = [
 def lay_out(folder: Path) -> None:
     """Write FILES, and a folder that is called FOLDER."""
     for name, content in FILES.items():
-        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else str(content).encode())
     (folder / "FOLDER").mkdir()
 
 

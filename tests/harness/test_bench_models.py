@@ -98,7 +98,12 @@ def test_precision_compares_both_kinds_of_step(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("LRA_RESULTS", str(tmp_path))
     kinds: list[bool] = []
     step = precision.Workload.step
-    monkeypatch.setattr(precision.Workload, "step", lambda self, kind: (kinds.append(kind), step(self, kind))[1])
+
+    def counted(self: precision.Workload, kind: bool) -> Tensor:
+        kinds.append(kind)
+        return step(self, kind)
+
+    monkeypatch.setattr(precision.Workload, "step", counted)
     done = CliRunner().invoke(app, ["precision", "--rounds", "2"])
     assert done.exit_code == 0, done.output
     assert kinds == [False, True] * 3

@@ -172,9 +172,12 @@ def test_a_dry_run_shows_the_plan_its_data_and_the_forecast(places: Path, monkey
     assert "forecast: none before the data are prepared: lra data prepare tiny" in done.output
     assert runner.invoke(app, ["data", "prepare", TINY]).exit_code == 0
     cells: list[Any] = []
-    monkeypatch.setattr(
-        "lra.sweeps.forecast.run_probe", lambda cell: cells.append(cell) or {"seconds": 61.0, "bytes": 2.0**30}
-    )
+
+    def probe(cell: Any) -> dict[str, float]:
+        cells.append(cell)
+        return {"seconds": 61.0, "bytes": 2.0**30}
+
+    monkeypatch.setattr("lra.sweeps.forecast.run_probe", probe)
     done = runner.invoke(app, words)
     assert done.exit_code == 0, done.output
     assert "77 steps" in done.output

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from tiny_task import Tiny
 
-import lra
+from lra import api
 from lra.errors import Interrupted, UserError
 from lra.registry import architectures
 from lra.reports.comparison import compare
@@ -153,7 +153,7 @@ def test_runs_of_two_sources_are_two_models(own: Path) -> None:
     assert [row.seeds for row in rows] == [1, 1]
     assert all(" source " in row.label for row in rows)
     assert "another source: deep.py" in str(compare(first, second))
-    assert lra.results(smoke=True)["source"].nunique() == 2
+    assert api.results(smoke=True)["source"].nunique() == 2
 
 
 def test_the_recorded_command_repeats_the_row(own: Path) -> None:

@@ -185,8 +185,10 @@ def test_a_bfloat16_input_leaves_the_loop_in_float32_and_its_weights_a_bfloat16_
     given = {name: t.float() if isinstance(t, Tensor) else t for name, t in arguments(cell).items()}
     given["x_gates"] = given["x_gates"].bfloat16()
     found, wide = ({k: t.detach().requires_grad_() for k, t in given.items() if k in ("x_gates", "U")} for _ in "ab")
-    y = recurrent_cell(**given | found)
-    expected = recurrent_cell(**given | wide | {"x_gates": wide["x_gates"].float()})
+    y = recurrent_cell(**given | found)  # type: ignore[arg-type]
+    expected = recurrent_cell(**given | wide | {"x_gates": wide["x_gates"].float()})  # type: ignore[arg-type]
+    assert isinstance(y, Tensor)
+    assert isinstance(expected, Tensor)
     assert torch.equal(y, expected)
     w = torch.randn_like(y)
     own, theirs = (torch.autograd.grad(h, tuple(of.values()), w) for h, of in ((y, found), (expected, wide)))
