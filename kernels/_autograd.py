@@ -26,4 +26,5 @@ def register_autograd(op: Any, backward: Callable[..., Any], setup_context: Call
             return function.apply(*arguments)  # type: ignore[attr-defined]
         return op(*arguments)
 
+    call.__wrapped__ = op  # type: ignore[attr-defined]
     return call

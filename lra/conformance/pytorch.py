@@ -115,7 +115,7 @@ def checkpointing(context: CheckContext) -> None:
 
 
 def meta(context: CheckContext) -> None:
-    """built on the meta device, then loaded, it gives the same outputs"""
+    """built on the meta device, then loaded: the same outputs"""
     x, mask = inputs([LENGTH, 17], LENGTH)
     encoder = context.encoder()
     with torch.device("meta"):
@@ -135,7 +135,7 @@ def meta(context: CheckContext) -> None:
 
 
 def copies(context: CheckContext) -> None:
-    """deepcopy and pickle give the same encoder after a training step"""
+    """deepcopy and pickle give the same encoder, after training too"""
     x, mask = inputs([LENGTH, 17], LENGTH)
     encoder = context.encoder().train()
     _gradients(encoder, x, mask)
@@ -163,7 +163,7 @@ def functional(context: CheckContext) -> None:
 
 
 def inference(context: CheckContext) -> None:
-    """inference_mode gives the outputs of forward; training works after it"""
+    """inference_mode gives the same outputs; training works after it"""
     x, mask = inputs([LENGTH, 17], LENGTH)
     encoder = context.encoder()
     with torch.inference_mode():
@@ -212,7 +212,7 @@ def _compare(encoder: Encoder, y: Tensor, expected: Tensor, mask: Tensor, where:
 
 
 def compiles(context: CheckContext) -> None:
-    """torch.compile with dynamic batch and length gives the same outputs"""
+    """torch.compile with any batch and length: the same outputs"""
     encoder = context.encoder(n_layers=1)
     torch.compiler.reset()
     compiled = torch.compile(encoder, backend="eager", dynamic=True)
@@ -224,7 +224,7 @@ def compiles(context: CheckContext) -> None:
 
 
 def exports(context: CheckContext) -> None:
-    """torch.export with dynamic batch and length gives the same outputs"""
+    """torch.export with any batch and length: the same outputs"""
     encoder = context.encoder(n_layers=1)
     # PyTorch compiles sizes of 0 and 1 apart, and here the sizes next to them
     batch, length = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("length", min=4, max=LONGEST)

@@ -27,7 +27,6 @@ CLASSES = {
     "sophia": ("sophia_opt", "SophiaG"),
     "schedule_free": ("schedulefree", "AdamWScheduleFree"),
 }
-FUSED = ("adamw", "adam", "sgd")
 FSDP_PREFIX = "_fsdp_wrapped_module."
 PACKAGES = {"lion_pytorch": "lion-pytorch", "sophia_opt": "sophia-opt", "schedulefree": "schedulefree"}
 
@@ -118,8 +117,6 @@ def _instantiate(
         arguments.setdefault("betas", recipe.betas)
     if name == "schedule_free":
         arguments.setdefault("warmup_steps", recipe.warmup)
-    if name in FUSED and all(p.device.type == "cpu" and p.is_floating_point() for g in groups for p in g["params"]):
-        arguments.setdefault("fused", True)  # one pass over each parameter
     try:
         optimizer = make(groups, **arguments)
     except (TypeError, ValueError) as error:

@@ -167,7 +167,7 @@ def test_messages_say_what_is_wrong() -> None:
         ("DeadParameter", "1 of 14 parameters get no gradient: unused"),
         ("LeaksOnTheWayBack", "with direction='bidirectional' outputs at real positions changed by"),
         ("StepsDifferently", "at token 1 (float64)"),
-        ("DoubledCost", "cost(32).of_batch(1).matmul is 524,288, 2 times what was counted: 262,144 in products"),
+        ("DoubledCost", "cost(32).of_batch(1).matmul is 524,288, 2 times what was counted in matrix products: 262,144"),
         ("ForgetsBetweenChunks", "chunk starts from the state or leaves it wrongly"),
         ("ChargedToEverySequence", "declares 0 as done once for a batch; counted were 2,621,440 of"),
         ("OverstatedGrowth", "work is declared to grow as L^2, but cost grows as L"),

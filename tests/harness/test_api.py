@@ -42,7 +42,7 @@ class MyLayer(nn.Module):
         self.map = nn.Linear(d_model, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.map(x).cumsum(1) / torch.arange(1, x.shape[1] + 1).unsqueeze(1)
+        return self.map(x).cumsum(1) / torch.arange(1, x.shape[1] + 1, device=x.device).unsqueeze(1)
 
 
 class Stranger(L.LightningModule):

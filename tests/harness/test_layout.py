@@ -89,7 +89,7 @@ def test_a_wrong_import_breaks_its_contract(checkout: Path, file: str, line: str
         code.write(f"\n{line}\n")
     said = lint_imports(checkout)
     assert said.returncode == 1, said.stdout
-    assert any(contract in line for line in said.stdout.splitlines() if line.endswith(" BROKEN"))
+    assert any(contract in line for line in said.stdout.splitlines() if " BROKEN" in line)
 
 
 def test_files_are_short() -> None:

@@ -71,9 +71,17 @@ def test_facts_are_those_of_the_imported_card(name: str) -> None:
     assert constructor.declared
     assert Card(**{key: facts[key] for key in vars(card) if key in facts}) == card
     assert facts["variants"].keys() == card.variants.keys()
-    assert all(
-        getattr(constructor.cls, key) == facts[key] for key in facts.keys() - vars(card).keys() - {"name", "family"}
-    )
+    derived = {"name", "family", "direction", "recurrent"}
+    assert all(getattr(constructor.cls, key) == facts[key] for key in facts.keys() - vars(card).keys() - derived)
+    assert facts["direction"] in ("causal", "two-way", "either")
+    options = {"direction": "causal"} if facts["direction"] == "either" else {}
+    encoder = constructor(d_model=16, n_layers=1, length=16, **options)
+    try:
+        encoder.init_state(1)
+        recurrent = True
+    except NotImplementedError:
+        recurrent = False
+    assert facts["recurrent"] == recurrent
 
 
 @pytest.mark.parametrize("name", tasks.names())
