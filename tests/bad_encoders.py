@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from bad_functions import OldStyle, ReadTwice, Uphill
 from torch import Tensor, nn
 
 from lra.encoder import Card, Cost, Encoder, Mixer, clean_padding
@@ -448,25 +449,11 @@ class GrowsWithTheDepth(Good):
         return x * 12.0 ** (self.n_layers // 4)
 
 
-class _Uphill(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return -grads[0]
-
-
 class LearnsBackwards(Good):
     breaks = "trains"
 
     def finish(self, x: Tensor) -> Tensor:
-        return _Uphill.apply(x)
+        return Uphill.apply(x)
 
 
 class OwnRandomness(Good):
@@ -520,26 +507,11 @@ class MeasuresTheSpread(Good):
         return y + 0 * (y - y.mean(1, keepdim=True)).square().mean(1, keepdim=True).sqrt()
 
 
-class _ReadTwice(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, scale: Tensor) -> Tensor:
-        return x * scale
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        assert len(ctx.saved_tensors) == 2
-        return grads[0] * ctx.saved_tensors[1], None
-
-
 class ReadsSavedTensorsTwice(Good):
     breaks = "checkpointing"
 
     def finish(self, x: Tensor) -> Tensor:
-        return _ReadTwice.apply(x, torch.ones_like(x))
+        return ReadTwice.apply(x, torch.ones_like(x))
 
 
 class LosesItsTable(Good):
@@ -564,21 +536,11 @@ class HoldsAFunction(Good):
         self.finish = lambda x: 2 * x  # type: ignore[method-assign]
 
 
-class _OldStyle(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return grads[0]
-
-
 class HasNoSetupContext(Good):
     breaks = "functional"
 
     def finish(self, x: Tensor) -> Tensor:
-        return _OldStyle.apply(x)
+        return OldStyle.apply(x)
 
 
 class KeepsATensor(Good):

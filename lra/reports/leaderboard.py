@@ -331,6 +331,8 @@ def readme(board: Leaderboard) -> str:
             by_task = columns.setdefault((group.recipe, group.regime, group.device), {})
             by_task[f"{group.task} ({group.protocol})"] = group, rows
     largest = sorted(columns.items(), key=lambda item: (-sum(len(rows) for _, rows in item[1].values()), item[0]))
+    if not largest:
+        return "No run of a shipped recipe is on file yet."
     matrices = [_matrix(key, by_task) for key, by_task in largest]
     return "\n".join(f"{tables.plain(table.title)}:\n\n{tables.markdown_body(table)}" for table in matrices).strip()
 

@@ -36,7 +36,7 @@ def test_none_without_a_recurrent_mode() -> None:
 def test_check_states_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from lra.conformance import suite
 
-    monkeypatch.setattr(suite, "check", lambda name: [])
+    monkeypatch.setattr(suite, "check", lambda name, **options: [])
     done = CliRunner().invoke(app, ["check", "gru"])
     assert "recurrent state at d_model 128, 4 layers: 2,048 bytes per sequence\n" in done.output
     done = CliRunner().invoke(app, ["check", "transformer"])

@@ -268,13 +268,18 @@ def test_a_table_says_who_was_given_more(changes: dict[str, Any], note: str) -> 
 def test_the_rows_of_every_committed_table_were_given_the_same(tracked: Path) -> None:
     """Training examples, steps, search and parameter budget; and no row exceeds the budget."""
     board = Leaderboard.of(Collection.read(tracked / "results"))
-    assert board.groups
+    if not board.groups:
+        pytest.skip("no run of a shipped recipe is committed")
     for group, rows in board.groups.items():
         assert not leaderboard.unequal(rows), group
         sizes = {row.architecture: row.parameters for row in rows}
         for row in rows:
             budget = row.runs[0].recipe.model.get("budget") or math.inf
             assert row.parameters <= budget * sizes.get("transformer", math.inf), row.label
+
+
+def test_no_runs_are_a_sentence() -> None:
+    assert leaderboard.readme(ranked()) == "No run of a shipped recipe is on file yet."
 
 
 def test_no_row_at_chance_is_the_best_of_anything() -> None:
