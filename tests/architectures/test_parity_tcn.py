@@ -97,12 +97,13 @@ def test_network_equals_a_loop_over_its_equations(gated: bool) -> None:
     w = torch.randn_like(x)
 
     def conv(part: CausalConv, h: Tensor, d: int = 1) -> Tensor:
-        g, v = part.conv.weight_g, part.conv.weight_v
+        g, v, bias = part.conv.weight_g, part.conv.weight_v, part.conv.bias
+        assert bias is not None
         W = g * v / v.square().sum((1, 2), keepdim=True).sqrt()
         taps = W.shape[2]
         rows = []
         for t in range(h.shape[1]):
-            y = part.conv.bias.expand(len(h), -1)
+            y = bias.expand(len(h), -1)
             for k in range(taps):
                 if t - (taps - 1 - k) * d >= 0:
                     y = y + h[:, t - (taps - 1 - k) * d] @ W[:, :, k].T

@@ -237,7 +237,7 @@ def test_memory_is_linear_in_the_length(dropout: float) -> None:
     q, k, v = torch.randn(3, 1, length, 1, size)
     given = (None, None, None, None, torch.tensor(7) if dropout else None)
     pattern = (window, window, [1], 1, False, True, 1.0, dropout, False)
-    forward: Callable[..., tuple[Tensor, Tensor]] = cpu.attend.__wrapped__._init_fn
+    forward: Callable[..., tuple[Tensor, Tensor]] = cpu.attend.__wrapped__._init_fn  # type: ignore[attr-defined]
     backward: Callable[..., tuple[Tensor, ...]] = cpu.attend_backward._init_fn
     with Largest() as largest:
         out, lse = forward(q, k, v, *given, *pattern)

@@ -121,7 +121,7 @@ def test_transforms_run_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "BLOCK", 1 << 14)
     u, k = torch.randn(8, 500, 40), torch.randn(40, 500)
     wanted = fft_conv(u, k)
-    body: Callable[..., Tensor] = cpu.convolve.__wrapped__._init_fn
+    body: Callable[..., Tensor] = cpu.convolve.__wrapped__._init_fn  # type: ignore[attr-defined]
     with Largest() as largest:
         found = body(u, k, None, False)
     torch.testing.assert_close(found, wanted)

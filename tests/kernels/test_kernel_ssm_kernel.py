@@ -143,7 +143,7 @@ def test_the_powers_are_never_laid_out() -> None:
     width, states, length = 64, 64, 16384
     x = torch.polar(torch.full((width, states), 0.999), torch.rand(width, states)).to(torch.complex128)
     weights = torch.randn(1, width, states, dtype=torch.complex128)
-    forward: Callable[..., Tensor] = diag_cpu.vandermonde.__wrapped__._init_fn
+    forward: Callable[..., Tensor] = diag_cpu.vandermonde.__wrapped__._init_fn  # type: ignore[attr-defined]
     backward: Callable[..., tuple[Tensor, Tensor]] = diag_cpu.vandermonde_backward._init_fn
     with Largest() as largest:
         kernel = forward(x, weights, length, torch.float32, False)
