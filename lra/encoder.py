@@ -277,7 +277,7 @@ def clean_padding(x: Tensor, mask: Tensor, *, gaps: bool = False) -> tuple[Tenso
         elif not ordered:
             raise UserError(PADDING_ORDER)
     first = torch.arange(mask.shape[1], device=mask.device) == 0
-    return x.masked_fill(~mask.unsqueeze(-1), 0), mask | (first & ~mask.any(1, keepdim=True))
+    return fill_padding(x, mask), mask | (first & ~mask.any(1, keepdim=True))
 
 
 def lengths_of(mask: Tensor) -> Tensor:
@@ -288,7 +288,8 @@ def lengths_of(mask: Tensor) -> Tensor:
 def fill_padding(x: Tensor, mask: Tensor, value: float = 0.0) -> Tensor:
     """x with `value` at padding, whatever stood there: (B, L, D), (B, L) bool -> (B, L, D). x itself where a CPU finds
     no padding."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if x.device.type != "cpu" or traced:
         return x.masked_fill(~mask.unsqueeze(-1), value)
     # a fill by mask visits every number by itself, forward and back
     rows = (~mask).flatten().nonzero().squeeze(1)

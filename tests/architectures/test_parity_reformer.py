@@ -346,8 +346,7 @@ def test_inputs_are_recovered_from_outputs() -> None:
 
 
 def test_memory_does_not_grow_with_depth() -> None:
-    """What the graph keeps besides parameters: one pair of streams, the mask, and two bytes per token, head, round and
-    layer."""
+    """What the graph keeps besides parameters: one pair of streams, and two bytes per token, head, round and layer."""
     held = {}
     for n_layers in (2, 8):
         torch.manual_seed(0)
@@ -365,7 +364,7 @@ def test_memory_does_not_grow_with_depth() -> None:
         buckets = [kept.nbytes for _, kept, _ in history.history]
         assert buckets == [3 * 4 * 2 * 32 * 2] * n_layers
         held[n_layers] = sum(sizes)
-    assert held[2] == held[8] == 2 * 3 * 32 * 16 * 4 + 3 * 32
+    assert held[2] == held[8] == 2 * 3 * 32 * 16 * 4
 
 
 def test_rotations_are_saved_and_differ_between_layers() -> None:
