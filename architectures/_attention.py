@@ -23,21 +23,23 @@ SPARE = 8
 """Features added to a head to carry the padding: one is used, eight keep fused kernels aligned."""
 
 
-def checked_width(d_model: int, n_heads: int, qkv_dim: int | None, positions: str) -> int:
+def checked_width(
+    d_model: int, n_heads: int, qkv_dim: int | None, positions: str, known: tuple[str, ...] = POSITIONS
+) -> int:
     """Width of all heads together: `qkv_dim`, or d_model unless given. Raises ValueError where heads or positions do
     not fit it."""
     width = d_model if qkv_dim is None else qkv_dim
     if n_heads < 1 or width < 1 or width % n_heads:
         raise ValueError(f"n_heads is {n_heads}; a divisor of the attention's width {width}")
-    if positions not in POSITIONS:
-        raise ValueError(f"positions is {positions!r}; one of {', '.join(POSITIONS)}")
+    if positions not in known:
+        raise ValueError(f"positions is {positions!r}; one of {', '.join(known)}")
     if positions == "rope" and width // n_heads % 2:
         raise ValueError(f"positions 'rope' turns pairs of features; a head has {width // n_heads}, an odd number")
     return width
 
 
 def added_positions(positions: str) -> str:
-    """Those of POSITIONS that the stack adds to its input; rope and alibi act inside the attention."""
+    """Those that the stack adds to its input; the others act inside the attention."""
     return positions if positions in ("sinusoidal", "learned") else "none"
 
 
@@ -77,6 +79,8 @@ class AttentionMixer(Tables, Mixer):
     """
 
     slopes: Tensor | None
+    scale: float | None = None
+    """Of the scores; d^-1/2 where None."""
 
     def __init__(
         self, d_model: int, n_heads: int, width: int, positions: str, causal: bool, n_kv_heads: int | None = None, *,
@@ -148,7 +152,7 @@ class AttentionMixer(Tables, Mixer):
         bias = self._bias(time, 1, first, q).view(1, self.n_kv_heads, -1, keys.shape[2])
         # queries that share a key head are rows of one product
         q = q.flatten(1).unflatten(1, (self.n_kv_heads, -1, self.head))
-        y = fused_attention(q, keys, values, bias)
+        y = fused_attention(q, keys, values, bias, scale=self.scale)
         gone = max(0, self.oldest(time + 1) - first)
         return self.out(y.flatten(1)), (keys[:, :, gone:], values[:, :, gone:], state[2] + 1)
 
@@ -163,7 +167,7 @@ class AttentionMixer(Tables, Mixer):
             bias = self._bias(time, tokens, first, q)
             shared = (t.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1) for t in (keys, values))
             keys_of_all, values_of_all = shared
-            y = fused_attention(q, keys_of_all, values_of_all, bias[None], self.rate)
+            y = fused_attention(q, keys_of_all, values_of_all, bias[None], self.rate, scale=self.scale)
         gone = max(0, self.oldest(time + tokens) - first)
         return self.out(merge_heads(y)), (keys[:, :, gone:], values[:, :, gone:], state[2] + tokens)
 

@@ -1,28 +1,16 @@
-"""What gated attention units share: the maps around one head of attention, and T5's buckets of distances."""
+"""What gated attention units share: the maps around one head of attention, with a bias for each of T5's buckets."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._precision import wide
+from lra.architectures._relative import buckets
 from lra.encoder import Cost, Mixer
 
-BUCKETS, FARTHEST = 32, 128
-
-
-def buckets(ago: Tensor, causal: bool) -> Tensor:
-    """T5's bucket of each distance `ago` = i - j, int64: one bucket a distance for half of them, then in the logarithm
-    up to FARTHEST. Causal, distances below 0 are 0; otherwise half of the buckets are theirs."""
-    number = BUCKETS if causal else BUCKETS // 2
-    sign = torch.zeros_like(ago) if causal else (ago < 0).long() * number
-    distance = ago.clamp_min(0) if causal else ago.abs()
-    exact = number // 2
-    far = torch.log(distance.clamp_min(1).double() / exact) / math.log(FARTHEST / exact) * (number - exact)
-    return sign + torch.where(distance < exact, distance, (exact + far.long()).clamp_max(number - 1))
+BUCKETS = 32
 
 
 class GatedUnit(Mixer):

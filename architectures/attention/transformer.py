@@ -7,19 +7,22 @@ Vaswani et al. 2017, arXiv:1706.03762. With d = qkv_dim / H and per head:
     y = concat_h(A V) W_o + b_o                            (B, L, D)
 
 Positions: "sinusoidal" (section 3.5) or "learned", added to the input; "rope" (arXiv:2104.09864) turns Q and K by an
-angle growing with position; "alibi" (arXiv:2108.12409) is bias = -slope_h |i - j|; "none".
+angle growing with position; "alibi" (arXiv:2108.12409) is bias = -slope_h |i - j|; "t5" (arXiv:1910.10683) is a learned
+number for each head and bucket of distances, one table for all layers, and scores without 1 / sqrt(d); "shaw"
+(arXiv:1803.02155) adds to keys and values a learned vector of the distance, clipped; "none". See `_relative.py`.
 
 Initialisation: Xavier uniform for each of W_q, W_k, W_v, W_o and zero biases, as tensor2tensor and the LRA code do, so
-that Q K' / sqrt(d) has unit variance for normalised inputs and the softmax starts soft at any width.
+that Q K' / sqrt(d) has unit variance for normalised inputs and the softmax starts soft at any width; "t5" starts as T5 does.
 
 Departures: norms come before each part and the feed-forward is GELU (the paper: after, ReLU), as in the LRA code;
-`transformer/original` restores both. `transformer/llama` is the recent form: rotary, RMS norm, SwiGLU of hidden width
+`transformer/original` restores both. T5's maps have no biases. `transformer/llama` is the recent form: rotary, RMS norm, SwiGLU of hidden width
 2.6875 D (LLaMA 7B). The causal direction adds a mask, and `step` keeps keys and values (a cache of 2 L qkv_dim numbers
 a layer); the cost counts the full L x L product then too, which is what FLOP counters report.
 
 Checked against: torch.nn.TransformerEncoderLayer with copied weights (pre and post norm, ReLU and GELU, padding,
 outputs and gradients); tensors of Hugging Face's LlamaAttention (rope), Llama and GPT-J rotary functions, BLOOM's
-ALiBi, and the sinusoids of the paper's formula.
+ALiBi, T5Attention and T5's buckets, both directions; fairseq2's attention of Shaw et al.; the sinusoids of the paper's
+formula.
 """
 
 from __future__ import annotations
@@ -27,13 +30,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from lra.architectures._attention import added_positions, checked_width
+from lra.architectures._attention import POSITIONS, added_positions, at_least, checked_width
 from lra.architectures._published import first_prefix, number_of_layers
+from lra.architectures._relative import ShawMixer, T5Mixer
 from lra.architectures._softmax import SoftmaxMixer
 from lra.architectures._stack import Stack
-from lra.encoder import Card, Published
+from lra.encoder import Card, Mixer, Published
+
+FARTHEST = {"t5": 128, "shaw": 16}
+"""Distance from which on all are alike, as published."""
 
 LLAMA = {
     "mixer.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "mixer.out": ("self_attn.o_proj",),
@@ -50,7 +58,8 @@ BERT = {
 
 class Transformer(Stack):
     """n_heads: must divide qkv_dim. qkv_dim: width of all heads together, d_model unless given. attention_dropout: on
-    the attention weights; it rules out the fused kernel on a CPU."""
+    the attention weights; it rules out the fused kernel on a CPU. buckets: of the positions "t5". max_distance: from
+    which on distances are alike, 128 for "t5" and 16 for "shaw" unless given."""
 
     gaps = True
     card = Card(
@@ -63,6 +72,8 @@ class Transformer(Stack):
             "learned": {"positions": "learned"},
             "rope": {"positions": "rope"},
             "alibi": {"positions": "alibi"},
+            "t5": {"positions": "t5"},
+            "shaw": {"positions": "shaw"},
             "nope": {"positions": "none"},
             "original": {"block": {"prenorm": False, "ffn": "relu"}},
             "llama": {"positions": "rope", "block": {"norm": "rms", "ffn": "swiglu", "expand": 2.6875}},
@@ -80,15 +91,31 @@ class Transformer(Stack):
         n_heads: int = 4,
         qkv_dim: int | None = None,
         positions: str = "sinusoidal",
+        buckets: int = 32,
+        max_distance: int | None = None,
         attention_dropout: float = 0.0,
         block: Mapping[str, Any] | None = None,
     ) -> None:
-        width = checked_width(d_model, n_heads, qkv_dim, positions)
+        width = checked_width(d_model, n_heads, qkv_dim, positions, (*POSITIONS, *FARTHEST))
+        causal, farthest = direction == "causal", FARTHEST.get(positions, 0) if max_distance is None else max_distance
+        if max_distance is not None and positions not in FARTHEST:
+            raise ValueError(f"max_distance is {max_distance}, but positions is {positions!r}; {' or '.join(FARTHEST)}")
+        if positions == "t5":
+            at_least(4, buckets=buckets)
+            at_least(buckets // 2 + 1, max_distance=farthest)
+        elif positions == "shaw":
+            at_least(1, max_distance=farthest)
+        table = nn.Parameter(torch.randn(buckets, n_heads) * d_model**-0.5) if positions == "t5" else None
+
+        def mixer(_: int) -> Mixer:
+            if table is not None:
+                return T5Mixer(d_model, n_heads, width, causal, table, farthest, dropout=attention_dropout)
+            if positions == "shaw":
+                return ShawMixer(d_model, n_heads, width, causal, farthest, dropout=attention_dropout)
+            return SoftmaxMixer(d_model, n_heads, width, positions, causal, dropout=attention_dropout)
+
         super().__init__(
-            lambda _: SoftmaxMixer(
-                d_model, n_heads, width, positions, direction == "causal", dropout=attention_dropout
-            ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
+            mixer, d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
             direction=direction, native=True, block={"positions": added_positions(positions), **(block or {})},
         )  # fmt: skip
 

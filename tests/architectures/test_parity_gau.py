@@ -11,7 +11,7 @@ from stepping import run
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._gau import buckets
+from lra.architectures._relative import buckets
 from lra.architectures.linear_attention.flash import Flash, FlashMixer
 from lra.architectures.linear_attention.gau import GAU, GAUMixer
 from lra.conformance.suite import check

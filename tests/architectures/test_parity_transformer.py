@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden_tensors import golden
+from golden_tensors import assert_close, assert_gradients, everything, golden
 from torch import Tensor, nn
 
 from lra.architectures._attention import alibi_bias, alibi_slopes, attend, attention_mask, rope
+from lra.architectures._relative import ShawMixer, T5Mixer, buckets
 from lra.architectures._softmax import SoftmaxMixer
 from lra.architectures._stack import sinusoidal
 from lra.architectures.attention.transformer import Transformer
@@ -148,6 +149,67 @@ def test_bidirectional_alibi_equals_dense_definition() -> None:
     assert (alibi_bias(slopes, 9, True)[:, 0, 1:] == -torch.inf).all()
 
 
+def t5_mixer(g: dict[str, Tensor], causal: bool) -> T5Mixer:
+    heads, table = int(g["cfg.H"]), nn.Parameter(g["param.relative_attention_bias.weight"])
+    width, farthest = heads * int(g["cfg.dh"]), int(g["cfg.max_distance"])
+    mixer = T5Mixer(int(g["cfg.D"]), heads, width, causal, table, farthest).double()
+    weight = torch.cat([g[f"param.{p}.weight"] for p in "qkv"])
+    mixer.qkv.load_state_dict({"weight": weight, "bias": weight.new_zeros(len(weight))})
+    mixer.out.load_state_dict({"weight": g["param.o.weight"], "bias": weight.new_zeros(len(g["param.o.weight"]))})
+    return mixer
+
+
+def test_t5_equals_its_attention() -> None:
+    g = golden("t5_relative_bias")
+    x, mask = g["x"].requires_grad_(), everything(g["x"])
+    mixer = t5_mixer(g, causal=False)
+    y = mixer(x, mask)
+    assert_close(y, g["y"], 1e-12)
+    assert_close(mixer.bias(x.shape[1], x.shape[1]), g["mid.position_bias"][0], 0)
+    weight = torch.cat([g[f"grad.{p}.weight"] for p in "qkv"])
+    table = (mixer.relative_attention_bias, g["grad.relative_attention_bias.weight"])
+    of_weights = {"qkv": (mixer.qkv.weight, weight), "out": (mixer.out.weight, g["grad.o.weight"]), "table": table}
+    assert_gradients(y, g, x, of_weights, 1e-11)
+    assert_close(t5_mixer(g, causal=True)(x, mask), g["mid.y_causal"], 1e-12)
+    ahead = torch.arange(-200, 201)
+    assert torch.equal(buckets(-ahead, False), g["mid.bucket_table_32_128"])
+    assert torch.equal(buckets(-ahead, True), g["mid.bucket_table_32_128_causal"])
+
+
+def test_t5_shares_one_table_and_starts_soft() -> None:
+    torch.manual_seed(0)
+    encoder = Transformer(d_model=64, n_layers=2, length=256, positions="t5")
+    first, second = (layer.mixer for layer in encoder.blocks)
+    assert isinstance(first, T5Mixer)
+    assert first.relative_attention_bias is second.relative_attention_bias
+    q, k, _ = first.heads(torch.randn(1, 256, 64))
+    assert 0.8 < (q @ k.mT).std() < 1.2
+
+
+def shaw_mixer(g: dict[str, Tensor], causal: bool) -> ShawMixer:
+    heads, size, left = (int(g[f"cfg.{n}"]) for n in ("H", "dh", "left"))
+    mixer = ShawMixer(8, heads, heads * size, causal, left)
+    mixer.right = 0 if causal else int(g["cfg.right"])
+    for name in ("rel_k_embed", "rel_v_embed"):
+        setattr(mixer, name, nn.Parameter(g[f"param.{name}.weight"][: left + 1 + mixer.right]))
+    return mixer
+
+
+def test_shaw_equals_an_independent_implementation() -> None:
+    g = golden("shaw_relative")
+    q, k, v = (g[f"in.{n}"].transpose(1, 2).requires_grad_() for n in "qkv")
+    mask = everything(g["in.q"])
+    mixer = shaw_mixer(g, causal=False)
+    y = mixer.attend(q, k, v, mask)
+    assert_close(y.transpose(1, 2), g["y"], 1e-12)
+    (y.transpose(1, 2) * g["w"]).sum().backward()
+    for own, name in ((q, "q"), (k, "k"), (v, "v")):
+        assert_close(own.grad, g[f"grad.{name}"].transpose(1, 2), 1e-11, name)
+    assert_close(mixer.rel_k_embed.grad, g["grad.rel_k_embed.weight"])
+    assert_close(mixer.rel_v_embed.grad, g["grad.rel_v_embed.weight"])
+    assert_close(shaw_mixer(g, causal=True).attend(q, k, v, mask).transpose(1, 2), g["mid.y_causal"], 1e-12)
+
+
 def test_sinusoids_as_in_the_paper() -> None:
     g = golden("sinusoidal_positions")
     torch.testing.assert_close(sinusoidal(int(g["cfg.L"]), int(g["cfg.D"])).double(), g["y"], rtol=0, atol=1e-7)
@@ -186,7 +248,9 @@ def test_variants_are_what_their_names_say() -> None:
     assert isinstance(built["learned"].positions, nn.Parameter)
     assert built["rope"].layers[0].mixer.rotary
     assert built["alibi"].layers[0].mixer.slopes is not None
-    assert all(built[name].positions is None for name in ("rope", "alibi", "nope", "llama"))
+    assert isinstance(built["t5"].layers[0].mixer, T5Mixer)
+    assert isinstance(built["shaw"].layers[0].mixer, ShawMixer)
+    assert all(built[name].positions is None for name in ("rope", "alibi", "t5", "shaw", "nope", "llama"))
     assert not built["original"].layers[0].prenorm
     assert built["original"].layers[0].ffn.kind == "relu"
     assert isinstance(built["llama"].layers[0].norm, nn.RMSNorm)
@@ -198,6 +262,10 @@ def test_variants_are_what_their_names_say() -> None:
         ({"n_heads": 3}, "n_heads is 3"),
         ({"positions": "rotary"}, "rope"),
         ({"positions": "rope", "n_heads": 16}, "odd number"),
+        ({"max_distance": 9}, "max_distance is 9, but positions is 'sinusoidal'; t5 or shaw"),
+        ({"positions": "shaw", "max_distance": 0}, "max_distance is 0; at least 1"),
+        ({"positions": "t5", "buckets": 2}, "buckets is 2; at least 4"),
+        ({"positions": "t5", "max_distance": 8}, "max_distance is 8; at least 17"),
         ({"direction": "concat"}, "direction is 'concat'"),
     ],
 )
