@@ -139,6 +139,10 @@ class AttentionMixer(Tables, Mixer):
         """Recurrent mode: the first position that a query at i or later may look at."""
         return 0
 
+    def read(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        """Recurrent mode: (B, H, C, d), (B, H, t, d) twice, (1, H, C, t), -inf at hidden keys -> (B, H, C, d)."""
+        return fused_attention(q, k, v, bias, self.rate, scale=self.scale)
+
     def init_state(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         empty = self.out.weight.new_zeros(batch, self.n_kv_heads, 0, self.head)
         return empty, empty, torch.zeros((), dtype=torch.int64, device=empty.device)
@@ -152,7 +156,7 @@ class AttentionMixer(Tables, Mixer):
         bias = self._bias(time, 1, first, q).view(1, self.n_kv_heads, -1, keys.shape[2])
         # queries that share a key head are rows of one product
         q = q.flatten(1).unflatten(1, (self.n_kv_heads, -1, self.head))
-        y = fused_attention(q, keys, values, bias, scale=self.scale)
+        y = self.read(q, keys, values, bias)
         gone = max(0, self.oldest(time + 1) - first)
         return self.out(y.flatten(1)), (keys[:, :, gone:], values[:, :, gone:], state[2] + 1)
 
@@ -167,7 +171,7 @@ class AttentionMixer(Tables, Mixer):
             bias = self._bias(time, tokens, first, q)
             shared = (t.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1) for t in (keys, values))
             keys_of_all, values_of_all = shared
-            y = fused_attention(q, keys_of_all, values_of_all, bias[None], self.rate, scale=self.scale)
+            y = self.read(q, keys_of_all, values_of_all, bias[None])
         gone = max(0, self.oldest(time + tokens) - first)
         return self.out(merge_heads(y)), (keys[:, :, gone:], values[:, :, gone:], state[2] + tokens)
 

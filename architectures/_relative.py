@@ -6,12 +6,11 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from lra.architectures._attention import attention_mask, fused_attention, merge_heads
+from lra.architectures._attention import attention_mask, fused_attention
 from lra.architectures._softmax import SoftmaxMixer
 from lra.encoder import Cost
-
-State = tuple[Tensor, Tensor, Tensor]
 
 
 def buckets(ago: Tensor, causal: bool, number: int = 32, farthest: int = 128) -> Tensor:
@@ -92,7 +91,7 @@ class ShawMixer(SoftmaxMixer):
         c = c.expand(*q.shape[:2], -1, -1)
         scores = q @ k.mT + (q @ self.rel_k_embed.T).gather(-1, c)
         a = (scores * self.head**-0.5).masked_fill(~allowed, -torch.inf).softmax(-1)
-        a = nn.functional.dropout(a, self.rate)
+        a = F.dropout(a, self.rate)
         of_distances = a.new_zeros(*q.shape[:3], len(self.rel_v_embed)).scatter_add(-1, c, a)
         return a @ v + of_distances @ self.rel_v_embed
 
@@ -103,13 +102,5 @@ class ShawMixer(SoftmaxMixer):
         vectors = len(self.rel_k_embed) * self.head
         return super().cost(length) + Cost(4.0 * self.n_heads * length * vectors, 2.0 * self.pairs(length))
 
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        y, state = self.chunk(x.unsqueeze(1), state)
-        return y.squeeze(1), state
-
-    def chunk(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        q, k, v = self.heads(x)
-        keys, values = torch.cat([state[0], k], dim=2), torch.cat([state[1], v], dim=2)
-        allowed = self._bias(int(state[2]), x.shape[1], 0, q) == 0
-        y = self.related(q, keys, values, allowed)
-        return self.out(merge_heads(y)), (keys, values, state[2] + x.shape[1])
+    def read(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return self.related(q, k, v, bias > -torch.inf)

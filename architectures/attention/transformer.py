@@ -12,12 +12,13 @@ number for each head and bucket of distances, one table for all layers, and scor
 (arXiv:1803.02155) adds to keys and values a learned vector of the distance, clipped; "none". See `_relative.py`.
 
 Initialisation: Xavier uniform for each of W_q, W_k, W_v, W_o and zero biases, as tensor2tensor and the LRA code do, so
-that Q K' / sqrt(d) has unit variance for normalised inputs and the softmax starts soft at any width; "t5" starts as T5 does.
+that Q K' / sqrt(d) has unit variance for normalised inputs and the softmax starts soft at any width; "t5" starts as
+T5 does.
 
 Departures: norms come before each part and the feed-forward is GELU (the paper: after, ReLU), as in the LRA code;
-`transformer/original` restores both. T5's maps have no biases. `transformer/llama` is the recent form: rotary, RMS norm, SwiGLU of hidden width
-2.6875 D (LLaMA 7B). The causal direction adds a mask, and `step` keeps keys and values (a cache of 2 L qkv_dim numbers
-a layer); the cost counts the full L x L product then too, which is what FLOP counters report.
+`transformer/original` restores both. T5's maps have no biases. `transformer/llama` is the recent form: rotary, RMS
+norm, SwiGLU of hidden width 2.6875 D (LLaMA 7B). The causal direction adds a mask, and `step` keeps keys and values (a
+cache of 2 L qkv_dim numbers a layer); the cost counts the full L x L product then too, as FLOP counters do.
 
 Checked against: torch.nn.TransformerEncoderLayer with copied weights (pre and post norm, ReLU and GELU, padding,
 outputs and gradients); tensors of Hugging Face's LlamaAttention (rope), Llama and GPT-J rotary functions, BLOOM's
