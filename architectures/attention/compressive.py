@@ -88,18 +88,20 @@ class CompressiveMixer(SegmentMixer):
 
     def reconstruction(self, h: Tensor, old: Tensor, new: Tensor) -> Tensor:
         """Squared differences of what h reads from old and from new: (B, S, D), (B, n c, D), (B, n, D) -> (B, S)."""
-        q, k, v = self.qkv_net.weight.detach().chunk(3)
-        q = split_heads(F.linear(h, q), self.n_heads)
-        reads = [
-            F.scaled_dot_product_attention(q, *(split_heads(F.linear(m, w), self.n_heads) for w in (k, v)))
-            for m in (old, new)
-        ]
-        return (reads[0] - reads[1]).square().mean((1, 3))
+        of_q, of_k, of_v = self.qkv_net.weight.detach().chunk(3)
 
-    def advance(self, x: Tensor, state: State, mask: Tensor | None = None) -> tuple[Tensor, State]:
-        """As `chunk`; a mask (B, L), from the first token on, sets the loss too."""
-        (kept, compressed, time), outputs, errors, weights = state, [], [], []
-        now = int(time)
+        def heads(x: Tensor, weight: Tensor) -> Tensor:
+            return split_heads(F.linear(x, weight), self.n_heads)
+
+        q = heads(h, of_q)
+        one, two = (F.scaled_dot_product_attention(q, heads(m, of_k), heads(m, of_v)) for m in (old, new))
+        return (one - two).square().mean((1, 3))
+
+    def advance(
+        self, x: Tensor, kept: Tensor, compressed: Tensor, now: int, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """y, and the memories after x, whose first token stands at `now`. A mask (B, L), from 0 on, sets the loss."""
+        outputs, errors, weights = [], [], []
         for piece in self.pieces(x, now):
             if now and now % self.segment == 0:
                 kept, compressed, error = self.forget(kept, compressed)
@@ -111,11 +113,11 @@ class CompressiveMixer(SegmentMixer):
         if errors:
             real = torch.cat(weights, dim=1)
             self.loss = (torch.cat(errors, dim=1) * real).sum() / real.sum().clamp_min(1)
-        return torch.cat(outputs, dim=1), (kept, compressed, time + x.shape[1])
+        return torch.cat(outputs, dim=1), kept, compressed
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         self.loss = None
-        return self.advance(x, self.init_state(len(x)), mask)[0]
+        return self.advance(x, x[:, :0], x[:, :0], 0, mask)[0]
 
     def aux_loss(self) -> Tensor | None:
         return self.loss
@@ -145,7 +147,9 @@ class CompressiveMixer(SegmentMixer):
 
     def chunk(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """State: the inputs of the memory and of the segment (B, t, D), the compressed memory (B, n, D), the time."""
-        return self.advance(x, state)
+        kept, compressed, time = state
+        y, kept, compressed = self.advance(x, kept, compressed, int(time))
+        return y, (kept, compressed, time + x.shape[1])
 
 
 class Compressive(Stack):

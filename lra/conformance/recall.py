@@ -35,6 +35,8 @@ CANNOT = {
 }
 """Architectures that cannot learn the task in theory, with the reason. They are expected to fail."""
 OPTIONS: dict[str, dict[str, Any]] = {
+    "transformer_xl": {"memory": 32},  # section 4.5: the memory is as long as what a token is to look back on
+    "compressive": {"memory": 32},
     "lru": {"r_min": 0.98, "r_max": 0.9999, "max_phase": 0.1},  # section 3.4: a thin ring and small phases
 }
 """Constructor arguments that a paper chooses according to the range of dependencies."""

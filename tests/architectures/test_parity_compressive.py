@@ -118,8 +118,9 @@ def test_loss_is_that_of_real_tokens_and_trains_the_compression_alone() -> None:
     longer = encoder.aux_loss()
     encoder(x[:, :17], everything(x[:, :17]))
     seventeen = encoder.aux_loss()
-    assert_close(longer, seventeen, 1e-12)
     assert longer is not None
+    assert seventeen is not None
+    assert_close(longer, seventeen, 1e-12)
     assert not torch.isclose(longer, alone)
     longer.backward()
     trained = {name for name, p in encoder.named_parameters() if p.grad is not None and p.grad.any()}
