@@ -129,7 +129,9 @@ class Universal(Stack):
         return normalised(self.norm, y, mask)
 
     def note(self, updates: Tensor, remainders: Tensor, running: Tensor, mask: Tensor) -> None:
-        """The loss of this forward, and its counts."""
+        """The loss of this forward, and its counts; an exported graph has none."""
+        if torch.compiler.is_exporting():
+            return
         tokens = mask.sum()
         self.loss = self.ponder_weight * (updates + remainders).sum() / tokens
         now = torch.stack([updates.sum(), tokens - running.sum(), tokens]).detach()
