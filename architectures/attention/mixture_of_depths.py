@@ -59,7 +59,7 @@ class Router(nn.Module):
 
     def places(self, length: int) -> int:
         """Most tokens that take part in a sequence of so many."""
-        return max(1, int(self.capacity * length))
+        return torch.sym_max(1, torch.sym_int(self.capacity * length))
 
     def choose(self, r: Tensor, mask: Tensor) -> Tensor:
         """Which tokens have the largest weights: (B, L), (B, L) bool -> (B, L) bool."""
