@@ -21,7 +21,8 @@ FAST = [
     "gru", "gru/coupled", "lstm", "lstm/peephole", "lstm/layernorm", "elman", "indrnn", "mingru", "minlstm", "qrnn",
     "griffin", "s4d", "s4d/bilinear", "s5", "lru", "dss", "dss/exp", "linear_ssm", "mamba", "mamba2", "retnet", "gla",
     "deltanet", "deltanet/gated", "rwkv4", "linear_transformer", "performer", "cosformer", "transformer", "gqa",
-    "local", "longformer", "bigbird", "sparse",
+    "local", "longformer", "bigbird", "sparse", "transformer/t5", "transformer/shaw", "differential", "hopfield",
+    "entmax", "mla", "h_transformer_1d", "transformer_xl", "compressive",
 ]  # fmt: skip
 
 

@@ -101,8 +101,9 @@ def test_the_embedding_is_dropped_in_both_directions_of_luna() -> None:
 
 def test_who_drops_attention_weights() -> None:
     known = {
-        "bigbird", "cosformer", "gqa", "linear_transformer", "linformer", "local", "longformer", "luna", "moe",
-        "nystromformer", "performer", "reformer", "sinkhorn", "sparse", "switch", "synthesizer", "transformer",
+        "bigbird", "compressive", "cosformer", "entmax", "gqa", "h_transformer_1d", "hopfield", "linear_transformer",
+        "linformer", "local", "longformer", "luna", "mixture_of_depths", "moe", "nystromformer", "perceiver",
+        "performer", "reformer", "sinkhorn", "sparse", "switch", "synthesizer", "transformer", "transformer_xl", "universal",
     }  # fmt: skip
     assert known <= set(ON_WEIGHTS)
 
@@ -112,7 +113,8 @@ def test_who_drops_attention_weights() -> None:
     [
         *((name, {}) for name in LINEAR_IN_THE_MASK),
         ("local", {"before": 1, "size": 4}), ("longformer", {"window": 2, "direction": "causal"}),
-        ("transformer", {"positions": "alibi"}), ("performer", {"direction": "causal"}),
+        ("transformer", {"positions": "alibi"}), ("transformer", {"positions": "t5"}),
+        ("transformer", {"positions": "shaw"}), ("performer", {"direction": "causal"}),
         ("sparse", {"pattern": "fixed"}), ("synthesizer", {"logits": "random"}),
     ],
 )  # fmt: skip

@@ -117,7 +117,19 @@ def test_a_protocol_that_hides_zeros_hides_them_like_padding(pooling: str) -> No
     torch.testing.assert_close(model.pool(x, mask), model.pool(shown, torch.ones_like(real)))
 
 
-@pytest.mark.parametrize("name", ["transformer", "local", "local/overlap", "sparse", "longformer", "synthesizer"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "transformer",
+        "transformer/t5",
+        "transformer/shaw",
+        "local",
+        "local/overlap",
+        "sparse",
+        "longformer",
+        "synthesizer",
+    ],
+)
 def test_encoders_that_take_masks_with_gaps_never_look_at_what_is_hidden(name: str) -> None:
     """Asked of the mixer: the block around it sets hidden tokens to zero, which a softmax would still see."""
     torch.manual_seed(0)
