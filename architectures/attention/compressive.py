@@ -123,21 +123,31 @@ class CompressiveMixer(SegmentMixer):
         return self.loss
 
     def cost(self, length: int) -> Cost:
-        d_model, total, memory, compressed = self.o_net.out_features, Cost(), 0, 0
+        total, memory, compressed = Cost(), 0, 0
         for start in range(0, length, self.segment):
             if start:
-                before, whole = compressed + memory, memory + self.segment
-                memory = min(self.memory, whole)
-                new = (whole - memory) // self.ratio
-                compressed = min(self.compressed, compressed + new)
-                total += Cost.linear(new, self.ratio * d_model, d_model) * (self.conv is not None)
-                if new and self.compression == "most_used":
-                    keys, pairs = before + self.segment, float(self.segment * (before + self.segment))
-                    total += Cost.linear(self.segment + 2 * keys, d_model, d_model, bias=False)
-                    total += Cost.linear(keys, d_model, d_model, bias=False).per_batch
-                    total += Cost(4.0 * pairs * d_model, 8.0 * pairs * self.n_heads)
+                keys, old = compressed + memory + self.segment, max(0, memory + self.segment - self.memory)
+                total += self.forget_cost(keys, old)
+                memory += self.segment - old
+                compressed = min(self.compressed, compressed + old // self.ratio)
             tokens = min(self.segment, length - start)
             total += self.read_cost(tokens, compressed + memory + tokens)
+        return total
+
+    def forget_cost(self, keys: int, old: int) -> Cost:
+        """Work of `forget` where so many memories leave, after a segment that has read so many keys."""
+        d_model, new = self.o_net.out_features, old // self.ratio
+        if self.compression == "most_used" and old:
+            maps = Cost.linear(self.segment + 2 * keys, d_model, d_model, bias=False)
+            maps += Cost.linear(keys, d_model, d_model, bias=False).per_batch
+            return maps + Cost(4.0 * self.segment * keys * d_model, 8.0 * self.segment * keys * self.n_heads)
+        if self.conv is None or not old:
+            return Cost()
+        total = Cost.linear(new, self.ratio * d_model, d_model)
+        if self.training:
+            total += Cost.linear(self.segment + 2 * (old + new), d_model, d_model, bias=False)
+            pairs = float(self.segment * (old + new))
+            total += Cost(4.0 * pairs * d_model, 5.0 * pairs * self.n_heads)
         return total
 
     def init_state(self, batch: int) -> State:

@@ -103,7 +103,8 @@ def test_who_drops_attention_weights() -> None:
     known = {
         "bigbird", "compressive", "cosformer", "entmax", "gqa", "h_transformer_1d", "hopfield", "linear_transformer",
         "linformer", "local", "longformer", "luna", "mixture_of_depths", "moe", "nystromformer", "perceiver",
-        "performer", "reformer", "sinkhorn", "sparse", "switch", "synthesizer", "transformer", "transformer_xl", "universal",
+        "performer", "reformer", "sinkhorn", "sparse", "switch", "synthesizer", "transformer", "transformer_xl",
+        "universal",
     }  # fmt: skip
     assert known <= set(ON_WEIGHTS)
 
