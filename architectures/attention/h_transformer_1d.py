@@ -5,13 +5,14 @@ token, and N coarse tokens a block, so that b_l(i) = i // (2^l N) is the block o
 first level at which their blocks are the same or adjacent:
 
     l(i, j) = min { l : |b_l(i) - b_l(j)| <= 1 }
-    S_ij = q~_i . k~_j / sqrt(d)                at that level; q~, k~: means over the real tokens of their coarse token
+    S_ij = q~_i . k~_j / sqrt(d)                at that level; q~, k~: of their coarse token, the mean of its two halves
     y_i = sum_j exp(S_ij) v_j / sum_j exp(S_ij)                      (B, H, L, d), over real tokens
 
-Products are between coarse tokens, of whose keys a coarse one counts as often as it has real tokens: L tokens cost O(L
-N d) work and memory. Between neighbours of level l the quadrant that level l - 1 has had is left out. Up to 2 N tokens
-this is full attention. Causally, tokens attend to blocks before theirs, and q~ is the query of the first token of a
-coarse one, so that nothing later is seen. A step keeps queries, keys and values of all tokens.
+A half without real tokens does not count. Products are between coarse tokens, of whose keys a coarse one counts as
+often as it has real tokens: L tokens cost O(L N d) work and memory. Between neighbours of level l the quadrant that
+level l - 1 has had is left out. Up to 2 N tokens this is full attention. Causally, tokens attend to blocks before
+theirs, and q~ is the query of the first token of a coarse one, so that nothing later is seen. A step keeps queries,
+keys and values of all tokens.
 
 Initialisation: that of `transformer` (the authors': LeCun normal). N is 16, as in the paper.
 
@@ -62,8 +63,9 @@ class HMixer(AttentionMixer):
         parts = []
         for level in range(levels):
             parts.append(self.read_blocks(q, k, v, count, level))
-            k, v, means, total = coarse(k, count), coarse(v, count), coarse(q, count), pairs_of(count).sum(-1)
-            q, count = q[:, :, ::2] if self.causal else means, total
+            some = (count > 0).to(q.dtype)
+            q = q[:, :, ::2] if self.causal else coarse(q, some)
+            k, v, count = coarse(k, some), coarse(v, count), halves(count).sum(-1)
         maximum, y, norm = parts.pop()
         while parts:
             maximum, y, norm = (t.repeat_interleave(2, dim=2) for t in (maximum, y, norm))
@@ -122,14 +124,14 @@ class HMixer(AttentionMixer):
         return self.out(merge_heads(y[:, :, -x.shape[1] :])), (q, k, v)
 
 
-def pairs_of(count: Tensor) -> Tensor:
+def halves(weight: Tensor) -> Tensor:
     """(B, 1, n) -> (B, 1, n / 2, 2)."""
-    return count.unflatten(-1, (-1, 2))
+    return weight.unflatten(-1, (-1, 2))
 
 
-def coarse(x: Tensor, count: Tensor) -> Tensor:
-    """Means over the real tokens of pairs: (B, H, n, d), of `count` (B, 1, n) tokens each -> (B, H, n / 2, d)."""
-    share = pairs_of(count) / pairs_of(count).sum(-1, keepdim=True).clamp_min(1)
+def coarse(x: Tensor, weight: Tensor) -> Tensor:
+    """Weighted means of pairs: (B, H, n, d), (B, 1, n) -> (B, H, n / 2, d)."""
+    share = halves(weight) / halves(weight).sum(-1, keepdim=True).clamp_min(1)
     return (x.unflatten(2, (-1, 2)) * share.unsqueeze(-1)).sum(3)
 
 

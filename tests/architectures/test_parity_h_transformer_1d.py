@@ -15,9 +15,12 @@ from lra.conformance.suite import check
 
 
 def group(t: Tensor, i: int, level: int) -> Tensor:
-    """Mean over the tokens in the same coarse token as i: (n, d) -> (d,)."""
-    start = i >> level << level
-    return t[start : start + (1 << level)].mean(0)
+    """Mean of the halves of the coarse token of i, without a half past the end: (n, d) -> (d,)."""
+    if level == 0:
+        return t[i]
+    first = i >> level << level
+    starts = [start for start in (first, first + (1 << (level - 1))) if start < len(t)]
+    return torch.stack([group(t, start, level - 1) for start in starts]).mean(0)
 
 
 def definition(q: Tensor, k: Tensor, v: Tensor, size: int, causal: bool) -> Tensor:
@@ -81,7 +84,7 @@ def test_definition_with_three_changes_gives_the_tensors_of_another_implementati
 
 
 def mean(t: Tensor, i: int, level: int) -> Tensor:
-    """As `group`, for all heads: (B, H, n, d) -> (B, H, d)."""
+    """Over the tokens in the same coarse token as i, for all heads: (B, H, n, d) -> (B, H, d)."""
     start = i >> level << level
     return t[:, :, start : start + (1 << level)].mean(2)
 
