@@ -37,7 +37,7 @@ def definition(q: Tensor, k: Tensor, v: Tensor, size: int, causal: bool) -> Tens
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("size", "lengths"), [(2, (21, 13)), (4, (19, 40)), (2, (1, 3)), (16, (20, 9))])
+@pytest.mark.parametrize(("size", "lengths"), [(2, (13, 9)), (4, (14, 21)), (2, (1, 3)), (8, (11, 6))])
 def test_equals_its_definition(size: int, lengths: tuple[int, int], causal: bool) -> None:
     torch.manual_seed(0)
     mixer = HMixer(8, 2, 8, causal, size, dropout=0.0).double()
