@@ -13,6 +13,7 @@ from lra import __version__
 from lra.cli.check import check
 from lra.cli.common import console, errors, guarded
 from lra.cli.data import audit, data
+from lra.cli.diagnose import diagnose
 from lra.cli.lists import list_
 from lra.cli.models import evaluate, export, import_, predict
 from lra.cli.operators import bench, doctor
@@ -82,7 +83,8 @@ def new_architecture(
 
 
 for command in (
-    run, show, sweep, predict, evaluate, export, check, leaderboard, compare, report, audit, profile, bench, doctor,
+    run, show, sweep, predict, evaluate, export, check, diagnose, leaderboard, compare, report, audit, profile, bench,
+    doctor,
 ):  # fmt: skip
     app.command()(command)
 app.command("import")(import_)

@@ -31,7 +31,7 @@ from lra.source import digest
 from lra.training import construction, distributed, run_folder, stages, warm_start
 from lra.training.callbacks import StepProgress
 from lra.training.device import device
-from lra.training.request import Request, check, checkpoint_folder, folder_of, resolve, result_folder, result_place
+from lra.training.request import Request, check, checkpoint_folder, folder_of, resolve, result_folder
 from lra.training.run_record import record
 from lra.training.stages import RunContext, TrainingResult
 
@@ -103,7 +103,7 @@ def _run(
             _own_fields(request, trained, refused, context) | ({"init_from": initial} if initial else {}), started,
             trained.meter.earlier + time.perf_counter() - clock,
         )  # fmt: skip
-        path = result.write(content, scores["predictions"], result.folder(), result_place(recipe))
+        path = result.write(content, scores["predictions"], result.folder(), result.place_of(recipe))
         run_folder.finish(folder, path)
         (context.checkpoints / "last.ckpt").unlink(missing_ok=True)
     return path

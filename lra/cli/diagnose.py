@@ -1,0 +1,76 @@
+"""`lra diagnose`: what an architecture can do, on the diagnostic tasks."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from lra.cli.common import Architecture, DryRun, Settings, console, errors, guarded, seconds_of, settings_of
+from lra.errors import UserError
+from lra.registry import architectures, tasks
+
+RECIPE = "diagnostic"
+
+
+@guarded
+def diagnose(
+    architecture: Architecture,
+    names: Annotated[
+        str, typer.Option("--tasks", metavar="NAMES", help="Comma-separated; all diagnostics by default.")
+    ] = "",
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+    settings: Settings = None,
+    time_limit: Annotated[str, typer.Option(help="Stop cleanly after: 90s, 8m, 2h; the next call goes on.")] = "",
+    dry_run: DryRun = False,
+) -> None:
+    """Train an architecture, or your own layer, on the diagnostic tasks and show what it solves.
+
+    Runs that are finished are not repeated. A task is a name, NAME:PROTOCOL, or file.py:Class."""
+    from lra.training.request import Request, check, folder_of, read
+
+    known = [name for name in tasks.names() if tasks.family(name) == "diagnostics"]
+    architectures.declaration(architecture)
+    requests = []
+    for text in [name.strip() for name in names.split(",") if name.strip()] or known:
+        name, protocol = _split(text)
+        request = Request(
+            name, architecture, RECIPE, seed, protocol, settings_of(settings), time_limit=seconds_of(time_limit)
+        )
+        check(request, read(request)[0])
+        requests.append(request)
+    if dry_run:
+        for request in requests:
+            console.print(request.command(), soft_wrap=True, markup=False, highlight=False)
+        return
+    from dataclasses import replace
+
+    from lra.reports import diagnostics, table
+    from lra.results import result
+    from lra.training.request import resolve
+    from lra.training.run import run
+
+    records = []
+    for number, request in enumerate(requests, 1):
+        console.print(f"{number} of {len(requests)}: {request.task_name}", soft_wrap=True, markup=False)
+        try:
+            begun = folder_of(request, resolve(request)[0]).is_dir()
+            records.append(result.read(run(replace(request, resume=begun), console)))
+        except UserError as error:
+            # the other tasks go on, unless the run was stopped
+            if type(error) is not UserError:
+                raise
+            errors.print(f"[yellow]{escape(f'{request.task_name}: {error}')}[/]", soft_wrap=True)
+    shown = diagnostics.table(records, f"Diagnostics of {architecture}")
+    console.print(table.terminal(shown), *map(escape, shown.notes), sep="\n")
+    if len(records) < len(requests):
+        raise typer.Exit(1)
+
+
+def _split(text: str) -> tuple[str, str]:
+    """Task and protocol of `parity:final`; of a class in a file, `file.py:Class` or `file.py:Class:final`."""
+    name, colon, protocol = text.rpartition(":")
+    if colon and (name in tasks.names() or ":" in name):
+        return name, protocol
+    return text, ""
