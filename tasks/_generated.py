@@ -38,7 +38,8 @@ class GeneratedTask(Task):
     @abstractmethod
     def draw(self, random: np.random.Generator, count: int, **law: Any) -> tuple[np.ndarray, np.ndarray]:
         """`count` examples: values (count, L) of tokens, or (count, L, channels) of real values, and labels: (count,)
-        classes or values, or (count, L) classes with UNSCORED where none is asked."""
+        classes or values, or (count, L) classes with UNSCORED where none is asked. For the next token, the labels
+        are not read."""
 
     def training_batch(self, protocol: Protocol, size: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
         return self._draw(np.random.default_rng([crc32(b"training"), seed, step]), size, protocol.law)
@@ -48,7 +49,10 @@ class GeneratedTask(Task):
             key: int(random.integers(value[0], value[1] + 1)) if isinstance(value, tuple) else value
             for key, value in law.items()
         }
-        return self.draw(random, count, **chosen)
+        values, labels = self.draw(random, count, **chosen)
+        if self.target == "next":
+            labels = np.pad(values[:, 1:].astype(np.int64), ((0, 0), (0, 1)), constant_values=UNSCORED)
+        return values, labels
 
     def prepare(
         self, folder: Path, protocol: Protocol, *, source: Path | None, workers: int, progress: Progress
@@ -67,8 +71,8 @@ class GeneratedTask(Task):
                     drawn, answers = self._draw(random, min(BLOCK, count - start), law)
                     writer.append(drawn.ravel(), np.full(len(drawn), drawn[0].size))
                     labels.extend(answers)
-            if self.target == "position":
-                write_positions(folder, split, labels)
+            if self.target in ("position", "next"):
+                write_positions(folder, split, labels if self.target == "position" else None, count)
             elif self.target == "value":
                 write_values(folder, split, np.array(labels))
             else:
@@ -80,7 +84,7 @@ class GeneratedTask(Task):
     def describe(self, split: Split, example: int) -> str:
         """Tokens and, where positions are scored, the label behind each: `3/1`."""
         values, label = split.document(int(split.index[example, 0])), split.label(example)
-        if split.target == "position":
+        if split.target in ("position", "next"):
             shown = [f"{v}" if y == UNSCORED else f"{v}/{y}" for v, y in zip(values[:SHOWN], label, strict=False)]
             return " ".join(shown) + (f" ... ({len(values)} positions)" if len(values) > SHOWN else "")
         shown = [f"{value:.3g}" for value in values[:SHOWN]]

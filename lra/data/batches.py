@@ -60,7 +60,7 @@ class DeviceSet:
             # torch computes with signed integers
             values = values.astype(np.int32 if values.dtype == np.uint16 else np.int64)
         local = local.reshape(index.shape)
-        labels = np.asarray(split.labels)
+        labels = np.array(split.labels)
         if split.target == "position":
             parts = [labels[a : a + n] for a, n in zip(starts // channels, sizes // channels, strict=True)]
             labels = np.concatenate(parts)

@@ -19,7 +19,7 @@ def check_split(task: Task, protocol: Protocol, name: str, split: Split) -> None
         raise DataError(f"{where} has values of type {split.values.dtype}; store unsigned integers")
     if index.shape[1] != task.towers:
         raise DataError(f"{where} has {index.shape[1]} documents in each example; the task declares {task.towers}")
-    _check_labels(task, split, where, channels)
+    _check_labels(task, protocol, split, where)
     lengths = np.diff(split.offsets)
     if len(wrong := np.flatnonzero((lengths[index] == 0).any(axis=1))):
         raise DataError(f"{where} example {wrong[0]} is empty; leave it out, or give it at least one value")
@@ -37,8 +37,9 @@ def check_split(task: Task, protocol: Protocol, name: str, split: Split) -> None
         raise DataError(f"{where} {example} has the value {value}; {kind} are from 0 to {largest}")
 
 
-def _check_labels(task: Task, split: Split, where: str, channels: int) -> None:
-    labels = np.asarray(split.labels)
+def _check_labels(task: Task, protocol: Protocol, split: Split, where: str) -> None:
+    labels, channels = np.asarray(split.labels), max(protocol.channels, 1)
+    sizes = np.diff(split.offsets)[np.asarray(split.index)[:, 0]] // channels
     if task.target != split.target:
         kind = {"class": "unsigned integers", "position": "int32, one for each position", "value": "float32",
                 "next": "no labels"}[task.target]  # fmt: skip
@@ -50,7 +51,14 @@ def _check_labels(task: Task, split: Split, where: str, channels: int) -> None:
             f"{where} example {wrong[0]} has the label {labels[wrong[0]]}; the task declares {task.classes} classes, "
             f"0 to {task.classes - 1}"
         )
+    if task.target == "next" and len(wrong := np.flatnonzero(sizes < 2)):
+        raise DataError(f"{where} example {wrong[0]} has {sizes[wrong[0]]} tokens; the next one needs at least 2")
     if task.target == "position":
+        if len(wrong := np.flatnonzero(sizes > protocol.length)):
+            raise DataError(
+                f"{where} example {wrong[0]} has {sizes[wrong[0]]} positions; the protocol's length is "
+                f"{protocol.length}, and a cut would lose scored positions"
+            )
         if len(labels) * channels != len(split.values):
             raise DataError(f"{where} has {len(labels)} labels for {len(split.values) // channels} positions")
         starts = np.asarray(split.offsets) // channels

@@ -1,8 +1,8 @@
 """String copying: repeat a string. A state of fixed size cannot hold strings of any length.
 
-Jelassi et al. 2024, arXiv:2402.01032. L letters of 26, a separator, and the same letters again. Scored is each letter of
-the copy, predicted from the separator and from the letters of the copy before it. Trained on 8 to 32 letters, tested on
-up to 128; L counts the letters.
+Jelassi et al. 2024, arXiv:2402.01032. L letters of 26, a separator, and the same letters again. Scored is each letter
+of the copy, predicted from the separator and from the letters of the copy before it. Trained on 8 to 32 letters, tested
+on up to 128; L counts the letters.
 """
 
 from __future__ import annotations
