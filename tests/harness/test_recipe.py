@@ -140,12 +140,14 @@ def test_unknown_recipes_and_encoder_keys_get_the_nearest_name() -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in recipe.names() if not n.startswith("paper/")])
-@pytest.mark.parametrize("task", tasks.names())
 @pytest.mark.parametrize("architecture", architectures.names())
-def test_every_recipe_resolves_for_every_cell(name: str, task: str, architecture: str) -> None:
-    found, origin = read(Request(task, architecture, name))
-    assert found.train.steps >= found.train.evaluate_every
-    assert all(source for source in origin.values())
+def test_every_recipe_resolves_for_every_task_of_its_family(name: str, architecture: str) -> None:
+    family = "diagnostics" if name == "diagnostic" else "lra"
+    for task in tasks.names():
+        if tasks.family(task) == family:
+            found, origin = read(Request(task, architecture, name))
+            assert found.train.steps >= found.train.evaluate_every
+            assert all(source for source in origin.values())
 
 
 # L x L logits, or a map of positions for each head and layer, exceed the budget at any width

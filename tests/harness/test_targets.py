@@ -90,7 +90,7 @@ def test_real_labels_and_real_inputs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "change", "message"),
     [
-        ("parity", {"labels": np.array([0, 1, 2, 0, 1, X, X, X, 1], np.int32)}, "document 0 has the label 2 at position"),
+        ("parity", {"labels": np.array([0, 1, 2, 0, 1, X, X, X, 1], np.int32)}, "document 0 has the label 2 at"),
         ("parity", {"labels": np.array([0, 1, 1] + [X] * 5 + [1], np.int32)}, "example 1 has no scored position"),
         ("parity", {"labels": np.array([0, 1, 1], np.int32)}, "3 labels for 9 positions"),
         ("parity", {"labels": np.array([0, 1, 1], np.uint8)}, "target 'position' store int32"),
