@@ -69,7 +69,7 @@ def _numbered(predicted: Any) -> tuple[list[tuple[int, ...]], np.ndarray]:
 
     if not isinstance(predicted, list):
         return [(n,) for n in range(len(predicted))], predicted
-    places = [(n, position) for n, row in enumerate(predicted) for position in range(len(row))]
+    places: list[tuple[int, ...]] = [(n, position) for n, row in enumerate(predicted) for position in range(len(row))]
     return places, np.concatenate(predicted)
 
 

@@ -67,8 +67,11 @@ def drawn_from_seed_and_step(context: TaskContext) -> str | None:
     again = type(task)().training_batch(protocol, 8, 1, 5)
     if not all(np.array_equal(a, b) for a, b in zip(first, again, strict=True)):
         raise Broken("the batch of seed 1, step 5 differs when it is drawn again; use only the generator that is given")
-    if any(np.array_equal(first[0], values) for values in other):
-        raise Broken("two steps or two seeds give the same batch; draw from the generator that is given")
+    for values in other:
+        # lengths may differ from step to step
+        common = min(first[0].shape[1], values.shape[1])
+        if np.array_equal(first[0][:, :common], values[:, :common]):
+            raise Broken("two steps or two seeds give the same batch; draw from the generator that is given")
     return None
 
 

@@ -40,9 +40,8 @@ class Mqar(GeneratedTask):
         pairs, half = law["pairs"], VOCABULARY // 2
         keys = 1 + random.random((count, half - 1)).argsort(axis=1)[:, :pairs]
         values = half + random.random((count, half)).argsort(axis=1)[:, :pairs]
-        tokens = np.zeros((count, law["length"]), np.int64)
-        if law["noise"]:
-            tokens = random.integers(0, VOCABULARY, tokens.shape)
+        shape = (count, law["length"])
+        tokens = random.integers(0, VOCABULARY, shape) if law["noise"] else np.zeros(shape, np.int64)
         tokens[:, : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
         gaps = np.arange(1, (law["length"] - 2 * pairs) // 2 + 1)
         # exponential clocks with these rates ring in the order of draws without replacement
