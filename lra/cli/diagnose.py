@@ -8,7 +8,8 @@ import typer
 from rich.markup import escape
 
 from lra.cli.common import Architecture, DryRun, Settings, console, errors, guarded, seconds_of, settings_of
-from lra.errors import UserError
+from lra.cli.train import refuse_mistakes
+from lra.errors import Interrupted, UserError
 from lra.registry import architectures, tasks
 
 RECIPE = "diagnostic"
@@ -51,16 +52,18 @@ def diagnose(
     from lra.training.request import resolve
     from lra.training.run import run
 
+    if ":" in architecture:
+        refuse_mistakes(requests[0], read(requests[0])[0])
     records = []
     for number, request in enumerate(requests, 1):
         console.print(f"{number} of {len(requests)}: {request.task_name}", soft_wrap=True, markup=False)
         try:
             begun = folder_of(request, resolve(request)[0]).is_dir()
             records.append(result.read(run(replace(request, resume=begun), console)))
+        except Interrupted:
+            raise
         except UserError as error:
-            # the other tasks go on, unless the run was stopped
-            if type(error) is not UserError:
-                raise
+            # the other tasks go on
             errors.print(f"[yellow]{escape(f'{request.task_name}: {error}')}[/]", soft_wrap=True)
     shown = diagnostics.table(records, f"Diagnostics of {architecture}")
     console.print(table.terminal(shown), *map(escape, shown.notes), sep="\n")

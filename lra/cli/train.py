@@ -182,7 +182,7 @@ def _run(request: Request, dry_run: bool) -> None:
         name = f"{request.task_name} x {request.architecture_name}, recipe {resolved.name}, seed {request.seed}"
         console.print(f"{name}: loading PyTorch", soft_wrap=True)
     if ":" in request.architecture_name:
-        _refuse_mistakes(request, resolved)
+        refuse_mistakes(request, resolved)
     from lra.training import distributed
     from lra.training.run import run as train
 
@@ -231,7 +231,7 @@ def _show_plan(request: Request, recipe: Recipe) -> None:
     show(f"forecast{more}: {duration(probe['seconds'])}, at least {probe['bytes'] / 2**20:,.0f} MiB")
 
 
-def _refuse_mistakes(request: Request, recipe: Recipe) -> None:
+def refuse_mistakes(request: Request, recipe: Recipe) -> None:
     """Raise UserError for a common mistake in a user's own layer, which could train for hours all the same."""
     from lra.conformance import diagnosis
     from lra.conformance.context import CheckContext

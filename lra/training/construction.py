@@ -21,7 +21,6 @@ from lra.task import Protocol, Task
 from lra.training import sizes
 
 LIGHTNING_SEED = "PL_GLOBAL_SEED"
-CAUSAL = "set model.direction=causal, or choose an architecture that can be causal"
 
 
 @contextmanager
@@ -55,13 +54,21 @@ def build(recipe: Recipe, constructor: Constructor, task: Task, protocol: Protoc
     """
     seed_everything(seed)
     encoder = build_encoder(recipe, constructor, protocol.length)
-    if (task.causal or task.target == "next") and not encoder.causal:
-        raise UserError(f"{task.name} needs a causal encoder, and {constructor.name} is {encoder.direction}; {CAUSAL}")
+    if needs_causal(task) and not encoder.causal:
+        remedy = "set model.direction=causal, or choose an architecture that can be causal"
+        if not constructor.declared:
+            remedy = "if no output of the layer depends on later positions, write `causal = True` in its class"
+        raise UserError(f"{task.name} needs a causal encoder, and {constructor.name} is {encoder.direction}; {remedy}")
     model, target = recipe.model, target_of(task, protocol)
     if target.per_position and task.towers > 1:
         raise UserError(f"{task.name} has {task.towers} sequences an example, and a class for each position of one")
     head = Head(model.head, model.head_hidden, model.head_activation, model.pair)
     return Classifier(encoder, protocol, target.outputs, task.towers, model.pooling, head, target.per_position)
+
+
+def needs_causal(task: Task) -> bool:
+    """Whether an encoder that sees later positions would see the answers of a task, or solve another problem."""
+    return task.causal or task.target == "next"
 
 
 def build_encoder(recipe: Recipe, constructor: Constructor, length: int) -> Encoder:

@@ -171,6 +171,35 @@ def test_a_task_of_ones_own_goes_from_the_template_to_a_row_of_the_table(target:
     assert "this run is finished" in again.output
 
 
+LAYER = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    causal = True
+
+    def __init__(self, d_model):
+        super().__init__()
+        self.map = nn.Linear(d_model, d_model)
+
+    def forward(self, x):
+        return self.map(x.flip(1))
+"""
+
+
+def test_a_layer_of_ones_own_has_to_be_causal(places: Path) -> None:
+    (places / "net.py").write_text(LAYER)
+    request = Request("parity", "net.py:Net", settings=SMALL)
+    with pytest.raises(UserError, match=r"parity needs a causal layer, and outputs of this one depend on later"):
+        run(request, Console(quiet=True))
+    (places / "net.py").write_text(LAYER.replace("causal = True", ""))
+    with pytest.raises(UserError, match=r"net.py:Net is bidirectional; if no output .* write `causal = True`"):
+        run(request, Console(quiet=True))
+    (places / "net.py").write_text(LAYER.replace("x.flip(1)", "x.cumsum(1)"))
+    assert result.read(run(request, Console(quiet=True))).recipe.name == "diagnostic"
+
+
 BROKEN = {
     "global generator": ("random.integers(0, 8, (count", "np.random.randint(0, 8, (count", "same for any"),
     "seed ignored": ("values = random", "random = np.random.default_rng(0)\n        values = random", "disjoint"),
