@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
-from lra.cli.common import Architecture, DryRun, Settings, console, errors, guarded, seconds_of, settings_of
+from lra.cli.common import DryRun, Settings, console, errors, guarded, seconds_of, settings_of
 from lra.cli.train import refuse_mistakes
 from lra.errors import Interrupted, UserError
 from lra.registry import architectures, tasks
+
+if TYPE_CHECKING:
+    from lra.results.record import RunRecord
 
 RECIPE = "diagnostic"
 
 
 @guarded
 def diagnose(
-    architecture: Architecture,
+    architecture: Annotated[
+        str, typer.Argument(metavar="[ARCH]", help="s4d, s4d/inv, net.py:Net; without one, all results are shown.")
+    ] = "",
     names: Annotated[
         str, typer.Option("--tasks", metavar="NAMES", help="Comma-separated; all diagnostics by default.")
     ] = "",
@@ -29,6 +35,9 @@ def diagnose(
     """Train an architecture, or your own layer, on the diagnostic tasks and show what it solves.
 
     Runs that are finished are not repeated. A task is a name, NAME:PROTOCOL, or file.py:Class."""
+    if not architecture:
+        _show_all()
+        return
     from lra.training.request import Request, check, folder_of, read
 
     known = [name for name in tasks.names() if tasks.family(name) == "diagnostics"]
@@ -47,7 +56,6 @@ def diagnose(
         return
     from dataclasses import replace
 
-    from lra.reports import diagnostics, table
     from lra.results import result
     from lra.training.request import resolve
     from lra.training.run import run
@@ -65,10 +73,30 @@ def diagnose(
         except UserError as error:
             # the other tasks go on
             errors.print(f"[yellow]{escape(f'{request.task_name}: {error}')}[/]", soft_wrap=True)
-    shown = diagnostics.table(records, f"Diagnostics of {architecture}")
-    console.print(table.terminal(shown), *map(escape, shown.notes), sep="\n")
+    _show(records, f"Diagnostics of {architecture}")
     if len(records) < len(requests):
         raise typer.Exit(1)
+
+
+def _show(records: Sequence[RunRecord], title: str) -> None:
+    from lra.reports import diagnostics, table
+
+    shown = diagnostics.table(records, title)
+    console.print(table.terminal(shown), *map(escape, shown.notes), sep="\n")
+
+
+def _show_all() -> None:
+    """The table of all diagnostics on file."""
+    from lra.results import result
+    from lra.results.collection import Collection
+
+    collection = Collection.read(result.folder(), "diagnostics")
+    for line in collection.problems:
+        errors.print(f"[yellow]{escape(line)}[/]", soft_wrap=True)
+    if not collection.records:
+        console.print("no diagnostics yet: `lra diagnose lstm --tasks parity` makes one", soft_wrap=True)
+        return
+    _show(collection.records, "Diagnostics")
 
 
 def _split(text: str) -> tuple[str, str]:

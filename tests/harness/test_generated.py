@@ -166,6 +166,8 @@ def test_a_task_of_ones_own_goes_from_the_template_to_a_row_of_the_table(target:
     assert record.tests["length-64"].length == 64
     assert {"position": record.test.positions, "value": record.test.error}.get(target, 0.0) is not None
     assert re.search(r"mine \(32.*\bgru\b.*(solved|failed|undecided)", " ".join(shown.output.split()))
+    everything = command.invoke(app, ["diagnose"])
+    assert "mine" in everything.output
     # a finished run is not repeated
     again = command.invoke(app, words)
     assert "this run is finished" in again.output
