@@ -64,8 +64,8 @@ class Classifier(nn.Module):
     """Batch -> logits (B, classes); with `per_position` (B, L, classes), the head applied at every position.
 
     Tokens are embedded by a lookup table, continuous values by a linear map of (byte / 255 - mean) / std, or of
-    (value - mean) / std where the protocol has real values. Two towers
-    share all weights; `head` says how their pooled outputs are joined. Padding is identified by the mask, never by a
+    (value - mean) / std where the protocol has real values. Two towers share all weights; `head` says how their pooled
+    outputs are joined. Padding is identified by the mask, never by a
     token value, unless the protocol hides zeros: then a token 0 is hidden from the encoder, except at the first
     position. Raises UserError if the encoder takes no masks with gaps, which this needs.
     """

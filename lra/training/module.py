@@ -100,8 +100,9 @@ class Training(Trainable):
         super().__init__(model, recipe.optim, recipe.train.steps, recipe.data.batch_size // recipe.train.accumulate)
         self._hessian_step = -1
         self.target = target
-        self.train_accuracy = MeanMetric(sync_on_compute=False)
-        self.validation_accuracy = MeanMetric()
+        # without the search for NaN, which waits for a GPU: these are 0 and 1
+        self.train_accuracy = MeanMetric(nan_strategy="disable", sync_on_compute=False)
+        self.validation_accuracy = MeanMetric(nan_strategy="disable")
         # weighted by examples, which may differ between processes; Lightning's own mean is not
         self.validation_loss = MeanMetric()
         self.diagnostics: dict[str, float] = {}
