@@ -10,14 +10,25 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from lra.cli.common import announce_loading, console, guarded, settings_of
+from lra.cli.common import (
+    announce_loading,
+    complete_architecture,
+    complete_task,
+    console,
+    guarded,
+    settings_of,
+)
 from lra.config import recipe as recipes
 from lra.errors import UserError, unknown
 from lra.registry import Constructor, architectures, tasks
 
 Checked = Annotated[
     str,
-    typer.Argument(metavar="NAME", help="s4d, s4d/inv, net.py:Net; a task: parity, task.py:Task"),
+    typer.Argument(
+        metavar="NAME",
+        help="s4d, s4d/inv, net.py:Net; a task: parity, task.py:Task",
+        autocompletion=lambda incomplete: [*complete_architecture(incomplete), *complete_task(incomplete)],
+    ),
 ]
 
 

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from lra.cli.common import DryRun, Settings, console, errors, guarded, seconds_of, settings_of
+from lra.cli.common import (
+    DryRun,
+    Settings,
+    complete_architecture,
+    console,
+    errors,
+    guarded,
+    seconds_of,
+    settings_of,
+)
 from lra.cli.train import refuse_mistakes
 from lra.errors import Interrupted, UserError
 from lra.registry import architectures, tasks
@@ -22,7 +31,12 @@ RECIPE = "diagnostic"
 @guarded
 def diagnose(
     architecture: Annotated[
-        str, typer.Argument(metavar="[ARCH]", help="s4d, s4d/inv, net.py:Net; without one, all results are shown.")
+        str,
+        typer.Argument(
+            metavar="[ARCH]",
+            help="s4d, s4d/inv, net.py:Net; without one, all results are shown.",
+            autocompletion=complete_architecture,
+        ),
     ] = "",
     names: Annotated[
         str, typer.Option("--tasks", metavar="NAMES", help="Comma-separated; all diagnostics by default.")
