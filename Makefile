@@ -22,7 +22,7 @@ TASKS := listops text retrieval image pathfinder pathx pathfinder64 path256
 VENV := .venv/bin
 RUN := $(VENV)/python -m
 
-.PHONY: help setup $(TASKS) leaderboard report profile bench doctor campaign gpu test test-all test-gpu test-faults test-oldest test-newest check fix clean
+.PHONY: help setup $(TASKS) leaderboard report profile diagnose bench doctor campaign gpu test test-all test-gpu test-faults test-oldest test-newest check fix clean
 
 help: ## list the targets and variables
 	@awk -F ': *## ' '/^[a-z0-9-]+: *## / { printf "  %-14s%s\n", $$1, $$2 }' Makefile
@@ -42,6 +42,7 @@ path256: ## Pathfinder at 256 x 256 pixels, 65,536 tokens
 leaderboard: ## write the tables of all results
 report: ## write all results and figures to one HTML file
 profile: ## measure speed, memory and FLOPs of ARCH, by default of all architectures
+diagnose: ## train ARCH on the generated diagnostic tasks and show what it solves; ARGS='--tasks parity,mqar'
 bench: ## time the operator OP, by default all, and compare with the limits of this machine
 doctor: ## check which operator implementations run on this machine and are correct
 campaign: ## run unfinished cells of results/campaign.toml, JOBS=2 at a time, for TIME=8m; PYTHON=python3: no .venv
@@ -70,6 +71,9 @@ report: .venv/.stamp
 
 profile: .venv/.stamp
 	@$(VENV)/lra profile $(if $(filter command,$(origin ARCH)),"$$ARCH") $(ARGS)
+
+diagnose: .venv/.stamp
+	@$(VENV)/lra diagnose "$$ARCH" $(ARGS)
 
 bench: .venv/.stamp
 	@$(RUN) benchmarks operators $(if $(OP),"$$OP") $(ARGS)

@@ -20,8 +20,9 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "relu": nn.R
 class Batch(NamedTuple):
     """One batch of examples.
 
-    values: (B, towers, L) integer tokens, or (B, towers, L, channels) bytes for continuous input; mask: (B, towers, L)
-    bool, True = real; labels: (B,) int64; example: (B,) int64, index of each example in its split.
+    values: (B, towers, L) integer tokens, or (B, towers, L, channels) bytes or float32 for continuous input; mask:
+    (B, towers, L) bool, True = real; labels: (B,) int64 classes, or what the target of the task asks for (lra.target);
+    example: (B,) int64, index of each example in its split.
     """
 
     values: Tensor
@@ -60,20 +61,22 @@ class Head:
 
 
 class Classifier(nn.Module):
-    """Batch -> logits (B, classes).
+    """Batch -> logits (B, classes); with `per_position` (B, L, classes), the head applied at every position.
 
-    Tokens are embedded by a lookup table, continuous values by a linear map of (byte / 255 - mean) / std. Two towers
-    share all weights; `head` says how their pooled outputs are joined. Padding is identified by the mask, never by a
+    Tokens are embedded by a lookup table, continuous values by a linear map of (byte / 255 - mean) / std, or of
+    (value - mean) / std where the protocol has real values. Two towers share all weights; `head` says how their pooled
+    outputs are joined. Padding is identified by the mask, never by a
     token value, unless the protocol hides zeros: then a token 0 is hidden from the encoder, except at the first
     position. Raises UserError if the encoder takes no masks with gaps, which this needs.
     """
 
     def __init__(
-        self, encoder: Encoder, protocol: Protocol, classes: int, towers: int, pooling: str, head: Head | None = None
-    ) -> None:
+        self, encoder: Encoder, protocol: Protocol, classes: int, towers: int, pooling: str, head: Head | None = None,
+        per_position: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         d = encoder.d_model
-        self.encoder, self.pooling, self.towers = encoder, pooling, towers
+        self.encoder, self.pooling, self.towers, self.per_position = encoder, pooling, towers, per_position
         self.hides_zeros = protocol.hides_zeros
         if self.hides_zeros and (encoder.causal or not encoder.gaps):
             raise UserError(
@@ -87,12 +90,17 @@ class Classifier(nn.Module):
         else:
             self.embedding = nn.Linear(protocol.channels, d)
         self.mean, self.std = protocol.scale
+        self.unit = 1.0 if protocol.real else 255.0
         self.cls = nn.Parameter(torch.randn(d) * 0.02) if pooling == "cls" else None
         self.join = (head or Head()).join
         self.head = (head or Head()).build(d, classes, towers)
 
     def forward(self, batch: Batch) -> Tensor:
         values, mask = batch.values.flatten(0, 1), batch.mask.flatten(0, 1)
+        if self.per_position:
+            encoded, _ = self.encode(values, mask)
+            # without the position of a CLS token
+            return self.head(encoded[:, -mask.shape[1] :])
         pooled = self.pool(*self.encode(values, mask))
         if self.towers == 2:
             pooled = self.join(*pooled.unflatten(0, (-1, 2)).unbind(1))
@@ -110,7 +118,11 @@ class Classifier(nn.Module):
             return self.embedding(values.int())
         # residual streams keep the precision of what enters them, so that autocast has no say here
         with torch.autocast(values.device.type, enabled=False):
-            return self.embedding((values.float() / 255 - self.mean) / self.std)
+            return self.embedding(self.normalise(values))
+
+    def normalise(self, values: Tensor) -> Tensor:
+        """Continuous input as it is embedded: bytes or real values (...) -> float32 (...)."""
+        return (values.float() / self.unit - self.mean) / self.std
 
     def encode_embedded(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """x: (B, L, D) -> encoded (B, L', D) and its mask."""
@@ -140,5 +152,5 @@ class Classifier(nn.Module):
         total = total.of_sequences(self.towers)
         for layer in self.head.modules():
             if isinstance(layer, nn.Linear):
-                total += Cost.linear(1, layer.in_features, layer.out_features)
+                total += Cost.linear(length if self.per_position else 1, layer.in_features, layer.out_features)
         return total

@@ -2,13 +2,17 @@
 
 A prepared split holds documents of different lengths and, for each example, the numbers of its documents:
 
-    values: (total,) uint8, 16 or 32      every document's tokens or pixels, end to end
+    values: (total,) uint8, 16 or 32      every document's tokens or pixels, end to end; float32 for real values
     offsets: (documents + 1,) int64       document d is values[offsets[d]:offsets[d + 1]]
     index: (n, towers) int32              the documents of example i (two for Retrieval, one elsewhere)
     labels: (n,) uint8, 16 or 32          classes, below the `classes` of the task
 
 A text that appears in a thousand pairs is therefore stored once, and a whole set fits on the accelerator. With several
-channels, a document is its (L, channels) array, flattened.
+channels, a document is its (L, channels) array, flattened. Other targets than classes have other labels:
+
+    position: (positions,) int32          a class for each position of every document, UNSCORED where none is asked
+    value: (n,) float32                   one number for each example
+    next: (0,)                            none: the tokens themselves
 """
 
 from __future__ import annotations
@@ -18,13 +22,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from lra.errors import DataError as DataError
 
 SPLITS = ("train", "validation", "test")
+TARGETS = ("class", "position", "value", "next")
+"""What a task asks for: one class for each sequence, one for each scored position, a real value, or the next token."""
+UNSCORED = -1
+"""The label of a position that is not scored."""
 
 Progress = Callable[[str, int, int], None]
 """progress(phase, done, total): called repeatedly during a long operation."""
@@ -40,10 +48,15 @@ class Protocol:
 
     length: longest sequence in tokens (longer ones are truncated); vocabulary: number of token ids, 0 for continuous
     input; channels: input values per position, for continuous input; scale: (mean, std) that normalise bytes / 255.
+    real: continuous input is float32, which (mean, std) normalise as it is, not bytes.
     hides_zeros: token 0 is hidden from the encoder like padding, wherever it stands (except at the first position).
     selection: the split that selects the checkpoint. counts, sha256: number of examples and checksum of each split,
     compared after preparation; without a sha256 any data are accepted and their checksum is recorded.
     raw: the files that the data are prepared from, in words; empty when the task generates its examples.
+
+    law: how a generated task draws the examples of training, validation and test, as arguments of its `draw`.
+    tests: further test splits and the arguments in which each departs from `law`; a split of longer sequences is named
+    `length-<tokens>`.
     """
 
     name: str
@@ -57,6 +70,14 @@ class Protocol:
     sha256: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
     raw: str = ""
+    real: bool = False
+    law: Mapping[str, Any] = field(default_factory=dict)
+    tests: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of all splits: SPLITS, then the further test splits."""
+        return (*SPLITS, *self.tests)
 
     @property
     def encoding(self) -> str:
@@ -73,16 +94,47 @@ class Split:
     labels: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.index)
+
+    @property
+    def target(self) -> str:
+        """Which of TARGETS the labels are for. Their type and number tell."""
+        kind = {"f": "value", "i": "position"}.get(self.labels.dtype.kind, "class")
+        return "next" if len(self.index) and not len(self.labels) else kind
 
     def document(self, number: int) -> np.ndarray:
         return self.values[self.offsets[number] : self.offsets[number + 1]]
+
+    def label(self, example: int, channels: int = 1) -> Any:
+        """The label of an example: a class, a value, or (L,) with a class for each position or the next token.
+
+        channels: values per position.
+        """
+        if self.target in ("class", "value"):
+            return self.labels[example].item()
+        number = int(self.index[example, 0])
+        if self.target == "next":
+            return np.append(self.document(number)[1:].astype(np.int64), UNSCORED)
+        start, stop = (int(offset) // channels for offset in self.offsets[number : number + 2])
+        return np.array(self.labels[start:stop])
+
+    def answers(self) -> np.ndarray:
+        """The labels that are scored, example by example: (k,)."""
+        if self.target == "next":
+            return np.concatenate([self.document(int(number))[1:] for number in self.index[:, 0]])
+        labels = np.asarray(self.labels)
+        return labels[labels != UNSCORED] if self.target == "position" else labels
 
 
 class Task(ABC):
     """One public subclass per file in `tasks/`, named after the file.
 
-    classes: number of labels; towers: sequences per example. protocols: name -> Protocol; the first is the default.
+    classes: number of labels (1 for a real value, the vocabulary for the next token); towers: sequences per example.
+    protocols: name -> Protocol; the first is the default.
+    target: one of TARGETS; the head, the loss, the metrics and the baselines follow from it. tolerance: of a real
+    value, the largest error that counts as right. causal: only causal encoders may solve the task.
+    generated: training examples are not read from the split `train`, which is a sample of them, but drawn anew at every
+    step by `training_batch`.
     version: increased when the same protocol yields other bytes, so that existing sets are prepared again.
     resumable: whether `prepare` continues in the folder that an interrupted call left; otherwise it gets an empty one.
     """
@@ -91,6 +143,10 @@ class Task(ABC):
     title: ClassVar[str]
     classes: ClassVar[int]
     towers: ClassVar[int] = 1
+    target: ClassVar[str] = "class"
+    tolerance: ClassVar[float] = 0.0
+    causal: ClassVar[bool] = False
+    generated: ClassVar[bool] = False
     protocols: ClassVar[Mapping[str, Protocol]]
     version: ClassVar[int] = 1
     resumable: ClassVar[bool] = False
@@ -123,10 +179,27 @@ class Task(ABC):
     def load(self, folder: Path, split: str) -> Split:
         """Memory-map a prepared split. Raises DataError."""
 
+    def training_batch(self, protocol: Protocol, size: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """The examples of one training step of a generated task: values (size, L[, channels]) and labels, as in a
+        batch. They depend on the arguments alone."""
+        raise NotImplementedError(f"{self.name} reads its training examples from the prepared split")
+
+    def chance(self, protocol: Protocol) -> float | None:
+        """Share of answers that a guess gets right; None for a real value, where the floors tell."""
+        return None if self.target == "value" else 1 / self.classes
+
+    def plateaus(self, protocol: Protocol) -> dict[str, float]:
+        """Shares of right answers at which training is known to rest before it goes on, by what the model has learnt
+        there."""
+        return {}
+
     def floors(self, train: Split, test: Split) -> dict[str, float]:
-        """Accuracies in [0, 1] on `test` of baselines without a sequence model, by name."""
-        majority = np.bincount(train.labels, minlength=self.classes).argmax()
-        return {"majority class": float((np.asarray(test.labels) == majority).mean())}
+        """Share of right answers on `test`, in [0, 1], of baselines without a sequence model, by name."""
+        seen, asked = train.answers(), test.answers()
+        if self.target == "value":
+            return {"mean value": float((np.abs(asked - seen.mean()) <= self.tolerance).mean())}
+        majority = np.bincount(seen, minlength=self.classes).argmax()
+        return {"majority class": float((asked == majority).mean())}
 
     def encode(self, text: str, protocol: Protocol) -> np.ndarray:
         """Encode a text as one sequence: (L,) tokens. Raises DataError if the examples of this task are not texts."""

@@ -11,8 +11,10 @@ from typer.core import TyperGroup
 
 from lra import __version__
 from lra.cli.check import check
+from lra.cli.claims import claims
 from lra.cli.common import console, errors, guarded
 from lra.cli.data import audit, data
+from lra.cli.diagnose import diagnose
 from lra.cli.lists import list_
 from lra.cli.models import evaluate, export, import_, predict
 from lra.cli.operators import bench, doctor
@@ -81,8 +83,23 @@ def new_architecture(
     console.print(f"wrote {path}: fill in its docstring, card and equations, then `lra check {name}`", soft_wrap=True)
 
 
+@new.command("task")
+@guarded
+def new_task(
+    name: Annotated[str, typer.Argument(help="Name of the task, which is also the file name.")],
+    target: Annotated[str, typer.Option(help="class, position or value: what a model has to say.")] = "class",
+) -> None:
+    """Create a generated task from a template, in the working directory."""
+    from lra.cli import template
+
+    path = template.task(name, target)
+    cls = f"{path}:{template.class_name(name)}"
+    console.print(f"wrote {path}: write its law, then `lra check {cls}` and `lra run {cls} gru`", soft_wrap=True)
+
+
 for command in (
-    run, show, sweep, predict, evaluate, export, check, leaderboard, compare, report, audit, profile, bench, doctor,
+    run, show, sweep, predict, evaluate, export, check, diagnose, claims, leaderboard, compare, report, audit, profile,
+    bench, doctor,
 ):  # fmt: skip
     app.command()(command)
 app.command("import")(import_)

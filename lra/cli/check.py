@@ -1,23 +1,40 @@
-"""`lra check`: conformance checks, gradient reach and first-token recall."""
+"""`lra check`: conformance checks of architectures and tasks, gradient reach and first-token recall."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from lra.cli.common import Architecture, announce_loading, console, guarded, settings_of
+from lra.cli.common import (
+    announce_loading,
+    complete_architecture,
+    complete_task,
+    console,
+    guarded,
+    settings_of,
+)
 from lra.config import recipe as recipes
 from lra.errors import UserError, unknown
-from lra.registry import Constructor, architectures
+from lra.registry import Constructor, architectures, tasks
+
+Checked = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME",
+        help="s4d, s4d/inv, net.py:Net; a task: parity, task.py:Task",
+        autocompletion=lambda incomplete: [*complete_architecture(incomplete), *complete_task(incomplete)],
+    ),
+]
 
 
 @guarded
 def check(
-    architecture: Architecture,
+    architecture: Checked,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An argument: encoder.layer.n_heads=4.")
     ] = None,
@@ -27,7 +44,7 @@ def check(
     recall: Annotated[bool, typer.Option("--recall", help="Train it to recall the first of 256 tokens.")] = False,
     png: Annotated[Path | None, typer.Option(help="With --reach: write the plot to this file.")] = None,
 ) -> None:
-    """Run the conformance checks of an architecture or of your own layer. Exit code 1 if one fails.
+    """Run the conformance checks of an architecture, a layer of your own, or a task. Exit code 1 if one fails.
 
     With --reach or --recall, only these run."""
     options = recipes.encoder_options(settings_of(settings))
@@ -35,6 +52,11 @@ def check(
         raise UserError("--set is for the conformance checks; leave out --reach and --recall")
     if png is not None and not reach:
         raise UserError("--png writes the plot of --reach; add --reach")
+    if _is_task(architecture):
+        if options or reach or recall:
+            raise UserError(f"{architecture} is a task; --set, --reach and --recall are for architectures")
+        _check_task(architecture)
+        return
     architectures.declaration(architecture)
     announce_loading()
     constructor = architectures.get(architecture)
@@ -55,6 +77,26 @@ def check(
     if len(findings) != 1:
         _print_state_size(constructor, options)
     if any(f.failed for f in findings):
+        raise typer.Exit(1)
+
+
+def _is_task(reference: str) -> bool:
+    if ":" not in reference:
+        return reference in tasks.names()
+    with suppress(UserError):
+        tasks.get(reference)
+        return True
+    return False
+
+
+def _check_task(reference: str) -> None:
+    announce_loading()
+    from lra.conformance import suite
+    from lra.conformance import tasks as conformance
+
+    findings = conformance.check(tasks.get(reference)())
+    console.print(suite.render(findings))
+    if any(finding.failed for finding in findings):
         raise typer.Exit(1)
 
 

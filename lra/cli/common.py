@@ -92,21 +92,21 @@ def seconds_of(text: str) -> float | None:
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
 
 
-def _complete_task(incomplete: str) -> list[str]:
+def complete_task(incomplete: str) -> list[str]:
     return [name for name in tasks.names() if name.startswith(incomplete)]
 
 
-def _complete_architecture(incomplete: str) -> list[str]:
+def complete_architecture(incomplete: str) -> list[str]:
     return [name for name in architectures.names(variants="/" in incomplete) if name.startswith(incomplete)]
 
 
 TaskName = Annotated[
-    str, typer.Argument(metavar="TASK", help="listops, text, ... (see `lra list`)", autocompletion=_complete_task)
+    str, typer.Argument(metavar="TASK", help="listops, text, ... (see `lra list`)", autocompletion=complete_task)
 ]
 Architecture = Annotated[
     str,
     typer.Argument(
-        metavar="ARCH", help="s4d, s4d/inv, my.module:Net or net.py:Net", autocompletion=_complete_architecture
+        metavar="ARCH", help="s4d, s4d/inv, my.module:Net or net.py:Net", autocompletion=complete_architecture
     ),
 ]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe value.")]

@@ -44,7 +44,7 @@ def data_list(
             size = sum(f.stat().st_size for f in folder.folder.rglob("*") if f.is_file()) if folder else None
             rows.append({
                 "task": name, "protocol": protocol.name, "length": protocol.length, "classes": task.classes,
-                "input": protocol.encoding, "chance": 1 / task.classes, "bytes": size, "damaged": damaged,
+                "input": protocol.encoding, "chance": task.chance(protocol), "bytes": size, "damaged": damaged,
                 "counts": dict(protocol.counts), "note": protocol.note, "raw": protocol.raw,
             })  # fmt: skip
     if as_json:
@@ -54,7 +54,8 @@ def data_list(
         [
             str(row["task"]), str(row["protocol"]), f"{row['length']:,}", str(row["classes"]),
             "tokens" if row["input"] == "tokens" else "values",
-            f"{100 * row['chance']:.0f} %", "damaged" if row["damaged"] else lists.size_text(row["bytes"]),
+            "-" if row["chance"] is None else f"{100 * row['chance']:.0f} %",
+            "damaged" if row["damaged"] else lists.size_text(row["bytes"]),
         ]
         for row in rows
     ]  # fmt: skip

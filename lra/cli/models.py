@@ -18,6 +18,8 @@ from lra.cli.common import DryRun, announce_loading, console, guarded, settings_
 from lra.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from lra.training.trained_run import TrainedRun
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A folder below runs/, or one that `lra export` wrote.")]
@@ -42,10 +44,16 @@ def predict(
         console.print(f"would classify {what} with {escape(str(loaded))}", soft_wrap=True)
         return
     predicted = loaded.predict(inputs, probabilities=probabilities)
-    header = [f"class {n}" for n in range(predicted.shape[1])] if probabilities else ["class"]
+    # one entry for each example, or of a task that asks at every position one array for each
+    places, answers = _numbered(predicted)
+    header = (
+        [f"class {n}" for n in range(answers.shape[1])]
+        if probabilities
+        else ["value" if loaded.task.target == "value" else "class"]
+    )
     rows = [
-        ["example", *header],
-        *([n, *(row if probabilities else [row])] for n, row in enumerate(predicted.tolist())),
+        [*(("example", "position") if isinstance(predicted, list) else ("example",)), *header],
+        *([*place, *(row if probabilities else [row])] for place, row in zip(places, answers.tolist(), strict=True)),
     ]
     if out is None:
         csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
@@ -53,6 +61,16 @@ def predict(
     with _writing(out) as temporary, temporary.open("w", newline="", encoding="utf-8") as target:
         csv.writer(target).writerows(rows)
     console.print(f"wrote {escape(str(out))}", soft_wrap=True)
+
+
+def _numbered(predicted: Any) -> tuple[list[tuple[int, ...]], np.ndarray]:
+    """The number of the example, and of the position where there is a prediction for each, beside all predictions."""
+    import numpy as np
+
+    if not isinstance(predicted, list):
+        return [(n,) for n in range(len(predicted))], predicted
+    places: list[tuple[int, ...]] = [(n, position) for n, row in enumerate(predicted) for position in range(len(row))]
+    return places, np.concatenate(predicted)
 
 
 @guarded
@@ -79,6 +97,8 @@ def evaluate(
         f"({100 * scores.low:.2f} to {100 * scores.high:.2f} %, 95 % interval)",
         soft_wrap=True,
     )
+    for name, value in scores.more.items():
+        console.print(f"{name} {value:.4f}", highlight=False)
     if split == "test" and loaded.finished:
         console.print(f"the record says {100 * loaded.accuracy:.2f} %")
     if out is not None:

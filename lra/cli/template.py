@@ -1,4 +1,4 @@
-"""The template of a new architecture, a working example that passes every conformance check."""
+"""Templates of a new architecture and a new task: working examples that pass every conformance check."""
 
 from __future__ import annotations
 
@@ -87,25 +87,90 @@ class {title}(Stack):
 '''
 
 
+TASK = '''"""{title}: one sentence on what a model has to do.
+
+Where the task comes from; the law of the examples, with shapes and ranges; what is scored.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+
+from lra.task import Protocol
+from lra.tasks._generated import COUNTS, GeneratedTask, longer
+
+
+class {title}(GeneratedTask):
+    name = "{name}"
+    title = "{summary}"
+    classes = {classes}
+    target = "{target}"{tolerance}
+    protocols: ClassVar = {{
+        # trained on 8 to 32 positions, tested at 32 and, as a further split, at 64
+        "32": Protocol("32", length=64, {input}, counts=COUNTS, law={{"length": (8, 32)}}, tests=longer(64)),
+    }}
+
+    def draw(self, random: np.random.Generator, count: int, **law: Any) -> tuple[np.ndarray, np.ndarray]:
+        values = {values}
+        return values, {labels}
+'''
+TARGETS = {
+    "class": {
+        "summary": "does the first token occur last?", "classes": "2", "tolerance": "", "input": "vocabulary=4",
+        "values": 'random.integers(0, 4, (count, law["length"]))', "labels": "values[:, 0] == values[:, -1]",
+    },
+    "position": {
+        "summary": "the largest token so far", "classes": "8", "tolerance": "", "input": "vocabulary=8",
+        "values": 'random.integers(0, 8, (count, law["length"]))', "labels": "np.maximum.accumulate(values, axis=1)",
+    },
+    "value": {
+        "summary": "mean of the values", "classes": "1", "tolerance": "\n    tolerance = 0.05",
+        "input": "channels=1, real=True", "values": 'random.random((count, law["length"], 1), np.float32)',
+        "labels": "values.mean(axis=(1, 2))",
+    },
+}  # fmt: skip
+"""The parts of TASK by target."""
+
+
+def task(name: str, target: str) -> Path:
+    """Write `<name>.py` to the working directory and return its path. Raises UserError for an unknown target, a file
+    that exists and a name that is not a module name."""
+    if target not in TARGETS:
+        raise unknown("target", target, TARGETS)
+    _check_name(name, "task", registry.tasks.names())
+    path = Path(f"{name}.py")
+    if path.exists():
+        raise UserError(f"{path} exists; choose another name")
+    with files.atomic(path) as temporary:
+        temporary.write_text(TASK.format(name=name, title=class_name(name), target=target, **TARGETS[target]))
+    return path
+
+
 def architecture(name: str, family: str) -> Path:
     """Write `architectures/<family>/<name>.py` and return its path. Raises UserError for an unknown family, a name that
     is taken and a name that is not a module name."""
     if family not in FAMILIES:
         raise unknown("family", family, FAMILIES)
-    if (
-        not name.isidentifier()
-        or not name.isascii()
-        or name != name.lower()
-        or name[0] == "_"
-        or keyword.iskeyword(name)
-    ):
-        raise UserError(
-            f"{name!r} cannot be an architecture's name; use lower-case letters, digits and _, first a letter"
-        )
-    if name in registry.architectures.names():
-        raise UserError(f"an architecture named {name} exists; choose another name")
+    _check_name(name, "architecture", registry.architectures.names())
     path = registry.ROOT / "architectures" / family / f"{name}.py"
-    title = "".join(part.capitalize() for part in name.split("_"))
     with files.atomic(path) as temporary:
-        temporary.write_text(ARCHITECTURE.format(title=title), encoding="utf-8")
+        temporary.write_text(ARCHITECTURE.format(title=class_name(name)), encoding="utf-8")
     return path
+
+
+def class_name(name: str) -> str:
+    """The name of the class in the file of a name: my_task -> MyTask."""
+    return "".join(part.capitalize() for part in name.split("_"))
+
+
+def _check_name(name: str, kind: str, taken: list[str]) -> None:
+    article = "an" if kind == "architecture" else "a"
+    valid = name.isidentifier() and name.isascii() and name == name.lower() and name[0] != "_"
+    if not valid or keyword.iskeyword(name):
+        raise UserError(
+            f"{name!r} cannot be {article} {kind}'s name; use lower-case letters, digits and _, first a letter"
+        )
+    if name in taken:
+        raise UserError(f"{article} {kind} named {name} exists; choose another name")

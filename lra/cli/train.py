@@ -182,7 +182,7 @@ def _run(request: Request, dry_run: bool) -> None:
         name = f"{request.task_name} x {request.architecture_name}, recipe {resolved.name}, seed {request.seed}"
         console.print(f"{name}: loading PyTorch", soft_wrap=True)
     if ":" in request.architecture_name:
-        _refuse_mistakes(request, resolved)
+        refuse_mistakes(request, resolved)
     from lra.training import distributed
     from lra.training.run import run as train
 
@@ -231,7 +231,7 @@ def _show_plan(request: Request, recipe: Recipe) -> None:
     show(f"forecast{more}: {duration(probe['seconds'])}, at least {probe['bytes'] / 2**20:,.0f} MiB")
 
 
-def _refuse_mistakes(request: Request, recipe: Recipe) -> None:
+def refuse_mistakes(request: Request, recipe: Recipe) -> None:
     """Raise UserError for a common mistake in a user's own layer, which could train for hours all the same."""
     from lra.conformance import diagnosis
     from lra.conformance.context import CheckContext
@@ -243,18 +243,22 @@ def _refuse_mistakes(request: Request, recipe: Recipe) -> None:
 
 def _show_result(path: Path) -> None:
     """The table that a record belongs to, and its own scores."""
+    from lra.reports import diagnostics, table
     from lra.reports import leaderboard as board
-    from lra.reports import table
     from lra.reports.ranking import Leaderboard
-    from lra.results import result
+    from lra.results import diagnosis, result
     from lra.results.collection import Collection
     from lra.results.record import AT_CHANCE
 
     record = result.read(path)
-    collection = Collection.read(result.folder(), "smoke" if record.recipe.smoke else "runs")
+    place = result.place_of(record.recipe)
+    collection = Collection.read(result.folder(), place)
     for line in collection.problems:
         errors.print(f"[yellow]{escape(line)}[/]", soft_wrap=True)
-    shown = board.table_with(Leaderboard.of(collection), record)
+    if place == "diagnostics":
+        shown = diagnostics.table([run for run in collection.records if run.task == record.task])
+    else:
+        shown = board.table_with(Leaderboard.of(collection), record)
     console.print(table.terminal(shown), *map(escape, shown.notes), sep="\n")
     test, selection = record.test, record.validation
     console.print(
@@ -262,7 +266,10 @@ def _show_result(path: Path) -> None:
         f"({selection.split} {100 * (selection.accuracy or 0):.2f} % at step {selection.best_step}), in {path}",
         soft_wrap=True,
     )
-    if record.at_chance:
+    if place == "diagnostics":
+        verdict = diagnosis.verdict(record)
+        console.print(f"[bold]{verdict.word}[/]: {verdict.reason}", soft_wrap=True)
+    elif record.at_chance:
         console.print(f"[yellow]this run is {AT_CHANCE}[/]")
     if record.recipe.smoke:
         console.print(

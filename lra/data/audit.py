@@ -8,15 +8,14 @@ from itertools import combinations
 import numpy as np
 
 from lra.data.prepared_sets import Prepared, count_shared, example_hashes
-from lra.task import SPLITS
 
 
 @dataclass(frozen=True)
 class SplitFacts:
     """Statistics of one split.
 
-    labels: share of each class, in [0, 1]; lengths: minimum, median, mean and maximum, in values; repeated: number of
-    examples that occur earlier in the same split.
+    labels: share of each class among the answers, in [0, 1], empty for real values; lengths: minimum, median, mean and
+    maximum, in values; repeated: number of examples that occur earlier in the same split.
     """
 
     split: str
@@ -37,13 +36,15 @@ class Audit:
 def audit(prepared: Prepared) -> Audit:
     """Compute the statistics. Reads every example once."""
     facts, hashes = [], {}
-    for name in SPLITS:
+    for name in prepared.protocol.splits:
         split = prepared.split(name)
         hashes[name] = example_hashes(split)
         sizes = np.diff(split.offsets)[np.asarray(split.index)].sum(axis=1)
-        share = np.bincount(split.labels, minlength=prepared.task.classes) / max(len(split), 1)
+        answers = split.answers() if split.target != "value" else np.zeros(0, np.int64)
+        classes = prepared.task.classes if split.target != "value" else 0
+        share = np.bincount(answers, minlength=classes) / max(len(answers), 1)
         lengths = (int(sizes.min()), float(np.median(sizes)), float(sizes.mean()), int(sizes.max()))
         repeated = len(split) - len(set(hashes[name]))
         facts.append(SplitFacts(name, len(split), tuple(share.tolist()), lengths, repeated))
-    overlap = {(a, b): count_shared(hashes[a], hashes[b]) for a, b in combinations(SPLITS, 2)}
+    overlap = {(a, b): count_shared(hashes[a], hashes[b]) for a, b in combinations(hashes, 2)}
     return Audit(tuple(facts), overlap)

@@ -6,14 +6,16 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol as Interface
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lra.errors import UserError
 from lra.model import Batch
-from lra.task import Protocol, Split
+from lra.task import UNSCORED, Protocol, Split
 
 LENGTH_MULTIPLE = 64
 """Batch lengths are rounded up to multiples of this. Lengths that never repeat fragment the heap of a CPU process until
@@ -25,7 +27,7 @@ class DeviceSet:
     """A split from which batches on `device` are made: resident there, or on the host where it does not fit.
 
     lengths: (n, towers), in tokens, always on the host, so that planning a batch never waits for the device.
-    limit: longest length of the protocol.
+    limit: longest length of the protocol. labels: (n,), or (positions,) for a target at every position.
     """
 
     values: Tensor
@@ -36,6 +38,7 @@ class DeviceSet:
     limit: int
     channels: int
     device: torch.device
+    target: str = "class"
 
     @classmethod
     def of(
@@ -53,11 +56,16 @@ class DeviceSet:
             values = np.array(split.values)
         else:
             values = np.concatenate([split.values[a : a + n] for a, n in zip(starts, sizes, strict=True)])
-        if values.dtype != np.uint8:
+        if values.dtype not in (np.uint8, np.float32):
             # torch computes with signed integers
             values = values.astype(np.int32 if values.dtype == np.uint16 else np.int64)
         local = local.reshape(index.shape)
-        labels = np.asarray(split.labels)[keep].astype(np.int64)
+        labels = np.array(split.labels)
+        if split.target == "position":
+            parts = [labels[a : a + n] for a, n in zip(starts // channels, sizes // channels, strict=True)]
+            labels = np.concatenate(parts)
+        elif split.target != "next":
+            labels = labels[keep].astype(np.float32 if split.target == "value" else np.int64)
         home = device if fits(values.nbytes, device) else torch.device("cpu")
 
         def tensor(array: np.ndarray) -> Tensor:
@@ -65,8 +73,9 @@ class DeviceSet:
 
         lengths, width = sizes[local] // channels, channels if protocol.channels else 0
         return cls(
-            tensor(values), tensor(offsets), tensor(local), tensor(labels), lengths, protocol.length, width, device
-        )
+            tensor(values), tensor(offsets), tensor(local), tensor(labels), lengths, protocol.length, width, device,
+            split.target,
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -75,11 +84,18 @@ class DeviceSet:
     def resident(self) -> bool:
         return self.values.device.type == self.device.type
 
+    def longest(self, examples: np.ndarray) -> int:
+        """Tokens of the longest of the given examples."""
+        return int(self.lengths[examples].max())
+
+    def sampler(self, batch_size: int, seed: int, *, grow_from: int = 0, grow_steps: int = 0) -> Sampler:
+        """The examples of each training step."""
+        return Sampler(self.lengths, batch_size, seed, grow_from=grow_from, grow_steps=grow_steps)
+
     def batch(self, examples: np.ndarray) -> Batch:
         """The given examples, right-padded to the longest of them, rounded up to a multiple of LENGTH_MULTIPLE."""
         home, channels = self.values.device, max(self.channels, 1)
-        longest = int(self.lengths[examples].max())
-        length = min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, self.limit)
+        length = min(-(-self.longest(examples) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, self.limit)
         index = torch.from_numpy(np.ascontiguousarray(examples)).to(home, non_blocking=True)
         documents = self.documents[index]
         start, stop = self.offsets[documents], self.offsets[documents + 1]
@@ -88,7 +104,14 @@ class DeviceSet:
         values = self.values[place.clamp_(max=len(self.values) - 1)].masked_fill_(~real, 0)
         if self.channels:
             values, real = values.unflatten(-1, (length, channels)), real[..., ::channels]
-        batch = Batch(values, real, self.labels[index], index)
+        if self.target == "next":
+            labels = F.pad(values[:, 0, 1:].long(), (0, 1)).masked_fill_(~F.pad(real[:, 0, 1:], (0, 1)), UNSCORED)
+        elif self.target == "position":
+            spot = start // channels + torch.arange(length, device=home)
+            labels = self.labels[spot.clamp_(max=len(self.labels) - 1)].long().masked_fill_(~real[:, 0], UNSCORED)
+        else:
+            labels = self.labels[index]
+        batch = Batch(values, real, labels, index)
         if self.resident:
             return batch
         pin = self.device.type == "cuda"
@@ -167,15 +190,31 @@ class Shard:
     world_size: int = 1
 
 
+class Batches(Interface):
+    """A set that batches are made from."""
+
+    @property
+    def resident(self) -> bool: ...
+
+    def batch(self, examples: np.ndarray) -> Batch: ...
+
+
+class Plan(Interface):
+    """Examples of each training step. per_epoch: number of steps after which every example was seen once."""
+
+    @property
+    def per_epoch(self) -> int: ...
+
+    def batch(self, step: int) -> np.ndarray: ...
+
+
 class TrainingLoader:
     """Iterates over the training batches of steps `first` to `total`. Resuming sets `first`.
 
     The batch of a step comes in `parts` equal parts for gradient accumulation; this process gets its shard of each.
     """
 
-    def __init__(
-        self, data: DeviceSet, sampler: Sampler, total: int, parts: int = 1, shard: Shard | None = None
-    ) -> None:
+    def __init__(self, data: Batches, sampler: Plan, total: int, parts: int = 1, shard: Shard | None = None) -> None:
         self.data, self.sampler, self.total, self.first = data, sampler, total, 0
         self.parts, self.shard = parts, shard or Shard()
 
@@ -207,7 +246,7 @@ class EvaluationLoader:
         return _prefetched(self.data, iter(self.plan))
 
 
-def _prefetched(data: DeviceSet, plan: Iterator[np.ndarray]) -> Iterator[Batch]:
+def _prefetched(data: Batches, plan: Iterator[np.ndarray]) -> Iterator[Batch]:
     """The planned batches. Where the set is on the host, the next batch is made while the device works."""
     if data.resident:
         yield from (data.batch(examples) for examples in plan)

@@ -10,15 +10,15 @@ import numpy as np
 from lra.data import prepared_sets
 from lra.data.prepared_sets import Prepared
 from lra.errors import UserError, brief, unknown
-from lra.task import SPLITS, Progress, Protocol, Split, Task
+from lra.task import Progress, Protocol, Split, Task
 
 
 class Example(NamedTuple):
-    """values: (L,) tokens, or bytes (L, channels) of a continuous protocol; of a task with two towers, a pair of them.
-    label: the class."""
+    """values: (L,) tokens, or (L, channels) bytes or real values of a continuous protocol; of a task with two towers, a
+    pair of them. label: the class or value; (L,) classes or next tokens, UNSCORED where none is asked."""
 
     values: Any
-    label: int
+    label: Any
 
 
 class Examples(Sequence[Example]):
@@ -46,7 +46,10 @@ class Examples(Sequence[Example]):
         for number in np.asarray(self.split.index[index]):
             values = np.array(self.split.document(int(number)))[: self.protocol.length * channels]
             documents.append(values.reshape(-1, channels) if self.protocol.channels else values)
-        return Example(documents[0] if len(documents) == 1 else tuple(documents), int(self.split.labels[index]))
+        label = self.split.label(index, channels)
+        if self.split.target in ("position", "next"):
+            label = label[: self.protocol.length]
+        return Example(documents[0] if len(documents) == 1 else tuple(documents), label)
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
@@ -83,8 +86,8 @@ class LoadedTask:
 
     def split(self, name: str) -> Examples:
         """A split by name. Raises UserError."""
-        if name not in SPLITS:
-            raise unknown("split", name, SPLITS)
+        if name not in self.protocol.splits:
+            raise unknown("split", name, self.protocol.splits)
         return Examples(self.prepared.split(name), self.protocol)
 
     def describe(self, split: str, example: int) -> str:
@@ -134,8 +137,11 @@ def split_of(inputs: Any, task: Task, protocol: Protocol) -> Split:
             documents.append(_document(part, task, protocol, f"input {number}"))
         index.append(rows)
     offsets = np.cumsum([0, *map(len, documents)]).astype(np.int64)
-    labels = np.zeros(len(index), np.uint8)
-    return Split(np.concatenate(documents), offsets, np.array(index, np.int32), labels)
+    count, kind = {
+        "class": (len(index), np.uint8), "value": (len(index), np.float32), "next": (0, np.uint8),
+        "position": (offsets[-1] // max(protocol.channels, 1), np.int32),
+    }[task.target]  # fmt: skip
+    return Split(np.concatenate(documents), offsets, np.array(index, np.int32), np.zeros(count, kind))
 
 
 def _is_pair(inputs: Any) -> bool:
@@ -160,6 +166,10 @@ def _document(example: Any, task: Task, protocol: Protocol, name: str) -> np.nda
         array = array.reshape(-1)
     elif array.ndim != 1 or channels > 1:
         raise UserError(f"{name} has shape {array.shape}; one example of {task.name} has shape {shape}")
+    if protocol.real:
+        if not len(array) or array.dtype.kind not in "iuf" or not np.isfinite(array).all():
+            raise UserError(f"{name} is {brief(example)}; a sequence of at least one finite number")
+        return array[: protocol.length * channels].astype(np.float32)
     if not len(array) or array.dtype.kind not in "iu":
         raise UserError(f"{name} is {brief(example)}; a sequence of at least one whole number")
     largest = (protocol.vocabulary or 256) - 1

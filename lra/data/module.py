@@ -9,7 +9,8 @@ import lightning as L
 import torch
 
 from lra.data import examples
-from lra.data.batches import DeviceSet, EvaluationLoader, Sampler, Shard, TrainingLoader, choose
+from lra.data.batches import Batches, DeviceSet, EvaluationLoader, Plan, Shard, TrainingLoader, choose
+from lra.data.drawn import training_set
 from lra.data.examples import LoadedTask
 from lra.errors import UserError
 from lra.model import Batch
@@ -19,7 +20,7 @@ from lra.task import Task
 class EpochLoader:
     """Iterates over the batches of one epoch. Which batches depends on the seed and the epoch alone."""
 
-    def __init__(self, data: DeviceSet, sampler: Sampler, shard: Shard, epoch: Callable[[], int]) -> None:
+    def __init__(self, data: Batches, sampler: Plan, shard: Shard, epoch: Callable[[], int]) -> None:
         self.data, self.sampler, self.shard, self.epoch = data, sampler, shard, epoch
 
     def __len__(self) -> int:
@@ -35,9 +36,10 @@ class EpochLoader:
 class DataModule(L.LightningDataModule):
     """Batches of a task: `Trainer.fit(model, DataModule("image", batch_size=32))`.
 
-    A batch is `lra.model.Batch`: values (B, towers, L) of tokens, or (B, towers, L, channels) of bytes; mask
-    (B, towers, L) bool, True = real; labels (B,); example (B,), the places in the split. Batches hold examples of
-    similar length and are padded to their longest. Several processes share every batch.
+    A batch is `lra.model.Batch`: values (B, towers, L) of tokens, or (B, towers, L, channels) of bytes or real values;
+    mask (B, towers, L) bool, True = real; labels as the task's target has them (lra.target), (B,) for classes; example
+    (B,), the places in the split. Batches hold examples of similar length and are padded to their longest. Several
+    processes share every batch.
 
     task: a name, a class, a Task, or what `lra.load_task` returned. source: folder with the raw files. *_examples: how
     many are used (0 = all). Raises UserError.
@@ -79,8 +81,8 @@ class DataModule(L.LightningDataModule):
         shard = self._shard()
         if self.batch_size % shard.world_size:
             raise UserError(f"batch_size is {self.batch_size}, not divisible by {shard.world_size} processes")
-        data = self._set("train", self.train_examples)
-        return EpochLoader(data, Sampler(data.lengths, self.batch_size, self.seed), shard, self._epoch)
+        data = training_set(self.task.prepared, self._home(), self.batch_size, self.seed, self.train_examples)
+        return EpochLoader(data, data.sampler(self.batch_size, self.seed), shard, self._epoch)
 
     def val_dataloader(self) -> EvaluationLoader:
         return self._evaluation(self.task.protocol.selection, self.validation_examples)
@@ -95,11 +97,13 @@ class DataModule(L.LightningDataModule):
         return EvaluationLoader(self._set(split, count), self.evaluation_batch_size, self._shard())
 
     def _set(self, name: str, count: int) -> DeviceSet:
+        split = self.task.prepared.split(name)
+        return DeviceSet.of(split, self.task.protocol, self._home(), choose(len(split), count))
+
+    def _home(self) -> torch.device:
         # the trainer moves the batches of a set on the host
         device = self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
-        split = self.task.prepared.split(name)
-        home = device if device.type == "cuda" else torch.device("cpu")
-        return DeviceSet.of(split, self.task.protocol, home, choose(len(split), count))
+        return device if device.type == "cuda" else torch.device("cpu")
 
     def _shard(self) -> Shard:
         return Shard() if self.trainer is None else Shard(self.trainer.global_rank, self.trainer.world_size)

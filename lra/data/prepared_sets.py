@@ -125,7 +125,7 @@ class Prepared:
     @property
     def checksum(self) -> str:
         """SHA-256 of the splits' checksums; identifies the data of a result."""
-        return hashlib.sha256("".join(self.manifest["sha256"][s] for s in SPLITS).encode()).hexdigest()
+        return hashlib.sha256("".join(self.manifest["sha256"][s] for s in self.protocol.splits).encode()).hexdigest()
 
     @property
     def notes(self) -> dict[str, Any]:
@@ -267,8 +267,8 @@ def verify(task: str | Task, protocol: str | Protocol | None = None, *, progress
         if changed := _changed_files(existing, progress):
             return [f"{existing.folder / name}: SHA-256 differs from the manifest; {remedy}" for name in changed]
         counts, sums = measure_splits(owner, frozen, existing.folder, progress)
-        wrong = [f"counts of {s}" for s in SPLITS if existing.manifest["counts"].get(s) != counts[s]]
-        wrong += [f"sha256 of {s}" for s in SPLITS if existing.manifest["sha256"].get(s) != sums[s]]
+        wrong = [f"counts of {s}" for s in frozen.splits if existing.manifest["counts"].get(s) != counts[s]]
+        wrong += [f"sha256 of {s}" for s in frozen.splits if existing.manifest["sha256"].get(s) != sums[s]]
         problems = [f"{existing.folder / MANIFEST}: {entry} does not match the arrays" for entry in wrong]
         problems += protocol_mismatches(owner, frozen, counts, sums)
         return [f"{problem}; {remedy}" for problem in problems]
@@ -289,6 +289,8 @@ def identity(task: Task, protocol: Protocol) -> dict[str, Any]:
     """The manifest entries that a set of the current version has. What does not change its bytes is left out.
     code: the source files of a user's task; a task of this project has a version instead."""
     fields = {k: v for k, v in dataclasses.asdict(protocol).items() if k not in ("note", "raw", "hides_zeros")}
+    # younger than sets that stay valid
+    fields = {k: v for k, v in fields.items() if v or k not in ("real", "law", "tests")}
     code = source_files(type(task)) or {}
     known = {"format": FORMAT, "task": task.name, "version": task.version, "protocol": json.loads(json.dumps(fields))}
     return known | ({"code": code} if code else {})
@@ -426,12 +428,12 @@ def measure_splits(
     """Number of examples and checksum of each split in a folder. Raises DataError for examples that the task or the
     protocol rules out."""
     counts, sums = {}, {}
-    for number, name in enumerate(SPLITS):
-        progress("hashing splits", number, len(SPLITS))
+    for number, name in enumerate(protocol.splits):
+        progress("hashing splits", number, len(protocol.splits))
         split = task.load(folder, name)
         check_split(task, protocol, name, split)
         counts[name], sums[name] = len(split), split_checksum(split)
-    progress("hashing splits", len(SPLITS), len(SPLITS))
+    progress("hashing splits", len(protocol.splits), len(protocol.splits))
     return counts, sums
 
 

@@ -155,12 +155,25 @@ def load_run(path: Path) -> tuple[RunRecord, Predictions | None]:
     if not {"prediction", "label", "example"} <= arrays.keys():
         return record, None
     prediction, label, example = (arrays[key] for key in ("prediction", "label", "example"))
-    if not prediction.shape == label.shape == example.shape == (record.test.n,):
-        raise UserError(f"{path}: it names {record.test.n} test examples and stores {prediction.shape} predictions")
+    wrong = UserError(f"{path}: it names {record.test.n} test examples and stores {prediction.shape} predictions")
+    if not prediction.shape == label.shape == example.shape or prediction.ndim != 1 or not len(example):
+        raise wrong
     order = np.argsort(example, kind="stable")
-    correct = (prediction == label)[order]
+    correct, example = right_answers(record, prediction, label)[order], example[order]
+    if record.test.positions is not None:
+        example, starts = np.unique(example, return_index=True)
+        correct = np.logical_and.reduceat(correct, starts)
+    if len(correct) != record.test.n:
+        raise wrong
     if abs(correct.mean() - record.test.accuracy) > 1e-9:
         raise UserError(
             f"{path}: {correct.mean():.4f} of its predictions are right, but its accuracy is {record.test.accuracy:.4f}"
         )
-    return record, Predictions(example[order], correct)
+    return record, Predictions(example, correct)
+
+
+def right_answers(record: RunRecord, prediction: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Whether each stored prediction is right: equal to its label, or within the tolerance of a real value."""
+    if record.test.tolerance is None:
+        return prediction == label
+    return np.abs(prediction - label) <= np.float32(record.test.tolerance)

@@ -19,12 +19,30 @@ Number = int | float
 
 
 class Score(Part, frozen=True, kw_only=True):
-    """Accuracy on a split of n examples. seconds: of scoring."""
+    """Accuracy on a split: the share of its n examples that are right (`lra.target`). seconds: of scoring.
+
+    positions, last: of a target at each position, the share of right scored positions, and of examples whose last
+    scored position is right; accuracy is then that of whole sequences. error: mean squared error of a real value;
+    accuracy is then the share of errors up to `tolerance`. bits: per token, where the target is the next token and n
+    the number of tokens. length: longest sequence of the split, in tokens, of a
+    generated task.
+    """
 
     accuracy: Share
     n: Annotated[int, Meta(ge=1, lt=2**31)]
     correct: int | None = None
     seconds: Number | None = None
+    positions: Share | None = None
+    last: Share | None = None
+    error: Number | None = None
+    tolerance: Number | None = None
+    bits: Number | None = None
+    length: int | None = None
+
+    @property
+    def share(self) -> float:
+        """Share of right answers, which floors and chance compare with: of positions where positions are scored."""
+        return self.accuracy if self.positions is None else self.positions
 
 
 class Selection(Part, frozen=True, kw_only=True):
@@ -36,6 +54,11 @@ class Selection(Part, frozen=True, kw_only=True):
     seconds: Number | None = None
     split: str = ""
     best_step: int | None = None
+    positions: Share | None = None
+    last: Share | None = None
+    error: Number | None = None
+    tolerance: Number | None = None
+    bits: Number | None = None
 
 
 class ProtocolName(Part, frozen=True, kw_only=True):
@@ -209,13 +232,16 @@ class PredictionsFile(Part, frozen=True, kw_only=True):
 class RunRecord(Part, frozen=True, kw_only=True):
     """One run: what was trained, on what, with which settings, and what came out.
 
-    collapsed: why the run counts as at chance, empty if it does not. floors: accuracy of rules without a sequence
-    model on the same test set. changed: settings in which the run departs from the shipped recipe of that name, with
-    the shipped values; None where that was not recorded. receptive_field: tokens that an output depends on, where
-    they are fewer than the sequence holds. source: of an architecture that is not of this project; runs of different
-    sources are different rows. init_from: the weights of another run that this one started with, and what of them did
-    not fit. refused_implementations: kernels that failed their parity check. seal:
-    SHA-256 of all other fields.
+    collapsed: why the run counts as at chance, empty if it does not. floors: share of right answers of rules without a
+    sequence model on the same test set. changed: settings in which the run departs from the shipped recipe of that
+    name, with the shipped values; None where that was not recorded. receptive_field: tokens that an output depends on,
+    where they are fewer than the sequence holds. source: of an architecture that is not of this project; runs of
+    different sources are different rows. init_from: the weights of another run that this one started with, and what
+    of them did not fit. refused_implementations: kernels that failed their parity check. seal: SHA-256 of all other
+    fields.
+
+    Of a generated task: tests, the scores on the further test splits of the protocol, by name; chance and plateaus,
+    shares of right answers of a guess and of what is learnt first, by what that is.
     """
 
     schema: int
@@ -258,6 +284,9 @@ class RunRecord(Part, frozen=True, kw_only=True):
     refused_implementations: tuple[str, ...] = ()
     resumed: bool = False
     init_from: dict[str, Any] | None = None
+    tests: dict[str, Score] = field(default_factory=dict)
+    chance: Share | None = None
+    plateaus: dict[str, Share] = field(default_factory=dict)
 
     @property
     def at_chance(self) -> bool:

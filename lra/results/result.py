@@ -1,7 +1,7 @@
 """Results on disk: one JSON file for each run, written once and atomically, with the test predictions beside it.
 
 Layout: <results>/runs/<task>/<architecture>/<id>.json and <id>.npz, or below <results>/smoke for a recipe that is a
-smoke test. The id holds recipe, recipe hash, seed and time.
+smoke test, and below <results>/diagnostics for diagnostic tasks. The id holds recipe, recipe hash, seed and time.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from lra.config.recipe import Recipe
 from lra.errors import UserError
 from lra.files import atomic, safe_name, seal, sha256
+from lra.registry import tasks
 from lra.results import record as records
 from lra.results import validation
-from lra.results.record import PredictionsFile, RunRecord
+from lra.results.record import PredictionsFile, ResolvedRecipe, RunRecord
 
 LARGEST = 16 * 2**20
 """Largest size of a record, and of its predictions after decompression, in bytes."""
@@ -46,6 +48,15 @@ def _folder_named(variable: str) -> Path:
     if os.path.exists(path) and not os.path.isdir(path):
         raise UserError(f"{variable} is {path}, which is a file; set it to a folder")
     return path
+
+
+def place_of(recipe: Recipe | ResolvedRecipe) -> str:
+    """The part of the results folder that the records of a recipe go to: smoke tests stay out of the tables, and
+    diagnostics have a table of their own."""
+    if recipe.smoke:
+        return "smoke"
+    diagnostic = recipe.task in tasks.names() and tasks.family(recipe.task) == "diagnostics"
+    return "diagnostics" if diagnostic or recipe.name == "diagnostic" else "runs"
 
 
 def write(record: RunRecord, predictions: dict[str, np.ndarray], root: Path, place: str = "runs") -> Path:

@@ -19,10 +19,11 @@ from lra.sweeps.progress import duration
 
 if TYPE_CHECKING:
     from lra.config.recipe import Recipe
-    from lra.data.batches import DeviceSet, Sampler
+    from lra.data.batches import DeviceSet, Plan
     from lra.model import Classifier
     from lra.sweeps.plans import Cell
     from lra.training.module import Trainable
+    from lra.training.stages import TrainingSet
 
 STEPS = 8
 """Measured training steps."""
@@ -78,9 +79,11 @@ def measure(cell: Cell) -> dict[str, float]:
     """Train and evaluate a few batches as a run does. Returns {"seconds", "bytes"}; preparing data is not counted."""
     start = time.perf_counter()
     from lra.data import prepared_sets
-    from lra.data.batches import DeviceSet, Sampler, choose
+    from lra.data.batches import DeviceSet, choose
+    from lra.data.drawn import training_set
     from lra.profiling import memory
     from lra.registry import architectures
+    from lra.target import target_of
     from lra.training import stages
     from lra.training.construction import build
     from lra.training.device import device
@@ -99,8 +102,8 @@ def measure(cell: Cell) -> dict[str, float]:
     # the rest follows the order of a run, because the peak memory depends on it
     peak = memory.Peak(target)
     memory.keep_freed()
-    split, selection = prepared.split("train"), prepared.split(prepared.protocol.selection)
-    data = DeviceSet.of(split, prepared.protocol, target, choose(len(split), recipe.data.train_examples))
+    selection = prepared.split(prepared.protocol.selection)
+    data = training_set(prepared, target, recipe.data.batch_size, cell.seed, recipe.data.train_examples)
     stages.apply_execution(recipe, model)
     if recipe.train.compile:
         stages.compile_encoder(data, model.to(target))
@@ -108,13 +111,12 @@ def measure(cell: Cell) -> dict[str, float]:
     total += time.perf_counter() - start
     if recipe.pretrain.objective != "none":
         before = Pretraining(model, recipe, prepared.protocol).to(target)
-        total += _time_training(before, recipe, data, Sampler(data.lengths, before.batch_size, cell.seed))
+        total += _time_training(before, recipe, data, data.sampler(before.batch_size, cell.seed))
     validation = DeviceSet.of(
         selection, prepared.protocol, target, choose(len(selection), recipe.data.validation_examples)
     )
-    total += _time_training(
-        Training(model, recipe, prepared.task.classes), recipe, data, stages.training_sampler(recipe, data, cell.seed)
-    )
+    module = Training(model, recipe, target_of(prepared.task, prepared.protocol))
+    total += _time_training(module, recipe, data, stages.training_sampler(recipe, data, cell.seed))
     # the selection split is evaluated once more at the end, and the test set once
     evaluations = recipe.train.steps // min(recipe.train.evaluate_every, recipe.train.steps) + 1
     scored = evaluations * len(validation) + (recipe.data.test_examples or len(prepared.split("test")))
@@ -122,7 +124,7 @@ def measure(cell: Cell) -> dict[str, float]:
     return {"seconds": total, "bytes": float(peak.read()["peak_bytes"])}
 
 
-def _time_training(module: Trainable, recipe: Recipe, data: DeviceSet, sampler: Sampler) -> float:
+def _time_training(module: Trainable, recipe: Recipe, data: TrainingSet, sampler: Plan) -> float:
     """Estimate the seconds of all steps of a stage. Also runs the longest batch, which determines the peak memory."""
     import numpy as np
     import torch
@@ -135,7 +137,7 @@ def _time_training(module: Trainable, recipe: Recipe, data: DeviceSet, sampler: 
         optimiser.train()
     module.train()
     steps = np.unique(np.linspace(0, module.steps - 1, min(module.steps, CANDIDATES)).astype(int))
-    by_length = steps[np.argsort([data.lengths[sampler.batch(int(s))].max() for s in steps], kind="stable")]
+    by_length = steps[np.argsort([data.longest(sampler.batch(int(s))) for s in steps], kind="stable")]
     chosen = by_length[(2 * np.arange(STEPS) + 1) * len(steps) // (2 * STEPS)]
     # lengths vary from step to step as in a run, because this affects the memory
     np.random.default_rng(0).shuffle(chosen)

@@ -30,7 +30,7 @@ def is_finished(cell: Cell, root: Path) -> bool:
     """Whether the results folder `root` has a result with the task, architecture, seed and recipe of a cell, and the
     source that a user's architecture has now."""
     # resolving a cell imports torch, which takes seconds
-    if not any((root / name).is_dir() for name in ("runs", "smoke")):
+    if not any((root / name).is_dir() for name in ("runs", "smoke", "diagnostics")):
         return False
     from lra.registry import architectures, tasks
     from lra.results import result
@@ -38,9 +38,7 @@ def is_finished(cell: Cell, root: Path) -> bool:
     from lra.training.request import resolve
 
     recipe, _ = resolve(cell.request())
-    folder = (
-        root / ("smoke" if recipe.smoke else "runs") / tasks.get(cell.task).cls.name / result.slug(cell.architecture)
-    )
+    folder = root / result.place_of(recipe) / tasks.get(cell.task).cls.name / result.slug(cell.architecture)
     pattern = f"*-{recipe.hash[:8]}-s{cell.seed}-*.json"
     wanted = (recipe.hash, digest(architectures.source(cell.architecture)))
     return any(_identity(path) == wanted for path in folder.glob(pattern))

@@ -13,8 +13,10 @@ import torch
 
 from lra.config.recipe import Recipe
 from lra.encoder import Encoder
+from lra.errors import UserError
 from lra.model import Classifier, Head
 from lra.registry import Constructor
+from lra.target import target_of
 from lra.task import Protocol, Task
 from lra.training import sizes
 
@@ -46,12 +48,27 @@ def seed_everything(seed: int) -> None:
 
 
 def build(recipe: Recipe, constructor: Constructor, task: Task, protocol: Protocol, seed: int) -> Classifier:
-    """The classifier of a recipe with the weights that `seed` gives it. Seeds the global generators."""
+    """The classifier of a recipe with the weights that `seed` gives it. Seeds the global generators.
+
+    Raises UserError for an encoder that would see the answers: one that is not causal, on a task that asks for that.
+    """
     seed_everything(seed)
     encoder = build_encoder(recipe, constructor, protocol.length)
-    model = recipe.model
+    if needs_causal(task) and not encoder.causal:
+        remedy = "set model.direction=causal, or choose an architecture that can be causal"
+        if not constructor.declared:
+            remedy = "if no output of the layer depends on later positions, write `causal = True` in its class"
+        raise UserError(f"{task.name} needs a causal encoder, and {constructor.name} is {encoder.direction}; {remedy}")
+    model, target = recipe.model, target_of(task, protocol)
+    if target.per_position and task.towers > 1:
+        raise UserError(f"{task.name} has {task.towers} sequences an example, and a class for each position of one")
     head = Head(model.head, model.head_hidden, model.head_activation, model.pair)
-    return Classifier(encoder, protocol, task.classes, task.towers, model.pooling, head)
+    return Classifier(encoder, protocol, target.outputs, task.towers, model.pooling, head, target.per_position)
+
+
+def needs_causal(task: Task) -> bool:
+    """Whether an encoder that sees later positions would see the answers of a task, or solve another problem."""
+    return task.causal or task.target == "next"
 
 
 def build_encoder(recipe: Recipe, constructor: Constructor, length: int) -> Encoder:

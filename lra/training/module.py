@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
 
 from lra.config.recipe import Recipe
 from lra.config.sections import Optim
 from lra.model import Batch, Classifier
+from lra.target import Target
 from lra.training import distributed, optimisers
 
 HESSIAN_EVERY = 10
@@ -89,27 +89,30 @@ class Trainable(L.LightningModule):
 
 
 class Training(Trainable):
-    """Classification: cross-entropy plus the encoder's auxiliary loss, accuracy and loss on the selection split.
+    """The loss of the task's target plus the encoder's auxiliary loss; accuracy and loss on the selection split.
+
+    Accuracy is the share of right answers: of classes, or of scored positions.
 
     curve: validation accuracy and loss by step. diagnostics: of the encoder, over the last validation.
     """
 
-    def __init__(self, model: Classifier, recipe: Recipe, classes: int) -> None:
+    def __init__(self, model: Classifier, recipe: Recipe, target: Target) -> None:
         super().__init__(model, recipe.optim, recipe.train.steps, recipe.data.batch_size // recipe.train.accumulate)
         self._hessian_step = -1
-        # micro: the fraction of correct predictions, not the mean over classes
-        self.train_accuracy = MulticlassAccuracy(classes, average="micro", sync_on_compute=False)
-        self.validation_accuracy = MulticlassAccuracy(classes, average="micro")
+        self.target = target
+        # without the search for NaN, which waits for a GPU: these are 0 and 1
+        self.train_accuracy = MeanMetric(nan_strategy="disable", sync_on_compute=False)
+        self.validation_accuracy = MeanMetric(nan_strategy="disable")
         # weighted by examples, which may differ between processes; Lightning's own mean is not
         self.validation_loss = MeanMetric()
         self.diagnostics: dict[str, float] = {}
         self.curve: list[dict[str, float]] = []
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
-        logits = self.model(batch)
-        loss = F.cross_entropy(logits.float(), batch.labels)
+        output = self.model(batch)
+        loss = self.target.loss(output, batch.labels)
         extra = self.model.encoder.aux_loss()
-        self.train_accuracy.update(logits, batch.labels)
+        self.train_accuracy.update(self.target.right(output, batch.labels).float())
         loss = loss if extra is None else loss + extra
         self.latest = (loss.detach(), batch)
         return loss
@@ -123,10 +126,9 @@ class Training(Trainable):
         self._hessian_step = step
         optimizer.zero_grad(set_to_none=True)
         with self.trainer.precision_plugin.train_step_context():
-            logits = self.model(batch)
+            output = self.model(batch)
         # Gauss-Newton-Bartlett estimator: the squared gradient for labels sampled from the model
-        sampled = torch.distributions.Categorical(logits=logits.detach().float()).sample()
-        F.cross_entropy(logits.float(), sampled).backward()
+        self.target.loss(output, self.target.sample(output.detach(), batch.labels)).backward()
         for parameter in self.parameters():
             if parameter.grad is not None:
                 parameter.grad = distributed.mean(parameter.grad)
@@ -134,13 +136,13 @@ class Training(Trainable):
         optimizer.zero_grad(set_to_none=True)
 
     def validation_step(self, batch: Batch, _: int) -> None:
-        logits = self.model(batch)
-        self.validation_accuracy.update(logits, batch.labels)
-        loss = F.cross_entropy(logits.float(), batch.labels)
-        self.validation_loss.update(loss, weight=len(batch.labels))
+        output = self.model(batch)
+        right = self.target.right(output, batch.labels)
+        self.validation_accuracy.update(right.float())
+        self.validation_loss.update(self.target.loss(output, batch.labels), weight=len(right))
 
-    def predict_step(self, batch: Batch, _: int) -> tuple[Tensor, Tensor]:
-        return batch.example.cpu(), self.model(batch).argmax(dim=-1).cpu()
+    def predict_step(self, batch: Batch, _: int) -> dict[str, np.ndarray]:
+        return answers_to(batch, self.model, self.target)
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
@@ -164,3 +166,9 @@ class Training(Trainable):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.curve = checkpoint["curve"]
+
+
+def answers_to(batch: Batch, model: Classifier, target: Target) -> dict[str, np.ndarray]:
+    """The answers of a model to a batch, as `Target.answers` gives them."""
+    columns = target.answers(model(batch), batch.example, batch.labels)
+    return {name: (c.float() if c.is_floating_point() else c).cpu().numpy() for name, c in columns.items()}

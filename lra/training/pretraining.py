@@ -35,8 +35,10 @@ class Predictor(nn.Module):
             )
         if loss == "l1" and protocol.vocabulary:
             raise UserError("pretrain.loss=l1 is for continuous values; this protocol has tokens")
+        if loss == "cross_entropy" and protocol.real:
+            raise UserError("pretrain.loss=cross_entropy is for tokens and bytes; this protocol has real values")
         self.encoder, self.classifier = model.encoder, model
-        self.objective, self.mask, self.scale = objective, mask, protocol.scale
+        self.objective, self.mask = objective, mask
         self.l1 = not protocol.vocabulary and loss in ("auto", "l1")
         width, channels = model.encoder.d_model, max(protocol.channels, 1)
         self.classes = protocol.vocabulary or BYTES
@@ -63,8 +65,7 @@ class Predictor(nn.Module):
         """x: (B, L, D); values: (B, L[, channels]); targets: (B, L) bool, the positions to predict."""
         predicted, true = self.head(x[targets]).float(), values[targets]
         if self.l1:
-            mean, std = self.scale
-            return F.l1_loss(predicted, (true.float() / 255 - mean) / std)
+            return F.l1_loss(predicted, self.classifier.normalise(true))
         return F.cross_entropy(predicted.view(-1, self.classes), true.reshape(-1).long())
 
 

@@ -33,7 +33,8 @@ class Request:
     """One run as a user asks for it.
 
     task, architecture: a registered name, `file.py:Class`, `package.module:Class`, or a class.
-    recipe: a name, a TOML file, or "auto" ("quick" on a CPU, "matched" on a GPU).
+    recipe: a name, a TOML file, or "auto" ("diagnostic" for a generated task, else "quick" on a CPU, "matched" on a
+    GPU).
     settings: recipe values to override, as text: {"train.steps": "500"}.
     source: folder with the raw data. time_limit: seconds, counted from `created` (of `time.monotonic`).
     pretrain: "" as the recipe says, else one of OBJECTIVES. match: a budget to solve the width for (lra.config.match).
@@ -75,6 +76,8 @@ class Request:
         """The recipe's name or file, with "auto" resolved for this machine."""
         if self.recipe != "auto":
             return self.recipe
+        if _generated(self.task):
+            return "diagnostic"
         return "matched" if device.device_type() == "cuda" else "quick"
 
     @property
@@ -196,14 +199,9 @@ def check(request: Request, recipe: Recipe) -> None:
         prepared_sets.source_folder(request.source)
 
 
-def result_place(recipe: Recipe) -> str:
-    """The part of the results folder that a recipe's records go to: smoke tests stay out of the tables."""
-    return "smoke" if recipe.smoke else "runs"
-
-
 def result_folder(request: Request, recipe: Recipe) -> Path:
     """Where the record of a run will be written."""
-    return result.folder() / result_place(recipe) / _task_folder(request) / result.slug(request.architecture_name)
+    return result.folder() / result.place_of(recipe) / _task_folder(request) / result.slug(request.architecture_name)
 
 
 def folder_of(request: Request, recipe: Recipe) -> Path:
@@ -244,6 +242,13 @@ def _check_task(task: str | type) -> None:
         tasks.facts(task)
     else:
         tasks.get(task)
+
+
+def _generated(task: str | type) -> bool:
+    """Whether a task draws its examples. A task of this project is not imported for that."""
+    if isinstance(task, str) and ":" not in task:
+        return task in tasks.names() and tasks.family(task) == "diagnostics"
+    return bool(tasks.get(task).cls.generated)
 
 
 def _check_option(key: str, value: Any, default: Any) -> None:

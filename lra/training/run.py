@@ -23,7 +23,7 @@ from lra.data.batches import DeviceSet
 from lra.data.prepared_sets import Prepared
 from lra.errors import Interrupted, UserError, describe
 from lra.kernels import _dispatch
-from lra.model import Classifier
+from lra.model import Batch, Classifier
 from lra.operators import doctor
 from lra.registry import Constructor, architectures, tasks
 from lra.results import environment, result
@@ -31,7 +31,7 @@ from lra.source import digest
 from lra.training import construction, distributed, run_folder, stages, warm_start
 from lra.training.callbacks import StepProgress
 from lra.training.device import device
-from lra.training.request import Request, check, checkpoint_folder, folder_of, resolve, result_folder, result_place
+from lra.training.request import Request, check, checkpoint_folder, folder_of, resolve, result_folder
 from lra.training.run_record import record
 from lra.training.stages import RunContext, TrainingResult
 
@@ -103,7 +103,7 @@ def _run(
             _own_fields(request, trained, refused, context) | ({"init_from": initial} if initial else {}), started,
             trained.meter.earlier + time.perf_counter() - clock,
         )  # fmt: skip
-        path = result.write(content, scores["predictions"], result.folder(), result_place(recipe))
+        path = result.write(content, scores["predictions"], result.folder(), result.place_of(recipe))
         run_folder.finish(folder, path)
         (context.checkpoints / "last.ckpt").unlink(missing_ok=True)
     return path
@@ -152,7 +152,8 @@ def _write_selection(folder: Path, recipe: Recipe, scores: Mapping[str, Any]) ->
 def check_operators(model: Classifier, prepared: Prepared, constructor: Constructor) -> list[str]:
     """Check the operators that this model uses on this machine, in a forward pass of two examples.
 
-    Returns one line for each implementation that is refused. Raises UserError where a user's own layer fails.
+    Returns one line for each implementation that is refused. Raises UserError where a user's own layer fails, and
+    where it sees later positions on a task that rules this out.
     """
     split = prepared.split("train")
     examples = np.arange(min(2, len(split)))
@@ -160,7 +161,10 @@ def check_operators(model: Classifier, prepared: Prepared, constructor: Construc
     _dispatch.forget_used()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            model.eval()(data.batch(np.arange(len(data))))
+            batch = data.batch(np.arange(len(data)))
+            model.eval()(batch)
+            if not constructor.declared and construction.needs_causal(prepared.task):
+                _check_causal(model, batch, prepared)
     except Exception as error:
         if (constructor.declared and ":" not in constructor.name) or isinstance(error, UserError):
             raise
@@ -169,6 +173,20 @@ def check_operators(model: Classifier, prepared: Prepared, constructor: Construc
     lines = doctor.require_parity(_dispatch.used(), device())
     _dispatch.forget_used()
     return lines
+
+
+def _check_causal(model: Classifier, batch: Batch, prepared: Prepared) -> None:
+    """Raise UserError where the second half of the input changes what a layer says about the first half."""
+    values, half = batch.values[:, 0], batch.values.shape[2] // 2
+    changed = values.clone()
+    changed[:, half:] = (values[:, half:] + 1) % prepared.protocol.vocabulary if prepared.protocol.vocabulary else 0
+    mask = torch.ones_like(batch.mask[:, 0])
+    before, after = (model.encode(given, mask)[0][:, :half] for given in (values, changed))
+    if (before - after).abs().max() > 1e-3 * before.abs().max():
+        raise UserError(
+            f"{prepared.task.name} needs a causal layer, and outputs of this one depend on later positions, although "
+            "it says `causal = True`"
+        )
 
 
 @contextmanager

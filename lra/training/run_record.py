@@ -21,6 +21,7 @@ from lra.results import statistics
 from lra.results.official import changed_settings
 from lra.results.record import RunRecord
 from lra.source import digest
+from lra.target import target_of
 from lra.task import Protocol
 
 
@@ -34,7 +35,7 @@ def record(
     caller knows. seconds: wall time of the whole run.
     """
     protocol, baseline, test = prepared.protocol, floors(prepared), records.Score(**measured["test"])
-    majority = baseline["majority class"]
+    task, prior = prepared.task, target_of(prepared.task, protocol).prior
     other = {key: value for key, value in more.items() if key not in ("speed", "memory", "environment")}
     speed = records.Speed(**more["speed"])
     work = model_work(model, protocol, recipe.data.batch_size / recipe.train.accumulate)
@@ -67,8 +68,11 @@ def record(
         validation=records.Selection(
             **measured[protocol.selection], split=protocol.selection, best_step=measured["best_step"]
         ),
-        collapsed=records.AT_CHANCE if statistics.at_chance(test.accuracy, test.n, majority) else "",
+        collapsed=records.AT_CHANCE if statistics.at_chance(test.share, test.n, baseline[prior]) else "",
         floors=baseline,
+        tests={name: records.Score(**measured[name]) for name in protocol.tests},
+        chance=task.chance(protocol) if task.generated else None,
+        plateaus=task.plateaus(protocol),
         parameters=sum(p.numel() for p in model.parameters()),
         flops=work,
         speed=speed,

@@ -20,10 +20,12 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from rich.console import Console
 
 from lra.config.recipe import Recipe
-from lra.data.batches import DeviceSet, EvaluationLoader, Sampler, TrainingLoader, choose
+from lra.data.batches import DeviceSet, EvaluationLoader, Plan, TrainingLoader, choose
+from lra.data.drawn import DrawnSet, training_set
 from lra.data.prepared_sets import Prepared
 from lra.model import Classifier
 from lra.profiling import memory
+from lra.target import join, target_of
 from lra.training import checkpoint, distributed, execution, loggers, precision, rate_search, sizes
 from lra.training.callbacks import (
     ExpectationCheck,
@@ -37,9 +39,11 @@ from lra.training.callbacks import (
     checkpoints,
 )
 from lra.training.checkpoint_io import AtomicCheckpointIO
-from lra.training.module import Trainable, Training
+from lra.training.module import Trainable, Training, answers_to
 from lra.training.placement import Placement
 from lra.training.pretraining import Pretraining
+
+TrainingSet = DeviceSet | DrawnSet
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,7 @@ def train(recipe: Recipe, prepared: Prepared, model: Classifier, context: RunCon
     device = context.device
     peak = memory.Peak(device)
     memory.keep_freed()
-    split = prepared.split("train")
-    data = DeviceSet.of(split, prepared.protocol, device, choose(len(split), recipe.data.train_examples))
+    data = training_set(prepared, device, recipe.data.batch_size, context.seed, recipe.data.train_examples)
     scored = ((prepared.protocol.selection, recipe.data.validation_examples), ("test", recipe.data.test_examples))
     evaluated = max(count or len(prepared.split(name)) for name, count in scored)
     sizes.check_batches(recipe, device.type, data.lengths, evaluated)
@@ -99,7 +102,7 @@ def train(recipe: Recipe, prepared: Prepared, model: Classifier, context: RunCon
         recipe, facts["rate_search"] = _search_rate(recipe, prepared, data, validation, model, context)
     sampler = training_sampler(recipe, data, context.seed)
     unsharded = copy.deepcopy(model) if context.placement.sharded else model
-    module = Training(model, recipe, prepared.task.classes)
+    module = Training(model, recipe, target_of(prepared.task, prepared.protocol))
     every = min(recipe.train.evaluate_every, recipe.train.steps)
     meter = ThroughputMeter(min(20, every), every)
     expectation = ExpectationCheck(recipe.expected, sampler.per_epoch, context.console)
@@ -117,14 +120,15 @@ def train(recipe: Recipe, prepared: Prepared, model: Classifier, context: RunCon
 
 
 def _search_rate(
-    recipe: Recipe, prepared: Prepared, data: DeviceSet, validation: DeviceSet, model: Classifier, context: RunContext
+    recipe: Recipe, prepared: Prepared, data: TrainingSet, validation: DeviceSet, model: Classifier, context: RunContext
 ) -> tuple[Recipe, dict[str, Any]]:
     """The recipe with the learning rate that did best in short runs, and what the search cost."""
 
     def run_trial(trial: Recipe) -> rate_search.Trial:
         rate, steps = trial.optim.lr, trial.train.steps
         context.console.print(f"learning rate {rate:g}: {steps:,} steps")
-        module, meter = Training(model, trial, prepared.task.classes), ThroughputMeter(min(20, steps), steps)
+        module = Training(model, trial, target_of(prepared.task, prepared.protocol))
+        meter = ThroughputMeter(min(20, steps), steps)
         folder = context.checkpoints / f"rate-{rate:g}"
         loader = EvaluationLoader(validation, trial.data.evaluation_batch_size, distributed.shard(context.placement))
         _fit(
@@ -143,10 +147,10 @@ def _search_rate(
     return rate_search.search(recipe, model, context.checkpoints / "rates.json", run_trial, leads)
 
 
-def training_sampler(recipe: Recipe, data: DeviceSet, seed: int) -> Sampler:
+def training_sampler(recipe: Recipe, data: TrainingSet, seed: int) -> Plan:
     """The sampler of the training stage, with the recipe's length curriculum."""
     growth = {"grow_from": recipe.train.curriculum_length, "grow_steps": recipe.train.curriculum_steps}
-    return Sampler(data.lengths, recipe.data.batch_size, seed, **growth)
+    return data.sampler(recipe.data.batch_size, seed, **growth)
 
 
 def apply_execution(recipe: Recipe, model: Classifier) -> None:
@@ -157,7 +161,7 @@ def apply_execution(recipe: Recipe, model: Classifier) -> None:
         execution.truncate(model.encoder, recipe.train.tbptt)
 
 
-def compile_encoder(data: DeviceSet, model: Classifier) -> dict[str, Any]:
+def compile_encoder(data: TrainingSet, model: Classifier) -> dict[str, Any]:
     """Compile the encoder and try it on two examples; the random state is left as it was."""
     batch = data.batch(np.arange(min(2, len(data))))
     with torch.random.fork_rng(devices=[data.device] if data.device.type == "cuda" else []):
@@ -165,14 +169,14 @@ def compile_encoder(data: DeviceSet, model: Classifier) -> dict[str, Any]:
 
 
 def _pretrain(
-    recipe: Recipe, prepared: Prepared, data: DeviceSet, model: Classifier, context: RunContext
+    recipe: Recipe, prepared: Prepared, data: TrainingSet, model: Classifier, context: RunContext
 ) -> dict[str, Any]:
     """Give the model pretrained weights and return what that took. A resumed run does not repeat a finished stage."""
     folder = context.checkpoints / "pretraining"
     done = folder / "done.ckpt"
     module = Pretraining(model, recipe, prepared.protocol)
     if not (context.resume and done.is_file()):
-        sampler = Sampler(data.lengths, module.batch_size, context.seed)
+        sampler = data.sampler(module.batch_size, context.seed)
         meter = ThroughputMeter(min(20, recipe.pretrain.steps))
         _fit(module, recipe, context, sampler, data, folder, meter, [], stage="pretraining")
         if distributed.rank() == 0:
@@ -188,7 +192,7 @@ def _pretrain(
 
 
 def _fit(
-    module: Trainable, recipe: Recipe, context: RunContext, sampler: Sampler, data: DeviceSet, folder: Path,
+    module: Trainable, recipe: Recipe, context: RunContext, sampler: Plan, data: TrainingSet, folder: Path,
     meter: ThroughputMeter, callbacks: list[Any], validation: EvaluationLoader | None = None, stage: str = "",
     **options: Any,
 ) -> L.Trainer:  # fmt: skip
@@ -235,40 +239,38 @@ def _trainer(recipe: Recipe, context: RunContext, **options: Any) -> L.Trainer:
 def score(
     recipe: Recipe, prepared: Prepared, trained: TrainingResult, context: RunContext, test: bool = True
 ) -> dict[str, Any]:
-    """Score the best checkpoint on the selection split and, if `test`, once on the test split.
+    """Score the best checkpoint on the selection split and, if `test`, once on the test splits.
 
-    Returns {split: accuracy, correct, n, seconds}, best_step, and the predictions for the last split.
+    Returns {split: fields of its Score}, best_step, and the predictions for the split `test`.
     """
     best = checkpoint.read(context.checkpoints / "best.ckpt")
     trained.model.load_state_dict(checkpoint.model_weights(best))
     scores: dict[str, Any] = {"best_step": int(best["global_step"])}
-    splits = [(prepared.protocol.selection, recipe.data.validation_examples)]
-    for name, count in [*splits, ("test", recipe.data.test_examples)] if test else splits:
+    target = target_of(prepared.task, prepared.protocol)
+    counts = {prepared.protocol.selection: recipe.data.validation_examples}
+    if test:
+        counts |= dict.fromkeys(("test", *prepared.protocol.tests), recipe.data.test_examples)
+    for name, count in counts.items():
         split = prepared.split(name)
         examples = choose(len(split), count)
         data = DeviceSet.of(split, prepared.protocol, context.device, examples)
         clock = time.perf_counter()
-        index, predicted = _predict(recipe, trained, data, context)
-        predicted = predicted.astype(np.min_scalar_type(prepared.task.classes - 1))
+        answers = _answers(recipe, trained, data, context)
         seconds = time.perf_counter() - clock
-        if not np.array_equal(index, np.arange(len(data))):
-            raise RuntimeError(f"scoring {name} covered {len(index)} examples, not each of {len(data)} once")
-        labels = data.labels.cpu().numpy()
-        correct = int((predicted == labels).sum())
-        scores[name] = {
-            "accuracy": correct / len(labels), "correct": correct, "n": len(labels), "seconds": round(seconds, 3),
-        }  # fmt: skip
-        scores["predictions"] = {
-            "prediction": predicted, "label": labels.astype(predicted.dtype),
-            "example": (np.arange(len(split)) if examples is None else examples).astype(np.int32),
-        }  # fmt: skip
+        scored = np.unique(answers["example"]) if target.per_position else answers["example"]
+        if not np.array_equal(scored, np.arange(len(data))):
+            raise RuntimeError(f"scoring {name} covered {len(scored)} examples, not each of {len(data)} once")
+        scores[name] = target.score(answers) | {"seconds": round(seconds, 3)}
+        if prepared.task.generated and name != prepared.protocol.selection:
+            scores[name]["length"] = int(data.lengths.max())
+        if name == "test":
+            numbers = np.arange(len(split)) if examples is None else examples
+            scores["predictions"] = target.stored(answers) | {"example": numbers[answers["example"]].astype(np.int32)}
     return scores
 
 
-def _predict(
-    recipe: Recipe, trained: TrainingResult, data: DeviceSet, context: RunContext
-) -> tuple[np.ndarray, np.ndarray]:
-    """Indices and predicted classes of all examples, sorted by index, from all processes."""
+def _answers(recipe: Recipe, trained: TrainingResult, data: DeviceSet, context: RunContext) -> dict[str, np.ndarray]:
+    """The answers on all examples (`Target.answers`), from all processes, in the order of the examples."""
     loader = EvaluationLoader(data, recipe.data.evaluation_batch_size, distributed.shard(context.placement))
     if context.placement.world_size == 1:
         with quiet():
@@ -276,12 +278,8 @@ def _predict(
     else:
         model = trained.model.to(context.device).eval()
         with torch.inference_mode(), precision.autocast(precision.of_run(recipe, context.device), context.device):
-            parts = [(batch.example.cpu(), model(batch).argmax(dim=-1).cpu()) for batch in loader]
-    columns = [torch.cat(column).numpy() for column in zip(*parts, strict=True)]
-    gathered = distributed.gather(columns)
-    index, predicted = (np.concatenate(column) for column in zip(*gathered, strict=True))
-    order = np.argsort(index, kind="stable")
-    return index[order], predicted[order]
+            parts = [answers_to(batch, model, trained.module.target) for batch in loader]
+    return join(part for parts in distributed.gather(parts) for part in parts)
 
 
 @contextmanager

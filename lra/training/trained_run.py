@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from lra.registry import architectures, tasks
 from lra.results import record as records
 from lra.results import result, statistics
 from lra.results.record import RunRecord
-from lra.task import SPLITS, Protocol, Task
+from lra.target import join, target_of
+from lra.task import Protocol, Task
 from lra.training import checkpoint, construction, run_folder
+from lra.training.module import answers_to
 from lra.training.precision import autocast
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -34,7 +37,10 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy of a model on one split, with a 95 % Wilson interval; accuracies in [0, 1]."""
+    """Accuracy of a model on one split, with a 95 % Wilson interval; accuracies in [0, 1].
+
+    more: what the target of the task measures beside it, as in `lra.results.record.Score`.
+    """
 
     split: str
     accuracy: float
@@ -42,6 +48,7 @@ class Evaluation:
     n: int
     low: float
     high: float
+    more: dict[str, float] = field(default_factory=dict)
 
 
 class TrainedRun:
@@ -81,17 +88,28 @@ class TrainedRun:
         """Test accuracy in [0, 1] as the record has it. Raises UserError for a run without a record."""
         return self.record.test.accuracy
 
-    def predict(self, inputs: Any, *, probabilities: bool = False, batch_size: int = 0) -> np.ndarray:
-        """Predicted classes (n,), or with `probabilities` (n, classes), in the order of the inputs.
+    def predict(self, inputs: Any, *, probabilities: bool = False, batch_size: int = 0) -> Any:
+        """Predicted classes (n,), or with `probabilities` (n, classes), in the order of the inputs; real values (n,)
+        of a task that asks for them. A task that asks at every position gives a list, with (L,) or (L, classes) of each
+        example.
 
         inputs: the name of a split, or texts, arrays or tensors as in `lra.data.examples.split_of`.
         batch_size: by default that of the recipe's evaluations. Raises UserError.
         """
-        logits = np.stack(self._map(self._data(inputs), self.model, batch_size))
-        if not probabilities:
-            return logits.argmax(axis=1)
-        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return exponentials / exponentials.sum(axis=1, keepdims=True)
+        target = target_of(self.task, self.protocol)
+        if probabilities and self.task.target == "value":
+            raise UserError(f"{self.task.name} asks for real values, which have no probabilities")
+
+        def answer(batch: Batch) -> Any:
+            output = self.model(batch)
+            answers = output.float().softmax(dim=-1) if probabilities else target.predict(output)
+            if not target.per_position:
+                return answers
+            lengths = batch.mask[:, 0].sum(dim=-1).tolist()
+            return [row[:length].cpu().numpy() for row, length in zip(answers, lengths, strict=True)]
+
+        answers = self._map(self._data(inputs), answer, batch_size)
+        return answers if target.per_position else np.stack(answers)
 
     def features(self, inputs: Any, *, pooled: bool = True, batch_size: int = 0) -> Any:
         """Outputs of the encoder, float32. inputs: as of `predict`.
@@ -106,13 +124,15 @@ class TrainedRun:
 
     def evaluate(self, split: str = "test") -> Evaluation:
         """Accuracy on a split, computed now, over the examples that the recipe evaluates. Raises UserError."""
-        if split not in SPLITS:
-            raise unknown("split", split, SPLITS)
-        data = self._data(split)
-        predicted = np.stack(self._map(data, self.model, 0)).argmax(axis=1)
-        correct, n = int((predicted == data.labels.cpu().numpy()).sum()), len(data)
-        interval = statistics.of_test_set(correct / n, n)
-        return Evaluation(split, correct / n, correct, n, interval.low, interval.high)
+        if split not in self.protocol.splits:
+            raise unknown("split", split, self.protocol.splits)
+        data, target = self._data(split), target_of(self.task, self.protocol)
+        with self._evaluating(data.device):
+            loader = EvaluationLoader(data, self.recipe.data.evaluation_batch_size)
+            score = target.score(join(answers_to(batch, self.model, target) for batch in loader))
+        accuracy, correct, n = (score.pop(key) for key in ("accuracy", "correct", "n"))
+        interval = statistics.of_test_set(accuracy, n)
+        return Evaluation(split, accuracy, correct, n, interval.low, interval.high, score)
 
     def export(self, folder: str | Path) -> Path:
         """Write config.json, model.safetensors and README.md to a new folder and return it. Raises UserError."""
@@ -127,28 +147,36 @@ class TrainedRun:
     def _data(self, inputs: Any) -> DeviceSet:
         """A split by name, or a user's inputs, for the model's device."""
         device = next(self.model.parameters()).device
-        if not (isinstance(inputs, str) and inputs in SPLITS):
+        if not (isinstance(inputs, str) and inputs in self.protocol.splits):
             return DeviceSet.of(split_of(inputs, self.task, self.protocol), self.protocol, device)
         split = prepared_sets.load_prepared(self.task, self.protocol).split(inputs)
-        limits = {"test": self.recipe.data.test_examples, "train": self.recipe.data.train_examples}
-        examples = choose(len(split), limits.get(inputs, self.recipe.data.validation_examples))
+        limits = dict.fromkeys(("test", *self.protocol.tests), self.recipe.data.test_examples)
+        limits |= {"train": self.recipe.data.train_examples, "validation": self.recipe.data.validation_examples}
+        examples = choose(len(split), limits[inputs])
         return DeviceSet.of(split, self.protocol, device, examples)
 
     def _map(self, data: DeviceSet, function: Callable[[Batch], Any], batch_size: int) -> list[Any]:
         """function(batch) for batches of every example, as one entry for each example, in their order."""
         outputs: list[Any] = [None] * len(data)
+        with self._evaluating(data.device):
+            for batch in EvaluationLoader(data, batch_size or self.recipe.data.evaluation_batch_size):
+                rows = function(batch)
+                if isinstance(rows, Tensor):
+                    rows = (rows.float() if rows.is_floating_point() else rows).cpu().numpy()
+                for example, row in zip(batch.example.tolist(), rows, strict=True):
+                    outputs[example] = row
+        return outputs
+
+    @contextmanager
+    def _evaluating(self, device: torch.device) -> Iterator[None]:
+        """The model in evaluation mode and in the precision of its run, without gradients."""
         training = self.model.training
         self.model.eval()
         try:
-            with torch.inference_mode(), self._autocast(data.device):
-                for batch in EvaluationLoader(data, batch_size or self.recipe.data.evaluation_batch_size):
-                    rows = function(batch)
-                    rows = rows.float().cpu().numpy() if isinstance(rows, Tensor) else rows
-                    for example, row in zip(batch.example.tolist(), rows, strict=True):
-                        outputs[example] = row
+            with torch.inference_mode(), self._autocast(device):
+                yield
         finally:
             self.model.train(training)
-        return outputs
 
     def _pooled(self, batch: Batch) -> Tensor:
         model = self.model

@@ -133,7 +133,7 @@ def test_check_fails_with_what_it_runs(checkout: Path, broken: str) -> None:
     assert make(checkout, "check").returncode != 0
 
 
-@pytest.mark.parametrize("target", [*TASKS, "leaderboard", "report", "profile", "doctor"])
+@pytest.mark.parametrize("target", [*TASKS, "leaderboard", "report", "profile", "diagnose", "doctor"])
 def test_targets_call_commands_that_exist(checkout: Path, target: str) -> None:
     called = make(checkout, target).stdout.splitlines()[1].strip("<>")
     assert called in get_command(app).commands  # type: ignore[attr-defined]

@@ -1,0 +1,121 @@
+"""`lra diagnose`: what an architecture can do, on the diagnostic tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from lra.cli.common import (
+    DryRun,
+    Settings,
+    complete_architecture,
+    console,
+    errors,
+    guarded,
+    seconds_of,
+    settings_of,
+)
+from lra.cli.train import refuse_mistakes
+from lra.errors import Interrupted, UserError
+from lra.registry import architectures, tasks
+
+if TYPE_CHECKING:
+    from lra.results.record import RunRecord
+
+RECIPE = "diagnostic"
+
+
+@guarded
+def diagnose(
+    architecture: Annotated[
+        str,
+        typer.Argument(
+            metavar="[ARCH]",
+            help="s4d, s4d/inv, net.py:Net; without one, all results are shown.",
+            autocompletion=complete_architecture,
+        ),
+    ] = "",
+    names: Annotated[
+        str, typer.Option("--tasks", metavar="NAMES", help="Comma-separated; all diagnostics by default.")
+    ] = "",
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+    settings: Settings = None,
+    time_limit: Annotated[str, typer.Option(help="Stop cleanly after: 90s, 8m, 2h; the next call goes on.")] = "",
+    dry_run: DryRun = False,
+) -> None:
+    """Train an architecture, or your own layer, on the diagnostic tasks and show what it solves.
+
+    Runs that are finished are not repeated. A task is a name, NAME:PROTOCOL, or file.py:Class."""
+    if not architecture:
+        _show_all()
+        return
+    from lra.training.request import Request, check, folder_of, read
+
+    known = [name for name in tasks.names() if tasks.family(name) == "diagnostics"]
+    architectures.declaration(architecture)
+    requests = []
+    for text in [name.strip() for name in names.split(",") if name.strip()] or known:
+        name, protocol = _split(text)
+        request = Request(
+            name, architecture, RECIPE, seed, protocol, settings_of(settings), time_limit=seconds_of(time_limit)
+        )
+        check(request, read(request)[0])
+        requests.append(request)
+    if dry_run:
+        for request in requests:
+            console.print(request.command(), soft_wrap=True, markup=False, highlight=False)
+        return
+    from dataclasses import replace
+
+    from lra.results import result
+    from lra.training.request import resolve
+    from lra.training.run import run
+
+    if ":" in architecture:
+        refuse_mistakes(requests[0], read(requests[0])[0])
+    records = []
+    for number, request in enumerate(requests, 1):
+        console.print(f"{number} of {len(requests)}: {request.task_name}", soft_wrap=True, markup=False)
+        try:
+            begun = folder_of(request, resolve(request)[0]).is_dir()
+            records.append(result.read(run(replace(request, resume=begun), console)))
+        except Interrupted:
+            raise
+        except UserError as error:
+            # the other tasks go on
+            errors.print(f"[yellow]{escape(f'{request.task_name}: {error}')}[/]", soft_wrap=True)
+    _show(records, f"Diagnostics of {architecture}")
+    if len(records) < len(requests):
+        raise typer.Exit(1)
+
+
+def _show(records: Sequence[RunRecord], title: str) -> None:
+    from lra.reports import diagnostics, table
+
+    shown = diagnostics.table(records, title)
+    console.print(table.terminal(shown), *map(escape, shown.notes), sep="\n")
+
+
+def _show_all() -> None:
+    """The table of all diagnostics on file."""
+    from lra.results import result
+    from lra.results.collection import Collection
+
+    collection = Collection.read(result.folder(), "diagnostics")
+    for line in collection.problems:
+        errors.print(f"[yellow]{escape(line)}[/]", soft_wrap=True)
+    if not collection.records:
+        console.print("no diagnostics yet: `lra diagnose lstm --tasks parity` makes one", soft_wrap=True)
+        return
+    _show(collection.records, "Diagnostics")
+
+
+def _split(text: str) -> tuple[str, str]:
+    """Task and protocol of `parity:final`; of a class in a file, `file.py:Class` or `file.py:Class:final`."""
+    name, colon, protocol = text.rpartition(":")
+    if colon and (name in tasks.names() or ":" in name):
+        return name, protocol
+    return text, ""

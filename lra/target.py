@@ -1,0 +1,154 @@
+"""What a task asks of a model: the loss, the predictions and the scores that follow from its declared target.
+
+target     labels of a batch                          output of the model     what counts as right
+class      (B,) int64                                 (B, classes)            an example whose class is
+position   (B, L) int64, UNSCORED where none is asked (B, L, classes)         an example with every scored position
+value      (B,) float32                               (B, 1)                  an example within the task's tolerance
+next       (B, L) int64, UNSCORED after the last      (B, L, vocabulary)      each token
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lra.task import UNSCORED, Protocol, Task
+
+
+@dataclass(frozen=True)
+class Target:
+    """One class for each sequence. outputs: width of the model's output; tolerance: of a real value, else 0.
+
+    prior: the baseline that gives the most frequent answer; per_position: whether the model answers at every position.
+    """
+
+    outputs: int
+    tolerance: float = 0.0
+    prior: ClassVar[str] = "majority class"
+    per_position: ClassVar[bool] = False
+
+    def loss(self, output: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss over the answers."""
+        return F.cross_entropy(output.float(), labels)
+
+    def predict(self, output: Tensor) -> Tensor:
+        """The model's answers, in the shape of the labels."""
+        return output.argmax(dim=-1)
+
+    def right(self, output: Tensor, labels: Tensor) -> Tensor:
+        """Whether each answer is right: (k,) bool."""
+        return self.predict(output) == labels
+
+    def sample(self, output: Tensor, labels: Tensor) -> Tensor:
+        """Labels drawn from the distribution that the output describes."""
+        return torch.distributions.Categorical(logits=output.float()).sample()
+
+    def answers(self, output: Tensor, example: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The answers of a batch, one entry for each: number of the example, prediction and label."""
+        return {"example": example, "prediction": self.predict(output), "label": labels}
+
+    def score(self, answers: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """The fields of a Score, from the answers of all examples (`join`)."""
+        return _share(answers["prediction"] == answers["label"])
+
+    def stored(self, answers: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Predictions and labels in the smallest type that holds them."""
+        kind = np.min_scalar_type(self.outputs - 1)
+        return {name: answers[name].astype(kind) for name in ("prediction", "label")}
+
+
+class PositionTarget(Target):
+    """One class for each scored position."""
+
+    per_position = True
+
+    def loss(self, output: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(output.float().flatten(0, 1), labels.flatten(), ignore_index=UNSCORED)
+
+    def right(self, output: Tensor, labels: Tensor) -> Tensor:
+        return (self.predict(output) == labels)[labels != UNSCORED]
+
+    def sample(self, output: Tensor, labels: Tensor) -> Tensor:
+        return super().sample(output, labels).masked_fill(labels == UNSCORED, UNSCORED)
+
+    def answers(self, output: Tensor, example: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        scored = labels != UNSCORED
+        whole = super().answers(output, example.unsqueeze(1).expand_as(labels), labels)
+        return {name: column[scored] for name, column in whole.items()}
+
+    def score(self, answers: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        right = answers["prediction"] == answers["label"]
+        # the answers of an example stand together, in the order of its positions
+        starts = np.flatnonzero(np.diff(answers["example"], prepend=-1))
+        lasts = np.append(starts[1:], len(right)) - 1
+        shares = {"positions": float(right.mean()), "last": float(right[lasts].mean())}
+        return _share(np.logical_and.reduceat(right, starts)) | shares
+
+
+class NextTarget(PositionTarget):
+    """The next token, at every position but the last."""
+
+    def answers(self, output: Tensor, example: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        scored = labels != UNSCORED
+        nats = F.cross_entropy(output[scored].float(), labels[scored], reduction="none")
+        return super().answers(output, example, labels) | {"nats": nats}
+
+    def score(self, answers: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        bits = float(answers["nats"].mean(dtype=np.float64)) / math.log(2)
+        return _share(answers["prediction"] == answers["label"]) | {"bits": bits}
+
+
+class ValueTarget(Target):
+    """A real value for each sequence."""
+
+    prior = "mean value"
+
+    def loss(self, output: Tensor, labels: Tensor) -> Tensor:
+        return F.mse_loss(self.predict(output), labels)
+
+    def predict(self, output: Tensor) -> Tensor:
+        return output.float().squeeze(-1)
+
+    def right(self, output: Tensor, labels: Tensor) -> Tensor:
+        return (self.predict(output) - labels).abs() <= self.tolerance
+
+    def sample(self, output: Tensor, labels: Tensor) -> Tensor:
+        predicted = self.predict(output)
+        return predicted + torch.randn_like(predicted)
+
+    def score(self, answers: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        errors = np.abs(answers["prediction"] - answers["label"])
+        error = float(np.square(errors, dtype=np.float64).mean())
+        return _share(errors <= np.float32(self.tolerance)) | {"error": error, "tolerance": self.tolerance}
+
+    def stored(self, answers: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: answers[name].astype(np.float32) for name in ("prediction", "label")}
+
+
+KINDS = {"class": Target, "position": PositionTarget, "value": ValueTarget, "next": NextTarget}
+
+
+def target_of(task: Task, protocol: Protocol) -> Target:
+    """The target that a task declares."""
+    outputs = {"value": 1, "next": protocol.vocabulary}.get(task.target, task.classes)
+    return KINDS[task.target](outputs, task.tolerance)
+
+
+def join(parts: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The answers of several batches in the order of the examples."""
+    parts = list(parts)
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    order = np.argsort(joined["example"], kind="stable")
+    return {name: column[order] for name, column in joined.items()}
+
+
+def _share(right: np.ndarray) -> dict[str, Any]:
+    correct = int(right.sum())
+    return {"accuracy": correct / len(right), "correct": correct, "n": len(right)}
