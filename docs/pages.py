@@ -23,10 +23,11 @@ COPIED = ("CONTRIBUTING.md", "CHANGELOG.md", "results/README.md", "results/LEADE
 
 def pages() -> dict[str, str]:
     """Every page: path inside the site -> Markdown."""
-    written = {path.name: path for path in sorted((ROOT / "docs").glob("*.md"))} | {name: ROOT / name for name in COPIED}
-    texts = {name: path.read_text(encoding="utf-8") for name, path in written.items()}
+    paths = {path.name: path for path in sorted((ROOT / "docs").glob("*.md"))}
+    paths |= {name: ROOT / name for name in COPIED}
+    written = {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
     examples = {f"examples/{path.stem}.md": example(path) for path in sorted((ROOT / "examples").glob("*.py"))}
-    return texts | examples | reference.pages()
+    return written | examples | reference.pages()
 
 
 def example(path: Path) -> str:

@@ -18,6 +18,7 @@ import lra
 from lra import registry
 from lra.cli.app import app
 from lra.config import recipe as recipes
+from lra.conformance import suite
 from lra.operators import operators
 from lra.reports import leaderboard
 from lra.reports import table as tables
@@ -43,13 +44,27 @@ RETURNED = (
 def pages() -> dict[str, str]:
     """Every reference page: path inside the site -> Markdown."""
     return {
-        "reference/index.md": "# Reference\n\n" + toctree(
-            ["architectures/index", "tasks/index", "operators/index", "api", "commands", "recipes", "record"]
-        ).replace(":hidden:\n", ""),
+        "reference/index.md": _index(),
         **_architectures(), **_tasks(), **_operators(),
         "reference/api.md": _api(), "reference/commands.md": _commands(), "reference/recipes.md": _recipes(),
-        "reference/record.md": _record(), "reference/published.md": _published(),
+        "reference/record.md": _record(), "reference/checks.md": _checks(), "reference/published.md": _published(),
     }  # fmt: skip
+
+
+def _index() -> str:
+    contents = {
+        "architectures/index": "card, equations, initialisation and options of every architecture",
+        "tasks/index": "data and protocols of every task",
+        "operators/index": "formula, shapes and definition of every operator",
+        "api": "functions and classes of Python",
+        "commands": "the command line",
+        "recipes": "what each recipe is for, and where its settings come from",
+        "checks": "what `lra check` checks",
+        "record": "the fields of a result",
+        "published": "published accuracies with their sources",
+    }
+    lines = [f"- [{name.partition('/')[0].capitalize()}]({name}.md): {text}" for name, text in contents.items()]
+    return "\n".join(["# Reference", "", *lines, "", toctree(contents)]) + "\n"
 
 
 def own(names: registry.Registry) -> list[str]:
@@ -72,9 +87,9 @@ def _architectures() -> dict[str, str]:
     columns = ("name", "family", "paper", "year", "work", "direction", "recurrent mode")
     found["reference/architectures/index.md"] = "\n\n".join([
         "# Architectures",
-        f"{len(names)} architectures. The family is the folder below `architectures/`. Work is that of one forward pass "
-        "as the sequence length L grows. A direction of `either` means that the recipe chooses between causal and "
-        "bidirectional. An architecture with a recurrent mode can process a sequence token by token "
+        f"{len(names)} architectures. The family is the folder below `architectures/`. Work is that of one forward "
+        "pass as the sequence length L grows. A direction of `either` means that the recipe chooses between causal "
+        "and bidirectional. An architecture with a recurrent mode can process a sequence token by token "
         "(`init_state`, `step`, `chunk`).",
         table(columns, rows),
         toctree(names),
@@ -176,14 +191,14 @@ def _operators() -> dict[str, str]:
     for op in operators():
         module = importlib.import_module(f"lra.kernels.{op}")
         found[f"reference/operators/{op}.md"] = _operator(op, module)
-        rows.append([f"[{op}]({op}.md)", prose((module.__doc__ or "").partition("\n")[0]),
-                     "yes" if module.HAS_GPU else "no"])  # fmt: skip
+        flags = ("yes" if flag else "no" for flag in (module.HAS_GPU, module.DETERMINISTIC))
+        rows.append([f"[{op}]({op}.md)", prose((module.__doc__ or "").partition("\n")[0]), *flags])
     found["reference/operators/index.md"] = "\n\n".join([
         "# Operators",
         "An operator is a function of tensors with several implementations: `reference` is its definition, `cpu` the "
         "fast path on processors, `gpu` a Triton kernel. `impl=\"auto\"` chooses among them; a fallback warns and is "
-        "recorded in the result.",
-        table(("name", "what it computes", "Triton kernel"), rows),
+        "recorded in the result. A deterministic operator gives the same bits in every run on one machine.",
+        table(("name", "what it computes", "Triton kernel", "deterministic"), rows),
         toctree(operators()),
     ])  # fmt: skip
     return found
@@ -261,8 +276,9 @@ def _commands() -> str:
     parts = ["# Command line", "Errors are one line, with exit code 2. `lra COMMAND --help` prints what follows here."]
     parts += list(_command(get_command(app), "lra"))
     targets = re.findall(r"^([a-z0-9-]+): *## (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    parts += ["## make", "The targets of the Makefile are thin wrappers around these commands.",
-              table(("target", "what it does"), [[f"`make {name}`", prose(text)] for name, text in targets])]  # fmt: skip
+    rows = [[f"`make {name}`", prose(text)] for name, text in targets]
+    parts += ["## make", "Most targets of the Makefile are thin wrappers around these commands."]
+    parts += [table(("target", "what it does"), rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -298,8 +314,11 @@ def _option(parameter: Any) -> str:
 
 
 def _recipes() -> str:
-    parts = ["# Recipes", "A recipe holds every setting of a run but its seed. `lra show TASK ARCH --recipe NAME` prints "
-             "the resolved values, and where each of them comes from."]  # fmt: skip
+    parts = [
+        "# Recipes",
+        "A recipe holds every setting of a run but its seed. `lra show TASK ARCH --recipe NAME` prints the resolved "
+        "values, and where each of them comes from.",
+    ]
     for name in recipes.names():
         text = (recipes.FOLDER / f"{name}.toml").read_text(encoding="utf-8")
         content = tomllib.loads(text)
@@ -309,7 +328,7 @@ def _recipes() -> str:
             continue
         layers = {"every task": content.get("default", {})} | content.get("task", {})
         parts += ["Tasks: " + ", ".join(task for task in layers if task != "every task") + "."]
-        parts += [_layer(title, layer) for title, layer in layers.items() if layer.keys() & set(recipes.STATEMENTS[::2])]
+        parts += [_layer(title, layer) for title, layer in layers.items() if layer.keys() & {"source", "differences"}]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -327,6 +346,11 @@ def _record() -> str:
         if rows:
             parts += [f"## {cls.__name__}", markdown(cls.__doc__), table(("field", "type"), rows)]
     return "\n\n".join(parts) + "\n"
+
+
+def _checks() -> str:
+    rows = [[f"`{name}`", prose(suite.meaning(name))] for name in suite.CHECKS]
+    return "# Checks\n\nWhat `lra check` guarantees of an encoder.\n\n" + table(("check", "meaning"), rows) + "\n"
 
 
 def _published() -> str:

@@ -48,5 +48,5 @@ if __name__ == "__main__":
     print(task.sizes, task.train[0])
 
 # %% [markdown]
-# The command line takes it as `examples/custom_task.py:FirstToken`. The other examples use it in place of a task such as
-# `"listops"`, because it is ready in a second.
+# The command line takes it as `examples/custom_task.py:FirstToken`. The other examples use it in place of a task such
+# as `"listops"`, because it is ready in a second.

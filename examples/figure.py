@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Results in pandas, and a figure
 #
-# `lra.results()` has one row a run. This script trains four small runs first, so that there is something to draw; runs of
-# `quick` are smoke tests, which `smoke=True` selects.
+# `lra.results()` has one row a run. This script trains four small runs first, so that there is something to draw.
+# Runs of `quick` are smoke tests, which `smoke=True` selects.
 
 # %%
 import altair as alt
@@ -27,6 +27,10 @@ print(runs.groupby("architecture")["accuracy"].describe()[["count", "mean", "max
 chart = (
     alt.Chart(runs.assign(percent=100 * runs.accuracy))
     .mark_point(filled=True, size=80)
-    .encode(x=alt.X("examples", title="training examples"), y=alt.Y("percent", title="test accuracy %"), color="architecture")
+    .encode(
+        x=alt.X("examples", title="training examples"),
+        y=alt.Y("percent", title="test accuracy %"),
+        color="architecture",
+    )
 )
 chart.save("accuracy.svg")

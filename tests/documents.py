@@ -30,7 +30,8 @@ def files(text: str) -> dict[str, str]:
 
 def shell_lines(text: str) -> list[str]:
     """The commands of the shell blocks, without comments, variables, redirection and the environment's folder."""
-    lines = [line.split("#")[0].split(" > ")[0].strip() for block in blocks("bash", text) for line in block.splitlines()]
+    lines = [line for block in blocks("bash", text) for line in block.splitlines()]
+    lines = [re.split(" > |#", line)[0].strip() for line in lines]
     return [re.sub(r"^(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?", "", line) for line in lines if line]
 
 

@@ -95,4 +95,4 @@ def test_tree_is_the_tree() -> None:
     [tree] = blocks("", README)
     listed = {line.split("/")[0] for line in tree.splitlines()}
     linked = {p.name for p in (ROOT / "lra").iterdir() if p.is_symlink()}
-    assert listed == {"lra", "benchmarks", "results", "tests"} | linked
+    assert listed == {"lra", "benchmarks", "docs", "examples", "results", "tests"} | linked
