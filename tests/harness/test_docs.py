@@ -19,6 +19,7 @@ from documents import ROOT, blocks, files, links, mentions, of, parse, shell_lin
 from typer.testing import CliRunner
 
 from lra.cli.app import app
+from lra.conformance import suite
 from lra.registry import architectures, tasks
 
 WRITTEN = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
@@ -53,6 +54,12 @@ def test_python_snippets(page: str, workplace: Path) -> None:
     for snippet in blocks("python", WRITTEN[page]):
         if snippet not in files(WRITTEN[page]).values():
             exec(compile(small(snippet), page, "exec"), namespace)
+
+
+def test_the_layer_keeps_what_it_declares(workplace: Path) -> None:
+    write_files(WRITTEN["layer.md"], workplace)
+    findings = suite.check("ema_layer.py:EMA", only=["shape", "padding", "causal", "step", "gradients"])
+    assert [finding.status for finding in findings] == ["pass"] * 5, findings
 
 
 @pytest.mark.parametrize("page", [name for name, text in WRITTEN.items() if of("lra", shell_lines(text))])
@@ -138,7 +145,7 @@ def test_the_other_references_are_complete(site: dict[str, str]) -> None:
     assert "`--init-from`" in commands
     assert "select-only" not in commands, "hidden options stay hidden"
     assert "### lra.train" in site["reference/api.md"]
-    assert "a_t * h_{t-1} + b_t" in site["reference/operators/linear_scan.md"]
+    assert "def reference(" in blocks("python", site["reference/operators/linear_scan.md"])[1]
     assert "## RunRecord" in site["reference/record.md"]
 
 
