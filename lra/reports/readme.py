@@ -17,14 +17,16 @@ def sections(board: Leaderboard) -> dict[str, str]:
 
 
 def architecture_table() -> str:
-    """A row for each family and growth of work, with the architectures of this project linked to their papers."""
+    """A row for each family: its architectures by growth of work, linked to their papers."""
     cards = [architectures.facts(name) for name in architectures.names() if architectures.family(name) in FAMILIES]
-    lines = ["| family | work | architectures |", "|---|---|---|"]
+    lines = ["| family | work: architectures |", "|---|---|"]
     for family in FAMILIES:
+        groups = []
         for scaling in SCALINGS:
             chosen = [card for card in cards if (card["family"], card["scaling"]) == (family, scaling)]
             links = ", ".join(f"[{card['name']}]({card['url']})" for card in chosen)
-            lines += [f"| {family.replace('_', ' ')} | {scaling} | {links} |"] if links else []
+            groups += [f"**{scaling}**: {links}"] if links else []
+        lines += [f"| {family.replace('_', ' ')} | {'; '.join(groups)} |"] if groups else []
     return "\n".join(lines)
 
 
