@@ -80,6 +80,8 @@ def test_sweep_files(workplace: Path) -> None:
     for name in ("sweep.toml", "search.toml"):
         done = CliRunner().invoke(app, ["sweep", name, "--dry-run", "--no-forecast"])
         assert done.exit_code == 0, done.output
+        assert done.output.count(": open") == {"sweep.toml": 12, "search.toml": 16}[name]
+    assert not (workplace / "lra_runs").exists()
 
 
 @pytest.mark.parametrize("command", of("lra", mentions("lra", ALL)))
