@@ -169,7 +169,7 @@ def _tasks() -> dict[str, str]:
 
 
 def _task(task: Any) -> str:
-    parts = [f"# {task.name}", markdown(inspect.getmodule(type(task)).__doc__), "## Protocols"]  # type: ignore[union-attr]
+    parts = [f"# {task.name}", markdown(inspect.getmodule(type(task)).__doc__), "## Protocols"]
     for protocol in task.protocols.values():
         values = f"{protocol.vocabulary} token ids" if protocol.vocabulary else f"{protocol.channels} values a position"
         rows = [
