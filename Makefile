@@ -22,7 +22,7 @@ TASKS := listops text retrieval image pathfinder pathx pathfinder64 path256
 VENV := .venv/bin
 RUN := $(VENV)/python -m
 
-.PHONY: help setup $(TASKS) leaderboard report profile diagnose bench doctor campaign gpu test test-all test-gpu test-faults test-oldest test-newest check fix clean
+.PHONY: help setup $(TASKS) leaderboard report profile diagnose bench doctor campaign gpu test test-all test-gpu test-faults test-oldest test-newest check docs fix clean
 
 help: ## list the targets and variables
 	@awk -F ': *## ' '/^[a-z0-9-]+: *## / { printf "  %-14s%s\n", $$1, $$2 }' Makefile
@@ -54,6 +54,7 @@ test-faults: ## tests with killed processes, full disks, corrupt files and fuzzi
 test-oldest: ## run the tests with the oldest packages that pyproject.toml accepts, in their own environment
 test-newest: ## run the tests with the newest packages, in their own environment
 check: ## check lint, formatting, types and imports, then the conformance of ARCH; changes nothing
+docs: ## build the documentation site in docs/_build/html; its packages are installed the first time
 fix: ## fix lint and formatting
 clean: ## delete .venv, builds and tool caches; keep data and results
 
@@ -126,6 +127,12 @@ check: .venv/.stamp
 	@$(RUN) mypy --python-version $(NEWEST)
 	@PYTHONPATH=. $(VENV)/lint-imports --no-cache > .cache/imports.txt || { cat .cache/imports.txt; exit 1; }
 	@$(VENV)/lra check "$$ARCH"
+
+docs: .venv/.stamp
+	@$(VENV)/python -c "import furo, myst_parser" 2> /dev/null || $(RUN) pip install -q -c constraints.txt -e '.[docs]'
+	@PYTHONPATH=. $(VENV)/python docs/pages.py docs/_build/source
+	@$(RUN) sphinx -q -W --keep-going -c docs docs/_build/source docs/_build/html
+	@echo "wrote docs/_build/html/index.html"
 
 fix: .venv/.stamp
 	@$(RUN) ruff check --fix .

@@ -38,7 +38,7 @@ def leaderboard(
     if out is not None:
         files.check_writable(out, "give another --out")
     from lra.reports import leaderboard as board
-    from lra.reports import table
+    from lra.reports import readme, table
     from lra.reports.ranking import Leaderboard
     from lra.results.collection import Collection
 
@@ -66,9 +66,9 @@ def leaderboard(
         return
     for path in board.write(out or root, ranked, chosen):
         console.print(f"wrote {escape(str(path))}", soft_wrap=True)
-    readme = root.parent / "README.md"
-    if not filtered and out is None and board.update_readme(readme, ranked):
-        console.print(f"updated the table in {escape(str(readme))}", soft_wrap=True)
+    path = root.parent / "README.md"
+    if not filtered and out is None and (sections := readme.update(path, ranked)):
+        console.print(f"updated {' and '.join(sections)} in {escape(str(path))}", soft_wrap=True)
 
 
 @guarded

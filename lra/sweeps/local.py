@@ -82,7 +82,11 @@ def execute_plan(
     if plan.search:
         from lra.sweeps import search
 
-        plan = search.choose_settings(plan, console, lambda trials: _run_locally(trials, console))
+        # a dry run shows the trials: the settings of the runs are not known before them
+        if dry_run:
+            plan = search.unfinished_trials(plan)
+        else:
+            plan = search.choose_settings(plan, console, lambda trials: _run_locally(trials, console))
     deadline = None if seconds is None else time.monotonic() + seconds
     if only is not None and only >= len(plan.cells):
         raise UserError(f"--cell is {only}; {plan.file} has cells 0 to {len(plan.cells) - 1}")

@@ -68,25 +68,23 @@ def _scale(key: str, entry: Any, x: float) -> Any:
     return float(f"{value:.{DIGITS}g}")
 
 
+def unfinished_trials(plan: Plan) -> Plan:
+    """The trials of a plan that `choose_settings` would run. Raises UserError."""
+    _, _, points = _sample(plan)
+    tried = [cell for cells in _groups(plan) for cell in _trials(cells[0], points)]
+    return replace(plan, cells=tuple(cell for cell in tried if trial_accuracy(cell) is None), search={})
+
+
 def choose_settings(plan: Plan, console: Console, execute: Callable[[Plan], list[int]]) -> Plan:
     """Run the trials of a plan and return the plan with the settings that were best on validation.
 
     execute: runs the cells of a plan. Raises UserError if no trial of a cell finishes.
     """
-    space = dict(plan.search)
-    trials, seed = space.pop("trials", 16), space.pop("seed", 0)
-    if type(trials) is not int or not 1 <= trials <= MAX_CELLS or type(seed) is not int or seed < 0:
-        raise UserError(f"search.trials is an integer from 1 to {MAX_CELLS:,}, search.seed an integer from 0")
-    points = sample_points(space, trials, seed)
-    groups: dict[str, list[Cell]] = {}
-    for cell in plan.cells:
-        groups.setdefault(json.dumps([cell.task, cell.architecture, dict(cell.settings)]), []).append(cell)
+    space, seed, points = _sample(plan)
+    trials = len(points)
     chosen: list[Cell] = []
-    for cells in groups.values():
-        tried = [
-            replace(cells[0], settings={**cells[0].settings, **point}, options={**cells[0].options, SELECT: None})
-            for point in points
-        ]
+    for cells in _groups(plan):
+        tried = _trials(cells[0], points)
         unfinished = tuple(cell for cell in tried if trial_accuracy(cell) is None)
         if unfinished:
             execute(Plan(plan.file.with_name(f"{plan.file.stem}-search.toml"), unfinished, plan.retries))
@@ -114,6 +112,29 @@ def choose_settings(plan: Plan, console: Console, execute: Callable[[Plan], list
 
 
 SELECT = "select-only"
+
+
+def _sample(plan: Plan) -> tuple[dict[str, Any], int, list[dict[str, Any]]]:
+    """Space, seed and points of the search of a plan. Raises UserError."""
+    space = dict(plan.search)
+    trials, seed = space.pop("trials", 16), space.pop("seed", 0)
+    if type(trials) is not int or not 1 <= trials <= MAX_CELLS or type(seed) is not int or seed < 0:
+        raise UserError(f"search.trials is an integer from 1 to {MAX_CELLS:,}, search.seed an integer from 0")
+    return space, seed, sample_points(space, trials, seed)
+
+
+def _groups(plan: Plan) -> list[list[Cell]]:
+    """The cells of a plan, those that differ in their seeds alone together."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in plan.cells:
+        groups.setdefault(json.dumps([cell.task, cell.architecture, dict(cell.settings)]), []).append(cell)
+    return list(groups.values())
+
+
+def _trials(cell: Cell, points: list[dict[str, Any]]) -> list[Cell]:
+    return [
+        replace(cell, settings={**cell.settings, **point}, options={**cell.options, SELECT: None}) for point in points
+    ]
 
 
 def trial_accuracy(cell: Cell) -> float | None:

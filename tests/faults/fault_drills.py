@@ -64,7 +64,7 @@ def job_result(count: int = 1, seed: int = 0, **_: Any) -> list[str]:
 
 
 def job_leaderboard(**_: Any) -> list[str]:
-    from lra.reports import leaderboard
+    from lra.reports import leaderboard, readme
     from lra.reports.ranking import Leaderboard
     from lra.results import result
     from lra.results.collection import Collection
@@ -72,7 +72,7 @@ def job_leaderboard(**_: Any) -> list[str]:
     root = result.folder()
     board = Leaderboard.of(Collection.read(root))
     written = [str(p) for p in leaderboard.write(root, board, list(leaderboard.FORMATS))]
-    leaderboard.update_readme(root.parent / "README.md", board)
+    readme.update(root.parent / "README.md", board)
     return written
 
 

@@ -28,9 +28,9 @@ MACHINE_PATHS = re.compile("|".join(("/" + "work/", "/" + "root/", "/" + "home/"
 def files(*suffixes: str) -> list[Path]:
     """The files of the six folders and of the top level, each once: links are not followed, caches are left out."""
     found = [p for p in ROOT.iterdir() if p.is_file()]
-    for folder in (*CODE, ".ci", "benchmarks"):
+    for folder in (*CODE, ".ci", "benchmarks", "docs", "examples"):
         for here, folders, names in os.walk(ROOT / folder):
-            folders[:] = [f for f in folders if not f.startswith((".", "__pycache__"))]
+            folders[:] = [f for f in folders if not f.startswith((".", "__pycache__", "_build"))]
             found += [Path(here, name) for name in names]
     return sorted(p for p in found if not ignored(p) and (not suffixes or p.suffix in suffixes))
 

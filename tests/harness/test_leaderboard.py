@@ -24,7 +24,7 @@ from lra import files
 from lra.cli.app import app
 from lra.config import recipe
 from lra.errors import UserError
-from lra.reports import leaderboard, ranking, report
+from lra.reports import leaderboard, ranking, readme, report
 from lra.reports import table as tables
 from lra.reports.ranking import LRA, Leaderboard, Row
 from lra.results import literature, official, result
@@ -346,9 +346,10 @@ def test_the_committed_tables_are_those_of_the_committed_runs(tracked: Path) -> 
         assert leaderboard.build(board, form) == (tracked / "results" / name).read_text(encoding="utf-8"), (
             f"results/{name} does not match results/runs: run `lra leaderboard`"
         )
-    start, end = leaderboard.MARKERS
-    shown = (tracked / "README.md").read_text(encoding="utf-8").split(start)[1].split(end)[0].strip()
-    assert shown == leaderboard.readme(board), "README.md does not match results/runs: run `lra leaderboard`"
+    path = tracked / "README.md"
+    before = path.read_text(encoding="utf-8")
+    assert readme.update(path, board) == ["results", "architectures"]
+    assert path.read_text(encoding="utf-8") == before, "README.md is out of date: run `lra leaderboard`"
 
 
 def test_the_short_form_has_a_row_for_each_architecture(collection: Collection) -> None:

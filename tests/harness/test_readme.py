@@ -9,49 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
-from typer.main import get_command
+from documents import ROOT, USAGE_ERROR, blocks, links, mentions, of, parse, shell_lines, small
 from typer.testing import CliRunner
 
 from lra.cli.app import app
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 # these finish in seconds and write nothing; the others are parsed and not run
 QUICK = {"list", "show", "check"}
-# typer does not export it, and where it lives depends on the release
-USAGE_ERROR = typer.BadParameter.__mro__[1]
-
-
-def blocks(language: str, text: str) -> list[str]:
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-    return [block for named, block in fenced if named == language]
-
-
-def shell_lines(text: str) -> list[str]:
-    """The commands of the shell blocks, without comments and without the environment's folder."""
-    lines = [line.split("#")[0].strip() for block in blocks("bash", text) for line in block.splitlines()]
-    return [line.removeprefix(".venv/bin/") for line in lines]
-
-
-def mentions(program: str) -> list[str]:
-    """Every use of `program` in backticks."""
-    found = [line.removeprefix(".venv/bin/") for line in re.findall(r"`([^`\n]+)`", README + GUIDE)]
-    return [line for line in found if line.startswith(f"{program} ")]
-
-
-def of(program: str, lines: list[str]) -> list[str]:
-    return sorted({line for line in lines if line.startswith(f"{program} ")})
-
-
-def parse(command: str) -> None:
-    """What the command line would make of `command`, short of doing it. A bare name only has to exist."""
-    parser, words = get_command(app), shlex.split(command)[1:]
-    while hasattr(parser, "commands"):
-        parser, words = parser.commands[words[0]], words[1:]
-    if words:
-        parser.make_context("lra", words)
 
 
 @pytest.fixture
@@ -83,17 +49,14 @@ def test_python_snippet() -> None:
 def test_training_snippet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As printed, but on the tests' own small task."""
     [snippet] = [block for block in blocks("python", README) if "lra.train(" in block]
-    small = '{"train.steps": 4, "train.evaluate_every": 4, "model.d_model": 8}'
-    task = Path(__file__).parents[1] / "tiny_task.py"
-    code = snippet.replace('"listops", "s4d"', f'"{task}:Tiny", "s4d", overrides={small}')
     for name in ("LRA_RESULTS", "LRA_RUNS", "LRA_CACHE"):
         monkeypatch.setenv(name, str(tmp_path / name))
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", small(snippet)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "difference +0.00 points" in done.stdout
 
 
-@pytest.mark.parametrize("command", of("make", shell_lines(README + GUIDE) + mentions("make")))
+@pytest.mark.parametrize("command", of("make", shell_lines(README + GUIDE) + mentions("make", README + GUIDE)))
 def test_make_command(command: str) -> None:
     words = shlex.split(command)[1:]
     done = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -111,7 +74,7 @@ def test_lra_command(command: str) -> None:
         parse(command)
 
 
-@pytest.mark.parametrize("command", of("lra", shell_lines(GUIDE) + mentions("lra")))
+@pytest.mark.parametrize("command", of("lra", shell_lines(GUIDE) + mentions("lra", README + GUIDE)))
 def test_lra_command_parses(command: str) -> None:
     parse(command)
 
@@ -123,7 +86,7 @@ def test_wrong_commands_do_not_parse(command: str) -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    targets = re.findall(r"\]\(([^)]+)\)", README + GUIDE)
+    targets = links(README + GUIDE)
     assert targets
     assert [t for t in targets if not (ROOT / t).exists()] == []
 
@@ -132,4 +95,4 @@ def test_tree_is_the_tree() -> None:
     [tree] = blocks("", README)
     listed = {line.split("/")[0] for line in tree.splitlines()}
     linked = {p.name for p in (ROOT / "lra").iterdir() if p.is_symlink()}
-    assert listed == {"lra", "benchmarks", "results", "tests"} | linked
+    assert listed == {"lra", "benchmarks", "docs", "examples", "results", "tests"} | linked
