@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,8 +56,9 @@ class KernelNet(nn.Module):
         for layer in (self.second, self.last):
             nn.init.uniform_(layer.weight_v, -bound, bound)
             layer.weight_g.data = torch.norm_except_dim(layer.weight_v.detach(), 2, 0)
-        for bias in (self.first.bias, self.second.bias, self.last.bias):
-            nn.init.uniform_(bias, -1.0, 1.0)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.uniform_(parameter, -1.0, 1.0)
 
     def forward(self, p: Tensor) -> Tensor:
         h = torch.sin(self.omega * self.first(p))
@@ -130,7 +132,7 @@ class CKMixer(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         for block in self.blocks:
-            x = own_precision(x, lambda block=block, x=x: block(x))
+            x = own_precision(x, partial(block, x))
         return x
 
     def cost(self, length: int) -> Cost:

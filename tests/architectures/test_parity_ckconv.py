@@ -15,14 +15,14 @@ from lra.architectures.convolution.ckconv import CKBlock, CKConv, CKConv1d, CKMi
 
 def load(conv: CKConv1d, g: dict[str, Tensor], prefix: str) -> CKConv1d:
     """The authors' first layer has a weight norm over single numbers."""
-    net, theirs = conv.Kernel, f"param.{prefix}Kernel.kernel_net"
-    net.first.weight.data = g[f"{theirs}.0.weight_g"] * g[f"{theirs}.0.weight_v"].sign()
-    for layer, number in ((net.second, 4), (net.last, 8)):
-        layer.weight_g.data, layer.weight_v.data = g[f"{theirs}.{number}.weight_g"], g[f"{theirs}.{number}.weight_v"]
-    for layer, number in ((net.first, 0), (net.second, 4), (net.last, 8)):
-        layer.bias.data = g[f"{theirs}.{number}.bias"]
-    conv.bias.data = g[f"param.{prefix}bias"]
-    return conv.double()
+    theirs = f"param.{prefix}Kernel.kernel_net"
+    state = {"bias": g[f"param.{prefix}bias"]}
+    state["Kernel.first.weight"] = g[f"{theirs}.0.weight_g"] * g[f"{theirs}.0.weight_v"].sign()
+    state["Kernel.first.bias"] = g[f"{theirs}.0.bias"]
+    for own, number in (("second", 4), ("last", 8)):
+        state |= {f"Kernel.{own}.{key}": g[f"{theirs}.{number}.{key}"] for key in ("weight_g", "weight_v", "bias")}
+    conv.double().load_state_dict(state)
+    return conv
 
 
 def test_convolution_equals_that_of_the_authors() -> None:
@@ -100,7 +100,9 @@ def test_start_is_that_of_a_siren() -> None:
     assert 0.9 < net.first.weight.abs().max() <= 1
     for layer in (net.second, net.last):
         assert 0.95 * bound < layer.weight.abs().max() <= bound * (1 + 1e-6)
-        assert layer.bias.abs().max() > 0.9
+    biases = {name: p for name, p in net.named_parameters() if name.endswith("bias")}
+    assert len(biases) == 3
+    assert all(0.8 < p.abs().max() <= 1 for p in biases.values())
     assert not conv.bias.any()
 
 
