@@ -39,6 +39,9 @@ class ExpertChoiceTransformer(MixtureStack):
         url="https://arxiv.org/abs/2202.09368",
         scaling="L^2",
         causal=False,
+        exempt={
+            "exports": "an expert takes a rounded share of the length, and a graph is made for one number of tokens"
+        },
     )
     refuses_causal = True
 
