@@ -50,7 +50,9 @@ def written_out(mixer: NTMMixer, x: Tensor) -> Tensor:
     _, slots, width = mixer.sizes
     outputs = []
     for row in x:
-        h, c, read, memory = mixer.h0, mixer.c0, mixer.read0, mixer.memory0
+        h: Tensor = mixer.h0
+        c: Tensor = mixer.c0
+        read, memory = mixer.read0, mixer.memory0
         last = [torch.zeros(slots, dtype=x.dtype)] * 2
         for token in row:
             gates = mixer.weight_ih @ torch.cat([token, read]) + mixer.weight_hh @ h + mixer.bias
