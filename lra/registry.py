@@ -150,7 +150,7 @@ class Registry:
             raise unknown(self.kind, name, self.names())
         path = self._files()[name]
         try:
-            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            for node in _parsed(path).body:
                 # a file may hold helper classes; the registered one declares a card or a task's name
                 if isinstance(node, ast.ClassDef) and _assigned_names(node) & {"card", "name"}:
                     facts |= _read_literals(node)
@@ -268,6 +268,16 @@ class Registry:
         raise UserError(f"{reference} is not a subclass of {contract.__module__}.{contract.__name__}")
 
 
+def _parsed(path: Path) -> ast.Module:
+    """The syntax tree of a file; a file is parsed again only after it has changed."""
+    return _parse(path, path.stat().st_mtime_ns)
+
+
+@cache
+def _parse(path: Path, changed: int) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def _assigned_names(node: ast.ClassDef) -> set[str]:
     """Names assigned in the body of a class."""
     targets = [target for line in node.body if isinstance(line, ast.Assign) for target in line.targets]
@@ -302,7 +312,7 @@ def _direction(causal: bool, chosen: bool) -> str:
 @cache
 def _stateful_classes(path: Path) -> frozenset[str]:
     """Names of the classes that a file defines or imports from a shared file, and that have a method `init_state`."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = _parsed(path)
     known: set[str] = set()
     for node in tree.body:
         module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
@@ -320,7 +330,7 @@ def _stateful_classes(path: Path) -> frozenset[str]:
 
 def _read_signature(path: Path) -> dict[str, Any] | None:
     """Keyword arguments and defaults of the class that has a card; None where its `__init__` takes others too."""
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    for node in _parsed(path).body:
         if not isinstance(node, ast.ClassDef) or "card" not in _assigned_names(node):
             continue
         for function in node.body:

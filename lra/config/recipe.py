@@ -107,9 +107,10 @@ class Provenance:
     differences: tuple[str, ...]
 
 
-def names() -> list[str]:
+@cache
+def names() -> tuple[str, ...]:
     """Sorted names of the shipped recipes, such as `paper/s4d`."""
-    return sorted(str(path.relative_to(FOLDER).with_suffix("")) for path in FOLDER.rglob("*.toml"))
+    return tuple(sorted(str(path.relative_to(FOLDER).with_suffix("")) for path in FOLDER.rglob("*.toml")))
 
 
 def path_of(name: str, architecture: str) -> Path:
