@@ -290,11 +290,11 @@ UNCOUNTED: dict[str, set[str]] = {}
 
 
 @pytest.mark.parametrize("name", architectures.names())
-def test_formula_and_counter_agree_at_three_lengths_and_everything_is_counted(name: str) -> None:
+def test_formula_and_counter_agree_at_two_lengths_and_everything_is_counted(name: str) -> None:
     """Longer sequences than the conformance checks take, on the meta device; the gradient's operators too."""
     constructor = architectures.get(name)
-    encoder = constructor(d_model=32, n_layers=1, length=1000)
-    for length in (130, 512, 1000):
+    encoder = constructor(d_model=32, n_layers=1, length=500)
+    for length in (130, 500):
         report, declared = encoder_flops(encoder, 1, length, backward=length == 130), encoder.cost(length).of_batch(1)
         assert report.products == pytest.approx(declared.matmul, rel=0.01)
         assert report.declared(declared) == pytest.approx(report.products + report.kernels, rel=0.01)

@@ -85,10 +85,9 @@ def test_agrees_with_the_definition(op: str, case: Case, dtype: torch.dtype) -> 
     assert_close(errors_of(op, case, dtype), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize(("op", "case"), every_case("long"))
-def test_keeps_its_digits_at_length_16384(op: str, case: Case, dtype: torch.dtype) -> None:
-    assert_close(errors_of(op, case, dtype), TOLERANCE[dtype])
+def test_keeps_its_digits_at_length_16384(op: str, case: Case) -> None:
+    assert_close(errors_of(op, case, torch.float32), TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize(("op", "case"), every_case("small"))
