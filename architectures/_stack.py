@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._dropout import Dropout, tie_dropout
-from lra.architectures._moe import MIXTURES, Experts
+from lra.architectures._experts import Experts
+from lra.architectures._moe import MIXTURES
 from lra.architectures._norm import BatchNorm, LayerNorm, RMSNorm, ScaleNorm, normalised
 from lra.architectures._precision import own_precision
 from lra.architectures._table import Tables
@@ -38,9 +39,9 @@ Advance = Callable[[Tensor, Any], tuple[Tensor, Any]]
 class Block:
     """What surrounds a mixer.
 
-    ffn: "gelu", "relu" or "silu" (two linear maps), "swiglu" (gated), "none", or a mixture of experts,
-    "moe" or "switch"; expand: its hidden width, or that of each expert, over d_model.
-    experts: options of the mixture, the keyword arguments of NoisyTopK or Switch in `_moe.py`.
+    ffn: "gelu", "relu" or "silu" (two linear maps), "swiglu" (gated), "none", or a mixture of experts, of MIXTURES in
+    `_moe.py`; expand: its hidden width, or that of each expert, over d_model.
+    experts: options of the mixture, the keyword arguments of its class.
     norm: "layer", "rms", "scale" (rms with one gain for all channels), or "batch" (in training over the real tokens of
     the whole batch); prenorm: before each part (else after the sum).
     positions: added to the input: "none", "sinusoidal" (fixed), "learned" (up to `length`).
@@ -72,7 +73,9 @@ class Block:
         options = _options(MIXTURES[self.ffn]) if self.ffn in MIXTURES else []
         for key in self.experts:
             if not options:
-                raise ValueError(f"block.experts has {key!r}, but block.ffn is {self.ffn!r}; {' or '.join(MIXTURES)}")
+                raise ValueError(
+                    f"block.experts has {key!r}, but block.ffn is {self.ffn!r}; one of {', '.join(MIXTURES)}"
+                )
             if key not in options:
                 raise ValueError(f"unknown block.experts.{key}; {_hint(key, options)}")
 
@@ -268,6 +271,8 @@ class Stack(Tables, Encoder):
             return Bidirectional(lambda: make(layer), d_model, combine)
 
         self.layers = nn.ModuleList(type(self).layer(mixer(i), d_model, shape, dropout) for i in range(n_layers))
+        if direction == "causal" and any(part.looks_ahead for part in self.experts):
+            raise ValueError(f"direction is 'causal', but the mixture {shape.ffn!r} looks at all tokens of a sequence")
         self.norm = NORMS[shape.norm](d_model) if shape.prenorm else nn.Identity()
         self.register_buffer("positions", None)
         if shape.positions == "sinusoidal":
@@ -280,6 +285,10 @@ class Stack(Tables, Encoder):
     @property
     def blocks(self) -> list[Layer]:
         return [layer for layer in self.layers if isinstance(layer, Layer)]
+
+    @property
+    def experts(self) -> list[Experts]:
+        return [layer.ffn for layer in self.blocks if isinstance(layer.ffn, Experts)]
 
     @property
     def active_parameters(self) -> int:
@@ -315,7 +324,7 @@ class Stack(Tables, Encoder):
     def init_state(self, batch: int) -> Any:
         if not self.causal:
             raise NotImplementedError(f"{type(self).__name__} has no recurrent mode when {self.direction}")
-        if any(isinstance(layer.ffn, Experts) and layer.ffn.capacity for layer in self.blocks):
+        if any(part.capacity for part in self.experts):
             raise NotImplementedError("no recurrent mode with a capacity: what an expert takes depends on the length")
         start = torch.zeros((), dtype=torch.int64, device=next(self.parameters()).device)
         return start, tuple(layer.mixer.init_state(batch) for layer in self.blocks)
@@ -337,11 +346,14 @@ class Stack(Tables, Encoder):
         return self.norm(x), (time + tokens, tuple(after))
 
     def aux_loss(self) -> Tensor | None:
-        experts = [layer.ffn for layer in self.blocks if isinstance(layer.ffn, Experts)]
-        return _sum_losses([*(layer.mixer for layer in self.blocks), *experts])
+        return _sum_losses([*(layer.mixer for layer in self.blocks), *self.experts])
+
+    def after_step(self) -> None:
+        for part in self.experts:
+            part.after_step()
 
     def diagnostics(self) -> dict[str, float]:
-        """Of each mixture of experts, as `ffn<layer>.dropped` and `ffn<layer>.load_<expert>`: shares of its choices."""
+        """Of each mixture of experts, as `ffn<layer>.dropped`, `ffn<layer>.entropy` and `ffn<layer>.load_<expert>`."""
         found: dict[str, float] = {}
         for i, layer in enumerate(self.blocks):
             if isinstance(layer.ffn, Experts):

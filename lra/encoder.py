@@ -219,6 +219,10 @@ class Encoder(nn.Module, ABC):
         """Auxiliary loss of the last forward pass, such as router balance or ponder cost; None if there is none."""
         return None
 
+    def after_step(self) -> None:
+        """Change what no gradient changes, such as the biases that balance experts. A training loop calls it after each
+        step of the optimiser."""
+
     def diagnostics(self) -> dict[str, float]:
         """Values to log, such as the share of dropped tokens or the load of each expert; {} if there are none.
 

@@ -311,7 +311,8 @@ def _direction(causal: bool, chosen: bool) -> str:
 
 @cache
 def _stateful_classes(path: Path) -> frozenset[str]:
-    """Names of the classes that a file defines or imports from a shared file, and that have a method `init_state`."""
+    """Names of the classes that a file defines or imports from a shared file, and that have a method `init_state` or
+    mixers with one."""
     tree = _parsed(path)
     known: set[str] = set()
     for node in tree.body:
@@ -323,7 +324,8 @@ def _stateful_classes(path: Path) -> frozenset[str]:
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
             own = any(isinstance(part, ast.FunctionDef) and part.name == "init_state" for part in node.body)
-            if own or any(isinstance(base, ast.Name) and base.id in known for base in node.bases):
+            # by its base, or by what it builds
+            if own or any(isinstance(part, ast.Name) and part.id in known for part in ast.walk(node)):
                 known.add(node.name)
     return frozenset(known)
 

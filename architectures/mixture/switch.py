@@ -27,13 +27,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lra.architectures._attention import added_positions, checked_width
-from lra.architectures._softmax import SoftmaxMixer
-from lra.architectures._stack import Stack
+from lra.architectures._mixture import MixtureStack
 from lra.encoder import Card
 
 
-class SwitchTransformer(Stack):
+class SwitchTransformer(MixtureStack):
     """n_heads: must divide qkv_dim. qkv_dim: width of all heads together, d_model unless given. n_experts: E, each with
     the hidden width block.expand says. capacity: the capacity factor; 0: no limit."""
 
@@ -62,12 +60,8 @@ class SwitchTransformer(Stack):
         attention_dropout: float = 0.0,
         block: Mapping[str, Any] | None = None,
     ) -> None:
-        width = checked_width(d_model, n_heads, qkv_dim, positions)
-        experts = {"n_experts": n_experts, "capacity": capacity}
         super().__init__(
-            lambda _: SoftmaxMixer(
-                d_model, n_heads, width, positions, direction == "causal", dropout=attention_dropout
-            ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, native=True,
-            block={"positions": added_positions(positions), "ffn": "switch", "experts": experts, **(block or {})},
+            "switch", {"n_experts": n_experts, "capacity": capacity},
+            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, n_heads=n_heads,
+            qkv_dim=qkv_dim, positions=positions, attention_dropout=attention_dropout, block=block,
         )  # fmt: skip

@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 from lra.architectures._attention import AttentionMixer, at_least, attend, checked_width
 from lra.architectures._dropout import tie_dropout
-from lra.architectures._moe import Experts
+from lra.architectures._experts import TokenChoice
 from lra.architectures._norm import RMSNorm
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
@@ -125,14 +125,13 @@ class JambaAttentionMixer(AttentionMixer):
         return float(self.n_heads * length**2)
 
 
-class JambaExperts(Experts):
+class JambaExperts(TokenChoice):
     """Gated experts, each W1 and W3 side by side in w1: (B, L, D) -> (B, L, D)."""
 
     def __init__(self, d_model: int, expand: float, *, n_experts: int, k: int, balance_weight: float) -> None:
-        super().__init__(d_model, expand, n_experts=n_experts, k=k, capacity=0.0, activation="gelu")
+        super().__init__(d_model, expand, n_experts=n_experts, k=k, capacity=0.0, activation="swiglu")
         self.balance_weight = balance_weight
         self.router = nn.Linear(d_model, n_experts, bias=False)
-        self.w1 = nn.Parameter(torch.cat([self.w1, self.w1], dim=-1))
         for weight in (self.w1, self.w2):
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
 
@@ -148,21 +147,8 @@ class JambaExperts(Experts):
         mean = (share * mask.unsqueeze(-1)).sum((0, 1)) / tokens
         return self.n_experts * (chosen * mean).sum()
 
-    def apply_experts(self, x: Tensor, index: Tensor, gate: Tensor) -> Tensor:
-        y = torch.zeros_like(x)
-        for expert, (up, down) in enumerate(zip(self.w1, self.w2, strict=True)):
-            token, choice = (index == expert).nonzero(as_tuple=True)
-            opened, h = (x[token] @ up).chunk(2, dim=-1)
-            y = y.index_add(0, token, (gate[token, choice].unsqueeze(-1) * ((F.silu(opened) * h) @ down)).to(y.dtype))
-        return y
-
     def router_cost(self, length: int) -> Cost:
         return Cost.linear(length, self.router.in_features, self.n_experts, bias=False)
-
-    def cost(self, length: int) -> Cost:
-        _, hidden, d_model = self.w2.shape
-        experts = Cost(6.0 * length * self.k * d_model * hidden, 8.0 * length * self.k * hidden)
-        return self.router_cost(length) + experts + Cost(other=6.0 * length * self.k * self.n_experts)
 
 
 class Jamba(Stack):

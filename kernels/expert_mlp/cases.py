@@ -21,6 +21,7 @@ def _inputs(
 
     def make(generator: Generator, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
         drawn = torch.promote_types(dtype, torch.float32)
+        parts = 2 if more.get("activation") == "swiglu" else 1
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=drawn, device=device)
@@ -32,7 +33,7 @@ def _inputs(
             "x": normal(tokens, width).to(dtype),
             "expert_index": index,
             "gate": (gate if gates is None else torch.full_like(gate, gates)).to(dtype),
-            "w1": (normal(experts, width, hidden) / width**0.5).to(dtype),
+            "w1": (normal(experts, width, hidden * parts) / width**0.5).to(dtype),
             "w2": (normal(experts, hidden, width) / hidden**0.5).to(dtype),
         } | more
 
@@ -50,6 +51,7 @@ def _strided(generator: Generator, dtype: torch.dtype, device: torch.device) -> 
 CASES = [
     Case("two of three", "small", _inputs(5, 4, 6, 3, 2)),
     Case("relu", "small", _inputs(5, 4, 6, 3, 1, activation="relu")),
+    Case("swiglu", "small", _inputs(5, 4, 6, 3, 2, activation="swiglu")),
     Case("one token", "edge", _inputs(1, 5, 7, 2, 2, dropped=0.0)),
     Case("63 tokens", "edge", _inputs(63, 5, 7, 4, 1)),
     Case("64 tokens", "edge", _inputs(64, 5, 7, 4, 3, activation="relu")),

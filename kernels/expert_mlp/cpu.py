@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from lra.kernels._autograd import register_autograd
+from lra.kernels.expert_mlp.reference import ACTIVATIONS
 
 
 def _grouped(a: Tensor, w: Tensor, ends: Tensor, triton: bool) -> Tensor:
@@ -48,15 +49,22 @@ def _slices(ends: Tensor) -> list[tuple[int, int, int]]:
     return [(e, a, b) for e, (a, b) in enumerate(zip([0, *stops], stops, strict=False)) if a < b]
 
 
-def _activated(p: Tensor, activation: str) -> Tensor:
-    return F.gelu(p) if activation == "gelu" else p.relu()
+def _activation_backward(back: Tensor, p: Tensor, activation: str) -> Tensor:
+    """Gradient of p from that of its activation."""
+    if activation == "gelu":
+        return torch.ops.aten.gelu_backward(back, p)
+    if activation == "relu":
+        return back * (p > 0)
+    gate, up = p.chunk(2, dim=-1)
+    return torch.cat([torch.ops.aten.silu_backward(back * up, gate), back * F.silu(gate)], dim=-1)
 
 
 @torch.library.custom_op("lra::expert_mlp", mutates_args=())
 def run(
     x: Tensor, expert_index: Tensor, gate: Tensor, w1: Tensor, w2: Tensor, activation: str, triton: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y; and for the backward p (T k, F) in sorted order, the order (T k,), dropped choices last, and ends (E,)."""
+    """y; and for the backward p = x w1 (T k, F, or 2 F) in sorted order, the order (T k,), dropped choices last, and
+    ends (E,)."""
     experts, choices = len(w1), expert_index.shape[1]
     expert = torch.where(expert_index < 0, experts, expert_index).flatten()
     order = expert.argsort(stable=True)
@@ -68,7 +76,7 @@ def run(
     mine = order[:kept]
     p = x.new_zeros(len(order), w1.shape[2])
     p[:kept] = _grouped(x[mine // choices], w1, ends, triton)
-    out = _grouped(_activated(p[:kept], activation), w2, ends, triton)
+    out = _grouped(ACTIVATIONS[activation](p[:kept]), w2, ends, triton)
     y = x.new_zeros(len(order), w2.shape[2])
     # each choice has a row of its own, summed over k: no two writes meet
     y[mine] = out * gate.flatten()[mine].unsqueeze(1)
@@ -81,7 +89,8 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     order = expert_index.new_empty(expert_index.numel())
     p = x.new_empty(expert_index.numel(), w1.shape[2])
-    return x.new_empty(len(x), w2.shape[2]), p, order, expert_index.new_empty(len(w1))
+    # not len(), which would tie a traced graph to one batch and length
+    return x.new_empty(x.shape[0], w2.shape[2]), p, order, expert_index.new_empty(w1.shape[0])
 
 
 @torch.library.custom_op("lra::expert_mlp_backward", mutates_args=())
@@ -93,13 +102,13 @@ def run_backward(
     choices, kept = gate.shape[1], int(ends[-1])
     mine = order[:kept]
     token, p, share = mine // choices, p[:kept], gate.flatten()[mine].unsqueeze(1)
-    given, h = grad[token], _activated(p, activation)
+    given, h = grad[token], ACTIVATIONS[activation](p)
     back = _grouped(given, w2.mT, ends, triton)
     to_gate, to_x = gate.new_zeros(gate.numel()), x.new_zeros(len(order), x.shape[1])
     to_gate[mine] = (h * back).sum(1)
     to_w2 = _outer(h, share * given, ends, triton)
     back = share * back
-    to_p = torch.ops.aten.gelu_backward(back, p) if activation == "gelu" else back * (p > 0)
+    to_p = _activation_backward(back, p, activation)
     to_w1 = _outer(x[token], to_p, ends, triton)
     to_x[mine] = _grouped(to_p, w1.mT, ends, triton)
     return to_x.view(len(x), choices, -1).sum(1), to_gate.view(gate.shape), to_w1, to_w2
@@ -135,10 +144,10 @@ run = register_autograd(run, _differentiate, _save)
 def _flops(x: Any, expert_index: Any, gate: Any, w1: Any, w2: Any, *_: Any, **__: Any) -> int:
     """Both products, for every choice: how many were dropped does not show in the shapes."""
     tokens, choices = expert_index
-    return 2 * tokens * choices * w1[2] * (w1[1] + w2[2])
+    return 2 * tokens * choices * (w1[1] * w1[2] + w2[1] * w2[2])
 
 
 @register_flop_formula(torch.ops.lra.expert_mlp_backward)
 def _backward_flops(grad: Any, x: Any, gate: Any, w1: Any, w2: Any, *_: Any, **__: Any) -> int:
     tokens, choices = gate
-    return 4 * tokens * choices * w1[2] * (w1[1] + w2[2])
+    return 4 * tokens * choices * (w1[1] * w1[2] + w2[1] * w2[2])

@@ -50,6 +50,10 @@ class Trainable(L.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         self.step_before = self.trainer.global_step
 
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if self.trainer.global_step > self.step_before:
+            self.model.encoder.after_step()
+
     def on_train_start(self) -> None:
         if hasattr(self._optimizer(), "train"):
             self._optimizer().train()

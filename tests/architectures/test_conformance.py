@@ -41,7 +41,7 @@ def named(name: str) -> str:
 
 
 # Python loops over the tokens: every check of these takes over ten seconds
-SLOW = ("cfc/ltc", "cfc/mixed-memory", "cfc/no-gate", "cfc/pure", "neural_ode/midpoint")
+SLOW = ("cfc/ltc", "cfc/mixed-memory", "cfc/no-gate", "cfc/pure", "dnc", "neural_ode/midpoint", "ntm")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in NAMES])

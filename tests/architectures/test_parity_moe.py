@@ -11,7 +11,7 @@ from golden_tensors import golden
 from torch import Tensor
 from torch.nn import functional as F
 
-from lra.architectures import _moe
+from lra.architectures import _experts
 from lra.architectures._moe import NoisyTopK, cv_squared
 from lra.architectures._stack import FeedForward
 from lra.architectures.mixture.moe import MoE
@@ -61,7 +61,7 @@ def test_layer_equals_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
         parts = [expert_mlp(x, index[:, j : j + 1], one, *weights, **options)[:, :5].softmax(-1) for j in range(2)]
         return F.pad(torch.stack(parts, dim=-1) @ gate.unsqueeze(-1), (0, 0, 0, 2)).squeeze(-1)
 
-    monkeypatch.setattr(_moe, "expert_mlp", with_softmax)
+    monkeypatch.setattr(_experts, "expert_mlp", with_softmax)
     x = g["x"].requires_grad_()
     given = F.pad(x, (0, 1), value=1.0).unsqueeze(0)
     y = experts.train()(given, torch.ones(1, 12, dtype=torch.bool))[0, :, :5]

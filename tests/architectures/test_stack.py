@@ -11,7 +11,8 @@ from stepping import stepped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._moe import MIXTURES, Experts
+from lra.architectures._experts import Experts
+from lra.architectures._moe import MIXTURES
 from lra.architectures._stack import Bidirectional, Block, FeedForward, Layer, Stack, flip, sinusoidal
 from lra.encoder import Card, Cost, Mixer
 from lra.profiling.flops import encoder_flops
@@ -206,7 +207,7 @@ def test_dropout_only_when_training() -> None:
     ("block", "said"),
     [
         ({"exapnd": 2}, "unknown block.exapnd; did you mean 'expand'?"),
-        ({"ffn": "gelly"}, "block.ffn is 'gelly'; one of gelu, relu, silu, swiglu, none, moe, switch"),
+        ({"ffn": "gelly"}, "block.ffn is 'gelly'; one of gelu, relu, silu, swiglu, none, " + ", ".join(MIXTURES)),
         ({"norm": "group"}, "block.norm is 'group'; one of layer, rms, batch, scale"),
         ({"positions": "rope"}, "block.positions is 'rope'; one of none, sinusoidal, learned"),
         ({"expand": 0}, "block.expand is 0; more than 0"),
@@ -229,20 +230,27 @@ def test_bad_shapes_and_directions() -> None:
         Sums("add", native=True)
 
 
-@pytest.mark.parametrize("ffn", ["moe", "switch"])
+KEYS = ("dropped", "entropy", *(f"load_{e}" for e in range(4)))
+
+
+@pytest.mark.parametrize("ffn", MIXTURES)
 def test_any_stack_takes_experts(ffn: str) -> None:
     """Their losses join those of the mixers, what they count is reported, and padding is none of their business."""
-    encoder = Sums("concat", ffn=ffn, experts={"n_experts": 4, "capacity": 0.5}).double()
+    drops = ffn not in ("deepseek_moe", "soft_moe")
+    encoder = Sums("concat", ffn=ffn, experts={"n_experts": 4} | ({"capacity": 0.5} if drops else {})).double()
     x = inputs()
     encoder(x, MASK)
     parts = [layer.ffn for layer in encoder.blocks]
     own = [part.loss for part in parts if isinstance(part, Experts) and part.loss is not None]
     mixers = torch.stack([m.out.weight.square().sum() for m in sums(encoder)]).sum()
     assert [type(part) for part in parts] == [MIXTURES[ffn]] * 2
-    torch.testing.assert_close(encoder.aux_loss(), mixers + own[0] + own[1])
+    assert len(own) == (0 if ffn in ("expert_choice", "soft_moe") else 2)
+    torch.testing.assert_close(encoder.aux_loss(), mixers + sum(own))
     found = encoder.diagnostics()
-    assert list(found) == [f"ffn{i}.{name}" for i in (0, 1) for name in ("dropped", *(f"load_{e}" for e in range(4)))]
-    assert found["ffn1.dropped"] > 0
+    assert list(found) == [f"ffn{i}.{name}" for i in (0, 1) for name in KEYS]
+    assert (found["ffn1.dropped"] > 0) == drops
+    assert 0 < found["ffn0.entropy"] <= 1
+    assert sum(found[f"ffn0.load_{e}"] for e in range(4)) == pytest.approx(1)
     assert encoder.diagnostics() == {}
     encoder(x, MASK)
     encoder(x.where(MASK.unsqueeze(-1), 100.0), MASK)
@@ -256,8 +264,8 @@ def test_any_stack_takes_experts(ffn: str) -> None:
     [
         ({"ffn": "switch", "experts": {"capacty": 1.0}}, "unknown block.experts.capacty; did you mean 'capacity'?"),
         ({"ffn": "switch", "experts": {"k": 2}}, "unknown block.experts.k; n_experts, capacity, activation"),
-        ({"experts": {"k": 2}}, "block.experts has 'k', but block.ffn is 'gelu'; moe or switch"),
-        ({"ffn": "moe", "experts": {"activation": "tanh"}}, "activation is 'tanh'; one of gelu, relu"),
+        ({"experts": {"k": 2}}, "block.experts has 'k', but block.ffn is 'gelu'; one of moe, switch"),
+        ({"ffn": "moe", "experts": {"activation": "tanh"}}, "activation is 'tanh'; one of gelu, relu, swiglu"),
     ],
 )
 def test_bad_experts(block: dict[str, Any], said: str) -> None:

@@ -197,7 +197,9 @@ def test_an_architecture_of_small_blocks_gets_as_many_as_meet_the_budget(
 
 
 @pytest.mark.parametrize("recipe_name", ["standard", "matched"])
-@pytest.mark.parametrize("name", ["moe", "moe/k1", "moe/k4", "switch"])
+@pytest.mark.parametrize(
+    "name", ["moe", "moe/k1", "moe/k4", "switch", "gshard", "gumbel", "expert_choice", "deepseek_moe"]
+)
 def test_a_mixture_does_the_work_of_the_feed_forward_part_it_replaces(name: str, recipe_name: str) -> None:
     work = []
     for architecture in ("transformer", name):

@@ -336,6 +336,15 @@ def test_a_record_holds_its_learning_curve_resumed_or_not(monkeypatch: pytest.Mo
     assert record.validation.accuracy == pytest.approx(max(point.validation_accuracy or 0 for point in whole))
 
 
+@pytest.mark.parametrize("accumulate", ["1", "2"])
+def test_what_an_encoder_changes_itself_changes_once_a_step(accumulate: str, places: Path) -> None:
+    """The balancing biases of its experts move by 0.001."""
+    go({"train.accumulate": accumulate, "train.steps": "6"}, "deepseek_moe")
+    moved = weights(places)["model.encoder.layers.0.ffn.e_score_correction_bias"] / 0.001
+    torch.testing.assert_close(moved, moved.round(), rtol=0, atol=1e-3)
+    assert 0 < moved.abs().max() <= 6
+
+
 def test_diagnostics_of_an_encoder_are_in_the_record(monkeypatch: pytest.MonkeyPatch, places: Path) -> None:
     cls = architectures.get("gru").cls
     monkeypatch.setattr(cls, "diagnostics", lambda self: {"dropped": 0.25}, raising=False)
