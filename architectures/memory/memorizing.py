@@ -56,7 +56,7 @@ class MemorizingMixer(AttentionMixer):
     ) -> None:  # fmt: skip
         super().__init__(d_model, n_heads, width, "none", True, n_kv_heads, dropout=dropout)
         self.segment, self.k, self.memory = segment, k, memory
-        self.scale = nn.Parameter(torch.full((n_heads, 1, 1), math.log(20.0)))
+        self.log_scale = nn.Parameter(torch.full((n_heads, 1, 1), math.log(20.0)))
         self.relative = nn.Parameter(torch.zeros(n_heads, BUCKETS))
         self.gate_bias = nn.Parameter(torch.zeros(n_heads)) if memory else None
 
@@ -72,12 +72,12 @@ class MemorizingMixer(AttentionMixer):
 
     def local(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         """q: (B, H, n, d); k, v: (B, H or 1, t, d); bias: (H, n, t) -> (B, H, n, d)."""
-        scores = q @ k.mT * self.scale.exp() + bias
+        scores = q @ k.mT * self.log_scale.exp() + bias
         return F.dropout(scores.softmax(-1), self.rate) @ v
 
     def nearest(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Scores and places of the best memories: (B, H, n, d), (B, H or 1, m, d) -> two (B, H, n, min(k, m))."""
-        best = (q @ k.mT * self.scale.exp()).topk(min(self.k, k.shape[2]), dim=-1)
+        best = (q @ k.mT * self.log_scale.exp()).topk(min(self.k, k.shape[2]), dim=-1)
         return best.values, best.indices
 
     def recalled(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -103,9 +103,9 @@ class MemorizingMixer(AttentionMixer):
         return max(0, (i // self.segment - 1) * self.segment - self.memory)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        return self.read(q, k, v, 0).to(self.out.weight.dtype)
+        return self.read_segments(q, k, v, 0).to(self.out.weight.dtype)
 
-    def read(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+    def read_segments(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
         """Of the last tokens of k and v, whose queries q are, the first at `start`: (B, H, n, d)."""
         stop, rows = start + q.shape[2], []
         first = stop - k.shape[2]  # position of the first key
@@ -127,7 +127,7 @@ class MemorizingMixer(AttentionMixer):
         stop = start + x.shape[1]
         q, k, v = self.heads(x, start)
         k, v = torch.cat([state[0].to(k), k], dim=2), torch.cat([state[1].to(v), v], dim=2)
-        y = self.read(q, k, v, start)
+        y = self.read_segments(q, k, v, start)
         gone = max(0, self.oldest(stop) - (stop - k.shape[2]))
         return self.out(merge_heads(y.to(x.dtype))), (k[:, :, gone:], v[:, :, gone:], state[2] + x.shape[1])
 

@@ -19,7 +19,7 @@ def loaded(g: dict[str, Tensor]) -> MemorizingMixer:
     mixer = MemorizingMixer(8, 2, 10, segment=6, k=3, memory=11, dropout=0.0, n_kv_heads=1).double()
     state = {name: torch.zeros_like(t) for name, t in mixer.state_dict().items()}
     state |= {"qkv.weight": torch.cat([g["param.to_q.weight"], g["param.to_kv.weight"]])}
-    state |= {"out.weight": g["param.to_out.weight"], "scale": g["param.scale"]}
+    state |= {"out.weight": g["param.to_out.weight"], "log_scale": g["param.scale"]}
     mixer.load_state_dict(state | {"gate_bias": g["mid.paper_gate_bias"]})
     return mixer
 
@@ -45,7 +45,7 @@ def test_scores_are_those_of_the_public_layer() -> None:
     scores, places = mixer.nearest(q, mem_k)
     rows = mem_v.expand(-1, 2, -1, -1).gather(2, places.flatten(2).unsqueeze(-1).expand(-1, -1, -1, 5))
     # theirs has one softmax over memories and local keys
-    local = q @ k.mT * mixer.scale.exp() + mixer.bias(6, 6)
+    local = q @ k.mT * mixer.log_scale.exp() + mixer.bias(6, 6)
     weights = torch.cat([scores, local], -1).softmax(-1).tensor_split([3], dim=-1)
     y = (weights[0].unsqueeze(-2) @ rows.unflatten(2, (6, 3))).squeeze(-2) + weights[1] @ v
     assert_near(mixer.out(y.transpose(1, 2).flatten(2)), g["mid.y_plain"], "y")
@@ -63,7 +63,7 @@ def written_out(mixer: MemorizingMixer, x: Tensor) -> Tensor:
             query = q[h][:, t] / q[h][:, t].norm(dim=-1, keepdim=True)
             own = torch.arange(x.shape[1]).unsqueeze(-1) // size == segment
             keys, values = keys.where(own, keys.detach()), v[h].where(own, v[h].detach())
-            scores = mixer.scale[h].exp() * (keys * query.unsqueeze(1)).sum(-1)
+            scores = mixer.log_scale[h].exp() * (keys * query.unsqueeze(1)).sum(-1)
             first = max(0, (segment - 1) * size)
             relative = mixer.relative[h, buckets(t - torch.arange(first, t + 1))]
             y = ((scores[:, first : t + 1] + relative).softmax(-1).unsqueeze(-1) * values[:, first : t + 1]).sum(1)
