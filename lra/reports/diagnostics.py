@@ -69,7 +69,7 @@ def cells(records: Iterable[RunRecord]) -> list[Cell]:
     protocols = Counter(task for task, _ in {(runs[0].task, runs[0].protocol.name) for runs in groups})
     names = [(runs[0].task, runs[0].protocol.name, runs[0].architecture + _changed(runs[0])) for runs in groups]
     times = Counter(names)
-    made = []
+    made: list[Cell] = []
     for (task, protocol, name), runs in zip(names, groups, strict=True):
         source = f" source {runs[0].source_key[:6]}" if runs[0].source_key else ""
         digits = f" #{runs[0].recipe_hash[:6]}{source}" if times[task, protocol, name] > 1 else ""

@@ -345,7 +345,7 @@ def _diagnosed(cells: Sequence[diagnostics.Cell], page: _Page) -> dict[str, Any]
     """Heat maps by family, right answers by test length for each task that has several, and the table of all."""
     frame, lengths = diagnostics.frame(cells), diagnostics.lengths(cells)
     tasks = sorted(frame["task"].unique())
-    guesses = {cell.column: cell.first.chance for cell in cells}
+    guesses = {cell.column: 100 * cell.first.chance for cell in cells if cell.first.chance is not None}
     maps = [
         page.add(charts.heatmap(part, tasks, family.replace("_", " ")), f"Diagnostics, {family}: right answers in %")
         | {"family": family}
@@ -353,9 +353,10 @@ def _diagnosed(cells: Sequence[diagnostics.Cell], page: _Page) -> dict[str, Any]
     ]
     curves = {}
     for task, rows in lengths.groupby("task"):
-        guess = None if guesses[task] is None else 100 * guesses[task]
         curves[task] = [
-            page.add(charts.by_test_length(part, title, guess), f"{task}, {title}: right answers by test length")
+            page.add(
+                charts.by_test_length(part, title, guesses.get(task)), f"{task}, {title}: right answers by test length"
+            )
             | {"family": part["family"].iloc[0]}
             for title, part in charts.panels(rows, "label")
         ]
