@@ -23,7 +23,7 @@ from lra.tasks import _imdb
 from lra.tasks._floors import bag_of_tokens
 from lra.tasks._overlap import near_duplicates
 from lra.tasks._source import Hub, read_table
-from lra.tasks._storage import SHARED, open_split, write_documents, write_examples, write_notes
+from lra.tasks.storage import SHARED, open_split, write_documents, write_examples, write_notes
 
 HUB = Hub("stanfordnlp/imdb", "e6281661ce1c48d982bc483cf8a173c1bbeb5d31", "imdb", _imdb.OFFICIAL)
 RAW = f"{HUB.files} or {HUB.id} from the hub"
