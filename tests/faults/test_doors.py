@@ -245,7 +245,8 @@ def test_markup_in_a_result_is_shown_and_never_obeyed(tmp_path: Path) -> None:
         "environment": {"cpu": hostile, "device": "cpu", "commit": {"hash": hostile}}, "floors": {hostile: 0.1},
         "flops": {"forward": 1.0, "uncounted": [hostile]}, "collapsed": hostile,
     }  # fmt: skip
-    write(tmp_path, records.from_json(made))
+    for place in ("runs", "diagnostics"):
+        write(tmp_path, records.from_json(made), place)
     found = everything(tmp_path)
     assert len(found.records) == 1
     board, page = Leaderboard.of(found), report.build(found, tmp_path)
