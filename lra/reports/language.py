@@ -8,12 +8,12 @@ from typing import Any
 from lra.reports.table import Table, TableCell
 from lra.results.record import RunRecord
 
-COLUMNS = ("architecture", "bits", "95 % interval", "perplexity")
-MORE = ("parameters", "steps", "seed", "settings")
+COLUMNS = ("architecture", "bits", "ppl")
+MORE = ("params", "seed")
 NOTE = (
-    "bits and perplexity: per token of the test split (imdb_lm: per byte); lower is better. The interval is over test "
-    "examples (imdb_lm: reviews) and says nothing about another seed. after 16-63: mean bits of the tokens with 16 to "
-    "63 tokens before them. No sequence model: counts of the training split, or gzip on the test split"
+    "bits, ppl: bits per token of the test split (imdb_lm: per byte) and perplexity; lower is better. ±: half of the 95 % "
+    "interval over test examples (imdb_lm: reviews); another seed may differ more. 16-63: mean bits of the tokens with "
+    "16 to 63 tokens before them. No sequence model: counts of the training split, or gzip on the test split"
 )
 
 
@@ -33,11 +33,11 @@ def tables(records: Iterable[RunRecord]) -> list[Table]:
 def _table(runs: list[RunRecord]) -> Table:
     first = runs[0]
     contexts = sorted({name for run in runs for name in run.test.bits_at}, key=lambda name: int(name.partition("-")[0]))
-    columns = [*COLUMNS, *(f"after {name}" for name in contexts), *MORE]
+    columns = [*COLUMNS, *contexts, *MORE]
     # the order of a tuple is that of its bits
     rows = [(run.test.bits or 0.0, _row(run, contexts)) for run in runs]
     for name, bits in {name: bits for run in runs for name, bits in run.floor_bits.items()}.items():
-        shown = [f"{name} (no sequence model)", f"{bits:.3f}", "-", f"{2**bits:.2f}"]
+        shown = [f"{name} (no sequence model)", f"{bits:.3f}", f"{2**bits:.2f}"]
         rows.append((bits, shown + ["-"] * (len(columns) - len(shown))))
     cells = [[TableCell(text) for text in row] for _, row in sorted(rows)]
     return Table(f"{first.task} ({first.protocol.name}), recipe {first.recipe.name}", columns, cells, [NOTE])
@@ -45,17 +45,16 @@ def _table(runs: list[RunRecord]) -> Table:
 
 def _row(run: RunRecord, contexts: list[str]) -> list[str]:
     test = run.test
-    interval = "-" if test.bits_low is None or test.bits_high is None else f"{test.bits_low:.3f}-{test.bits_high:.3f}"
-    changed = [f"{key} {getattr(run.recipe, key.partition('.')[0], {}).get(key.partition('.')[2], '-')}"
-               for key in run.changed or {}]  # fmt: skip
+    changed = [
+        f"{key} {getattr(run.recipe, key.partition('.')[0], {}).get(key.partition('.')[2], '-')}"
+        for key in run.changed or {}
+    ]
+    half = "" if test.bits_high is None or test.bits is None else f" ± {test.bits_high - test.bits:.3f}"
     return [
-        run.architecture,
-        "-" if test.bits is None else f"{test.bits:.3f}",
-        interval,
+        f"{run.architecture} ({', '.join(changed)})" if changed else run.architecture,
+        "-" if test.bits is None else f"{test.bits:.3f}{half}",
         "-" if test.perplexity is None else f"{test.perplexity:.2f}",
         *(f"{test.bits_at[name]:.3f}" if name in test.bits_at else "-" for name in contexts),
         f"{run.parameters:,}",
-        f"{run.speed.steps or 0:,}",
         str(run.seed),
-        ", ".join(changed) or "-",
     ]

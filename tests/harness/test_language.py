@@ -183,9 +183,11 @@ def test_a_run_has_a_place_and_a_table_of_its_own(trained: TrainedRun, places: P
     again = trained.evaluate()
     assert again.more["bits"] == pytest.approx(test.bits)
     (shown,) = language_tables(places)
-    assert [row[0].text for row in shown.rows] == ["mingru", "a guess (no sequence model)"]
-    assert [row[1].text for row in shown.rows] == [f"{test.bits:.3f}", "7.000"]
-    assert {"after 1-3", "after 4-15", "after 16-63"} <= set(shown.columns)
+    assert [row[0].text.partition(" (")[0] for row in shown.rows] == ["mingru", "a guess"]
+    half = (test.bits_high - test.bits_low) / 2
+    assert [row[1].text for row in shown.rows] == [f"{test.bits:.3f} ± {half:.3f}", "7.000"]
+    assert shown.columns[3:6] == ["1-3", "4-15", "16-63"]
+    assert [shown.rows[0][3 + k].text for k in range(3)] == [f"{test.bits_at[n]:.3f}" for n in shown.columns[3:6]]
 
 
 def language_tables(places: Path) -> list[Any]:
