@@ -11,7 +11,7 @@ import numpy as np
 
 import lra
 from lra.task import SPLITS, Protocol, Split, Task
-from lra.tasks._storage import open_split, write_documents, write_examples
+from lra.tasks.storage import open_split, write_documents, write_examples
 
 
 class FirstToken(Task):

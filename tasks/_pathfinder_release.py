@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from lra.task import SPLITS, DataError, Progress, Protocol
-from lra.tasks._storage import DocumentWriter, write_examples, write_notes
+from lra.tasks.storage import DocumentWriter, write_examples, write_notes
 
 LEVEL = "curv_contour_length_14"
 CHUNK = 1000

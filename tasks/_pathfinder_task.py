@@ -15,7 +15,7 @@ from lra.task import SPLITS, DataError, Progress, Protocol, Split, Task
 from lra.tasks._floors import MAX_FITTED, bag_of_tokens, logistic
 from lra.tasks._pathfinder import Drawing, generate, lra_drawing
 from lra.tasks._pathfinder_release import LEVEL, released_files, write_released
-from lra.tasks._storage import DocumentWriter, open_split, write_examples
+from lra.tasks.storage import DocumentWriter, open_split, write_examples
 
 COUNTS = {"train": 160_000, "validation": 20_000, "test": 20_000}
 SMALL = {"train": 8_000, "validation": 1_000, "test": 2_000}

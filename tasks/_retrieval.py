@@ -12,7 +12,7 @@ from lra.task import SPLITS, DataError, Progress, Protocol, Split, Task
 from lra.tasks._archive import find_file, lines
 from lra.tasks._floors import MAX_FITTED, bag_of_tokens
 from lra.tasks._overlap import sampled_windows
-from lra.tasks._storage import SHARED, open_split, write_documents, write_examples, write_notes
+from lra.tasks.storage import SHARED, open_split, write_documents, write_examples, write_notes
 
 EOS = 2
 PRINTABLE = "".join(map(chr, range(32, 127)))

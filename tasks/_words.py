@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lra.task import Protocol
-from lra.tasks._generated import COUNTS, GeneratedTask, longer
+from lra.tasks.generated import COUNTS, GeneratedTask, longer
 
 Permutation = tuple[int, ...]
 

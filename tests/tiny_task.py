@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from lra.task import SPLITS, Progress, Protocol, Split, Task
-from lra.tasks._storage import open_split, write_documents, write_examples
+from lra.tasks.storage import open_split, write_documents, write_examples
 
 COUNTS = {"train": 512, "validation": 100, "test": 150}
 

@@ -148,6 +148,10 @@ def read(request: Request) -> tuple[Recipe, dict[str, str]]:
     return recipes.apply_variant(recipe, origin, architecture.preset)
 
 
+_shapes: dict[tuple[type, str], tuple[int, int, str]] = {}
+"""Width, depth and a line on the size that meet the budget of a recipe, by what they depend on."""
+
+
 def _within_budget(request: Request, recipe: Recipe, origin: dict[str, str]) -> tuple[Recipe, dict[str, str]]:
     """The recipe with a width and a depth that keep to `model.budget`, relative to the Transformer in this recipe."""
     from lra.config import match
@@ -156,10 +160,15 @@ def _within_budget(request: Request, recipe: Recipe, origin: dict[str, str]) -> 
     common = {key: text for key, text in (request.settings or {}).items() if not key.startswith("encoder.")}
     reference, _ = recipes.resolve(request.recipe_name, recipe.task, "transformer", common)
     constructor, transformer = architectures.get(request.architecture), architectures.get("transformer")
-    width, depth, note = match.find_shape(
-        recipe, reference, lambda r: build_encoder(r, constructor, match.LENGTH),
-        lambda r: build_encoder(r, transformer, match.LENGTH),
-    )  # fmt: skip
+    # a sweep asks once for each seed and task
+    parts = [r.as_dict() for r in (recipe, reference)]
+    key = (constructor.cls, json.dumps([[r["name"], r["architecture"], r["model"], r["encoder"]] for r in parts]))
+    if key not in _shapes:
+        _shapes[key] = match.find_shape(
+            recipe, reference, lambda r: build_encoder(r, constructor, match.LENGTH),
+            lambda r: build_encoder(r, transformer, match.LENGTH),
+        )  # fmt: skip
+    width, depth, note = _shapes[key]
     if (width, depth) == (recipe.model.d_model, recipe.model.n_layers):
         return recipe, origin
     notes = dict.fromkeys(("width", "depth"), f"model.budget: {note}")

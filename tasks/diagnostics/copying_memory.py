@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lra.task import UNSCORED, Protocol
-from lra.tasks._generated import COUNTS, GeneratedTask
+from lra.tasks.generated import COUNTS, GeneratedTask
 
 SYMBOLS, DATA, SIGNAL = 8, 10, 9
 

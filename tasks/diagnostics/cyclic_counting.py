@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lra.task import Protocol
-from lra.tasks._generated import COUNTS, GeneratedTask, longer
+from lra.tasks.generated import COUNTS, GeneratedTask, longer
 
 MODULUS = 60
 STEPS = {"generators": (1, 17), "all": tuple(range(MODULUS))}

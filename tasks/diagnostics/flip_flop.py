@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lra.task import UNSCORED, Protocol
-from lra.tasks._generated import COUNTS, GeneratedTask, longer
+from lra.tasks.generated import COUNTS, GeneratedTask, longer
 
 WRITE, READ, IGNORE = 2, 3, 4
 """Tokens of the instructions; bits are the tokens 0 and 1."""

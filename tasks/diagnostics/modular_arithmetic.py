@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lra.task import UNSCORED, Protocol, Split
-from lra.tasks._generated import COUNTS, GeneratedTask, last_only
+from lra.tasks.generated import COUNTS, GeneratedTask, last_only
 
 MODULUS = 5
 SYMBOLS = "01234+-*"

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lra.task import UNSCORED, Protocol
-from lra.tasks._generated import COUNTS, GeneratedTask, longer
+from lra.tasks.generated import COUNTS, GeneratedTask, longer
 
 VOCABULARY = 256
 EXPONENT = 0.01 - 1

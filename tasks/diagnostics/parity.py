@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lra.task import Protocol
-from lra.tasks._generated import COUNTS, GeneratedTask, last_only, longer
+from lra.tasks.generated import COUNTS, GeneratedTask, last_only, longer
 
 TESTS = longer(64, 128, 256)
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lra.task import UNSCORED, Protocol
-from lra.tasks._generated import COUNTS, GeneratedTask, longer
+from lra.tasks.generated import COUNTS, GeneratedTask, longer
 
 SYMBOLS, DATA, MARKER = 8, 8, 9
 

@@ -23,7 +23,7 @@ import numpy as np
 from lra.task import Progress, Protocol, Split, Task
 from lra.tasks import _imdb
 from lra.tasks._ngram import gzip_bits, ngram_bits
-from lra.tasks._storage import open_split, write_documents, write_positions
+from lra.tasks.storage import open_split, write_documents, write_positions
 
 START = 0
 ORDER = 5

@@ -30,7 +30,7 @@ from lra.task import DataError, Progress, Protocol, Split, Task
 from lra.tasks import _cifar
 from lra.tasks._floors import bag_of_tokens
 from lra.tasks._source import Hub, read_table
-from lra.tasks._storage import DocumentWriter, open_split, write_examples
+from lra.tasks.storage import DocumentWriter, open_split, write_examples
 
 HUB = Hub("uoft-cs/cifar10", "0b2714987fa478483af9968de7c934580d0bb9a2", "cifar10", _cifar.OFFICIAL)
 RAW = f"{HUB.files} or {HUB.id} from the hub"

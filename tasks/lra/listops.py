@@ -19,7 +19,7 @@ from lra.task import SPLITS, DataError, Progress, Protocol, Split, Task
 from lra.tasks._archive import find_file, lines
 from lra.tasks._floors import bag_of_tokens
 from lra.tasks._listops import CLOSE, EOS, SYMBOLS, Law, evaluate, evaluate_many, expressions
-from lra.tasks._storage import DocumentWriter, open_split, write_examples
+from lra.tasks.storage import DocumentWriter, open_split, write_examples
 
 IDS = {symbol: number for number, symbol in enumerate(SYMBOLS)} | {"X": CLOSE}
 FILES = {"train": "basic_train.tsv", "validation": "basic_val.tsv", "test": "basic_test.tsv"}

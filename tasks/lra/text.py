@@ -21,7 +21,7 @@ from lra.task import Progress, Protocol, Split, Task
 from lra.tasks import _imdb
 from lra.tasks._floors import bag_of_tokens
 from lra.tasks._overlap import near_duplicates
-from lra.tasks._storage import SHARED, open_split, write_documents, write_examples, write_notes
+from lra.tasks.storage import SHARED, open_split, write_documents, write_examples, write_notes
 
 PAD, UNKNOWN, EOS = range(3)
 # characters that occur at least 15 times in the first 4,095 of the training reviews, the most frequent first

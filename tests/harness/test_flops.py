@@ -290,13 +290,11 @@ UNCOUNTED: dict[str, set[str]] = {}
 
 
 @pytest.mark.parametrize("name", architectures.names())
-def test_formula_and_counter_agree_at_two_lengths_and_everything_is_counted(name: str) -> None:
-    """Longer sequences than the conformance checks take, on the meta device; the gradient's operators too."""
-    constructor = architectures.get(name)
-    encoder = constructor(d_model=32, n_layers=1, length=500)
-    for length in (130, 500):
-        report, declared = encoder_flops(encoder, 1, length, backward=length == 130), encoder.cost(length).of_batch(1)
-        assert report.products == pytest.approx(declared.matmul, rel=0.01)
-        assert report.declared(declared) == pytest.approx(report.products + report.kernels, rel=0.01)
-        assert 0 < report.algorithmic <= report.forward
-        assert set(report.uncounted) == UNCOUNTED.get(name, set())
+def test_formula_and_counter_agree_at_an_odd_length_and_everything_is_counted(name: str) -> None:
+    """A longer sequence than the conformance checks take, on the meta device; the gradient's operators too."""
+    encoder = architectures.get(name)(d_model=32, n_layers=1, length=150)
+    report, declared = encoder_flops(encoder, 1, 130, backward=True), encoder.cost(130).of_batch(1)
+    assert report.products == pytest.approx(declared.matmul, rel=0.01)
+    assert report.declared(declared) == pytest.approx(report.products + report.kernels, rel=0.01)
+    assert 0 < report.algorithmic <= report.forward
+    assert set(report.uncounted) == UNCOUNTED.get(name, set())

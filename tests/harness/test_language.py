@@ -22,7 +22,7 @@ from lra.registry import architectures, tasks
 from lra.results.collection import Collection
 from lra.target import NextTarget
 from lra.task import SPLITS, UNSCORED, Progress, Protocol, Split, Task
-from lra.tasks._storage import open_split, write_documents, write_positions
+from lra.tasks.storage import open_split, write_documents, write_positions
 from lra.training import rate_search
 from lra.training.callbacks import BestCheckpoint
 from lra.training.generation import Sampling

@@ -18,7 +18,7 @@ from lra.data import prepared_sets
 from lra.data.prepared_sets import write_manifest
 from lra.errors import UserError
 from lra.task import SPLITS, DataError, Progress, Protocol, Split, Task
-from lra.tasks._storage import open_split, write_documents, write_examples, write_notes
+from lra.tasks.storage import open_split, write_documents, write_examples, write_notes
 
 COUNTS = {"train": 5, "validation": 2, "test": 3}
 

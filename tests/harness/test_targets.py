@@ -21,7 +21,7 @@ from lra.model import Batch, Classifier
 from lra.registry import tasks
 from lra.target import NextTarget, PositionTarget, Target, ValueTarget, join
 from lra.task import UNSCORED, DataError, Protocol, Split
-from lra.tasks._storage import open_split, write_documents, write_positions, write_values
+from lra.tasks.storage import open_split, write_documents, write_positions, write_values
 from lra.training import construction
 from lra.training.request import Request, resolve
 

@@ -18,7 +18,7 @@ from lra.data.batches import DeviceSet
 from lra.data.examples import split_of
 from lra.registry import tasks
 from lra.task import SPLITS, DataError, Progress, Protocol, Split, Task
-from lra.tasks._storage import open_split, write_documents, write_examples
+from lra.tasks.storage import open_split, write_documents, write_examples
 
 PROTOCOL = Protocol("strict", length=6, vocabulary=10)
 
@@ -93,7 +93,7 @@ import numpy as np
 from words import number
 
 from lra.task import SPLITS, Protocol, Task
-from lra.tasks._storage import open_split, write_documents, write_examples
+from lra.tasks.storage import open_split, write_documents, write_examples
 
 
 class Lines(Task):

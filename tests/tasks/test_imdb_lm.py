@@ -19,8 +19,8 @@ from lra.conformance import tasks as conformance
 from lra.data import prepared_sets
 from lra.task import Protocol, Split
 from lra.tasks._ngram import gzip_bits, ngram_bits
-from lra.tasks._storage import open_split, write_documents, write_positions
 from lra.tasks.language.imdb_lm import ImdbLm
+from lra.tasks.storage import open_split, write_documents, write_positions
 
 TRAIN = [f"review {n} of a caf\u00e9 " + "so good " * (n % 5 * 4) for n in range(12)] + ["review 3 of a caf\u00e9 "]
 TRAIN[3] = TRAIN[-1]

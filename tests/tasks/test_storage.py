@@ -12,7 +12,7 @@ from tiny_task import Tiny
 from lra.data import prepared_sets
 from lra.data.prepared_sets import hash_file
 from lra.task import DataError
-from lra.tasks._storage import SHARED, DocumentWriter, open_split, write_documents, write_examples
+from lra.tasks.storage import SHARED, DocumentWriter, open_split, write_documents, write_examples
 
 
 def test_documents_written_in_pieces_read_back(tmp_path: Path) -> None:

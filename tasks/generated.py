@@ -15,7 +15,7 @@ from zlib import crc32
 import numpy as np
 
 from lra.task import UNSCORED, Progress, Protocol, Split, Task
-from lra.tasks._storage import DocumentWriter, open_split, write_examples, write_positions, write_values
+from lra.tasks.storage import DocumentWriter, open_split, write_examples, write_positions, write_values
 
 COUNTS = {"train": 1024, "validation": 512, "test": 1024}
 """Examples of each split: 1,024 give a standard error of 0.3 points at 99 %. `train` is a sample."""
