@@ -11,7 +11,7 @@ from lra.results.record import RunRecord
 COLUMNS = ("architecture", "bits", "ppl")
 MORE = ("params", "seed")
 NOTE = (
-    "bits, ppl: bits per token of the test split (imdb_lm: per byte) and perplexity; lower is better. ±: half of a 95 % "
+    "bits, ppl: bits per token of the test split (imdb_lm: per byte) and perplexity; lower is better. ±: half the 95 % "
     "interval over test examples (imdb_lm: reviews); another seed may differ more. 16-63: mean bits of the tokens with "
     "16 to 63 tokens before them. No sequence model: counts of the training split, or gzip on the test split"
 )

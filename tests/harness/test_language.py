@@ -93,7 +93,7 @@ def trained(places: Path, here: None) -> TrainedRun:
 def test_bits_have_an_interval_over_examples_and_depend_on_the_context() -> None:
     random, sizes = np.random.default_rng(0), [3, 20, 7, 70]
     nats = [random.exponential(size=size) + number for number, size in enumerate(sizes)]
-    answers = {
+    answers: dict[str, np.ndarray] = {
         "example": np.repeat(np.arange(4), sizes), "nats": np.concatenate(nats).astype(np.float32),
         "prediction": np.zeros(100, np.int64), "label": np.zeros(100, np.int64),
     }  # fmt: skip
@@ -246,7 +246,7 @@ def test_what_cannot_be_sampled_is_refused() -> None:
         ({"top_k": -1}, "top_k is -1"), ({"top_p": 0.0}, "top_p is 0"), ({"top_p": 1.1}, "top_p is 1.1"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
-            Sampling(**arguments)  # type: ignore[arg-type]
+            Sampling(**arguments)
 
 
 def test_a_text_longer_than_the_protocol_is_refused(trained: TrainedRun) -> None:
