@@ -18,8 +18,9 @@ NOTE = (
 
 
 def group_of(record: RunRecord) -> tuple[Any, ...]:
-    """What the rows of a table share."""
-    return record.task, record.protocol.name, record.recipe.name, record.data.checksum, record.test.n
+    """What the rows of a table share: modified runs have one of their own."""
+    data = (record.data.checksum, record.test.n)
+    return record.task, record.protocol.name, record.recipe.name, bool(record.changed), *data
 
 
 def tables(records: Iterable[RunRecord]) -> list[Table]:
@@ -40,7 +41,8 @@ def _table(runs: list[RunRecord]) -> Table:
         shown = [f"{name} (no sequence model)", f"{bits:.3f}", f"{2**bits:.2f}"]
         rows.append((bits, shown + ["-"] * (len(columns) - len(shown))))
     cells = [[TableCell(text) for text in row] for _, row in sorted(rows)]
-    return Table(f"{first.task} ({first.protocol.name}), recipe {first.recipe.name}", columns, cells, [NOTE])
+    kind = ", modified runs" if first.changed else ""
+    return Table(f"{first.task} ({first.protocol.name}), recipe {first.recipe.name}{kind}", columns, cells, [NOTE])
 
 
 def _row(run: RunRecord, contexts: list[str]) -> list[str]:

@@ -183,6 +183,7 @@ def test_a_run_has_a_place_and_a_table_of_its_own(trained: TrainedRun, places: P
     again = trained.evaluate()
     assert again.more["bits"] == pytest.approx(test.bits)
     (shown,) = language_tables(places)
+    assert shown.title == "letters (strict), recipe language, modified runs"
     assert [row[0].text.partition(" (")[0] for row in shown.rows] == ["mingru", "a guess"]
     half = (test.bits_high - test.bits_low) / 2
     assert [row[1].text for row in shown.rows] == [f"{test.bits:.3f} ± {half:.3f}", "7.000"]
