@@ -41,7 +41,9 @@ def named(name: str) -> str:
 
 
 # Python loops over the tokens: every check of these takes over ten seconds
-SLOW = ("cfc/ltc", "cfc/mixed-memory", "cfc/no-gate", "cfc/pure", "dnc", "neural_ode/midpoint", "ntm")
+SLOW = (
+    "cfc/ltc", "cfc/mixed-memory", "cfc/no-gate", "cfc/pure", "dnc", "neural_ode/euler", "neural_ode/midpoint", "ntm",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in NAMES])
