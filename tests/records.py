@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lra.config import recipe as recipes
 from lra.results import record as records
 from lra.results import result
 from lra.results.collection import Collection
@@ -48,6 +49,25 @@ def record(architecture: str = "gru", seed: int = 0, accuracy: float = 0.5, n: i
     return records.from_json(content(architecture, seed, accuracy, n, **changes))
 
 
+def diagnostic(
+    architecture: str = "gru",
+    whole: float = 0.0,
+    positions: float = 0.6,
+    seed: int = 0,
+    task: str = "parity",
+    **more: Any,
+) -> RunRecord:
+    """A record of the recipe `diagnostic`."""
+    recipe, _ = recipes.resolve("diagnostic", task, architecture)
+    made = content(architecture, seed) | {
+        "task": task, "recipe": recipe.as_dict(), "recipe_hash": recipe.hash, "changed": {},
+        "id": f"diagnostic-{task}-{result.slug(architecture)}-s{seed}",
+        "protocol": {"name": "dense", "length": 256}, "chance": 0.5,
+        "test": {"accuracy": whole, "n": 1024, "positions": positions, "last": positions, "length": 40},
+    }  # fmt: skip
+    return records.from_json(made | more)
+
+
 def modified(name: str, architecture: str = "gru", seed: int = 0, accuracy: float = 0.5, **settings: Any) -> RunRecord:
     """A record whose recipe has a name and settings of section `optim` of the caller's choice."""
     recipe = content(architecture)["recipe"]
@@ -67,9 +87,9 @@ def answered(accuracy: float, n: int, seed: int) -> dict[str, np.ndarray]:
     }  # fmt: skip
 
 
-def write(root: Path, made: RunRecord) -> Path:
+def write(root: Path, made: RunRecord, place: str = "runs") -> Path:
     """With predictions that say what the record says."""
-    return result.write(made, answered(made.test.accuracy, made.test.n, made.seed), root)
+    return result.write(made, answered(made.test.accuracy, made.test.n, made.seed), root, place)
 
 
 def filled(root: Path, seeds: int = 3) -> Collection:

@@ -92,12 +92,14 @@ def baseline_notes(baselines: Mapping[str, float], axis: tuple[float, float]) ->
     return [line for text in whole for line in textwrap.wrap(text, WRAP)]
 
 
-def _baselines(baselines: Mapping[str, float], axis: tuple[float, float], channel: str) -> alt.Chart:
-    """Dashed lines across the plot at the baselines within the axis. channel: "x" or "y"."""
+def _baselines(
+    baselines: Mapping[str, float], axis: tuple[float, float], channel: str, title: str = ACCURACY
+) -> alt.Chart:
+    """Dashed lines across the plot at the baselines within the axis. channel: "x" or "y"; title: of that axis."""
     inside = [{"baseline": name, "accuracy": v} for name, v in baselines.items() if axis[0] <= v <= axis[1]]
     lines = alt.Chart(pd.DataFrame(inside, columns=["baseline", "accuracy"])).mark_rule(strokeDash=[4, 3], color=GREY)
     tip = [alt.Tooltip("baseline:N"), alt.Tooltip("accuracy:Q", format=".2f", title="accuracy %")]
-    return lines.encode(**{channel: (alt.X if channel == "x" else alt.Y)("accuracy:Q", title=ACCURACY)}, tooltip=tip)
+    return lines.encode(**{channel: (alt.X if channel == "x" else alt.Y)("accuracy:Q", title=title)}, tooltip=tip)
 
 
 TIPS = {
@@ -266,9 +268,7 @@ def by_length(
     frame: one row per profiled cell, as `efficiency.frame` makes it. axis: ends of the y axis, to be the same in all
     panels of a figure.
     """
-    lengths = sorted(int(n) for n in frame["length"].unique())
-    ticks = alt.Axis(values=lengths, labelExpr="datum.value >= 1024 ? datum.value / 1024 + 'K' : datum.value")
-    x = alt.X("length:Q", title="length", axis=ticks, scale=alt.Scale(type="log", base=2, nice=False))
+    x = _length_axis(frame["length"], "length")
     low, high = axis or (float(frame[value].min()), float(frame[value].max()))
     scale = alt.Scale(type="log", domain=[low, high], nice=False)
     y = alt.Y(f"{value}:Q", title=label, scale=scale, axis=alt.Axis(values=_log_ticks(low, high), format="~g"))
@@ -323,21 +323,58 @@ def _lines(
     return alt.layer(lines, points.add_params(picked, pointed))
 
 
-def heatmap(frame: pd.DataFrame) -> Layers:
-    """Accuracy of architectures (rows) on tasks (columns). frame: one row per table row, as for `tradeoff`, with
-    `task`."""
-    base = alt.Chart(frame)
-    x = alt.X("task:N", title=None, axis=alt.Axis(orient="top", labelAngle=-35))
-    y = alt.Y("label:N", title=None)
-    scale = alt.Scale(domain=[0, 100], scheme="viridis")
-    squares = base.mark_rect(cursor="pointer").encode(
-        x=x, y=y, color=alt.Color("accuracy:Q", scale=scale, title="accuracy %"), tooltip=_tips()
-    )
+HEAT_TIPS = {
+    "label": "architecture", "task": "task", "verdict": "verdict", "accuracy": "right %", "whole": "whole examples %",
+    "last": "last position %", "guess": "chance %", "reach": "reach, tokens", "seeds": "seeds", "steps": "steps",
+}  # fmt: skip
+NAMES = 130
+"""Width in pixels of the names at the left of a heat map."""
+
+
+def heatmap(frame: pd.DataFrame, tasks: Sequence[str], title: str) -> Layers:
+    """Right answers in % of architectures (rows) on tasks (columns); grey: at chance.
+
+    frame: one row per cell, as `diagnostics.frame` makes it. tasks: the columns of all heat maps of a page, so that
+    they stand below each other.
+    """
+    tips = [alt.Tooltip(f"{field}:N", title=name) for field, name in HEAT_TIPS.items()]
+    base = alt.Chart(frame).encode(tooltip=tips)
+    x = alt.X("task:N", title=None, scale=alt.Scale(domain=list(tasks)), axis=alt.Axis(orient="top", labelAngle=-35))
+    names = alt.Axis(labelLimit=NAMES - 5, minExtent=NAMES, maxExtent=NAMES)
+    y = alt.Y("label:N", title=None, axis=names)
+    share = alt.Color("accuracy:Q", scale=alt.Scale(domain=[0, 100], scheme="viridis"), legend=None)
+    squares = base.mark_rect(cursor="pointer", stroke="#8884").encode(
+        x=x, y=y, color=alt.condition("datum.chance", alt.value(GREY), share)
+    )  # fmt: skip
     # viridis is dark at its lower end on every page
-    ink = alt.condition("datum.accuracy > 60", alt.value("#1c2024"), alt.value("#ffffff"))
-    numbers = base.mark_text().encode(x=x, y=y, text=alt.Text("accuracy:Q", format=".0f"), color=ink)
+    ink = alt.condition("datum.accuracy > 60 || datum.chance", alt.value("#1c2024"), alt.value("#ffffff"))
+    numbers = base.mark_text(cursor="pointer").encode(x=x, y=y, text=alt.Text("accuracy:Q", format=".0f"), color=ink)
     height = 20 * frame["label"].nunique()
-    return alt.layer(squares, numbers).properties(width="container", height=height, title="Diagnostics")
+    return alt.layer(squares, numbers).properties(width="container", height=height, title=title)
+
+
+def by_test_length(frame: pd.DataFrame, title: str, guess: float | None) -> Layers:
+    """Right answers in % against test length, one line per architecture, at most `LINES` of them.
+
+    frame: one row per architecture and length, as `diagnostics.lengths` makes it. guess: share of right answers of a
+    guess in %, drawn dashed.
+    """
+    x = _length_axis(frame["length"], "test length")
+    y = alt.Y("accuracy:Q", title="right %", scale=alt.Scale(domain=[0, 100]))
+    tip = [
+        alt.Tooltip("label:N", title="architecture"), alt.Tooltip("length:Q", format=","),
+        alt.Tooltip("accuracy:Q", format=".1f", title="right %"), alt.Tooltip("seeds:Q"),
+    ]  # fmt: skip
+    lines = _lines(alt.Chart(frame), x, y, "label", sorted(frame["label"].unique()), tip)
+    chance = _baselines({} if guess is None else {"chance": guess}, (0, 100), "y", "right %")
+    return alt.layer(chance, lines).properties(width="container", height=180, title=title)
+
+
+def _length_axis(lengths: pd.Series, title: str) -> alt.X:
+    """A logarithmic axis with a tick at each length."""
+    values = sorted(int(n) for n in lengths.unique())
+    ticks = alt.Axis(values=values, labelExpr="datum.value >= 1024 ? datum.value / 1024 + 'K' : datum.value")
+    return alt.X("length:Q", title=title, axis=ticks, scale=alt.Scale(type="log", base=2, nice=False))
 
 
 def gradient_reach(norms: Sequence[float], title: str) -> alt.Chart:

@@ -1,12 +1,20 @@
-"""The table of the diagnostic tasks: one row for each task and architecture. They are no part of the leaderboard."""
+"""The diagnostic tasks: a table, and frames for the charts of the report. They are no part of the leaderboard."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from lra.reports import efficiency
 from lra.reports.table import Table, TableCell
 from lra.results import diagnosis
+from lra.results.official import ABSENT, recipe_settings
 from lra.results.record import RunRecord
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 COLUMNS = ("task", "architecture", "whole %", "right %", "last %", "chance %", "reach", "steps", "seeds", "verdict")
 NOTE = (
@@ -17,32 +25,118 @@ NOTE = (
 )
 
 
-def table(records: Iterable[RunRecord], title: str = "Diagnostics") -> Table:
-    """A row for each task, protocol, recipe and architecture; runs that differ in the seed share one."""
-    groups: dict[tuple[str, ...], dict[int, RunRecord]] = {}
+@dataclass(frozen=True)
+class Cell:
+    """The runs of one architecture on one task, which differ in the seed only.
+
+    row: "d0", "d1", ..., by which the report finds its evidence. label: the architecture with the settings that were
+    changed, and the first digits of recipe and source where a task has two of these. column: the task, with its
+    protocol where it has several.
+    """
+
+    row: str
+    label: str
+    column: str
+    runs: tuple[RunRecord, ...]
+
+    @property
+    def first(self) -> RunRecord:
+        return self.runs[0]
+
+    @property
+    def family(self) -> str:
+        return efficiency.family(self.first.architecture)
+
+    @property
+    def share(self) -> float:
+        """Share of right answers at the training length, the mean over seeds."""
+        return _mean([run.test.share for run in self.runs])
+
+    @property
+    def reach(self) -> str:
+        """The longest test length that every seed holds; "-" where the task has one length."""
+        reached = [length for run in self.runs if (length := diagnosis.reach(run)) is not None]
+        return str(min(reached)) if reached else "-"
+
+
+def cells(records: Iterable[RunRecord]) -> list[Cell]:
+    """Runs by task, protocol, architecture and recipe. Of two runs with one seed the newest counts."""
+    grouped: dict[tuple[str, ...], dict[int, RunRecord]] = {}
     for record in sorted(records, key=lambda record: record.started):
         key = (record.task, record.protocol.name, record.architecture, record.source_key, record.recipe_hash)
-        groups.setdefault(key, {})[record.seed] = record
-    rows = [_row(list(groups[key].values())) for key in sorted(groups)]
+        grouped.setdefault(key, {})[record.seed] = record
+    groups = [tuple(grouped[key].values()) for key in sorted(grouped)]
+    protocols = Counter(task for task, _ in {(runs[0].task, runs[0].protocol.name) for runs in groups})
+    names = [(runs[0].task, runs[0].protocol.name, runs[0].architecture + _changed(runs[0])) for runs in groups]
+    times = Counter(names)
+    made: list[Cell] = []
+    for (task, protocol, name), runs in zip(names, groups, strict=True):
+        source = f" source {runs[0].source_key[:6]}" if runs[0].source_key else ""
+        digits = f" #{runs[0].recipe_hash[:6]}{source}" if times[task, protocol, name] > 1 else ""
+        column = f"{task} ({protocol})" if protocols[task] > 1 else task
+        made.append(Cell(f"d{len(made)}", name + digits, column, runs))
+    return made
+
+
+def table(records: Iterable[RunRecord], title: str = "Diagnostics") -> Table:
+    """A row for each of `cells`."""
+    rows = [_row(cell) for cell in cells(records)]
     return Table(title, list(COLUMNS), [[TableCell(text) for text in row] for row in rows], [NOTE] if rows else [])
 
 
-def _row(runs: Sequence[RunRecord]) -> list[str]:
-    first, tests = runs[0], [run.test for run in runs]
-    reached = [length for run in runs if (length := diagnosis.reach(run)) is not None]
-    changed = f", {', '.join(f'{key} {_used(first, key)}' for key in first.changed)}" if first.changed else ""
+def _row(cell: Cell) -> list[str]:
+    first, tests = cell.first, [run.test for run in cell.runs]
     return [
-        f"{first.task} ({first.protocol.name}{changed})",
+        f"{first.task} ({first.protocol.name}{_changed(first)})",
         first.architecture,
         _percent([test.accuracy for test in tests]),
         _percent([test.share for test in tests]),
-        _percent([test.last for test in tests if test.last is not None]),
+        _percent(_last(cell.runs)),
         _percent([] if first.chance is None else [first.chance]),
-        str(min(reached)) if reached else "-",
+        cell.reach,
         f"{first.speed.steps or 0:,}",
-        str(len(runs)),
-        verdicts(runs),
+        str(len(cell.runs)),
+        verdicts(cell.runs),
     ]
+
+
+def frame(listed: Sequence[Cell]) -> pd.DataFrame:
+    """One row for each cell, as `charts.heatmap` takes them. Shares are in %."""
+    import pandas as pd
+
+    rows = [
+        {"row": cell.row, "label": cell.label, "family": cell.family,
+         "task": cell.column, "accuracy": round(100 * cell.share, 1),
+         "whole": _percent([run.test.accuracy for run in cell.runs]), "last": _percent(_last(cell.runs)),
+         "guess": _percent([] if cell.first.chance is None else [cell.first.chance]),
+         "chance": all(run.at_chance for run in cell.runs), "verdict": verdicts(cell.runs), "reach": cell.reach,
+         "seeds": len(cell.runs), "steps": cell.first.speed.steps or 0}
+        for cell in listed
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def lengths(listed: Sequence[Cell]) -> pd.DataFrame:
+    """Right answers by test length, as `charts.by_test_length` takes them: a row for each cell and length, that of
+    training included, for the tasks that have further lengths."""
+    import pandas as pd
+
+    columns = ["row", "label", "family", "task", "length", "accuracy", "seeds"]
+    rows = [
+        (cell.row, cell.label, cell.family, cell.column, length, round(100 * _mean(shares), 1), len(shares))
+        for cell in listed
+        for length, shares in _by_length(cell)
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _by_length(cell: Cell) -> Iterator[tuple[int, list[float]]]:
+    shares: dict[int, list[float]] = {}
+    for run in cell.runs:
+        longer = [score for name, score in run.tests.items() if name.startswith("length-")]
+        for score in [run.test, *longer] if longer else []:
+            shares.setdefault(score.length or 0, []).append(score.share)
+    yield from sorted(shares.items())
 
 
 def verdicts(runs: Sequence[RunRecord]) -> str:
@@ -54,10 +148,19 @@ def verdicts(runs: Sequence[RunRecord]) -> str:
     return ", ".join(f"{word} {words.count(word)}" for word in known if word in words)
 
 
-def _used(record: RunRecord, key: str) -> str:
-    section, _, name = key.partition(".")
-    return str(getattr(record.recipe, section, {}).get(name, "-"))
+def _changed(record: RunRecord) -> str:
+    """Settings in which the run departs from the shipped recipe, with their values: ", optim.lr 0.01"."""
+    used = recipe_settings(record) if record.changed else {}
+    return "".join(f", {key} {used.get(key, ABSENT)}" for key in record.changed or {})
+
+
+def _last(runs: Sequence[RunRecord]) -> list[float]:
+    return [run.test.last for run in runs if run.test.last is not None]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _percent(shares: Sequence[float]) -> str:
-    return f"{100 * sum(shares) / len(shares):.1f}" if shares else "-"
+    return f"{100 * _mean(shares):.1f}" if shares else "-"

@@ -150,7 +150,8 @@ def modified_table(modified: Sequence[ModifiedRow]) -> Table:
         "These runs changed settings of a shipped recipe or used an earlier version of it. They have no rank and are "
         "in no average."
     )
-    return Table("Modified runs, not ranked", columns, rows, [note])
+    grey = frozenset(number for number, entry in enumerate(modified) if not entry.row.succeeded)
+    return Table("Modified runs, not ranked", columns, rows, [note], grey=grey)
 
 
 BESIDE = ("task", "architecture", "measured", "reported", "gap", "differs in", "source")

@@ -1,8 +1,9 @@
 """One HTML file that holds every result, opens from disk and fetches nothing: tables, charts, evidence.
 
-    tables    accuracy with its interval as a bar and the baselines as lines; sorted and filtered in the page
-    charts    accuracy against training time, intervals, learning curves, growth with length (`charts`, drawn by Vega)
-    evidence  what stands behind a row: recipe, seeds, curves, hardware, versions, checksums, the command to repeat it
+    tables       accuracy with its interval as a bar, baselines as rows and lines; sorted and filtered in the page
+    charts       accuracy against training time, intervals, learning curves, growth with length (`charts`, by Vega)
+    diagnostics  heat maps, right answers by test length, and published claims beside them, where there are such runs
+    evidence     what stands behind a row or a cell (`evidence`)
 
 Learning curves are drawn where records hold `curve`: a list of {"step": int, "validation_accuracy": float,
 "validation_loss": float, "loss": float}.
@@ -12,38 +13,34 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
-import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lra import files
 from lra.errors import UserError
 from lra.registry import architectures
-from lra.reports import charts, efficiency, leaderboard
+from lra.reports import charts, diagnostics, efficiency, evidence, leaderboard
 from lra.reports.ranking import AVERAGES, LRA, Group, Leaderboard, Overall, Row
+from lra.results import claims
+from lra.results.claims import Judgement
 from lra.results.collection import Collection
-from lra.results.literature import Reported
-from lra.results.official import flatten
-from lra.results.record import AT_CHANCE, RunRecord
-from lra.results.statistics import Estimate, seeds_needed, success_rate
+from lra.results.record import RunRecord
+from lra.results.statistics import Estimate
 
 FILE = "report.html"
 FILTERS = ("family", "task", "size", "protocol", "recipe", "regime", "device")
-RUN_COLUMNS = ("seed", "test", "validation", "status", "started", "commit", "checksum", "id")
-CURVE_POINTS = 20
-"""Points of a learning curve at most: a report of 1,000 results stays below 3 MB."""
 CHARTED = (*charts.TIPS, "row", "accuracy", "low", "high", "chance", "memory_bytes")
 CURVES = {
     "accuracy": ("validation accuracy", "validation accuracy %"),
     "validation_loss": ("validation loss", "validation loss"), "loss": ("training loss", "training loss"),
 }  # fmt: skip
 """What is drawn against training steps: key of a run's curve -> (title, axis label)."""
+NO_INTERVAL: dict[str, Any] = {"half": "", "bar": None}
 PANEL = "the names in a panel"
 """Stands for them in a specification that several panels share."""
 
@@ -100,11 +97,16 @@ def build(collection: Collection, root: Path) -> str:
         for group, rows in groups.items()
     }
     table = result_frame(groups, ids)
-    page = _Page(runs=[run for _, row in listed for run in _run_curves(row, ids[id(row)])])
+    diagnosed = Collection.read(root, "diagnostics")
+    cells = diagnostics.cells(diagnosed.records)
+    judged, broken = _claims(cells)
+    page = _Page(runs=[run for _, row in listed for run in evidence.curves(row.label, row.runs, ids[id(row)])])
+    page.runs += [run for cell in cells for run in evidence.curves(cell.label, cell.runs, cell.row)]
     families = sorted({efficiency.family(name) for name in architectures.names()} | {efficiency.OUTSIDE})
-    evidence, parts = _pooled({
-        ids[id(row)]: _evidence(group, row, baselines[group], collection) for group, row in listed
-    })  # fmt: skip
+    behind = evidence.pooled(
+        {ids[id(row)]: evidence.of_row(group, row, baselines[group], collection) for group, row in listed}
+        | {cell.row: evidence.of_cell(cell) for cell in cells}
+    )
     parts_of = [table[table["group"] == i] for i in range(len(groups))]
     axes = [charts.limits(part["low"].min(), part["high"].max()) for part in parts_of]
     kinds = page.add_curves()
@@ -112,23 +114,27 @@ def build(collection: Collection, root: Path) -> str:
         _figures(group, part, baselines[group], families, page, kinds)
         for group, part in zip(groups, parts_of, strict=True)
     ]
-    growth = [_growth(shape, cells, page) for shape, cells in efficiency.curves(profiles).items()]
+    growth = [_growth(shape, part, page) for shape, part in efficiency.curves(profiles).items()]
     environment = Environment(loader=PackageLoader("lra.reports"), autoescape=True, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
     values = {key: sorted(table[key].unique(), key=_size_order) for key in FILTERS}
+    values["family"] = sorted({*values["family"], *(cell.family for cell in cells)})
     return environment.get_template("report.html").render(
-        header=leaderboard.HEADER, rows=_table_rows(table, axes),
+        header=leaderboard.HEADER, baseline=leaderboard.BASELINE, rows=_table_rows(table, groups, axes),
         ticks_by_group=[_ticks(baselines[group], axis) for group, axis in zip(groups, axes, strict=True)],
         filters={key: known for key, known in values.items() if len(known) > 1},
         standard=[_matrix(board, key, table, axes, ids) for key in _largest_first(board)],
         figures=figures, growth=growth, profiles=efficiency.tables(profiles),
         modified=leaderboard.modified_table(board.modified) if board.modified else None,
-        problems=[*collection.problems, *efficiency.problems(root)],
+        diagnosed=_diagnosed(cells, page) if cells else None, claims=judged,
+        # the literature is read with the records of each folder
+        problems=list(dict.fromkeys([*collection.problems, *diagnosed.problems, *broken, *efficiency.problems(root)])),
         summary=_summary(collection.records), vega=charts.javascript(),
-        data={
-            "evidence": evidence, "parts": parts, "specs": page.specs, "charts": page.charts,
+        data=behind | {
+            "specs": page.specs, "charts": page.charts,
             "datasets": page.datasets, "runs": page.runs, "seeds": kinds.get("seeds"), "lines": charts.LINES,
-            "runColumns": RUN_COLUMNS, "panel": PANEL, "themes": {name: charts.theme(name) for name in charts.INK},
+            "runColumns": evidence.RUN_COLUMNS, "panel": PANEL,
+            "themes": {name: charts.theme(name) for name in charts.INK},
         },
     )  # fmt: skip
 
@@ -149,9 +155,8 @@ def result_frame(groups: Mapping[Group, Sequence[Row]], ids: Mapping[int, str]) 
     profiled training step on the same machine, where there is one."""
     rows = []
     for number, (group, listed) in enumerate(groups.items()):
-        same = {key: getattr(group, key) for key in ("task", "protocol", "recipe", "regime", "device")}
         for row in listed:
-            rows.append(_facts(row) | same | {"group": number, "row": ids[id(row)]})
+            rows.append(_facts(row) | _shared(group) | {"group": number, "row": ids[id(row)]})
     columns = {*CHARTED, *FILTERS, "group", "rank", "architecture"}
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=sorted(columns))
 
@@ -210,9 +215,28 @@ def _ticks(baselines: Mapping[str, float], axis: tuple[float, float]) -> list[in
     return sorted({_percent(value, axis) for value in baselines.values() if axis[0] <= value <= axis[1]})
 
 
-def _table_rows(table: pd.DataFrame, axes: Sequence[tuple[float, float]]) -> list[dict[str, Any]]:
-    rows = table.to_dict("records")
-    return [row | {"bar": _bar(row["accuracy"], row["low"], row["high"], axes[row["group"]])} for row in rows]
+def _table_rows(
+    table: pd.DataFrame, groups: Mapping[Group, Sequence[Row]], axes: Sequence[tuple[float, float]]
+) -> list[dict[str, Any]]:
+    """The rows and the baselines of each group, by accuracy. A baseline has no key `row`."""
+    lines = table.to_dict("records")
+    shown = []
+    for number, (group, listed) in enumerate(groups.items()):
+        own = [row | {"bar": _bar(row["accuracy"], row["low"], row["high"], axes[number])}
+               for row in lines if row["group"] == number]  # fmt: skip
+        own += [_shared(group) | {"label": name, "accuracy": 100 * value} for name, value in _rules(listed).items()]
+        shown += sorted(own, key=lambda row: -row["accuracy"])
+    return shown
+
+
+def _shared(group: Group) -> dict[str, str]:
+    """What all rows of a group have in common, as far as the page filters by it."""
+    return {key: getattr(group, key) for key in ("task", "protocol", "recipe", "regime", "device")}
+
+
+def _rules(rows: Iterable[Row]) -> dict[str, float]:
+    """The baselines of a group that are rules; an architecture that sees few tokens has a row of its own."""
+    return leaderboard.baselines(run for row in rows for run in row.runs)
 
 
 def _matrix(
@@ -225,15 +249,18 @@ def _matrix(
     tasks = [t for t in LRA if any(t in by_task for by_task in cells.values())]
     group_of = dict(zip(table["row"], table["group"], strict=True))
     columns: dict[str, dict[str, dict[str, Any]]] = {}
+    rules: dict[str, dict[str, dict[str, Any]]] = {}
     for task in tasks:
         rows = {name: by_task[task] for name, by_task in cells.items() if task in by_task}
         number = group_of[ids[id(next(iter(rows.values())))]]
         places = leaderboard.places([leaderboard.candidate(row) for row in rows.values()])
         columns[task] = {
-            name: _cell(row.accuracy, place, axes[number]) | {
+            name: _cell(row.accuracy.mean, place, _interval(row.accuracy, axes[number])) | {
                 "row": ids[id(row)], "chance": not row.succeeded, "group": number}
             for (name, row), place in zip(rows.items(), places, strict=True)
         }  # fmt: skip
+        for name, value in _rules(rows.values()).items():
+            rules.setdefault(name, {})[task] = _cell(value)
     for title in AVERAGES:
         means = {name: e for name, averages in board.averages[key].items() if (e := averages[title])}
         if means:
@@ -241,7 +268,10 @@ def _matrix(
             ends = [value for e in means.values() for value in (e.mean, e.low, e.high) if not math.isnan(value)]
             axis = charts.limits(100 * min(ends), 100 * max(ends))
             places = leaderboard.places([e.mean for e in means.values()])
-            columns[title] = {n: _cell(e, place, axis) for (n, e), place in zip(means.items(), places, strict=True)}
+            columns[title] = {
+                name: _cell(e.mean, place, _interval(e, axis))
+                for (name, e), place in zip(means.items(), places, strict=True)
+            }
     names = sorted(cells, key=lambda n: (-len(cells[n]), -sum(r.accuracy.mean for r in cells[n].values()), n))
     sizes = table.groupby("architecture")["size"].first()
     lines = [
@@ -249,15 +279,22 @@ def _matrix(
          "cells": [column.get(name) for column in columns.values()]}
         for name in names
     ]  # fmt: skip
+    lines += [{"name": name, "cells": [by_task.get(column) for column in columns]} for name, by_task in rules.items()]
     return {"title": f"Recipe {recipe}, {regime}, protocol {protocol}, {device}", "columns": list(columns),
             "tasks": tasks, "rows": lines, "facts": facts}  # fmt: skip
 
 
-def _cell(estimate: Estimate, place: int, axis: tuple[float, float]) -> dict[str, Any]:
+def _cell(accuracy: float, place: int = 0, interval: Mapping[str, Any] = NO_INTERVAL) -> dict[str, Any]:
+    """A cell of the table over tasks; no evidence, and not at chance, unless it is said to be."""
+    return {"value": 100 * accuracy, "place": place, "row": "", "chance": False, "group": None, **interval}
+
+
+def _interval(estimate: Estimate, axis: tuple[float, float]) -> dict[str, Any]:
+    """Half-width in words, and the interval as a bar; neither for the mean of single runs."""
     mean, low, high = (100 * value for value in (estimate.mean, estimate.low, estimate.high))
-    bar = None if math.isnan(low) else _bar(mean, low, high, axis)
-    half = "" if bar is None else f"± {100 * estimate.half_width:.1f}"
-    return {"value": mean, "half": half, "place": place, "bar": bar, "row": "", "chance": False, "group": None}
+    if math.isnan(low):
+        return NO_INTERVAL
+    return {"half": f"± {100 * estimate.half_width:.1f}", "bar": _bar(mean, low, high, axis)}
 
 
 def _largest_first(board: Leaderboard) -> list[Overall]:
@@ -288,8 +325,7 @@ def _figures(
         for title, part in charts.panels(runs, "label") if len(runs) else []:
             caption = f"{title}: {what}"
             learning.append(page.place(kinds[kind], f"Learning curves, {caption}", list(part["row"]), caption))
-    facts = {key: getattr(group, key) for key in ("task", "protocol", "recipe", "regime", "device")}
-    return {"title": name, "main": main, "learning": learning, "facts": facts}
+    return {"title": name, "main": main, "learning": learning, "facts": _shared(group)}
 
 
 def _growth(shape: efficiency.Shape, cells: pd.DataFrame, page: _Page) -> dict[str, Any]:
@@ -305,78 +341,51 @@ def _growth(shape: efficiency.Shape, cells: pd.DataFrame, page: _Page) -> dict[s
     return {"title": title, "parts": parts}
 
 
-def _run_curves(row: Row, name: str) -> list[dict[str, Any]]:
-    """The learning curve of each run that has one, thinned to CURVE_POINTS."""
-    runs = []
-    for record in row.runs:
-        points = [(p.validation_accuracy, p) for p in record.curve if p.validation_accuracy is not None]
-        if not points:
-            continue
-        kept = [points[i] for i in np.unique(np.linspace(0, len(points) - 1, CURVE_POINTS).round().astype(int))]
-        run: dict[str, Any] = {"row": name, "label": row.label, "seed": f"seed {record.seed}"}
-        run |= {"step": [p.step for _, p in kept], "accuracy": [round(100 * accuracy, 1) for accuracy, _ in kept]}
-        # training loss where it is known, else validation loss
-        losses = {key: [getattr(p, key) for _, p in kept] for key in ("loss", "validation_loss")}
-        for key in [key for key, values in losses.items() if None not in values][:1]:
-            run[key] = [float(f"{loss:.3g}") for loss in losses[key]]
-        runs.append(run)
-    return runs
-
-
-def _pooled(evidence: Mapping[str, dict[str, Any]]) -> tuple[dict[str, Any], list[Any]]:
-    """Evidence with its parts replaced by their numbers in a list that holds each part once."""
-    numbers: dict[str, int] = {}
-    for entry in evidence.values():
-        entry["parts"] = [numbers.setdefault(json.dumps(part), len(numbers)) for part in entry["parts"]]
-    return dict(evidence), [json.loads(part) for part in numbers]
-
-
-def _evidence(group: Group, row: Row, baselines: Mapping[str, float], collection: Collection) -> dict[str, Any]:
-    """Sections of (name, value) pairs and the runs, as the dialog shows them."""
-    first, a = row.runs[0], row.accuracy
-    summary = [("accuracy", f"{100 * a.mean:.2f} % [{100 * a.low:.2f}, {100 * a.high:.2f}], 95 % over the {a.source}")]
-    if a.deviation is not None:
-        summary.append(("standard deviation over seeds", f"{100 * a.deviation:.2f} points"))
-        more = seeds_needed(a.deviation, 0.01, row.seeds)
-        summary.append(("seeds still needed for ± 1 point", str(more)))
-    if row.collapsed:
-        rate = success_rate(row.seeds - row.collapsed, row.seeds)
-        interval = f"95 % [{100 * rate.low:.0f} %, {100 * rate.high:.0f} %]"
-        summary.append(("runs that left chance", f"{row.seeds - row.collapsed} of {row.seeds}, {interval}"))
-    if row.points_per_work is not None:
-        summary.append(("points per forward MFLOP and token", f"{row.points_per_work:.3g}"))
-    literature = [
-        (f"{r.architecture}: {r.source}", _reported_text(r, group))
-        for r in collection.reported
-        if r.name == row.architecture and group.task in r.values
+def _diagnosed(cells: Sequence[diagnostics.Cell], page: _Page) -> dict[str, Any]:
+    """Heat maps by family, right answers by test length for each task that has several, and the table of all."""
+    frame, lengths = diagnostics.frame(cells), diagnostics.lengths(cells)
+    tasks = sorted(frame["task"].unique())
+    guesses = {cell.column: 100 * cell.first.chance for cell in cells if cell.first.chance is not None}
+    maps = [
+        page.add(charts.heatmap(part, tasks, family.replace("_", " ")), f"Diagnostics, {family}: right answers in %")
+        | {"family": family}
+        for family, part in frame.groupby("family")
     ]
-    stored = msgspec.to_builtins(first)
-    parts = {
-        "Summary": summary, "Baselines": [(name, f"{value} %") for name, value in baselines.items()],
-        "Reported (not ranked)": literature,
-        "Recipe": [*flatten(stored["recipe"]), ("hash", first.recipe_hash)],
-        "Work, speed, memory": [*flatten({k: stored[k] for k in ("flops", "speed", "memory", "implementations")})],
-        "Hardware and versions": list(flatten(stored["environment"])),
-        "Data": [*flatten(stored["data"]), *flatten({"protocol": stored["protocol"]})],
-    }  # fmt: skip
-    return {
-        "title": f"{row.label} on {leaderboard.title(group)}",
-        "runs": [_run(record) for record in row.runs], "commands": [record.command for record in row.runs],
-        "parts": [[name, pairs] for name, pairs in parts.items() if pairs],
-    }  # fmt: skip
+    curves = {}
+    for task, rows in lengths.groupby("task"):
+        curves[task] = [
+            page.add(
+                charts.by_test_length(part, title, guesses.get(task)), f"{task}, {title}: right answers by test length"
+            )
+            | {"family": part["family"].iloc[0]}
+            for title, part in charts.panels(rows, "label")
+        ]
+    width = charts.NAMES + 26 * len(tasks)
+    table = diagnostics.table([run for cell in cells for run in cell.runs])
+    return {"maps": maps, "width": width, "curves": curves, "table": table}
 
 
-def _reported_text(r: Reported, group: Group) -> str:
-    value, why = r.values[group.task], ", ".join(r.differs(group.task, group.protocol, group.recipe))
-    return f"{'FAIL' if math.isnan(value) else f'{value:.2f} %'}; differs in: {why or 'nothing known'}"
+def _claims(cells: Sequence[diagnostics.Cell]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The published claims of which something is measured, each with its findings and the rows that are their
+    evidence, and a line for each claim that cannot be read."""
+    records = [run for cell in cells for run in cell.runs]
+    judged, broken = [], []
+    for name in claims.names() if records else ():
+        try:
+            judgement = claims.judge(claims.read(name), records)
+        except UserError as error:
+            broken.append(f"left out the claim {name}: {error}")
+            continue
+        if any(finding.estimate is not None for finding in judgement.findings):
+            judged.append(_judged(judgement, cells))
+    return judged, broken
 
 
-def _run(record: RunRecord) -> list[Any]:
-    """A run in the order of RUN_COLUMNS."""
-    commit, accuracy = record.environment.commit, record.validation.accuracy
-    return [
-        record.seed, f"{100 * record.test.accuracy:.2f} %", "-" if accuracy is None else f"{100 * accuracy:.2f} %",
-        AT_CHANCE if record.at_chance else "above chance", record.started,
-        f"{commit.hash[:12]}{' + changes' if commit.dirty else ''}" or "not recorded",
-        record.predictions.sha256[:16], record.id,
-    ]  # fmt: skip
+def _judged(judgement: Judgement, cells: Sequence[diagnostics.Cell]) -> dict[str, Any]:
+    rows = []
+    for finding in judgement.findings:
+        measured = [cell.row for cell in cells if finding.cell.matches(cell.first)]
+        settings = "".join(f" {key}={value}" for key, value in finding.cell.settings.items())
+        name = finding.cell.architecture + settings
+        rows.append({"name": name, "row": measured[0] if measured else "", "finding": finding})
+    return {"claim": judgement.claim, "outcome": judgement.outcome, "rows": rows}

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-from records import content
+from records import diagnostic as run
 from typer.testing import CliRunner
 
 from lra.cli.app import app
@@ -17,23 +16,6 @@ from lra.reports import diagnostics
 from lra.results import claims, diagnosis
 from lra.results import record as records
 from lra.results.record import RunRecord
-
-
-def run(
-    architecture: str = "gru",
-    whole: float = 0.0,
-    positions: float = 0.6,
-    seed: int = 0,
-    task: str = "parity",
-    **more: Any,
-) -> RunRecord:
-    recipe, _ = recipes.resolve("diagnostic", task, architecture)
-    made = content(architecture, seed) | {
-        "task": task, "recipe": recipe.as_dict(), "recipe_hash": recipe.hash, "changed": {},
-        "protocol": {"name": "dense", "length": 256}, "chance": 0.5,
-        "test": {"accuracy": whole, "n": 1024, "positions": positions, "last": positions, "length": 40},
-    }  # fmt: skip
-    return records.from_json(made | more)
 
 
 def curve(*accuracies: float) -> list[dict[str, float]]:

@@ -6,24 +6,24 @@ import html
 import json
 import math
 import re
-import shutil
-import subprocess
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
-from records import filled, profile_content, record, write
+from browser import CHROMIUM, Browser
+from records import diagnostic, filled, profile_content, record, write
 from typer.testing import CliRunner
 
 from lra.cli.app import app
 from lra.errors import UserError
-from lra.reports import charts, efficiency, report
+from lra.reports import charts, diagnostics, efficiency, report
+from lra.reports import evidence as evidence_of
 from lra.results.collection import Collection
 
 HOSTILE = "</script><script>alert(1)</script>&\"'"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 LITERATURE = (
     "architecture,name,protocol,listops,text,retrieval,image,pathfinder,pathx,printed_average,not_comparable,source,note\n"
     "S4D-X,s4d,strict,60.5,,,,86,FAIL,,,A paper Table 1,\n"
@@ -50,7 +50,18 @@ def fill(tmp_path: Path) -> Path:
         place = tmp_path / "profile" / "cpu" / f"{name}-{length}.json"
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(json.dumps(made))
+    diagnose(tmp_path)
     return tmp_path
+
+
+def diagnose(folder: Path) -> None:
+    """Two architectures on two diagnostic tasks, one of which has further test lengths."""
+    longer = {"length-64": {"accuracy": 0.0, "n": 9, "positions": 0.95, "length": 64},
+              "length-256": {"accuracy": 0.0, "n": 9, "positions": 0.55, "length": 256}}  # fmt: skip
+    for seed in (0, 1):
+        write(folder, diagnostic("gru", 1008 / 1024, 0.999, seed, tests=longer), "diagnostics")
+    write(folder, diagnostic("transformer", 0.0, 0.51, collapsed="at chance"), "diagnostics")
+    write(folder, diagnostic("transformer", 0.5, 0.8, task="mqar", chance=0.1), "diagnostics")
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +114,8 @@ def evidence(page: str) -> dict[str, Any]:
     """Each row's evidence, with its parts by name."""
     data = contents(page)
     for entry in data["evidence"].values():
-        entry["parts"] = {name: dict(pairs) for name, pairs in (data["parts"][n] for n in entry["parts"])}
+        parts = (data["parts"][n] for n in entry["parts"])
+        entry["parts"] = {name: dict(data["pairs"][n] for n in numbers) for name, numbers in parts}
         entry["runs"] = [dict(zip(data["runColumns"], run, strict=True)) for run in entry["runs"]]
     return data["evidence"]
 
@@ -111,7 +123,7 @@ def evidence(page: str) -> dict[str, Any]:
 def test_every_row_and_every_cell_of_the_overview_has_its_evidence(page: str) -> None:
     known = evidence(page)
     names = set(re.findall(r'data-row="(r\d+)"', page))
-    assert names == set(known)
+    assert names == {name for name in known if name.startswith("r")}
     row = next(e for e in known.values() if e["title"].startswith("s4d on listops"))
     parts = row["parts"]
     assert [run["seed"] for run in row["runs"]] == [0, 1, 2]
@@ -144,6 +156,73 @@ def test_a_row_whose_every_run_is_at_chance_is_grey(tmp_path: Path) -> None:
     write(tmp_path, record("s4d", 0, 0.6))
     page = report.build(Collection.read(tmp_path), tmp_path)
     assert re.findall(r'<tr data-row="(r\d)"[^>]*class="chance"', page) == ["r1"]
+
+
+def test_baselines_are_rows_by_accuracy(page: str, tmp_path: Path) -> None:
+    write(tmp_path, record("gru", 0, 0.3))
+    write(tmp_path, record("s4d", 0, 0.6))
+    small = report.build(Collection.read(tmp_path), tmp_path)
+    table = small[small.index('<table id="rows"') :].partition("</table>")[0]
+    rows = re.findall(r"<tr ([^>]*)>.*?<th[^>]*>(.*?)</th><td data-sort=\"([0-9.]+)\"><b>", table)
+    names = [re.sub("<[^>]+>", "", name) for _, name, _ in rows]
+    mark = "no sequence model"
+    assert names == ["s4d", f"root operator {mark}", "gru", f"majority class {mark}"]
+    assert [float(value) for *_, value in rows] == [60.0, 36.0, 30.0, 17.0]
+    assert ["data-row" in attributes for attributes, *_ in rows] == [True, False, True, False]
+    overview = page[page.index('<table class="matrix') : page.index('id="results"')]
+    assert "majority class <small>no sequence model</small>" in overview
+
+
+def test_diagnostics_and_claims_are_shown_where_there_are_such_runs(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = contents(page)["datasets"].values()
+    cells = {(row["label"], row["task"]): row for rows in datasets for row in rows if "verdict" in row}
+    assert set(cells) == {("gru", "parity"), ("transformer", "parity"), ("transformer", "mqar")}
+    gru = cells["gru", "parity"]
+    assert (gru["accuracy"], gru["whole"], gru["verdict"]) == (99.9, "98.4", "solved")
+    assert (gru["reach"], gru["seeds"], gru["guess"]) == ("64", 2, "50.0")
+    assert cells["transformer", "parity"]["chance"]
+    lengths = [row for rows in datasets for row in rows if "length" in row and row.get("label") == "gru"]
+    assert [(row["length"], row["accuracy"]) for row in lengths] == [(40, 99.9), (64, 95.0), (256, 55.0)]
+    behind = evidence(page)[gru["row"]]
+    assert behind["parts"]["Verdict"]["seed 1"].startswith("solved: 98.4 % of the examples right")
+    assert behind["parts"]["Chance and plateaus"] == {"chance": "50.0 %"}
+    assert len(behind["runs"]) == 2
+
+    monkeypatch.setenv("LRA_RESULTS", str(tmp_path))
+    text = 'statement = "Gated networks <learn> parity."\nsource = "a paper"\npublished = "100"\ntask = "parity"\n'
+    text += 'protocol = "dense"\nsolves = 0.95\nfails = 0.85\n'
+    cell = '[[cells]]\narchitecture = "{}"\nexpect = "{}"\n'
+    (tmp_path / "claims").mkdir()
+    for name, expected in (("C1", "fails"), ("C2", "solves")):
+        cells_of = cell.format("gru", "solves") + cell.format("transformer", expected)
+        (tmp_path / "claims" / f"{name}.toml").write_text(text + cells_of)
+    (tmp_path / "claims" / "C3.toml").write_text(text + cell.format("lstm", "solves"))
+    (tmp_path / "claims" / "C4.toml").write_text("x = 1")
+    empty = report.build(Collection.read(tmp_path), tmp_path)
+    assert 'id="diagnostics"' not in empty
+    assert 'id="claims"' not in empty
+    diagnose(tmp_path)
+    shown = report.build(Collection.read(tmp_path), tmp_path)
+    outcome = r'<summary><span class="outcome \w+">(\w+)</span> (\w+): ([^<]*)</summary>'
+    told = "Gated networks &lt;learn&gt; parity."
+    assert re.findall(outcome, shown) == [("agree", "C1", told), ("disagree", "C2", told)]
+    assert "left out the claim C4: unknown key" in shown
+    row = next(key for key, entry in contents(shown)["evidence"].items() if entry["title"].startswith("gru on parity"))
+    assert f'<button type="button" data-row="{row}">gru</button>' in shown
+
+
+def test_runs_with_other_settings_and_protocols_have_cells_of_their_own() -> None:
+    changed = diagnostic("gru", changed={"train.steps": 100}, recipe_hash="1" * 64)
+    earlier = diagnostic("gru", recipe_hash="2" * 64)
+    other = diagnostic("gru", protocol={"name": "final", "length": 256})
+    found = {(cell.label, cell.column) for cell in diagnostics.cells([diagnostic("gru"), changed, earlier, other])}
+    steps = changed.recipe.train["steps"]
+    hashes = [made.recipe_hash[:6] for made in (earlier, diagnostic("gru"))]
+    assert found == {(f"gru #{digits}", "parity (dense)") for digits in hashes} | {
+        (f"gru, train.steps {steps}", "parity (dense)"), ("gru", "parity (final)"),
+    }  # fmt: skip
 
 
 def test_every_chart_finds_its_data(page: str) -> None:
@@ -196,7 +275,7 @@ def test_long_curves_are_thinned(tmp_path: Path) -> None:
     curve = [{"step": s, "validation_accuracy": 0.5} for s in range(1, 1001)]
     write(tmp_path, record("gru", 0, 0.5, curve=curve))
     (run,) = contents(report.build(Collection.read(tmp_path), tmp_path))["runs"]
-    assert (len(run["step"]), run["step"][0], run["step"][-1]) == (report.CURVE_POINTS, 1, 1000)
+    assert (len(run["step"]), run["step"][0], run["step"][-1]) == (evidence_of.CURVE_POINTS, 1, 1000)
 
 
 def test_an_empty_folder_makes_a_page_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,7 +377,7 @@ def test_panels_of_growth_share_their_axis(folder: Path) -> None:
 
 
 def test_a_chart_is_saved_in_the_format_of_its_name(tmp_path: Path) -> None:
-    heat = charts.heatmap(frame(4).assign(task="parity"))
+    heat = charts.heatmap(frame(4).assign(task="parity"), ["parity"], "attention")
     starts = {".png": b"\x89PNG", ".svg": b"<svg", ".pdf": b"%PDF"}
     for suffix, start in starts.items():
         assert charts.save(heat, tmp_path / f"chart{suffix}").read_bytes().startswith(start)
@@ -306,110 +385,120 @@ def test_a_chart_is_saved_in_the_format_of_its_name(tmp_path: Path) -> None:
         charts.save(heat, tmp_path / "chart.jpg")
 
 
-SESSION = """
-<script>
-const faults = [];
-window.addEventListener("error", (event) => faults.push(String(event.message)));
-window.addEventListener("unhandledrejection", (event) => faults.push(String(event.reason)));
-window.addEventListener("securitypolicyviolation", (event) => faults.push(`blocked ${event.blockedURI}`));
-console.error = console.warn = (...words) => faults.push(words.join(" "));
-const until = async (fits) => { while (!fits()) await new Promise((go) => setTimeout(go, 20)); };
-const use = async () => {
-  const said = {};
-  const all = [...document.querySelectorAll("#rows tbody tr")];
-  const rows = () => [...document.querySelectorAll("#rows tbody tr")].filter((row) => !row.hidden);
-  const column = (n) => rows().map((row) => row.cells[n].textContent.trim());
-  const dialog = document.getElementById("evidence");
-  const form = document.getElementById("filters");
-  said.restored = [column(0), getComputedStyle(document.querySelector("#rows th:nth-child(7)")).display];
-  form.reset();
-  await new Promise((go) => setTimeout(go, 50));
-  const button = document.querySelector("#rows [data-key=accuracy]");
-  button.click();
-  said.falling = column(3).map(parseFloat);
-  button.click();
-  said.rising = column(3).map(parseFloat);
-  said.address = location.hash;
-  form.text.value = "S4D pathf"; form.dispatchEvent(new Event("input"));
-  said.filtered = rows().map((row) => row.cells[2].textContent + " " + row.cells[0].textContent);
-  said.count = document.getElementById("count").textContent;
-  form.text.value = ""; form.task.value = "listops"; form.dispatchEvent(new Event("input"));
-  said.tasks = [...new Set(column(0))];
-  const figures = [...document.querySelectorAll("#figures details[data-task]")].filter((part) => !part.hidden);
-  said.figures = figures.map((part) => part.dataset.task);
-  said.filteredAddress = location.hash;
-  form.task.value = ""; form.family.value = "recurrent"; form.dispatchEvent(new Event("input"));
-  said.family = [...new Set(column(2))];
-  form.reset();
-  await new Promise((go) => setTimeout(go, 50));
-  const wanted = rows().find((row) => row.textContent.includes("s4d") && row.textContent.includes("listops"));
-  wanted.querySelector("button").click();
-  said.opened = dialog.open; said.title = document.getElementById("evidence-title").textContent;
-  said.commands = [...dialog.querySelectorAll("code")].map((code) => code.textContent);
-  dialog.close();
-  all.find((row) => row.textContent.includes("alert(1)")).click();
-  await until(() => dialog.querySelector("svg"));
-  said.legend = [...dialog.querySelectorAll("svg .role-legend-label text")].map((text) => text.textContent);
-  said.injected = dialog.querySelectorAll("script").length;
-  dialog.close();
-  for (const part of document.querySelectorAll("details")) part.open = true;
-  for (const place of document.querySelectorAll("[data-chart]")) {
-    place.scrollIntoView();
-    await until(() => place.querySelector("svg"));
-  }
-  said.charts = document.querySelectorAll("[data-chart] svg").length;
-  const dot = document.querySelector("#figures svg .mark-symbol path[aria-roledescription=point]");
-  const { x, y, width, height } = (dot.scrollIntoView(), dot.getBoundingClientRect());
-  const where = { bubbles: true, clientX: x + width / 2, clientY: y + height / 2 };
-  for (const kind of ["pointerdown", "mousedown", "click"]) dot.dispatchEvent(new MouseEvent(kind, where));
-  said.byDot = dialog.open;
-  dialog.close();
-  said.wide = document.documentElement.scrollWidth > window.innerWidth;
-  said.fetched = performance.getEntriesByType("resource").map((entry) => entry.name);
-  return said;
-};
-window.addEventListener("load", async () => {
-  const out = document.createElement("pre");
-  try { out.textContent = JSON.stringify({ ...await use(), faults }); }
-  catch (error) { out.textContent = JSON.stringify({ faults: [...faults, String(error.stack)] }); }
-  out.id = "session";
-  document.body.append(out);
-});
-</script>
+@pytest.fixture(scope="module")
+def browser(page: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """The page, opened by a link that shares a view."""
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed (on Debian: apt-get install chromium)")
+    folder = tmp_path_factory.mktemp("browser")
+    place = folder / "report.html"
+    place.write_text(page, encoding="utf-8")
+    opened = Browser(f"file://{place}#task=pathfinder&sort=rows.3.ascending&hide=parameters", folder / "profile")
+    opened.run(HELPERS)
+    yield opened
+    opened.close()
+
+
+HELPERS = """
+  window.shown = () => [...document.querySelectorAll("#rows tbody tr[data-row]")].filter((row) => !row.hidden);
+  window.column = (n) => shown().map((row) => row.cells[n].textContent.trim());
+  window.form = document.getElementById("filters");
+  window.dialog = document.getElementById("evidence");
+  window.set = (fields) => {
+    for (const name of ["text", "task", "family"]) form[name].value = fields[name] ?? "";
+    form.dispatchEvent(new Event("input"));
+  };
+  window.until = async (fits) => { while (!fits()) await new Promise((go) => setTimeout(go, 20)); };
 """
 
 
-@pytest.mark.slow  # a busy machine draws too slowly for the browser's clock
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (on Debian: apt-get install chromium)")
-@pytest.mark.parametrize("width", [1280, 500])
-def test_in_a_browser_it_sorts_filters_draws_and_opens_its_evidence(width: int, page: str, tmp_path: Path) -> None:
-    """500 is the narrowest window of a headless Chromium."""
-    place = tmp_path / "session.html"
-    place.write_text(page.replace("<title>", SESSION + "<title>", 1), encoding="utf-8")
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom",
-               "--virtual-time-budget=60000", f"--user-data-dir={tmp_path / 'chromium'}"]  # fmt: skip
-    address = f"file://{place}#task=pathfinder&sort=rows.3.ascending&hide=parameters"
-    done = subprocess.run([str(CHROMIUM), *options, address], capture_output=True, text=True, timeout=120, check=True)
-    (text,) = re.findall(r'<pre id="session">(.*?)</pre>', done.stdout, re.DOTALL)
-    said = json.loads(html.unescape(text))
-    assert said["faults"] == []
-    assert said["restored"] == [["pathfinder"] * 3, "none"]
-    assert said["falling"] == sorted(said["falling"], reverse=True)
-    assert said["rising"] == sorted(said["rising"])
-    assert len(said["rising"]) == 7
-    assert said["address"] == "#sort=rows.3.ascending&hide=parameters"
-    assert said["filtered"] == ["s4d pathfinder"]
-    assert said["count"] == "1 of 7 rows"
-    assert said["tasks"] == ["listops"]
-    assert set(said["figures"]) == {"listops"}
-    assert said["filteredAddress"] == "#task=listops&sort=rows.3.ascending&hide=parameters"
-    assert said["family"] == ["gru"]
-    assert said["opened"]
-    assert said["title"].startswith("s4d on listops")
-    assert said["commands"] == [f"lra run listops s4d --seed {seed}" for seed in range(3)]
-    assert said["legend"] == ["seed 0"]
-    assert said["injected"] == 0
-    assert said["charts"] == len(contents(page)["charts"])
-    assert said["byDot"]
-    assert not said["wide"]
-    assert said["fetched"] == []
+def test_a_link_shares_the_view(browser: Browser) -> None:
+    restored = "return [column(0), getComputedStyle(document.querySelector('#rows th:nth-child(7)')).display]"
+    assert browser.run(restored) == [["pathfinder"] * 3, "none"]
+    rising = browser.run("return column(3).map(parseFloat)")
+    assert rising == sorted(rising)
+    browser.run("location.hash = '#text=s4d'; await until(() => form.text.value)")
+    assert browser.run(restored.replace("column(0)", "column(2)")) == [["s4d", "s4d"], "table-cell"]
+
+
+def test_it_sorts(browser: Browser) -> None:
+    browser.run("set({})")
+    click = "document.querySelector('#rows [data-key=accuracy]').click(); return column(3).map(parseFloat)"
+    falling, rising = browser.run(click), browser.run(click)
+    if falling[0] < falling[-1]:
+        falling, rising = rising, falling
+    assert len(falling) == 7
+    assert falling == sorted(falling, reverse=True)
+    assert rising == sorted(rising)
+    assert browser.run("return location.hash").startswith("#sort=rows.3.")
+
+
+def test_it_filters_rows_and_figures_and_keeps_the_baselines(browser: Browser) -> None:
+    browser.run("set({text: 'S4D pathf'})")
+    assert browser.run("return shown().map((row) => row.cells[2].textContent + row.cells[0].textContent)") == [
+        "s4dpathfinder"
+    ]
+    assert browser.run("return document.getElementById('count').textContent") == "1 of 7 rows"
+    browser.run("set({task: 'listops', family: 'recurrent'})")
+    assert browser.run("return [column(0), column(2)]") == [["listops"], ["gru"]]
+    assert browser.run("return location.hash").startswith("#family=recurrent&task=listops")
+    baselines = "return [...document.querySelectorAll('#rows .baseline')].filter((row) => !row.hidden).map("
+    assert browser.run(f"{baselines} (row) => row.cells[0].textContent)") == ["listops"] * 4
+    figures = "return [...document.querySelectorAll('#figures > details')].filter((part) => !part.hidden).map("
+    assert set(browser.run(f"{figures} (part) => part.dataset.task)")) == {"listops"}
+    heat = "return [...document.querySelectorAll('#diagnostics > .wide')].filter((part) => !part.hidden).map("
+    assert browser.run(f"{heat} (part) => part.dataset.family)") == ["recurrent"]
+
+
+def test_a_row_opens_its_evidence_and_a_hostile_name_stays_text(browser: Browser) -> None:
+    browser.run(
+        "set({}); shown().find((row) => /s4d/.test(row.textContent) && /listops/.test(row.textContent)).click()"
+    )
+    assert browser.run("return [dialog.open, document.getElementById('evidence-title').textContent.slice(0, 14)]") == [
+        True, "s4d on listops",
+    ]  # fmt: skip
+    commands = "return [...dialog.querySelectorAll('code')].map((code) => code.textContent)"
+    assert browser.run(commands) == [f"lra run listops s4d --seed {seed}" for seed in range(3)]
+    browser.run("dialog.close(); shown().find((row) => row.textContent.includes('alert(1)')).click()")
+    browser.run("await until(() => dialog.querySelector('svg'))")
+    assert browser.run("return dialog.querySelector('.role-legend-label text').textContent") == "seed 0"
+    assert browser.run("return dialog.querySelectorAll('script').length") == 0
+    assert browser.run(commands) == [f"lra run {HOSTILE}"]
+    browser.run("dialog.close()")
+
+
+def test_a_cell_of_the_heat_map_opens_its_evidence(browser: Browser) -> None:
+    click = """
+      set({});
+      const place = document.querySelector("#diagnostics [data-family=recurrent] [data-chart]");
+      place.scrollIntoView();
+      await until(() => place.querySelector("svg"));
+      const cell = place.querySelector(".mark-rect path");
+      const { x, y, width, height } = cell.getBoundingClientRect();
+      const where = { bubbles: true, clientX: x + width / 2, clientY: y + height / 2 };
+      for (const kind of ["pointerdown", "mousedown", "click"]) cell.dispatchEvent(new MouseEvent(kind, where));
+      const said = [dialog.open, dialog.textContent.includes("solved: 98.4 % of the examples right")];
+      dialog.close();
+      return said;
+    """
+    assert browser.run(click) == [True, True]
+
+
+def test_it_fits_a_phone_and_nothing_was_fetched_or_logged(browser: Browser) -> None:
+    """Every chart is drawn first: a fault of one would be logged."""
+    browser.resize(390, 844)
+    draw = """
+      set({});
+      for (const part of document.querySelectorAll("details")) part.open = true;
+      for (const place of document.querySelectorAll("[data-chart]")) {
+        place.scrollIntoView();
+        await until(() => place.querySelector("svg"));
+      }
+      return [document.querySelectorAll("[data-chart] svg").length, document.documentElement.scrollWidth];
+    """
+    charted, wide = browser.run(draw)
+    assert charted == browser.run("return document.querySelectorAll('[data-chart]').length")
+    assert wide <= 390
+    assert [address for address in browser.requests if not address.startswith(("file:", "blob:"))] == []
+    assert len(browser.requests) == 1
+    assert browser.faults == []

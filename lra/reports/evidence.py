@@ -1,0 +1,135 @@
+"""What stands behind a row of the report: scores, seeds, learning curves, recipe, hardware, versions, checksums, and
+the command that repeats each run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from lra.reports import leaderboard
+from lra.reports.diagnostics import Cell
+from lra.reports.ranking import Group, Row
+from lra.results import diagnosis
+from lra.results.collection import Collection
+from lra.results.literature import Reported
+from lra.results.official import flatten
+from lra.results.record import AT_CHANCE, RunRecord
+from lra.results.statistics import seeds_needed, success_rate
+
+RUN_COLUMNS = ("seed", "test", "validation", "status", "started", "commit", "checksum", "id")
+CURVE_POINTS = 20
+"""Points of a learning curve at most: a report of 1,000 results stays below 3 MB."""
+
+
+def of_row(group: Group, row: Row, baselines: Mapping[str, float], collection: Collection) -> dict[str, Any]:
+    """Sections of (name, value) pairs and the runs, as the dialog shows them."""
+    a = row.accuracy
+    summary = [("accuracy", f"{100 * a.mean:.2f} % [{100 * a.low:.2f}, {100 * a.high:.2f}], 95 % over the {a.source}")]
+    if a.deviation is not None:
+        summary.append(("standard deviation over seeds", f"{100 * a.deviation:.2f} points"))
+        more = seeds_needed(a.deviation, 0.01, row.seeds)
+        summary.append(("seeds still needed for ± 1 point", str(more)))
+    if row.collapsed:
+        rate = success_rate(row.seeds - row.collapsed, row.seeds)
+        interval = f"95 % [{100 * rate.low:.0f} %, {100 * rate.high:.0f} %]"
+        summary.append(("runs that left chance", f"{row.seeds - row.collapsed} of {row.seeds}, {interval}"))
+    if row.points_per_work is not None:
+        summary.append(("points per forward MFLOP and token", f"{row.points_per_work:.3g}"))
+    literature = [
+        (f"{r.architecture}: {r.source}", _reported(r, group))
+        for r in collection.reported
+        if r.name == row.architecture and group.task in r.values
+    ]
+    parts = {
+        "Summary": summary, "Baselines": [(name, f"{value} %") for name, value in baselines.items()],
+        "Reported (not ranked)": literature,
+    }  # fmt: skip
+    return _entry(f"{row.label} on {leaderboard.title(group)}", parts, row.runs)
+
+
+def of_cell(cell: Cell) -> dict[str, Any]:
+    """The evidence of a cell of the heat map: verdicts and scores of each seed, and the runs."""
+    first = cell.first
+    verdicts = [(f"seed {run.seed}", diagnosis.verdict(run)) for run in cell.runs]
+    splits = [
+        (f"{name}, seed {run.seed}", f"{100 * score.share:.1f} % right, whole examples {100 * score.accuracy:.1f} %")
+        for run in cell.runs
+        for name, score in {"test": run.test, **run.tests}.items()
+    ]
+    parts = {
+        "Verdict": [(seed, f"{verdict.word}: {verdict.reason}") for seed, verdict in verdicts],
+        "Test splits": splits,
+        "Chance and plateaus": [
+            (name, f"{100 * share:.1f} %")
+            for name, share in {"chance": first.chance, **first.plateaus}.items()
+            if share is not None
+        ],
+    }
+    title = f"{cell.label} on {first.task} ({first.protocol.name}), recipe {first.recipe.name}, {first.hardware}"
+    return _entry(title, parts, cell.runs)
+
+
+def curves(label: str, records: Iterable[RunRecord], name: str) -> list[dict[str, Any]]:
+    """The learning curve of each run that has one, thinned to CURVE_POINTS. name: of their row."""
+    runs = []
+    for record in records:
+        points = [(p.validation_accuracy, p) for p in record.curve if p.validation_accuracy is not None]
+        if not points:
+            continue
+        kept = [points[i] for i in np.unique(np.linspace(0, len(points) - 1, CURVE_POINTS).round().astype(int))]
+        run: dict[str, Any] = {"row": name, "label": label, "seed": f"seed {record.seed}"}
+        run |= {"step": [p.step for _, p in kept], "accuracy": [round(100 * accuracy, 1) for accuracy, _ in kept]}
+        # training loss where it is known, else validation loss
+        losses = {key: [getattr(p, key) for _, p in kept] for key in ("loss", "validation_loss")}
+        for key in [key for key, values in losses.items() if None not in values][:1]:
+            run[key] = [float(f"{loss:.3g}") for loss in losses[key]]
+        runs.append(run)
+    return runs
+
+
+def pooled(evidence: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the page's script reads: "evidence" with parts as numbers in the list "parts", and these with (name, value)
+    pairs as numbers in the list "pairs". Each part and each pair is there once."""
+    parts: dict[tuple[str, tuple[int, ...]], int] = {}
+    pairs: dict[tuple[str, str], int] = {}
+    for entry in evidence.values():
+        for place, (name, listed) in enumerate(entry["parts"]):
+            numbers = tuple(pairs.setdefault(pair, len(pairs)) for pair in listed)
+            entry["parts"][place] = parts.setdefault((name, numbers), len(parts))
+    return {"evidence": dict(evidence), "parts": list(parts), "pairs": list(pairs)}
+
+
+def _entry(title: str, parts: Mapping[str, Any], runs: Sequence[RunRecord]) -> dict[str, Any]:
+    """What the dialog shows: `parts`, which are pairs by title, the runs, and what the first of them has recorded."""
+    first = runs[0]
+    stored = msgspec.to_builtins(first)
+    recorded = {
+        "Recipe": [*flatten(stored["recipe"]), ("hash", first.recipe_hash)],
+        "Work, speed, memory": [*flatten({k: stored[k] for k in ("flops", "speed", "memory", "implementations")})],
+        "Hardware and versions": list(flatten(stored["environment"])),
+        "Data": [*flatten(stored["data"]), *flatten({"protocol": stored["protocol"]})],
+    }
+    return {
+        "title": title, "runs": [_run(record) for record in runs], "commands": [record.command for record in runs],
+        "parts": [[name, pairs] for name, pairs in {**parts, **recorded}.items() if pairs],
+    }  # fmt: skip
+
+
+def _reported(r: Reported, group: Group) -> str:
+    value, why = r.values[group.task], ", ".join(r.differs(group.task, group.protocol, group.recipe))
+    return f"{'FAIL' if math.isnan(value) else f'{value:.2f} %'}; differs in: {why or 'nothing known'}"
+
+
+def _run(record: RunRecord) -> list[Any]:
+    """A run in the order of RUN_COLUMNS."""
+    commit, accuracy = record.environment.commit, record.validation.accuracy
+    return [
+        record.seed, f"{100 * record.test.accuracy:.2f} %", "-" if accuracy is None else f"{100 * accuracy:.2f} %",
+        AT_CHANCE if record.at_chance else "above chance", record.started,
+        f"{commit.hash[:12]}{' + changes' if commit.dirty else ''}" or "not recorded",
+        record.predictions.sha256[:16], record.id,
+    ]  # fmt: skip
