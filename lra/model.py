@@ -68,11 +68,14 @@ class Classifier(nn.Module):
     outputs are joined. Padding is identified by the mask, never by a
     token value, unless the protocol hides zeros: then a token 0 is hidden from the encoder, except at the first
     position. Raises UserError if the encoder takes no masks with gaps, which this needs.
+
+    tie: embedding and head share their weights (Press and Wolf 2017), the embedding scaled by sqrt(d_model) (Vaswani et
+    al. 2017). Raises UserError unless the head is linear and maps to the vocabulary.
     """
 
     def __init__(
         self, encoder: Encoder, protocol: Protocol, classes: int, towers: int, pooling: str, head: Head | None = None,
-        per_position: bool = False,
+        per_position: bool = False, tie: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         d = encoder.d_model
@@ -86,7 +89,8 @@ class Classifier(nn.Module):
         self.embedding: nn.Module
         if protocol.vocabulary:
             self.embedding = nn.Embedding(protocol.vocabulary, d)
-            nn.init.normal_(self.embedding.weight, std=1.0)
+            # scaled by sqrt(d) in `embed` where the head shares the weights, whose logits then have unit variance
+            nn.init.normal_(self.embedding.weight, std=d**-0.5 if tie else 1.0)
         else:
             self.embedding = nn.Linear(protocol.channels, d)
         self.mean, self.std = protocol.scale
@@ -94,6 +98,14 @@ class Classifier(nn.Module):
         self.cls = nn.Parameter(torch.randn(d) * 0.02) if pooling == "cls" else None
         self.join = (head or Head()).join
         self.head = (head or Head()).build(d, classes, towers)
+        self.tied = tie
+        if tie:
+            if not (per_position and classes == protocol.vocabulary and isinstance(self.head, nn.Linear)):
+                raise UserError(
+                    "model.tie shares the weights of embedding and head, which needs a target of the next token and a "
+                    "linear head; set model.tie=false, or model.head=linear"
+                )
+            self.head.weight = self.embedding.weight
 
     def forward(self, batch: Batch) -> Tensor:
         values, mask = batch.values.flatten(0, 1), batch.mask.flatten(0, 1)
@@ -115,7 +127,8 @@ class Classifier(nn.Module):
     def embed(self, values: Tensor) -> Tensor:
         """values: (B, L) tokens or (B, L, channels) bytes -> (B, L, D)."""
         if isinstance(self.embedding, nn.Embedding):
-            return self.embedding(values.int())
+            embedded = self.embedding(values.int())
+            return embedded * self.encoder.d_model**0.5 if self.tied else embedded
         # residual streams keep the precision of what enters them, so that autocast has no say here
         with torch.autocast(values.device.type, enabled=False):
             return self.embedding(self.normalise(values))

@@ -21,18 +21,23 @@ from torch.nn import functional as F
 
 from lra.task import UNSCORED, Protocol, Task
 
+Z = 1.959964
+"""Quantile of the normal distribution for a two-sided interval of 95 %."""
+
 
 @dataclass(frozen=True)
 class Target:
     """One class for each sequence. outputs: width of the model's output; tolerance: of a real value, else 0.
 
     prior: the baseline that gives the most frequent answer; per_position: whether the model answers at every position.
+    selects: what chooses a checkpoint and a learning rate, the highest validation "accuracy" or the lowest "loss".
     """
 
     outputs: int
     tolerance: float = 0.0
     prior: ClassVar[str] = "majority class"
     per_position: ClassVar[bool] = False
+    selects: ClassVar[str] = "accuracy"
 
     def loss(self, output: Tensor, labels: Tensor) -> Tensor:
         """Mean loss over the answers."""
@@ -85,8 +90,7 @@ class PositionTarget(Target):
 
     def score(self, answers: Mapping[str, np.ndarray]) -> dict[str, Any]:
         right = answers["prediction"] == answers["label"]
-        # the answers of an example stand together, in the order of its positions
-        starts = np.flatnonzero(np.diff(answers["example"], prepend=-1))
+        starts = _starts(answers["example"])
         lasts = np.append(starts[1:], len(right)) - 1
         shares = {"positions": float(right.mean()), "last": float(right[lasts].mean())}
         return _share(np.logical_and.reduceat(right, starts)) | shares
@@ -95,14 +99,25 @@ class PositionTarget(Target):
 class NextTarget(PositionTarget):
     """The next token, at every position but the last."""
 
+    selects = "loss"
+
     def answers(self, output: Tensor, example: Tensor, labels: Tensor) -> dict[str, Tensor]:
         scored = labels != UNSCORED
         nats = F.cross_entropy(output[scored].float(), labels[scored], reduction="none")
         return super().answers(output, example, labels) | {"nats": nats}
 
     def score(self, answers: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        bits = float(answers["nats"].mean(dtype=np.float64)) / math.log(2)
-        return _share(answers["prediction"] == answers["label"]) | {"bits": bits}
+        bits, starts = answers["nats"].astype(np.float64) / math.log(2), _starts(answers["example"])
+        sizes = np.diff(starts, append=len(bits))
+        before = np.arange(len(bits)) - np.repeat(starts, sizes) + 1
+        mean = float(bits.mean())
+        scores = {"bits": mean, "bits_at": _by_context(bits, before)}
+        if len(starts) > 1:
+            # of a ratio of sums: examples are independent, tokens of one example are not
+            residuals = np.add.reduceat(bits, starts) - mean * sizes
+            half = Z * math.sqrt(len(starts) / (len(starts) - 1) * float(np.square(residuals).sum())) / len(bits)
+            scores |= {"bits_low": mean - half, "bits_high": mean + half}
+        return _share(answers["prediction"] == answers["label"]) | scores
 
 
 class ValueTarget(Target):
@@ -147,6 +162,17 @@ def join(parts: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     order = np.argsort(joined["example"], kind="stable")
     return {name: column[order] for name, column in joined.items()}
+
+
+def _starts(example: np.ndarray) -> np.ndarray:
+    """Where each example begins: its answers stand together, in the order of its positions."""
+    return np.flatnonzero(np.diff(example, prepend=-1))
+
+
+def _by_context(bits: np.ndarray, before: np.ndarray) -> dict[str, float]:
+    """Mean bits of the tokens with 1-3, 4-15, 16-63 ... tokens before them."""
+    group = np.searchsorted(4 ** np.arange(1, 16), before, side="right")
+    return {f"{4**k}-{4 ** (k + 1) - 1}": float(bits[group == k].mean()) for k in np.unique(group).tolist()}
 
 
 def _share(right: np.ndarray) -> dict[str, Any]:

@@ -201,9 +201,17 @@ class Task(ABC):
         majority = np.bincount(seen, minlength=self.classes).argmax()
         return {"majority class": float((asked == majority).mean())}
 
+    def floor_bits(self, train: Split, test: Split) -> dict[str, float]:
+        """Bits per token on `test` of baselines without a sequence model, by name; of the next token."""
+        return {}
+
     def encode(self, text: str, protocol: Protocol) -> np.ndarray:
         """Encode a text as one sequence: (L,) tokens. Raises DataError if the examples of this task are not texts."""
         raise DataError(f"{self.name} does not encode texts; pass arrays of tokens or bytes")
+
+    def decode(self, tokens: np.ndarray) -> str:
+        """The text of (n,) tokens, the inverse of `encode`. Raises DataError if the task does not generate texts."""
+        raise DataError(f"{self.name} does not decode tokens to a text")
 
     @abstractmethod
     def describe(self, split: Split, example: int) -> str:

@@ -1,14 +1,18 @@
-"""The official IMDb reviews: `aclImdb/` or `aclImdb_v1.tar.gz`, one text file for each review."""
+"""The IMDb reviews: Parquet tables, or `aclImdb/` or `aclImdb_v1.tar.gz` with one text file for each review."""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from lra.task import DataError
 from lra.tasks._archive import contents, find_official
+from lra.tasks._source import Hub, read_table
 
 FOLDER, ARCHIVE = "aclImdb", "aclImdb_v1.tar.gz"
 OFFICIAL = f"the official {FOLDER}/ or {ARCHIVE}"
+HUB = Hub("stanfordnlp/imdb", "e6281661ce1c48d982bc483cf8a173c1bbeb5d31", "imdb", OFFICIAL)
+RAW = f"{HUB.files} or {HUB.id} from the hub"
 SENTIMENTS = ("neg", "pos")
 LARGEST = 1 << 20
 
@@ -29,3 +33,16 @@ def read_reviews(root: Path, split: str) -> tuple[list[str], list[int]]:
             raise DataError(f"{root}: a review of {split} is not UTF-8 ({error}); fetch it again") from None
         labels.append(label)
     return texts, labels
+
+
+def read(split: str, source: Path | None, command: str) -> tuple[list[str], list[int]]:
+    """Texts and labels of an official split, sorted by the SHA-256 of the text. command: the command that prepares the
+    task, for messages. Raises DataError."""
+    if root := find(source):
+        texts, labels = read_reviews(root, split)
+    else:
+        texts, labels = read_table(HUB, split, ("text", "label"), source, command)
+    if not texts or not all(isinstance(t, str) and t for t in texts) or not all(label in (0, 1) for label in labels):
+        raise DataError(f"{split} of {HUB.id} holds empty texts or labels other than 0 and 1; fetch it again")
+    order = sorted(range(len(texts)), key=lambda i: (hashlib.sha256(texts[i].encode()).digest(), labels[i]))
+    return [texts[i] for i in order], [labels[i] for i in order]

@@ -16,7 +16,7 @@ from lra.cli.common import console, errors, guarded
 from lra.cli.data import audit, data
 from lra.cli.diagnose import diagnose
 from lra.cli.lists import list_
-from lra.cli.models import evaluate, export, import_, predict
+from lra.cli.models import evaluate, export, generate, import_, predict
 from lra.cli.operators import bench, doctor
 from lra.cli.profile import profile
 from lra.cli.report import compare, leaderboard, report
@@ -98,8 +98,8 @@ def new_task(
 
 
 for command in (
-    run, show, sweep, predict, evaluate, export, check, diagnose, claims, leaderboard, compare, report, audit, profile,
-    bench, doctor,
+    run, show, sweep, predict, generate, evaluate, export, check, diagnose, claims, leaderboard, compare, report, audit,
+    profile, bench, doctor,
 ):  # fmt: skip
     app.command()(command)
 app.command("import")(import_)

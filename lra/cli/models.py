@@ -1,4 +1,4 @@
-"""`lra predict`, `lra evaluate`, `lra export`: what to do with a trained run; `lra import`: weights of others."""
+"""`lra predict`, `generate`, `evaluate`, `export`: what to do with a trained run; `lra import`: weights of others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from lra.cli.common import DryRun, announce_loading, console, guarded, settings_of
+from lra.cli.common import DryRun, announce_loading, console, errors, guarded, settings_of
 from lra.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,6 +63,29 @@ def predict(
     console.print(f"wrote {escape(str(out))}", soft_wrap=True)
 
 
+@guarded
+def generate(
+    run: Run,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="The text to continue.")] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="How many to draw.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Divides the logits; 0: the most likely token.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw among the k most likely tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw among the fewest tokens of this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+    checkpoint_dir: Checkpoints = None,
+) -> None:
+    """Continue a text with a model of the next token; its speed and the size of its state go to the error output."""
+    if not 0 < top_p <= 1:
+        raise UserError(f"--top-p is {top_p}; above 0, at most 1")
+    loaded = _load(run, checkpoint_dir)
+    drawn = loaded.generate(prompt, tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    print(prompt + drawn.text)
+    errors.print(
+        f"{drawn.tokens:,} tokens, {drawn.tokens_per_second:,.0f} a second, {drawn.state_bytes:,} bytes of state",
+        highlight=False,
+    )
+
+
 def _numbered(predicted: Any) -> tuple[list[tuple[int, ...]], np.ndarray]:
     """The number of the example, and of the position where there is a prediction for each, beside all predictions."""
     import numpy as np
@@ -98,7 +121,11 @@ def evaluate(
         soft_wrap=True,
     )
     for name, value in scores.more.items():
-        console.print(f"{name} {value:.4f}", highlight=False)
+        parts = (
+            {f"{name} {part}": number for part, number in value.items()} if isinstance(value, dict) else {name: value}
+        )
+        for label, number in parts.items():
+            console.print(f"{label} {number:.4f}", highlight=False)
     if split == "test" and loaded.finished:
         console.print(f"the record says {100 * loaded.accuracy:.2f} %")
     if out is not None:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from lra import files
 from lra.cli.common import console, errors, guarded
 from lra.errors import UserError, unknown
+from lra.registry import tasks
 from lra.results import result
 
 FORMATS = ("md", "csv", "tex", "html")
@@ -29,12 +30,21 @@ def leaderboard(
     literature: Annotated[bool, typer.Option("--reported", help="Also show published results.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write the files there.")] = None,
 ) -> None:
-    """Print the tables of all results and write them to files; with a filter only print, in --format if given."""
+    """Print the tables of all results and write them to files; with a filter only print, in --format if given.
+
+    The language tasks have tables of their own: --task imdb_lm prints them."""
     chosen = [form for form in formats.split(",") if form] or list(FORMATS)
     for form in chosen:
         if form not in FORMATS:
             raise unknown("format", form, FORMATS)
     root = result.folder()
+    if task in tasks.names() and tasks.family(task) == "language":
+        if formats or out is not None or regime or literature:
+            raise UserError(
+                f"the tables of {task} are printed only; leave out --format, --out, --regime and --reported"
+            )
+        _show_language(root, task=task, protocol=protocol, recipe=recipe, device=device)
+        return
     if out is not None:
         files.check_writable(out, "give another --out")
     from lra.reports import leaderboard as board
@@ -69,6 +79,23 @@ def leaderboard(
     path = root.parent / "README.md"
     if not filtered and out is None and (sections := readme.update(path, ranked)):
         console.print(f"updated {' and '.join(sections)} in {escape(str(path))}", soft_wrap=True)
+
+
+def _show_language(root: Path, **filters: str) -> None:
+    """The tables of a language task, which are no part of the leaderboard."""
+    from lra.reports import language, table
+    from lra.results.collection import Collection
+
+    everything = Collection.read(root, "language")
+    for line in everything.problems:
+        errors.print(f"[yellow]{escape(line)}[/]", soft_wrap=True)
+    if not everything.records:
+        console.print(
+            f"no results in {root / 'language'} yet: `lra run {filters['task']} gru` makes one", soft_wrap=True
+        )
+        return
+    for each in language.tables(everything.only(**filters).records):
+        console.print(table.terminal(each), *map(escape, each.notes), sep="\n")
 
 
 @guarded

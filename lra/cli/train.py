@@ -243,7 +243,7 @@ def refuse_mistakes(request: Request, recipe: Recipe) -> None:
 
 def _show_result(path: Path) -> None:
     """The table that a record belongs to, and its own scores."""
-    from lra.reports import diagnostics, table
+    from lra.reports import diagnostics, language, table
     from lra.reports import leaderboard as board
     from lra.reports.ranking import Leaderboard
     from lra.results import diagnosis, result
@@ -255,8 +255,11 @@ def _show_result(path: Path) -> None:
     collection = Collection.read(result.folder(), place)
     for line in collection.problems:
         errors.print(f"[yellow]{escape(line)}[/]", soft_wrap=True)
+    beside = [run for run in collection.records if run.task == record.task]
     if place == "diagnostics":
-        shown = diagnostics.table([run for run in collection.records if run.task == record.task])
+        shown = diagnostics.table(beside)
+    elif place == "language":
+        (shown,) = language.tables(run for run in beside if language.group_of(run) == language.group_of(record))
     else:
         shown = board.table_with(Leaderboard.of(collection), record)
     console.print(table.terminal(shown), *map(escape, shown.notes), sep="\n")
@@ -266,6 +269,8 @@ def _show_result(path: Path) -> None:
         f"({selection.split} {100 * (selection.accuracy or 0):.2f} % at step {selection.best_step}), in {path}",
         soft_wrap=True,
     )
+    if test.bits is not None:
+        console.print(f"[bold]{test.bits:.3f}[/] bits per token, perplexity {test.perplexity:.2f}")
     if place == "diagnostics":
         verdict = diagnosis.verdict(record)
         console.print(f"[bold]{verdict.word}[/]: {verdict.reason}", soft_wrap=True)

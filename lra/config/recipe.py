@@ -38,6 +38,8 @@ from lra.errors import UserError, brief, unknown
 
 FOLDER = Path(__file__).parent
 SECTIONS = ("data", "model", "encoder", "optim", "train", "pretrain", "search")
+OF_FAMILY = {"diagnostics": "diagnostic", "language": "language"}
+"""Families of tasks that have a recipe, and tables, of their own."""
 STATEMENTS = ("source", "sources", "differences")
 """Keys of a table that say where its values come from. They are no settings and not part of the hash."""
 

@@ -64,7 +64,7 @@ class Model:
     many layers as meet it, at most max_layers.
 
     head, head_hidden, head_activation, pair: the map from pooled vectors to classes, and how it reads two sequences
-    (lra.model.Head).
+    (lra.model.Head). tie: embedding and head share their weights, where the target is the next token.
     """
 
     d_model: int = 64
@@ -79,6 +79,7 @@ class Model:
     head_hidden: tuple[int, ...] = unhashed(())
     head_activation: str = unhashed("gelu")
     pair: str = unhashed("products")
+    tie: bool = unhashed(False)
 
     def __post_init__(self) -> None:
         _check_at_least(self, 1, "d_model", "n_layers", "width_step")

@@ -1,4 +1,4 @@
-"""Floors of a prepared set: accuracies of baselines without a sequence model, cached beside the set."""
+"""Floors of a prepared set: scores of baselines without a sequence model, cached beside the set."""
 
 from __future__ import annotations
 
@@ -14,22 +14,32 @@ from lra.task import Task
 
 
 def floors(prepared: Prepared) -> dict[str, float]:
-    """Test accuracies in [0, 1] of baselines without a sequence model, by name.
+    """Test accuracies in [0, 1] of baselines without a sequence model, by name."""
+    return _cached(prepared, "floors")
+
+
+def floor_bits(prepared: Prepared) -> dict[str, float]:
+    """Bits per token of such baselines, by name; empty unless the target is the next token."""
+    return _cached(prepared, "floor_bits") if prepared.task.target == "next" else {}
+
+
+def _cached(prepared: Prepared, kind: str) -> dict[str, float]:
+    """What the method `kind` of the task returns.
 
     A cached file is used only if it is intact and belongs to the same data and the same code of the task. If the cache
     cannot be written, the next call computes the floors again.
     """
     code = _code(prepared.task)
-    path = prepared.folder.with_name(f"{prepared.folder.name}.floors.json")
+    path = prepared.folder.with_name(f"{prepared.folder.name}.{kind}.json")
     with suppress(OSError, ValueError, RecursionError, LookupError, TypeError):
         cached = json.loads(path.read_text(encoding="utf-8"))
         if cached["seal"] == seal(cached) and (cached["checksum"], cached["code"]) == (prepared.checksum, code):
-            return cached["floors"]
-    accuracies = prepared.task.floors(prepared.split("train"), prepared.split("test"))
-    content = {"checksum": prepared.checksum, "code": code, "floors": accuracies}
+            return cached[kind]
+    scores = getattr(prepared.task, kind)(prepared.split("train"), prepared.split("test"))
+    content = {"checksum": prepared.checksum, "code": code, kind: scores}
     with suppress(OSError), atomic(path) as temporary:
         temporary.write_text(json.dumps(content | {"seal": seal(content)}), encoding="utf-8")
-    return accuracies
+    return scores
 
 
 def _code(task: Task) -> str:

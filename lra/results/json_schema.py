@@ -27,8 +27,8 @@ def json_schema() -> dict[str, Any]:
     schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Results of the Long Range Arena suite",
-        "description": "RunRecord: files in results/runs/ and results/diagnostics/. Profile, FailedProfile: files in "
-        "results/profile/.",
+        "description": "RunRecord: files in results/runs/, results/diagnostics/ and results/language/. Profile, "
+        "FailedProfile: files in results/profile/.",
         "anyOf": list(kinds),
         "$defs": components,
     }

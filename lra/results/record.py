@@ -23,9 +23,11 @@ class Score(Part, frozen=True, kw_only=True):
 
     positions, last: of a target at each position, the share of right scored positions, and of examples whose last
     scored position is right; accuracy is then that of whole sequences. error: mean squared error of a real value;
-    accuracy is then the share of errors up to `tolerance`. bits: per token, where the target is the next token and n
-    the number of tokens. length: longest sequence of the split, in tokens, of a
+    accuracy is then the share of errors up to `tolerance`. length: longest sequence of the split, in tokens, of a
     generated task.
+
+    bits: per token, where the target is the next token and n the number of tokens; bits_low, bits_high: its 95 %
+    interval over examples; bits_at: by the number of tokens before, "16-63".
     """
 
     accuracy: Share
@@ -37,12 +39,20 @@ class Score(Part, frozen=True, kw_only=True):
     error: Number | None = None
     tolerance: Number | None = None
     bits: Number | None = None
+    bits_low: Number | None = None
+    bits_high: Number | None = None
+    bits_at: dict[str, Number] = field(default_factory=dict)
     length: int | None = None
 
     @property
     def share(self) -> float:
         """Share of right answers, which floors and chance compare with: of positions where positions are scored."""
         return self.accuracy if self.positions is None else self.positions
+
+    @property
+    def perplexity(self) -> float | None:
+        """Per token; None where the target is not the next token."""
+        return None if self.bits is None else 2.0**self.bits
 
 
 class Selection(Part, frozen=True, kw_only=True):
@@ -59,6 +69,9 @@ class Selection(Part, frozen=True, kw_only=True):
     error: Number | None = None
     tolerance: Number | None = None
     bits: Number | None = None
+    bits_low: Number | None = None
+    bits_high: Number | None = None
+    bits_at: dict[str, Number] = field(default_factory=dict)
 
 
 class ProtocolName(Part, frozen=True, kw_only=True):
@@ -242,6 +255,8 @@ class RunRecord(Part, frozen=True, kw_only=True):
 
     Of a generated task: tests, the scores on the further test splits of the protocol, by name; chance and plateaus,
     shares of right answers of a guess and of what is learnt first, by what that is.
+
+    floor_bits: bits per token of rules without a sequence model, where the target is the next token.
     """
 
     schema: int
@@ -287,6 +302,7 @@ class RunRecord(Part, frozen=True, kw_only=True):
     tests: dict[str, Score] = field(default_factory=dict)
     chance: Share | None = None
     plateaus: dict[str, Share] = field(default_factory=dict)
+    floor_bits: dict[str, Number] = field(default_factory=dict)
 
     @property
     def at_chance(self) -> bool:

@@ -1,7 +1,8 @@
 """Results on disk: one JSON file for each run, written once and atomically, with the test predictions beside it.
 
 Layout: <results>/runs/<task>/<architecture>/<id>.json and <id>.npz, or below <results>/smoke for a recipe that is a
-smoke test, and below <results>/diagnostics for diagnostic tasks. The id holds recipe, recipe hash, seed and time.
+smoke test, and below <results>/diagnostics or <results>/language for tasks of these families. The id holds recipe,
+recipe hash, seed and time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from lra.config.recipe import Recipe
+from lra.config.recipe import OF_FAMILY, Recipe
 from lra.errors import UserError
 from lra.files import atomic, safe_name, seal, sha256
 from lra.registry import tasks
@@ -51,12 +52,13 @@ def _folder_named(variable: str) -> Path:
 
 
 def place_of(recipe: Recipe | ResolvedRecipe) -> str:
-    """The part of the results folder that the records of a recipe go to: smoke tests stay out of the tables, and
-    diagnostics have a table of their own."""
+    """The part of the results folder that the records of a recipe go to: smoke tests stay out of the tables, and some
+    families have tables of their own."""
     if recipe.smoke:
         return "smoke"
-    diagnostic = recipe.task in tasks.names() and tasks.family(recipe.task) == "diagnostics"
-    return "diagnostics" if diagnostic or recipe.name == "diagnostic" else "runs"
+    family = tasks.family(recipe.task) if recipe.task in tasks.names() else ""
+    by_recipe = {name: of for of, name in OF_FAMILY.items()}
+    return family if family in OF_FAMILY else by_recipe.get(recipe.name, "runs")
 
 
 def write(record: RunRecord, predictions: dict[str, np.ndarray], root: Path, place: str = "runs") -> Path:

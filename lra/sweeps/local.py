@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from lra.config.recipe import OF_FAMILY
 from lra.errors import UserError
 from lra.sweeps.plans import Cell, Plan
 from lra.sweeps.progress import Board, live_display
@@ -30,7 +31,7 @@ def is_finished(cell: Cell, root: Path) -> bool:
     """Whether the results folder `root` has a result with the task, architecture, seed and recipe of a cell, and the
     source that a user's architecture has now."""
     # resolving a cell imports torch, which takes seconds
-    if not any((root / name).is_dir() for name in ("runs", "smoke", "diagnostics")):
+    if not any((root / name).is_dir() for name in ("runs", "smoke", *OF_FAMILY)):
         return False
     from lra.registry import architectures, tasks
     from lra.results import result

@@ -313,13 +313,13 @@ class TimedCheckpoint(ModelCheckpoint):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keeps the weights with the highest validation accuracy. Ties go to the lower validation loss: with some hundred
-    validation examples they are common."""
+    """Keeps the weights with the highest validation accuracy or the lowest validation loss (`Target.selects`). Ties in
+    accuracy go to the lower loss: with some hundred validation examples they are common."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, selects: str) -> None:
         super().__init__(
-            folder, filename="best", monitor="validation_accuracy", mode="max", save_top_k=1,
-            enable_version_counter=False,
+            folder, filename="best", monitor=f"validation_{selects}", mode="max" if selects == "accuracy" else "min",
+            save_top_k=1, enable_version_counter=False,
         )  # fmt: skip
         self.best_loss = math.inf
 
@@ -328,7 +328,8 @@ class BestCheckpoint(ModelCheckpoint):
             return False
         loss = float(trainer.callback_metrics["validation_loss"])
         best = self.best_model_score
-        better = best is None or bool(current > best) or (bool(current == best) and loss < self.best_loss)
+        ahead = best is not None and bool(current < best if self.mode == "min" else current > best)
+        better = best is None or ahead or (bool(current == best) and loss < self.best_loss)
         better = trainer.strategy.reduce_boolean_decision(better)
         if better:
             self.best_loss = loss
@@ -342,11 +343,12 @@ class BestCheckpoint(ModelCheckpoint):
         self.best_loss = state["best_loss"]
 
 
-def checkpoints(folder: Path, validate_every: int) -> list[Callback]:
-    """The best checkpoint on validation, where there is one (validate_every > 0), and the last one for resuming."""
+def checkpoints(folder: Path, validate_every: int, selects: str) -> list[Callback]:
+    """The best checkpoint on validation, where there is one (validate_every > 0), and the last one for resuming.
+    selects: as of a Target."""
     last: dict[str, Any] = {"filename": "last", "save_top_k": 1, "enable_version_counter": False}
     timed = TimedCheckpoint(folder, train_time_interval=CHECKPOINT_EVERY, validate_every=validate_every, **last)
-    return [BestCheckpoint(folder), ModelCheckpoint(folder, **last), timed] if validate_every else [timed]
+    return [BestCheckpoint(folder, selects), ModelCheckpoint(folder, **last), timed] if validate_every else [timed]
 
 
 class Stop(Callback):

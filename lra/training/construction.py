@@ -63,7 +63,9 @@ def build(recipe: Recipe, constructor: Constructor, task: Task, protocol: Protoc
     if target.per_position and task.towers > 1:
         raise UserError(f"{task.name} has {task.towers} sequences an example, and a class for each position of one")
     head = Head(model.head, model.head_hidden, model.head_activation, model.pair)
-    return Classifier(encoder, protocol, target.outputs, task.towers, model.pooling, head, target.per_position)
+    return Classifier(
+        encoder, protocol, target.outputs, task.towers, model.pooling, head, target.per_position, model.tie
+    )
 
 
 def needs_causal(task: Task) -> bool:

@@ -31,13 +31,21 @@ def trial_recipe(recipe: Recipe, rate: float) -> Recipe:
     )
 
 
-def best(trials: list[Trial]) -> Trial:
-    """The trial with the highest validation accuracy; of equals, the one with the lowest validation loss."""
+def best(trials: list[Trial], selects: str = "accuracy") -> Trial:
+    """The trial with the highest validation accuracy; of equals, the one with the lowest validation loss. That one
+    alone where the target of the task selects by "loss"."""
+    if selects == "loss":
+        return min(trials, key=lambda trial: trial["loss"])
     return max(trials, key=lambda trial: (trial["accuracy"], -trial["loss"]))
 
 
 def search(
-    recipe: Recipe, model: nn.Module, file: Path, run_trial: Callable[[Recipe], Trial], leads: bool = True
+    recipe: Recipe,
+    model: nn.Module,
+    file: Path,
+    run_trial: Callable[[Recipe], Trial],
+    leads: bool = True,
+    selects: str = "accuracy",
 ) -> tuple[Recipe, dict[str, Any]]:
     """Try every rate from the model's weights. Returns the recipe with the chosen rate and what the record says of it.
 
@@ -56,7 +64,7 @@ def search(
             continue
         with files.atomic(file) as temporary:
             temporary.write_text(json.dumps(trials) + "\n", encoding="utf-8")
-    chosen = best(trials)
+    chosen = best(trials, selects)
     facts = {
         "lr": chosen["lr"],
         "trials": trials,

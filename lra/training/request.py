@@ -33,8 +33,8 @@ class Request:
     """One run as a user asks for it.
 
     task, architecture: a registered name, `file.py:Class`, `package.module:Class`, or a class.
-    recipe: a name, a TOML file, or "auto" ("diagnostic" for a generated task, else "quick" on a CPU, "matched" on a
-    GPU).
+    recipe: a name, a TOML file, or "auto" ("diagnostic" for a generated task, "language" for one of that family, else
+    "quick" on a CPU, "matched" on a GPU).
     settings: recipe values to override, as text: {"train.steps": "500"}.
     source: folder with the raw data. time_limit: seconds, counted from `created` (of `time.monotonic`).
     pretrain: "" as the recipe says, else one of OBJECTIVES. match: a budget to solve the width for (lra.config.match).
@@ -76,8 +76,8 @@ class Request:
         """The recipe's name or file, with "auto" resolved for this machine."""
         if self.recipe != "auto":
             return self.recipe
-        if _generated(self.task):
-            return "diagnostic"
+        if own := _own_recipe(self.task):
+            return own
         return "matched" if device.device_type() == "cuda" else "quick"
 
     @property
@@ -253,11 +253,12 @@ def _check_task(task: str | type) -> None:
         tasks.get(task)
 
 
-def _generated(task: str | type) -> bool:
-    """Whether a task draws its examples. A task of this project is not imported for that."""
+def _own_recipe(task: str | type) -> str:
+    """The recipe of a task's family; of a user's task, that of diagnostics if it draws its examples. Empty if there is
+    none. A task of this project is not imported for that."""
     if isinstance(task, str) and ":" not in task:
-        return task in tasks.names() and tasks.family(task) == "diagnostics"
-    return bool(tasks.get(task).cls.generated)
+        return recipes.OF_FAMILY.get(tasks.family(task), "") if task in tasks.names() else ""
+    return "diagnostic" if tasks.get(task).cls.generated else ""
 
 
 def _check_option(key: str, value: Any, default: Any) -> None:

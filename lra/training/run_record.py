@@ -10,7 +10,7 @@ import torch
 
 from lra import files
 from lra.config.recipe import Recipe
-from lra.data.floors import floors
+from lra.data.floors import floor_bits, floors
 from lra.data.prepared_sets import Prepared
 from lra.kernels import _dispatch
 from lra.model import Batch, Classifier
@@ -70,6 +70,7 @@ def record(
         ),
         collapsed=records.AT_CHANCE if statistics.at_chance(test.share, test.n, baseline[prior]) else "",
         floors=baseline,
+        floor_bits=floor_bits(prepared),
         tests={name: records.Score(**measured[name]) for name in protocol.tests},
         chance=task.chance(protocol) if task.generated else None,
         plateaus=task.plateaus(protocol),

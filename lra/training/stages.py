@@ -113,6 +113,7 @@ def train(recipe: Recipe, prepared: Prepared, model: Classifier, context: RunCon
             validation, recipe.data.evaluation_batch_size, distributed.shard(context.placement)
         ),
         val_check_interval=every * recipe.train.accumulate, check_val_every_n_epoch=None,
+        selects=module.target.selects,
     )  # fmt: skip
     facts |= {"curve": module.curve} | ({"diagnostics": module.diagnostics} if module.diagnostics else {})
     facts |= {"off_course": expectation.warning} if expectation.warning else {}
@@ -144,7 +145,8 @@ def _search_rate(
         }  # fmt: skip
 
     leads = distributed.rank() == 0
-    return rate_search.search(recipe, model, context.checkpoints / "rates.json", run_trial, leads)
+    selects = target_of(prepared.task, prepared.protocol).selects
+    return rate_search.search(recipe, model, context.checkpoints / "rates.json", run_trial, leads, selects)
 
 
 def training_sampler(recipe: Recipe, data: TrainingSet, seed: int) -> Plan:
@@ -194,9 +196,10 @@ def _pretrain(
 def _fit(
     module: Trainable, recipe: Recipe, context: RunContext, sampler: Plan, data: TrainingSet, folder: Path,
     meter: ThroughputMeter, callbacks: list[Any], validation: EvaluationLoader | None = None, stage: str = "",
-    **options: Any,
+    selects: str = "accuracy", **options: Any,
 ) -> L.Trainer:  # fmt: skip
-    """Train one stage to its last step, resuming from `folder` if asked to. stage: "" for training proper."""
+    """Train one stage to its last step, resuming from `folder` if asked to. stage: "" for training proper.
+    selects: as of a Target."""
     parts, last = recipe.train.accumulate, folder / "last.ckpt"
     loader = TrainingLoader(data, sampler, module.steps, parts, distributed.shard(context.placement))
     resumed_from = last if context.resume and last.is_file() else None
@@ -207,7 +210,7 @@ def _fit(
         recipe, context,
         callbacks=[
             meter, *reports, ResumeState(loader, recipe.hash), Stop(last, context.deadline, meter.validate_every),
-            *callbacks, *checkpoints(folder, meter.validate_every),
+            *callbacks, *checkpoints(folder, meter.validate_every, selects),
         ],
         logger=loggers.create(
             context.loggers if distributed.rank() == 0 else (), context.folder / "log", stage, resume_step

@@ -26,7 +26,8 @@ from lra.results import result, statistics
 from lra.results.record import RunRecord
 from lra.target import join, target_of
 from lra.task import Protocol, Task
-from lra.training import checkpoint, construction, run_folder
+from lra.training import checkpoint, construction, generation, run_folder
+from lra.training.generation import Generated, Sampling
 from lra.training.module import answers_to
 from lra.training.precision import autocast
 
@@ -48,7 +49,7 @@ class Evaluation:
     n: int
     low: float
     high: float
-    more: dict[str, float] = field(default_factory=dict)
+    more: dict[str, Any] = field(default_factory=dict)
 
 
 class TrainedRun:
@@ -133,6 +134,42 @@ class TrainedRun:
         accuracy, correct, n = (score.pop(key) for key in ("accuracy", "correct", "n"))
         interval = statistics.of_test_set(accuracy, n)
         return Evaluation(split, accuracy, correct, n, interval.low, interval.high, score)
+
+    def generate(
+        self, prompt: str, *, tokens: int = 200, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Generated:  # fmt: skip
+        """Continue a text, in float32, with the recurrent mode of the encoder.
+
+        tokens: how many to draw; temperature, top_k, top_p: as of `lra.training.generation.Sampling`. Raises UserError
+        where the target is not the next token, the encoder has no recurrent mode, or the text exceeds its length.
+        """
+        sampling, length = Sampling(temperature, top_k, top_p), self.protocol.length
+        if self.task.target != "next":
+            raise UserError(
+                f"{self.task.name} does not ask for the next token, so that this model generates no text; train one "
+                "with `lra run imdb_lm ARCH`"
+            )
+        given = self.task.encode(prompt, self.protocol)
+        if not 1 <= tokens <= length - len(given):
+            raise UserError(
+                f"a prompt of {len(given):,} tokens and {brief(tokens)} new ones; at least one new, and together at "
+                f"most {length:,}, the length of the protocol"
+            )
+        device, training = next(self.model.parameters()).device, self.model.training
+        self.model.eval()
+        try:
+            drawn, seconds, size = generation.generate(
+                self.model, torch.tensor(given, device=device), tokens, sampling, seed
+            )
+        except NotImplementedError:
+            raise UserError(
+                f"{self.recipe.architecture} has no recurrent mode, which generates token by token; `lra list` shows "
+                "the architectures that have one"
+            ) from None
+        finally:
+            self.model.train(training)
+        return Generated(self.task.decode(drawn.numpy()), tokens, seconds, size)
 
     def export(self, folder: str | Path) -> Path:
         """Write config.json, model.safetensors and README.md to a new folder and return it. Raises UserError."""

@@ -11,22 +11,18 @@ hashes, so the first n examples of a split are a random sample.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from lra.task import DataError, Progress, Protocol, Split, Task
+from lra.task import Progress, Protocol, Split, Task
 from lra.tasks import _imdb
 from lra.tasks._floors import bag_of_tokens
 from lra.tasks._overlap import near_duplicates
-from lra.tasks._source import Hub, read_table
 from lra.tasks.storage import SHARED, open_split, write_documents, write_examples, write_notes
 
-HUB = Hub("stanfordnlp/imdb", "e6281661ce1c48d982bc483cf8a173c1bbeb5d31", "imdb", _imdb.OFFICIAL)
-RAW = f"{HUB.files} or {HUB.id} from the hub"
 PAD, UNKNOWN, EOS = range(3)
 # characters that occur at least 15 times in the first 4,095 of the training reviews, the most frequent first
 CHARACTERS = (
@@ -54,7 +50,7 @@ class Text(Task):
                 "test": "d2ba5342523230e262e09f73cd1078d73b1c8ccc1d4a199573b905abc3231ee5",
             },
             note="bytes; validation split off train by content hash; official test split",
-            raw=RAW,
+            raw=_imdb.RAW,
         ),
         "lra2020": Protocol(
             "lra2020",
@@ -69,7 +65,7 @@ class Text(Task):
             },
             note="bytes (id 256, padding, never occurs), cut at 1,000 as in the released configuration; "
             "the test split doubles as validation, as published",
-            raw=RAW,
+            raw=_imdb.RAW,
         ),
         "lra2020-4000": Protocol(
             "lra2020-4000",
@@ -83,7 +79,7 @@ class Text(Task):
                 "test": "dc0cfc7c3822500b0cec9873684660b0b6c3ceadc479ce1624e7ccc1e93e0b00",
             },
             note="as lra2020 but cut at 4,000, the longest of the four lengths of which the paper reports the best",
-            raw=RAW,
+            raw=_imdb.RAW,
         ),
         "s4": Protocol(
             "s4",
@@ -99,15 +95,15 @@ class Text(Task):
             note="Unicode characters that occur at least 15 times in train, after padding, unknown and end mark: 134 "
             "ids in this revision of the data (the published code, on an older one, counts 135); cut at 4,095, then "
             "an end mark; the test split doubles as validation, as published",
-            raw=RAW,
+            raw=_imdb.RAW,
         ),
     }
 
     def prepare(
         self, folder: Path, protocol: Protocol, *, source: Path | None, workers: int, progress: Progress
     ) -> None:
-        progress(f"reading {source or HUB.id}", 0, 3)
-        train, test = (_read(split, source, self.command(protocol)) for split in ("train", "test"))
+        progress(f"reading {source or _imdb.HUB.id}", 0, 3)
+        train, test = (_imdb.read(split, source, self.command(protocol)) for split in ("train", "test"))
         progress("encoding", 1, 3)
         texts, labels, total = train[0] + test[0], np.array(train[1] + test[1]), len(train[0])
         write_documents(folder, SHARED, (self.encode(text, protocol) for text in texts))
@@ -141,18 +137,6 @@ class Text(Task):
         else:
             text = bytes(document).decode(errors="replace")
         return f"{('negative', 'positive')[split.labels[example]]}, {len(document):,} tokens: {text}"
-
-
-def _read(split: str, source: Path | None, command: str) -> tuple[list[str], list[int]]:
-    """Read the texts and labels of an official split, sorted by the SHA-256 of the text."""
-    if root := _imdb.find(source):
-        texts, labels = _imdb.read_reviews(root, split)
-    else:
-        texts, labels = read_table(HUB, split, ("text", "label"), source, command)
-    if not texts or not all(isinstance(t, str) and t for t in texts) or not all(label in (0, 1) for label in labels):
-        raise DataError(f"{split} of {HUB.id} holds empty texts or labels other than 0 and 1; fetch it again")
-    order = sorted(range(len(texts)), key=lambda i: (hashlib.sha256(texts[i].encode()).digest(), labels[i]))
-    return [texts[i] for i in order], [labels[i] for i in order]
 
 
 def _bytes(text: str, length: int) -> np.ndarray:
