@@ -165,12 +165,12 @@ def test_baselines_are_rows_by_accuracy(page: str, tmp_path: Path) -> None:
     table = small[small.index('<table id="rows"') :].partition("</table>")[0]
     rows = re.findall(r"<tr ([^>]*)>.*?<th[^>]*>(.*?)</th><td data-sort=\"([0-9.]+)\"><b>", table)
     names = [re.sub("<[^>]+>", "", name) for _, name, _ in rows]
-    mark = "no sequence model"
+    mark = "(no sequence model)"
     assert names == ["s4d", f"root operator {mark}", "gru", f"majority class {mark}"]
     assert [float(value) for *_, value in rows] == [60.0, 36.0, 30.0, 17.0]
     assert ["data-row" in attributes for attributes, *_ in rows] == [True, False, True, False]
     overview = page[page.index('<table class="matrix') : page.index('id="results"')]
-    assert "majority class <small>no sequence model</small>" in overview
+    assert "majority class <small>(no sequence model)</small>" in overview
 
 
 def test_diagnostics_and_claims_are_shown_where_there_are_such_runs(
