@@ -21,10 +21,10 @@ from PIL import Image
 
 from lra.errors import UserError
 from lra.task import DataError
-from lra.tasks import _archive, _pathfinder_release
+from lra.tasks import _archive, _imdb, _pathfinder_release
 from lra.tasks._retrieval import _identifiers
 from lra.tasks._source import Hub, read_table
-from lra.tasks.lra import image, listops, retrieval, text
+from lra.tasks.lra import image, listops, retrieval
 from lra.training import checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -182,12 +182,15 @@ def test_a_table_of_text_that_is_none_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("labels", [[[0], [1]], ["0", "1"], [0, None], [0, 10], [0.5, 1.0], [{"a": 1}, None]])
 def test_a_table_of_other_labels_is_refused(tmp_path: Path, labels: list[Any]) -> None:
     pixels = PNG.getvalue()
-    for task, column, values in ((text, "text", ["one", "two"]), (image, "img", [{"bytes": pixels}] * 2)):
-        place = tmp_path / task.HUB.folder
+    for reader, column, values in ((_imdb, "text", ["one", "two"]), (image, "img", [{"bytes": pixels}] * 2)):
+        place = tmp_path / reader.HUB.folder
         place.mkdir(parents=True)
         (place / "train.parquet").write_bytes(parquet(**{column: values, "label": labels}))
         with pytest.raises(DataError, match="labels other than 0"):
-            task._read("train", tmp_path, "x", *([1, lambda *_: None] if task is image else []))
+            if reader is image:
+                image._read("train", tmp_path, "x", 1, lambda *_: None)
+            else:
+                _imdb.read("train", tmp_path, "x")
 
 
 WANTED = {"a.tsv": "train", "b.tsv": "test"}
