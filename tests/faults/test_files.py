@@ -9,6 +9,7 @@ import pickle
 import re
 import tarfile
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lra.errors import UserError
-from lra.task import DataError
+from lra.task import DataError, silent
 from lra.tasks import _archive, _imdb, _pathfinder_release
 from lra.tasks._retrieval import _identifiers
 from lra.tasks._source import Hub, read_table
@@ -182,15 +183,15 @@ def test_a_table_of_text_that_is_none_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("labels", [[[0], [1]], ["0", "1"], [0, None], [0, 10], [0.5, 1.0], [{"a": 1}, None]])
 def test_a_table_of_other_labels_is_refused(tmp_path: Path, labels: list[Any]) -> None:
     pixels = PNG.getvalue()
-    for reader, column, values in ((_imdb, "text", ["one", "two"]), (image, "img", [{"bytes": pixels}] * 2)):
-        place = tmp_path / reader.HUB.folder
+    for hub, read, column, values in (
+        (_imdb.HUB, _imdb.read, "text", ["one", "two"]),
+        (image.HUB, partial(image._read, workers=1, progress=silent), "img", [{"bytes": pixels}] * 2),
+    ):
+        place = tmp_path / hub.folder
         place.mkdir(parents=True)
         (place / "train.parquet").write_bytes(parquet(**{column: values, "label": labels}))
         with pytest.raises(DataError, match="labels other than 0"):
-            if reader is image:
-                image._read("train", tmp_path, "x", 1, lambda *_: None)
-            else:
-                _imdb.read("train", tmp_path, "x")
+            read("train", tmp_path, "x")
 
 
 WANTED = {"a.tsv": "train", "b.tsv": "test"}
