@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 
 from lra.task import UNSCORED, Protocol, Task
 
-Z = 1.959964
+Z = NormalDist().inv_cdf(0.975)
 """Quantile of the normal distribution for a two-sided interval of 95 %."""
 
 

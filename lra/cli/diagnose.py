@@ -19,13 +19,12 @@ from lra.cli.common import (
     settings_of,
 )
 from lra.cli.train import refuse_mistakes
+from lra.config.recipe import OF_FAMILY
 from lra.errors import Interrupted, UserError
 from lra.registry import architectures, tasks
 
 if TYPE_CHECKING:
     from lra.results.record import RunRecord
-
-RECIPE = "diagnostic"
 
 
 @guarded
@@ -59,8 +58,9 @@ def diagnose(
     requests = []
     for text in [name.strip() for name in names.split(",") if name.strip()] or known:
         name, protocol = _split(text)
+        settled = settings_of(settings)
         request = Request(
-            name, architecture, RECIPE, seed, protocol, settings_of(settings), time_limit=seconds_of(time_limit)
+            name, architecture, OF_FAMILY["diagnostics"], seed, protocol, settled, time_limit=seconds_of(time_limit)
         )
         check(request, read(request)[0])
         requests.append(request)

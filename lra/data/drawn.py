@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -44,6 +44,7 @@ class DrawnSet:
     count: int
     sample: int
     resident: ClassVar[bool] = True
+    _drawn: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         return self.count or self.sample
@@ -56,7 +57,11 @@ class DrawnSet:
     def batch(self, examples: np.ndarray) -> Batch:
         """The given examples, which are all of one step."""
         (step,) = set((examples // self.batch_size).tolist())
-        drawn, labels = self.task.training_batch(self.protocol, self.batch_size, self.seed, step)
+        if step not in self._drawn:
+            # the parts of an accumulated step follow one another
+            self._drawn.clear()
+            self._drawn[step] = self.task.training_batch(self.protocol, self.batch_size, self.seed, step)
+        drawn, labels = self._drawn[step]
         rows = examples % self.batch_size
         values = torch.from_numpy(drawn[rows].astype(np.float32 if self.protocol.real else np.int32)).unsqueeze(1)
         answers = torch.from_numpy(labels[rows].astype(np.float32 if self.task.target == "value" else np.int64))

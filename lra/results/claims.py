@@ -18,12 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lra.config.recipe import OF_FAMILY
 from lra.errors import UserError, brief, unknown
 from lra.results import diagnosis, result, statistics
 from lra.results.record import RunRecord, Score
 from lra.results.statistics import Estimate
 
-RECIPE = "diagnostic"
+RECIPE = OF_FAMILY["diagnostics"]
 MEASURES = ("whole", "positions", "last")
 TEXTS = ("statement", "source", "published", "task", "protocol")
 OPTIONAL = {"remark": "", "split": "test", "measure": "positions"}

@@ -18,20 +18,17 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 Number = int | float
 
 
-class Score(Part, frozen=True, kw_only=True):
-    """Accuracy on a split: the share of its n examples that are right (`lra.target`). seconds: of scoring.
+class Measured(Part, frozen=True, kw_only=True):
+    """What the target of a task measures beside the accuracy (`lra.target`). seconds: of scoring.
 
     positions, last: of a target at each position, the share of right scored positions, and of examples whose last
     scored position is right; accuracy is then that of whole sequences. error: mean squared error of a real value;
-    accuracy is then the share of errors up to `tolerance`. length: longest sequence of the split, in tokens, of a
-    generated task.
+    accuracy is then the share of errors up to `tolerance`.
 
     bits: per token, where the target is the next token and n the number of tokens; bits_low, bits_high: its 95 %
     interval over examples; bits_at: by the number of tokens before, "16-63".
     """
 
-    accuracy: Share
-    n: Annotated[int, Meta(ge=1, lt=2**31)]
     correct: int | None = None
     seconds: Number | None = None
     positions: Share | None = None
@@ -42,6 +39,14 @@ class Score(Part, frozen=True, kw_only=True):
     bits_low: Number | None = None
     bits_high: Number | None = None
     bits_at: dict[str, Number] = field(default_factory=dict)
+
+
+class Score(Measured, frozen=True, kw_only=True):
+    """Accuracy on a split: the share of its n examples that are right. length: longest sequence of the split, in
+    tokens, of a generated task."""
+
+    accuracy: Share
+    n: Annotated[int, Meta(ge=1, lt=2**31)]
     length: int | None = None
 
     @property
@@ -55,23 +60,13 @@ class Score(Part, frozen=True, kw_only=True):
         return None if self.bits is None else 2.0**self.bits
 
 
-class Selection(Part, frozen=True, kw_only=True):
+class Selection(Measured, frozen=True, kw_only=True):
     """Accuracy on the split that chose the checkpoint, and the step of that checkpoint."""
 
     accuracy: Share | None = None
     n: int | None = None
-    correct: int | None = None
-    seconds: Number | None = None
     split: str = ""
     best_step: int | None = None
-    positions: Share | None = None
-    last: Share | None = None
-    error: Number | None = None
-    tolerance: Number | None = None
-    bits: Number | None = None
-    bits_low: Number | None = None
-    bits_high: Number | None = None
-    bits_at: dict[str, Number] = field(default_factory=dict)
 
 
 class ProtocolName(Part, frozen=True, kw_only=True):

@@ -258,7 +258,7 @@ def _own_recipe(task: str | type) -> str:
     none. A task of this project is not imported for that."""
     if isinstance(task, str) and ":" not in task:
         return recipes.OF_FAMILY.get(tasks.family(task), "") if task in tasks.names() else ""
-    return "diagnostic" if tasks.get(task).cls.generated else ""
+    return recipes.OF_FAMILY["diagnostics"] if tasks.get(task).cls.generated else ""
 
 
 def _check_option(key: str, value: Any, default: Any) -> None:

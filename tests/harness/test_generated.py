@@ -23,6 +23,7 @@ from lra.errors import Interrupted, UserError
 from lra.registry import tasks
 from lra.results import result
 from lra.results.collection import Collection
+from lra.task import Protocol, Task
 from lra.training.callbacks import Stop
 from lra.training.request import Request
 from lra.training.run import run
@@ -220,3 +221,17 @@ def test_a_broken_task_fails_its_check(fault: str, places: Path) -> None:
     path.write_text(path.read_text().replace(before, after))
     failed = [finding.check for finding in conformance.check(tasks.get("mine.py:Mine")()) if finding.failed]
     assert any(check in name for name in failed), failed
+
+
+def test_the_parts_of_a_step_are_cut_from_one_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, steps = drawn(), []
+    draw = type(made.task).training_batch
+
+    def counted(task: Task, protocol: Protocol, size: int, seed: int, step: int) -> Any:
+        steps.append(step)
+        return draw(task, protocol, size, seed, step)
+
+    monkeypatch.setattr(type(made.task), "training_batch", counted)
+    for _ in TrainingLoader(made, made.sampler(8, 0), total=3, parts=2):
+        pass
+    assert steps == [0, 1, 2]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import os
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -228,3 +230,13 @@ def test_a_file_defines_exactly_one_encoder(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(Registry, "_files", lambda self: {p.stem: p for p in family.glob("*.py")})
     assert said(both, "two_nets").endswith("defines 2 public Encoder classes; define exactly one")
     assert said(both, "no_net").endswith("defines 0 public Encoder classes; define exactly one")
+
+
+def test_a_changed_file_is_parsed_again(tmp_path: Path) -> None:
+    path = tmp_path / "net.py"
+    path.write_text("first = 1\n")
+    before = registry._parsed(path)
+    assert registry._parsed(path) is before
+    path.write_text("second = 2\n")
+    os.utime(path, ns=(1, 1))
+    assert ast.unparse(registry._parsed(path)) == "second = 2"
