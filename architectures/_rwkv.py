@@ -50,11 +50,8 @@ class RWKVStack(Stack):
         *,
         d_model: int,
         n_layers: int,
-        length: int,
-        dropout: float,
-        direction: str,
-        block: Mapping[str, Any] | None,
-        native: bool = False,
+        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         for name, value in (("d_model", d_model), ("n_layers", n_layers)):
             if value < 1:
@@ -64,8 +61,7 @@ class RWKVStack(Stack):
             raise ValueError(f"block.ffn is {shape.ffn!r}; 'none', as the channel mix stands in its place")
         super().__init__(
             lambda place: (channel_mix if place % 2 else time_mix)(place // 2),
-            d_model=d_model, n_layers=2 * n_layers, length=length, dropout=dropout, direction=direction, block=block,
-            native=native,
+            d_model=d_model, n_layers=2 * n_layers, block=block, **stack,
         )  # fmt: skip
         for layer in self.blocks:
             if isinstance(layer.mixer, Bidirectional) and layer.mixer.project is not None:

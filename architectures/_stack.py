@@ -245,13 +245,13 @@ class Stack(Tables, Encoder):
     def __init__(
         self,
         make: Callable[[int], Mixer],
+        native: bool = False,
         *,
         d_model: int,
         n_layers: int,
         length: int,
         dropout: float = 0.0,
         direction: str = "causal",
-        native: bool = False,
         block: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()

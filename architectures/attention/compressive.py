@@ -25,7 +25,6 @@ encoder token by token, compression by compression.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -187,10 +186,7 @@ class Compressive(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
         length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
         segment: int | None = None,
         memory: int | None = None,
         compressed: int | None = None,
@@ -198,7 +194,7 @@ class Compressive(Stack):
         compression: str = "conv",
         n_heads: int = 4,
         attention_dropout: float = 0.0,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         checked_width(d_model, n_heads, None, "none")
         at_least(1, ratio=ratio)
@@ -213,7 +209,7 @@ class Compressive(Stack):
                 d_model, n_heads, segment=size, memory=kept, compressed=most, ratio=ratio, compression=compression,
                 biases=biases, dropout=attention_dropout,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+            d_model=d_model, length=length, **stack,
         )  # fmt: skip
         self.fixed = segment is not None
 

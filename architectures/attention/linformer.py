@@ -118,9 +118,7 @@ class Linformer(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
         length: int,
-        dropout: float = 0.0,
         direction: str = "bidirectional",
         n_heads: int = 4,
         qkv_dim: int | None = None,
@@ -129,6 +127,7 @@ class Linformer(Stack):
         positions: str = "sinusoidal",
         attention_dropout: float = 0.0,
         block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         width = checked_width(d_model, n_heads, qkv_dim, "none")
         for name, value, known in (("sharing", sharing, SHARING), ("positions", positions, POSITIONS)):
@@ -149,6 +148,7 @@ class Linformer(Stack):
             )
 
         super().__init__(
-            make, d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block={"positions": positions, **(block or {})},
+            make,
+            native=True, d_model=d_model, length=length, direction=direction,
+            block={"positions": positions, **(block or {})}, **stack,
         )  # fmt: skip

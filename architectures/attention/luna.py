@@ -163,8 +163,6 @@ class Luna(Stack):
         *,
         d_model: int,
         n_layers: int,
-        length: int,
-        dropout: float = 0.0,
         direction: str = "bidirectional",
         memory: int = 16,
         n_heads: int = 4,
@@ -173,6 +171,7 @@ class Luna(Stack):
         attention_dropout: float = 0.0,
         positions: str = "sinusoidal",
         block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         checked_width(d_model, n_heads, None, "none")
         at_least(1, memory=memory)
@@ -189,8 +188,8 @@ class Luna(Stack):
                 d_model, n_heads=n_heads, pack_heads=packing, tied=tied, causal=causal, memory=of_all,
                 dropout=attention_dropout,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block={"positions": positions, **(block or {})},
+            native=True, d_model=d_model, n_layers=n_layers, direction=direction,
+            block={"positions": positions, **(block or {})}, **stack,
         )  # fmt: skip
         shape = type(self).block.updated(block)
         self.memory = of_all

@@ -210,9 +210,7 @@ class Mega(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
         length: int,
-        dropout: float = 0.0,
         direction: str = "causal",
         z_dim: int = 64,
         value_dim: int | None = None,
@@ -221,6 +219,7 @@ class Mega(Stack):
         bias: str = "simple",
         chunk: int | None = None,
         block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         for name, value, known in (("attention", attention, ATTENTIONS), ("bias", bias, BIASES)):
             if value not in known:
@@ -241,11 +240,7 @@ class Mega(Stack):
                 causal=direction == "causal",
             )  # fmt: skip
 
-        super().__init__(
-            mixer,
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block=block,
-        )  # fmt: skip
+        super().__init__(mixer, native=True, d_model=d_model, length=length, direction=direction, block=block, **stack)
         for layer in self.blocks if shape.prenorm else ():
             layer.norm = nn.Identity()  # the gated residual needs x as it is: the mixer has the norm
         for name, parameter in self.named_parameters():

@@ -159,9 +159,7 @@ class Synthesizer(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
         length: int,
-        dropout: float = 0.0,
         direction: str = "bidirectional",
         n_heads: int = 4,
         qkv_dim: int | None = None,
@@ -170,6 +168,7 @@ class Synthesizer(Stack):
         positions: str = "sinusoidal",
         attention_dropout: float = 0.0,
         block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         width = d_model if qkv_dim is None else qkv_dim
         if n_heads < 1 or width < 1 or width % n_heads:
@@ -187,6 +186,6 @@ class Synthesizer(Stack):
                 d_model, n_heads=n_heads, qkv_dim=width, parts=parts, size=length, k=k, causal=causal,
                 dropout=attention_dropout,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block={"positions": positions, **(block or {})},
+            native=True, d_model=d_model, length=length, direction=direction,
+            block={"positions": positions, **(block or {})}, **stack,
         )  # fmt: skip

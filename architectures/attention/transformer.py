@@ -85,9 +85,6 @@ class Transformer(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
         direction: str = "bidirectional",
         n_heads: int = 4,
         qkv_dim: int | None = None,
@@ -96,6 +93,7 @@ class Transformer(Stack):
         max_distance: int | None = None,
         attention_dropout: float = 0.0,
         block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         width = checked_width(d_model, n_heads, qkv_dim, positions, (*POSITIONS, *FARTHEST))
         causal, farthest = direction == "causal", FARTHEST.get(positions, 0) if max_distance is None else max_distance
@@ -116,8 +114,9 @@ class Transformer(Stack):
             return SoftmaxMixer(d_model, n_heads, width, positions, causal, dropout=attention_dropout)
 
         super().__init__(
-            mixer, d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block={"positions": added_positions(positions), **(block or {})},
+            mixer,
+            native=True, d_model=d_model, direction=direction,
+            block={"positions": added_positions(positions), **(block or {})}, **stack,
         )  # fmt: skip
 
     @classmethod

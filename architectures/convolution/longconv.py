@@ -103,7 +103,6 @@ class LongConv(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
         length: int,
         dropout: float = 0.0,
         direction: str = "causal",
@@ -112,7 +111,7 @@ class LongConv(Stack):
         smoothing: int = 1,
         kernel_dropout: float = 0.0,
         kernel_lr: float = 0.001,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         if channels < 1:
             raise ValueError(f"channels is {channels}; at least 1")
@@ -128,8 +127,7 @@ class LongConv(Stack):
                 d_model, length=length, channels=channels, lam=lam, smoothing=smoothing, kernel_dropout=kernel_dropout,
                 causal=direction == "causal", dropout=dropout,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block=block,
+            native=True, d_model=d_model, length=length, dropout=dropout, direction=direction, **stack,
         )  # fmt: skip
 
     @property

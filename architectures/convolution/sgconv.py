@@ -146,7 +146,6 @@ class SGConv(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
         length: int,
         dropout: float = 0.0,
         direction: str = "causal",
@@ -160,7 +159,7 @@ class SGConv(Stack):
         init: str = "randn",
         postact: str = "glu",
         kernel_lr: float = 0.001,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         for name, value, known in (
             ("combine", combine, COMBINATIONS), ("interpolation", interpolation, INTERPOLATIONS),
@@ -181,8 +180,7 @@ class SGConv(Stack):
                 interpolation=interpolation, decay=decay, decay_min=decay_min, decay_max=decay_max, init=init,
                 postact=postact, causal=direction == "causal", dropout=dropout,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block=block,
+            native=True, d_model=d_model, length=length, dropout=dropout, direction=direction, **stack,
         )  # fmt: skip
 
     @property

@@ -144,17 +144,13 @@ class DeltaProduct(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
         n_heads: int = 4,
         n_steps: int = 2,
         expand_k: float = 1.0,
         expand_v: float = 1.0,
         d_conv: int = 4,
         gated: bool = False,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         for name, value in (("n_heads", n_heads), ("n_steps", n_steps), ("d_conv", d_conv)):
             if value < 1:
@@ -168,7 +164,7 @@ class DeltaProduct(Stack):
                 d_model, n_heads=n_heads, key_dim=key_dim, value_dim=value_dim, d_conv=d_conv, n_steps=n_steps,
                 gated=gated,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+            d_model=d_model, **stack,
         )  # fmt: skip
         self.gated = gated
 

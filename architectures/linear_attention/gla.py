@@ -27,7 +27,6 @@ of every parameter; flash-linear-attention's recurrence from a given state; the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -118,16 +117,12 @@ class GLA(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
         n_heads: int = 4,
         expand_k: float = 0.5,
         expand_v: float = 1.0,
         gate_rank: int = 16,
         tau: float = 16.0,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         for name, value in (("n_heads", n_heads), ("gate_rank", gate_rank)):
             if value < 1:
@@ -142,5 +137,5 @@ class GLA(Stack):
             lambda _: GLAMixer(
                 d_model, n_heads=n_heads, key_dim=key_dim, value_dim=value_dim, gate_rank=gate_rank, tau=tau,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+            d_model=d_model, **stack,
         )  # fmt: skip

@@ -119,15 +119,11 @@ class KDA(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
         n_heads: int = 4,
         head_dim: int | None = None,
         d_conv: int = 4,
         negative: bool = False,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         for name, value in (("n_heads", n_heads), ("head_dim", head_dim), ("d_conv", d_conv)):
             if value is not None and value < 1:
@@ -135,10 +131,7 @@ class KDA(Stack):
         if head_dim is None and d_model % n_heads:
             raise ValueError(f"n_heads is {n_heads}; a divisor of d_model, {d_model}, unless head_dim is given")
         width = d_model // n_heads if head_dim is None else head_dim
-        super().__init__(
-            lambda _: KDAMixer(d_model, n_heads, width, d_conv, negative),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
-        )  # fmt: skip
+        super().__init__(lambda _: KDAMixer(d_model, n_heads, width, d_conv, negative), d_model=d_model, **stack)
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:

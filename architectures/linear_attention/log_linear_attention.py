@@ -197,15 +197,12 @@ class LogLinearAttention(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
         length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
         state_size: int = 64,
         head_dim: int | None = None,
         expand: int = 2,
         d_conv: int = 4,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         for name, value in (("state_size", state_size), ("expand", expand), ("d_conv", d_conv)):
             if value < 1:
@@ -218,7 +215,7 @@ class LogLinearAttention(Stack):
             lambda _: LogLinearMixer(
                 d_model, state_size=state_size, head_dim=share, expand=expand, d_conv=d_conv, length=length,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+            d_model=d_model, length=length, **stack,
         )  # fmt: skip
 
     @property

@@ -163,16 +163,7 @@ class RWKV4(RWKVStack):
     block = Block(ffn="none")
 
     def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
-        time_dim: int | None = None,
-        channel_dim: int | None = None,
-        block: Mapping[str, Any] | None = None,
+        self, *, d_model: int, n_layers: int, time_dim: int | None = None, channel_dim: int | None = None, **stack: Any
     ) -> None:
         within = d_model if time_dim is None else time_dim
         hidden = 4 * d_model if channel_dim is None else channel_dim
@@ -182,7 +173,7 @@ class RWKV4(RWKVStack):
         super().__init__(
             lambda layer: TimeMix(d_model, within, layer, n_layers),
             lambda layer: ChannelMix(d_model, hidden, layer, n_layers),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+            d_model=d_model, n_layers=n_layers, **stack,
         )  # fmt: skip
 
     @classmethod

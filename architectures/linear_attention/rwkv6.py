@@ -188,14 +188,11 @@ class RWKV6(RWKVStack):
         *,
         d_model: int,
         n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
         n_heads: int = 4,
         channel_dim: int | None = None,
         mix_rank: int = 32,
         decay_rank: int = 64,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         hidden = round(3.5 * d_model) if channel_dim is None else channel_dim
         for name, value in (("channel_dim", channel_dim), ("mix_rank", mix_rank), ("decay_rank", decay_rank)):
@@ -208,7 +205,7 @@ class RWKV6(RWKVStack):
                 d_model, n_heads=n_heads, mix_rank=mix_rank, decay_rank=decay_rank, layer=layer, n_layers=n_layers,
             ),
             lambda layer: ChannelMix(d_model, hidden, layer, n_layers),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+            d_model=d_model, n_layers=n_layers, **stack,
         )  # fmt: skip
 
     @property

@@ -267,8 +267,6 @@ class RWKV7(RWKVStack):
         *,
         d_model: int,
         n_layers: int,
-        length: int,
-        dropout: float = 0.0,
         direction: str = "causal",
         n_heads: int = 4,
         channel_dim: int | None = None,
@@ -277,6 +275,7 @@ class RWKV7(RWKVStack):
         value_rank: int | None = None,
         gate_rank: int | None = None,
         block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         sizes = {
             "channel_dim": channel_dim, "decay_rank": decay_rank, "rate_rank": rate_rank, "value_rank": value_rank,
@@ -306,9 +305,9 @@ class RWKV7(RWKVStack):
             return make() if direction == "causal" else Bidirectional(make, d_model, "concat")
 
         super().__init__(
-            time_mix, channel_mix,
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
-            native=True,
+            time_mix,
+            channel_mix,
+            native=True, d_model=d_model, n_layers=n_layers, direction=direction, block=block, **stack,
         )  # fmt: skip
 
     @property

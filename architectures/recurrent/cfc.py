@@ -221,15 +221,11 @@ class CfC(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
         mode: str = "default",
         mixed_memory: bool = False,
         units: int | None = None,
         unfolds: int = 6,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         if mode not in (*MODES, "ltc"):
             raise ValueError(f"mode is {mode!r}; one of {', '.join(MODES)}, ltc")
@@ -244,10 +240,7 @@ class CfC(Stack):
                 return LTCMixer(d_model, units or 32, unfolds)
             return CfCMixer(d_model, units or d_model, mode, mixed_memory)
 
-        super().__init__(
-            make,
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
-        )  # fmt: skip
+        super().__init__(make, d_model=d_model, **stack)
         self.mode = mode
 
     @property

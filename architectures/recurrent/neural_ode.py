@@ -26,7 +26,6 @@ gradient (rk4).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -115,24 +114,11 @@ class NeuralODE(Stack):
     )
 
     def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
-        method: str = "rk4",
-        steps: int = 1,
-        units: int | None = None,
-        block: Mapping[str, Any] | None = None,
+        self, *, d_model: int, method: str = "rk4", steps: int = 1, units: int | None = None, **stack: Any
     ) -> None:
         if method not in EVALUATIONS:
             raise ValueError(f"method is {method!r}; one of {', '.join(EVALUATIONS)}")
         for name, value in (("steps", steps), ("units", units)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; at least 1")
-        super().__init__(
-            lambda _: NeuralODEMixer(d_model, units or d_model, method, steps),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
-        )  # fmt: skip
+        super().__init__(lambda _: NeuralODEMixer(d_model, units or d_model, method, steps), d_model=d_model, **stack)

@@ -164,17 +164,14 @@ class B2S6(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
-        length: int,
         dropout: float = 0.0,
-        direction: str = "causal",
         state_size: int = 16,
         n_blocks: int = 8,
         complex: bool = True,
         dt_min: float = 0.001,
         dt_max: float = 0.1,
         ssm_lr: float = 0.001,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         if state_size < 1:
             raise ValueError(f"state_size is {state_size}; at least 1")
@@ -186,7 +183,7 @@ class B2S6(Stack):
                 d_model, state_size=state_size, n_blocks=n_blocks, complex=complex, dt_min=dt_min, dt_max=dt_max,
                 dropout=dropout,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+            d_model=d_model, dropout=dropout, **stack,
         )  # fmt: skip
 
     @property

@@ -168,7 +168,6 @@ class DSS(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
         length: int,
         dropout: float = 0.0,
         direction: str = "causal",
@@ -180,7 +179,7 @@ class DSS(Stack):
         ssm_lr: float = 0.001,
         dt_lr: float = 0.001,
         dt_lr_scale: float = 1.0,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         if state_size < 1:
             raise ValueError(f"state_size is {state_size}; at least 1")
@@ -192,8 +191,7 @@ class DSS(Stack):
                 d_model, length=length, state_size=state_size, version=version, separate_dt=separate_dt, dt_min=dt_min,
                 dt_max=dt_max, causal=direction == "causal", dropout=dropout,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block=block,
+            native=True, d_model=d_model, length=length, dropout=dropout, direction=direction, **stack,
         )  # fmt: skip
 
     @property

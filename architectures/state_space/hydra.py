@@ -123,9 +123,6 @@ class Hydra(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
         direction: str = "bidirectional",
         state_size: int = 64,
         head_dim: int | None = None,
@@ -134,7 +131,7 @@ class Hydra(Stack):
         d_conv: int = 7,
         dt_min: float = 0.001,
         dt_max: float = 0.1,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         if direction != "bidirectional":
             raise ValueError(f"direction is {direction!r}; bidirectional, Hydra's matrix reads both ways")
@@ -154,8 +151,7 @@ class Hydra(Stack):
                 d_model, state_size=state_size, head_dim=share, n_groups=n_groups, expand=expand, d_conv=d_conv,
                 dt_min=dt_min, dt_max=dt_max,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block=block,
+            native=True, d_model=d_model, direction=direction, **stack,
         )  # fmt: skip
 
     @property

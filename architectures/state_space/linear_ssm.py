@@ -175,8 +175,6 @@ class LinearSSM(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
-        length: int,
         dropout: float = 0.0,
         direction: str = "causal",
         state_size: int = 32,
@@ -186,7 +184,7 @@ class LinearSSM(Stack):
         dt_min: float = 0.001,
         dt_max: float = 0.1,
         ssm_lr: float = 0.001,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         if state_size < 1:
             raise ValueError(f"state_size is {state_size}; at least 1")
@@ -199,8 +197,7 @@ class LinearSSM(Stack):
                 d_model, state_size=state_size, discretization=discretization, dt_min=dt_min, dt_max=dt_max,
                 n_ssm=n_ssm, fixed=fixed, causal=direction == "causal", dropout=dropout,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block=block,
+            native=True, d_model=d_model, dropout=dropout, direction=direction, **stack,
         )  # fmt: skip
 
     @property

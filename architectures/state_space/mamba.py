@@ -139,9 +139,6 @@ class Mamba(Stack):
         *,
         d_model: int,
         n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
         state_size: int = 16,
         expand: int = 2,
         d_conv: int = 4,
@@ -149,7 +146,7 @@ class Mamba(Stack):
         dt_min: float = 0.001,
         dt_max: float = 0.1,
         bias: bool = False,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
         for name, value in (("state_size", state_size), ("expand", expand), ("d_conv", d_conv), ("dt_rank", rank)):
@@ -160,7 +157,7 @@ class Mamba(Stack):
                 d_model, state_size=state_size, expand=expand, d_conv=d_conv, dt_rank=rank, dt_min=dt_min,
                 dt_max=dt_max, bias=bias, n_layers=n_layers,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+            d_model=d_model, n_layers=n_layers, **stack,
         )  # fmt: skip
 
     @classmethod

@@ -159,9 +159,6 @@ class Mamba2(Stack):
         *,
         d_model: int,
         n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
         state_size: int = 64,
         head_dim: int | None = None,
         n_groups: int = 1,
@@ -170,7 +167,7 @@ class Mamba2(Stack):
         dt_min: float = 0.001,
         dt_max: float = 0.1,
         bias: bool = False,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         for name, value in (("state_size", state_size), ("expand", expand), ("d_conv", d_conv)):
             if value < 1:
@@ -186,7 +183,7 @@ class Mamba2(Stack):
                 d_model, state_size=state_size, head_dim=share, n_groups=n_groups, expand=expand, d_conv=d_conv,
                 dt_min=dt_min, dt_max=dt_max, bias=bias, n_layers=n_layers,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+            d_model=d_model, n_layers=n_layers, **stack,
         )  # fmt: skip
 
     @classmethod

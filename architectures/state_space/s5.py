@@ -175,8 +175,6 @@ class S5(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
-        length: int,
         dropout: float = 0.0,
         direction: str = "causal",
         state_size: int = 64,
@@ -190,7 +188,7 @@ class S5(Stack):
         ssm_lr: float = 0.001,
         opt_config: str = "standard",
         dt_global: bool = False,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         if n_blocks < 1 or state_size < 2 * n_blocks or state_size % (2 * n_blocks):
             raise ValueError(f"state_size is {state_size}; a multiple of 2 n_blocks = {2 * n_blocks}, as modes pair")
@@ -209,8 +207,7 @@ class S5(Stack):
                 dt_max=dt_max, clip_eigs=clip_eigs, activation=activation, causal=direction == "causal",
                 dropout=dropout, c_init=c_init,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block=block,
+            native=True, d_model=d_model, dropout=dropout, direction=direction, **stack,
         )  # fmt: skip
 
     @property
