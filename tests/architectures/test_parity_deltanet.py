@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from golden_tensors import everything, golden
+from refusals import refuses
 from stepping import run
 from torch import Tensor
 from torch.nn import functional as F
@@ -202,16 +203,10 @@ def test_weight_decay_spares_decays_steps_biases_and_norms() -> None:
     assert not DeltaNet(d_model=8, n_layers=1, length=8).optim
 
 
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [
-        ({"n_heads": 0}, "n_heads is 0; at least 1"),
-        ({"d_conv": 0}, "d_conv is 0; at least 1"),
-        ({"n_heads": 3}, r"expand_k is 1\.0; times d_model, 8, it is a multiple of n_heads, 3"),
-        ({"expand_k": 0.3}, r"expand_k is 0\.3"),
-        ({"expand_v": 0.0}, r"expand_v is 0\.0"),
-    ],
+test_wrong_arguments_are_named = refuses(DeltaNet, d_model=8, n_layers=1, length=8)(
+    ({"n_heads": 0}, "n_heads is 0; at least 1"),
+    ({"d_conv": 0}, "d_conv is 0; at least 1"),
+    ({"n_heads": 3}, r"expand_k is 1\.0; times d_model, 8, it is a multiple of n_heads, 3"),
+    ({"expand_k": 0.3}, r"expand_k is 0\.3"),
+    ({"expand_v": 0.0}, r"expand_v is 0\.0"),
 )
-def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        DeltaNet(d_model=8, n_layers=1, length=8, **wrong)

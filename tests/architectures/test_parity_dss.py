@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from golden_tensors import everything, golden
+from refusals import refuses
 from stepping import stepped
 from torch import Tensor
 
@@ -246,15 +247,9 @@ def test_longer_than_its_softmax_is_refused() -> None:
     assert mixer_of(version="exp").kernel(65).shape == (1, 4, 65)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [
-        ({"state_size": 0}, "state_size is 0"),
-        ({"version": "clip"}, "softmax, exp"),
-        ({"dt_min": 0.2}, "dt_min is 0.2"),
-        ({"direction": "add"}, "direction is 'add'"),
-    ],
+test_wrong_arguments_are_named = refuses(DSS, d_model=8, n_layers=1, length=8)(
+    ({"state_size": 0}, "state_size is 0"),
+    ({"version": "clip"}, "softmax, exp"),
+    ({"dt_min": 0.2}, "dt_min is 0.2"),
+    ({"direction": "add"}, "direction is 'add'"),
 )
-def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        DSS(d_model=8, n_layers=1, length=8, **wrong)

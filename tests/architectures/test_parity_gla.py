@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import pytest
 import torch
 from golden_tensors import everything, golden
+from refusals import refuses
 from stepping import run
 from torch import Tensor
 
@@ -133,17 +133,11 @@ def test_a_gate_half_open_holds_a_value_over_24_tokens() -> None:
     assert 23 < (1 / (1 - log_alpha.exp())).max() < 24
 
 
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [
-        ({"n_heads": 0}, "n_heads is 0; at least 1"),
-        ({"gate_rank": 0}, "gate_rank is 0; at least 1"),
-        ({"tau": 0.0}, r"tau is 0\.0; more than 0"),
-        ({"n_heads": 8}, r"expand_k is 0\.5; times d_model, 8, it is a multiple of n_heads, 8"),
-        ({"expand_k": 0.3}, r"expand_k is 0\.3"),
-        ({"expand_v": 0.75, "n_heads": 4}, r"expand_v is 0\.75"),
-    ],
+test_wrong_arguments_are_named = refuses(GLA, d_model=8, n_layers=1, length=8)(
+    ({"n_heads": 0}, "n_heads is 0; at least 1"),
+    ({"gate_rank": 0}, "gate_rank is 0; at least 1"),
+    ({"tau": 0.0}, r"tau is 0\.0; more than 0"),
+    ({"n_heads": 8}, r"expand_k is 0\.5; times d_model, 8, it is a multiple of n_heads, 8"),
+    ({"expand_k": 0.3}, r"expand_k is 0\.3"),
+    ({"expand_v": 0.75, "n_heads": 4}, r"expand_v is 0\.75"),
 )
-def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        GLA(d_model=8, n_layers=1, length=8, **wrong)

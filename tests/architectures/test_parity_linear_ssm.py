@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from golden_tensors import everything, golden
+from refusals import refuses
 from stepping import stepped
 
 from lra.architectures._hippo import legs, legs_modes
@@ -114,11 +115,9 @@ def test_step_sizes_start_within_their_range_and_may_be_fixed() -> None:
     assert not fixed.optim
 
 
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [({"discretization": "euler"}, "bilinear, zoh"), ({"n_ssm": 3}, "a divisor"), ({"dt_min": 1.0}, "dt_min"),
-     ({"state_size": 0}, "state_size is 0")],
-)  # fmt: skip
-def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        LinearSSM(d_model=8, n_layers=1, length=8, **wrong)
+test_wrong_arguments_are_named = refuses(LinearSSM, d_model=8, n_layers=1, length=8)(
+    ({"discretization": "euler"}, "bilinear, zoh"),
+    ({"n_ssm": 3}, "a divisor"),
+    ({"dt_min": 1.0}, "dt_min"),
+    ({"state_size": 0}, "state_size is 0"),
+)

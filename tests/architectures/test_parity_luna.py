@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from golden_tensors import everything, golden
+from refusals import refuses
 from stepping import stepped
 from torch import Tensor, nn
 
@@ -220,18 +221,14 @@ def test_initialisation() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [({"n_heads": 3}, "n_heads is 3; a divisor of the attention's width 16"),
-     ({"pack_heads": 3}, "pack_heads is 3; a divisor of the attention's width 16"),
-     ({"pack_heads": 2, "direction": "causal"}, "pack_heads is 2; the causal form has n_heads, 4"),
-     ({"memory": 0}, "memory is 0; at least 1"),
-     ({"positions": "rope"}, "positions is 'rope'; one of sinusoidal, learned, none"),
-     ({"direction": "both"}, "direction is 'both'; one of causal, bidirectional")],
-)  # fmt: skip
-def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        Luna(d_model=16, n_layers=1, length=8, **wrong)
+test_wrong_arguments_are_named = refuses(Luna, d_model=16, n_layers=1, length=8)(
+    ({"n_heads": 3}, "n_heads is 3; a divisor of the attention's width 16"),
+    ({"pack_heads": 3}, "pack_heads is 3; a divisor of the attention's width 16"),
+    ({"pack_heads": 2, "direction": "causal"}, "pack_heads is 2; the causal form has n_heads, 4"),
+    ({"memory": 0}, "memory is 0; at least 1"),
+    ({"positions": "rope"}, "positions is 'rope'; one of sinusoidal, learned, none"),
+    ({"direction": "both"}, "direction is 'both'; one of causal, bidirectional"),
+)
 
 
 def test_a_sequence_longer_than_the_positions_is_named() -> None:

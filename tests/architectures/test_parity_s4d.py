@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from golden_tensors import everything, golden
+from refusals import refuses
 from stepping import stepped
 from torch import Tensor
 
@@ -173,17 +174,11 @@ def test_optimiser_settings_reach_the_ssm_alone() -> None:
     assert encoder.optim == {pattern: {"lr": rate, "weight_decay": 0.0} for pattern, rate in rates.items()}
 
 
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [
-        ({"state_size": 7}, "state_size is 7"),
-        ({"init": "hippo"}, "lin, inv, legs"),
-        ({"discretization": "euler"}, "zoh, bilinear"),
-        ({"dt_min": 0.2}, "dt_min is 0.2"),
-        ({"n_ssm": 3}, "n_ssm is 3"),
-        ({"init": "diag", "n_ssm": 1}, "n_ssm is 1"),
-    ],
+test_wrong_arguments_are_named = refuses(S4D, d_model=8, n_layers=1, length=8)(
+    ({"state_size": 7}, "state_size is 7"),
+    ({"init": "hippo"}, "lin, inv, legs"),
+    ({"discretization": "euler"}, "zoh, bilinear"),
+    ({"dt_min": 0.2}, "dt_min is 0.2"),
+    ({"n_ssm": 3}, "n_ssm is 3"),
+    ({"init": "diag", "n_ssm": 1}, "n_ssm is 1"),
 )
-def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        S4D(d_model=8, n_layers=1, length=8, **wrong)

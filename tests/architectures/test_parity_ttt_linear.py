@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import pytest
 import torch
 from golden_tensors import assert_close, assert_stored_gradients, everything, golden
+from refusals import refuses
 from stepping import run
 from torch import Tensor
 from torch.nn import functional as F
@@ -92,13 +90,7 @@ def test_initialisation() -> None:
     torch.testing.assert_close(mixer._eta(), 1 / torch.arange(1.0, 17.0))
 
 
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [
-        ({"mini_batch": 0}, "mini_batch is 0; at least 1"),
-        ({"n_heads": 8}, "n_heads is 8; d_model, 8, splits into heads of an even width"),
-    ],
+test_wrong_arguments_are_named = refuses(TTTLinear, d_model=8, n_layers=1, length=8)(
+    ({"mini_batch": 0}, "mini_batch is 0; at least 1"),
+    ({"n_heads": 8}, "n_heads is 8; d_model, 8, splits into heads of an even width"),
 )
-def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        TTTLinear(d_model=8, n_layers=1, length=8, **wrong)
