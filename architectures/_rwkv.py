@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least
 from lra.architectures._norm import normalised
 from lra.architectures._stack import NORMS, Bidirectional, Stack
 from lra.encoder import Cost, Mixer, clean_padding
@@ -53,9 +54,7 @@ class RWKVStack(Stack):
         block: Mapping[str, Any] | None = None,
         **stack: Any,
     ) -> None:
-        for name, value in (("d_model", d_model), ("n_layers", n_layers)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
+        at_least(1, d_model=d_model, n_layers=n_layers)
         shape = type(self).block.updated(block)
         if shape.ffn != "none":
             raise ValueError(f"block.ffn is {shape.ffn!r}; 'none', as the channel mix stands in its place")

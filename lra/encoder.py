@@ -269,11 +269,11 @@ def signature_of(cls: type[Encoder]) -> inspect.Signature:
     """Arguments of a constructor. A `**` in it stands for the keyword-only arguments of the base class's constructor
     that it does not name itself; these come first."""
     owner, *bases = (c for c in cls.__mro__ if "__init__" in vars(c))
-    own = list(inspect.signature(owner.__init__).parameters.values())[1:]
+    own = list(inspect.signature(vars(owner)["__init__"]).parameters.values())[1:]
     if own and own[-1].kind is inspect.Parameter.VAR_KEYWORD and issubclass(bases[0], Encoder):
-        inherited = inspect.signature(bases[0]).parameters.values()
-        named = {p.name: p for p in (*inherited, *own[:-1]) if p.kind is p.KEYWORD_ONLY}
-        own = [*(p for p in own[:-1] if p.kind is not p.KEYWORD_ONLY), *named.values()]
+        named = {p.name: p for p in (*inspect.signature(bases[0]).parameters.values(), *own[:-1])}
+        own = [*(p for p in own[:-1] if p.kind is not p.KEYWORD_ONLY),
+               *(p for p in named.values() if p.kind is p.KEYWORD_ONLY)]  # fmt: skip
     return inspect.Signature(own)
 
 

@@ -31,8 +31,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lra.architectures._attention import AttentionMixer, at_least, banded
+from lra.architectures._attention import AttentionMixer, banded
 from lra.architectures._attention_stack import AttentionStack
+from lra.architectures._checks import at_least
 from lra.encoder import Card, lengths_of
 from lra.kernels.band_attention.tiles import pairs
 

@@ -31,7 +31,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import at_least, checked_width, split_heads
+from lra.architectures._attention import checked_width, split_heads
+from lra.architectures._checks import at_least, one_of
 from lra.architectures._segments import SegmentMixer, checked_segments, shared_biases
 from lra.architectures._stack import Block, Stack
 from lra.encoder import Card, Cost
@@ -198,8 +199,7 @@ class Compressive(Stack):
     ) -> None:
         checked_width(d_model, n_heads, None, "none")
         at_least(1, ratio=ratio)
-        if compression not in COMPRESSIONS:
-            raise ValueError(f"compression is {compression!r}; one of {', '.join(COMPRESSIONS)}")
+        one_of(COMPRESSIONS, compression=compression)
         size, kept = checked_segments(length, segment, memory, ratio)
         most = size if compressed is None else compressed
         at_least(1, compressed=most)

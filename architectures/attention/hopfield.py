@@ -31,7 +31,6 @@ import torch
 from torch import Tensor, nn
 
 from lra.architectures._attention import (
-    at_least,
     attention_mask,
     checked_dropout,
     checked_width,
@@ -39,6 +38,7 @@ from lra.architectures._attention import (
     merge_heads,
     split_heads,
 )
+from lra.architectures._checks import at_least
 from lra.architectures._norm import LayerNorm
 from lra.architectures._stack import Block, Stack
 from lra.encoder import Card, Cost, Mixer

@@ -31,11 +31,11 @@ from torch.nn import functional as F
 from lra.architectures._attention import (  # fmt: skip
     SPARE,
     AttentionMixer,
-    at_least,
     attend,
     banded,
 )
 from lra.architectures._attention_stack import AttentionStack
+from lra.architectures._checks import at_least
 from lra.encoder import Card, Cost
 from lra.kernels.band_attention.tiles import pairs
 

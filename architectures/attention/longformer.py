@@ -33,7 +33,6 @@ from torch.nn import functional as F
 
 from lra.architectures._attention import (  # fmt: skip
     AttentionMixer,
-    at_least,
     banded,
     fused_attention,
     merge_heads,
@@ -41,6 +40,7 @@ from lra.architectures._attention import (  # fmt: skip
     split_heads,
 )
 from lra.architectures._attention_stack import AttentionStack
+from lra.architectures._checks import at_least
 from lra.encoder import Card, Cost
 from lra.kernels.band_attention.tiles import pairs
 

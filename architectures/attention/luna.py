@@ -39,7 +39,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import at_least, checked_dropout, checked_width, merge_heads, split_heads
+from lra.architectures._attention import checked_dropout, checked_width, merge_heads, split_heads
+from lra.architectures._checks import at_least, one_of
 from lra.architectures._norm import normalised
 from lra.architectures._precision import own_precision, wide
 from lra.architectures._stack import NORMS, Block, Layer, Stack
@@ -175,8 +176,7 @@ class Luna(Stack):
     ) -> None:
         checked_width(d_model, n_heads, None, "none")
         at_least(1, memory=memory)
-        if positions not in POSITIONS:
-            raise ValueError(f"positions is {positions!r}; one of {', '.join(POSITIONS)}")
+        one_of(POSITIONS, positions=positions)
         packing, causal = n_heads if pack_heads is None else pack_heads, direction == "causal"
         if packing < 1 or d_model % packing:
             raise ValueError(f"pack_heads is {packing}; a divisor of the attention's width {d_model}")

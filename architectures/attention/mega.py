@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._attention import attention_mask, rope
+from lra.architectures._checks import at_least, one_of
 from lra.architectures._norm import normalised
 from lra.architectures._precision import wide
 from lra.architectures._stack import NORMS, Block, Stack
@@ -221,12 +222,9 @@ class Mega(Stack):
         block: Mapping[str, Any] | None = None,
         **stack: Any,
     ) -> None:
-        for name, value, known in (("attention", attention, ATTENTIONS), ("bias", bias, BIASES)):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; one of {', '.join(known)}")
-        for name, size in (("z_dim", z_dim), ("averages", averages), ("chunk", chunk), ("value_dim", value_dim)):
-            if size is not None and size < 1:
-                raise ValueError(f"{name} is {size}; at least 1")
+        one_of(ATTENTIONS, attention=attention)
+        one_of(BIASES, bias=bias)
+        at_least(1, z_dim=z_dim, averages=averages, chunk=chunk, value_dim=value_dim)
         if bias == "rotary" and z_dim % 2:
             raise ValueError(f"z_dim is {z_dim}; even, as rotary positions turn pairs of features")
         self.chunk_size = chunk

@@ -37,7 +37,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import at_least, merge_heads, rope, split_heads
+from lra.architectures._attention import merge_heads, rope, split_heads
+from lra.architectures._checks import at_least
 from lra.architectures._dropout import Dropout
 from lra.architectures._norm import LayerNorm, rms_norm
 from lra.architectures._optim import undecayed

@@ -30,13 +30,13 @@ import torch
 from torch import Tensor, nn
 
 from lra.architectures._attention import (
-    at_least,
     checked_dropout,
     checked_width,
     fused_attention,
     merge_heads,
     split_heads,
 )
+from lra.architectures._checks import at_least, one_of
 from lra.architectures._dropout import Dropout, tie_dropout
 from lra.architectures._norm import normalised
 from lra.architectures._precision import own_precision
@@ -123,8 +123,7 @@ class Perceiver(Stack):
     ) -> None:
         checked_width(d_model, n_heads, None, "none")
         at_least(1, n_latents=n_latents, repeats=repeats)
-        if output not in OUTPUTS:
-            raise ValueError(f"output is {output!r}; one of {', '.join(OUTPUTS)}")
+        one_of(OUTPUTS, output=output)
         if direction != "bidirectional":
             raise ValueError(f"direction is {direction!r}; bidirectional, latents read all tokens")
         super().__init__(

@@ -43,7 +43,6 @@ from torch.nn import functional as F
 
 from lra.architectures._attention import (  # fmt: skip
     alibi_slopes,
-    at_least,
     checked_dropout,
     drop_keys,
     merge_heads,
@@ -51,6 +50,7 @@ from lra.architectures._attention import (  # fmt: skip
     split_heads,
 )
 from lra.architectures._attention_stack import AttentionStack
+from lra.architectures._checks import at_least
 from lra.architectures._norm import rms_norm
 from lra.architectures._precision import own_precision
 from lra.architectures._reversible import Step, reversible

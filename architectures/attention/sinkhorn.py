@@ -34,11 +34,11 @@ from torch.nn import functional as F
 
 from lra.architectures._attention import (
     AttentionMixer,
-    at_least,
     fused_attention,
     merge_heads,
 )
 from lra.architectures._attention_stack import AttentionStack
+from lra.architectures._checks import at_least
 from lra.architectures._precision import wide
 from lra.encoder import Card, Cost
 

@@ -29,8 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lra.architectures._attention import AttentionMixer, at_least, banded
+from lra.architectures._attention import AttentionMixer, banded
 from lra.architectures._attention_stack import AttentionStack
+from lra.architectures._checks import at_least, one_of
 from lra.encoder import Card
 from lra.kernels.band_attention.tiles import pairs
 
@@ -132,8 +133,7 @@ class Sparse(AttentionStack):
         summary: int | None = None,
         **attention: Any,
     ) -> None:
-        if pattern not in PATTERNS:
-            raise ValueError(f"pattern is {pattern!r}; one of {', '.join(PATTERNS)}")
+        one_of(PATTERNS, pattern=pattern)
         if pattern == "strided" and n_heads == 1:
             raise ValueError("n_heads is 1; at least 2, for strided heads are of two kinds")
         at_least(1, stride=1 if stride is None else stride, summary=1 if summary is None else summary)

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._attention import checked_dropout, merge_heads, split_heads
+from lra.architectures._checks import at_least, one_of
 from lra.architectures._stack import Stack
 from lra.encoder import Card, Cost, Mixer
 
@@ -176,10 +177,8 @@ class Synthesizer(Stack):
         parts = tuple(logits.split("+"))
         if len(set(parts)) < len(parts) or not set(parts) <= set(LOGITS):
             raise ValueError(f"logits is {logits!r}; some of {', '.join(LOGITS)}, each once, with + between")
-        if positions not in POSITIONS:
-            raise ValueError(f"positions is {positions!r}; one of {', '.join(POSITIONS)}")
-        if k < 1:
-            raise ValueError(f"k is {k}; at least 1")
+        one_of(POSITIONS, positions=positions)
+        at_least(1, k=k)
         causal = direction == "causal"
         super().__init__(
             lambda _: SynthesizerMixer(

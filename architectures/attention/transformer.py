@@ -34,7 +34,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lra.architectures._attention import POSITIONS, added_positions, at_least, checked_width
+from lra.architectures._attention import POSITIONS, added_positions, checked_width
+from lra.architectures._checks import at_least
 from lra.architectures._published import first_prefix, number_of_layers
 from lra.architectures._relative import ShawMixer, T5Mixer
 from lra.architectures._softmax import SoftmaxMixer

@@ -34,7 +34,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lra.architectures._attention import at_least, checked_width
+from lra.architectures._attention import checked_width
+from lra.architectures._checks import at_least
 from lra.architectures._norm import normalised
 from lra.architectures._precision import own_precision, wide
 from lra.architectures._softmax import SoftmaxMixer

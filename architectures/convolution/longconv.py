@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least
 from lra.architectures._dropout import Dropout
 from lra.architectures._stack import Block, Stack
 from lra.encoder import Card, Cost, Mixer
@@ -113,10 +114,8 @@ class LongConv(Stack):
         kernel_lr: float = 0.001,
         **stack: Any,
     ) -> None:
-        if channels < 1:
-            raise ValueError(f"channels is {channels}; at least 1")
-        if lam < 0:
-            raise ValueError(f"lam is {lam}; at least 0")
+        at_least(1, channels=channels)
+        at_least(0, lam=lam)
         if smoothing < 1 or smoothing % 2 == 0:
             raise ValueError(f"smoothing is {smoothing}; an odd number, 1 for none")
         if not 0 <= kernel_dropout < 1:

@@ -34,7 +34,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lra.architectures._attention import AttentionMixer, at_least, checked_width, drop_keys, merge_heads
+from lra.architectures._attention import AttentionMixer, checked_width, drop_keys, merge_heads
+from lra.architectures._checks import at_least, one_of
 from lra.architectures._linear_attention import divided, summed, summed_chunk, summed_step, sums_cost
 from lra.architectures._precision import wide
 from lra.architectures._stack import Stack
@@ -121,8 +122,7 @@ class Cosformer(Stack):
         **stack: Any,
     ) -> None:
         width = checked_width(d_model, n_heads, qkv_dim, "none")
-        if positions not in POSITIONS:
-            raise ValueError(f"positions is {positions!r}; one of {', '.join(POSITIONS)}")
+        one_of(POSITIONS, positions=positions)
         reach = length if span is None else span
         at_least(length, span=reach)
         causal = direction == "causal"

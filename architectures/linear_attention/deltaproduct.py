@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least
 from lra.architectures._delta import advance, mamba_decay, unit
 from lra.architectures._norm import RMSNorm
 from lra.architectures._optim import undecayed
@@ -152,9 +153,7 @@ class DeltaProduct(Stack):
         gated: bool = False,
         **stack: Any,
     ) -> None:
-        for name, value in (("n_heads", n_heads), ("n_steps", n_steps), ("d_conv", d_conv)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
+        at_least(1, n_heads=n_heads, n_steps=n_steps, d_conv=d_conv)
         key_dim, value_dim = round(expand_k * d_model), round(expand_v * d_model)
         for name, share, width in (("expand_k", expand_k, key_dim), ("expand_v", expand_v, value_dim)):
             if width < 1 or width % n_heads or not math.isclose(width, share * d_model):

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
 from lra.encoder import Card, Cost, Mixer
@@ -124,9 +125,7 @@ class GLA(Stack):
         tau: float = 16.0,
         **stack: Any,
     ) -> None:
-        for name, value in (("n_heads", n_heads), ("gate_rank", gate_rank)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
+        at_least(1, n_heads=n_heads, gate_rank=gate_rank)
         if tau <= 0:
             raise ValueError(f"tau is {tau}; more than 0")
         key_dim, value_dim = round(expand_k * d_model), round(expand_v * d_model)

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least
 from lra.architectures._delta import channel_delta, channel_delta_cost, channel_delta_step, mamba_decay, unit
 from lra.architectures._norm import RMSNorm
 from lra.architectures._optim import undecayed
@@ -125,9 +126,7 @@ class KDA(Stack):
         negative: bool = False,
         **stack: Any,
     ) -> None:
-        for name, value in (("n_heads", n_heads), ("head_dim", head_dim), ("d_conv", d_conv)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
+        at_least(1, n_heads=n_heads, head_dim=head_dim, d_conv=d_conv)
         if head_dim is None and d_model % n_heads:
             raise ValueError(f"n_heads is {n_heads}; a divisor of d_model, {d_model}, unless head_dim is given")
         width = d_model // n_heads if head_dim is None else head_dim

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least
 from lra.architectures._delta import mamba_decay
 from lra.architectures._norm import RMSNorm
 from lra.architectures._optim import undecayed
@@ -204,9 +205,7 @@ class LogLinearAttention(Stack):
         d_conv: int = 4,
         **stack: Any,
     ) -> None:
-        for name, value in (("state_size", state_size), ("expand", expand), ("d_conv", d_conv)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
+        at_least(1, state_size=state_size, expand=expand, d_conv=d_conv)
         width = expand * d_model
         share = math.gcd(64, width) if head_dim is None else head_dim
         if share < 1 or width % share:

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least
 from lra.architectures._delta import unit
 from lra.architectures._norm import RMSNorm
 from lra.architectures._optim import undecayed
@@ -178,9 +179,7 @@ class Mesa(Stack):
         steps: int = 30,
         **stack: Any,
     ) -> None:
-        for name, value in (("n_heads", n_heads), ("head_dim", head_dim), ("d_conv", d_conv), ("steps", steps)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
+        at_least(1, n_heads=n_heads, head_dim=head_dim, d_conv=d_conv, steps=steps)
         if head_dim is None and d_model % n_heads:
             raise ValueError(f"n_heads is {n_heads}; a divisor of d_model, {d_model}, unless head_dim is given")
         width = d_model // n_heads if head_dim is None else head_dim

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import at_least
+from lra.architectures._checks import at_least
 from lra.architectures._delta import unit
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack

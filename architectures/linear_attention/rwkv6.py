@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least, divides
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._rwkv import RWKVStack, along, depth, ramp, shifted
@@ -195,11 +196,8 @@ class RWKV6(RWKVStack):
         **stack: Any,
     ) -> None:
         hidden = round(3.5 * d_model) if channel_dim is None else channel_dim
-        for name, value in (("channel_dim", channel_dim), ("mix_rank", mix_rank), ("decay_rank", decay_rank)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
-        if n_heads < 1 or d_model % n_heads:
-            raise ValueError(f"n_heads is {n_heads}; a divisor of d_model, {d_model}")
+        at_least(1, channel_dim=channel_dim, mix_rank=mix_rank, decay_rank=decay_rank)
+        divides("d_model", d_model, n_heads=n_heads)
         super().__init__(
             lambda layer: TimeMix(
                 d_model, n_heads=n_heads, mix_rank=mix_rank, decay_rank=decay_rank, layer=layer, n_layers=n_layers,

@@ -47,6 +47,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least, divides
 from lra.architectures._delta import Addition, channel_delta, channel_delta_cost, channel_delta_step
 from lra.architectures._norm import normalised
 from lra.architectures._precision import wide
@@ -281,11 +282,8 @@ class RWKV7(RWKVStack):
             "channel_dim": channel_dim, "decay_rank": decay_rank, "rate_rank": rate_rank, "value_rank": value_rank,
             "gate_rank": gate_rank,
         }  # fmt: skip
-        for name, value in sizes.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
-        if n_heads < 1 or d_model % n_heads:
-            raise ValueError(f"n_heads is {n_heads}; a divisor of d_model, {d_model}")
+        at_least(1, **sizes)
+        divides("d_model", d_model, n_heads=n_heads)
         if (positions := type(self).block.updated(block).positions) != "none":
             raise ValueError(f"block.positions is {positions!r}; 'none', the token shift takes their place")
         hidden = 4 * d_model if channel_dim is None else channel_dim

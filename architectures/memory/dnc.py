@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import at_least
+from lra.architectures._checks import at_least
 from lra.architectures._recurrence import Loop
 from lra.architectures._stack import Stack
 from lra.encoder import Card, Cost

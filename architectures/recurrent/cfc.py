@@ -43,6 +43,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lra.architectures._checks import at_least
 from lra.architectures._optim import undecayed
 from lra.architectures._recurrence import Timed
 from lra.architectures._stack import Stack
@@ -231,9 +232,7 @@ class CfC(Stack):
             raise ValueError(f"mode is {mode!r}; one of {', '.join(MODES)}, ltc")
         if mixed_memory and mode != "default":
             raise ValueError("mixed_memory is of the default mode")
-        for name, value in (("units", units), ("unfolds", unfolds)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
+        at_least(1, units=units, unfolds=unfolds)
 
         def make(_: int) -> Mixer:
             if mode == "ltc":

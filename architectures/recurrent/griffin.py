@@ -34,7 +34,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import AttentionMixer, at_least, banded, checked_width
+from lra.architectures._attention import AttentionMixer, banded, checked_width
+from lra.architectures._checks import at_least
 from lra.architectures._dropout import tie_dropout
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide

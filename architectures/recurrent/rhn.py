@@ -32,6 +32,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lra.architectures._checks import at_least
 from lra.architectures._init import chrono
 from lra.architectures._recurrence import Recurrence
 from lra.architectures._stack import Stack
@@ -110,9 +111,7 @@ class RHN(Stack):
         **stack: Any,
     ) -> None:
         reach = length if horizon is None else horizon
-        for name, value in (("depth", depth), ("horizon", reach)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
+        at_least(1, depth=depth, horizon=reach)
         super().__init__(
             lambda _: RHNMixer(d_model, depth, reach, hierarchical), d_model=d_model, length=length, **stack
         )

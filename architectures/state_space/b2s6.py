@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lra.architectures._checks import at_least, divides
 from lra.architectures._dropout import Dropout
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
@@ -173,10 +174,8 @@ class B2S6(Stack):
         ssm_lr: float = 0.001,
         **stack: Any,
     ) -> None:
-        if state_size < 1:
-            raise ValueError(f"state_size is {state_size}; at least 1")
-        if n_blocks < 1 or d_model % n_blocks:
-            raise ValueError(f"n_blocks is {n_blocks}; a divisor of d_model, {d_model}")
+        at_least(1, state_size=state_size)
+        divides("d_model", d_model, n_blocks=n_blocks)
         self.ssm_lr, self.complex = ssm_lr, complex
         super().__init__(
             lambda _: B2S6Mixer(

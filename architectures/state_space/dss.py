@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least, one_of
 from lra.architectures._dropout import Dropout
 from lra.architectures._hippo import legs_modes
 from lra.architectures._precision import wide
@@ -181,10 +182,8 @@ class DSS(Stack):
         dt_lr_scale: float = 1.0,
         **stack: Any,
     ) -> None:
-        if state_size < 1:
-            raise ValueError(f"state_size is {state_size}; at least 1")
-        if version not in VERSIONS:
-            raise ValueError(f"version is {version!r}; one of {', '.join(VERSIONS)}")
+        at_least(1, state_size=state_size)
+        one_of(VERSIONS, version=version)
         self.ssm_lr, self.dt_lr, self.dt_lr_scale = ssm_lr, dt_lr, dt_lr_scale
         super().__init__(
             lambda _: DSSMixer(

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least
 from lra.architectures._norm import RMSNorm
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
@@ -135,9 +136,7 @@ class Hydra(Stack):
     ) -> None:
         if direction != "bidirectional":
             raise ValueError(f"direction is {direction!r}; bidirectional, Hydra's matrix reads both ways")
-        for name, value in (("state_size", state_size), ("expand", expand)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
+        at_least(1, state_size=state_size, expand=expand)
         if d_conv < 1 or d_conv % 2 == 0:
             raise ValueError(f"d_conv is {d_conv}; an odd number, the convolution is centred")
         width = expand * d_model

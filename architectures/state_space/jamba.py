@@ -33,7 +33,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import AttentionMixer, at_least, attend, checked_width
+from lra.architectures._attention import AttentionMixer, attend, checked_width
+from lra.architectures._checks import at_least
 from lra.architectures._dropout import tie_dropout
 from lra.architectures._experts import TokenChoice
 from lra.architectures._norm import RMSNorm

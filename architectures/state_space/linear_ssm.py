@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least, one_of
 from lra.architectures._dropout import Dropout
 from lra.architectures._hippo import legs
 from lra.architectures._ssm import checked_copies, initial_log_dt
@@ -186,10 +187,8 @@ class LinearSSM(Stack):
         ssm_lr: float = 0.001,
         **stack: Any,
     ) -> None:
-        if state_size < 1:
-            raise ValueError(f"state_size is {state_size}; at least 1")
-        if discretization not in DISCRETIZATIONS:
-            raise ValueError(f"discretization is {discretization!r}; one of {', '.join(DISCRETIZATIONS)}")
+        at_least(1, state_size=state_size)
+        one_of(DISCRETIZATIONS, discretization=discretization)
         checked_copies(n_ssm, d_model)
         self.ssm_lr, self.fixed = ssm_lr, fixed
         super().__init__(

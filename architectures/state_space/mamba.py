@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._published import first_prefix, number_of_layers, same_names
@@ -149,9 +150,7 @@ class Mamba(Stack):
         **stack: Any,
     ) -> None:
         rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
-        for name, value in (("state_size", state_size), ("expand", expand), ("d_conv", d_conv), ("dt_rank", rank)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
+        at_least(1, state_size=state_size, expand=expand, d_conv=d_conv, dt_rank=rank)
         super().__init__(
             lambda _: MambaMixer(
                 d_model, state_size=state_size, expand=expand, d_conv=d_conv, dt_rank=rank, dt_min=dt_min,

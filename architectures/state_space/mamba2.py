@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least
 from lra.architectures._norm import rms_norm
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
@@ -169,9 +170,7 @@ class Mamba2(Stack):
         bias: bool = False,
         **stack: Any,
     ) -> None:
-        for name, value in (("state_size", state_size), ("expand", expand), ("d_conv", d_conv)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
+        at_least(1, state_size=state_size, expand=expand, d_conv=d_conv)
         width = expand * d_model
         share = math.gcd(64, width) if head_dim is None else head_dim
         if share < 1 or width % share:

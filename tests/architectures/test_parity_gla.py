@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from golden_tensors import everything, golden
 from refusals import refuses
-from stepping import run
+from stepping import assert_steps_equal_forward, run
 from torch import Tensor
 
 from lra.architectures.linear_attention.gla import GLA, GLAMixer, advance
@@ -107,10 +107,7 @@ def test_outputs_and_gradients_equal_the_parallel_form() -> None:
 
 def test_step_equals_forward_over_2048_tokens() -> None:
     torch.manual_seed(0)
-    mixer = mixer_of()
-    x = torch.randn(1, 2048, 12)
-    with torch.no_grad():
-        torch.testing.assert_close(run(mixer, x)[0], mixer(x, everything(x)), rtol=1e-4, atol=1e-4)
+    assert_steps_equal_forward(mixer_of(), 12, rtol=1e-4, atol=1e-4)
 
 
 def test_initialisation() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from golden_tensors import everything, golden
 from refusals import refuses
-from stepping import run, stepped
+from stepping import assert_steps_equal_forward, run, stepped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -132,10 +132,7 @@ def test_outputs_and_gradients_equal_the_plain_recurrence() -> None:
 
 
 def test_step_equals_forward_over_2048_tokens() -> None:
-    encoder = random().float()
-    x = torch.randn(1, 2048, 6)
-    with torch.no_grad():
-        torch.testing.assert_close(stepped(encoder, x), encoder(x, everything(x)), rtol=1e-3, atol=1e-4)
+    assert_steps_equal_forward(random().float(), 6, rtol=1e-3, atol=1e-4)
 
 
 def test_step_equals_forward_where_keys_are_far_below_zero() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from golden_tensors import everything, golden
 from refusals import refuses
-from stepping import stepped
+from stepping import assert_steps_equal_forward, stepped
 from torch import Tensor
 
 from lra.architectures._dplr import modes
@@ -80,10 +80,7 @@ def test_gradients_of_every_parameter_equal_the_recurrence(init: str) -> None:
 
 def test_step_equals_forward_over_2048_tokens() -> None:
     torch.manual_seed(0)
-    mixer = mixer_of(length=2048, state_size=16).float()
-    x = torch.randn(1, 2048, 4)
-    with torch.no_grad():
-        torch.testing.assert_close(stepped(mixer, x), mixer(x, everything(x)), rtol=1e-3, atol=1e-4)
+    assert_steps_equal_forward(mixer_of(length=2048, state_size=16).float(), 4, rtol=1e-3, atol=1e-4)
 
 
 def complete(half: Tensor) -> Tensor:
