@@ -22,7 +22,7 @@ def stepped(part: Any, x: Tensor) -> Tensor:
     return run(part, x)[0]
 
 
-def assert_steps_equal_forward(part: Any, width: int, **tolerance: float) -> None:
+def assert_steps_equal_forward(part: Any, width: int, **tolerance: Any) -> None:
     """`step` and `forward` put out the same for 2,048 drawn tokens. part: a mixer or encoder in float32."""
     x = torch.randn(1, 2048, width)
     with torch.no_grad():

@@ -11,6 +11,7 @@ import torch
 from golden_tensors import everything, golden
 from refusals import refuses
 from stepping import assert_steps_equal_forward, run
+from stored_layers import assert_layer_as_stored
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -48,15 +49,7 @@ def loaded(name: str, g: dict[str, Tensor]) -> DeltaNetMixer:
 @pytest.mark.parametrize("name", LAYERS)
 def test_layer_equals_the_authors(name: str) -> None:
     g = golden(name)
-    mixer, x = loaded(name, g), g["x"].requires_grad_()
-    y = mixer(x, everything(x))
-    torch.testing.assert_close(y, g["y"], rtol=0, atol=1e-12)
-    (y * g["w"]).sum().backward()
-    torch.testing.assert_close(x.grad, g["grad.x"], rtol=0, atol=1e-11)
-    wanted = gathered(g, "grad.param.")
-    for own, parameter in mixer.named_parameters():
-        assert parameter.grad is not None
-        assert torch.allclose(parameter.grad, wanted[own], rtol=0, atol=1e-11), own
+    assert_layer_as_stored(loaded(name, g), g, gathered(g, "grad.param."))
 
 
 @pytest.mark.parametrize("name", LAYERS)

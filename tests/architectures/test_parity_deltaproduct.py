@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden_tensors import assert_close, assert_stored_gradients, everything, golden
+from golden_tensors import assert_close, everything, golden
 from refusals import refuses
 from stepping import run
+from stored_layers import assert_layer_as_stored
 from torch import Tensor
 
 from lra.architectures._delta import advance
@@ -25,12 +26,7 @@ def loaded(g: dict[str, Tensor], gated: bool) -> DeltaProductMixer:
 
 def test_layer_equals_the_authors() -> None:
     g = golden("gated_deltaproduct_layer")
-    mixer, x = loaded(g, True), g["x"].requires_grad_()
-    y = mixer(x, everything(x))
-    assert_close(y, g["y"], 1e-12)
-    (y * g["w"]).sum().backward()
-    assert_close(x.grad, g["grad.x"])
-    assert_stored_gradients(mixer, {name: g[f"grad.param.{name}"] for name, _ in mixer.named_parameters()})
+    assert_layer_as_stored(loaded(g, True), g)
 
 
 def test_layer_without_forget_gate_equals_the_authors() -> None:

@@ -9,6 +9,7 @@ import torch
 from golden_tensors import everything, golden
 from refusals import refuses
 from stepping import assert_steps_equal_forward, run
+from stored_layers import assert_layer_as_stored
 from torch import Tensor
 
 from lra.architectures.linear_attention.gla import GLA, GLAMixer, advance
@@ -44,15 +45,7 @@ def loaded(g: dict[str, Tensor]) -> GLAMixer:
 
 def test_layer_equals_the_authors() -> None:
     g = golden("gla_layer")
-    mixer, x = loaded(g), g["x"].requires_grad_()
-    y = mixer(x, everything(x))
-    torch.testing.assert_close(y, g["y"], rtol=0, atol=1e-12)
-    (y * g["w"]).sum().backward()
-    torch.testing.assert_close(x.grad, g["grad.x"], rtol=0, atol=1e-11)
-    wanted = gathered(g, "grad.param.", 1 / SCALE)
-    for own, parameter in mixer.named_parameters():
-        assert parameter.grad is not None
-        assert torch.allclose(parameter.grad, wanted[own], rtol=0, atol=1e-11), own
+    assert_layer_as_stored(loaded(g), g, gathered(g, "grad.param.", 1 / SCALE))
 
 
 def test_step_equals_the_authors() -> None:

@@ -114,12 +114,8 @@ def test_random_features_estimate_the_kernel_of_unit_vectors() -> None:
 
 def test_step_equals_forward_over_2048_tokens() -> None:
     for feature_map in ("elu", "random"):
-        assert_steps_equal_forward(
-            LinearTransformerMixer(8, n_heads=2, qkv_dim=8, feature_map=feature_map, causal=True, n_features=4),
-            8,
-            rtol=1e-4,
-            atol=2e-5,
-        )
+        mixer = LinearTransformerMixer(8, n_heads=2, qkv_dim=8, feature_map=feature_map, causal=True, n_features=4)
+        assert_steps_equal_forward(mixer, 8, rtol=1e-4, atol=2e-5)
 
 
 def test_wrong_arguments_are_named() -> None:

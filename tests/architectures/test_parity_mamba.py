@@ -10,6 +10,7 @@ import torch
 from golden_tensors import golden
 from refusals import refuses
 from stepping import assert_steps_equal_forward, run
+from stored_layers import assert_layer_as_stored
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,14 +31,7 @@ def loaded(g: dict[str, Tensor]) -> MambaMixer:
 
 def test_mixer_equals_an_independent_one() -> None:
     g = golden("mamba_block")
-    mixer, x = loaded(g), g["x"].requires_grad_()
-    y = mixer(x, torch.ones(x.shape[:2], dtype=torch.bool))
-    torch.testing.assert_close(y, g["y"], rtol=1e-11, atol=1e-12)
-    (y * g["w"]).sum().backward()
-    torch.testing.assert_close(x.grad, g["grad.x"], rtol=1e-10, atol=1e-11)
-    for name, parameter in mixer.named_parameters():
-        assert parameter.grad is not None
-        assert torch.allclose(parameter.grad, g[f"grad.param.{name}"], rtol=1e-10, atol=1e-11), name
+    assert_layer_as_stored(loaded(g), g)
 
 
 def test_step_equals_an_independent_mixer() -> None:

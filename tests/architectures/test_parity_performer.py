@@ -188,12 +188,8 @@ def test_features_are_drawn_anew_and_the_same_after_a_restart() -> None:
 
 def test_step_equals_forward_over_2048_tokens() -> None:
     for feature_map in ("softmax", "relu"):
-        assert_steps_equal_forward(
-            PerformerMixer(8, n_heads=2, qkv_dim=8, feature_map=feature_map, causal=True, n_features=6, redraw=0),
-            8,
-            rtol=1e-4,
-            atol=2e-5,
-        )
+        mixer = PerformerMixer(8, n_heads=2, qkv_dim=8, feature_map=feature_map, causal=True, n_features=6, redraw=0)
+        assert_steps_equal_forward(mixer, 8, rtol=1e-4, atol=2e-5)
 
 
 def test_wrong_arguments_are_named() -> None:
