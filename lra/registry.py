@@ -332,7 +332,7 @@ def _read_signature(path: Path) -> dict[str, Any] | None:
     for node in _parsed(path).body:
         if isinstance(node, ast.ClassDef) and "card" in _assigned_names(node):
             function = _constructor_of(node)
-            return None if function and len(function.args.args) > 1 else _read_options(path, node)
+            return None if function is None or len(function.args.args) > 1 else _read_options(path, node)
     return None
 
 
@@ -365,7 +365,7 @@ def _shared_names(node: ast.stmt) -> dict[str, Path]:
     if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("lra.architectures._"):
         return {}
     path = ROOT / "architectures" / f"{str(node.module).rpartition('.')[2]}.py"
-    return {name.name: path for name in node.names if name.asname is None}
+    return {name.name: path for name in node.names if name.asname is None and path.is_file()}
 
 
 def _read_default(node: ast.expr | None) -> Any:

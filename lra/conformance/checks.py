@@ -81,7 +81,7 @@ def signature(context: CheckContext) -> None:
         if (value := getattr(built, name, "missing")) != wanted[name]:
             raise Broken(f"encoder.{name} is {value}; the constructor was given {wanted[name]}")
     try:
-        context.constructor.cls(**wanted, no_such_argument=0)
+        context.constructor.cls(**{**context.constructor.preset, **wanted}, no_such_argument=0)
     except TypeError:
         pass
     else:
