@@ -67,7 +67,7 @@ class Comparison:
 
 def compare(a: RunRecord | Path | str, b: RunRecord | Path | str, collection: Collection | None = None) -> Comparison:
     """Compare two runs. a, b: records, paths of result files, or ids (or their unique beginnings) of runs in
-    `collection`, by default of all in the results folder. Raises UserError for one that does not exist or is damaged."""
+    `collection`, by default of the results folder. Raises UserError for one that does not exist or is damaged."""
     (first, one), (second, two) = (_load(run, collection) for run in (a, b))
     fields = differences(_fields(first), _fields(second))
     same_data = first.task == second.task and first.data.checksum == second.data.checksum
