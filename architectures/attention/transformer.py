@@ -123,7 +123,8 @@ class Transformer(Stack):
     @classmethod
     def published(cls, tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> Published:
         """Of Hugging Face's Llama, whose map of a linear layer without bias is one with a bias of 0 here, and of its
-        BERT and RoBERTa, whose embeddings, with their norm, come before the encoder. Norms keep their own epsilon."""
+        BERT and RoBERTa, whose embeddings, with their norm, come before the encoder. Where norms of theirs
+        have another epsilon than 1e-6 (Llama) or 1e-5 (BERT), `block={"norm_eps": ...}` gives it."""
         if any(".self_attn." in name for name in tensors):
             return _of_llama(tensors)
         if any(".attention.self." in name for name in tensors):

@@ -81,6 +81,8 @@ def import_weights(
     tensors = _Stored(read(file), str(file))
     published = _map_of(constructor, tensors, {**constructor.preset, **options})
     found = {**published.options, **options}
+    if "block" in published.options and isinstance(options.get("block"), Mapping):
+        found["block"] = {**published.options["block"], **options["block"]}
     required = [key for key in published.undetermined if key not in options]
     required += [key for key in ("length",) if key not in found]
     if required:
