@@ -36,8 +36,8 @@ def golden(name: str) -> dict[str, Tensor]:
     with np.load(FOLDER / f"{name}.npz", allow_pickle=False) as file:
         tensors = {key: torch.from_numpy(file[key]) for key in file.files}
     for key in filter(is_result, tensors):
-        tensors[key] = tensors[key].as_subclass(Result)
-        tensors[key].origin = name, key
+        tensors[key] = result = tensors[key].as_subclass(Result)
+        result.origin = name, key
     return tensors
 
 

@@ -83,6 +83,7 @@ def test_layer_equals_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
     x = g["x"].requires_grad_()
     given = F.pad(x, (0, 1), value=1.0).unsqueeze(0)
     y, loss = experts.train()(given, torch.ones(1, 12, dtype=torch.bool))[0, :, :5], experts.aux_loss()
+    assert loss is not None
     torch.testing.assert_close(y, g["y"], rtol=0, atol=1e-13)
     torch.testing.assert_close(loss, g["mid.loss"], rtol=0, atol=1e-12)
     for one, weights, key in ((y, g["w"], "grad.x"), (loss, None, "mid.grad_loss_x")):
