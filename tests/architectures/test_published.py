@@ -105,7 +105,7 @@ def rwkv_file() -> dict[str, Tensor]:
     ("name", "architecture", "own", "tolerance"),
     [
         ("mamba_model", "mamba", {"block": {"norm_eps": 1e-6}}, 1e-6),
-        ("llama_model", "transformer", {"n_heads": 2}, 1e-6),
+        ("llama_model", "transformer", {"n_heads": 2, "block": {"norm_eps": 1e-6}}, 1e-6),
         ("bert_model", "transformer", {"n_heads": 2}, 1e-12),
     ],
 )
