@@ -37,8 +37,9 @@ def test_layer_equals_a_public_one_under_the_paper_s_gate() -> None:
     assert_near(mixer.out(y.transpose(1, 2).flatten(2)), g["mid.paper_y"], "y")
 
 
-def test_layer_equals_a_public_one_under_its_own_gate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Theirs has one softmax over memories and local keys: a gate of the share that the memories have in its sum."""
+def test_layer_equals_a_public_one_under_its_own_gate() -> None:
+    """Theirs has one softmax over memories and local keys: a gate of the share that the memories have in its sum. The
+    parts of the layer are put together here, as its forward takes no gate and no memory from outside."""
     g = golden("memorizing_attention")
     mixer, x = loaded(g), g["x"].requires_grad_()
     q, k, v = mixer.heads(x)
