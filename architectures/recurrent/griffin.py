@@ -39,7 +39,7 @@ from lra.architectures._checks import at_least
 from lra.architectures._dropout import tie_dropout
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
-from lra.architectures._stack import NORMS, Block, FeedForward, Stack
+from lra.architectures._stack import Block, FeedForward, Stack
 from lra.architectures._window import ShortConvolution
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.band_attention.tiles import pairs
@@ -226,7 +226,7 @@ class Griffin(Stack):
         super().__init__(mixer, d_model=d_model, n_layers=n_layers, dropout=dropout, block=block, **stack)
         for layer in self.blocks:
             layer.ffn = GatedMLP(d_model, shape.expand, dropout, n_layers)
-            layer.ffn_norm = NORMS[shape.norm](d_model)
+            layer.ffn_norm = shape.make_norm(d_model)
         tie_dropout(self, shape.tie_dropout)
 
     @property
