@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
-from golden_tensors import assert_close, everything, golden
+from golden_tensors import assert_close, assert_layer_as_stored, everything, golden
 from refusals import refuses
 from stepping import stepped
-from stored_layers import assert_layer_as_stored
 from torch import Tensor
 
 from lra.architectures.attention.differential import Differential, DifferentialMixer

@@ -6,10 +6,9 @@ import math
 from typing import Any
 
 import torch
-from golden_tensors import everything, golden
+from golden_tensors import assert_layer_as_stored, everything, golden
 from refusals import refuses
 from stepping import assert_steps_equal_forward, run
-from stored_layers import assert_layer_as_stored
 from torch import Tensor
 
 from lra.architectures.linear_attention.gla import GLA, GLAMixer, advance

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from golden_tensors import assert_close, assert_stored_gradients, everything, golden
+from golden_tensors import assert_close, assert_layer_as_stored, assert_stored_gradients, everything, golden
 from stepping import run
-from stored_layers import assert_layer_as_stored
 from torch import Tensor
 
 from lra.architectures.linear_attention.hgrn2 import HGRN2, HGRN2Mixer, advance, gates

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from golden_tensors import assert_close, golden
+from golden_tensors import assert_close, assert_layer_as_stored, golden
 from stepping import run
-from stored_layers import assert_layer_as_stored
 from torch import Tensor
 
 from lra.architectures._delta import channel_delta, channel_delta_step

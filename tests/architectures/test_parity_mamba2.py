@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from golden_tensors import golden
+from golden_tensors import assert_layer_as_stored, golden
 from refusals import refuses
 from stepping import assert_steps_equal_forward, run
-from stored_layers import assert_layer_as_stored
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from golden_tensors import assert_close, everything, golden
+from golden_tensors import assert_close, assert_layer_as_stored, everything, golden
 from refusals import refuses
 from stepping import run
-from stored_layers import assert_layer_as_stored
 from torch import Tensor
 
 from lra.architectures.attention.mla import MLA, MLAMixer

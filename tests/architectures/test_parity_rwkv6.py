@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from golden_tensors import assert_close, golden
+from golden_tensors import assert_close, assert_layer_as_stored, golden
 from refusals import refuses
 from stepping import run
-from stored_layers import assert_layer_as_stored
 from torch import Tensor
 
 from lra.architectures.linear_attention.rwkv6 import RWKV6, ChannelMix, TimeMix, advance
