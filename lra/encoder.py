@@ -272,8 +272,8 @@ def signature_of(cls: type[Encoder]) -> inspect.Signature:
     own = list(inspect.signature(vars(owner)["__init__"]).parameters.values())[1:]
     if own and own[-1].kind is inspect.Parameter.VAR_KEYWORD and issubclass(bases[0], Encoder):
         named = {p.name: p for p in (*inspect.signature(bases[0]).parameters.values(), *own[:-1])}
-        own = [*(p for p in own[:-1] if p.kind is not p.KEYWORD_ONLY),
-               *(p for p in named.values() if p.kind is p.KEYWORD_ONLY)]  # fmt: skip
+        positional = [p for p in own[:-1] if p.kind is not p.KEYWORD_ONLY]
+        own = [*positional, *(p for p in named.values() if p.kind is p.KEYWORD_ONLY)]
     return inspect.Signature(own)
 
 
