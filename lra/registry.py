@@ -15,6 +15,7 @@ architectures.get("mynet")           an entry point of an installed package, in 
 from __future__ import annotations
 
 import ast
+import gc
 import importlib
 import importlib.util
 import inspect
@@ -275,7 +276,14 @@ def _parsed(path: Path) -> ast.Module:
 
 @cache
 def _parse(path: Path, changed: int) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
+    # the collector would walk the many objects of a tree again and again
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return ast.parse(path.read_text(encoding="utf-8"))
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _assigned_names(node: ast.ClassDef) -> set[str]:
