@@ -38,7 +38,7 @@ def predict(
 ) -> None:
     """Classify every line of a text file, every value of a JSON Lines file, every row of an array, or a split."""
     inputs = _inputs(file)
-    loaded = _load(run, checkpoint_dir)
+    loaded = load_run(run, checkpoint_dir)
     if dry_run:
         what = f"the {inputs} split" if isinstance(inputs, str) else f"{len(inputs):,} inputs"
         console.print(f"would classify {what} with {escape(str(loaded))}", soft_wrap=True)
@@ -77,7 +77,7 @@ def generate(
     """Continue a text with a model of the next token; its speed and the size of its state go to the error output."""
     if not 0 < top_p <= 1:
         raise UserError(f"--top-p is {top_p}; above 0, at most 1")
-    loaded = _load(run, checkpoint_dir)
+    loaded = load_run(run, checkpoint_dir)
     drawn = loaded.generate(prompt, tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     print(prompt + drawn.text)
     errors.print(
@@ -110,7 +110,7 @@ def evaluate(
 
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
-    loaded = _load(run, checkpoint_dir)
+    loaded = load_run(run, checkpoint_dir)
     if dry_run:
         console.print(f"would score {escape(str(loaded))} on the {split} split", soft_wrap=True)
         return
@@ -144,7 +144,7 @@ def export(
     """Write config.json, model.safetensors and a model card (README.md), the layout of model hubs."""
     from lra.training import export as exporting
 
-    loaded = _load(run, checkpoint_dir)
+    loaded = load_run(run, checkpoint_dir)
     if dry_run:
         exporting.check(loaded, folder)
         console.print(f"would write {escape(str(loaded))} to {escape(str(folder))}", soft_wrap=True)
@@ -185,7 +185,7 @@ def import_(
         console.print(f"wrote {escape(str(written))}", soft_wrap=True)
 
 
-def _load(run: Path, checkpoints: Path | None) -> TrainedRun:
+def load_run(run: Path, checkpoints: Path | None) -> TrainedRun:
     if not run.is_dir():
         raise UserError(f"{run} is not a folder; give a folder below runs/ or one that `lra export` wrote")
     announce_loading()
