@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from lra.cli.common import console, guarded
+from lra.cli.common import DryRun, console, guarded
 from lra.cli.models import Checkpoints, Run, load_run
 
 if TYPE_CHECKING:
@@ -19,9 +19,12 @@ NewFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder 
 
 
 @guarded
-def quantize(run: Run, folder: NewFolder, checkpoint_dir: Checkpoints = None) -> None:
+def quantize(run: Run, folder: NewFolder, dry_run: DryRun = False, checkpoint_dir: Checkpoints = None) -> None:
     """Store the weights of linear maps, convolutions and embeddings as int8, and score the result."""
     loaded = load_run(run, checkpoint_dir)
+    if dry_run:
+        _announce(loaded, folder)
+        return
     from lra import terminal
     from lra.training import compression
 
@@ -36,15 +39,26 @@ def prune(
     heads: Annotated[float, typer.Option(help="Share of the attention heads of each layer to remove.")] = 0.0,
     channels: Annotated[float, typer.Option(help="Share of the feed-forward channels of each layer to remove.")] = 0.0,
     examples: Annotated[int, typer.Option(min=1, help="Training examples that the importance is measured on.")] = 256,
+    dry_run: DryRun = False,
     checkpoint_dir: Checkpoints = None,
 ) -> None:
     """Remove the least important attention heads and feed-forward channels, and score the result."""
     loaded = load_run(run, checkpoint_dir)
+    if dry_run:
+        _announce(loaded, folder)
+        return
     from lra import terminal
     from lra.training import compression
 
     with terminal.progress_bar(console, "pruning") as progress:
         _show(compression.prune(loaded, folder, progress, heads=heads, channels=channels, examples=examples))
+
+
+def _announce(run: TrainedRun, folder: Path) -> None:
+    from lra.training import export
+
+    export.check(run, folder)
+    console.print(f"would compress {escape(str(run))} to {escape(str(folder))}", soft_wrap=True)
 
 
 def _show(run: TrainedRun) -> None:

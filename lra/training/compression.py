@@ -96,14 +96,19 @@ def prune(
 
 
 def rebuild(model: Classifier, structure: Sequence[Mapping[str, Any]]) -> None:
-    """Repeat on a model what `structure` says. Raises ValueError for a method that this version does not know."""
+    """Repeat on a model what `structure` says.
+
+    Raises ValueError for a method that this version does not know or a module that has no units, AttributeError for a
+    module that the model does not have.
+    """
     for step in structure:
         if step["method"] == "int8":
             _to_int8([model.get_submodule(name) for name in step["modules"]])
         elif step["method"] == "pruning":
             for name, kept in step["kept"].items():
                 part = model.get_submodule(name)
-                assert isinstance(part, Prunable)
+                if not isinstance(part, Prunable):
+                    raise ValueError(f"{name} has no units that can be removed")
                 part.keep(torch.tensor(kept, device=part.reader.weight.device))
         else:
             raise ValueError(f"unknown compression {step['method']!r}")
@@ -185,7 +190,7 @@ def _finish(
         ),
         tests={},
         parameters=parameters,
-        flops=model_work(small.model, run.protocol, 1),
+        flops=model_work(small.model, run.protocol, run.recipe.data.batch_size / run.recipe.train.accumulate),
         collapsed=records.AT_CHANCE
         if statistics.at_chance(score.share, score.n, record.floors[target_of(run.task, run.protocol).prior])
         else "",

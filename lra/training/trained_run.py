@@ -283,7 +283,10 @@ def _load_export(path: Path, architecture: str | type | None, task: str | type |
     if run.structure:
         from lra.training import compression
 
-        compression.rebuild(run.model, run.structure)
+        try:
+            compression.rebuild(run.model, run.structure)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UserError(f"{path / CONFIG}: structure does not fit the model of its recipe: {error}") from None
     # names that share a tensor are stored once
     weights |= {name: weights[stored] for name, stored in config.get("shared", {}).items()}
     _load_weights(run.model, weights, path / WEIGHTS)

@@ -22,7 +22,8 @@ from lra.results import result
 from lra.results.official import settings_of
 from lra.target import PositionTarget, Target
 from lra.task import UNSCORED
-from lra.training.compression import Int8
+from lra.training import export
+from lra.training.compression import Int8, rebuild
 from lra.training.module import Training
 from lra.training.request import Request
 from lra.training.run import run
@@ -126,8 +127,19 @@ def test_a_quantised_run_is_smaller_scored_and_can_be_loaded_and_exported(origin
         lra.prune(small, tmp_path / "third", heads=0.5)
 
 
+def test_a_weight_that_two_modules_share_is_stored_once() -> None:
+    model: Any = torch.nn.ModuleDict({"embedding": torch.nn.Embedding(5, 7), "head": torch.nn.Linear(7, 5)})
+    model["head"].weight = model["embedding"].weight
+    rebuild(model, [{"method": "int8", "modules": ["embedding", "head"]}])
+    weights, shared = export.distinct(model)
+    assert sorted(t.dtype == torch.int8 for t in weights.values()) == [False, False, True]
+    assert len(shared) == 2
+    torch.testing.assert_close(model["head"].weight, model["embedding"].weight)
+
+
 def test_a_pruned_run_lacks_the_units_that_matter_least(original: TrainedRun, tmp_path: Path) -> None:
     # a channel that nothing reads, and a head that nothing reads, have no importance
+    original = lra.load(original.folder)
     encoder: Any = original.model.encoder
     layer = encoder.layers[1]
     with torch.no_grad():
@@ -144,6 +156,10 @@ def test_a_pruned_run_lacks_the_units_that_matter_least(original: TrainedRun, tm
     assert about["compressed"]["parameters"] == sum(p.numel() for p in small.model.parameters())
     assert about["compressed"]["parameters"] < about["original"]["parameters"]
     assert small.accuracy == small.evaluate("test").accuracy
+    config = tmp_path / "small" / "config.json"
+    config.write_text(config.read_text().replace("encoder.layers.1.ffn", "encoder.layers.7.ffn"))
+    with pytest.raises(UserError, match="structure does not fit the model"):
+        lra.load(tmp_path / "small")
     both = lra.quantize(small, tmp_path / "both")
     assert [step["method"] for step in both.structure] == ["pruning", "int8"]
 
@@ -154,6 +170,8 @@ def test_the_commands_show_the_original_beside(original: TrainedRun, tmp_path: P
         assert done.exit_code == 0, done.output
         assert "original" in done.output
         assert f"{original.record.parameters:,}" in done.output
+    done = CliRunner().invoke(app, ["quantize", str(original.folder), str(tmp_path / "none"), "--dry-run"])
+    assert (done.exit_code, "would compress" in done.output, (tmp_path / "none").exists()) == (0, True, False)
     done = CliRunner().invoke(app, ["prune", str(original.folder), str(tmp_path / "none")])
     assert (done.exit_code, "nothing to remove" in done.output) == (2, True)
 
