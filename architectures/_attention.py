@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._table import Tables
-from lra.encoder import Cost, Mixer
+from lra.encoder import Cost, Mixer, keep_linear
 from lra.kernels.band_attention import band_attention
 
 POSITIONS = ("sinusoidal", "learned", "rope", "alibi", "none")
@@ -98,6 +98,28 @@ class AttentionMixer(Tables, Mixer):
     def rate(self) -> float:
         """Of the dropout on the attention weights: 0 when not training."""
         return self.dropout if self.training else 0.0
+
+    unit = "heads"
+
+    @property
+    def units(self) -> int:
+        """Heads that can be removed: 0 where heads share keys, or have parameters beside those of the maps."""
+        maps = {id(p) for p in (*self.qkv.parameters(), *self.out.parameters())}
+        plain = self.n_kv_heads == self.n_heads and all(id(p) in maps for p in self.parameters())
+        return self.n_heads if plain else 0
+
+    @property
+    def reader(self) -> nn.Linear:
+        return self.out
+
+    def keep(self, units: Tensor) -> None:
+        columns = torch.arange(self.widths[0], device=units.device).view(self.n_heads, -1)[units].flatten()
+        keep_linear(self.qkv, rows=torch.cat([columns + part * self.widths[0] for part in range(3)]))
+        keep_linear(self.out, columns=columns)
+        self.n_heads = self.n_kv_heads = len(units)
+        self.widths = (len(columns),) * 3
+        if self.slopes is not None:
+            self.slopes = self.slopes[units]
 
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

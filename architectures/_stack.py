@@ -24,7 +24,7 @@ from lra.architectures._moe import MIXTURES
 from lra.architectures._norm import BatchNorm, LayerNorm, RMSNorm, ScaleNorm, normalised
 from lra.architectures._precision import own_precision
 from lra.architectures._table import Tables
-from lra.encoder import Cost, Encoder, Mixer, clean_padding, fill_padding, lengths_of
+from lra.encoder import Cost, Encoder, Mixer, clean_padding, fill_padding, keep_linear, lengths_of
 
 NORMS: dict[str, type[nn.Module]] = {"layer": LayerNorm, "rms": RMSNorm, "batch": BatchNorm, "scale": ScaleNorm}
 POSITIONS = ("none", "sinusoidal", "learned")
@@ -114,6 +114,22 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(d_model, self.hidden * (2 if kind == "swiglu" else 1))
         self.down = nn.Linear(self.hidden, d_model)
         self.dropout = Dropout(dropout)
+
+    unit = "channels"
+
+    @property
+    def units(self) -> int:
+        return self.hidden
+
+    @property
+    def reader(self) -> nn.Linear:
+        return self.down
+
+    def keep(self, units: Tensor) -> None:
+        rows = torch.cat([units, self.hidden + units]) if self.kind == "swiglu" else units
+        keep_linear(self.up, rows=rows)
+        keep_linear(self.down, columns=units)
+        self.hidden = len(units)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         h = self.up(x)

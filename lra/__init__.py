@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from lra.api import load_encoder as load_encoder
     from lra.api import load_task as load_task
     from lra.api import profile as profile
+    from lra.api import prune as prune
+    from lra.api import quantize as quantize
     from lra.api import train as train
     from lra.data.module import DataModule as DataModule
     from lra.errors import UserError as UserError
@@ -39,7 +41,7 @@ _MODULES = {
     **dict.fromkeys(
         (
             "check", "compare", "create_encoder", "import_weights", "leaderboard", "list_architectures", "load",
-            "load_encoder", "load_task", "profile", "train",
+            "load_encoder", "load_task", "profile", "prune", "quantize", "train",
         ),
         "lra.api",
     ),

@@ -6,8 +6,8 @@ Everything heavy is imported inside the function that needs it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -124,13 +124,15 @@ def train(
     threads: int = 0,
     loggers: Sequence[str] = (),
     init_from: str | Path | None = None,
+    teacher: str | Path | None = None,
     progress: Callable[[int, int, Mapping[str, float]], None] | None = None,
 ) -> TrainedRun:
     """Train, select on validation, test once, and write the record, as `lra run` does.
 
     task, architecture: a registered name, `file.py:Class`, `package.module:Class`, or a class.
     overrides: recipe values by dotted key, {"train.steps": 500}. time_limit: seconds, after which the run stops with a
-    checkpoint. progress: called as progress(step, steps, metrics); without it a bar is drawn where there is a terminal.
+    checkpoint. teacher: folder of a run of the same task to imitate (train.distill_alpha, train.distill_temperature).
+    progress: called as progress(step, steps, metrics); without it a bar is drawn where there is a terminal.
     The other arguments are those of `lra run`.
 
     The global random state is left as it was. Raises UserError; `lra.errors.Interrupted`, which is one, when the run
@@ -147,6 +149,7 @@ def train(
         time_limit, resume, pretrain, match, Placement(devices, nodes, strategy),
         None if checkpoint_dir is None else Path(checkpoint_dir), tuple(loggers),
         init_from=None if init_from is None else Path(init_from), threads=threads,
+        teacher=None if teacher is None else Path(teacher),
     )  # fmt: skip
     check(request, read(request)[0])
     resolved, _ = resolve(request)
@@ -176,6 +179,33 @@ def load(
     from lra.training import trained_run
 
     return trained_run.load(folder, checkpoints=checkpoints, architecture=architecture, task=task)
+
+
+def quantize(run: TrainedRun | str | Path, folder: str | Path) -> TrainedRun:
+    """The run with int8 weights in linear maps, convolutions and embeddings, scored and exported to a new folder.
+
+    run: what `train` or `load` returned, or a folder. `record.compression` holds accuracy, size and speed of both
+    models. Weights are converted back when they are used, so that the model is smaller, not faster. Raises UserError.
+    """
+    from lra.training import compression
+
+    with _progress("quantising") as progress:
+        return compression.quantize(load(run) if isinstance(run, str | Path) else run, Path(folder), progress)
+
+
+def prune(
+    run: TrainedRun | str | Path, folder: str | Path, *, heads: float = 0.0, channels: float = 0.0, examples: int = 256
+) -> TrainedRun:
+    """The run without its least important attention heads and feed-forward channels, scored and exported to a folder.
+
+    heads, channels: the share to remove in each layer. examples: training examples on which their importance is
+    measured. run, record: as of `quantize`. Raises UserError, also where the architecture has neither.
+    """
+    from lra.training import compression
+
+    original = load(run) if isinstance(run, str | Path) else run
+    with _progress("pruning") as progress:
+        return compression.prune(original, Path(folder), progress, heads=heads, channels=channels, examples=examples)
 
 
 def results(smoke: bool = False) -> pd.DataFrame:
@@ -246,6 +276,16 @@ def profile(
     ]  # fmt: skip
     frame = pd.json_normalize(profiler.profile(cells, result.folder()))
     return frame.rename(columns=lambda column: column.removeprefix("cell."))
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress callback, which draws a bar where there is a terminal."""
+    from lra import terminal
+
+    console = _console()
+    with terminal.progress_bar(console, title) if console else nullcontext(lambda *_: None) as progress:
+        yield progress
 
 
 def _console() -> Any:

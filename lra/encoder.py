@@ -15,7 +15,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -263,6 +263,38 @@ class Mixer(nn.Module, ABC):
 
     def aux_loss(self) -> Tensor | None:
         return None
+
+
+@runtime_checkable
+class Prunable(Protocol):
+    """A module made of units that can be removed, such as attention heads or the channels of a feed-forward part.
+
+    unit: "heads" or "channels". units: how many there are; 0 where none can be removed. reader: the map that reads the
+    units, each in its own equal share of the columns.
+    """
+
+    unit: str
+
+    @property
+    def units(self) -> int: ...
+
+    @property
+    def reader(self) -> nn.Linear: ...
+
+    def keep(self, units: Tensor) -> None:
+        """Remove all units but these: (n,) int64, in rising order."""
+        ...
+
+
+def keep_linear(linear: nn.Linear, *, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+    """Remove all rows or columns of a linear map but those at the given indices, in place."""
+    with torch.no_grad():
+        if rows is not None:
+            linear.weight = nn.Parameter(linear.weight[rows])
+            linear.bias = None if linear.bias is None else nn.Parameter(linear.bias[rows])
+        if columns is not None:
+            linear.weight = nn.Parameter(linear.weight[:, columns])
+    linear.out_features, linear.in_features = linear.weight.shape
 
 
 def signature_of(cls: type[Encoder]) -> inspect.Signature:

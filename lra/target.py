@@ -44,6 +44,12 @@ class Target:
         """Mean loss over the answers."""
         return F.cross_entropy(output.float(), labels)
 
+    def imitation(self, output: Tensor, taught: Tensor, labels: Tensor, temperature: float) -> Tensor:
+        """Mean loss of a student against the output of a teacher (Hinton, Vinyals and Dean 2015, arXiv:1503.02531):
+        T^2 KL(softmax(taught / T) || softmax(output / T))."""
+        student, teacher = (F.log_softmax(logits.float() / temperature, dim=-1) for logits in (output, taught))
+        return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
     def predict(self, output: Tensor) -> Tensor:
         """The model's answers, in the shape of the labels."""
         return output.argmax(dim=-1)
@@ -77,6 +83,10 @@ class PositionTarget(Target):
 
     def loss(self, output: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(output.float().flatten(0, 1), labels.flatten(), ignore_index=UNSCORED)
+
+    def imitation(self, output: Tensor, taught: Tensor, labels: Tensor, temperature: float) -> Tensor:
+        scored = labels != UNSCORED
+        return super().imitation(output[scored], taught[scored], labels, temperature)
 
     def right(self, output: Tensor, labels: Tensor) -> Tensor:
         return (self.predict(output) == labels)[labels != UNSCORED]
@@ -128,6 +138,10 @@ class ValueTarget(Target):
 
     def loss(self, output: Tensor, labels: Tensor) -> Tensor:
         return F.mse_loss(self.predict(output), labels)
+
+    def imitation(self, output: Tensor, taught: Tensor, labels: Tensor, temperature: float) -> Tensor:
+        """The squared error between both; a real value has no temperature."""
+        return F.mse_loss(self.predict(output), self.predict(taught))
 
     def predict(self, output: Tensor) -> Tensor:
         return output.float().squeeze(-1)

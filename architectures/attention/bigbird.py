@@ -65,6 +65,10 @@ class BigBirdMixer(AttentionMixer):
             dropout=self.rate,
         )  # fmt: skip
 
+    def keep(self, units: Tensor) -> None:
+        super().keep(units)
+        self.random_blocks = self.random_blocks[units]
+
     def pairs(self, length: int) -> float:
         first = min(self.size, length)
         last = 0 if self.causal or length <= self.size else (length - 1) % self.size + 1

@@ -43,7 +43,7 @@ from lra.architectures._checks import at_least, one_of
 from lra.architectures._dropout import Dropout
 from lra.architectures._hippo import legs_modes
 from lra.architectures._precision import wide
-from lra.architectures._ssm import initial_log_dt, weighted_sum
+from lra.architectures._ssm import initial_log_dt, power, weighted_sum
 from lra.architectures._stack import Block, Stack
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.fft_conv import fft_conv
@@ -141,11 +141,10 @@ class DSSMixer(Mixer):
         both = torch.cat([fall.masked_fill(rises, 0), rise.masked_fill(~rises, 0)])
         falling, rising = ssm_kernel_diag(A, both.to(A.dtype) / 2, dt, tokens, "none").chunk(2)
         y = fft_conv(x, self.kernel(tokens)[0], self.D) + (falling + rising.flip(-1)).transpose(1, 2).to(x.dtype)
-
-        def exponent(place: Tensor) -> Tensor:
-            return z.unsqueeze(-1) * torch.where(rises.unsqueeze(-1), time + place, tokens - 1 - place)
-
-        after = (z.masked_fill(rises, 0) * tokens).exp() * before + weighted_sum(x, exponent)
+        ratio = z.exp()
+        risen = (z * time).exp() * weighted_sum(x, ratio)
+        fallen = power(ratio, tokens) * before + weighted_sum(x.flip(1), ratio)
+        after = torch.where(rises, before + risen, fallen)
         return self._project(y), (time + tokens, after.to(before.dtype))
 
 

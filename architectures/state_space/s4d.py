@@ -45,7 +45,7 @@ from torch.nn import functional as F
 from lra.architectures._diagonal import DiagonalSSM, check_diagonal
 from lra.architectures._dropout import Dropout
 from lra.architectures._published import number_of_layers
-from lra.architectures._ssm import checked_copies, weighted_sum
+from lra.architectures._ssm import checked_copies, power, weighted_sum
 from lra.architectures._stack import Block, Stack
 from lra.encoder import Card, Cost, Mixer, Published
 from lra.kernels.fft_conv import fft_conv
@@ -102,10 +102,9 @@ class S4DMixer(DiagonalSSM, Mixer):
         tokens, (A, C, dt) = x.shape[1], self._continuous()
         A_bar, B_bar = self.discrete(A, dt)
         reads = (C[0] * state * A_bar / B_bar).to(A.dtype)
-        before = ssm_kernel_diag(A, reads, dt, tokens, self.discretization).transpose(1, 2)
-        y = fft_conv(x, self.kernel(tokens)[0], self.D) + before.to(x.dtype)
-        z = A_bar.log().unsqueeze(-1)
-        after = A_bar**tokens * state + B_bar * weighted_sum(x, lambda place: z * (tokens - 1 - place))
+        kernels = ssm_kernel_diag(A, torch.cat([C[:1], reads]), dt, tokens, self.discretization)
+        y = fft_conv(x, kernels[0], self.D) + kernels[1:].transpose(1, 2).to(x.dtype)
+        after = power(A_bar, tokens) * state + B_bar * weighted_sum(x.flip(1), A_bar)
         return self._project(y), after.to(state.dtype)
 
 

@@ -13,6 +13,7 @@ from lra import __version__
 from lra.cli.check import check
 from lra.cli.claims import claims
 from lra.cli.common import console, errors, guarded
+from lra.cli.compress import prune, quantize
 from lra.cli.data import audit, data
 from lra.cli.diagnose import diagnose
 from lra.cli.lists import list_
@@ -98,8 +99,8 @@ def new_task(
 
 
 for command in (
-    run, show, sweep, predict, generate, evaluate, export, check, diagnose, claims, leaderboard, compare, report, audit,
-    profile, bench, doctor,
+    run, show, sweep, predict, generate, evaluate, export, quantize, prune, check, diagnose, claims, leaderboard,
+    compare, report, audit, profile, bench, doctor,
 ):  # fmt: skip
     app.command()(command)
 app.command("import")(import_)

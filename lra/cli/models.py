@@ -38,7 +38,7 @@ def predict(
 ) -> None:
     """Classify every line of a text file, every value of a JSON Lines file, every row of an array, or a split."""
     inputs = _inputs(file)
-    loaded = _load(run, checkpoint_dir)
+    loaded = load_run(run, checkpoint_dir)
     if isinstance(inputs, str) and inputs not in loaded.protocol.splits:
         raise unknown("split", inputs, loaded.protocol.splits)
     if dry_run:
@@ -79,7 +79,7 @@ def generate(
     """Continue a text with a model of the next token; its speed and the size of its state go to the error output."""
     if not 0 < top_p <= 1:
         raise UserError(f"--top-p is {top_p}; above 0, at most 1")
-    loaded = _load(run, checkpoint_dir)
+    loaded = load_run(run, checkpoint_dir)
     drawn = loaded.generate(prompt, tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     print(prompt + drawn.text)
     errors.print(
@@ -107,7 +107,7 @@ def evaluate(
     checkpoint_dir: Checkpoints = None,
 ) -> None:
     """Score a trained run on a split again, beside what its record says."""
-    loaded = _load(run, checkpoint_dir)
+    loaded = load_run(run, checkpoint_dir)
     if split not in loaded.protocol.splits:
         raise unknown("split", split, loaded.protocol.splits)
     if dry_run:
@@ -143,7 +143,7 @@ def export(
     """Write config.json, model.safetensors and a model card (README.md), the layout of model hubs."""
     from lra.training import export as exporting
 
-    loaded = _load(run, checkpoint_dir)
+    loaded = load_run(run, checkpoint_dir)
     if dry_run:
         exporting.check(loaded, folder)
         console.print(f"would write {escape(str(loaded))} to {escape(str(folder))}", soft_wrap=True)
@@ -184,7 +184,7 @@ def import_(
         console.print(f"wrote {escape(str(written))}", soft_wrap=True)
 
 
-def _load(run: Path, checkpoints: Path | None) -> TrainedRun:
+def load_run(run: Path, checkpoints: Path | None) -> TrainedRun:
     if not run.is_dir():
         raise UserError(f"{run} is not a folder; give a folder below runs/ or one that `lra export` wrote")
     announce_loading()

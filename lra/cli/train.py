@@ -128,6 +128,9 @@ def run(
     init_from: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Start with the weights of a run or of an exported folder.")
     ] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Imitate the model of a run (knowledge distillation).")
+    ] = None,
     dry_run: DryRun = False,
     search: Annotated[str, typer.Option(hidden=True)] = "",
     select_only: Annotated[bool, typer.Option("--select-only", hidden=True)] = False,
@@ -139,7 +142,7 @@ def run(
     request = Request(
         task, architecture, recipe, seed, protocol, settings_of(settings), source, seconds_of(time_limit), resume,
         pretrain, match, Placement(devices, nodes, strategy), checkpoint_dir, tuple(logger or ()), _search(search),
-        select_only, init_from, process_start(), threads,
+        select_only, init_from, process_start(), threads, teacher,
     )  # fmt: skip
     with _stopping_on_signals(request):
         _run(request, dry_run)
@@ -218,7 +221,8 @@ def _show_plan(request: Request, recipe: Recipe) -> None:
         return
     show(f"data are in {prepared.folder}")
     settings = {key: parse_setting(text) for key, text in (request.settings or {}).items()}
-    options = {"pretrain": request.pretrain, "match": request.match, "init-from": str(request.init_from or "")}
+    options = {"pretrain": request.pretrain, "match": request.match, "init-from": str(request.init_from or ""),
+               "teacher": str(request.teacher or "")}  # fmt: skip
     cell = Cell(
         request.task_name, request.architecture_name, request.seed, request.recipe_name, settings,
         {key: value for key, value in options.items() if value}, request.protocol,
@@ -276,6 +280,12 @@ def _show_result(path: Path) -> None:
         console.print(f"[bold]{verdict.word}[/]: {verdict.reason}", soft_wrap=True)
     elif record.at_chance:
         console.print(f"[yellow]this run is {AT_CHANCE}[/]")
+    if (taught := record.distillation) is not None:
+        console.print(
+            f"its teacher {escape(taught['architecture'])} has {100 * taught['accuracy']:.2f} % with "
+            f"{taught['parameters']:,} parameters, this run has {record.parameters:,}",
+            soft_wrap=True,
+        )
     if record.recipe.smoke:
         console.print(
             f"This was a smoke test. For a comparison: `lra run {record.task} {record.architecture} --recipe standard` "

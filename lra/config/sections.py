@@ -154,7 +154,8 @@ class Train:
     accumulate: micro-batches per optimiser step; checkpointing: recompute the activations of each block in the backward
     pass; compile: torch.compile the encoder. tbptt: chunk length in tokens of truncated backpropagation through time (0
     = off). curriculum_steps: number of first steps in which the length limit grows from curriculum_length tokens to the
-    protocol's length.
+    protocol's length. distill_alpha, distill_temperature: with a teacher (--teacher), the weight of imitating it, and
+    the temperature of both outputs.
     """
 
     steps: int = 1000
@@ -164,6 +165,8 @@ class Train:
     checkpointing: bool = unhashed(False)
     compile: bool = unhashed(False)
     tbptt: int = unhashed(0)
+    distill_alpha: float = unhashed(0.5)
+    distill_temperature: float = unhashed(2.0)
     curriculum_length: int = unhashed(0)
     curriculum_steps: int = unhashed(0)
 
@@ -171,6 +174,10 @@ class Train:
         _check_at_least(self, 1, "steps", "evaluate_every", "accumulate")
         _check_at_least(self, 0, "tbptt", "curriculum_length", "curriculum_steps")
         _check_choice(self, "precision", PRECISIONS)
+        if not 0 <= self.distill_alpha <= 1:
+            raise UserError(f"train.distill_alpha is {self.distill_alpha}; from 0 to 1")
+        if not 0 < self.distill_temperature < math.inf:
+            raise UserError(f"train.distill_temperature is {self.distill_temperature}; more than 0")
         if bool(self.curriculum_length) != bool(self.curriculum_steps):
             raise UserError("train.curriculum_length and train.curriculum_steps go together; give both or neither")
 

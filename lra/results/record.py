@@ -245,8 +245,10 @@ class RunRecord(Part, frozen=True, kw_only=True):
     name, with the shipped values; None where that was not recorded. receptive_field: tokens that an output depends on,
     where they are fewer than the sequence holds. source: of an architecture that is not of this project; runs of
     different sources are different rows. init_from: the weights of another run that this one started with, and what
-    of them did not fit. refused_implementations: kernels that failed their parity check. seal: SHA-256 of all other
-    fields.
+    of them did not fit. distillation: the run that this one imitated, with its accuracy and size, and how. compression:
+    what was done to the model of a finished run, and accuracy, size and speed of both models; speed, memory, curve and
+    wall_seconds are then those of the original's training. refused_implementations: kernels that failed their parity
+    check. seal: SHA-256 of all other fields.
 
     Of a generated task: tests, the scores on the further test splits of the protocol, by name; chance and plateaus,
     shares of right answers of a guess and of what is learnt first, by what that is.
@@ -294,6 +296,8 @@ class RunRecord(Part, frozen=True, kw_only=True):
     refused_implementations: tuple[str, ...] = ()
     resumed: bool = False
     init_from: dict[str, Any] | None = None
+    distillation: dict[str, Any] | None = None
+    compression: dict[str, Any] | None = None
     tests: dict[str, Score] = field(default_factory=dict)
     chance: Share | None = None
     plateaus: dict[str, Share] = field(default_factory=dict)

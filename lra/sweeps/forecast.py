@@ -90,7 +90,7 @@ def measure(cell: Cell) -> dict[str, float]:
     from lra.training.module import Training
     from lra.training.pretraining import Pretraining
     from lra.training.request import resolve
-    from lra.training.run import check_operators
+    from lra.training.run import check_operators, load_teacher
 
     recipe, _ = resolve(cell.request())
     constructor = architectures.get(cell.architecture)
@@ -115,7 +115,8 @@ def measure(cell: Cell) -> dict[str, float]:
     validation = DeviceSet.of(
         selection, prepared.protocol, target, choose(len(selection), recipe.data.validation_examples)
     )
-    module = Training(model, recipe, target_of(prepared.task, prepared.protocol))
+    teacher, _ = load_teacher(cell.request(), recipe, prepared)
+    module = Training(model, recipe, target_of(prepared.task, prepared.protocol), teacher)
     total += _time_training(module, recipe, data, stages.training_sampler(recipe, data, cell.seed))
     # the selection split is evaluated once more at the end, and the test set once
     evaluations = recipe.train.steps // min(recipe.train.evaluate_every, recipe.train.steps) + 1

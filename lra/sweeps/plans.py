@@ -53,6 +53,7 @@ RUN_OPTIONS = (
     "threads",
     "logger",
     "from",
+    "teacher",
 )
 
 
@@ -90,7 +91,8 @@ class Cell:
         from lra.training.request import Request
 
         settings = {k: json.dumps(v) for k, v in self.settings.items()}
-        pretrain, match, initial = (str(self.options.get(key, "")) for key in ("pretrain", "match", "init-from"))
+        names = ("pretrain", "match", "init-from", "teacher")
+        pretrain, match, initial, teacher = (str(self.options.get(key, "")) for key in names)
         return Request(
             self.task,
             self.architecture,
@@ -101,6 +103,7 @@ class Cell:
             pretrain=pretrain,
             match=match,
             init_from=Path(initial) if initial else None,
+            teacher=Path(teacher) if teacher else None,
         )
 
 

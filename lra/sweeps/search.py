@@ -10,7 +10,8 @@ In a sweep file, in addition to tasks, architectures and seeds:
     "encoder.state_size" = { choose = [16, 64] }
 
 Each trial is one training run with the first seed that does not evaluate the test set. The trial with the best
-validation accuracy is then run with every seed; its results record the number of trials and its own number.
+validation accuracy, or the fewest bits per token where the target is the next token, is then run with every seed; its
+results record the number of trials and its own number.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def unfinished_trials(plan: Plan) -> Plan:
     """The trials of a plan that `choose_settings` would run. Raises UserError."""
     _, _, points = _sample(plan)
     tried = [cell for cells in _groups(plan) for cell in _trials(cells[0], points)]
-    return replace(plan, cells=tuple(cell for cell in tried if trial_accuracy(cell) is None), search={})
+    return replace(plan, cells=tuple(cell for cell in tried if trial_scores(cell) is None), search={})
 
 
 def choose_settings(plan: Plan, console: Console, execute: Callable[[Plan], list[int]]) -> Plan:
@@ -85,19 +86,19 @@ def choose_settings(plan: Plan, console: Console, execute: Callable[[Plan], list
     chosen: list[Cell] = []
     for cells in _groups(plan):
         tried = _trials(cells[0], points)
-        unfinished = tuple(cell for cell in tried if trial_accuracy(cell) is None)
+        unfinished = tuple(cell for cell in tried if trial_scores(cell) is None)
         if unfinished:
             execute(Plan(plan.file.with_name(f"{plan.file.stem}-search.toml"), unfinished, plan.retries))
-        scores = [trial_accuracy(cell) for cell in tried]
-        done = [(score, number) for number, score in enumerate(scores) if score is not None]
+        done = [(scores, number) for number, cell in enumerate(tried) if (scores := trial_scores(cell)) is not None]
         if not done:
             raise UserError(
                 f"search: none of the {trials} trials of {cells[0].name} finished; their logs are in {plan.logs}-search"
             )
-        score, best = max(done, key=lambda pair: (pair[0], -pair[1]))
-        console.print(
-            f"{cells[0].name}: trial {best} of {trials} is best, {100 * score:.2f} % on validation: {points[best]}"
-        )
+        scores, best = max(done, key=lambda pair: (_merit(pair[0]), -pair[1]))
+        bits = scores.get("bits")
+        score = scores["accuracy"] if bits is None else bits
+        shown = f"{100 * score:.2f} %" if bits is None else f"{score:.3f} bits per token"
+        console.print(f"{cells[0].name}: trial {best} of {trials} is best, {shown} on validation: {points[best]}")
         summary = {"method": "scrambled Sobol sequence", "trials": trials, "finished": len(done), "best": best,
                 "validation": score, "seed": seed, "space": space, "chosen": points[best]}  # fmt: skip
         chosen += [
@@ -137,10 +138,16 @@ def _trials(cell: Cell, points: list[dict[str, Any]]) -> list[Cell]:
     ]
 
 
-def trial_accuracy(cell: Cell) -> float | None:
-    """Validation accuracy of a trial; None if it has not finished."""
+def trial_scores(cell: Cell) -> dict[str, Any] | None:
+    """Validation scores of a trial; None if it has not finished."""
     from lra.training.request import folder_of, resolve
 
     request = cell.request()
     file = folder_of(request, resolve(request)[0]) / "selection.json"
-    return float(json.loads(file.read_text())["accuracy"]) if file.is_file() else None
+    scores: dict[str, Any] | None = json.loads(file.read_text()) if file.is_file() else None
+    return scores
+
+
+def _merit(scores: Mapping[str, Any]) -> float:
+    """What the best trial has most of: accuracy; of the next token, the negative of its bits."""
+    return float(scores["accuracy"] if scores.get("bits") is None else -scores["bits"])

@@ -40,7 +40,7 @@ def write(run: TrainedRun, folder: Path) -> Path:
     from safetensors.torch import save_file
 
     check(run, folder)
-    weights, shared = _distinct(run.model)
+    weights, shared = distinct(run.model)
     content = config(run) | {"shared": shared}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -73,6 +73,7 @@ def config(run: TrainedRun) -> dict[str, Any]:
             "vocabulary": run.protocol.vocabulary, "channels": run.protocol.channels, "classes": run.task.classes,
         },
         "recipe": run.recipe.as_dict(),
+        "structure": run.structure,
         "recipe_hash": run.recipe.hash,
         "seed": run.seed,
         "record": records.to_json(run.record),
@@ -137,7 +138,7 @@ def card(run: TrainedRun) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+def distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The state dict with each tensor once, contiguous, and {name: name under which its tensor is stored}."""
     weights: dict[str, Tensor] = {}
     shared: dict[str, str] = {}

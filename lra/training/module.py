@@ -97,13 +97,18 @@ class Training(Trainable):
 
     Accuracy is the share of right answers: of classes, or of scored positions.
 
+    With a teacher the loss of the target counts 1 - alpha, and that of imitating the teacher alpha.
+
     curve: validation accuracy and loss by step. diagnostics: of the encoder, over the last validation.
     """
 
-    def __init__(self, model: Classifier, recipe: Recipe, target: Target) -> None:
+    def __init__(self, model: Classifier, recipe: Recipe, target: Target, teacher: Classifier | None = None) -> None:
         super().__init__(model, recipe.optim, recipe.train.steps, recipe.data.batch_size // recipe.train.accumulate)
         self._hessian_step = -1
         self.target = target
+        self.alpha, self.temperature = recipe.train.distill_alpha, recipe.train.distill_temperature
+        # in a tuple, so that it is no part of the module: neither trained nor stored in a checkpoint
+        self.teachers = () if teacher is None else (teacher,)
         # without the search for NaN, which waits for a GPU: these are 0 and 1
         self.train_accuracy = MeanMetric(nan_strategy="disable", sync_on_compute=False)
         self.validation_accuracy = MeanMetric(nan_strategy="disable")
@@ -115,6 +120,11 @@ class Training(Trainable):
     def training_step(self, batch: Batch, _: int) -> Tensor:
         output = self.model(batch)
         loss = self.target.loss(output, batch.labels)
+        for teacher in self.teachers:
+            with torch.no_grad():
+                taught = teacher(batch)
+            imitation = self.target.imitation(output, taught, batch.labels, self.temperature)
+            loss = (1 - self.alpha) * loss + self.alpha * imitation
         extra = self.model.encoder.aux_loss()
         self.train_accuracy.update(self.target.right(output, batch.labels).float())
         loss = loss if extra is None else loss + extra

@@ -40,6 +40,7 @@ class Request:
     pretrain: "" as the recipe says, else one of OBJECTIVES. match: a budget to solve the width for (lra.config.match).
     checkpoint_dir: folder for checkpoints, by default the run's own. search: how these settings were searched for.
     select_only: stop before the test set is read. init_from: run, exported folder or file with the initial weights.
+    teacher: folder of the run that this one imitates (knowledge distillation).
     threads: number of CPU threads, by default those of OMP_NUM_THREADS, else one for each core.
     """
 
@@ -62,6 +63,7 @@ class Request:
     init_from: Path | None = None
     created: float = field(default_factory=time.monotonic, compare=False)
     threads: int = 0
+    teacher: Path | None = None
 
     @property
     def task_name(self) -> str:
@@ -103,6 +105,7 @@ class Request:
             ("from", self.source, None),
             ("checkpoint-dir", self.checkpoint_dir, None),
             ("init-from", self.init_from, None),
+            ("teacher", self.teacher, None),
         ):
             words += [f"--{name}", str(given)] if given != default else []
         return shlex.join([*words, *more])
@@ -134,12 +137,16 @@ def read(request: Request) -> tuple[Recipe, dict[str, str]]:
             raise unknown("objective", request.pretrain, OBJECTIVES, where="--pretrain")
         recipe = recipe.with_pretraining(request.pretrain)
         origin["pretrain.objective"] = "--pretrain"
-    if request.init_from is not None:
-        from lra.training import warm_start
+    regimes = []
+    for name, option, source in (
+        ("warm start", "--init-from", request.init_from), ("distilled", "--teacher", request.teacher),
+    ):  # fmt: skip
+        if source is not None:
+            from lra.training import warm_start
 
-        regime = f"warm start ({warm_start.digest(request.init_from)[:8]})"
-        more = "" if recipe.regime == "scratch" else f", {recipe.regime}"
-        recipe = replace(recipe, regime=regime + more)
+            regimes.append(f"{name} ({warm_start.digest(source, option)[:8]})")
+    if regimes:
+        recipe = replace(recipe, regime=", ".join([*regimes, *([recipe.regime] if recipe.regime != "scratch" else [])]))
     own = [key for key in architecture.options if key not in SHAPE]
     for key in recipe.encoder:
         if key not in own:

@@ -20,6 +20,7 @@ from lra import files, terminal
 from lra.config.recipe import Recipe
 from lra.data import prepared_sets
 from lra.data.batches import DeviceSet
+from lra.data.floors import floor_bits, floors
 from lra.data.prepared_sets import Prepared
 from lra.errors import Interrupted, UserError, describe
 from lra.kernels import _dispatch
@@ -28,7 +29,7 @@ from lra.operators import doctor
 from lra.registry import Constructor, architectures, tasks
 from lra.results import environment, result
 from lra.source import digest
-from lra.training import construction, distributed, run_folder, stages, warm_start
+from lra.training import construction, distributed, run_folder, stages, trained_run, warm_start
 from lra.training.callbacks import StepProgress
 from lra.training.device import device
 from lra.training.request import Request, check, checkpoint_folder, folder_of, resolve, result_folder
@@ -85,12 +86,13 @@ def _run(
         initial = warm_start.load(model, request.init_from) if request.init_from else None
         if initial is not None:
             console.print(escape(warm_start.summary(initial)), soft_wrap=True)
+        teacher, taught = load_teacher(request, recipe, prepared)
         refused = check_operators(model, prepared, constructor)
     started, clock = datetime.now(UTC), time.perf_counter()
     with _explain_failures(recipe), run_folder.opened(request, recipe, folder, leads, digest(constructor.source)):
         context = RunContext(
             device(), folder, checkpoint_folder(request, folder), console, request.seed, request.placement,
-            request.loggers, request.deadline, request.resume, progress,
+            request.loggers, request.deadline, request.resume, progress, teacher,
         )  # fmt: skip
         trained = stages.train(recipe, prepared, model, context)
         scores = stages.score(recipe, prepared, trained, context, test=not request.select_only)
@@ -98,15 +100,38 @@ def _run(
             return folder
         if request.select_only:
             return _write_selection(folder, recipe, scores[prepared.protocol.selection])
+        with console.status("computing the baselines of the data, once"):
+            floors(prepared), floor_bits(prepared)
         content = record(
             request.architecture_name, request.seed, recipe, prepared, constructor, trained.model, scores,
-            _own_fields(request, trained, refused, context) | ({"init_from": initial} if initial else {}), started,
+            _own_fields(request, trained, refused, context) | ({"init_from": initial} if initial else {}) | taught,
+            started,
             trained.meter.earlier + time.perf_counter() - clock,
         )  # fmt: skip
         path = result.write(content, scores["predictions"], result.folder(), result.place_of(recipe))
         run_folder.finish(folder, path)
         (context.checkpoints / "last.ckpt").unlink(missing_ok=True)
     return path
+
+
+def load_teacher(request: Request, recipe: Recipe, prepared: Prepared) -> tuple[Classifier | None, dict[str, Any]]:
+    """The model to imitate, and the field of the record that describes it. Raises UserError for one of other data."""
+    if request.teacher is None:
+        return None, {}
+    teacher = trained_run.load(request.teacher)
+    its, own = (teacher.task.name, teacher.protocol.name), (prepared.task.name, prepared.protocol.name)
+    if its != own:
+        raise UserError(
+            f"--teacher {request.teacher} was trained on {its[0]} ({its[1]}), and this run is on {own[0]} ({own[1]}); "
+            "give a run of the same task and protocol"
+        )
+    record = teacher.record
+    about = {
+        "teacher": str(request.teacher), "id": record.id, "architecture": record.architecture,
+        "accuracy": record.test.accuracy, "parameters": record.parameters, "alpha": recipe.train.distill_alpha,
+        "temperature": recipe.train.distill_temperature,
+    }  # fmt: skip
+    return teacher.model.to(device()).eval(), {"distillation": about}
 
 
 def _announce(

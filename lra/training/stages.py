@@ -51,7 +51,7 @@ class RunContext:
     """Where and how a run is trained: everything that is not part of its recipe.
 
     console: where a progress bar is drawn and warnings are printed. progress: called instead of the bar, if given.
-    deadline: of `time.monotonic`.
+    deadline: of `time.monotonic`. teacher: the model that is imitated, on the device and in evaluation mode.
     """
 
     device: torch.device
@@ -64,6 +64,7 @@ class RunContext:
     deadline: float | None = None
     resume: bool = False
     progress: StepProgress | None = None
+    teacher: Classifier | None = None
 
 
 @dataclass
@@ -102,7 +103,7 @@ def train(recipe: Recipe, prepared: Prepared, model: Classifier, context: RunCon
         recipe, facts["rate_search"] = _search_rate(recipe, prepared, data, validation, model, context)
     sampler = training_sampler(recipe, data, context.seed)
     unsharded = copy.deepcopy(model) if context.placement.sharded else model
-    module = Training(model, recipe, target_of(prepared.task, prepared.protocol))
+    module = Training(model, recipe, target_of(prepared.task, prepared.protocol), context.teacher)
     every = min(recipe.train.evaluate_every, recipe.train.steps)
     meter = ThroughputMeter(min(20, every), every)
     expectation = ExpectationCheck(recipe.expected, sampler.per_epoch, context.console)
@@ -128,7 +129,7 @@ def _search_rate(
     def run_trial(trial: Recipe) -> rate_search.Trial:
         rate, steps = trial.optim.lr, trial.train.steps
         context.console.print(f"learning rate {rate:g}: {steps:,} steps")
-        module = Training(model, trial, target_of(prepared.task, prepared.protocol))
+        module = Training(model, trial, target_of(prepared.task, prepared.protocol), context.teacher)
         meter = ThroughputMeter(min(20, steps), steps)
         folder = context.checkpoints / f"rate-{rate:g}"
         loader = EvaluationLoader(validation, trial.data.evaluation_batch_size, distributed.shard(context.placement))

@@ -56,7 +56,8 @@ class TrainedRun:
     """A trained classifier.
 
     model: the classifier, on the CPU in evaluation mode. recipe, seed, task, protocol: what it was trained with.
-    folder: where it was loaded from.
+    folder: where it was loaded from. structure: how its model was compressed (lra.training.compression); empty if it
+    was not.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class TrainedRun:
     ) -> None:
         self.model, self.recipe, self.task, self.protocol = model, recipe, task, protocol
         self.folder, self.seed, self._record = folder, seed, record
+        self.structure: list[dict[str, Any]] = []
 
     @property
     def finished(self) -> bool:
@@ -277,6 +279,14 @@ def _load_export(path: Path, architecture: str | type | None, task: str | type |
     except Exception as error:  # noqa: BLE001  (safetensors raises an exception type of its own)
         raise UserError(f"{path} is not an exported model of this version: {error}") from None
     run = _untrained(recipe, architecture, task, path, config.get("seed", 0))
+    run.structure = config.get("structure", [])
+    if run.structure:
+        from lra.training import compression
+
+        try:
+            compression.rebuild(run.model, run.structure)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UserError(f"{path / CONFIG}: structure does not fit the model of its recipe: {error}") from None
     # names that share a tensor are stored once
     weights |= {name: weights[stored] for name, stored in config.get("shared", {}).items()}
     _load_weights(run.model, weights, path / WEIGHTS)

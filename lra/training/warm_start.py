@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 EXPORTED = "model.safetensors"
 
 
-def find(source: Path) -> Path:
+def find(source: Path, option: str = "--init-from") -> Path:
     """The file of weights of a run's folder or of an exported folder; a file stands for itself. Raises UserError."""
     from lra.training import run_folder
 
@@ -24,20 +24,20 @@ def find(source: Path) -> Path:
     path = source / EXPORTED if (source / EXPORTED).is_file() else run_folder.best_checkpoint(source)
     if path is None:
         raise UserError(
-            f"--init-from {source}: no weights there; give a folder below runs/ with a trained model, or one that "
+            f"{option} {source}: no weights there; give a folder below runs/ with a trained model, or one that "
             "`lra export` wrote"
         )
     return path
 
 
-def digest(source: Path) -> str:
+def digest(source: Path, option: str = "--init-from") -> str:
     """SHA-256 of the file of weights. Raises UserError."""
-    path = find(source)
+    path = find(source, option)
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"--init-from {source}: {path} cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{option} {source}: {path} cannot be read: {error.strerror or error}") from None
 
 
 def load(model: nn.Module, source: Path) -> dict[str, Any]:

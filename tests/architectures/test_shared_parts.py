@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lra.architectures._norm import RMSNorm, rms_norm
+from lra.architectures._ssm import weighted_sum
 from lra.architectures._stack import flip
 from lra.encoder import fill_padding
 
@@ -59,3 +63,30 @@ def test_flip_reverses_the_real_tokens_and_so_does_its_gradient() -> None:
         assert torch.equal(y[row, length:], x[row, length:])
     assert torch.equal(torch.autograd.grad(y, x, w)[0], flip(w, MASK))
     assert torch.autograd.gradgradcheck(lambda t: flip(t, MASK).square(), x)
+
+
+class ComplexNumbers(TorchDispatchMode):
+    """Counts the complex numbers that operators return."""
+
+    made = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.is_complex():
+            self.made += result.numel()
+        return result
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 63, 64, 1000])
+def test_a_weighted_sum_over_tokens(tokens: int) -> None:
+    x = torch.randn(2, tokens, 3, dtype=torch.float64)
+    ratio = torch.polar(torch.rand(3, 4, dtype=torch.float64) ** 0.01, torch.randn(3, 4, dtype=torch.float64))
+    places = ratio.unsqueeze(-1) ** torch.arange(tokens)
+    torch.testing.assert_close(weighted_sum(x, ratio), torch.einsum("hml,blh->bhm", places, x.to(ratio.dtype)))
+
+
+def test_a_weighted_sum_lays_out_no_power_of_every_token() -> None:
+    ratio = torch.polar(torch.rand(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64))
+    with ComplexNumbers() as counted:
+        weighted_sum(torch.randn(1, 4096, 3), ratio)
+    assert counted.made < ratio.numel() * 4096 / 2

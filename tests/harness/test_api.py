@@ -316,11 +316,11 @@ def test_a_failed_export_leaves_nothing(run: lra.TrainedRun, tmp_path: Path, mon
 
 
 def test_shared_tensors_are_stored_once() -> None:
-    from lra.training.export import _distinct
+    from lra.training.export import distinct
 
     model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
     model["b"].weight = model["a"].weight
-    weights, shared = _distinct(model)
+    weights, shared = distinct(model)
     assert shared == {"b.weight": "a.weight"}
     assert sorted(weights) == ["a.bias", "a.weight", "b.bias"]
 

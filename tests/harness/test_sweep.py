@@ -277,6 +277,20 @@ def test_a_search_counts_its_trials_in_the_result_and_opens_the_test_set_once(
     assert said["chosen"]["optim.lr"] == result.read(path).recipe.optim["lr"]
 
 
+def test_a_search_on_the_next_token_chooses_the_fewest_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = set()
+
+    def scores(cell: Cell) -> dict[str, float]:
+        rates.add(cell.settings["optim.lr"])
+        return {"accuracy": cell.settings["optim.lr"], "bits": cell.settings["optim.lr"]}
+
+    monkeypatch.setattr(search, "trial_scores", scores)
+    plan = grid(tmp_path, 'search = {trials = 3, "optim.lr" = {low = 1e-4, high = 1e-2}}')
+    (cell,) = search.choose_settings(plan, QUIET, lambda _: []).cells
+    assert len(rates) == 3
+    assert json.loads(cell.options["search"])["validation"] == cell.settings["optim.lr"] == min(rates)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="ray is installed")
 def test_a_cluster_without_ray_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cluster"):
