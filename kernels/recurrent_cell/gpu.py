@@ -268,11 +268,15 @@ def tiles(weights: Tensor, size: int) -> Tensor:
     return F.pad(weights, (0, missing, 0, missing)).contiguous()
 
 
+def warps(tile: int) -> int:
+    """Enough that a thread's share of a gate's weights, split into three TF32 products, stays in its registers."""
+    return 4 if tile <= 32 else 8 if tile <= 64 else 16
+
+
 def _options(cell: str, gates: int, batch: int, width: int) -> tuple[tuple[int], dict[str, Any]]:
     tile = max(16, triton.next_power_of_2(width))
     # one stage: weights read ahead, 64 KiB a gate, would not fit into shared memory
-    options = {"FAMILY": FAMILIES[cell], "G": gates, "R": ROWS, "H": tile, "num_warps": 8 if tile > 32 else 4}
-    options["num_stages"] = 1
+    options = {"FAMILY": FAMILIES[cell], "G": gates, "R": ROWS, "H": tile, "num_warps": warps(tile), "num_stages": 1}
     return (triton.cdiv(batch, ROWS),), options
 
 

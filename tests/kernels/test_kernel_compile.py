@@ -73,7 +73,7 @@ def test_forward_and_backward_of_a_case_are_recorded_as_they_would_be_launched()
     ("kernel", "size", "grid", "why"),
     [
         ("changes_type", 16, (1,), "Loop-carried variable total has initial type"),
-        ("takes_memory", 128, (1,), "bytes of shared memory; at most 232,448"),
+        ("takes_memory", 128, (1,), "bytes of shared memory; at most 163,840"),
         ("takes_memory", 16, (1, 65_536), "a grid of (1, 65536)"),
         ("takes_memory", 16, (65_536, 1), ""),
     ],
