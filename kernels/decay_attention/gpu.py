@@ -339,9 +339,10 @@ class Plan:
         shape = self.batch, self.length, self.heads, self.keys
         grad_q, grad_k = q.new_empty(shape, dtype=dtype), q.new_empty(shape, dtype=dtype)
         grad_g = torch.empty_like(g)
-        # the most tiles at once of all these kernels: twice the warps, half the registers each
+        # the most tiles at once of all these kernels: narrower ones, or twice the warps
+        split = {"K": 16, "V": 16} if self.precision == self.exact else {"num_warps": 8}
         _keys_backward[(self.chunks, self.rows)](
-            grad, q, k, v, g, found, left, grad_q, grad_k, grad_g, scale, *self.sizes, **self.blocks | {"num_warps": 8}
+            grad, q, k, v, g, found, left, grad_q, grad_k, grad_g, scale, *self.sizes, **self.blocks | split
         )
         return grad_q, grad_k, grad_g
 

@@ -26,6 +26,8 @@ from lra.kernels.decay_attention.gpu import (
     tile,
 )
 
+BLOCK = 16
+
 
 @triton.jit
 def _rates(beta, b, h, t, length, heads):
@@ -34,11 +36,11 @@ def _rates(beta, b, h, t, length, heads):
 
 @triton.jit
 def _inverse(system, rows, EXACT: tl.constexpr, T: tl.constexpr, R: tl.constexpr):
-    """(I + N)^{-1} of a strictly lower triangular N (T, T), T at most 4 R.
+    """(I + N)^{-1} of a strictly lower triangular N (T, T), T at most 2 R.
 
-    Its blocks of R rows on the diagonal are inverted row by row, all at once; with D these inverses and M = D (N
-    without its diagonal blocks), M^4 = 0 and (I + N)^{-1} = (I - M) (I + M^2) D. Powers of N itself would overflow
-    where keys resemble each other.
+    Its blocks of R rows on the diagonal are inverted row by row, both at once; with D these inverses and M = D (N
+    without its diagonal blocks), M^2 = 0 and (I + N)^{-1} = (I - M) D. Powers of N itself would overflow where keys
+    resemble each other.
     """
     same = rows[:, None] // R == rows[None, :] // R
     inside, block = tl.arange(0, R), tl.arange(0, T // R)
@@ -51,7 +53,6 @@ def _inverse(system, rows, EXACT: tl.constexpr, T: tl.constexpr, R: tl.constexpr
         solved -= tl.where(here, tl.sum(coefficients[:, :, None] * solved, 1)[:, None, :], 0.0)
     diagonal = tl.reshape(tl.where(on_diagonal, solved[:, :, None, :], 0.0), [T, T])
     m = tl.dot(diagonal, tl.where(same, 0.0, system), input_precision=EXACT)
-    diagonal += tl.dot(tl.dot(m, m, input_precision=EXACT), diagonal, input_precision=EXACT)
     return diagonal - tl.dot(m, diagonal, input_precision=EXACT)
 
 
@@ -192,7 +193,8 @@ class _Walked:
     """What forward and backward share: the errors the chunks write, and the states they find."""
 
     def __init__(self, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, state: Tensor, chunk: int) -> None:
-        self.plan = plan = Plan(k, v, chunk, channel=False)
+        # the inverse of a larger system spills from registers
+        self.plan = plan = Plan(k, v, min(chunk, 2 * BLOCK), channel=False)
         length, heads, _, keys, values, chunks = plan.sizes
         self.sizes = length, heads, keys, values, chunks
         # a walk needs the whole key at once; narrow values, to have more of them side by side
@@ -206,7 +208,7 @@ class _Walked:
         self.found, self.written, self.last = plan.boundaries(v), torch.empty_like(own), torch.empty_like(state)
         _systems[(plan.chunks, plan.rows)](
             k, v, beta, g, self.inverse, own, self.seen, *self.sizes, EXACT=plan.exact, T=plan.size,
-            R=16, K=plan.key_block, V=plan.value_block, num_warps=8, num_stages=1, **plan.aligned,
+            R=BLOCK, K=plan.key_block, V=plan.value_block, num_warps=4, num_stages=1, **plan.aligned,
         )  # fmt: skip
         _walk[self.grid](k, g, own, self.seen, state, self.found, self.written, self.last, *self.sizes, **self.whole)
 

@@ -38,9 +38,20 @@ def _tanh(x):
 
 @triton.jit
 def _product(v, weights, gate, d):
-    """v (R, H) times the gate's (H, H) matrix."""
-    at = (gate * d.shape[0] + d[:, None]) * d.shape[0] + d[None, :]
-    return tl.dot(v, tl.load(weights + at), input_precision="tf32x3")
+    """v (R, H) times the gate's (H, H) matrix, of which at most 64 rows are held in registers at once."""
+    R: tl.constexpr = v.shape[0]
+    H: tl.constexpr = v.shape[1]
+    if H <= 64:
+        at = (gate * H + d[:, None]) * H + d[None, :]
+        total = tl.dot(v, tl.load(weights + at), input_precision="tf32x3")
+    else:
+        low, high = tl.split(tl.trans(tl.reshape(v, [R, 2, H // 2]), (0, 2, 1)))
+        rows, total = tl.arange(0, H // 2), tl.zeros([R, H], tl.float32)
+        for half in range(0, 2):  # a loop, so that the compiler does not read both halves at once
+            at = (gate * H + half * (H // 2) + rows[:, None]) * H + d[None, :]
+            part = tl.where(half == 0, low, high)
+            total += tl.dot(part, tl.load(weights + at), input_precision="tf32x3")
+    return total
 
 
 @triton.jit
@@ -268,15 +279,11 @@ def tiles(weights: Tensor, size: int) -> Tensor:
     return F.pad(weights, (0, missing, 0, missing)).contiguous()
 
 
-def warps(tile: int) -> int:
-    """Enough that a thread's share of a gate's weights, split into three TF32 products, stays in its registers."""
-    return 4 if tile <= 32 else 8 if tile <= 64 else 16
-
-
 def _options(cell: str, gates: int, batch: int, width: int) -> tuple[tuple[int], dict[str, Any]]:
     tile = max(16, triton.next_power_of_2(width))
     # one stage: weights read ahead, 64 KiB a gate, would not fit into shared memory
-    options = {"FAMILY": FAMILIES[cell], "G": gates, "R": ROWS, "H": tile, "num_warps": warps(tile), "num_stages": 1}
+    options = {"FAMILY": FAMILIES[cell], "G": gates, "R": ROWS, "H": tile, "num_warps": 8 if tile > 32 else 4}
+    options["num_stages"] = 1
     return (triton.cdiv(batch, ROWS),), options
 
 
