@@ -67,6 +67,7 @@ def test_forward_and_backward_of_a_case_are_recorded_as_they_would_be_launched()
     assert [x.dtype for x in forward.arguments[:4]] == [torch.bfloat16] * 4
     assert forward.options["T"] == 64, "the tile of a GPU, not of the interpreter"
     assert 0 < needs(forward).shared < needs(backward).shared < SHARED
+    assert needs(forward).load_128 > 0 == needs(forward).load_16
 
 
 @pytest.mark.parametrize(
@@ -76,6 +77,7 @@ def test_forward_and_backward_of_a_case_are_recorded_as_they_would_be_launched()
         ("takes_memory", 128, (1,), "bytes of shared memory; at most 163,840"),
         ("takes_memory", 16, (1, 65_536), "a grid of (1, 65536)"),
         ("takes_memory", 16, (65_536, 1), ""),
+        ("holds_much", 65_536, (1,), "bytes of stack; at most 128"),
     ],
 )
 def test_what_an_h200_would_not_run_is_refused(kernel: str, size: int, grid: tuple[int, ...], why: str) -> None:
