@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lra.kernels._dispatch import interpreting
 from lra.kernels._launch import alignment, exact
 from lra.kernels.decay_attention.chunks import chunk_size, per_group
 
@@ -265,7 +266,9 @@ class Plan:
         self.batch, self.length, self.heads, self.values = v.shape
         self.groups, self.keys, self.channel = q.shape[2], q.shape[3], channel
         self.exact = exact(v)
-        self.half, single = v.dtype == torch.bfloat16, v.dtype == torch.float32
+        # Triton's interpreter would multiply the bits of bfloat16 numbers
+        self.half = v.dtype == torch.bfloat16 and not interpreting()
+        single = v.dtype == torch.float32
         self.precision = "bf16" if self.half else self.exact if single or self.exact == "ieee" else "tf32"
         # operands of three TF32 products take twice the registers, and a walk holds whole keys of all steps
         widest = 32 if self.precision == self.exact else 64

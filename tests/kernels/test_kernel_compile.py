@@ -46,11 +46,22 @@ def faults(found: dict[tuple[Any, ...], tuple[str, Launch]]) -> list[str]:
     return [f"{launch.name} ({where}): {why}" for where, launch in found.values() if (why := fault(launch))]
 
 
+# a thread holds one number of a step, so that neighbouring threads, not vectors, make up the reads
+ONE_NUMBER = {
+    f"{module}.gpu.{name}_{way}" for way in ("forward", "backward")
+    for module, name in (("selective_scan", ""), ("wkv", ""), ("recurrent_cell", "_diagonal"))
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_compile_for_an_h200_and_fit_it(op: str) -> None:
-    found = distinct(op, (torch.bfloat16,), "bench") | distinct(op, (torch.float32,), "small")
-    assert found
-    assert not faults(found)
+    large, small = distinct(op, (torch.bfloat16,), "bench"), distinct(op, (torch.float32,), "small")
+    assert large
+    assert small
+    assert not faults(large | small)
+    read = {launch.name: needs(launch) for _, launch in large.values()}
+    narrow = {name for name, used in read.items() if not used.load_128 + used.load_64}
+    assert narrow <= ONE_NUMBER, "no vector is read, at sizes that are multiples of 16"
 
 
 @pytest.mark.slow
