@@ -133,13 +133,13 @@ def _states(
         x_t, y_t = tile(x, b, group, t, c, length, groups, keys), tile(y, b, h, t, d, length, heads, values)
         if CHANNEL:
             since, until, through = channels(g, b, h, t, c, length, heads, keys, rows, EXACT)
-            x_t *= tl.exp(since if REVERSE else until)
+            x_t *= tl.exp(since if REVERSE else until) * scale
             S *= tl.exp(through)[:, None]
         else:
             since, until, through = sums(g, b, h, t, length, heads, rows)
-            y_t *= tl.exp(since if REVERSE else until)[:, None]
+            y_t *= (tl.exp(since if REVERSE else until) * scale)[:, None]
             S *= tl.exp(through)
-        S += product(tl.trans(x_t * scale), y_t, PRECISION)
+        S += product(tl.trans(x_t), y_t, PRECISION)
     put_matrix(last, i, c, d, keys, values, S)
 
 
@@ -156,10 +156,10 @@ def _outputs(
     out, inner = tl.zeros([T, V], tl.float32), tl.zeros([T, T], tl.float32)
     for first in range(0, keys, K):
         c = first + tl.arange(0, K)
-        q_t = tile(q, b, group, t, c, length, groups, keys) * scale
+        q_t = tile(q, b, group, t, c, length, groups, keys)
         if CHANNEL:
             since, _after, _sum = channels(g, b, h, t, c, length, heads, keys, rows, EXACT)
-            q_t *= tl.exp(since)
+            q_t *= tl.exp(since) * scale
         else:
             k_t = tile(k, b, group, t, c, length, groups, keys)
             inner += product(q_t, tl.trans(k_t), PRECISION)
@@ -168,8 +168,8 @@ def _outputs(
         inner = tl.where(rows[:, None] >= rows[None, :], matrix(scores, i * chunks + n, rows, rows, T, T), 0.0)
     else:
         total, _ = running(g, b, h, t, length, heads)
-        inner *= factors(total, rows)
-        out *= tl.exp(total.to(tl.float32))[:, None]
+        inner *= factors(total, rows) * scale
+        out *= (tl.exp(total.to(tl.float32)) * scale)[:, None]
     out += product(inner, tile(v, b, h, t, d, length, heads, values), PRECISION)
     put(o, b, h, t, d, length, heads, values, out)
 
@@ -193,7 +193,7 @@ def _values_backward(
             _before, until, _sum = channels(g, b, h, t, c, length, heads, keys, rows, EXACT)
             k_t *= tl.exp(until)
         else:
-            q_t = tile(q, b, group, t, c, length, groups, keys) * scale
+            q_t = tile(q, b, group, t, c, length, groups, keys)
             inner += product(q_t, tl.trans(k_t), PRECISION)
         if not INSIDE_ONLY:
             out += product(k_t, matrix(left, i * chunks + n, c, d, keys, values), PRECISION)
@@ -201,7 +201,7 @@ def _values_backward(
         inner = tl.where(rows[:, None] >= rows[None, :], matrix(scores, i * chunks + n, rows, rows, T, T), 0.0)
     else:
         total, whole = running(g, b, h, t, length, heads)
-        inner *= factors(total, rows)
+        inner *= factors(total, rows) * scale
         out *= tl.exp((whole - total).to(tl.float32))[:, None]
     grad_t = tile(grad, b, h, t, d, length, heads, values)
     out += product(tl.trans(inner), grad_t, PRECISION)
@@ -342,8 +342,8 @@ class Plan:
         shape = self.batch, self.length, self.heads, self.keys
         grad_q, grad_k = q.new_empty(shape, dtype=dtype), q.new_empty(shape, dtype=dtype)
         grad_g = torch.empty_like(g)
-        # the most tiles at once of all these kernels: narrower ones, or twice the warps
-        split = {"K": 16, "V": 16} if self.precision == self.exact else {"num_warps": 8}
+        # the most tiles at once of all these kernels: twice the warps, and narrower tiles of split operands
+        split = {"num_warps": 8} | ({"K": 16, "V": 16} if self.precision == self.exact else {})
         _keys_backward[(self.chunks, self.rows)](
             grad, q, k, v, g, found, left, grad_q, grad_k, grad_g, scale, *self.sizes, **self.blocks | split
         )
