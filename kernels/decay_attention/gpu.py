@@ -260,14 +260,14 @@ def _keys_backward(
 
 
 class Plan:
-    """Block sizes and shapes of one call."""
+    """Block sizes and shapes of one call. half: bfloat16 inputs are multiplied, and states kept, in bfloat16."""
 
-    def __init__(self, q: Tensor, v: Tensor, chunk: int, channel: bool) -> None:
+    def __init__(self, q: Tensor, v: Tensor, chunk: int, channel: bool, half: bool = True) -> None:
         self.batch, self.length, self.heads, self.values = v.shape
         self.groups, self.keys, self.channel = q.shape[2], q.shape[3], channel
         self.exact = exact(v)
         # Triton's interpreter would multiply the bits of bfloat16 numbers
-        self.half = v.dtype == torch.bfloat16 and not interpreting()
+        self.half = half and v.dtype == torch.bfloat16 and not interpreting()
         single = v.dtype == torch.float32
         self.precision = "bf16" if self.half else self.exact if single or self.exact == "ieee" else "tf32"
         # operands of three TF32 products take twice the registers, and a walk holds whole keys of all steps

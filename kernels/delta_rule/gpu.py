@@ -193,8 +193,9 @@ class _Walked:
     """What forward and backward share: the errors the chunks write, and the states they find."""
 
     def __init__(self, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, state: Tensor, chunk: int) -> None:
-        # the inverse of a larger system spills from registers
-        self.plan = plan = Plan(k, v, min(chunk, 2 * BLOCK), channel=False)
+        # the inverse of a larger system spills from registers; what is written is a difference, which bfloat16 would
+        # leave with few digits
+        self.plan = plan = Plan(k, v, min(chunk, 2 * BLOCK), channel=False, half=False)
         length, heads, _, keys, values, chunks = plan.sizes
         self.sizes = length, heads, keys, values, chunks
         # a walk needs the whole key at once; narrow values, to have more of them side by side
