@@ -143,8 +143,8 @@ def _backward(
 def _blocks(u: Tensor, A: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
     batch, _, width = u.shape
     states = triton.next_power_of_2(A.shape[1])
-    # tiles of 4,096 numbers: 16 registers each in 8 warps
-    block = min(max(1, 4096 // (GPU_CHUNK * states)), triton.next_power_of_2(width))
+    # tiles of 16 KiB: 16 registers each in 8 warps
+    block = min(max(1, 16384 // A.element_size() // (GPU_CHUNK * states)), triton.next_power_of_2(width))
     wide = tl.float64 if A.dtype == torch.float64 else tl.float32
     options = {"T": GPU_CHUNK, "D": block, "N": states, "ACC": wide, "num_warps": 8}
     options |= {"DA": alignment(width), "NA": alignment(A.shape[1])}
