@@ -161,7 +161,8 @@ def launched_with(**options: int) -> Iterator[None]:
 
 def settings(op: str, device: torch.device) -> dict[str, Any]:
     """Seconds of both passes by num_warps and num_stages; value: the kernels' own settings over the best."""
-    case, found = inputs(op, 8, 8192, 512), {}
+    case = inputs(op, 8, 8192, 512)
+    found: dict[str, float | str] = {}
     own = seconds_of(case, op, torch.bfloat16, device, backward=True)
     for warps, stages in product((2, 4, 8), (1, 2, 3, 4)):
         with launched_with(num_warps=warps, num_stages=stages):

@@ -306,15 +306,15 @@ def test_layers_of_pytorch_are_our_cells(cell: str) -> None:
     torch.manual_seed(0)
     rows = 5 * GATES[cell]
     shapes = {"x": (2, 7, 3), "W": (rows, 3), "b_x": (rows,), "U": (rows, 5), "b": (rows,), "h0": (2, 5), "c0": (2, 5)}
-    given = {name: torch.randn(shape).double().requires_grad_() for name, shape in shapes.items()}
+    x, W, b_x, U, b, h0, c0 = given = [torch.randn(shape).double().requires_grad_() for shape in shapes.values()]
     if cell != "lstm":
-        del given["c0"]
-    ours = layer.recurrent_layer(**given, cell=cell)
-    theirs = layer.in_pytorch(**{"c0": None, **given}, cell=cell)
+        given.pop()
+    ours = layer.recurrent_layer(x, W, b_x, U, b, cell, h0, c0=c0 if cell == "lstm" else None)
+    theirs = layer.in_pytorch(x, W, b_x, U, b, cell, h0, c0)
     close(theirs, ours)
     w = torch.randn_like(ours)
     for name, found, wanted in zip(
-        given, *(torch.autograd.grad(y, list(given.values()), w) for y in (theirs, ours)), strict=True
+        list(shapes)[: len(given)], *(torch.autograd.grad(y, given, w) for y in (theirs, ours)), strict=True
     ):
         torch.testing.assert_close(found, wanted, rtol=0.0, atol=1e-10, msg=name)
 
