@@ -184,12 +184,12 @@ def distinct(op: str, dtypes: tuple[torch.dtype, ...], *kinds: str) -> dict[tupl
 def main(*ops: str) -> None:
     columns = [field.name for field in fields(Needs)]
     table = csv.writer(sys.stdout)
-    table.writerow(["kernel", "case", "dtype", *columns])
+    table.writerow(["operator", "kernel", "case", "dtype", *columns])
     for op in ops or [op for op in operators() if import_module(f"lra.kernels.{op}").HAS_GPU]:
         for where, launch in distinct(op, DTYPES[:2], "gpu", "bench").values():
             case, dtype = where.rsplit(", ", 1)
             used = needs(launch)
-            table.writerow([launch.name, case, dtype, *(getattr(used, name) for name in columns)])
+            table.writerow([op, launch.name, case, dtype, *(getattr(used, name) for name in columns)])
             sys.stdout.flush()
 
 

@@ -270,9 +270,11 @@ class Plan:
         self.half = half and v.dtype == torch.bfloat16 and not interpreting()
         single = v.dtype == torch.float32
         self.precision = "bf16" if self.half else self.exact if single or self.exact == "ieee" else "tf32"
-        # operands of three TF32 products take twice the registers, and a walk holds whole keys of all steps
+        # operands of three TF32 products take twice the registers, and so do sums of log decays per channel; a walk
+        # holds whole keys of all steps
         widest = 32 if self.precision == self.exact else 64
-        self.size = max(16, min(widest if self.keys <= 128 else 32, chunk_size(chunk, self.length)))
+        steps = 32 if channel or self.keys > 128 else widest
+        self.size = max(16, min(steps, chunk_size(chunk, self.length)))
         self.key_block = max(16, min(widest, triton.next_power_of_2(self.keys)))
         self.value_block = max(16, min(widest, triton.next_power_of_2(self.values)))
         self.rows, self.chunks = self.batch * self.heads, triton.cdiv(self.length, self.size)

@@ -179,9 +179,7 @@ def keys_backward(
     _inside_backward[(plan.size // BLOCK, plan.chunks, plan.rows)](
         grad, q, k, v, g, grad_q, grad_k, scale, *sizes, **_blocks(plan) | plan.aligned, V=plan.value_block,
     )  # fmt: skip
-    # products of 64 steps in three TF32 parts leave room for 32 keys
-    split = {"num_warps": 8} if plan.precision == plan.exact else {"num_warps": 4, "K": min(32, plan.key_block)}
-    blocks = plan.blocks | split
+    blocks = plan.blocks | {"num_warps": 8, "K": min(32, plan.key_block)}
     _finish[(triton.cdiv(plan.keys, blocks["K"]), plan.chunks, plan.rows)](
         grad, q, k, v, g, found, left, grad_q, grad_k, grad_g, scale, *sizes, plan.chunks,
         **blocks,
