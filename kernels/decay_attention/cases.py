@@ -77,7 +77,7 @@ CASES = [
     Case("K27", "gpu", _inputs(2, 130, 2, 27, 27)),
     Case("K27 channel", "gpu", _inputs(2, 130, 2, 27, 27, "channel")),
     Case("K256", "gpu", _inputs(1, 130, 1, 256, 256)),
-    Case("K256 channel", "gpu", _inputs(1, 70, 1, 256, 256, "channel")),
+    Case("K128 channel", "gpu", _inputs(1, 70, 1, 128, 128, "channel")),
     Case("B8 L2048 H4 K64 V64", "bench", _inputs(8, 2048, 4, 64, 64)),
     Case("B8 L2048 H4 K64 V64 channel", "bench", _inputs(8, 2048, 4, 64, 64, "channel")),
 ]

@@ -157,7 +157,7 @@ def _blocks(plan: Plan) -> dict[str, Any]:
     """Block sizes and launch settings of the kernels that hold a whole key."""
     size = max(16, triton.next_power_of_2(plan.keys))
     precisions = {"PRECISION": plan.precision, "EXACT": plan.exact}
-    return {**precisions, "T": plan.size, "R": BLOCK, "K": size, "num_warps": 8 if size > 128 else 4, "num_stages": 1}
+    return {**precisions, "T": plan.size, "R": BLOCK, "K": size, "num_warps": 8 if size > 64 else 4, "num_stages": 1}
 
 
 def scores(plan: Plan, q: Tensor, k: Tensor, g: Tensor, scale: float) -> Tensor:
