@@ -46,7 +46,7 @@ diagnose: ## train ARCH on the generated diagnostic tasks and show what it solve
 bench: ## time the operator OP, by default all, and compare with the limits of this machine
 doctor: ## check which operator implementations run on this machine and are correct
 campaign: ## run unfinished cells of PLAN=results/campaign.toml, JOBS=2 at a time, for TIME=8m; PYTHON=python3: no .venv
-gpu: ## on a machine with a GPU, without .venv: operator tests, bench, doctor and profile in 9 minutes
+gpu: ## on a machine with a GPU, without .venv: parity, times, time by kernel and launch settings in 8 minutes
 test-gpu: ## on a machine with a GPU, without .venv: the operator tests that need it
 test: ## run the tests, or those whose names match K
 test-all: ## run all tests, those that take minutes among them

@@ -10,6 +10,7 @@ from rich.table import Table
 from benchmarks.gpu import gpu
 from lra.cli.common import console, guarded
 from lra.cli.operators import time_operators
+from lra.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 Budget = Annotated[float, typer.Option(min=0.1, help="Seconds per measurement.")]
@@ -86,6 +87,24 @@ def precision(
     console.print(table)
     if not architecture:
         console.print(f"wrote {steps.write(done, task, result.folder())}", soft_wrap=True)
+
+
+@app.command()
+@guarded
+def steps(part: Annotated[str, typer.Argument(help="Part of `gpu` to run: one of its names.")]) -> None:
+    """Run the steps of one part of `gpu` that are not done yet, and write the results after each."""
+    from benchmarks.gpu import PARTS
+    from benchmarks.steps import run
+    from lra.errors import unknown
+    from lra.results import result
+    from lra.training.device import device
+
+    if part not in PARTS:
+        raise unknown("part", part, list(PARTS))
+    if device().type != "cuda":
+        raise UserError("the parts of gpu need a CUDA device; this machine has none")
+    if not run(part, device(), result.folder() / "measure" / "gpu.json", lambda line: print(line, flush=True)):
+        raise typer.Exit(1)
 
 
 app.command()(gpu)

@@ -1,9 +1,10 @@
-"""All tests and measurements that need a GPU, in limited time: `python -m benchmarks gpu`.
+"""All measurements that need a GPU, in eight minutes: `python -m benchmarks gpu`.
 
-The parts are the GPU tests of the operators, their benchmark, the doctor and the profile of all architectures (PARTS).
-Each part is a separate process, which writes its own results; its output goes to `measure/<part>.log` in the results
-folder (`LRA_RESULTS`). If a part fails or runs out of time, the next one starts all the same. Works from a checkout
-with the packages of the machine: the parts run with PYTHONPATH=. set.
+The parts (PARTS) are parity on the GPU, times beside the floor and other packages, time by kernel, and widths and
+launch settings. Each part is a separate process; its output goes to `measure/<part>.log` in the results folder
+(`LRA_RESULTS`), and its results, after every step, to `measure/gpu.json`. If a part fails or runs out of time, the next
+one starts all the same, and the next call goes on where the part stopped. Works from a checkout with the packages of
+the machine: the parts run with PYTHONPATH=. set.
 """
 
 from __future__ import annotations
@@ -22,13 +23,8 @@ from rich.console import Console
 from lra.results import result
 
 ROOT = Path(__file__).resolve().parents[1]
-LRA = ("-m", "lra.cli")
-PARTS: dict[str, tuple[tuple[str, ...], float]] = {
-    "tests": (("-m", "pytest", "-q", "-m", "gpu", "tests"), 0.30),
-    "bench": (("-m", "benchmarks", "operators", "--budget", "0.5"), 0.25),
-    "doctor": ((*LRA, "doctor", "--fresh"), 0.10),
-    "profile": ((*LRA, "profile", "--budget", "0.5"), 0.35),
-}
+SHARES = {"parity": 150, "times": 180, "kernels": 90, "widths": 60}
+PARTS = {part: (("-m", "benchmarks", "steps", part), share / 480) for part, share in SHARES.items()}
 """Part -> arguments of Python, share of the time. Unused time is available to later parts."""
 
 
@@ -54,10 +50,10 @@ def run_part(arguments: Sequence[str], log: Path, seconds: float) -> str:
 
 
 def gpu(
-    seconds: float = typer.Option(520.0, min=1, help="Time limit for all parts."),
+    seconds: float = typer.Option(480.0, min=1, help="Time limit for all parts."),
     only: list[str] = typer.Option([], help="Part to run; may be repeated; default: all."),  # noqa: B008
 ) -> None:
-    """Run the GPU tests, benchmark, doctor and profile, each within its share of the time."""
+    """Run the measurements of a machine with a GPU, each part within its share of the time."""
     console = Console()
     unknown = [name for name in only if name not in PARTS]
     if unknown:

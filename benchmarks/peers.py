@@ -141,6 +141,19 @@ def _recurrent_cell(arguments: dict[str, Any], own: str) -> Iterator[Contender]:
     """Layers of torch include the input projection, so ours is also timed with it. Cells that torch lacks are compared
     with a loop over time."""
     x, U, cell = arguments["x_gates"], arguments["U"], arguments["cell"]
+    if installed("flashrnn", x) and cell in ("lstm", "gru", "elman"):
+        fused = import_module("flashrnn").flashrnn
+        gates, size = len(U) // U.shape[1], U.shape[1]
+
+        def flashrnn(x_gates: Tensor, U: Tensor, b: Tensor, **_: Any) -> Tensor:
+            """Without the input projection, as ours; one head."""
+            states, _last = fused(
+                x_gates.unflatten(2, (gates, 1, size)), U.view(gates, 1, size, size), b.view(gates, 1, size),
+                function=cell, backend="cuda_fused",
+            )  # fmt: skip
+            return states[0].squeeze(2)
+
+        yield Contender("flashrnn", flashrnn, arguments)
     if cell not in TORCH_LAYERS:
         yield Contender("loop over time", loop_over_time, arguments)
         return

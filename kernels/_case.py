@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-KINDS = ("small", "edge", "long", "bench")
+KINDS = ("small", "edge", "long", "gpu", "bench")
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Case:
     make(generator, dtype, device) -> keyword arguments of the public operator (dtype is the real dtype: complex
     arguments take the complex dtype that belongs to it).
     kind: "small" (gradcheck-sized: a few hundred numbers), "edge" (odd lengths, extreme gates, non-contiguous),
-    "long" (accuracy at L = 16,384), "bench" (what `make bench` times).
+    "long" (accuracy at L = 16,384), "gpu" (sizes that are no multiple of 16, and the largest that a GPU kernel takes:
+    compiled anywhere, run on a GPU), "bench" (what `make bench` times).
     interpreted: whether a small or edge case also runs through Triton's interpreter (False where that takes seconds).
     """
 

@@ -25,3 +25,10 @@ def takes_memory(x, count, T: tl.constexpr):
     for i in range(count):
         total += tl.dot(tl.load(x + i * T + at), tl.load(x - i * T + at))
     tl.store(x + at, total)
+
+
+@triton.jit
+def holds_much(x, count, T: tl.constexpr):
+    """More numbers than one warp has registers, all needed to the end."""
+    held = tl.load(x + tl.arange(0, T))
+    tl.store(x + tl.arange(0, T), held * tl.sum(held))

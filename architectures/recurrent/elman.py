@@ -26,7 +26,7 @@ Checked against: torch.nn.RNN, tanh and relu, outputs and gradients.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from lra.architectures._precision import wide
 from lra.architectures._stack import Stack
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.recurrent_cell import recurrent_cell
+from lra.kernels.recurrent_cell.layer import recurrent_layer
 
 ACTIVATIONS = {"tanh": "elman", "relu": "elman_relu"}
 RECURRENT = ("free", "spectral", "orthogonal")
@@ -74,7 +75,8 @@ class ElmanMixer(Mixer):
         return self.state.weight
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return cast(Tensor, recurrent_cell(self.input(x), self.U, None, ACTIVATIONS[self.activation]))
+        cell = ACTIVATIONS[self.activation]
+        return recurrent_layer(x, self.input.weight, self.input.bias, self.U, None, cell)
 
     def cost(self, length: int) -> Cost:
         width = self.input.in_features

@@ -31,7 +31,7 @@ layernorm and zoneout are loops over time in Python: `recurrent_cell` would need
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ from lra.architectures._stack import Stack
 from lra.architectures._zoneout import checked, kept
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.recurrent_cell import recurrent_cell
+from lra.kernels.recurrent_cell.layer import recurrent_layer
 
 
 class GRUMixer(Mixer):
@@ -66,14 +67,10 @@ class GRUMixer(Mixer):
         chrono(self.input.bias.data.chunk(gates)[-2], horizon)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        # cuDNN's loop is the fast one on a GPU, and computes the plain cell alone
         h = self.init_state(x.shape[0])
         if self.gamma is not None or self.zoneout:
             return self._loop(x, h)[0]
-        if x.device.type == "cuda" and self.cell == "gru":
-            weights = [self.input.weight, self.U, self.input.bias, self.c]
-            return torch.gru(x, h.to(x.dtype).unsqueeze(0), weights, True, 1, 0.0, self.training, False, True)[0]
-        return cast(Tensor, recurrent_cell(self.input(x), self.U, self.c, self.cell, h))
+        return recurrent_layer(x, self.input.weight, self.input.bias, self.U, self.c, self.cell, h)
 
     def _loop(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         entering, outputs = wide(self._entering(x)), []

@@ -55,6 +55,7 @@ from lra.architectures._stack import Stack
 from lra.architectures._zoneout import checked, kept
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.recurrent_cell import recurrent_cell
+from lra.kernels.recurrent_cell.layer import recurrent_layer
 
 State = tuple[Tensor, Tensor]
 
@@ -90,14 +91,11 @@ class LSTMMixer(Mixer):
             biases[1].copy_(keep)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        # cuDNN's loop is the fast one on a GPU, and computes the plain cell alone
         U, (h, c) = F.dropout(self.U, self.weight_drop, self.training), self.init_state(x.shape[0])
         if any(self.zoneout):
             return self._zoned_out(x, U, (h, c))[0]
-        if x.device.type == "cuda" and self.cell == "lstm" and self.p is None:
-            first = [t.to(x.dtype).unsqueeze(0) for t in (h, c)]
-            weights = [self.input.weight, U, self.input.bias, torch.zeros_like(self.input.bias)]
-            return torch.lstm(x, first, weights, True, 1, 0.0, self.training, False, True)[0]
+        if self.cell == "lstm" and self.p is None:
+            return recurrent_layer(x, self.input.weight, self.input.bias, U, None, "lstm", h, c0=c)
         bias = None if self.norm is None else self.input.bias
         y = recurrent_cell(self._entering(x), U, bias, self.cell, h, c0=c, peephole=self.p, norm=self.norm)
         return cast(Tensor, y)

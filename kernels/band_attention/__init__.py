@@ -14,7 +14,7 @@ __all__ = ["band_attention"]
 DETERMINISTIC = True
 PORTABLE = True
 HAS_GPU = True
-WIDEST = 256  # a head that fits into a GPU's shared memory
+WIDEST, WIDEST_HALF = 128, 256  # heads that fit into a GPU's registers, in float32 and in half precision
 
 
 def band_attention(
@@ -49,7 +49,8 @@ def band_attention(
     blocks (BigBird's three blocks: window 1; block-local attention: window 0).
     dilation: one int, or one per head. n_global: the first tokens are global; global_mask: (B, L) bool, further ones.
     random_blocks: (H, ceil(L / block), r) integer, -1 for none. slopes: (H,) of ALiBi, no gradient; on a GPU they take
-    the plain torch path, as do heads wider than 256 and dropout. scale: 1 / sqrt(head size) unless given.
+    the plain torch path, as do heads wider than 256 (128 in float32) and dropout. scale: 1 / sqrt(head size) unless
+    given.
     dropout: probability of leaving a pair out once the weights sum to 1, the rest being divided by 1 - dropout; the
     masks come from a seed drawn from torch's generator, and are drawn again in the backward pass.
 
@@ -96,8 +97,10 @@ def band_attention(
     scale = size**-0.5 if scale is None else scale
     positions = _globals(n_global, global_mask, batch, device)
     # the Triton kernels compute in float32, hold whole heads and know neither slopes nor dropout
-    plain = slopes is not None or dropout > 0 or max(size, v.shape[-1]) > WIDEST
-    plain = plain or torch.float64 in (q.dtype, k.dtype, v.dtype)
+    dtypes = {q.dtype, k.dtype, v.dtype}
+    half = len(dtypes) == 1 and q.dtype in (torch.bfloat16, torch.float16)
+    plain = slopes is not None or dropout > 0 or torch.float64 in dtypes
+    plain = plain or max(size, v.shape[-1]) > (WIDEST_HALF if half else WIDEST)
     chosen = choose(op, impl, device, portable=PORTABLE, has_gpu=HAS_GPU and not plain)
     if chosen == "reference":
         from lra.kernels.band_attention.reference import reference

@@ -76,8 +76,10 @@ CASES = [
     Case("only its own block", "edge", _inputs(2, 33, 2, 4, 0, block=8, lengths=(33, 20))),
     Case("rows that see nothing", "edge", _inputs(2, 40, 2, 4, 2, lengths=(3, 1))),
     Case("large scores", "edge", _inputs(1, 40, 2, 4, 5, logits=100.0)),
-    Case("widest heads of a GPU", "edge", _inputs(1, 9, 1, 256, 2), interpreted=False),
     Case("strided", "edge", _strided),
+    Case("E27", "gpu", _inputs(1, 130, 2, 27, 20)),
+    Case("E128", "gpu", _inputs(1, 130, 1, 128, 20)),
+    Case("E256", "gpu", _inputs(1, 130, 1, 256, 20)),
     Case("B2 L4096 H8 E64 window 128", "bench", _inputs(2, 4096, 8, 64, 128)),
     Case("B1 L16384 H4 E64 window 512", "bench", _inputs(1, 16384, 4, 64, 512)),
 ]

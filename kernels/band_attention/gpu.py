@@ -1,10 +1,13 @@
 """The band of band_attention in Triton, forward and backward; global and random keys stay with passes.py.
 
 A program holds a tile of queries (or keys) of one lane of one head, in the lanes of tiles.py, and walks along the
-stretch of keys (or queries) it can meet. Scores stay in registers, sums are in float32, nothing is added by atomics.
+stretch of keys (or queries) it can meet. Scores stay in registers, sums are in float32, nothing is added by atomics;
+float32 operands are multiplied as three TF32 products each. Head sizes come in units of EA and VA numbers.
 """
 
 from __future__ import annotations
+
+from itertools import groupby
 
 import torch
 import triton
@@ -12,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lra.kernels._dispatch import interpreting
+from lra.kernels._launch import alignment, exact
 from lra.kernels.band_attention.tiles import HIDDEN, Pattern
 
 
@@ -48,8 +52,10 @@ def _near(i, j, behind, ahead, BLOCK: tl.constexpr, CAUSAL: tl.constexpr):
 @triton.jit
 def _forward(
     q, k, v, seen, steps, out, lse, length, heads, blocks, behind, ahead, scale, e_size, v_size,
-    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr, T: tl.constexpr, E: tl.constexpr, V: tl.constexpr,
+    HIDDEN: tl.constexpr, EA: tl.constexpr, VA: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    CAUSAL: tl.constexpr, T: tl.constexpr, E: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
+    e_size, v_size = e_size * EA, v_size * VA
     b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     step = tl.load(steps + h)
     first, lane, start = _lane(tl.program_id(0), step, blocks, BLOCK, T)
@@ -71,12 +77,12 @@ def _forward(
             k_t = _load(k + head * e_size, j_at, heads * e_size, e_size, inside, E)
             v_t = _load(v + head * v_size, j_at, heads * v_size, v_size, inside, V)
             sees = _near(i, j, behind, ahead, BLOCK, CAUSAL) & inside[None, :]
-            s = tl.where(sees, tl.dot(q_t, tl.trans(k_t), input_precision="ieee") * scale, HIDDEN)
+            s = tl.where(sees, tl.dot(q_t, tl.trans(k_t), input_precision=PRECISION) * scale, HIDDEN)
             now = tl.maximum(top, tl.max(s, 1))
             p = tl.where(sees, tl.exp(s - now[:, None]), 0.0)
             fade = tl.exp(top - now)
             total = total * fade + tl.sum(p, 1)
-            acc = acc * fade[:, None] + tl.dot(p.to(v_t.dtype), v_t, input_precision="ieee")
+            acc = acc * fade[:, None] + tl.dot(p.to(v_t.dtype), v_t, input_precision=PRECISION)
             top = now
         any_key = total > 0
         acc = acc / tl.where(any_key, total, 1.0)[:, None]
@@ -90,8 +96,10 @@ def _forward(
 @triton.jit
 def _backward_q(
     dout, lse, delta, q, k, v, seen, steps, dq, length, heads, blocks, behind, ahead, scale, e_size, v_size,
-    BLOCK: tl.constexpr, CAUSAL: tl.constexpr, T: tl.constexpr, E: tl.constexpr, V: tl.constexpr,
+    EA: tl.constexpr, VA: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
+    T: tl.constexpr, E: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
+    e_size, v_size = e_size * EA, v_size * VA
     b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     step = tl.load(steps + h)
     first, lane, start = _lane(tl.program_id(0), step, blocks, BLOCK, T)
@@ -114,11 +122,11 @@ def _backward_q(
             k_t = _load(k + head * e_size, j_at, heads * e_size, e_size, inside, E)
             v_t = _load(v + head * v_size, j_at, heads * v_size, v_size, inside, V)
             sees = _near(i, j, behind, ahead, BLOCK, CAUSAL) & inside[None, :]
-            s = tl.dot(q_t, tl.trans(k_t), input_precision="ieee") * scale
+            s = tl.dot(q_t, tl.trans(k_t), input_precision=PRECISION) * scale
             p = tl.where(sees, tl.exp(tl.where(sees, s, 0.0) - log_sum[:, None]), 0.0)
-            dp = tl.dot(g_t, tl.trans(v_t.to(g_t.dtype)), input_precision="ieee")
+            dp = tl.dot(g_t, tl.trans(v_t.to(g_t.dtype)), input_precision=PRECISION)
             ds = p * (dp - d_t[:, None])
-            acc += tl.dot(ds.to(k_t.dtype), k_t, input_precision="ieee")
+            acc += tl.dot(ds.to(k_t.dtype), k_t, input_precision=PRECISION)
         e = tl.arange(0, E)
         spot = dq + head * e_size + at[:, None] * (heads * e_size) + e[None, :]
         tl.store(spot, acc * scale, real[:, None] & (e < e_size)[None, :])
@@ -127,8 +135,10 @@ def _backward_q(
 @triton.jit
 def _backward_kv(
     dout, lse, delta, q, k, v, seen, steps, dk, dv, length, heads, blocks, behind, ahead, scale, e_size, v_size,
-    BLOCK: tl.constexpr, CAUSAL: tl.constexpr, T: tl.constexpr, E: tl.constexpr, V: tl.constexpr,
+    EA: tl.constexpr, VA: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
+    T: tl.constexpr, E: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
+    e_size, v_size = e_size * EA, v_size * VA
     b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     step = tl.load(steps + h)
     first, lane, start = _lane(tl.program_id(0), step, blocks, BLOCK, T)
@@ -151,12 +161,12 @@ def _backward_kv(
             g_t = _load(dout + head * v_size, at, heads * v_size, v_size, asks, V)
             log_sum, d_t = tl.load(lse + head + at * heads, asks, 0.0), tl.load(delta + head + at * heads, asks, 0.0)
             sees = _near(i, j, behind, ahead, BLOCK, CAUSAL) & inside[None, :] & asks[:, None]
-            s = tl.dot(q_t, tl.trans(k_t), input_precision="ieee") * scale
+            s = tl.dot(q_t, tl.trans(k_t), input_precision=PRECISION) * scale
             p = tl.where(sees, tl.exp(tl.where(sees, s, 0.0) - log_sum[:, None]), 0.0)
-            acc_v += tl.dot(tl.trans(p.to(g_t.dtype)), g_t, input_precision="ieee")
-            dp = tl.dot(g_t, tl.trans(v_t.to(g_t.dtype)), input_precision="ieee")
+            acc_v += tl.dot(tl.trans(p.to(g_t.dtype)), g_t, input_precision=PRECISION)
+            dp = tl.dot(g_t, tl.trans(v_t.to(g_t.dtype)), input_precision=PRECISION)
             ds = p * (dp - d_t[:, None])
-            acc_k += tl.dot(tl.trans(ds.to(q_t.dtype)), q_t, input_precision="ieee")
+            acc_k += tl.dot(tl.trans(ds.to(q_t.dtype)), q_t, input_precision=PRECISION)
         e, f = tl.arange(0, E), tl.arange(0, V)
         spot = dk + head * e_size + j_at[:, None] * (heads * e_size) + e[None, :]
         tl.store(spot, acc_k * scale, real[:, None] & (e < e_size)[None, :])
@@ -175,18 +185,24 @@ def _launch(q: Tensor, v: Tensor, pattern: Pattern, scale: float) -> tuple[tuple
     """Grid, and the arguments every kernel ends with."""
     batch, length, heads, size = q.shape
     blocks = -(-length // pattern.block)
-    wide = max(size, v.shape[-1]) > 64 or q.dtype == torch.float32
-    tile = 32 if interpreting() or wide else 64
+    # float32 operands are split in registers: their tiles shrink as heads widen
+    widest, single = max(size, v.shape[-1]), q.dtype == torch.float32
+    tile = 16 if single and widest > 64 else 32 if interpreting() or single or widest > 64 else 64
     # the longest list of tiles of any head: its lanes, each rounded up
     tiles = max(d * triton.cdiv(-(-blocks // d) * pattern.block, tile) for d in pattern.dilation)
-    sizes = (length, heads, blocks, pattern.behind, pattern.ahead, scale, size, v.shape[-1])
+    aligned = {"EA": alignment(size), "VA": alignment(v.shape[-1])}
+    of_head = size // aligned["EA"], v.shape[-1] // aligned["VA"]
+    sizes = (length, heads, blocks, pattern.behind, pattern.ahead, scale, *of_head)
     powers = {"E": max(16, triton.next_power_of_2(size)), "V": max(16, triton.next_power_of_2(v.shape[-1]))}
-    constants = {"BLOCK": pattern.block, "CAUSAL": pattern.causal, "T": tile, "num_warps": 4, **powers}
+    constants = aligned | {"PRECISION": exact(q), "BLOCK": pattern.block, "CAUSAL": pattern.causal, "T": tile, **powers}
+    constants |= {"num_warps": 8 if single or widest > 64 else 4, "num_stages": 2}
     return (tiles, batch * heads), sizes, constants
 
 
 def _steps(pattern: Pattern, device: torch.device) -> Tensor:
-    return torch.tensor(pattern.dilation, dtype=torch.int32, device=device)
+    # filled on the device: a copy from the host cannot be part of a CUDA graph
+    runs = [(dilation, len(list(run))) for dilation, run in groupby(pattern.dilation)]
+    return torch.cat([torch.full((heads,), dilation, dtype=torch.int32, device=device) for dilation, heads in runs])
 
 
 def band_forward(

@@ -46,8 +46,10 @@ class Inputs:
         self.seen, self.positions = seen, positions
         self.is_global = torch.zeros_like(seen)
         if positions is not None:
-            rows, columns = (positions >= 0).nonzero(as_tuple=True)
-            self.is_global[rows, positions[rows, columns]] = True
+            # positions after the last global token are marked behind the end: nothing is read back from the device
+            marked = seen.new_zeros(self.batch, self.length + 1)
+            marked.scatter_(1, positions.masked_fill(positions < 0, self.length), True)
+            self.is_global = marked[:, :-1]
             self.globals = positions.clamp(min=0)
             self.global_seen = (positions >= 0) & seen.gather(1, self.globals)
             self.global_k, self.global_v = (self.at_globals(x).transpose(1, 2) for x in (k, v))

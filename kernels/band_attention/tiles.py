@@ -53,7 +53,10 @@ class Tile:
 
 def tiles(batch: int, blocks: int, pattern: Pattern, extra: int, budget: int) -> Iterator[Tile]:
     """Every query once. `extra`: keys beyond the band per query; `budget`: scores at once."""
-    reach = pattern.behind + pattern.ahead if pattern.band else 0
+    if not pattern.band:
+        yield from _wholes(batch, blocks, pattern, extra, budget)
+        return
+    reach = pattern.behind + pattern.ahead
     # half the reach: two thirds of the scores in a tile are then in the band, and tiles are large enough for a product
     size = max(1, min(256, max(64, reach * pattern.block // 2)) // pattern.block)
     start = 0
@@ -69,9 +72,18 @@ def tiles(batch: int, blocks: int, pattern: Pattern, extra: int, budget: int) ->
                 for s in range(0, lane, step):
                     queries = slice(s, min(s + step, lane))
                     keys = slice(max(0, s - pattern.behind), min(lane, queries.stop + pattern.ahead))
-                    if not pattern.band:
-                        keys = slice(s, s)
                     yield Tile(slice(b, min(b + rows, batch)), heads, first, dilation, queries, keys)
+
+
+def _wholes(batch: int, blocks: int, pattern: Pattern, extra: int, budget: int) -> Iterator[Tile]:
+    """Tiles without keys of the band, as large as the budget allows: all heads, queries as in the sequence."""
+    heads, scores = len(pattern.dilation), len(pattern.dilation) * pattern.block * max(extra, 1)
+    step = max(1, min(blocks, budget // scores))
+    rows = max(1, budget // (scores * step))
+    for b in range(0, batch, rows):
+        for s in range(0, blocks, step):
+            queries = slice(s, min(s + step, blocks))
+            yield Tile(slice(b, min(b + rows, batch)), slice(0, heads), 0, 1, queries, slice(s, s))
 
 
 def band(tile: Tile, pattern: Pattern, device: torch.device) -> Tensor:

@@ -49,5 +49,6 @@ CASES = [
     Case("saturated activation", "edge", _inputs(2, 20, 5, 4, scale=60.0, silu=True)),
     Case("strided", "edge", _strided),
     Case("length 16384", "long", _inputs(2, 16384, 8, 4, silu=True)),
+    Case("D124", "gpu", _inputs(2, 130, 124, 4, silu=True)),
     Case("B16 L2048 D256 K4", "bench", _inputs(16, 2048, 256, 4, silu=True)),
 ]

@@ -1,8 +1,9 @@
 """`causal_conv1d` in Triton: a program per row, tile of steps and block of channels.
 
-Backward in two launches: the first turns the cotangent into that of the sum before the activation and reduces the
-gradients of weight and bias per tile (summed afterwards, without atomics), the second runs the same convolution
-backwards in time. Accumulation is in float32 (float64 for float64 inputs).
+Weights are (K, D) here, so that a tap is one piece of memory; x and the cotangent may be cut from wider tensors.
+Backward is one launch: it forms the cotangent of the sum before the activation anew at every tap, and reduces the
+gradients of weight and bias per tile (summed afterwards, without atomics). Accumulation is in float32 (float64 for
+float64 inputs). Widths and strides come in units of ALIGN numbers.
 """
 
 from __future__ import annotations
@@ -12,103 +13,110 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lra.kernels._launch import alignment
+
 
 @triton.jit
-def _taps(
-    x, weight, base, t, d, mask, inside, length, width,
-    REVERSE: tl.constexpr, ACC: tl.constexpr, K: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+def _before(
+    x, weight, bias, t, d, inside, length, width, step, HAS_BIAS: tl.constexpr, ACC: tl.constexpr, K: tl.constexpr,
+    T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """sum_k weight[:, k] x_{t-K+1+k}, or x_{t+K-1-k} in reverse."""
+    """bias + sum_k weight[k] x_{t-K+1+k}."""
     total = tl.zeros([T, D], ACC)
+    if HAS_BIAS:
+        total += tl.load(bias + d, inside, 0.0).to(ACC)[None, :]
     for k in tl.static_range(K):
-        at = t + (K - 1 - k) if REVERSE else t - (K - 1 - k)
-        known = mask & ((at >= 0) & (at < length))[:, None]
-        x_t = tl.load(x + (base + at)[:, None] * width + d[None, :], known, 0.0).to(ACC)
-        total += tl.load(weight + d * K + k, inside, 0.0).to(ACC)[None, :] * x_t
+        at = t - (K - 1 - k)
+        known = ((at >= 0) & (at < length))[:, None] & inside[None, :]
+        x_t = tl.load(x + at.to(tl.int64)[:, None] * step + d[None, :], known, 0.0).to(ACC)
+        total += tl.load(weight + k * width + d, inside, 0.0).to(ACC)[None, :] * x_t
     return total
 
 
 @triton.jit
-def _convolve(
-    x, weight, bias, y, length, width,
-    SILU: tl.constexpr, HAS_BIAS: tl.constexpr, REVERSE: tl.constexpr, ACC: tl.constexpr,
-    K: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+def _forward(
+    x, weight, bias, y, length, width, row, step, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr,
+    ALIGN: tl.constexpr, K: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    base = tl.program_id(2).to(tl.int64) * length
+    width, step, i = width * ALIGN, step * ALIGN, tl.program_id(2).to(tl.int64)
     t, d = tl.program_id(1) * T + tl.arange(0, T), tl.program_id(0) * D + tl.arange(0, D)
     inside = d < width
-    mask = (t < length)[:, None] & inside[None, :]
-    p = _taps(x, weight, base, t, d, mask, inside, length, width, REVERSE, ACC, K, T, D)
-    if HAS_BIAS:
-        p += tl.load(bias + d, inside, 0.0).to(ACC)[None, :]
+    p = _before(x + i * row * ALIGN, weight, bias, t, d, inside, length, width, step, HAS_BIAS, ACC, K, T, D)
     if SILU:
         p = p / (1 + tl.exp(-p))
-    tl.store(y + (base + t)[:, None] * width + d[None, :], p, mask)
+    tl.store(y + (i * length + t)[:, None] * width + d[None, :], p, (t < length)[:, None] & inside[None, :])
 
 
 @triton.jit
-def _reduce(
-    grad, x, weight, bias, inner, grad_weight, grad_bias, length, width,
-    SILU: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr, K: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+def _backward(
+    grad, x, weight, bias, grad_x, grad_weight, grad_bias, length, width, grad_row, grad_step, row, step,
+    SILU: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, K: tl.constexpr,
+    T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    base = tl.program_id(2).to(tl.int64) * length
+    width, step, grad_step, i = width * ALIGN, step * ALIGN, grad_step * ALIGN, tl.program_id(2).to(tl.int64)
     t, d = tl.program_id(1) * T + tl.arange(0, T), tl.program_id(0) * D + tl.arange(0, D)
     inside = d < width
-    mask = (t < length)[:, None] & inside[None, :]
-    at = (base + t)[:, None] * width + d[None, :]
-    g = tl.load(grad + at, mask, 0.0).to(ACC)
-    if SILU:
-        p = _taps(x, weight, base, t, d, mask, inside, length, width, False, ACC, K, T, D)
-        if HAS_BIAS:
-            p += tl.load(bias + d, inside, 0.0).to(ACC)[None, :]
-        gate = 1 / (1 + tl.exp(-p))
-        g = g * gate * (1 + p * (1 - gate))
-        tl.store(inner + at, g, mask)
-    tile = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
-    tl.store(grad_bias + tile * width + d, tl.sum(g, 0), inside)
+    x, grad = x + i * row * ALIGN, grad + i * grad_row * ALIGN
+    tile = i * tl.num_programs(1) + tl.program_id(1)
+    total = tl.zeros([T, D], ACC)
     for k in tl.static_range(K):
-        source = t - (K - 1 - k)
-        x_t = tl.load(x + (base + source)[:, None] * width + d[None, :], mask & (source >= 0)[:, None], 0.0).to(ACC)
-        tl.store(grad_weight + (tile * width + d) * K + k, tl.sum(g * x_t, 0), inside)
+        at = t + (K - 1 - k)
+        known = (at < length)[:, None] & inside[None, :]
+        g = tl.load(grad + at.to(tl.int64)[:, None] * grad_step + d[None, :], known, 0.0).to(ACC)
+        if SILU:
+            p = _before(x, weight, bias, at, d, inside, length, width, step, HAS_BIAS, ACC, K, T, D)
+            gate = 1 / (1 + tl.exp(-p))
+            g *= gate * (1 + p * (1 - gate))
+        total += tl.load(weight + k * width + d, inside, 0.0).to(ACC)[None, :] * g
+        if k == K - 1:
+            tl.store(grad_bias + tile * width + d, tl.sum(g, 0), inside)
+            for j in tl.static_range(K):
+                source = t - (K - 1 - j)
+                seen = ((source >= 0) & (source < length))[:, None] & inside[None, :]
+                x_t = tl.load(x + source.to(tl.int64)[:, None] * step + d[None, :], seen, 0.0).to(ACC)
+                tl.store(grad_weight + (tile * K + j) * width + d, tl.sum(g * x_t, 0), inside)
+    tl.store(grad_x + (i * length + t)[:, None] * width + d[None, :], total, (t < length)[:, None] & inside[None, :])
 
 
-def _blocks(x: Tensor) -> tuple[tuple[int, int, int], dict[str, object]]:
-    batch, length, width = x.shape
+def _rows(x: Tensor) -> Tensor:
+    """x itself where its channels lie side by side, else a contiguous copy."""
+    return x if x.stride(2) == 1 and min(x.stride()) > 0 else x.contiguous()
+
+
+def _blocks(*tensors: Tensor) -> tuple[tuple[int, int, int], list[int], dict[str, object]]:
+    """Grid; length, width, and the strides of each tensor's rows and steps; constants."""
+    batch, length, width = tensors[0].shape
+    strides = [stride for t in tensors for stride in t.stride()[:2]]
+    align = alignment(width, *strides)
     tile, block = min(32, triton.next_power_of_2(length)), min(64, triton.next_power_of_2(width))
-    wide = tl.float64 if x.dtype == torch.float64 else tl.float32
-    return (triton.cdiv(width, block), triton.cdiv(length, tile), batch), {"T": tile, "D": block, "ACC": wide}
+    wide = tl.float64 if tensors[0].dtype == torch.float64 else tl.float32
+    grid = triton.cdiv(width, block), triton.cdiv(length, tile), batch
+    sizes = [length, width // align, *(stride // align for stride in strides)]
+    return grid, sizes, {"T": tile, "D": block, "ACC": wide, "ALIGN": align}
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     """Arguments as `causal_conv1d`, all of one dtype."""
-    x, weight, y = x.contiguous(), weight.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    grid, blocks = _blocks(x)
+    x, weight, y = _rows(x), weight.T.contiguous(), x.new_empty(x.shape)
+    grid, sizes, blocks = _blocks(x)
     with torch.cuda.device_of(x):
-        _convolve[grid](
-            x, weight, weight if bias is None else bias.contiguous(), y, x.shape[1], x.shape[2],
-            SILU=silu, HAS_BIAS=bias is not None, REVERSE=False, K=weight.shape[1], **blocks,
+        _forward[grid](
+            x, weight, weight if bias is None else bias.contiguous(), y, *sizes,
+            SILU=silu, HAS_BIAS=bias is not None, K=len(weight), **blocks,
         )  # fmt: skip
     return y
 
 
 def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
-    grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
-    _, length, width = x.shape
-    grid, blocks = _blocks(x)
-    taps, tiles, wide = weight.shape[1], grid[1] * grid[2], torch.promote_types(x.dtype, torch.float32)
-    # what the second launch reads: rounded once more only where there is an activation
-    inner = x.new_empty(x.shape, dtype=wide) if silu else grad
-    grad_x, grad_weight = torch.empty_like(x), x.new_empty(tiles, width, taps, dtype=wide)
-    grad_bias = x.new_empty(tiles, width, dtype=wide)
+    grad, x, weight = _rows(grad), _rows(x), weight.T.contiguous()
+    grid, sizes, blocks = _blocks(grad, x)
+    (taps, width), tiles, wide = weight.shape, grid[1] * grid[2], torch.promote_types(x.dtype, torch.float32)
+    grad_x, grad_bias = x.new_empty(x.shape), x.new_empty(tiles, width, dtype=wide)
+    grad_weight = x.new_empty(tiles, taps, width, dtype=wide)
     with torch.cuda.device_of(x):
-        _reduce[grid](
-            grad, x, weight, weight if bias is None else bias.contiguous(), inner, grad_weight, grad_bias,
-            length, width,
+        _backward[grid](
+            grad, x, weight, weight if bias is None else bias.contiguous(), grad_x, grad_weight, grad_bias, *sizes,
             SILU=silu, HAS_BIAS=bias is not None, K=taps, **blocks,
         )  # fmt: skip
-        _convolve[grid](
-            inner, weight, weight, grad_x, length, width,
-            SILU=False, HAS_BIAS=False, REVERSE=True, K=taps, **blocks,
-        )  # fmt: skip
-    return grad_x, grad_weight.sum(0).to(x.dtype), grad_bias.sum(0).to(x.dtype)
+    return grad_x, grad_weight.sum(0).T.to(x.dtype).contiguous(), grad_bias.sum(0).to(x.dtype)

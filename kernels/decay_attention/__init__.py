@@ -16,7 +16,7 @@ __all__ = ["decay_attention"]
 DETERMINISTIC = True
 PORTABLE = True
 HAS_GPU = True
-WIDEST = 256
+WIDEST = 128
 
 
 @overload
@@ -79,8 +79,9 @@ def decay_attention(
         check(t is None or not t.is_complex(), op, name, t is None or t.dtype, "a real dtype")
     check(chunk >= 1, op, "chunk", chunk, "at least 1")
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    # on a GPU one program holds a whole key where decays are per channel
-    has_gpu = HAS_GPU and dtype != torch.float64 and (log_decay.dim() < 4 or keys <= WIDEST)
+    # on a GPU one program holds a whole key in registers where decays are per channel
+    widest = WIDEST // 2 if dtype == torch.float32 else WIDEST
+    has_gpu = HAS_GPU and dtype != torch.float64 and (log_decay.dim() < 4 or keys <= widest)
     chosen = choose(op, impl, device, portable=PORTABLE, has_gpu=has_gpu)
     if chosen == "reference":
         return reference(q, k, v, log_decay, scale=scale, h0=h0, return_state=return_state)

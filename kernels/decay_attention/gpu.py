@@ -1,10 +1,11 @@
 """`decay_attention` in Triton, in chunks of 16 to 64 steps: one kernel carries the state from chunk to chunk and leaves
 what each chunk finds; the others take all chunks at once. What only decays per channel need is in channel/gpu.py.
 
-Backward keeps the states and their gradients at the chunk boundaries, (B, H, chunks, K, V) in float32 each, while it
-runs. Products accumulate in float32, from float32 operands (as three TF32 products) for float32 inputs, from TF32
-operands for narrower ones. Running sums of log decays are in float64, so that their differences keep their digits.
-Steps beyond the end have zero keys and decay 1.
+Backward keeps the states and their gradients at the chunk boundaries, (B, H, chunks, K, V) each, while it runs, in
+bfloat16 for bfloat16 inputs, else in float32. Products accumulate in float32, from bfloat16 operands for bfloat16
+inputs, TF32 operands for float16, and three TF32 products for float32. Where running sums of log decays are subtracted
+from each other they are in float64, to keep their digits. Steps beyond the end have zero keys and decay 1. Keys and
+values come in units of KA and VA numbers.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lra.kernels._dispatch import interpreting
+from lra.kernels._launch import alignment, exact
 from lra.kernels.decay_attention.chunks import chunk_size, per_group
 
 NO_MEMORY = tl.constexpr(-1000.0)
@@ -37,9 +40,8 @@ def put(x, b, h, t, c, length, heads, width, value):
 @triton.jit
 def matrix(x, i, r, c, rows, columns):
     """Rows r and columns c of x[i]; x: (n, rows, columns)."""
-    return tl.load(
-        x + (i * rows + r[:, None]) * columns + c[None, :], (r < rows)[:, None] & (c < columns)[None, :], 0.0
-    )
+    at = (i * rows + r[:, None]) * columns + c[None, :]
+    return tl.load(x + at, (r < rows)[:, None] & (c < columns)[None, :], 0.0).to(tl.float32)
 
 
 @triton.jit
@@ -49,11 +51,36 @@ def put_matrix(x, i, r, c, rows, columns, value):
 
 
 @triton.jit
+def product(x, y, PRECISION: tl.constexpr):
+    """x y in float32, from bfloat16 operands or by one of the precisions of tl.dot."""
+    if PRECISION == "bf16":
+        total = tl.dot(x.to(tl.bfloat16), y.to(tl.bfloat16))
+    else:
+        total = tl.dot(x, y, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def _steps(g, b, h, t, length, heads):
+    """Log decays per head, (B, L, heads), of the steps t."""
+    return tl.maximum(tl.load(g + (b * length + t) * heads + h, t < length, 0.0).to(tl.float32), NO_MEMORY)
+
+
+@triton.jit
 def running(g, b, h, t, length, heads):
-    """Log decays per head (B, L, heads): running sum through each of the steps t, and the sum of all, in float64."""
-    step = tl.load(g + (b * length + t) * heads + h, t < length, 0.0).to(tl.float64)
-    step = tl.maximum(step, NO_MEMORY)
+    """Log decays per head: running sum through each of the steps t, and the sum of all, in float64."""
+    step = _steps(g, b, h, t, length, heads).to(tl.float64)
     return tl.cumsum(step, 0), tl.sum(step, 0)
+
+
+@triton.jit
+def sums(g, b, h, t, length, heads, rows):
+    """Sums of log decays per head: from the first of the steps t through each, after each to the last, of all.
+
+    The second is no difference, which would lose digits in float32.
+    """
+    step = _steps(g, b, h, t, length, heads)
+    return tl.cumsum(step, 0), tl.sum(tl.where(rows[None, :] > rows[:, None], step[None, :], 0.0), 1), tl.sum(step, 0)
 
 
 @triton.jit
@@ -64,20 +91,21 @@ def factors(total, rows):
 
 
 @triton.jit
-def channels(g, b, h, t, c, length, heads, width, rows, T: tl.constexpr):
-    """Sums of log decays per channel: from the first of the T steps t through each, after each to the last, of all."""
-    step = tile(g, b, h, t, c, length, heads, width)
-    at = ((b * length + t + 1)[:, None] * heads + h) * width + c[None, :]
-    known = (t + 1 < length)[:, None] & (rows < T - 1)[:, None] & (c < width)[None, :]
-    after = tl.load(g + at, known, 0.0).to(tl.float32)
-    return tl.cumsum(step, 0), tl.cumsum(after, 0, reverse=True), tl.sum(step, 0)
+def channels(g, b, h, t, c, length, heads, width, rows, EXACT: tl.constexpr):
+    """Sums of log decays per channel: from the first of the steps t through each, after each to the last, of all.
+
+    The second is a product with ones: Triton's scans from the last row to the first have had faults.
+    """
+    step = tl.maximum(tile(g, b, h, t, c, length, heads, width), NO_MEMORY)
+    after = tl.dot(tl.where(rows[None, :] > rows[:, None], 1.0, 0.0), step, input_precision=EXACT)
+    return tl.cumsum(step, 0), after, tl.sum(step, 0)
 
 
 @triton.jit
-def passing(pairs, at_rows, at_columns, rows, PRECISION: tl.constexpr):
+def passing(pairs, at_rows, at_columns, rows, EXACT: tl.constexpr):
     """What passes each step: pairs from j < t, column, to i >= t, row; at_rows i >= t, at_columns j < t."""
     upper = rows[None, :] >= rows[:, None]
-    crossing = tl.dot(tl.where(upper, 1.0, 0.0), pairs, input_precision=PRECISION)
+    crossing = tl.dot(tl.where(upper, 1.0, 0.0), pairs, input_precision=EXACT)
     crossing = tl.sum(tl.where(rows[None, :] < rows[:, None], crossing, 0.0), 1)
     return (
         crossing
@@ -89,8 +117,10 @@ def passing(pairs, at_rows, at_columns, rows, PRECISION: tl.constexpr):
 @triton.jit
 def _states(
     x, y, g, state, found, last, scale, length, heads, groups, keys, values, chunks, CHANNEL: tl.constexpr,
-    REVERSE: tl.constexpr, PRECISION: tl.constexpr, T: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, KA: tl.constexpr, VA: tl.constexpr,
+    T: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
+    keys, values = keys * KA, values * VA
     i, rows = tl.program_id(2).to(tl.int64), tl.arange(0, T)
     b, h = i // heads, i % heads
     group = h // (heads // groups)
@@ -102,51 +132,55 @@ def _states(
         put_matrix(found, i * chunks + n, c, d, keys, values, S)
         x_t, y_t = tile(x, b, group, t, c, length, groups, keys), tile(y, b, h, t, d, length, heads, values)
         if CHANNEL:
-            since, until, through = channels(g, b, h, t, c, length, heads, keys, rows, T)
-            x_t *= tl.exp(since if REVERSE else until)
+            since, until, through = channels(g, b, h, t, c, length, heads, keys, rows, EXACT)
+            x_t *= tl.exp(since if REVERSE else until) * scale
             S *= tl.exp(through)[:, None]
         else:
-            total, whole = running(g, b, h, t, length, heads)
-            y_t *= tl.exp((total if REVERSE else whole - total).to(tl.float32))[:, None]
-            S *= tl.exp(whole.to(tl.float32))
-        S += tl.dot(tl.trans(x_t * scale), y_t, input_precision=PRECISION)
+            since, until, through = sums(g, b, h, t, length, heads, rows)
+            y_t *= (tl.exp(since if REVERSE else until) * scale)[:, None]
+            S *= tl.exp(through)
+        S += product(tl.trans(x_t), y_t, PRECISION)
     put_matrix(last, i, c, d, keys, values, S)
 
 
 @triton.jit
 def _outputs(
     q, k, v, g, scores, found, o, scale, length, heads, groups, keys, values, chunks, CHANNEL: tl.constexpr,
-    PRECISION: tl.constexpr, T: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, KA: tl.constexpr, VA: tl.constexpr, T: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
+    keys, values = keys * KA, values * VA
     i, n, rows = tl.program_id(2).to(tl.int64), tl.program_id(1), tl.arange(0, T)
     b, h, t = i // heads, i % heads, n * T + rows
     group, d = h // (heads // groups), tl.program_id(0) * V + tl.arange(0, V)
     out, inner = tl.zeros([T, V], tl.float32), tl.zeros([T, T], tl.float32)
     for first in range(0, keys, K):
         c = first + tl.arange(0, K)
-        q_t = tile(q, b, group, t, c, length, groups, keys) * scale
+        q_t = tile(q, b, group, t, c, length, groups, keys)
         if CHANNEL:
-            since, _after, _sum = channels(g, b, h, t, c, length, heads, keys, rows, T)
-            q_t *= tl.exp(since)
+            since, _after, _sum = channels(g, b, h, t, c, length, heads, keys, rows, EXACT)
+            q_t *= tl.exp(since) * scale
         else:
             k_t = tile(k, b, group, t, c, length, groups, keys)
-            inner += tl.dot(q_t, tl.trans(k_t), input_precision=PRECISION)
-        out += tl.dot(q_t, matrix(found, i * chunks + n, c, d, keys, values), input_precision=PRECISION)
+            inner += product(q_t, tl.trans(k_t), PRECISION)
+        out += product(q_t, matrix(found, i * chunks + n, c, d, keys, values), PRECISION)
     if CHANNEL:
-        inner = matrix(scores, i * chunks + n, rows, rows, T, T)
+        inner = tl.where(rows[:, None] >= rows[None, :], matrix(scores, i * chunks + n, rows, rows, T, T), 0.0)
     else:
         total, _ = running(g, b, h, t, length, heads)
-        inner *= factors(total, rows)
-        out *= tl.exp(total.to(tl.float32))[:, None]
-    out += tl.dot(inner, tile(v, b, h, t, d, length, heads, values), input_precision=PRECISION)
+        inner *= factors(total, rows) * scale
+        out *= (tl.exp(total.to(tl.float32)) * scale)[:, None]
+    out += product(inner, tile(v, b, h, t, d, length, heads, values), PRECISION)
     put(o, b, h, t, d, length, heads, values, out)
 
 
 @triton.jit
 def _values_backward(
     grad, q, k, g, scores, left, grad_v, scale, length, heads, groups, keys, values, chunks, CHANNEL: tl.constexpr,
-    INSIDE_ONLY: tl.constexpr, PRECISION: tl.constexpr, T: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    INSIDE_ONLY: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, KA: tl.constexpr, VA: tl.constexpr,
+    T: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
+    keys, values = keys * KA, values * VA
     """Gradient of v; INSIDE_ONLY: without what reaches it through the state the chunk leaves."""
     i, n, rows = tl.program_id(2).to(tl.int64), tl.program_id(1), tl.arange(0, T)
     b, h, t = i // heads, i % heads, n * T + rows
@@ -156,29 +190,31 @@ def _values_backward(
         c = first + tl.arange(0, K)
         k_t = tile(k, b, group, t, c, length, groups, keys)
         if CHANNEL:
-            _before, until, _sum = channels(g, b, h, t, c, length, heads, keys, rows, T)
+            _before, until, _sum = channels(g, b, h, t, c, length, heads, keys, rows, EXACT)
             k_t *= tl.exp(until)
         else:
-            q_t = tile(q, b, group, t, c, length, groups, keys) * scale
-            inner += tl.dot(q_t, tl.trans(k_t), input_precision=PRECISION)
+            q_t = tile(q, b, group, t, c, length, groups, keys)
+            inner += product(q_t, tl.trans(k_t), PRECISION)
         if not INSIDE_ONLY:
-            out += tl.dot(k_t, matrix(left, i * chunks + n, c, d, keys, values), input_precision=PRECISION)
+            out += product(k_t, matrix(left, i * chunks + n, c, d, keys, values), PRECISION)
     if CHANNEL:
-        inner = matrix(scores, i * chunks + n, rows, rows, T, T)
+        inner = tl.where(rows[:, None] >= rows[None, :], matrix(scores, i * chunks + n, rows, rows, T, T), 0.0)
     else:
         total, whole = running(g, b, h, t, length, heads)
-        inner *= factors(total, rows)
+        inner *= factors(total, rows) * scale
         out *= tl.exp((whole - total).to(tl.float32))[:, None]
     grad_t = tile(grad, b, h, t, d, length, heads, values)
-    out += tl.dot(tl.trans(inner), grad_t, input_precision=PRECISION)
+    out += product(tl.trans(inner), grad_t, PRECISION)
     put(grad_v, b, h, t, d, length, heads, values, out)
 
 
 @triton.jit
 def _keys_backward(
     grad, q, k, v, g, found, left, grad_q, grad_k, grad_g, scale, length, heads, groups, keys, values, chunks,
-    PRECISION: tl.constexpr, T: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, KA: tl.constexpr, VA: tl.constexpr, T: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
+    keys, values = keys * KA, values * VA
     """Gradients of q and k, per head, and of the log decays per head."""
     i, n, rows = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.arange(0, T)
     b, h, t = i // heads, i % heads, n * T + rows
@@ -190,11 +226,11 @@ def _keys_backward(
     for first in range(0, keys, K):
         c = first + tl.arange(0, K)
         q_t, k_t = tile(q, b, group, t, c, length, groups, keys), tile(k, b, group, t, c, length, groups, keys)
-        scores += tl.dot(q_t, tl.trans(k_t), input_precision=PRECISION)
+        scores += product(q_t, tl.trans(k_t), PRECISION)
     for first in range(0, values, V):
         d = first + tl.arange(0, V)
         grad_t, v_t = tile(grad, b, h, t, d, length, heads, values), tile(v, b, h, t, d, length, heads, values)
-        weights += tl.dot(grad_t, tl.trans(v_t), input_precision=PRECISION)
+        weights += product(grad_t, tl.trans(v_t), PRECISION)
     weights *= steps * scale
     at_rows, at_columns, through = tl.zeros([T], tl.float32), tl.zeros([T], tl.float32), 0.0
     for first in range(0, keys, K):
@@ -208,47 +244,55 @@ def _keys_backward(
                 matrix(found, i * chunks + n, c, d, keys, values),
                 matrix(left, i * chunks + n, c, d, keys, values),
             )
-            from_state += tl.dot(grad_t, tl.trans(S), input_precision=PRECISION)
-            to_state += tl.dot(v_t, tl.trans(dS), input_precision=PRECISION)
+            from_state += product(grad_t, tl.trans(S), PRECISION)
+            to_state += product(v_t, tl.trans(dS), PRECISION)
             through += tl.sum(S * dS)
         from_state *= (since * scale)[:, None]
         to_state *= until[:, None]
         at_rows += tl.sum(from_state * q_t, 1)
         at_columns += tl.sum(to_state * k_t, 1)
-        q_grad = from_state + tl.dot(weights, k_t, input_precision=PRECISION)
-        k_grad = to_state + tl.dot(tl.trans(weights), q_t, input_precision=PRECISION)
+        q_grad = from_state + product(weights, k_t, PRECISION)
+        k_grad = to_state + product(tl.trans(weights), q_t, PRECISION)
         put(grad_q, b, h, t, c, length, heads, keys, q_grad)
         put(grad_k, b, h, t, c, length, heads, keys, k_grad)
-    g_grad = passing(weights * scores, at_rows, at_columns, rows, PRECISION) + through * tl.exp(whole.to(tl.float32))
+    g_grad = passing(weights * scores, at_rows, at_columns, rows, EXACT) + through * tl.exp(whole.to(tl.float32))
     tl.store(grad_g + (b * length + t) * heads + h, g_grad, t < length)
 
 
 class Plan:
-    """Block sizes and shapes of one call."""
+    """Block sizes and shapes of one call. half: bfloat16 inputs are multiplied, and states kept, in bfloat16."""
 
-    def __init__(self, q: Tensor, v: Tensor, chunk: int, channel: bool) -> None:
+    def __init__(self, q: Tensor, v: Tensor, chunk: int, channel: bool, half: bool = True) -> None:
         self.batch, self.length, self.heads, self.values = v.shape
         self.groups, self.keys, self.channel = q.shape[2], q.shape[3], channel
-        self.size = max(16, min(64, chunk_size(chunk, self.length)))
-        self.chunks = triton.cdiv(self.length, self.size)
-        # float32 from three TF32 products each, which take twice the registers; before Ampere there is no TF32
-        old = v.is_cuda and torch.cuda.get_device_capability(v.device) < (8, 0)
-        self.exact = "ieee" if old else "tf32x3"
-        self.precision = self.exact if old or v.dtype == torch.float32 else "tf32"
-        widest = 64 if self.precision == "tf32" else 32
+        self.exact = exact(v)
+        # Triton's interpreter would multiply the bits of bfloat16 numbers
+        self.half = half and v.dtype == torch.bfloat16 and not interpreting()
+        single = v.dtype == torch.float32
+        self.precision = "bf16" if self.half else self.exact if single or self.exact == "ieee" else "tf32"
+        # operands of three TF32 products take twice the registers, and so do sums of log decays per channel; a walk
+        # holds whole keys of all steps
+        widest = 32 if self.precision == self.exact else 64
+        steps = 32 if channel or self.keys > 128 else widest
+        self.size = max(16, min(steps, chunk_size(chunk, self.length)))
         self.key_block = max(16, min(widest, triton.next_power_of_2(self.keys)))
         self.value_block = max(16, min(widest, triton.next_power_of_2(self.values)))
-        self.rows = self.batch * self.heads
+        self.rows, self.chunks = self.batch * self.heads, triton.cdiv(self.length, self.size)
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        return self.length, self.heads, self.groups, self.keys, self.values, self.chunks
+        of_keys, of_values = self.aligned["KA"], self.aligned["VA"]
+        return self.length, self.heads, self.groups, self.keys // of_keys, self.values // of_values, self.chunks
+
+    @property
+    def aligned(self) -> dict[str, int]:
+        return {"KA": alignment(self.keys), "VA": alignment(self.values)}
 
     @property
     def blocks(self) -> dict[str, Any]:
         return {
-            "PRECISION": self.precision, "T": self.size, "K": self.key_block, "V": self.value_block, "num_warps": 4,
-            "num_stages": 1,
+            "PRECISION": self.precision, "EXACT": self.exact, "T": self.size, "K": self.key_block,
+            "V": self.value_block, "num_warps": 4, "num_stages": 1, **self.aligned,
         }  # fmt: skip
 
     @property
@@ -257,11 +301,12 @@ class Plan:
 
     def boundaries(self, v: Tensor) -> Tensor:
         """Room for a state per chunk."""
-        return v.new_empty(self.rows, self.chunks, self.keys, self.values, dtype=torch.float32)
+        dtype = torch.bfloat16 if self.half else torch.float32
+        return v.new_empty(self.rows, self.chunks, self.keys, self.values, dtype=dtype)
 
     def squares(self, v: Tensor) -> Tensor:
         """Room for a number per pair of steps of a chunk."""
-        return v.new_zeros(self.rows, self.chunks, self.size, self.size, dtype=torch.float32)
+        return v.new_empty(self.rows, self.chunks, self.size, self.size, dtype=torch.float32)
 
     def states(
         self, x: Tensor, y: Tensor, g: Tensor, state: Tensor, scale: float = 1.0, reverse: bool = False
@@ -299,9 +344,10 @@ class Plan:
         shape = self.batch, self.length, self.heads, self.keys
         grad_q, grad_k = q.new_empty(shape, dtype=dtype), q.new_empty(shape, dtype=dtype)
         grad_g = torch.empty_like(g)
-        # the most tiles at once of all these kernels: twice the warps, half the registers each
+        # the most tiles at once of all these kernels: twice the warps, and narrower tiles of split operands
+        split = {"num_warps": 8} | ({"K": 16, "V": 16} if self.precision == self.exact else {})
         _keys_backward[(self.chunks, self.rows)](
-            grad, q, k, v, g, found, left, grad_q, grad_k, grad_g, scale, *self.sizes, **self.blocks | {"num_warps": 8}
+            grad, q, k, v, g, found, left, grad_q, grad_k, grad_g, scale, *self.sizes, **self.blocks | split
         )
         return grad_q, grad_k, grad_g
 

@@ -81,8 +81,9 @@ def delta_rule(
         check(t is None or not t.is_complex(), op, name, t is None or t.dtype, "a real dtype")
     check(chunk >= 1, op, "chunk", chunk, "at least 1")
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    # on a GPU one program holds a whole key
-    has_gpu = HAS_GPU and dtype != torch.float64 and keys <= WIDEST
+    # on a GPU one program holds a whole key, in registers for float32
+    widest = WIDEST // 2 if dtype == torch.float32 else WIDEST
+    has_gpu = HAS_GPU and dtype != torch.float64 and keys <= widest
     chosen = choose(op, impl, device, portable=PORTABLE, has_gpu=has_gpu)
     scale = keys**-0.5 if scale is None else scale
     if chosen == "reference":

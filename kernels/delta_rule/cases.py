@@ -76,8 +76,9 @@ CASES = [
     ),
     Case("one key", "edge", _one_key),
     Case("wide", "edge", _inputs(1, 20, 1, 80, 70, state=True)),
-    Case("widest keys of a GPU", "edge", _inputs(1, 70, 1, 256, 256), interpreted=False),
     Case("strided", "edge", _strided),
     Case("length 16384", "long", _inputs(1, 16384, 1, 4, 3)),
+    Case("K27", "gpu", _inputs(2, 130, 2, 27, 27)),
+    Case("K256", "gpu", _inputs(1, 70, 1, 256, 256)),
     Case("B8 L2048 H4 K64 V64", "bench", _inputs(8, 2048, 4, 64, 64)),
 ]  # fmt: skip

@@ -1,6 +1,6 @@
-"""`delta_rule` in Triton. The triangular systems of all chunks are inverted at once, row by row (powers of the matrix
-would overflow where keys resemble each other); one kernel carries the state from chunk to chunk, leaving what each
-chunk finds and the errors it writes. The rest is decayed attention with the errors as values.
+"""`delta_rule` in Triton. The triangular systems of all chunks are inverted at once; one kernel carries the state from
+chunk to chunk, leaving what each chunk finds and the errors it writes. The rest is decayed attention with the errors as
+values.
 
 Backward recomputes these and keeps, while it runs, the states and their gradients at the chunk boundaries.
 """
@@ -12,7 +12,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lra.kernels.decay_attention.gpu import Plan, factors, matrix, passing, plain, put, put_matrix, running, tile
+from lra.kernels.decay_attention.gpu import (
+    Plan,
+    factors,
+    matrix,
+    passing,
+    plain,
+    product,
+    put,
+    put_matrix,
+    running,
+    sums,
+    tile,
+)
+
+BLOCK = 16
 
 
 @triton.jit
@@ -21,11 +35,34 @@ def _rates(beta, b, h, t, length, heads):
 
 
 @triton.jit
+def _inverse(system, rows, EXACT: tl.constexpr, T: tl.constexpr, R: tl.constexpr):
+    """(I + N)^{-1} of a strictly lower triangular N (T, T), T at most 2 R.
+
+    Its blocks of R rows on the diagonal are inverted row by row, both at once; with D these inverses and M = D (N
+    without its diagonal blocks), M^2 = 0 and (I + N)^{-1} = (I - M) D. Powers of N itself would overflow where keys
+    resemble each other.
+    """
+    same = rows[:, None] // R == rows[None, :] // R
+    inside, block = tl.arange(0, R), tl.arange(0, T // R)
+    on_diagonal = (block[:, None] == block[None, :])[:, None, :, None]
+    blocks = tl.sum(tl.where(on_diagonal, tl.reshape(system, [T // R, R, T // R, R]), 0.0), 2)
+    solved = tl.zeros([T // R, R, R], tl.float32) + tl.where(inside[:, None] == inside[None, :], 1.0, 0.0)[None, :, :]
+    for row in range(1, R):
+        here = (inside == row)[None, :, None]
+        coefficients = tl.sum(tl.where(here, blocks, 0.0), 1)
+        solved -= tl.where(here, tl.sum(coefficients[:, :, None] * solved, 1)[:, None, :], 0.0)
+    diagonal = tl.reshape(tl.where(on_diagonal, solved[:, :, None, :], 0.0), [T, T])
+    m = tl.dot(diagonal, tl.where(same, 0.0, system), input_precision=EXACT)
+    return diagonal - tl.dot(m, diagonal, input_precision=EXACT)
+
+
+@triton.jit
 def _systems(
-    k, v, beta, g, inverse, own, seen, length, heads, keys, values, chunks, PRECISION: tl.constexpr, T: tl.constexpr,
-    K: tl.constexpr, V: tl.constexpr,
+    k, v, beta, g, inverse, own, seen, length, heads, keys, values, chunks, EXACT: tl.constexpr, KA: tl.constexpr,
+    VA: tl.constexpr, T: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """(I + T)^{-1}, and with it U_0 (`own`) and W (`seen`)."""
+    keys, values = keys * KA, values * VA
     i, n, rows = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.arange(0, T)
     b, h, t = i // heads, i % heads, n * T + rows
     rate = _rates(beta, b, h, t, length, heads)
@@ -33,30 +70,27 @@ def _systems(
     alike = tl.zeros([T, T], tl.float32)
     for first in range(0, keys, K):
         k_t = tile(k, b, h, t, first + tl.arange(0, K), length, heads, keys)
-        alike += tl.dot(k_t, tl.trans(k_t), input_precision=PRECISION)
+        alike += tl.dot(k_t, tl.trans(k_t), input_precision=EXACT)
     system = tl.where(rows[:, None] > rows[None, :], rate[:, None] * alike * factors(total, rows), 0.0)
-    solved = tl.where(rows[:, None] == rows[None, :], 1.0, 0.0)
-    for row in range(1, T):
-        here = (rows == row)[:, None]
-        coefficients = tl.sum(tl.where(here, system, 0.0), 0)
-        solved -= tl.where(here, tl.sum(coefficients[:, None] * solved, 0)[None, :], 0.0)
+    solved = _inverse(system, rows, EXACT, T, R)
     put_matrix(inverse, i * chunks + n, rows, rows, T, T, solved)
     for first in range(0, values, V):
         d = first + tl.arange(0, V)
         v_t = tile(v, b, h, t, d, length, heads, values) * rate[:, None]
-        put(own, b, h, t, d, length, heads, values, tl.dot(solved, v_t, input_precision=PRECISION))
+        put(own, b, h, t, d, length, heads, values, tl.dot(solved, v_t, input_precision=EXACT))
     rate *= tl.exp(total.to(tl.float32))
     for first in range(0, keys, K):
         c = first + tl.arange(0, K)
         k_t = tile(k, b, h, t, c, length, heads, keys) * rate[:, None]
-        put(seen, b, h, t, c, length, heads, keys, tl.dot(solved, k_t, input_precision=PRECISION))
+        put(seen, b, h, t, c, length, heads, keys, tl.dot(solved, k_t, input_precision=EXACT))
 
 
 @triton.jit
 def _walk(
     k, g, own, seen, state, found, written, last, length, heads, keys, values, chunks, PRECISION: tl.constexpr,
-    T: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    KA: tl.constexpr, VA: tl.constexpr, T: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
+    keys, values = keys * KA, values * VA
     i, rows = tl.program_id(1).to(tl.int64), tl.arange(0, T)
     b, h = i // heads, i % heads
     c, d = tl.arange(0, K), tl.program_id(0) * V + tl.arange(0, V)
@@ -64,21 +98,22 @@ def _walk(
     for n in range(0, chunks):
         t = n * T + rows
         put_matrix(found, i * chunks + n, c, d, keys, values, S)
-        total, whole = running(g, b, h, t, length, heads)
+        _since, until, through = sums(g, b, h, t, length, heads, rows)
         seen_t = tile(seen, b, h, t, c, length, heads, keys)
-        error = tile(own, b, h, t, d, length, heads, values) - tl.dot(seen_t, S, input_precision=PRECISION)
+        error = tile(own, b, h, t, d, length, heads, values) - product(seen_t, S, PRECISION)
         put(written, b, h, t, d, length, heads, values, error)
-        kept = tile(k, b, h, t, c, length, heads, keys) * tl.exp((whole - total).to(tl.float32))[:, None]
-        S = S * tl.exp(whole.to(tl.float32)) + tl.dot(tl.trans(kept), error, input_precision=PRECISION)
+        kept = tile(k, b, h, t, c, length, heads, keys) * tl.exp(until)[:, None]
+        S = S * tl.exp(through) + product(tl.trans(kept), error, PRECISION)
     put_matrix(last, i, c, d, keys, values, S)
 
 
 @triton.jit
 def _walk_back(
     grad, q, k, g, seen, state, left, written, first, scale, length, heads, keys, values, chunks,
-    PRECISION: tl.constexpr, T: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    PRECISION: tl.constexpr, KA: tl.constexpr, VA: tl.constexpr, T: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the state each chunk leaves and of the first; adds what the state gives those of the errors."""
+    keys, values = keys * KA, values * VA
     i, rows = tl.program_id(1).to(tl.int64), tl.arange(0, T)
     b, h = i // heads, i % heads
     c, d = tl.arange(0, K), tl.program_id(0) * V + tl.arange(0, V)
@@ -87,25 +122,27 @@ def _walk_back(
         n = chunks - 1 - back
         t = n * T + rows
         put_matrix(left, i * chunks + n, c, d, keys, values, S)
-        total, whole = running(g, b, h, t, length, heads)
-        kept = tile(k, b, h, t, c, length, heads, keys) * tl.exp((whole - total).to(tl.float32))[:, None]
-        error = tile(written, b, h, t, d, length, heads, values) + tl.dot(kept, S, input_precision=PRECISION)
+        since, until, through = sums(g, b, h, t, length, heads, rows)
+        kept = tile(k, b, h, t, c, length, heads, keys) * tl.exp(until)[:, None]
+        error = tile(written, b, h, t, d, length, heads, values) + product(kept, S, PRECISION)
         put(written, b, h, t, d, length, heads, values, error)
-        q_t = tile(q, b, h, t, c, length, heads, keys) * (tl.exp(total.to(tl.float32)) * scale)[:, None]
+        q_t = tile(q, b, h, t, c, length, heads, keys) * (tl.exp(since) * scale)[:, None]
         grad_t = tile(grad, b, h, t, d, length, heads, values)
         seen_t = tile(seen, b, h, t, c, length, heads, keys)
-        S = S * tl.exp(whole.to(tl.float32)) + tl.dot(tl.trans(q_t), grad_t, input_precision=PRECISION)
-        S -= tl.dot(tl.trans(seen_t), error, input_precision=PRECISION)
+        S = S * tl.exp(through) + product(tl.trans(q_t), grad_t, PRECISION)
+        S -= product(tl.trans(seen_t), error, PRECISION)
     put_matrix(first, i, c, d, keys, values, S)
 
 
 @triton.jit
 def _systems_backward(
     k, v, beta, g, inverse, written, found, grad_written, grad_k, grad_v, grad_beta, grad_g, length, heads, keys,
-    values, chunks, EXACT: tl.constexpr, PRECISION: tl.constexpr, T: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    values, chunks, PRECISION: tl.constexpr, EXACT: tl.constexpr, KA: tl.constexpr, VA: tl.constexpr,
+    T: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """Gradients of v and beta, and the part of those of k and g that passes the systems, added to what is there.
     Overwrites the gradient of the errors by that of the right-hand sides."""
+    keys, values = keys * KA, values * VA
     i, n, rows = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.arange(0, T)
     b, h, t = i // heads, i % heads, n * T + rows
     rate = _rates(beta, b, h, t, length, heads)
@@ -119,7 +156,7 @@ def _systems_backward(
         error_grad = tile(grad_written, b, h, t, d, length, heads, values)
         right = tl.dot(solved, error_grad, input_precision=EXACT)
         error = tile(written, b, h, t, d, length, heads, values)
-        to_system -= tl.dot(right, tl.trans(error), input_precision=PRECISION)
+        to_system -= product(right, tl.trans(error), PRECISION)
         to_rate += tl.sum(right * tile(v, b, h, t, d, length, heads, values), 1)
         put(grad_written, b, h, t, d, length, heads, values, right)
         put(grad_v, b, h, t, d, length, heads, values, right * rate[:, None])
@@ -138,17 +175,17 @@ def _systems_backward(
             d = start + tl.arange(0, V)
             right = tile(grad_written, b, h, t, d, length, heads, values)
             S = matrix(found, i * chunks + n, c, d, keys, values)
-            from_state -= tl.dot(right, tl.trans(S), input_precision=PRECISION)
+            from_state -= product(right, tl.trans(S), PRECISION)
         from_state *= since[:, None]
         passed = tl.sum(from_state * k_t, 1)
         to_rate += passed
         at_rows += passed * rate
         k_grad = tile(grad_k, b, h, t, c, length, heads, keys) + from_state * rate[:, None]
-        k_grad += tl.dot(both, k_t, input_precision=PRECISION)
+        k_grad += product(both, k_t, PRECISION)
         put(grad_k, b, h, t, c, length, heads, keys, k_grad)
     at = (b * length + t) * heads + h
     tl.store(grad_beta + at, to_rate, t < length)
-    g_grad = passing(to_system * alike, at_rows, tl.zeros([T], tl.float32), rows, PRECISION)
+    g_grad = passing(to_system * alike, at_rows, tl.zeros([T], tl.float32), rows, EXACT)
     tl.store(grad_g + at, tl.load(grad_g + at, t < length, 0.0) + g_grad, t < length)
 
 
@@ -156,20 +193,23 @@ class _Walked:
     """What forward and backward share: the errors the chunks write, and the states they find."""
 
     def __init__(self, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, state: Tensor, chunk: int) -> None:
-        self.plan = plan = Plan(k, v, chunk, channel=False)
-        self.sizes = plan.length, plan.heads, plan.keys, plan.values, plan.chunks
+        # the inverse of a larger system spills from registers; what is written is a difference, which bfloat16 would
+        # leave with few digits
+        self.plan = plan = Plan(k, v, min(chunk, 2 * BLOCK), channel=False, half=False)
+        length, heads, _, keys, values, chunks = plan.sizes
+        self.sizes = length, heads, keys, values, chunks
         # a walk needs the whole key at once; narrow values, to have more of them side by side
         self.whole = {
             "PRECISION": plan.precision, "T": plan.size, "K": max(16, triton.next_power_of_2(plan.keys)),
-            "V": max(16, min(32, plan.value_block // 2)), "num_warps": 8, "num_stages": 1,
+            "V": max(16, min(32, plan.value_block // 2)), "num_warps": 8, "num_stages": 1, **plan.aligned,
         }  # fmt: skip
         self.grid = triton.cdiv(plan.values, self.whole["V"]), plan.rows
         self.inverse = plan.squares(v)
         self.seen, own = torch.empty_like(k, dtype=torch.float32), torch.empty_like(v, dtype=torch.float32)
         self.found, self.written, self.last = plan.boundaries(v), torch.empty_like(own), torch.empty_like(state)
         _systems[(plan.chunks, plan.rows)](
-            k, v, beta, g, self.inverse, own, self.seen, *self.sizes, PRECISION=plan.exact, T=plan.size,
-            K=plan.key_block, V=plan.value_block, num_warps=8, num_stages=1,
+            k, v, beta, g, self.inverse, own, self.seen, *self.sizes, EXACT=plan.exact, T=plan.size,
+            R=BLOCK, K=plan.key_block, V=plan.value_block, num_warps=4, num_stages=1, **plan.aligned,
         )  # fmt: skip
         _walk[self.grid](k, g, own, self.seen, state, self.found, self.written, self.last, *self.sizes, **self.whole)
 
@@ -204,6 +244,6 @@ def backward(
         grad_v, grad_beta = torch.empty_like(v), torch.empty_like(beta)
         _systems_backward[(plan.chunks, plan.rows)](
             k, v, beta, g, walked.inverse, written, found, grad_written, grad_k, grad_v, grad_beta, grad_g,
-            *walked.sizes, EXACT=plan.exact, **plan.blocks | {"num_warps": 8},
+            *walked.sizes, **plan.blocks | {"num_warps": 8},
         )  # fmt: skip
     return grad_q, grad_k, grad_v, grad_beta, grad_g, first

@@ -36,8 +36,8 @@ def expert_mlp(
     Dtypes promote; under autocast float32 arguments take its dtype, as in a linear layer. Deterministic: choices are
     sorted by expert, each expert is one matrix product of its own tokens, no atomics. Work 2 F (D + D_out) per choice
     that is not dropped, 2 F (2 D + D_out) with "swiglu" (the FLOP counter, which sees shapes only, counts all T k); an
-    expert without tokens costs nothing and gets zero gradients. Memory T k (F + D). On a GPU one small read-back each
-    way.
+    expert without tokens costs nothing and gets zero gradients. Memory T k (F + D). On a GPU nothing is read back, so
+    that a wrong index there is a device-side assertion.
     Raises ValueError on a wrong rank, shape, dtype, index, activation or mix of devices, and where T or D is 0.
     """
     op = "expert_mlp"

@@ -63,5 +63,6 @@ CASES = [
     Case("gates near underflow", "edge", _inputs(12, 5, 7, 3, 2, gates=1e-37)),
     Case("strided", "edge", _strided),
     Case("16384 tokens", "long", _inputs(16384, 8, 16, 4, 2)),
+    Case("D124", "gpu", _inputs(300, 124, 248, 4, 2)),
     Case("T16384 D128 F512 E8 k2", "bench", _inputs(16384, 128, 512, 8, 2, dropped=0.05)),
 ]

@@ -69,6 +69,14 @@ def run(
     expert = torch.where(expert_index < 0, experts, expert_index).flatten()
     order = expert.argsort(stable=True)
     ends = torch.searchsorted(expert[order], torch.arange(experts, device=x.device), right=True)
+    if triton:
+        # nothing is read back: dropped choices are rows of no expert, which the kernels leave 0
+        known = ((expert_index >= -1) & (expert_index < experts)).all()
+        torch._assert_async(known, f"expert_mlp: expert_index; expected -1 (dropped) to {experts - 1}")
+        p = _grouped(x[order // choices], w1, ends, triton)
+        out = _grouped(ACTIVATIONS[activation](p), w2, ends, triton) * gate.flatten()[order].unsqueeze(1)
+        y = torch.empty_like(out).index_copy_(0, order, out)
+        return y.view(len(x), choices, -1).sum(1), p, order, ends
     lowest, highest, kept = torch.stack([*expert_index.aminmax(), ends[-1]]).tolist()
     if lowest < -1 or highest >= experts:
         wrong = lowest if lowest < -1 else highest
@@ -99,7 +107,7 @@ def run_backward(
     activation: str, triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, gate, w1 and w2."""
-    choices, kept = gate.shape[1], int(ends[-1])
+    choices, kept = gate.shape[1], len(order) if triton else int(ends[-1])
     mine = order[:kept]
     token, p, share = mine // choices, p[:kept], gate.flatten()[mine].unsqueeze(1)
     given, h = grad[token], ACTIVATIONS[activation](p)

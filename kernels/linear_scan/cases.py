@@ -73,6 +73,8 @@ CASES = [
     Case("strided", "edge", _strided),
     Case("length 16384", "long", _inputs(1, 16384, 8, h0=True)),
     Case("length 16384 shared complex", "long", _inputs(1, 16384, 4, complex_=True, shared=True)),
+    Case("length 65536 shared", "gpu", _inputs(1, 65536, 32, shared=True)),
+    Case("D124", "gpu", _inputs(2, 130, 124)),
     Case("B16 L2048 D256", "bench", _inputs(16, 2048, 256)),
     Case("B16 L2048 D128 complex", "bench", _inputs(16, 2048, 128, complex_=True)),
 ]

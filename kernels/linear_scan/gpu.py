@@ -2,7 +2,8 @@
 a tile by a parallel prefix and carrying one state from tile to tile. One read and one write of every tensor.
 
 Steps beyond the end take the identity map (a = 1, b = 0), so the carry after the last tile is the last real state.
-Accumulation is in float32 (float64 for float64 inputs).
+Accumulation is in float32 (float64 for float64 inputs), over all steps in float64. A product of factors above 1 may
+overflow within a tile; it is not multiplied with what is 0. Widths come in units of ALIGN numbers.
 """
 
 from __future__ import annotations
@@ -15,17 +16,24 @@ import triton.language as tl
 from torch import Tensor
 
 from lra.kernels._dispatch import interpreting
+from lra.kernels._launch import alignment
+
+
+@triton.jit
+def _times(a, b):
+    """a b, and 0 where b is 0, whatever a is."""
+    return tl.where(b == 0, 0.0, a * b)
 
 
 @triton.jit
 def _join(a1, b1, a2, b2):
-    return a2 * a1, a2 * b1 + b2
+    return a2 * a1, _times(a2, b1) + b2
 
 
 @triton.jit
 def _join_complex(ar1, ai1, br1, bi1, ar2, ai2, br2, bi2):
     ar, ai = ar2 * ar1 - ai2 * ai1, ar2 * ai1 + ai2 * ar1
-    return ar, ai, ar2 * br1 - ai2 * bi1 + br2, ar2 * bi1 + ai2 * br1 + bi2
+    return ar, ai, _times(ar2, br1) - _times(ai2, bi1) + br2, _times(ar2, bi1) + _times(ai2, br1) + bi2
 
 
 @triton.jit
@@ -35,9 +43,10 @@ def _last(x, rows, T: tl.constexpr):
 
 @triton.jit
 def _forward(
-    a, b, h0, h, length, width, a_row, a_time,
-    REVERSE: tl.constexpr, HAS_H0: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+    a, b, h0, h, length, width, a_row, a_time, REVERSE: tl.constexpr, HAS_H0: tl.constexpr, ACC: tl.constexpr,
+    ALIGN: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
+    width, a_time = width * ALIGN, a_time * ALIGN
     i, rows = tl.program_id(1).to(tl.int64), tl.arange(0, T)
     d = tl.program_id(0) * D + tl.arange(0, D)
     inside = d < width
@@ -49,11 +58,11 @@ def _forward(
         t = length - 1 - step if REVERSE else step
         mask = (step < length)[:, None] & inside[None, :]
         at = (i * length + t)[:, None] * width + d[None, :]
-        a_at = (i * a_row + t.to(tl.int64) * a_time)[:, None] + d[None, :]
+        a_at = (i * a_row * ALIGN + t.to(tl.int64) * a_time)[:, None] + d[None, :]
         a_t = tl.load(a + a_at, mask, 1.0).to(ACC)
         b_t = tl.load(b + at, mask, 0.0).to(ACC)
         decay, inner = tl.associative_scan((a_t, b_t), 0, _join)
-        now = decay * state[None, :] + inner
+        now = _times(decay, state[None, :]) + inner
         tl.store(h + at, now, mask)
         state = _last(now, rows, T)
 
@@ -61,12 +70,14 @@ def _forward(
 @triton.jit
 def _backward(
     grad, a, h, h0, grad_a, grad_b, grad_h0, length, width, a_row, a_time, SHARED: tl.constexpr,
-    REVERSE: tl.constexpr, HAS_H0: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_H0: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, T: tl.constexpr,
+    D: tl.constexpr,
 ):  # fmt: skip
+    width, a_time = width * ALIGN, a_time * ALIGN
     i, rows = tl.program_id(1).to(tl.int64), tl.arange(0, T)
     d = tl.program_id(0) * D + tl.arange(0, D)
     inside = d < width
-    carry, total = tl.zeros([D], ACC), tl.zeros([D], ACC)
+    carry, total = tl.zeros([D], ACC), tl.zeros([D], tl.float64)
     for start in tl.range(0, length, T, num_stages=3):
         step = start + rows
         t = step if REVERSE else length - 1 - step
@@ -74,11 +85,11 @@ def _backward(
         before = t + 1 if REVERSE else t - 1
         mask = (step < length)[:, None] & inside[None, :]
         at = (i * length + t)[:, None] * width + d[None, :]
-        a_at = (i * a_row + later.to(tl.int64) * a_time)[:, None] + d[None, :]
+        a_at = (i * a_row * ALIGN + later.to(tl.int64) * a_time)[:, None] + d[None, :]
         a_t = tl.load(a + a_at, mask & (step > 0)[:, None], 1.0).to(ACC)
         y_t = tl.load(grad + at, mask, 0.0).to(ACC)
         decay, inner = tl.associative_scan((a_t, y_t), 0, _join)
-        g = decay * carry[None, :] + inner
+        g = _times(decay, carry[None, :]) + inner
         h_at = (i * length + before)[:, None] * width + d[None, :]
         h_t = tl.load(h + h_at, mask & (step < length - 1)[:, None], 0.0).to(ACC)
         if HAS_H0:
@@ -86,13 +97,13 @@ def _backward(
             h_t += tl.load(h0 + i * width + d[None, :] + 0 * rows[:, None], first, 0.0).to(ACC)
         tl.store(grad_b + at, g, mask)
         if SHARED:
-            total += tl.sum(g * h_t, 0)
+            total += tl.sum(g * h_t, 0).to(tl.float64)
         else:
             tl.store(grad_a + at, g * h_t, mask)
         carry = _last(g, rows, T)
     if SHARED:
         tl.store(grad_a + i * width + d, total, inside)
-    first_at = i * a_row
+    first_at = i * a_row * ALIGN  # 64 bits wide, as i is
     if REVERSE:
         first_at += (i * 0 + length - 1) * a_time  # i makes it 64 bits wide
     a_1 = tl.load(a + first_at + d, inside, 0.0).to(ACC)
@@ -100,10 +111,22 @@ def _backward(
 
 
 @triton.jit
+def _pair(x, at, mask):
+    """Real and imaginary parts of the complex numbers at `at`, 0 where masked; read side by side."""
+    return tl.split(tl.load(x + 2 * at[:, :, None] + tl.arange(0, 2)[None, None, :], mask[:, :, None], 0.0))
+
+
+@triton.jit
+def _put_pair(x, at, mask, re, im):
+    tl.store(x + 2 * at[:, :, None] + tl.arange(0, 2)[None, None, :], tl.join(re, im), mask[:, :, None])
+
+
+@triton.jit
 def _forward_complex(
-    a, b, h0, h, length, width, a_row, a_time,
-    REVERSE: tl.constexpr, HAS_H0: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+    a, b, h0, h, length, width, a_row, a_time, REVERSE: tl.constexpr, HAS_H0: tl.constexpr, ACC: tl.constexpr,
+    ALIGN: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
+    width, a_time = width * ALIGN, a_time * ALIGN
     i, rows = tl.program_id(1).to(tl.int64), tl.arange(0, T)
     d = tl.program_id(0) * D + tl.arange(0, D)
     inside = d < width
@@ -115,63 +138,64 @@ def _forward_complex(
         step = start + rows
         t = length - 1 - step if REVERSE else step
         mask = (step < length)[:, None] & inside[None, :]
-        at = 2 * ((i * length + t)[:, None] * width + d[None, :])
-        a_at = 2 * ((i * a_row + t.to(tl.int64) * a_time)[:, None] + d[None, :])
-        ar, ai = tl.load(a + a_at, mask, 1.0), tl.load(a + a_at + 1, mask, 0.0)
-        br, bi = tl.load(b + at, mask, 0.0), tl.load(b + at + 1, mask, 0.0)
+        at = (i * length + t)[:, None] * width + d[None, :]
+        a_at = (i * a_row * ALIGN + t.to(tl.int64) * a_time)[:, None] + d[None, :]
+        ar, ai = _pair(a, a_at, mask)
+        br, bi = _pair(b, at, mask)
+        ar = tl.where(mask, ar, 1.0)
         ar, ai, br, bi = tl.associative_scan((ar, ai, br, bi), 0, _join_complex)
-        now_re = ar * re[None, :] - ai * im[None, :] + br
-        now_im = ar * im[None, :] + ai * re[None, :] + bi
-        tl.store(h + at, now_re, mask)
-        tl.store(h + at + 1, now_im, mask)
+        now_re = _times(ar, re[None, :]) - _times(ai, im[None, :]) + br
+        now_im = _times(ar, im[None, :]) + _times(ai, re[None, :]) + bi
+        _put_pair(h, at, mask, now_re, now_im)
         re, im = _last(now_re, rows, T), _last(now_im, rows, T)
 
 
 @triton.jit
 def _backward_complex(
     grad, a, h, h0, grad_a, grad_b, grad_h0, length, width, a_row, a_time, SHARED: tl.constexpr,
-    REVERSE: tl.constexpr, HAS_H0: tl.constexpr, ACC: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_H0: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, T: tl.constexpr,
+    D: tl.constexpr,
 ):  # fmt: skip
+    width, a_time = width * ALIGN, a_time * ALIGN
     i, rows = tl.program_id(1).to(tl.int64), tl.arange(0, T)
     d = tl.program_id(0) * D + tl.arange(0, D)
     inside = d < width
-    re, im, total_re, total_im = tl.zeros([D], ACC), tl.zeros([D], ACC), tl.zeros([D], ACC), tl.zeros([D], ACC)
+    re, im = tl.zeros([D], ACC), tl.zeros([D], ACC)
+    total_re, total_im = tl.zeros([D], tl.float64), tl.zeros([D], tl.float64)
     for start in tl.range(0, length, T, num_stages=3):
         step = start + rows
         t = step if REVERSE else length - 1 - step
         later = t - 1 if REVERSE else t + 1
         before = t + 1 if REVERSE else t - 1
         mask = (step < length)[:, None] & inside[None, :]
-        at = 2 * ((i * length + t)[:, None] * width + d[None, :])
-        a_at = 2 * ((i * a_row + later.to(tl.int64) * a_time)[:, None] + d[None, :])
+        at = (i * length + t)[:, None] * width + d[None, :]
+        a_at = (i * a_row * ALIGN + later.to(tl.int64) * a_time)[:, None] + d[None, :]
         known = mask & (step > 0)[:, None]
-        ar, ai = tl.load(a + a_at, known, 1.0), -tl.load(a + a_at + 1, known, 0.0)
-        yr, yi = tl.load(grad + at, mask, 0.0), tl.load(grad + at + 1, mask, 0.0)
-        ar, ai, yr, yi = tl.associative_scan((ar, ai, yr, yi), 0, _join_complex)
-        gr = ar * re[None, :] - ai * im[None, :] + yr
-        gi = ar * im[None, :] + ai * re[None, :] + yi
-        h_at = 2 * ((i * length + before)[:, None] * width + d[None, :])
-        known = mask & (step < length - 1)[:, None]
-        hr, hi = tl.load(h + h_at, known, 0.0), tl.load(h + h_at + 1, known, 0.0)
+        ar, ai = _pair(a, a_at, known)
+        yr, yi = _pair(grad, at, mask)
+        ar = tl.where(known, ar, 1.0)
+        ar, ai, yr, yi = tl.associative_scan((ar, -ai, yr, yi), 0, _join_complex)
+        gr = _times(ar, re[None, :]) - _times(ai, im[None, :]) + yr
+        gi = _times(ar, im[None, :]) + _times(ai, re[None, :]) + yi
+        h_at = (i * length + before)[:, None] * width + d[None, :]
+        hr, hi = _pair(h, h_at, mask & (step < length - 1)[:, None])
         if HAS_H0:
             first = (step == length - 1)[:, None] & inside[None, :]
             h0_at = 2 * (i * width + d[None, :] + 0 * rows[:, None])
             hr += tl.load(h0 + h0_at, first, 0.0)
             hi += tl.load(h0 + h0_at + 1, first, 0.0)
-        tl.store(grad_b + at, gr, mask)
-        tl.store(grad_b + at + 1, gi, mask)
+        _put_pair(grad_b, at, mask, gr, gi)
         if SHARED:
-            total_re += tl.sum(gr * hr + gi * hi, 0)
-            total_im += tl.sum(gi * hr - gr * hi, 0)
+            total_re += tl.sum(gr * hr + gi * hi, 0).to(tl.float64)
+            total_im += tl.sum(gi * hr - gr * hi, 0).to(tl.float64)
         else:
-            tl.store(grad_a + at, gr * hr + gi * hi, mask)
-            tl.store(grad_a + at + 1, gi * hr - gr * hi, mask)
+            _put_pair(grad_a, at, mask, gr * hr + gi * hi, gi * hr - gr * hi)
         re, im = _last(gr, rows, T), _last(gi, rows, T)
     row = 2 * (i * width + d)
     if SHARED:
         tl.store(grad_a + row, total_re, inside)
         tl.store(grad_a + row + 1, total_im, inside)
-    first_at = i * a_row
+    first_at = i * a_row * ALIGN  # 64 bits wide, as i is
     if REVERSE:
         first_at += (i * 0 + length - 1) * a_time
     first = a + 2 * (first_at + d)
@@ -196,10 +220,12 @@ def _launch(
     block = min(32, triton.next_power_of_2(width))
     # 256 bytes of steps fill the memory pipeline and leave registers free; the interpreter scans element by element
     tile = 16 if interpreting() else max(16, min(64, 256 // like.element_size()))
-    a_row, a_time = (width * a.shape[1] if a.shape[0] > 1 else 0), (width if a.shape[1] > 1 else 0)
+    align = alignment(width)
+    units = width // align
+    a_row, a_time = (units * a.shape[1] if a.shape[0] > 1 else 0), (units if a.shape[1] > 1 else 0)
     with torch.cuda.device_of(like):
         (pair if like.is_complex() else real)[(triton.cdiv(width, block), batch)](
-            *map(_plain, tensors), length, width, a_row, a_time,
+            *map(_plain, tensors), length, units, a_row, a_time, ALIGN=align,
             REVERSE=reverse, HAS_H0=h0, ACC=tl.float64 if wide else tl.float32, T=tile, D=block, num_warps=4,
             **options,
         )  # fmt: skip

@@ -83,6 +83,7 @@ CASES = [
     Case("near underflow", "edge", _inputs("elman", 3, 40, 6, scale=1e-30, b=False, state=False)),
     Case("strided", "edge", _strided),
     Case("length 16384", "long", _inputs("gru", 1, 16384, 8)),
+    Case("H108", "gpu", _inputs("lstm", 17, 6, 108)),
     *(
         Case(f"B16 L1024 H128 {cell}", "bench", _inputs(cell, 16, 1024, 128, state=False))
         for cell in ("lstm", "gru", "elman", "mgu", "indrnn", "lstm_layernorm")

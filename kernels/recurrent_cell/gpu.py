@@ -38,9 +38,20 @@ def _tanh(x):
 
 @triton.jit
 def _product(v, weights, gate, d):
-    """v (R, H) times the gate's (H, H) matrix."""
-    at = (gate * d.shape[0] + d[:, None]) * d.shape[0] + d[None, :]
-    return tl.dot(v, tl.load(weights + at), input_precision="tf32x3")
+    """v (R, H) times the gate's (H, H) matrix, of which at most 64 rows are held in registers at once."""
+    R: tl.constexpr = v.shape[0]
+    H: tl.constexpr = v.shape[1]
+    if H <= 64:
+        at = (gate * H + d[:, None]) * H + d[None, :]
+        total = tl.dot(v, tl.load(weights + at), input_precision="tf32x3")
+    else:
+        low, high = tl.split(tl.trans(tl.reshape(v, [R, 2, H // 2]), (0, 2, 1)))
+        rows, total = tl.arange(0, H // 2), tl.zeros([R, H], tl.float32)
+        for half in range(0, 2):  # a loop, so that the compiler does not read both halves at once
+            at = (gate * H + half * (H // 2) + rows[:, None]) * H + d[None, :]
+            part = tl.where(half == 0, low, high)
+            total += tl.dot(part, tl.load(weights + at), input_precision="tf32x3")
+    return total
 
 
 @triton.jit

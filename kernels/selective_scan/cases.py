@@ -70,5 +70,6 @@ CASES = [
     Case("steps that forget everything", "edge", _inputs(2, 20, 3, 2, options="Dh", step=1e4)),
     Case("strided", "edge", _strided),
     Case("length 16384", "long", _inputs(1, 16384, 4, 4, options="Dz")),
+    Case("D124", "gpu", _inputs(2, 130, 124, 16, options="Dz")),
     Case("B4 L2048 D256 N16", "bench", _inputs(4, 2048, 256, 16, options="D")),
 ]

@@ -3,7 +3,8 @@ steps, scanning a (steps, channels, N) tile by a parallel prefix and carrying th
 
 Backward walks the tiles from the last to the first, each from the state saved before it (README.md has the formulas).
 Gradients of B and C are reduced per block of channels and summed afterwards, without atomics. Accumulation is in
-float32 (float64 for float64 inputs). Steps beyond the end have delta = 0, which leaves the state as it is.
+float32 (float64 for float64 inputs), of the gradients of A and D over all steps in float64. Steps beyond the end have
+delta = 0, which leaves the state as it is. Widths and state sizes come in units of DA and NA numbers.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lra.kernels._launch import alignment
 from lra.kernels.selective_scan.cpu import GPU_CHUNK
 
 
@@ -32,9 +34,10 @@ def _row(x, rows, row: tl.constexpr):
 @triton.jit
 def _forward(
     u, delta, A, B, C, skip, z, h0, y, last, saved, length, width, size, chunks,
-    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_H0: tl.constexpr, SAVE: tl.constexpr,
-    ACC: tl.constexpr, T: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_H0: tl.constexpr, SAVE: tl.constexpr, ACC: tl.constexpr,
+    DA: tl.constexpr, NA: tl.constexpr, T: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
+    width, size = width * DA, size * NA
     i, rows = tl.program_id(1).to(tl.int64), tl.arange(0, T)
     d, n = tl.program_id(0) * D + tl.arange(0, D), tl.arange(0, N)
     inside, known = d < width, (d < width)[:, None] & (n < size)[None, :]
@@ -43,7 +46,7 @@ def _forward(
     h = tl.zeros([D, N], ACC)
     if HAS_H0:
         h += tl.load(h0 + i * size * width + cell, known, 0.0).to(ACC)
-    for start in range(0, length, T):
+    for start in tl.range(0, length, T, num_stages=3):
         if SAVE:
             tl.store(saved + (i * chunks + start // T) * size * width + cell, h, known)
         t = start + rows
@@ -69,9 +72,10 @@ def _forward(
 def _backward(
     grad_y, grad_last, u, delta, A, B, C, skip, z, saved,
     grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_h0, length, width, size, chunks,
-    HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
-    ACC: tl.constexpr, T: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, ACC: tl.constexpr, DA: tl.constexpr, NA: tl.constexpr, T: tl.constexpr,
+    D: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
+    width, size = width * DA, size * NA
     i, rows = tl.program_id(1).to(tl.int64), tl.arange(0, T)
     d, n = tl.program_id(0) * D + tl.arange(0, D), tl.arange(0, N)
     inside, known = d < width, (d < width)[:, None] & (n < size)[None, :]
@@ -80,10 +84,10 @@ def _backward(
     partial = (tl.program_id(0) * tl.num_programs(1) + i) * length
     # carry: gradient of the state before the tile that comes later in time
     carry = tl.load(grad_last + i * size * width + cell, known, 0.0).to(ACC)
-    sum_A, sum_D, skip_d = tl.zeros([D, N], ACC), tl.zeros([D], ACC), tl.zeros([D], ACC)
+    sum_A, sum_D, skip_d = tl.zeros([D, N], tl.float64), tl.zeros([D], tl.float64), tl.zeros([D], ACC)
     if HAS_D:
         skip_d += tl.load(skip + d, inside, 0.0).to(ACC)
-    for back in range(0, chunks):
+    for back in tl.range(0, chunks, num_stages=2):
         chunk = chunks - 1 - back
         t = chunk * T + rows
         mask, maps = (t < length)[:, None] & inside[None, :], (t < length)[:, None] & (n < size)[None, :]
@@ -108,19 +112,28 @@ def _backward(
             p = tl.sum(after * C_t[:, None, :], 2) + skip_d[None, :] * u_t
             tl.store(grad_z + at, g * p * gate * (1 + z_t * (1 - gate)), mask)
             g *= z_t * gate
-        # gradients of the states: the reverse scan with the decay of the step one later, the last row standing still
-        delta_l = tl.load(delta + at + width, mask & ((rows < T - 1) & (t + 1 < length))[:, None], 0.0).to(ACC)
-        decay_l = tl.exp(delta_l[:, :, None] * rate[None, :, :])
-        decay_l, inner = tl.associative_scan((decay_l, g[:, :, None] * C_t[:, None, :]), 0, _join, reverse=True)
-        adjoint = decay_l * carry[None, :, :] + inner
+        # gradients of the states: a scan from the last step (scans of Triton in reverse have had faults) with the decay
+        # of the step one later, the first row standing still
+        s = chunk * T + (T - 1 - rows)
+        late, late_maps = (s < length)[:, None] & inside[None, :], (s < length)[:, None] & (n < size)[None, :]
+        s_at = (i * length + s)[:, None] * width + d[None, :]
+        C_s = tl.load(C + (i * length + s)[:, None] * size + n[None, :], late_maps, 0.0).to(ACC)
+        g_s = tl.load(grad_y + s_at, late, 0.0).to(ACC)
+        if HAS_Z:
+            z_s = tl.load(z + s_at, late, 0.0).to(ACC)
+            g_s *= z_s / (1 + tl.exp(-z_s))
+        delta_s = tl.load(delta + s_at + width, late & ((rows > 0) & (s + 1 < length))[:, None], 0.0).to(ACC)
+        decay_s = tl.exp(delta_s[:, :, None] * rate[None, :, :])
+        decay_s, inner = tl.associative_scan((decay_s, g_s[:, :, None] * C_s[:, None, :]), 0, _join)
+        adjoint = tl.flip(decay_s * carry[None, :, :] + inner, 0)
         q = adjoint * decay * before
         tl.store(grad_B + partial * size + t[:, None] * size + n[None, :], tl.sum(adjoint * x_t[:, :, None], 1), maps)
         tl.store(grad_C + partial * size + t[:, None] * size + n[None, :], tl.sum(g[:, :, None] * after, 1), maps)
         to_input = tl.sum(adjoint * B_t[:, None, :], 2)
         tl.store(grad_u + at, delta_t * to_input + g * skip_d[None, :], mask)
         tl.store(grad_delta + at, u_t * to_input + tl.sum(q * rate[None, :, :], 2), mask)
-        sum_A += tl.sum(q * delta_t[:, :, None], 0)
-        sum_D += tl.sum(g * u_t, 0)
+        sum_A += tl.sum(q * delta_t[:, :, None], 0).to(tl.float64)
+        sum_D += tl.sum(g * u_t, 0).to(tl.float64)
         carry = _row(decay * adjoint, rows, 0)
     tl.store(grad_A + i * size * width + cell, sum_A, known)
     tl.store(grad_h0 + i * size * width + cell, carry, known)
@@ -130,10 +143,11 @@ def _backward(
 def _blocks(u: Tensor, A: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
     batch, _, width = u.shape
     states = triton.next_power_of_2(A.shape[1])
-    # tiles of 4,096 numbers: 16 registers each in 8 warps
-    block = min(max(1, 4096 // (GPU_CHUNK * states)), triton.next_power_of_2(width))
+    # tiles of 16 KiB: 16 registers each in 8 warps
+    block = min(max(1, 16384 // A.element_size() // (GPU_CHUNK * states)), triton.next_power_of_2(width))
     wide = tl.float64 if A.dtype == torch.float64 else tl.float32
     options = {"T": GPU_CHUNK, "D": block, "N": states, "ACC": wide, "num_warps": 8}
+    options |= {"DA": alignment(width), "NA": alignment(A.shape[1])}
     return (triton.cdiv(width, block), batch), options
 
 
@@ -151,8 +165,9 @@ def forward(
     given = [u, delta, A, B, C, A if D is None else D, u if z is None else z, A if h0 is None else h0.mT]
     with torch.cuda.device_of(u):
         _forward[grid](
-            *(t.contiguous() for t in given), y, last, saved, length, width, size, chunks, **flags, **options
-        )
+            *(t.contiguous() for t in given), y, last, saved, length, width // options["DA"], size // options["NA"],
+            chunks, **flags, **options,
+        )  # fmt: skip
     return y, last, saved
 
 
@@ -172,7 +187,8 @@ def backward(
     with torch.cuda.device_of(u):
         _backward[grid](
             *(t.contiguous() for t in given), grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_h0,
-            length, width, size, saved.shape[1], HAS_D=D is not None, HAS_Z=z is not None, **options,
+            length, width // options["DA"], size // options["NA"], saved.shape[1], HAS_D=D is not None,
+            HAS_Z=z is not None, **options,
         )  # fmt: skip
     return (
         grad_u, grad_delta, grad_A.sum(0).T.contiguous(), grad_B.sum(0).to(u.dtype), grad_C.sum(0).to(u.dtype),

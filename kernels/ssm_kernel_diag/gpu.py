@@ -1,7 +1,8 @@
 """ssm_kernel_diag in Triton: two levels of powers as in cpu.py, formed inside the program that multiplies them.
 
 A program holds R M taps of one channel. Exponents are reduced in float64 (l times the angle loses too many digits in
-float32), their cosines and exponentials taken in float32. Nothing of size H N sqrt(length) reaches memory.
+float32), their cosines and exponentials taken in float32, and products as three TF32 ones each. Nothing of size
+H N sqrt(length) reaches memory.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lra.kernels._dispatch import interpreting
+from lra.kernels._launch import exact
 
 TURN = math.tau
 LOG_OF_ZERO = -1e4  # stands for log |x| at x = 0: finite, so that times 0 it is 0, and its exp is 0
@@ -31,8 +33,8 @@ def _power(exponent, log_size, angle, TURN: tl.constexpr):
 
 @triton.jit
 def _forward(
-    x_log, x_angle, weights, kernel, width, states, length, TURN: tl.constexpr, R: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr,
+    x_log, x_angle, weights, kernel, width, states, length, TURN: tl.constexpr, PRECISION: tl.constexpr,
+    R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """kernel[c, h, l] for R M taps: 2 Re sum_n (w_n x_n^(base + i M)) x_n^j."""
     row = tl.program_id(1).to(tl.int64)  # c H + h
@@ -49,7 +51,7 @@ def _forward(
         pr, pi = _power((base + i * M)[:, None].to(tl.float64), log_size[None, :], angle[None, :], TURN)
         qr, qi = _power(j[None, :].to(tl.float64), log_size[:, None], angle[:, None], TURN)
         left_r, left_i = wr[None, :] * pr - wi[None, :] * pi, wr[None, :] * pi + wi[None, :] * pr
-        total += tl.dot(left_r, qr, input_precision="ieee") - tl.dot(left_i, qi, input_precision="ieee")
+        total += tl.dot(left_r, qr, input_precision=PRECISION) - tl.dot(left_i, qi, input_precision=PRECISION)
     at = base + i[:, None] * M + j[None, :]
     tl.store(kernel + row * length + at, 2 * total, at < length)
 
@@ -57,7 +59,7 @@ def _forward(
 @triton.jit
 def _backward(
     grad, x_log, x_angle, weights, grad_x, grad_weights, channels, width, states, length, TURN: tl.constexpr,
-    R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    PRECISION: tl.constexpr, R: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Conjugates of the gradients of x and w for N states of one channel: sums over all taps, so no atomics.
 
@@ -88,8 +90,8 @@ def _backward(
             back = tl.maximum(b - 1, 0)[:, None].to(tl.float64)
             tr, ti = _power(back, log_size[None, :], angle[None, :], TURN)
             tr, ti = b[:, None] * tr, b[:, None] * ti
-            ur, ui = tl.dot(g, qr, input_precision="ieee"), tl.dot(g, qi, input_precision="ieee")
-            vr, vi = tl.dot(g, sr, input_precision="ieee"), tl.dot(g, si, input_precision="ieee")
+            ur, ui = tl.dot(g, qr, input_precision=PRECISION), tl.dot(g, qi, input_precision=PRECISION)
+            vr, vi = tl.dot(g, sr, input_precision=PRECISION), tl.dot(g, si, input_precision=PRECISION)
             gwr += tl.sum(ur * pr - ui * pi, 0)
             gwi += tl.sum(ur * pi + ui * pr, 0)
             ar += tl.sum(ur * tr - ui * ti + vr * pr - vi * pi, 0)
@@ -123,7 +125,9 @@ def forward(x: Tensor, weights: Tensor, length: int) -> Tensor:
     grid = (triton.cdiv(length, tile * tile), channels * width)
     arguments = (*_polar(x), _single(weights), kernel, width, states, length)
     with torch.cuda.device_of(weights):
-        _forward[grid](*arguments, TURN=TURN, R=tile, M=tile, N=16 if states <= 16 else 32, num_warps=4)
+        _forward[grid](
+            *arguments, TURN=TURN, PRECISION=exact(weights), R=tile, M=tile, N=16 if states <= 16 else 32, num_warps=4
+        )
     return kernel
 
 
@@ -136,5 +140,7 @@ def backward(grad: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     arguments = (grad.contiguous(), *_polar(x), _single(weights), grad_x, grad_weights)
     sizes = (channels, width, states, grad.shape[-1])
     with torch.cuda.device_of(weights):
-        _backward[grid](*arguments, *sizes, TURN=TURN, R=tile, M=tile, N=16, num_warps=4)
+        _backward[grid](
+            *arguments, *sizes, TURN=TURN, PRECISION=exact(weights), R=tile, M=tile, N=16, num_warps=8, num_stages=1
+        )
     return torch.view_as_complex(grad_x).to(x.dtype), torch.view_as_complex(grad_weights).to(x.dtype)

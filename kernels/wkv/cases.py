@@ -65,5 +65,6 @@ CASES = [
     Case("extreme", "edge", _extreme),
     Case("strided", "edge", _strided),
     Case("length 16384", "long", _inputs(1, 16384, 4, rate=-8.0)),
+    Case("D124", "gpu", _inputs(2, 130, 124)),
     Case("B16 L2048 D256", "bench", _inputs(16, 2048, 256)),
 ]

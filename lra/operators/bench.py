@@ -98,14 +98,15 @@ def bench(
     def measurements() -> Iterator[Measurement]:
         for number, (op, case, dtype) in enumerate(cases, start=1):
             on_case(f"{number} of {len(cases)}: {op} {case.name}")
-            yield from _measure_case(op, case, dtype, device, budget, peers)
+            yield from measure_case(op, case, dtype, device, budget, peers)
 
     return measurements()
 
 
-def _measure_case(
+def measure_case(
     op: str, case: Case, dtype: torch.dtype, device: torch.device, budget: float, peers: Peers
 ) -> Iterator[Measurement]:
+    """Measure our implementations of one case and those of other packages, forward and with the backward pass."""
     module = importlib.import_module(f"lra.kernels.{op}")
     arguments = parity.arguments_of(case, dtype, device)
     own: list[Contender] = []
@@ -114,11 +115,11 @@ def _measure_case(
         with contextlib.suppress(ValueError):
             choose(op, name, device, portable=module.PORTABLE, has_gpu=module.HAS_GPU)
             own.append(Contender(name, partial(parity.operator(op), impl=name), arguments))
-            _forward(own[-1])()
+            forward(own[-1])()
     contenders = [*own, *(c for c in peers(op, arguments, own[0].name) if _supports(op, c))]
-    size = sum(t.nbytes for t in [*arguments.values(), *_forward(own[0])()] if isinstance(t, Tensor))
+    size = sum(t.nbytes for t in [*arguments.values(), *forward(own[0])()] if isinstance(t, Tensor))
     probes = Machine.probes(device, dtype)
-    for passes, bind, moved in (("forward", _forward, size), ("forward+backward", _forward_backward, 3 * size)):
+    for passes, bind, moved in (("forward", forward, size), ("forward+backward", forward_backward, 3 * size)):
         with FlopCounterMode(display=False) as counter:
             bind(own[0])()
         flops = float(counter.get_total_flops())
@@ -132,7 +133,7 @@ def _measure_case(
 def _supports(op: str, contender: Contender) -> bool:
     """Whether another package's operator runs with these arguments. Warns if it does not."""
     try:
-        _forward(contender)()
+        forward(contender)()
     except Exception as error:  # noqa: BLE001  (another package may raise anything)
         reason = (str(error).splitlines() or [""])[0]
         warnings.warn(
@@ -142,7 +143,7 @@ def _supports(op: str, contender: Contender) -> bool:
     return True
 
 
-def _forward(contender: Contender) -> Callable[[], list[Tensor]]:
+def forward(contender: Contender) -> Callable[[], list[Tensor]]:
     """A call of the forward pass."""
 
     def call() -> list[Tensor]:
@@ -152,7 +153,7 @@ def _forward(contender: Contender) -> Callable[[], list[Tensor]]:
     return call
 
 
-def _forward_backward(contender: Contender) -> Callable[[], object]:
+def forward_backward(contender: Contender) -> Callable[[], object]:
     """A call of both passes."""
     names = parity.differentiable(contender.arguments)
     cotangents: list[Tensor] = []  # created in the first call, which is not timed

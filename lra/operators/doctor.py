@@ -116,9 +116,10 @@ def _write_cache(key: str, diagnoses: list[dict[str, Any]]) -> None:
 
 
 def _cache_key(op: str, device: torch.device) -> str:
-    """Hash of the hardware, the versions and the source of an operator."""
+    """Hash of the operator's name, the hardware, the versions and the source of the operators."""
     digest = hashlib.sha256()
-    for path in sorted([*(parity.KERNELS / op).glob("*.py"), *parity.KERNELS.glob("_*.py"), Path(__file__)]):
+    # all operators: some run on another's kernels
+    for path in sorted([*parity.KERNELS.rglob("*.py"), Path(__file__)]):
         digest.update(path.read_bytes())
     machine = environment.environment()
     hardware = machine.get("gpu") if device.type == "cuda" else machine["cpu"]

@@ -17,6 +17,8 @@ __all__ = ["KERNELS", "arguments_of", "cases_of", "errors_of", "operator", "oper
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """Largest RMS(error) / RMS(reference), by dtype of the inputs. The reference gets the same, rounded inputs."""
+BIAS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-4}
+"""Largest `bias`. In bfloat16 the RMS of its own rounding hides operands that are cut off instead of rounded."""
 CPU = torch.device("cpu")
 
 
@@ -93,10 +95,27 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return 0.0 if error < torch.finfo(actual.dtype).tiny else error / max(scale, 1e-300)
 
 
+def bias(actual: Tensor, expected: Tensor) -> float:
+    """|mean(error)| / mean(|reference|), errors away from 0 counted as positive, less four standard errors of the mean.
+
+    The error is that beyond the rounding of the reference to the dtype of `actual`.
+    """
+    error = ((to_double(actual) - to_double(expected.to(actual.dtype))) * expected.sgn().conj()).real.flatten()
+    scale = expected.abs().mean().item()
+    excess = abs(error.mean().item()) - 4 * error.square().mean().sqrt().item() / error.numel() ** 0.5
+    return max(excess, 0.0) / max(scale, 1e-300)
+
+
+def faults_of(errors: dict[str, float], dtype: torch.dtype) -> dict[str, float]:
+    """The errors of `errors_of` that are above what the dtype of the inputs allows."""
+    most = {name: (BIAS if name.startswith("bias of ") else TOLERANCE)[dtype] for name in errors}
+    return {name: error for name, error in errors.items() if not error < most[name]}
+
+
 def errors_of(
     op: str, case: Case, dtype: torch.dtype, device: torch.device = CPU, *, impl: str = "cpu"
 ) -> dict[str, float]:
-    """Relative error of each output and gradient of one implementation, compared with the reference in double
+    """Relative error and bias of each output and gradient of one implementation, compared with the reference in double
     precision.
 
     Infinite for an output whose precision differs from that of the arguments.
@@ -106,5 +125,6 @@ def errors_of(
     expected = run(reference, {name: to_double(value) for name, value in arguments.items()})
     actual = run(operator(op), arguments, impl=impl)
     errors = {name: relative_error(actual[name], expected[name]) for name in expected}
+    errors |= {f"bias of {name}": bias(actual[name], expected[name]) for name in expected if errors[name] < 1}
     first = actual["output 0"].dtype
     return errors if first.is_complex or first == dtype else errors | {f"output 0 in {first}": float("inf")}

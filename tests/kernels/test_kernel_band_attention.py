@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lra.kernels.band_attention import band_attention, cpu
 from lra.kernels.band_attention.reference import allowed
-from lra.kernels.band_attention.tiles import pairs
+from lra.kernels.band_attention.tiles import Pattern, pairs, tiles
 
 IMPLEMENTATIONS = ["reference", "cpu"]
 
@@ -339,3 +339,16 @@ def test_dropout_leaves_pairs_out_and_keeps_the_mean(options: dict[str, Any], im
     assert len(pair.unique(dim=0)) > 2
     column = kept[:, :, 0, 4][:, seen[0, :, 0, 4]] > 0
     assert len(column.unique(dim=0)) > 2
+
+
+def test_keys_beyond_the_band_are_few_large_products() -> None:
+    """A Python loop of one tile for 64 queries would be most of the time of a GPU."""
+    pattern = Pattern(64, 64, [1, 1, 2, 2], 1, causal=False, band=False)
+    found = list(tiles(2, 8192, pattern, extra=1, budget=2**25))
+    assert [(tile.batch, tile.heads, tile.queries) for tile in found] == [(slice(0, 2), slice(0, 4), slice(0, 8192))]
+    small = list(tiles(2, 100, pattern, extra=3, budget=4 * 3 * 40))
+    seen = torch.zeros(2, 4, 100, dtype=torch.int64)
+    for tile in small:
+        seen[tile.batch, tile.heads, tile.queries] += 1
+    assert seen.eq(1).all()
+    assert len(small) == 6

@@ -46,11 +46,22 @@ def faults(found: dict[tuple[Any, ...], tuple[str, Launch]]) -> list[str]:
     return [f"{launch.name} ({where}): {why}" for where, launch in found.values() if (why := fault(launch))]
 
 
+# a thread holds one number of a step, so that neighbouring threads, not vectors, make up the reads
+ONE_NUMBER = {
+    f"{module}.gpu.{name}_{way}" for way in ("forward", "backward")
+    for module, name in (("selective_scan", ""), ("wkv", ""), ("recurrent_cell", "_diagonal"))
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_compile_for_an_h200_and_fit_it(op: str) -> None:
-    found = distinct(op, (torch.bfloat16,), "bench") | distinct(op, (torch.float32,), "small")
-    assert found
-    assert not faults(found)
+    large, small = distinct(op, (torch.bfloat16,), "bench"), distinct(op, (torch.float32,), "small")
+    assert large
+    assert small
+    assert not faults(large | small)
+    read = {launch.name: needs(launch) for _, launch in large.values()}
+    narrow = {name for name, used in read.items() if not used.load_128 + used.load_64}
+    assert narrow <= ONE_NUMBER, "no vector is read, at sizes that are multiples of 16"
 
 
 @pytest.mark.slow
@@ -67,15 +78,17 @@ def test_forward_and_backward_of_a_case_are_recorded_as_they_would_be_launched()
     assert [x.dtype for x in forward.arguments[:4]] == [torch.bfloat16] * 4
     assert forward.options["T"] == 64, "the tile of a GPU, not of the interpreter"
     assert 0 < needs(forward).shared < needs(backward).shared < SHARED
+    assert needs(forward).load_128 > 0 == needs(forward).load_16
 
 
 @pytest.mark.parametrize(
     ("kernel", "size", "grid", "why"),
     [
         ("changes_type", 16, (1,), "Loop-carried variable total has initial type"),
-        ("takes_memory", 128, (1,), "bytes of shared memory; at most 232,448"),
+        ("takes_memory", 128, (1,), "bytes of shared memory; at most 163,840"),
         ("takes_memory", 16, (1, 65_536), "a grid of (1, 65536)"),
         ("takes_memory", 16, (65_536, 1), ""),
+        ("holds_much", 65_536, (1,), "bytes of stack; at most 128"),
     ],
 )
 def test_what_an_h200_would_not_run_is_refused(kernel: str, size: int, grid: tuple[int, ...], why: str) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lra.kernels.recurrent_cell import GATES, product, recurrent_cell
+from lra.kernels import _dispatch
+from lra.kernels.recurrent_cell import GATES, layer, product, recurrent_cell
 from lra.kernels.recurrent_cell.activations import sigmoid, tanh
 from lra.kernels.recurrent_cell.cpu import compiled
 from lra.kernels.recurrent_cell.product import multiply, multiply_plain, multiply_tiles, pack
@@ -297,3 +298,41 @@ def test_activations_keep_their_digits() -> None:
 def test_what_does_not_fit_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"recurrent_cell: {message}"):
         recurrent_cell(**arguments("gru") | changes)
+
+
+@pytest.mark.parametrize("cell", layer.LAYERS)
+def test_layers_of_pytorch_are_our_cells(cell: str) -> None:
+    """What cuDNN is given on a GPU, here on the CPU: values and gradients of every argument."""
+    torch.manual_seed(0)
+    rows = 5 * GATES[cell]
+    shapes = {"x": (2, 7, 3), "W": (rows, 3), "b_x": (rows,), "U": (rows, 5), "b": (rows,), "h0": (2, 5), "c0": (2, 5)}
+    x, W, b_x, U, b, h0, c0 = given = [torch.randn(shape).double().requires_grad_() for shape in shapes.values()]
+    if cell != "lstm":
+        given.pop()
+    ours = layer.recurrent_layer(x, W, b_x, U, b, cell, h0, c0=c0 if cell == "lstm" else None)
+    theirs = layer.in_pytorch(x, W, b_x, U, b, cell, h0, c0)
+    close(theirs, ours)
+    w = torch.randn_like(ours)
+    for name, found, wanted in zip(
+        list(shapes)[: len(given)], *(torch.autograd.grad(y, given, w) for y in (theirs, ours)), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=0.0, atol=1e-10, msg=name)
+
+
+def test_cudnn_is_chosen_by_name_and_a_fallback_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "_used", {})
+    monkeypatch.setattr(_dispatch, "_warned", set())
+    cuda, there = torch.device("cuda"), True
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: there)
+    assert _dispatch.choose("recurrent_cell", "auto", cuda, has_gpu=False, has_cudnn=True) == "cudnn"
+    assert _dispatch.used() == {"recurrent_cell": ["cudnn"]}
+    assert _dispatch.choose("recurrent_cell", "auto", torch.device("cpu"), has_cudnn=True) == "cpu"
+    there = False
+    with pytest.warns(RuntimeWarning, match="recurrent_cell: gpu path instead of cudnn: cuDNN is not available"):
+        assert _dispatch.choose("recurrent_cell", "auto", cuda, has_cudnn=True) == "gpu"
+    with pytest.raises(ValueError, match="impl='cudnn' cannot run: tensors are on cpu, cuDNN needs cuda"):
+        layer.recurrent_layer(
+            torch.ones(1, 2, 3), torch.ones(3, 3), None, torch.ones(3, 3), None, "elman", impl="cudnn"
+        )
+    with pytest.raises(ValueError, match="impl='cudnn' cannot run: cuDNN does not have it"):
+        recurrent_cell(torch.ones(1, 2, 3), torch.ones(3, 3), None, "elman", impl="cudnn")

@@ -26,11 +26,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from lra.kernels import _dispatch
 from lra.kernels._case import KINDS, Case
 from lra.operators.parity import (
+    BIAS,
     TOLERANCE,
     arguments_of,
+    bias,
     cases_of,
     differentiable,
     errors_of,
+    faults_of,
     operator,
     operators,
     outputs_of,
@@ -58,10 +61,9 @@ def every_case(*kinds: str) -> list[Any]:
     return [pytest.param(op, case, id=f"{op}-{case.name}") for op in OPS for case in cases_of(op, *kinds)]
 
 
-def assert_close(errors: dict[str, float], tolerance: float) -> None:
+def assert_close(errors: dict[str, float], dtype: torch.dtype) -> None:
     assert errors
-    worst = {name: error for name, error in errors.items() if not error < tolerance}
-    assert not worst, f"above {tolerance}: {worst}"
+    assert not faults_of(errors, dtype), f"above {TOLERANCE[dtype]} (bias: {BIAS[dtype]})"
 
 
 @pytest.mark.parametrize("op", FOLDERS)
@@ -82,12 +84,23 @@ def test_operators_were_found() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize(("op", "case"), every_case("small", "edge"))
 def test_agrees_with_the_definition(op: str, case: Case, dtype: torch.dtype) -> None:
-    assert_close(errors_of(op, case, dtype), TOLERANCE[dtype])
+    assert_close(errors_of(op, case, dtype), dtype)
+
+
+def test_operands_that_are_cut_off_are_seen_beside_rounding() -> None:
+    torch.manual_seed(0)
+    x, y = torch.rand(256, 64, dtype=torch.float64), torch.randn(64, 256, dtype=torch.float64)
+    exact = x @ y
+    cut = (x.float().view(torch.int32) & ~0x1FFF).view(torch.float32).double()  # as TF32 without rounding
+    rounded, short = exact.bfloat16(), (cut @ y).bfloat16()
+    assert bias(rounded, exact) == 0
+    assert relative_error(short, exact) < TOLERANCE[torch.bfloat16]
+    assert bias(short, exact) > BIAS[torch.bfloat16]
 
 
 @pytest.mark.parametrize(("op", "case"), every_case("long"))
 def test_keeps_its_digits_at_length_16384(op: str, case: Case) -> None:
-    assert_close(errors_of(op, case, torch.float32), TOLERANCE[torch.float32])
+    assert_close(errors_of(op, case, torch.float32), torch.float32)
 
 
 @pytest.mark.parametrize(("op", "case"), every_case("small"))
@@ -199,7 +212,7 @@ def test_takes_what_autocast_makes(op: str) -> None:
     wanted = run(
         import_module(f"lra.kernels.{op}.reference").reference, {k: to_double(v) for k, v in arguments.items()}
     )
-    assert_close({name: relative_error(found[name], wanted[name]) for name in wanted}, TOLERANCE[torch.bfloat16])
+    assert_close({name: relative_error(found[name], wanted[name]) for name in wanted}, torch.bfloat16)
 
 
 @pytest.fixture
@@ -221,7 +234,7 @@ def test_any_number_of_threads(op: str, threads: Callable[[int], None]) -> None:
     case = cases_of(op, "edge")[0]
     for count in (1, 3):
         threads(count)
-        assert_close(errors_of(op, case, torch.float32), TOLERANCE[torch.float32])
+        assert_close(errors_of(op, case, torch.float32), torch.float32)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -280,15 +293,16 @@ def test_triton_interpreted(op: str) -> None:
     errors = json.loads(done.stdout)
     assert errors
     for name, found in errors.items():
-        assert_close({f"{name}: {what}": error for what, error in found.items()}, TOLERANCE[torch.float32])
+        assert not faults_of(found, torch.float32), name
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize(("op", "case"), every_case("small", "edge", "long"))
+@pytest.mark.parametrize(("op", "case"), every_case("small", "edge", "long", "gpu"))
 def test_on_a_gpu(op: str, case: Case, dtype: torch.dtype) -> None:
     if case.kind == "long" and dtype == torch.bfloat16:
         pytest.skip("accuracy at length 16,384 is asked of float32")
     impl = "gpu" if import_module(f"lra.kernels.{op}").HAS_GPU else "cpu"
-    assert_close(errors_of(op, case, dtype, torch.device("cuda"), impl=impl), TOLERANCE[dtype])
+    impl = "auto" if case.kind == "gpu" else impl  # the widest sizes are beyond the kernels in float32
+    assert_close(errors_of(op, case, dtype, torch.device("cuda"), impl=impl), dtype)

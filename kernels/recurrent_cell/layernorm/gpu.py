@@ -143,13 +143,9 @@ def _backward(
 
 
 def _options(batch: int, width: int, cell: str) -> tuple[tuple[int], dict[str, int]]:
-    options = {
-        "R": ROWS,
-        "H": max(16, triton.next_power_of_2(width)),
-        "num_warps": 8,
-        "num_stages": 1,  # as in recurrent_cell/gpu.py
-        "CARRIED": cell.endswith("carried"),
-    }
+    tile = max(16, triton.next_power_of_2(width))
+    # one stage, as in recurrent_cell/gpu.py
+    options = {"R": ROWS, "H": tile, "num_warps": 8, "num_stages": 1, "CARRIED": cell.endswith("carried")}
     return (triton.cdiv(batch, ROWS),), options
 
 
