@@ -113,12 +113,10 @@ def vandermonde_backward(grad: Tensor, x: Tensor, weights: Tensor, gpu: bool) ->
         slope_Q = column * Q.roll(1, dims=1)
         padded = torch.nn.functional.pad(grad[:, h].transpose(0, 1), (0, rows * columns - length))
         right = torch.cat([_real(Q, grad.dtype), _real(slope_Q, grad.dtype)], dim=-1)
-        sums = torch.bmm(padded.reshape(-1, channels * rows, columns), right)
+        sums = torch.bmm(padded.reshape(-1, channels * rows, columns), right).to(torch.float64)
         over_Q, over_slope = torch.view_as_complex(sums.view(-1, channels, rows, 2, states, 2)).unbind(3)
-        P, slope_P = (_real(table, grad.dtype).unflatten(-1, (1, -1, 2)) for table in (P, slope_P))
-        P, slope_P = (torch.view_as_complex(table).transpose(1, 2) for table in (P, slope_P))
-        dweights[:, h] = 2 * (over_Q * P).sum(2).transpose(0, 1).conj_physical()
-        slopes = torch.addcmul(over_Q * slope_P, over_slope, P).sum(2)
+        dweights[:, h] = 2 * (over_Q * P.unsqueeze(1)).sum(2).transpose(0, 1).conj_physical()
+        slopes = (over_Q * slope_P.unsqueeze(1) + over_slope * P.unsqueeze(1)).sum(2)
         dx[h] = 2 * (slopes * weights[:, h].transpose(0, 1)).sum(1).conj_physical()
     return dx, dweights
 
