@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import at_least, checked_dropout, merge_heads, split_heads
+from lra.architectures._attention import at_least, checked_dropout
 from lra.architectures._table import Tables
+from lra.attention import merge_heads, split_heads
 from lra.encoder import Cost, Mixer
 
 

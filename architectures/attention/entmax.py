@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lra.architectures._attention import AttentionMixer, added_positions, alibi_bias, attention_mask, checked_width
+from lra.architectures._attention import AttentionMixer, added_positions, alibi_bias, checked_width
 from lra.architectures._precision import wide
 from lra.architectures._stack import Stack
+from lra.attention import attention_mask
 from lra.encoder import Card, Cost
 
 FIRST = 64

@@ -32,18 +32,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import (  # fmt: skip
-    AttentionMixer,
-    added_positions,
-    at_least,
-    banded,
-    checked_width,
-    fused_attention,
-    merge_heads,
-    rope,
-    split_heads,
-)
+from lra.architectures._attention import AttentionMixer, added_positions, at_least, banded, checked_width, rope
 from lra.architectures._stack import Stack
+from lra.attention import fused_attention, merge_heads, split_heads
 from lra.encoder import Card, Cost
 from lra.kernels.band_attention.tiles import pairs
 

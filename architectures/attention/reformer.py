@@ -42,16 +42,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import (  # fmt: skip
+from lra.architectures._attention import (
     added_positions,
     alibi_slopes,
     at_least,
     checked_dropout,
     checked_width,
     drop_keys,
-    merge_heads,
     rope,
-    split_heads,
 )
 from lra.architectures._norm import rms_norm
 from lra.architectures._precision import own_precision
@@ -59,6 +57,7 @@ from lra.architectures._reversible import Step, reversible
 from lra.architectures._rounds import Reordered, UnionOfRounds
 from lra.architectures._stack import Layer, Stack
 from lra.architectures._table import Tables
+from lra.attention import merge_heads, split_heads
 from lra.encoder import Card, Cost, Mixer, clean_padding, fill_padding, stepwise
 
 ITSELF = -1e5

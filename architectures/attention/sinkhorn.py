@@ -33,16 +33,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import (
-    AttentionMixer,
-    added_positions,
-    at_least,
-    checked_width,
-    fused_attention,
-    merge_heads,
-)
+from lra.architectures._attention import AttentionMixer, added_positions, at_least, checked_width
 from lra.architectures._precision import wide
 from lra.architectures._stack import Stack
+from lra.attention import fused_attention, merge_heads
 from lra.encoder import Card, Cost
 
 

@@ -11,9 +11,9 @@ from golden_tensors import golden
 from torch import Tensor
 from torch.nn import functional as F
 
-from lra.architectures._attention import merge_heads, split_heads
 from lra.architectures.attention import sinkhorn
 from lra.architectures.attention.sinkhorn import Sinkhorn, SinkhornMixer, balanced, brought, sorted_attention
+from lra.attention import merge_heads, split_heads
 from lra.conformance.suite import check
 
 SMALL: dict[str, Any] = {"d_model": 16, "n_layers": 2, "length": 24, "size": 4}
