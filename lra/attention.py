@@ -143,25 +143,26 @@ class _Attention(nn.Module):
     """Maps and heads that self- and cross-attention share."""
 
     def __init__(
-        self, d_model: int, d_source: int, n_heads: int, n_kv_heads: int | None, dropout: float, bias: bool
-    ) -> None:
+        self, d_model: int, d_source: int, n_heads: int, n_kv_heads: int | None, head_dim: int | None, dropout: float,
+        bias: bool,
+    ) -> None:  # fmt: skip
         super().__init__()
         groups = n_heads if n_kv_heads is None else n_kv_heads
-        if n_heads < 1 or d_model % n_heads:
+        if n_heads < 1 or (head_dim is None and d_model % n_heads):
             raise ValueError(f"n_heads is {n_heads}; a divisor of d_model, {d_model}")
+        head_dim = d_model // n_heads if head_dim is None else head_dim
         if groups < 1 or n_heads % groups:
             raise ValueError(f"n_kv_heads is {groups}; a divisor of n_heads, {n_heads}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}; from 0 up to, not including, 1")
         self.n_heads, self.n_kv_heads, self.dropout = n_heads, groups, dropout
-        self.q_proj = nn.Linear(d_model, d_model, bias=bias)
-        self.k_proj, self.v_proj = (
-            nn.Linear(d_source, groups * (d_model // n_heads), bias=bias) for _ in range(2)
-        )  # fmt: skip
-        self.out_proj = nn.Linear(d_model, d_model, bias=bias)
+        self.q_proj = nn.Linear(d_model, n_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(d_source, groups * head_dim, bias=bias)
+        self.v_proj = nn.Linear(d_source, groups * head_dim, bias=bias)
+        self.out_proj = nn.Linear(n_heads * head_dim, d_model, bias=bias)
 
     def _keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        return tuple(split_heads(proj(source), self.n_kv_heads) for proj in (self.k_proj, self.v_proj))  # type: ignore[return-value]
+        return split_heads(self.k_proj(source), self.n_kv_heads), split_heads(self.v_proj(source), self.n_kv_heads)
 
     def _read(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
         q, rate = split_heads(self.q_proj(x), self.n_heads), self.dropout if self.training else 0.0
@@ -174,13 +175,15 @@ class MultiHeadAttention(_Attention):
 
     n_kv_heads: heads of keys and values, each shared by n_heads / n_kv_heads consecutive query heads: n_heads, the
     default, is multi-head attention (arXiv:1706.03762), 1 is multi-query (arXiv:1911.02150), a divisor between them
-    grouped-query (arXiv:2305.13245). dropout: on the attention weights. Raises ValueError.
+    grouped-query (arXiv:2305.13245). head_dim: width of a head, d_model / n_heads unless given. dropout: on the
+    attention weights. bias: whether the maps have biases. Raises ValueError.
     """
 
     def __init__(
-        self, d_model: int, n_heads: int, n_kv_heads: int | None = None, *, dropout: float = 0.0, bias: bool = True
-    ) -> None:
-        super().__init__(d_model, d_model, n_heads, n_kv_heads, dropout, bias)
+        self, d_model: int, n_heads: int, n_kv_heads: int | None = None, *, head_dim: int | None = None,
+        dropout: float = 0.0, bias: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__(d_model, d_model, n_heads, n_kv_heads, head_dim, dropout, bias)
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, *, causal: bool = False, window: int | None = None,
@@ -224,9 +227,10 @@ class CrossAttention(_Attention):
 
     def __init__(
         self, d_model: int, n_heads: int, n_kv_heads: int | None = None, *, d_source: int | None = None,
-        dropout: float = 0.0, bias: bool = True,
+        head_dim: int | None = None, dropout: float = 0.0, bias: bool = True,
     ) -> None:  # fmt: skip
-        super().__init__(d_model, d_model if d_source is None else d_source, n_heads, n_kv_heads, dropout, bias)
+        width = d_model if d_source is None else d_source
+        super().__init__(d_model, width, n_heads, n_kv_heads, head_dim, dropout, bias)
 
     def remember(self, sources: Tensor | Sequence[Tensor], masks: Tensor | Sequence[Tensor] | None = None) -> Memory:
         """Keys and values of the sources, once for many calls. sources: (B, S, d_source), or several of any S; masks:
