@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from golden_tensors import assert_gradients, assert_near, golden
 from test_model import TOKENS, Identity
+from tiny_task import Tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import lra
 from lra.config.recipe import Optim
 from lra.errors import UserError
 from lra.model import Batch, Classifier, Head
 from lra.profiling import flops
+from lra.task import SPLITS, Protocol
+from lra.tasks.storage import write_documents, write_examples
 from lra.towers import FUSIONS, Contrast, CrossFusion, GatedCrossAttention, GatedFusion, Resampler, recall_at
 from lra.training import optimisers
+from lra.training.trained_run import TrainedRun
 
 
 def pairs(count: int = 3, length: int = 7) -> Batch:
@@ -182,3 +190,36 @@ def test_recall_counts_right_answers_among_the_nearest() -> None:
     assert found == {1: 0.25, 2: 0.5, 3: 0.5, 4: 1.0, 100: 1.0}
     with pytest.raises(ValueError, match="no pair has the label 1"):
         recall_at(embeddings, index, torch.zeros(5), (1,))
+
+
+class Pairs(Tiny):
+    """Do two texts begin with the same token? Documents stand in several pairs."""
+
+    name, classes, towers = "tiny_pairs", 2, 2
+
+    def prepare(self, folder: Path, protocol: Protocol, **_: Any) -> None:
+        for number, split in enumerate(SPLITS):
+            random = np.random.default_rng(number)
+            documents = [random.integers(0, 4, n).astype(np.uint8) for n in random.integers(5, 25, 31)]
+            index = random.integers(0, 31, (protocol.counts[split], 2))
+            write_documents(folder, split, documents)
+            write_examples(folder, split, np.array([documents[a][0] == documents[b][0] for a, b in index]), index)
+
+
+def test_a_run_learns_its_temperature_and_measures_recall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LRA_CACHE", "LRA_RESULTS", "LRA_RUNS"):
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    settings = {"model.contrastive": 1.0, "model.temperature": 0.2, "model.pair": "cross", "model.d_model": 8}
+    steps = {"train.steps": 4, "train.evaluate_every": 4, "model.n_layers": 1, "data.test_examples": 60}
+    run = lra.train(Pairs, "mingru", recipe="quick", overrides=settings | steps)
+    assert run.model.contrast is not None
+    assert 0 < (run.model.contrast.log_scale.exp() - 5).abs() < 1
+    more = run.evaluate().more
+    assert more == {f"recall@{k}": share for k, share in run.recall().items()}
+    data = run._data("test")
+    pooled = dict(zip(data.documents.flatten().tolist(), run.features("test").reshape(-1, 8), strict=True))
+    known = torch.from_numpy(np.stack([pooled[n] for n in range(len(pooled))]))
+    expected = recall_at(known, data.documents, data.labels, (1, 10, 100))
+    assert list(more.values()) == pytest.approx(list(expected.values()))
+    with pytest.raises(UserError, match="has no pairs of two classes"):
+        TrainedRun(run.model, run.recipe, Tiny(), run.protocol, tmp_path, None, 0).recall()
