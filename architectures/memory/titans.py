@@ -9,13 +9,13 @@ Behrouz, Zhong and Mirrokni 2025, arXiv:2501.00663, sections 3.1 and 3.2. With c
     G = derivative of sum_i lr_i mean((M(k_i) - v_i)^2) over a chunk, in g, W and V of the memory at its start
     S = m S - G                                                        surprise
     (g, W, V) = (1 - d) (g, W, V) + S                                  the memory after the chunk
-    y_t = M(q_t)                                           (B, L, D)   of the memory after all complete chunks, that of t
-                                                                       included where t is its last token
+    y_t = M(q_t)                                           (B, L, D)   of the memory after all complete chunks, also
+                                                                       that of t where t is its last token
 
 Chunks are worked on one after the other, the tokens of one at once.
 
 Initialisation: W and V Xavier uniform, g = 0, other maps as torch.nn.Linear, but b_d = -3, so that a chunk forgets 5 %
-of the memory at first, its start included.
+of the memory at first, its start included. max_lr is 0.1: the sum over a chunk of 16 diverges with the package's 1.
 
 Departures: the memory module alone (LMM), in a residual block with a feed-forward part; the attention of MAC, MAG and
 MAL, persistent tokens and convolutions are left out. The paper leaves gates, loss and norm of the memory open; they are
@@ -37,11 +37,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._attention import at_least
+from lra.architectures._norm import RMSNorm
 from lra.architectures._precision import wide
 from lra.architectures._stack import Stack
 from lra.encoder import Card, Cost, Mixer
 
 EPS = 1e-5
+RMS_EPS = torch.finfo(torch.float32).eps
+"""PyTorch's own for float32."""
 Memory = tuple[Tensor, ...]
 State = tuple[Tensor, ...]
 
@@ -74,7 +77,7 @@ class TitansMixer(Mixer):
     def __init__(self, d_model: int, hidden: int, *, chunk: int, max_lr: float, frozen: bool) -> None:
         super().__init__()
         self.size, self.max_lr, self.frozen = chunk, max_lr, frozen
-        self.retrieve_norm, self.store_norm = nn.RMSNorm(d_model), nn.RMSNorm(d_model)
+        self.retrieve_norm, self.store_norm = RMSNorm(d_model, RMS_EPS), RMSNorm(d_model, RMS_EPS)
         self.to_queries, self.to_keys, self.to_values = (nn.Linear(d_model, d_model, bias=False) for _ in range(3))
         self.to_adaptive_step, self.to_momentum, self.to_decay_factor = (nn.Linear(d_model, 1) for _ in range(3))
         self.gain = nn.Parameter(torch.zeros(1, d_model))
@@ -172,7 +175,7 @@ class Titans(Stack):
         direction: str = "causal",
         expand: float = 2.0,
         chunk: int = 16,
-        max_lr: float = 1.0,
+        max_lr: float = 0.1,
         frozen: bool = False,
         block: Mapping[str, Any] | None = None,
     ) -> None:

@@ -25,6 +25,8 @@ def loaded(g: dict[str, Tensor]) -> TitansMixer:
     hidden = g["param.memory_model_parameters.1"].shape[-1]
     options = {"chunk": int(g["cfg.chunk_size"]), "max_lr": float(g["cfg.max_lr"])}
     mixer = TitansMixer(g["x"].shape[-1], hidden, frozen=True, **options).double()
+    for norm in (mixer.store_norm, mixer.retrieve_norm):
+        norm.epsilon = torch.finfo(torch.float64).eps
     shapes = {name: p.shape for name, p in mixer.named_parameters()}
     mixer.load_state_dict({name: g[f"param.{stored_name(name)}"].reshape(shapes[name]) for name in shapes})
     return mixer
@@ -61,8 +63,8 @@ def test_memory_is_trained_by_the_derivatives_of_its_loss(frozen: bool) -> None:
     def answer(memory: list[Tensor], z: Tensor) -> Tensor:
         return (1 + memory[0]) * F.layer_norm(F.gelu(z @ memory[1]) @ memory[2], (4,)) + z
 
-    s = F.rms_norm(x[0], (4,), mixer.store_norm.weight)
-    q = mixer.to_queries(F.rms_norm(x[0], (4,), mixer.retrieve_norm.weight))
+    s = F.rms_norm(x[0], (4,), mixer.store_norm.weight, mixer.store_norm.epsilon)
+    q = mixer.to_queries(F.rms_norm(x[0], (4,), mixer.retrieve_norm.weight, mixer.store_norm.epsilon))
     expected = []
     for t in range(8):
         if t % 3 == 2:
