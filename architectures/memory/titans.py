@@ -15,7 +15,8 @@ Behrouz, Zhong and Mirrokni 2025, arXiv:2501.00663, sections 3.1 and 3.2. With c
 Chunks are worked on one after the other, the tokens of one at once.
 
 Initialisation: W and V Xavier uniform, g = 0, other maps as torch.nn.Linear, but b_d = -3, so that a chunk forgets 5 %
-of the memory at first, its start included. max_lr is 0.1: the sum over a chunk of 16 diverges with the package's 1.
+of the memory at first, its start included. max_lr = 0.1 is ours: with 1, the
+outputs of a fourth layer are 35 times those of the first.
 
 Departures: the memory module alone (LMM), in a residual block with a feed-forward part; the attention of MAC, MAG and
 MAL, persistent tokens and convolutions are left out. The paper leaves gates, loss and norm of the memory open; they are
