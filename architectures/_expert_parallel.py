@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, distributed
-from torch.distributed.nn.functional import all_to_all_single
 from torch.nn import functional as F
 
 from lra.kernels.expert_mlp import expert_mlp
@@ -47,7 +48,21 @@ def divided_expert_mlp(x: Tensor, index: Tensor, gate: Tensor, w1: Tensor, w2: T
     return back.new_zeros(len(x), back.shape[1]).index_add(0, token, back * gate[token, choice].unsqueeze(1))
 
 
-def _exchange(rows: Tensor, leave: list[int], arrive: list[int]) -> Tensor:
+class _Exchange(torch.autograd.Function):
     """Send leave[p] consecutive rows to process p and receive arrive[p]: (sum of leave, D) -> (sum of arrive, D)."""
-    received = rows.new_empty(sum(arrive), rows.shape[1])
-    return all_to_all_single(received, rows.contiguous(), arrive, leave)
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, leave: list[int], arrive: list[int]) -> Tensor:
+        ctx.sizes = leave, arrive
+        received = rows.new_empty(sum(arrive), rows.shape[1])
+        distributed.all_to_all_single(received, rows.contiguous(), arrive, leave)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        leave, arrive = ctx.sizes
+        return _exchange(grad, arrive, leave), None, None
+
+
+def _exchange(rows: Tensor, leave: list[int], arrive: list[int]) -> Tensor:
+    return _Exchange.apply(rows, leave, arrive)
