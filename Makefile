@@ -45,7 +45,7 @@ profile: ## measure speed, memory and FLOPs of ARCH, by default of all architect
 diagnose: ## train ARCH on the generated diagnostic tasks and show what it solves; ARGS='--tasks parity,mqar'
 bench: ## time the operator OP, by default all, and compare with the limits of this machine
 doctor: ## check which operator implementations run on this machine and are correct
-campaign: ## run unfinished cells of results/campaign.toml, JOBS=2 at a time, for TIME=8m; PYTHON=python3: no .venv
+campaign: ## run unfinished cells of PLAN=results/campaign.toml, JOBS=2 at a time, for TIME=8m; PYTHON=python3: no .venv
 gpu: ## on a machine with a GPU, without .venv: operator tests, bench, doctor and profile in 9 minutes
 test-gpu: ## on a machine with a GPU, without .venv: the operator tests that need it
 test: ## run the tests, or those whose names match K
@@ -83,7 +83,7 @@ doctor: .venv/.stamp
 	@$(VENV)/lra doctor $(ARGS)
 
 campaign: $(if $(PYTHON),,.venv/.stamp)
-	@OMP_NUM_THREADS=1 PYTHONPATH=. nice -n 19 $(or $(PYTHON),$(VENV)/python) -m lra.cli sweep results/campaign.toml \
+	@OMP_NUM_THREADS=1 PYTHONPATH=. nice -n 19 $(or $(PYTHON),$(VENV)/python) -m lra.cli sweep $(or $(PLAN),results/campaign.toml) \
 	    --no-forecast --jobs $(if $(filter auto,$(JOBS)),1,$(JOBS)) $(if $(TIME),--time-limit "$$TIME") $(ARGS)
 
 # a GPU machine may have its own torch and no network

@@ -88,7 +88,7 @@ def rms_norm(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
 class RMSNorm(nn.RMSNorm):
     """nn.RMSNorm over the last dimension, with `rms_norm`."""
 
-    def __init__(self, d_model: int, eps: float) -> None:
+    def __init__(self, d_model: int, eps: float = 1e-6) -> None:
         super().__init__(d_model, eps)
         self.epsilon = eps
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._norm import normalised
-from lra.architectures._stack import NORMS, Bidirectional, Stack
+from lra.architectures._stack import Bidirectional, Stack
 from lra.encoder import Cost, Mixer, clean_padding
 
 
@@ -72,7 +72,7 @@ class RWKVStack(Stack):
                 # zero from both ways must stay zero, so that a layer starts as the identity here too
                 nn.init.zeros_(layer.mixer.project.bias)
         self.n_layers = n_layers
-        self.norm_0 = NORMS[shape.norm](d_model)
+        self.norm_0 = shape.make_norm(d_model)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x, mask = clean_padding(x, mask)

@@ -25,9 +25,7 @@ from lra.architectures._precision import own_precision
 from lra.architectures._table import Tables
 from lra.encoder import Cost, Encoder, Mixer, clean_padding, fill_padding, lengths_of
 
-NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "layer": LayerNorm, "rms": lambda d: RMSNorm(d, eps=1e-6), "batch": BatchNorm, "scale": ScaleNorm,
-}  # fmt: skip
+NORMS: dict[str, type[nn.Module]] = {"layer": LayerNorm, "rms": RMSNorm, "batch": BatchNorm, "scale": ScaleNorm}
 POSITIONS = ("none", "sinusoidal", "learned")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 FFNS = (*ACTIVATIONS, "swiglu", "none", *MIXTURES)
@@ -44,6 +42,7 @@ class Block:
     experts: options of the mixture, the keyword arguments of its class.
     norm: "layer", "rms", "scale" (rms with one gain for all channels), or "batch" (in training over the real tokens of
     the whole batch); prenorm: before each part (else after the sum).
+    norm_eps: what the norms add to the variance or the mean square, 1e-6 in "rms" and 1e-5 in the others unless given.
     positions: added to the input: "none", "sinusoidal" (fixed), "learned" (up to `length`).
     embedding_dropout: rate of the dropout on the input once positions are added.
     tie_dropout: every dropout of the encoder but that on attention weights drops a channel at all tokens of a sequence
@@ -58,6 +57,7 @@ class Block:
     experts: Mapping[str, Any] = field(default_factory=dict)
     embedding_dropout: float = 0.0
     tie_dropout: bool = False
+    norm_eps: float | None = None
 
     def __post_init__(self) -> None:
         for key, allowed in (("ffn", FFNS), ("norm", tuple(NORMS)), ("positions", POSITIONS)):
@@ -66,6 +66,8 @@ class Block:
                 raise ValueError(f"block.{key} is {value!r}; one of {', '.join(allowed)}")
         if self.expand <= 0:
             raise ValueError(f"block.expand is {self.expand}; more than 0")
+        if self.norm_eps is not None and not self.norm_eps > 0:
+            raise ValueError(f"block.norm_eps is {self.norm_eps}; more than 0")
         if not 0 <= self.embedding_dropout < 1:
             raise ValueError(f"block.embedding_dropout is {self.embedding_dropout}; from 0 up to, not including, 1")
         if not isinstance(self.tie_dropout, bool):
@@ -78,6 +80,10 @@ class Block:
                 )
             if key not in options:
                 raise ValueError(f"unknown block.experts.{key}; {_hint(key, options)}")
+
+    def make_norm(self, d_model: int) -> nn.Module:
+        """A norm over the channels of (B, L, d_model)."""
+        return NORMS[self.norm](d_model) if self.norm_eps is None else NORMS[self.norm](d_model, eps=self.norm_eps)
 
     def updated(self, changes: Mapping[str, Any] | None) -> Block:
         """This block with some fields changed; an unknown field is a ValueError naming the nearest."""
@@ -138,9 +144,9 @@ class Layer(nn.Module):
         super().__init__()
         self.prenorm = block.prenorm
         self.mixer = mixer
-        self.norm = NORMS[block.norm](d_model)
+        self.norm = block.make_norm(d_model)
         self.ffn = feed_forward(block, d_model, dropout)
-        self.ffn_norm = None if self.ffn is None else NORMS[block.norm](d_model)
+        self.ffn_norm = None if self.ffn is None else block.make_norm(d_model)
         self.dropout = Dropout(dropout)
 
     def _around(
@@ -273,7 +279,7 @@ class Stack(Tables, Encoder):
         self.layers = nn.ModuleList(type(self).layer(mixer(i), d_model, shape, dropout) for i in range(n_layers))
         if direction == "causal" and any(part.looks_ahead for part in self.experts):
             raise ValueError(f"direction is 'causal', but the mixture {shape.ffn!r} looks at all tokens of a sequence")
-        self.norm = NORMS[shape.norm](d_model) if shape.prenorm else nn.Identity()
+        self.norm = shape.make_norm(d_model) if shape.prenorm else nn.Identity()
         self.register_buffer("positions", None)
         if shape.positions == "sinusoidal":
             self.register_table("positions", sinusoidal, length, d_model)

@@ -12,6 +12,8 @@ from typing import Any
 
 from hypothesis import settings
 
+pytest_plugins = ("golden_coverage",)
+
 settings.register_profile("same", derandomize=True, database=None)
 if os.environ.get("LRA_FAULTS") != "full":
     settings.load_profile("same")

@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from golden_coverage import FOLDER, READ, is_result
 from torch import Tensor, nn
+
+
+class Result(Tensor):
+    """A stored output or gradient. The first operation on it notes that it is used, and gives plain tensors."""
+
+    origin: tuple[str, str]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            value = func(*args, **(kwargs or {}))
+        if isinstance(value, Tensor) or func.__name__ != "__get__":  # not a look at the shape or the type
+            for operand in (*args, *(kwargs or {}).values()):
+                for tensor in operand if isinstance(operand, (list, tuple)) else (operand,):
+                    if isinstance(tensor, Result):
+                        READ[tensor.origin[0]].add(tensor.origin[1])
+        return value
 
 
 def golden(name: str) -> dict[str, Tensor]:
     """The tensors of tests/golden/<name>.npz by key."""
-    with np.load(Path(__file__).parent / "golden" / f"{name}.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
+    READ.setdefault(name, set())
+    with np.load(FOLDER / f"{name}.npz", allow_pickle=False) as file:
+        tensors = {key: torch.from_numpy(file[key]) for key in file.files}
+    for key in filter(is_result, tensors):
+        tensors[key] = result = tensors[key].as_subclass(Result)
+        result.origin = name, key
+    return tensors
 
 
 def everything(x: Tensor) -> Tensor:

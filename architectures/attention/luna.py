@@ -42,7 +42,7 @@ from torch.nn import functional as F
 from lra.architectures._attention import at_least, checked_dropout, checked_width
 from lra.architectures._norm import normalised
 from lra.architectures._precision import own_precision, wide
-from lra.architectures._stack import NORMS, Block, Layer, Stack
+from lra.architectures._stack import Block, Layer, Stack
 from lra.attention import merge_heads, split_heads
 from lra.encoder import Card, Cost, Mixer, clean_padding, fill_padding
 from lra.kernels.decay_attention import decay_attention
@@ -196,7 +196,7 @@ class Luna(Stack):
         shape = type(self).block.updated(block)
         self.memory = of_all
         # where norms come after, the last would be of a P that nobody reads
-        of_memory = [NORMS[shape.norm](d_model) for _ in range(n_layers - (not shape.prenorm))]
+        of_memory = [shape.make_norm(d_model) for _ in range(n_layers - (not shape.prenorm))]
         self.memory_norms = nn.ModuleList([] if causal else [*of_memory, nn.Identity()][:n_layers])
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:

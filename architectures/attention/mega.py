@@ -39,7 +39,7 @@ from torch.nn import functional as F
 from lra.architectures._attention import rope
 from lra.architectures._norm import normalised
 from lra.architectures._precision import wide
-from lra.architectures._stack import NORMS, Block, Stack
+from lra.architectures._stack import Block, Stack
 from lra.attention import attention_mask
 from lra.encoder import Card, Cost, Mixer, fill_padding
 from lra.kernels.fft_conv import fft_conv
@@ -235,7 +235,7 @@ class Mega(Stack):
         shape = type(self).block.updated(block)
 
         def mixer(_: int) -> MegaMixer:
-            norm = NORMS[shape.norm](d_model) if shape.prenorm else nn.Identity()
+            norm = shape.make_norm(d_model) if shape.prenorm else nn.Identity()
             return MegaMixer(
                 d_model, positions=length if chunk is None else chunk, norm=norm, z_dim=z_dim,
                 value_dim=value_dim or 2 * d_model, averages=averages, attention=attention, bias=bias, chunk=chunk,

@@ -34,7 +34,7 @@ from lra.architectures._dropout import Dropout, tie_dropout
 from lra.architectures._norm import normalised
 from lra.architectures._precision import own_precision
 from lra.architectures._softmax import SoftmaxMixer
-from lra.architectures._stack import NORMS, Block, Stack, feed_forward
+from lra.architectures._stack import Block, Stack, feed_forward
 from lra.attention import fused_attention, merge_heads, split_heads
 from lra.encoder import Card, Cost, clean_padding
 
@@ -50,14 +50,14 @@ class Cross(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.n_heads, self.attention_dropout = n_heads, checked_dropout(attention_dropout)
-        self.q_norm, self.kv_norm = NORMS[block.norm](d_query), NORMS[block.norm](d_input)
+        self.q_norm, self.kv_norm = block.make_norm(d_query), block.make_norm(d_input)
         self.q_proj, self.k_proj = nn.Linear(d_query, qk_dim), nn.Linear(d_input, qk_dim)
         self.v_proj, self.o_proj = nn.Linear(d_input, v_dim), nn.Linear(v_dim, d_query)
         for linear in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
             nn.init.zeros_(linear.bias)
         self.ffn = feed_forward(block, d_query, dropout)
-        self.ffn_norm = None if self.ffn is None else NORMS[block.norm](d_query)
+        self.ffn_norm = None if self.ffn is None else block.make_norm(d_query)
         self.dropout = Dropout(dropout)
 
     def forward(self, q: Tensor, kv: Tensor, q_mask: Tensor, kv_mask: Tensor, *, residual: bool = True) -> Tensor:

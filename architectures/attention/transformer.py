@@ -123,7 +123,9 @@ class Transformer(Stack):
     @classmethod
     def published(cls, tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> Published:
         """Of Hugging Face's Llama, whose map of a linear layer without bias is one with a bias of 0 here, and of its
-        BERT and RoBERTa, whose embeddings, with their norm, come before the encoder. Norms keep their own epsilon."""
+        BERT and RoBERTa, whose embeddings, with their norm, come before the encoder. The tensors do
+        not show the epsilon of the norms, 1e-6 for a Llama and 1e-5 for a BERT unless `block={"norm_eps": ...}` gives
+        that of their configuration (rms_norm_eps, layer_norm_eps)."""
         if any(".self_attn." in name for name in tensors):
             return _of_llama(tensors)
         if any(".attention.self." in name for name in tensors):

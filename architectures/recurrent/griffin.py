@@ -38,7 +38,7 @@ from lra.architectures._attention import AttentionMixer, at_least, banded, check
 from lra.architectures._dropout import tie_dropout
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
-from lra.architectures._stack import NORMS, Block, FeedForward, Stack
+from lra.architectures._stack import Block, FeedForward, Stack
 from lra.architectures._window import ShortConvolution
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.band_attention.tiles import pairs
@@ -229,7 +229,7 @@ class Griffin(Stack):
         )  # fmt: skip
         for layer in self.blocks:
             layer.ffn = GatedMLP(d_model, shape.expand, dropout, n_layers)
-            layer.ffn_norm = NORMS[shape.norm](d_model)
+            layer.ffn_norm = shape.make_norm(d_model)
         tie_dropout(self, shape.tie_dropout)
 
     @property

@@ -165,8 +165,8 @@ class Mamba(Stack):
 
     @classmethod
     def published(cls, tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> Published:
-        """Of the authors' MambaLMHeadModel and Hugging Face's MambaModel and MambaForCausalLM, whose norms add 1e-5 to
-        the mean square where this suite adds 1e-6."""
+        """Of the authors' MambaLMHeadModel and Hugging Face's MambaModel and MambaForCausalLM, whose norms
+        have an epsilon of 1e-5."""
         base = first_prefix(tensors, "backbone.", "")
         mixer = f"{base}layers.0.mixer."
         width, d_model = tensors[mixer + "in_proj.weight"].shape
@@ -174,7 +174,7 @@ class Mamba(Stack):
         options = {
             "d_model": d_model, "n_layers": number_of_layers(tensors, f"{base}layers."),
             "expand": width // (2 * d_model), "state_size": tensors[mixer + "A_log"].shape[1], "d_conv": taps,
-            "dt_rank": rank, "bias": mixer + "in_proj.bias" in tensors,
+            "dt_rank": rank, "bias": mixer + "in_proj.bias" in tensors, "block": {"norm_eps": 1e-5},
         }  # fmt: skip
         names = same_names(tensors, f"{base}layers.", "layers.") | {"norm.weight": (f"{base}norm_f.weight",)}
         return Published(options, names, ignored=(f"{base}embedding*.weight", "lm_head.weight"))

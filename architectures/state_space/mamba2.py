@@ -192,7 +192,7 @@ class Mamba2(Stack):
     @classmethod
     def published(cls, tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> Published:
         """Of the authors' MambaLMHeadModel with Mamba-2 layers and Hugging Face's Mamba2Model and Mamba2ForCausalLM,
-        whose norms add 1e-5 to the mean square where this suite adds 1e-6."""
+        whose norms have an epsilon of 1e-5."""
         base = first_prefix(tensors, "backbone.", "")
         mixer = f"{base}layers.0.mixer."
         d_model, width = tensors[mixer + "out_proj.weight"].shape
@@ -201,6 +201,7 @@ class Mamba2(Stack):
             "d_model": d_model, "n_layers": number_of_layers(tensors, f"{base}layers."), "expand": width // d_model,
             "state_size": (channels - width) // 2 // given.get("n_groups", 1), "d_conv": taps,
             "head_dim": width // len(tensors[mixer + "A_log"]), "bias": mixer + "in_proj.bias" in tensors,
+            "block": {"norm_eps": 1e-5},
         }  # fmt: skip
         names = same_names(tensors, f"{base}layers.", "layers.") | {"norm.weight": (f"{base}norm_f.weight",)}
         ignored = (f"{base}embedding*.weight", "lm_head.weight")

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
-from lra.cli.common import console, errors, guarded
+from lra.cli.common import DryRun, console, errors, guarded, process_start, seconds_of
 from lra.cli.lists import show_table
+from lra.errors import UserError
 
 if TYPE_CHECKING:
-    from lra.results.claims import Judgement
+    from lra.results.claims import Claim, Judgement
+    from lra.sweeps.plans import Plan
 
 
 @guarded
 def claims(
     name: Annotated[str, typer.Argument(metavar="[ID]", help="A claim, such as C2; all by default.")] = "",
+    run: Annotated[bool, typer.Option("--run", help="First train what is missing.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="With --run: seeds of each cell.")] = 3,
+    jobs: Annotated[int, typer.Option(min=1, help="With --run: runs at a time.")] = 1,
+    time_limit: Annotated[str, typer.Option(help="With --run: stop in time, and go on with the next call.")] = "",
+    dry_run: DryRun = False,
 ) -> None:
     """Published claims about architectures: agree, disagree or undecided, by the runs in results/diagnostics."""
     from lra.results import claims as published
@@ -24,14 +33,27 @@ def claims(
     from lra.results.collection import Collection
 
     chosen = [published.read(identity) for identity in ([name] if name else published.names())]
+    failed: Sequence[object] = ()
+    if run or dry_run:
+        from lra.sweeps import local
+
+        seconds = seconds_of(time_limit)
+        if seconds is not None:
+            seconds -= time.monotonic() - process_start()
+        failed = local.execute_plan(
+            _plan(chosen, seeds, name or "all"), console, forecast=False, dry_run=dry_run, seconds=seconds, jobs=jobs
+        )
+        if dry_run:
+            return
+    elif time_limit:
+        raise UserError("--time-limit is of --run, which trains what is missing")
     collection = Collection.read(result.folder(), "diagnostics")
     for line in collection.problems:
         errors.print(f"[yellow]{escape(line)}[/]", soft_wrap=True)
     judgements = [published.judge(claim, collection.records) for claim in chosen]
     if name:
         _show(judgements[0])
-        return
-    for judgement in judgements:
+    for judgement in judgements if not name else ():
         claim = judgement.claim
         measured = sum(finding.estimate is not None for finding in judgement.findings)
         console.print(
@@ -39,6 +61,23 @@ def claims(
             f"{escape(claim.statement)} {escape(claim.source)}",
             soft_wrap=True, highlight=False,
         )  # fmt: skip
+    if failed:
+        raise typer.Exit(1)
+
+
+def _plan(chosen: Sequence[Claim], seeds: int, name: str) -> Plan:
+    """The runs that claims need, each once, the first seed of all cells before the second."""
+    from lra.results import claims as published
+    from lra.sweeps import plans
+
+    needed: Iterable[plans.Cell] = (
+        plans.Cell(cell.task, cell.architecture, seed, published.RECIPE, cell.settings, {}, cell.protocol)
+        for seed in range(seeds)
+        for claim in chosen
+        for cell in claim.cells
+    )
+    cells = {" ".join(cell.arguments()): cell for cell in needed}
+    return plans.Plan(published.folder() / f"claims-{name}", tuple(cells.values()), retries=1)
 
 
 def _show(judgement: Judgement) -> None:

@@ -136,18 +136,19 @@ def unpack(file: Annotated[Path, typer.Argument(help="File that `lra data pack` 
 def show_examples(
     task: TaskName,
     protocol: ProtocolName = "",
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
+    split: Annotated[str, typer.Option(help="train, validation, test, or another of the protocol.")] = "train",
     count: Annotated[int, typer.Option(min=1, max=64, help="Number of examples.")] = 4,
     png: Annotated[Path | None, typer.Option(help="Write the examples of an image task to this file.")] = None,
     source: Source = None,
 ) -> None:
     """Show a few examples."""
     from lra import terminal
+    from lra.data import prepared_sets
     from lra.errors import unknown
-    from lra.task import SPLITS
 
-    if split not in SPLITS:
-        raise unknown("split", split, SPLITS)
+    splits = prepared_sets.resolve(task, protocol or None)[1].splits
+    if split not in splits:
+        raise unknown("split", split, splits)
     prepared = _load(task, protocol, source)
     examples = prepared.split(split)
     numbers = range(min(count, len(examples)))

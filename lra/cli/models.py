@@ -15,7 +15,7 @@ import typer
 from rich.markup import escape
 
 from lra.cli.common import DryRun, announce_loading, console, errors, guarded, settings_of
-from lra.errors import UserError
+from lra.errors import UserError, unknown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +30,7 @@ SUFFIXES = (".txt", ".jsonl", ".npy")
 @guarded
 def predict(
     run: Run,
-    file: Annotated[str, typer.Argument(metavar="FILE", help="train, validation, test, or a .txt, .jsonl or .npy.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The name of a split, or a .txt, .jsonl or .npy.")],
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Those of every class.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a CSV file instead of printing.")] = None,
     dry_run: DryRun = False,
@@ -39,6 +39,8 @@ def predict(
     """Classify every line of a text file, every value of a JSON Lines file, every row of an array, or a split."""
     inputs = _inputs(file)
     loaded = _load(run, checkpoint_dir)
+    if isinstance(inputs, str) and inputs not in loaded.protocol.splits:
+        raise unknown("split", inputs, loaded.protocol.splits)
     if dry_run:
         what = f"the {inputs} split" if isinstance(inputs, str) else f"{len(inputs):,} inputs"
         console.print(f"would classify {what} with {escape(str(loaded))}", soft_wrap=True)
@@ -99,18 +101,15 @@ def _numbered(predicted: Any) -> tuple[list[tuple[int, ...]], np.ndarray]:
 @guarded
 def evaluate(
     run: Run,
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    split: Annotated[str, typer.Option(help="train, validation, test, or another of the protocol.")] = "test",
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the scores as JSON, too.")] = None,
     dry_run: DryRun = False,
     checkpoint_dir: Checkpoints = None,
 ) -> None:
     """Score a trained run on a split again, beside what its record says."""
-    from lra.errors import unknown
-    from lra.task import SPLITS
-
-    if split not in SPLITS:
-        raise unknown("split", split, SPLITS)
     loaded = _load(run, checkpoint_dir)
+    if split not in loaded.protocol.splits:
+        raise unknown("split", split, loaded.protocol.splits)
     if dry_run:
         console.print(f"would score {escape(str(loaded))} on the {split} split", soft_wrap=True)
         return
@@ -195,14 +194,12 @@ def _load(run: Path, checkpoints: Path | None) -> TrainedRun:
 
 
 def _inputs(file: str) -> Any:
-    """A split's name, or the inputs in a file. Raises UserError."""
-    from lra.task import SPLITS
-
-    if file in SPLITS:
-        return file
+    """The inputs in a file, or the text as it is where it may name a split. Raises UserError."""
     path = Path(file)
+    if not path.suffix and not path.is_file():
+        return file
     if path.suffix not in SUFFIXES:
-        raise UserError(f"{file} is neither a split ({', '.join(SPLITS)}) nor a file ending in {', '.join(SUFFIXES)}")
+        raise UserError(f"{file} is neither a split, such as test, nor a file ending in {', '.join(SUFFIXES)}")
     try:
         if path.suffix == ".npy":
             import numpy as np

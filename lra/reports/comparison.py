@@ -67,7 +67,7 @@ class Comparison:
 
 def compare(a: RunRecord | Path | str, b: RunRecord | Path | str, collection: Collection | None = None) -> Comparison:
     """Compare two runs. a, b: records, paths of result files, or ids (or their unique beginnings) of runs in
-    `collection`, by default the results folder. Raises UserError for a run that does not exist or is damaged."""
+    `collection`, by default of the results folder. Raises UserError for one that does not exist or is damaged."""
     (first, one), (second, two) = (_load(run, collection) for run in (a, b))
     fields = differences(_fields(first), _fields(second))
     same_data = first.task == second.task and first.data.checksum == second.data.checksum
@@ -93,7 +93,7 @@ def find(collection: Collection, name: str) -> RunRecord:
 def _load(run: RunRecord | Path | str, collection: Collection | None) -> tuple[RunRecord, Predictions | None]:
     if isinstance(run, Path) or (isinstance(run, str) and run.endswith(".json")):
         return load_run(Path(run))
-    collection = collection or Collection.read(result.folder())
+    collection = collection or Collection.read(result.folder(), *result.PLACES)
     record = find(collection, run) if isinstance(run, str) else run
     return record, collection.predictions.get(record.id)
 

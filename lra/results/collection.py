@@ -54,15 +54,15 @@ class Collection:
     root: Path | None = None
 
     @classmethod
-    def read(cls, root: Path, place: str = "runs") -> Collection:
-        """Everything in one place of a results folder: "runs", or "smoke" for smoke tests. Damaged files are reported
-        in `problems` and never raise."""
+    def read(cls, root: Path, *places: str) -> Collection:
+        """Everything in some places of a results folder (`lra.results.result.PLACES`), by default in "runs". Damaged
+        files are reported in `problems` and never raise."""
         records: dict[str, RunRecord] = {}
         predictions: dict[str, Predictions] = {}
         paths: dict[str, Path] = {}
         clashes: set[str] = set()
         problems: list[str] = []
-        for path in sorted((root / place).rglob("*.json")):
+        for path in sorted(path for place in places or ("runs",) for path in (root / place).rglob("*.json")):
             try:
                 record, stored = load_run(path)
             except UserError as error:

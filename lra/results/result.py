@@ -51,6 +51,10 @@ def _folder_named(variable: str) -> Path:
     return path
 
 
+PLACES = ("runs", "smoke", *OF_FAMILY)
+"""The parts of the results folder that hold records."""
+
+
 def place_of(recipe: Recipe | ResolvedRecipe) -> str:
     """The part of the results folder that the records of a recipe go to: smoke tests stay out of the tables, and some
     families have tables of their own."""

@@ -18,8 +18,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from lra.config.recipe import OF_FAMILY
 from lra.errors import UserError
+from lra.results import result
 from lra.sweeps.plans import Cell, Plan
 from lra.sweeps.progress import Board, live_display
 
@@ -31,10 +31,9 @@ def is_finished(cell: Cell, root: Path) -> bool:
     """Whether the results folder `root` has a result with the task, architecture, seed and recipe of a cell, and the
     source that a user's architecture has now."""
     # resolving a cell imports torch, which takes seconds
-    if not any((root / name).is_dir() for name in ("runs", "smoke", *OF_FAMILY)):
+    if not any((root / name).is_dir() for name in result.PLACES):
         return False
     from lra.registry import architectures, tasks
-    from lra.results import result
     from lra.source import digest
     from lra.training.request import resolve
 
@@ -47,8 +46,6 @@ def is_finished(cell: Cell, root: Path) -> bool:
 
 def _identity(path: Path) -> tuple[str, str]:
     """Recipe hash and source of a result; empty for a damaged one, so that its cell is run again."""
-    from lra.results import result
-
     try:
         record = result.read(path)
     except UserError:
@@ -78,7 +75,6 @@ def execute_plan(
     the state of each cell and run none; seconds: approximate time limit; jobs: cells at a time. Raises UserError.
     """
     from lra import files
-    from lra.results import result
 
     if plan.search:
         from lra.sweeps import search
@@ -186,8 +182,6 @@ def run_cell(
     log: file for its output; environment: additional variables; more: further arguments of `lra run`; start: a function
     like subprocess.run. Returns the exit code and, if it is not 0, the last line of the output.
     """
-    from lra.results import result
-
     log.parent.mkdir(parents=True, exist_ok=True)
     code, message = 0, ""
     for turn in range(retries + 1):
@@ -210,8 +204,6 @@ def run_cell(
 
 def has_checkpoint(cell: Cell) -> bool:
     """Whether an earlier run of a cell left a checkpoint to resume from."""
-    from lra.results import result
-
     elsewhere = cell.options.get("checkpoint-dir")
     if not elsewhere and not result.unfinished().is_dir():
         return False

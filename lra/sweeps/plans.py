@@ -1,7 +1,7 @@
 """Sweep files: grids of tasks, architectures, seeds and settings; each cell is one run.
 
     tasks = ["listops"]
-    architectures = ["gru", "s4d"]
+    architectures = ["gru", "s4*"]           names, or patterns of registered names
     seeds = [0, 1]
     recipe = "quick"
     retries = 1                              how often a failed run is repeated
@@ -15,11 +15,12 @@
 
 [search] samples settings instead of enumerating them (lra.sweeps.search). A cell that has a result is finished and not
 run again. A file may hold several grids as [[part]] tables with these keys; keys above the first part apply to all
-parts. A part with device = "gpu" or "cpu" is skipped on other machines.
+parts, and a cell of an earlier part is not repeated. A part with device = "gpu" or "cpu" is skipped on other machines.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import json
 import math
@@ -70,7 +71,8 @@ class Cell:
     @property
     def name(self) -> str:
         settings = "".join(f" {k}={v}" for k, v in self.settings.items())
-        return f"{self.task} {self.architecture} s{self.seed}{settings}"
+        protocol = f":{self.protocol}" if self.protocol else ""
+        return f"{self.task}{protocol} {self.architecture} s{self.seed}{settings}"
 
     def arguments(self) -> list[str]:
         """The command-line arguments of `lra`."""
@@ -130,21 +132,24 @@ def read(path: Path) -> Plan:
     parts = content.pop("part", [{}])
     if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
         raise UserError(f"{path}: part is not a list of tables; write [[part]] above each grid")
-    cells: list[Cell] = []
+    planned: list[list[Cell]] = []
     for part in parts:
-        cells += _cells({**content, **part}, path, MAX_CELLS - len(cells))
+        planned.append(_cells({**content, **part}, path, MAX_CELLS - sum(map(len, planned))))
     retries = content.get("retries", 0)
     if type(retries) is not int or retries < 0:
         raise UserError(f"{path}: retries is {retries!r}; an integer from 0")
     from lra.training.request import resolve
 
-    runs = set()
-    for cell in cells:
-        run = (cell.task, cell.architecture, cell.seed, resolve(cell.request())[0].hash)
-        if run in runs:
-            raise UserError(f"{path}: two cells are the same run: {cell.name}")
-        runs.add(run)
-    return Plan(path, tuple(cells), retries, content.get("search", {}))
+    runs: dict[tuple[str, ...], Cell] = {}
+    for cells in planned:
+        part_runs = set()
+        for cell in cells:
+            run = (cell.task, cell.architecture, str(cell.seed), resolve(cell.request())[0].hash)
+            if run in part_runs:
+                raise UserError(f"{path}: two cells are the same run: {cell.name}")
+            part_runs.add(run)
+            runs.setdefault(run, cell)
+    return Plan(path, tuple(runs.values()), retries, content.get("search", {}))
 
 
 def _cells(content: Mapping[str, Any], path: Path, limit: int) -> list[Cell]:
@@ -166,6 +171,7 @@ def _cells(content: Mapping[str, Any], path: Path, limit: int) -> list[Cell]:
             raise UserError(f"{path}: {key} is {brief(values)}; a list of at least one {kind.__name__}")
     if not all(0 <= seed < 2**32 for seed in lists["seeds"]):
         raise UserError(f"{path}: seeds is {brief(lists['seeds'])}; numbers from 0 to {2**32 - 1}")
+    lists["architectures"] = [name for entry in lists["architectures"] for name in _matching(entry, path)]
     grid = content.get("grid", {})
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
@@ -189,6 +195,17 @@ def _cells(content: Mapping[str, Any], path: Path, limit: int) -> list[Cell]:
         for combination in _combinations(settings["grid"])
         for seed in lists["seeds"]
     ]
+
+
+def _matching(entry: str, path: Path) -> list[str]:
+    """An architecture, or the registered ones that match a pattern. Raises UserError."""
+    if "*" not in entry:
+        return [entry]
+    from lra.registry import architectures
+
+    if names := fnmatch.filter(architectures.names(), entry):
+        return names
+    raise UserError(f"{path}: no architecture matches {entry!r}; see `lra list`")
 
 
 def _combinations(grid: Mapping[str, list[Any]]) -> Iterator[tuple[tuple[str, Any], ...]]:

@@ -73,14 +73,16 @@ def import_weights(
 ) -> tuple[Encoder, dict[str, Any]]:
     """An encoder with the weights of a published state dict, and the constructor arguments it was built with.
 
-    options: constructor arguments, beside those that the tensors show. ignore: patterns of tensors to leave out.
-    dtype: of the encoder, float32 unless given. Raises UserError for a tensor that is missing, that has the wrong
-    shape or that nothing takes, and for an architecture without a map.
+    options: constructor arguments, beside those that the tensors show; of `block`, the fields to change. ignore:
+    patterns of tensors to leave out. dtype: of the encoder, float32 unless given. Raises UserError for a tensor that is
+    missing, that has the wrong shape or that nothing takes, and for an architecture without a map.
     """
     constructor, name = architectures.get(architecture), reference_of(architecture)
     tensors = _Stored(read(file), str(file))
     published = _map_of(constructor, tensors, {**constructor.preset, **options})
     found = {**published.options, **options}
+    if "block" in published.options and isinstance(options.get("block"), Mapping):
+        found["block"] = {**published.options["block"], **options["block"]}
     required = [key for key in published.undetermined if key not in options]
     required += [key for key in ("length",) if key not in found]
     if required:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from golden_tensors import golden
 from stepping import stepped
 from torch import Tensor
 
@@ -36,8 +35,7 @@ def ours(name: str, t: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("name", "direction"), [("centred", "bidirectional"), ("causal", "causal")])
 def test_layer_equals_the_authors(name: str, direction: str) -> None:
-    with np.load(Path(__file__).parents[1] / "golden" / "bounded_cnn.npz", allow_pickle=False) as file:
-        g = {k.removeprefix(f"{name}."): torch.from_numpy(file[k]) for k in file.files if k.startswith(f"{name}.")}
+    g = {k.removeprefix(f"{name}."): t for k, t in golden("bounded_cnn").items() if k.startswith(f"{name}.")}
     kernel = g["param.spatial_layer.kernel"].shape[1]
     encoder = BoundedCNN(d_model=6, n_layers=1, length=17, direction=direction, kernel=kernel, expand=8 / 6).double()
     layer = encoder.layers[0]

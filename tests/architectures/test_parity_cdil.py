@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from golden_tensors import golden
 from torch.nn import functional as F
 
 from lra.architectures.convolution.cdil import CDIL, CDILLevel
@@ -15,8 +14,7 @@ from lra.architectures.convolution.cdil import CDIL, CDILLevel
 
 def test_levels_equal_the_authors() -> None:
     """Their widths change from level to level, through a linear map on the residual; ours never do."""
-    with np.load(Path(__file__).parents[1] / "golden" / "cdil_cnn.npz", allow_pickle=False) as file:
-        g = {key: torch.from_numpy(file[key]) for key in file.files}
+    g = golden("cdil_cnn")
     kernel = int(g["cfg.kernel_size"])
     x = g["x"].clone().requires_grad_()
     h, mask = x, torch.ones(x.shape[:2], dtype=torch.bool)

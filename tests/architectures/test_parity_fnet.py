@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
+from golden_tensors import golden
 
 from lra.architectures.attention.fnet import FNet, FNetMixer, fourier
 
 
 def test_transform_equals_hugging_face() -> None:
-    with np.load(Path(__file__).parents[1] / "golden" / "fnet_mixing.npz", allow_pickle=False) as file:
-        g = {key: torch.from_numpy(file[key]) for key in file.files}
+    g = golden("fnet_mixing")
     x = g["x"].requires_grad_()
     y = FNetMixer(12)(x, torch.ones(x.shape[:2], dtype=torch.bool))
     torch.testing.assert_close(y, g["y"], rtol=0, atol=1e-12)

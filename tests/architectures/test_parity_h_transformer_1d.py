@@ -60,11 +60,13 @@ def test_equals_its_definition(size: int, lengths: tuple[int, int], causal: bool
 
 
 def test_definition_with_three_changes_gives_the_tensors_of_another_implementation() -> None:
-    """Siblings in place of neighbours, so that halves never meet; a maximum for each level; coarse keys count once."""
+    """Siblings in place of neighbours, so that halves never meet; a maximum for each level; coarse keys count once. The
+    layer has none of these, so its own forward cannot give these tensors; it is compared with its definition above."""
     g = golden("h_transformer_1d")
     length, size, heads = (int(g[f"cfg.{n}"]) for n in ("L", "block", "H"))
     total = 1 << (length - 1).bit_length()
-    x = torch.nn.functional.pad(g["x"], (0, 0, 0, total - length))
+    given = g["x"].requires_grad_()
+    x = torch.nn.functional.pad(given, (0, 0, 0, total - length))
     q, k, v = (split_heads(t, heads) for t in (x @ g["param.to_qkv.weight"].T).chunk(3, -1))
     y, norm = torch.zeros_like(q), torch.zeros_like(q[..., :1])
     # level, and by how many blocks the keys are apart: own and sibling of single tokens, siblings of coarse ones
@@ -81,6 +83,7 @@ def test_definition_with_three_changes_gives_the_tensors_of_another_implementati
             norm[:, :, i] += a.sum(-1, keepdim=True)
     out = merge_heads(y / (norm + 1e-8)) @ g["param.to_out.weight"].T + g["param.to_out.bias"]
     assert_close(out[:, :length], g["y"], 1e-12)
+    assert_close(torch.autograd.grad(out[:, :length], given, g["w"])[0], g["grad.x"], 1e-12)
 
 
 def mean(t: Tensor, i: int, level: int) -> Tensor:

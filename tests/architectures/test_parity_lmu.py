@@ -9,6 +9,7 @@ import pytest
 import torch
 from golden_tensors import golden
 from recurrences import agrees, load, padded
+from stepping import stepped
 
 from lra.architectures.recurrent.lmu import LMU, LMUFFTMixer, LMUMixer, impulses, legendre
 
@@ -47,6 +48,8 @@ def test_parallel_form_equals_theirs() -> None:
     biases = {"W_u__bias": g["param.W_u.bias"], "W_h__bias": g["param.W_h.bias"]}
     load(mixer, W_u__weight=padded(u, 1, 5), W_h__weight=padded(h, 5, 11), **biases)
     agrees(mixer, g, mixer.init_state(3))
+    y = stepped(mixer, padded(g["x"], *g["x"].shape[:2], 5))
+    torch.testing.assert_close(y[:, -1], g["h_n"], rtol=0, atol=1e-12)
 
 
 def test_memory_holds_the_window() -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
-from golden_tensors import everything
+from golden_tensors import everything, golden
 from stepping import run, stepped
 
 from lra.architectures.recurrent.lstm import LSTM, LSTMMixer
@@ -43,8 +40,7 @@ def test_plain_cell_equals_torch() -> None:
 )
 def test_variants_equal_closed_forms(name: str, peephole: bool, coupled: bool) -> None:
     """The stored layers take 4 features to 5 units; the missing one becomes a feature that is always zero."""
-    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
-        g = {key: torch.from_numpy(file[key]) for key in file.files}
+    g = golden(name)
     mixer = LSTMMixer(5, peephole=peephole, coupled=coupled, horizon=20, forget_bias=None).double()
     state = {
         "input.weight": torch.nn.functional.pad(g["param.W"], (0, 1)),
@@ -65,8 +61,7 @@ def test_variants_equal_closed_forms(name: str, peephole: bool, coupled: bool) -
 
 def test_layernorm_equals_haste() -> None:
     """The stored layer takes 4 features to 5 units, as above; its gates are in the order i, g, f, o."""
-    with np.load(Path(__file__).parents[1] / "golden" / "lstm_layernorm_haste.npz", allow_pickle=False) as file:
-        g = {key: torch.from_numpy(file[key]) for key in file.files}
+    g = golden("lstm_layernorm_haste")
 
     def ours(gates: torch.Tensor) -> torch.Tensor:
         i, candidate, f, o = gates.chunk(4, dim=-1)

@@ -57,6 +57,8 @@ def test_averages_equal_a_second_implementation() -> None:
     assert_near(x.grad.mT, g["grad.x"], "grad.x")
     for key in ("alpha", "delta", "theta"):
         assert_near(cema.get_parameter(key).grad, g[f"grad.param.{key}"], key)
+    assert cema.omega.grad is not None
+    assert_near(cema.omega.grad.squeeze(1), g["grad.param.omega"], "omega")
     for part, key in enumerate(("gamma_real", "gamma_imag")):
         assert_near(cema.gamma.grad[..., part], g[f"grad.param.{key}"], key)
 

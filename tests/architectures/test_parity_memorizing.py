@@ -37,6 +37,33 @@ def test_layer_equals_a_public_one_under_the_paper_s_gate() -> None:
     assert_near(mixer.out(y.transpose(1, 2).flatten(2)), g["mid.paper_y"], "y")
 
 
+def test_layer_equals_a_public_one_under_its_own_gate() -> None:
+    """Theirs has one softmax over memories and local keys: a gate of the share that the memories have in its sum. The
+    parts of the layer are put together here, as its forward takes no gate and no memory from outside."""
+    g = golden("memorizing_attention")
+    mixer, x = loaded(g), g["x"].requires_grad_()
+    q, k, v = mixer.heads(x)
+    (mem_k, mem_v), (xl_k, xl_v) = (g[f"in.{n}"].unsqueeze(1).unbind(3) for n in ("mem_kv", "xl_memory"))
+    added = g["in.rel_pos_bias"].requires_grad_()
+    bias, keys, values = added[0] + mixer.bias(6, 10), torch.cat([xl_k, k], 2), torch.cat([xl_v, v], 2)
+    sums = [mixer.nearest(q, mem_k)[0], q @ keys.mT * mixer.log_scale.exp() + bias]
+    gate = (sums[0].logsumexp(-1) - sums[1].logsumexp(-1)).sigmoid().unsqueeze(-1)
+    y = gate * mixer.recalled(q, mem_k, mem_v) + (1 - gate) * mixer.local(q, keys, values, bias)
+    out = mixer.out(y.transpose(1, 2).flatten(2))
+    assert_near(out, g["y"], "y")
+    (out * g["w"]).sum().backward()
+    assert mixer.qkv.weight.grad is not None
+    found = {
+        "x": x.grad,
+        "rel_pos_bias": added.grad,
+        "scale": mixer.log_scale.grad,
+        "to_out.weight": mixer.out.weight.grad,
+    }
+    found |= dict(zip(("to_q.weight", "to_kv.weight"), mixer.qkv.weight.grad.split(10), strict=True))
+    for name, grad in found.items():
+        assert_near(grad, g[f"grad.{name}"], name)
+
+
 def test_scores_are_those_of_the_public_layer() -> None:
     g = golden("memorizing_attention")
     mixer = loaded(g)

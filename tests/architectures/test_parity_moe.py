@@ -40,10 +40,12 @@ def test_gates_and_losses_are_the_paper_s() -> None:
 
 
 def test_layer_equals_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What theirs has beside the paper's equations is put in: each expert ends with a softmax over its outputs, and has
-    biases (one more input that is 1, one more unit that puts it out); their gates have 1e-6 in a denominator."""
+    """What theirs has beside the paper's equations is put in. Each expert ends with a softmax over its outputs, and has
+    biases (one more input that is 1, one more unit that puts it out). Gates have 1e-6 in a denominator. The load
+    compares logits with thresholds that are probabilities. The variance of the losses divides by one less."""
     g = golden("noisy_topk_moe")
-    experts = NoisyTopK(7, 8 / 7, n_experts=5, k=2).double()
+    weight = g["cfg.coef"].item() * 5 / 4
+    experts = NoisyTopK(7, 8 / 7, n_experts=5, k=2, importance_weight=weight, load_weight=weight).double()
     first = [
         torch.cat([g[f"param.experts.{e}.fc1.weight"].T, g[f"param.experts.{e}.fc1.bias"][None]]) for e in range(5)
     ]
@@ -61,15 +63,33 @@ def test_layer_equals_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
         parts = [expert_mlp(x, index[:, j : j + 1], one, *weights, **options)[:, :5].softmax(-1) for j in range(2)]
         return F.pad(torch.stack(parts, dim=-1) @ gate.unsqueeze(-1), (0, 0, 0, 2)).squeeze(-1)
 
+    own_gates = experts.gates
+
+    def their_gates(clean: Tensor, sd: Tensor, noise: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        noisy = clean + noise * sd
+        p = noisy.softmax(-1)
+        index, gate, _, _ = own_gates(clean, sd, noise, mask)
+        best = p.gather(-1, index).sum(-1, keepdim=True)
+        gate = gate * best / (best + 1e-6)
+        spread = torch.zeros_like(clean).scatter(-1, index, gate)[0]
+        last, beyond = p.topk(3).values[..., 1:].split(1, dim=-1)
+        load = torch.special.ndtr((clean - torch.where(noisy > beyond, beyond, last)) / sd).sum((0, 1))
+        for found, name in ((spread, "gates"), (spread.sum(0), "importance"), (load, "load")):
+            torch.testing.assert_close(found, g[f"mid.{name}"], rtol=0, atol=1e-12)
+        return index, gate, spread.sum(0), load
+
     monkeypatch.setattr(_experts, "expert_mlp", with_softmax)
+    monkeypatch.setattr(experts, "gates", their_gates)
     x = g["x"].requires_grad_()
     given = F.pad(x, (0, 1), value=1.0).unsqueeze(0)
-    y = experts.train()(given, torch.ones(1, 12, dtype=torch.bool))[0, :, :5]
-    noisy = given[0] @ experts.w_gate + g["mid.noise"] * (F.softplus(given[0] @ experts.w_noise) + 0.01)
-    best = noisy.softmax(-1).topk(2).values.sum(-1, keepdim=True)
-    y = y * best / (best + 1e-6)
+    y, loss = experts.train()(given, torch.ones(1, 12, dtype=torch.bool))[0, :, :5], experts.aux_loss()
+    assert loss is not None
     torch.testing.assert_close(y, g["y"], rtol=0, atol=1e-13)
-    torch.testing.assert_close(torch.autograd.grad(y, x, g["w"])[0], g["grad.x"], rtol=0, atol=1e-12)
+    torch.testing.assert_close(loss, g["mid.loss"], rtol=0, atol=1e-12)
+    for one, weights, key in ((y, g["w"], "grad.x"), (loss, None, "mid.grad_loss_x")):
+        torch.testing.assert_close(
+            torch.autograd.grad(one, x, weights, retain_graph=True)[0], g[key], rtol=0, atol=1e-12
+        )
 
 
 def filled(**options: Any) -> NoisyTopK:

@@ -16,9 +16,11 @@ from lra.architectures.attention.nystromformer import Nystromformer, Nystromform
 from lra.attention import merge_heads, split_heads
 
 
-def test_full_sequences_equal_hugging_face() -> None:
-    """Its padded row lets padding into the means, so only the row without any is compared."""
-    g = golden("nystrom_hf_exact")
+@pytest.mark.parametrize("start", ["exact", "original"])
+def test_layer_equals_hugging_face_but_for_the_departures(start: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its segments and its convolution, which take in what stands at the padding, and for "original" with a start
+    whose norm is the largest of the batch."""
+    g = golden(f"nystrom_hf_{start}")
     mixer = NystromformerMixer(12, n_heads=2, qkv_dim=12, landmarks=4, kernel=5, iterations=6).double()
     names = ("query", "key", "value")
     mixer.load_state_dict({
@@ -28,23 +30,29 @@ def test_full_sequences_equal_hugging_face() -> None:
         "out.weight": torch.eye(12),
         "out.bias": torch.zeros(12),
     })  # fmt: skip
-    full = g["mask"].all(1)
-    assert full.tolist() == [True, False]
     x = g["x"].requires_grad_()
-    y = mixer(x, torch.ones(2, 24, dtype=torch.bool))
-    torch.testing.assert_close(y[0], g["y"][0], rtol=0, atol=1e-12)
-    grad = torch.autograd.grad((y[0] * g["w"][0]).sum(), x)[0]
-    torch.testing.assert_close(grad[0], g["grad.x"][0], rtol=0, atol=1e-11)
+    full, values = g["mask"].bool(), mixer.heads(x)[2]
+    assert full.all(1).tolist() == [True, False]
+    found = []
+
+    def recorded(A: Tensor, Z: Tensor, iterations: int) -> Tensor:
+        torch.testing.assert_close(A, g["mid.kernel2"][: len(A)], rtol=0, atol=1e-12)
+        found.append(inverse(A, A.mT / A.sum(-2).amax() if start == "original" else Z, iterations))
+        return found[-1]
+
+    monkeypatch.setattr(nystromformer, "inverse", recorded)
+    if start == "exact":
+        torch.testing.assert_close(mixer(x[:1], full[:1]), g["y"][:1], rtol=0, atol=1e-12)
+    monkeypatch.setattr(nystromformer, "segment_means", means_with_padding)
+    mixer.conv.register_forward_pre_hook(lambda _, __: values)
+    y = mixer(x, full)
+    torch.testing.assert_close(y, g["y"], rtol=0, atol=1e-12)
+    torch.testing.assert_close(found[-1], g["mid.pinv"], rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(y, x, g["w"])[0], g["grad.x"], rtol=0, atol=1e-11)
 
 
-def test_iteration_equals_the_authors() -> None:
-    """From their start, whose norm is the largest of the whole batch; and from one of each matrix, Hugging Face's."""
-    for name in ("nystrom_hf_exact", "nystrom_hf_original"):
-        g = golden(name)
-        A = g["mid.kernel2"]
-        norm = A.sum(-2).amax(-1)[..., None, None]
-        start = A.mT / (norm if name.endswith("exact") else norm.amax())
-        torch.testing.assert_close(inverse(A, start, 6), g["mid.pinv"], rtol=0, atol=1e-12)
+def means_with_padding(x: Tensor, mask: Tensor, segments: int) -> tuple[Tensor, Tensor]:
+    return x.unflatten(1, (segments, -1)).mean(2), torch.ones(len(x), segments, dtype=torch.bool)
 
 
 @pytest.mark.parametrize("name", ["nystrom_mlpen_lra", "nystrom_mlpen_reorganized"])
@@ -59,14 +67,11 @@ def test_equals_the_authors_but_for_the_departures(name: str, monkeypatch: pytes
     mixer.conv.load_state_dict({"weight": g["param.conv.weight"]})
     found = []
 
-    def means(x: Tensor, mask: Tensor, segments: int) -> tuple[Tensor, Tensor]:
-        return x.unflatten(1, (segments, -1)).mean(2), torch.ones(len(x), segments, dtype=torch.bool)
-
     def from_their_start(A: Tensor, Z: Tensor, iterations: int) -> Tensor:
         found.append(inverse(A, A.mT / A.sum(-2).amax(), iterations))
         return found[0]
 
-    monkeypatch.setattr(nystromformer, "segment_means", means)
+    monkeypatch.setattr(nystromformer, "segment_means", means_with_padding)
     monkeypatch.setattr(nystromformer, "inverse", from_their_start)
     mask = g["mask"] > 0
     assert not mask.all()

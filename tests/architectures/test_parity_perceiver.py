@@ -49,7 +49,7 @@ def test_output_queries_equal_an_independent_decoder() -> None:
     latents, query = g["in.x_latent"].requires_grad_(), g["param.output_query_provider._query"].requires_grad_()
     queries = query.expand(len(latents), -1, -1)
     masks = everything(queries), everything(latents)
-    head = [g[f"param.output_adapter.linear.{kind}"] for kind in ("weight", "bias")]
+    head = [g[f"param.output_adapter.linear.{kind}"].requires_grad_() for kind in ("weight", "bias")]
     h = part(queries, latents, *masks)
     assert_close(h, g["mid.after_mlp"], 1e-12)
     y = F.linear(h, *head)
@@ -59,6 +59,8 @@ def test_output_queries_equal_an_independent_decoder() -> None:
     assert_close(query.grad, g["grad.output_query_provider._query"])
     for own, name in pairs.items():
         assert_close(part.get_parameter(own).grad, g[f"grad.{name}"], name=own)
+    for kind, tensor in zip(("weight", "bias"), head, strict=True):
+        assert_close(tensor.grad, g[f"grad.output_adapter.linear.{kind}"], name=f"head {kind}")
     alone = F.linear(part(queries, latents, *masks, residual=False), *head)
     assert_close(alone, g["mid.y_no_query_residual"], 1e-12)
 

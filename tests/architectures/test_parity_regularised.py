@@ -79,6 +79,10 @@ def test_weight_drop_equals_the_authors(monkeypatch: pytest.MonkeyPatch) -> None
     torch.testing.assert_close(y, g["y"], rtol=0, atol=1e-12)
     (grad,) = torch.autograd.grad((y * g["w"]).sum(), x)
     torch.testing.assert_close(grad[..., :4], g["grad.x"], rtol=0, atol=1e-11)
+    mixer.U.data *= g["mid.mask"] / (1 - mixer.weight_drop)  # one step drops nothing
+    stepwise, (h, c) = run(mixer, x)
+    for found, key in ((stepwise, "y"), (h, "h_n"), (c, "c_n")):
+        torch.testing.assert_close(found, g[key], rtol=0, atol=1e-12)
 
 
 def gru(g: dict[str, Tensor], **own: Any) -> Any:

@@ -89,6 +89,7 @@ def test_residual_layer_equals_the_authors(activation: str) -> None:
     y = layer(x, everything(x))
     torch.testing.assert_close(y, g[f"mid.y.{activation}.prenorm"], rtol=1e-11, atol=1e-12)
     if activation == "half_glu1":
+        torch.testing.assert_close(y, g["y"], rtol=1e-11, atol=1e-12)
         (y * g["w"]).sum().backward()
         torch.testing.assert_close(x.grad, g["grad.x"], rtol=1e-11, atol=1e-12)
 

@@ -41,6 +41,8 @@ def test_outputs_and_gradients_equal_the_authors_layer() -> None:
     assert_close(memory.grad, g["grad.mems"].transpose(0, 1))
     for name in NETS:
         assert_close(mixer.get_parameter(f"{name}.weight").grad, g[f"grad.{name}.weight"], name=name)
+    for kind in ("weight", "bias"):
+        assert_close(norm.get_parameter(kind).grad, g[f"grad.layer_norm.{kind}"], name=f"layer_norm.{kind}")
     assert_close(mixer.r_w_bias.grad, g["grad.r_w_bias"])
     assert_close(mixer.r_r_bias.grad, g["grad.r_r_bias"])
     assert_close(norm(x + mixer.read(x, memory[:, :0])).transpose(0, 1), g["mid.y_no_memory"], 1e-12)

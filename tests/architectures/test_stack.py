@@ -203,6 +203,18 @@ def test_dropout_only_when_training() -> None:
     assert torch.equal(encoder.eval()(x, MASK), encoder(x, MASK))
 
 
+@pytest.mark.parametrize(("norm", "own"), [("layer", 1e-5), ("rms", 1e-6), ("scale", 1e-5), ("batch", 1e-5)])
+def test_norms_have_the_epsilon_that_is_asked_for(norm: str, own: float) -> None:
+    """On features whose mean square is 1e-6; a batch norm that has seen no batch divides by a variance of 1."""
+    x = 1e-3 * torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(1, 3, D // 2)
+    for given, epsilon in ((None, own), (1e-3, 1e-3)):
+        encoder = Sums(norm=norm, norm_eps=given).double().eval()
+        for module in (encoder.norm, encoder.blocks[0].norm, encoder.blocks[0].ffn_norm):
+            assert module is not None
+            power = 1.0 if norm == "batch" else 1e-6
+            torch.testing.assert_close(module(x), x / (power + epsilon) ** 0.5, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize(
     ("block", "said"),
     [
@@ -211,6 +223,7 @@ def test_dropout_only_when_training() -> None:
         ({"norm": "group"}, "block.norm is 'group'; one of layer, rms, batch, scale"),
         ({"positions": "rope"}, "block.positions is 'rope'; one of none, sinusoidal, learned"),
         ({"expand": 0}, "block.expand is 0; more than 0"),
+        ({"norm_eps": 0}, "block.norm_eps is 0; more than 0"),
     ],
 )
 def test_bad_blocks(block: dict[str, Any], said: str) -> None:

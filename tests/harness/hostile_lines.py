@@ -152,7 +152,7 @@ NAMES = [
     ("new architecture gru --family recurrent", "exists"),
     ("new architecture my_net --family recurent", "'recurrent'"),
     ("new architecture My-Net --family recurrent", "cannot be"),
-    ("evaluate FOLDER --split tset", "'test'"),
+    ("data show parity --split length-65", "'length-64'"),
 ]
 SETTINGS = [
     ("train.steps", "key=value"),

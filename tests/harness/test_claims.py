@@ -16,6 +16,7 @@ from lra.reports import diagnostics
 from lra.results import claims, diagnosis
 from lra.results import record as records
 from lra.results.record import RunRecord
+from lra.sweeps import local
 
 
 def curve(*accuracies: float) -> list[dict[str, float]]:
@@ -148,6 +149,21 @@ def test_the_command_shows_claims_and_what_is_missing(claim: Path) -> None:
     one = CliRunner().invoke(app, ["claims", "C1"])
     assert "lra run parity gru --recipe diagnostic" in one.output
     assert CliRunner().invoke(app, ["claims", "C9"]).exit_code == 2
+
+
+def test_the_command_runs_what_a_claim_lacks_the_first_seed_of_every_cell_first(
+    claim: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+    monkeypatch.setattr(local, "run_cell", lambda cell, *rest: (begun.append(cell.name), (0, ""))[1])
+    missing = [f"parity:dense {name} s{seed}" for seed in (0, 1) for name in ("gru", "transformer")]
+    planned = CliRunner().invoke(app, ["claims", "C1", "--dry-run", "--seeds", "2"])
+    assert planned.output.splitlines() == [f"{n} {name}: open" for n, name in enumerate(missing)]
+    assert not begun
+    done = CliRunner().invoke(app, ["claims", "--run", "--seeds", "2"])
+    assert begun == missing
+    assert "0 of 4 cells have results" in done.output
+    assert CliRunner().invoke(app, ["claims", "--time-limit", "1m"]).exit_code == 2
 
 
 def test_every_shipped_claim_names_tasks_protocols_settings_and_architectures_that_exist() -> None:

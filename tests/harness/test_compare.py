@@ -77,6 +77,13 @@ def test_two_runs_are_compared_on_the_same_examples(tmp_path: Path) -> None:
         "quick-listops-gru", "quick-listops-s4d", collection).difference  # fmt: skip
 
 
+def test_ids_are_found_in_every_place_of_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LRA_RESULTS", str(tmp_path))
+    write(tmp_path, record("gru", 0, 0.5), "smoke")
+    write(tmp_path, record("s4d", 0, 0.6), "diagnostics")
+    assert "difference -10.00 points" in str(compare("quick-listops-gru", "quick-listops-s4d"))
+
+
 def test_runs_on_other_data_have_no_paired_difference(tmp_path: Path) -> None:
     write(tmp_path, record("gru", 0, 0.5))
     write(tmp_path, record("lru", 0, 0.6, data={"checksum": "other"}))

@@ -121,6 +121,10 @@ def test_a_record_holds_every_length_and_its_predictions(places: Path) -> None:
     trained = load(next((places / "lra_runs").iterdir()))
     again = trained.evaluate()
     assert (again.accuracy, again.more["positions"]) == (record.test.accuracy, record.test.positions)
+    longer = record.tests["length-64"]
+    assert trained.evaluate("length-64").correct == longer.correct
+    shown = CliRunner().invoke(app, ["evaluate", str(trained.folder), "--split", "length-64"])
+    assert "length-64 accuracy" in shown.stdout
     rows = trained.predict([[0, 1, 1], [1]])
     assert [len(row) for row in rows] == [3, 1]
     assert trained.predict([[0, 1, 1]], probabilities=True)[0].shape == (3, 2)

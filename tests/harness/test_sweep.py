@@ -120,12 +120,19 @@ def test_a_sweep_stops_in_time_and_the_next_call_goes_on(
         ('tasks = ["listops"]\narchitectures = ["gru"]\n[set]\n"optim.lrr" = 1', "did you mean 'optim.lr'"),
         ('tasks = ["listops"]\narchitectures = ["gru"]\n[run]\nresume = true', "unknown option"),
         ('tasks = ["listops"]\narchitectures = ["gru", "gru"]', "two cells are the same run"),
+        ('tasks = ["listops"]\narchitectures = ["gru*x"]', "no architecture matches 'gru\\*x'"),
     ],
 )
 def test_a_wrong_file_is_one_clear_line(text: str, says: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=says) as error:
         plans.read(written(tmp_path, text))
     assert "\n" not in str(error.value)
+
+
+def test_a_pattern_stands_for_registered_names_and_a_later_part_adds_what_is_new(tmp_path: Path) -> None:
+    parts = '[[part]]\narchitectures = ["s5", "gru"]\n[[part]]\narchitectures = ["s*d", "*5"]'
+    plan = plans.read(written(tmp_path, f'tasks = ["listops"]\nrecipe = "quick"\n{parts}'))
+    assert [cell.architecture for cell in plan.cells] == ["s5", "gru", "s4d"]
 
 
 def test_cells_run_once_failures_are_told_and_the_rest_goes_on(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from golden_tensors import golden
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -45,8 +45,7 @@ def test_as_long_a_kernel_as_sequence() -> None:
 @pytest.mark.parametrize("name", ["longconv_causal_smooth", "longconv_bidirectional"])
 def test_equals_safari_s_long_convolution(name: str, impl: str) -> None:
     """Two kernels a channel, each way where there are four; around it their GELU, map and gate."""
-    with np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz", allow_pickle=False) as file:
-        g = {key: torch.from_numpy(file[key]) for key in file.files}
+    g = golden(name)
     x, both = g["x"].requires_grad_(), "bidirectional" in name
     kernels = g["mid.kernel_squashed"].unflatten(0, (-1, 2)).transpose(0, 1)  # (2, directions, H, L)
     parts = [fft_conv(x, K if both else K[0], D, both, impl=impl) for K, D in zip(kernels, g["param.D"], strict=True)]

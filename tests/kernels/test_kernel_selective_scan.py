@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from golden_tensors import golden
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lra.kernels.selective_scan import selective_scan
-
-GOLDEN = Path(__file__).parents[1] / "golden" / "mamba_selective_scan.npz"
 
 
 def inputs(length: int, batch: int = 2, width: int = 6, size: int = 4) -> dict[str, Any]:
@@ -32,8 +29,7 @@ def inputs(length: int, batch: int = 2, width: int = 6, size: int = 4) -> dict[s
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_groups_of_channels_are_scans_of_their_own(impl: str) -> None:
     """selective_scan_ref with B and C: (B, G, N, L), channels in G runs; here each run is a call."""
-    with np.load(GOLDEN.with_stem("mamba_selective_scan_grouped"), allow_pickle=False) as file:
-        z = {key: torch.from_numpy(file[key]) for key in file.files}
+    z = golden("mamba_selective_scan_grouped")
     names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
     given = {name: z[f"in.{name}"].requires_grad_() for name in names}
     groups = given["B"].shape[1]
@@ -56,8 +52,7 @@ def test_groups_of_channels_are_scans_of_their_own(impl: str) -> None:
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_mamba(impl: str) -> None:
     """selective_scan_ref takes (B, D, L), and adds the step's bias and softplus inside."""
-    with np.load(GOLDEN, allow_pickle=False) as file:
-        z = {key: torch.from_numpy(file[key]) for key in file.files}
+    z = golden("mamba_selective_scan")
     names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
     given = {name: z[f"in.{name}"].requires_grad_() for name in names}
     u, raw, b, c, gate = (given[name].mT for name in ("u", "delta", "B", "C", "z"))

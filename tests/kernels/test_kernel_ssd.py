@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from golden_tensors import golden
 from torch import Tensor
 
 from lra.kernels.decay_attention import decay_attention
 from lra.kernels.ssd import ssd
-
-GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def close(found: Tensor, wanted: Tensor) -> None:
@@ -23,8 +20,7 @@ def close(found: Tensor, wanted: Tensor) -> None:
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_mamba2(impl: str) -> None:
     """ssd_minimal_discrete, the chunked listing of the paper, and the step-by-step state update."""
-    with np.load(GOLDEN / "mamba2_ssd.npz", allow_pickle=False) as file:
-        z = {key: torch.from_numpy(file[key]) for key in file.files}
+    z = golden("mamba2_ssd")
     names = ("x", "dt", "A", "B", "C", "initial_state")
     inputs = [z[f"in.{name}"].requires_grad_() for name in names]
     x, dt, A, B, C, h0 = inputs

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from golden_tensors import golden
 from torch import Tensor
 
 from lra.kernels.wkv import wkv
 from lra.kernels.wkv.reference import reference
-
-GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def close(found: Tensor, wanted: Tensor) -> None:
@@ -24,8 +21,7 @@ def close(found: Tensor, wanted: Tensor) -> None:
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_rwkv4(impl: str) -> None:
     """transformers' rwkv_linear_attention_cpu; w and u are its time_decay and time_first."""
-    with np.load(GOLDEN / "rwkv4_wkv.npz", allow_pickle=False) as file:
-        z = {key: torch.from_numpy(file[key]) for key in file.files}
+    z = golden("rwkv4_wkv")
     names = ("in.k", "in.v", "param.time_decay", "param.time_first")
     inputs = [z[name].requires_grad_() for name in names]
     o, state = wkv(*inputs, return_state=True, impl=impl)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from golden_tensors import golden
 from raw_data import raw_data
 from scipy import ndimage
 
@@ -16,7 +16,7 @@ from lra.tasks._pathfinder import Drawing, generate, lra_drawing
 from lra.tasks._pathfinder_stamps import Stamps, degrees, half_width, lanczos, stamps
 from lra.tasks._pathfinder_task import seed_of
 
-GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "pathfinder_original.npz", allow_pickle=False)
+GOLDEN = {key: tensor.numpy() for key, tensor in golden("pathfinder_original").items()}
 SHAPES = [(32, 1), (64, 1), (128, 2), (128, 3), (256, 3)]
 FIRST: dict[tuple[int, int], str] = {
     (32, 14): "351ac63e9900e29fa3890d6dd4a7b6b8c00eb62967e2b4b24b2d846e011172ed",
