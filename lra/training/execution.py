@@ -44,7 +44,7 @@ def _recomputed(block: nn.Module, plain: Callable[..., Any], *arguments: Any) ->
 def divide_experts(encoder: Encoder, processes: int) -> None:
     """Divide the work of the experts of mixtures among the processes of a run. Raises UserError for an encoder without
     such experts, and where their number is not divisible."""
-    mixtures = [module for module in encoder.modules() if hasattr(module, "divided")]
+    mixtures: list[Any] = [module for module in encoder.modules() if hasattr(module, "divided")]
     if not mixtures:
         raise UserError(f"--strategy expert_parallel: {type(encoder).__name__} has no experts; use ddp")
     for mixture in mixtures:
