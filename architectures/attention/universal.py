@@ -143,8 +143,8 @@ class Universal(Stack):
         return torch.stack(losses).sum() if losses else None
 
     def diagnostics(self) -> dict[str, float]:
-        """`steps`: mean number of steps of a token; `ponder`: mean of its steps and remainder, the ponder cost; `halted`:
-        share of tokens that halted by themselves. Over the forwards since last asked."""
+        """`steps`: mean number of steps of a token; `ponder`: mean ponder cost, steps and remainder; `halted`: share of
+        tokens that halted by themselves. Over the forwards since last asked."""
         found = super().diagnostics()
         if self.counts is not None:
             steps, ponder, halted, tokens = self.counts.tolist()

@@ -271,6 +271,9 @@ def _show_result(path: Path) -> None:
     )
     if test.bits is not None:
         console.print(f"[bold]{test.bits:.3f}[/] bits per token, perplexity {test.perplexity:.2f}")
+    if record.diagnostics:
+        numbers = ", ".join(f"{name} {value:.3f}" for name, value in record.diagnostics.items())
+        console.print(f"diagnostics of the last validation: {numbers}", soft_wrap=True, highlight=False)
     if place == "diagnostics":
         verdict = diagnosis.verdict(record)
         console.print(f"[bold]{verdict.word}[/]: {verdict.reason}", soft_wrap=True)

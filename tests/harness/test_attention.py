@@ -98,15 +98,8 @@ def test_a_cache_gives_the_outputs_of_the_whole_sequence(pattern: dict[str, Any]
     module, x, cache = attention(MultiHeadAttention, D, H, 2), draw(B, L, D), KVCache()
     parts = [module(chunk, cache=cache, **pattern) for chunk in x.split([4, 1, 3, 1], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), module(x, **pattern))
-    shape: dict[str, Any] = {
-        "batch": B,
-        "tokens": L,
-        "n_layers": 1,
-        "n_kv_heads": 2,
-        "head_dim": D // H,
-        "dtype": torch.float64,
-    }
-    assert cache.bytes == cache_bytes(**shape) == 2 * B * L * 2 * (D // H) * 8
+    shape = {"batch": B, "tokens": L, "n_layers": 1, "n_kv_heads": 2, "head_dim": D // H}
+    assert cache.bytes == cache_bytes(**shape, dtype=torch.float64) == 2 * B * L * 2 * (D // H) * 8
     numbers = cache.statistics()
     assert (numbers["tokens"], numbers["bytes_per_token"]) == (L, 2 * 2 * (D // H) * 8)
     norms = split_heads(module.k_proj(x), 2).square().sum(-1).sqrt()
