@@ -17,6 +17,7 @@ from lra.results import claims, diagnosis
 from lra.results import record as records
 from lra.results.record import RunRecord
 from lra.sweeps import local
+from lra.sweeps.plans import Cell
 
 
 def curve(*accuracies: float) -> list[dict[str, float]]:
@@ -155,7 +156,12 @@ def test_the_command_runs_what_a_claim_lacks_the_first_seed_of_every_cell_first(
     claim: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[str] = []
-    monkeypatch.setattr(local, "run_cell", lambda cell, *rest: (begun.append(cell.name), (0, ""))[1])
+
+    def begin(cell: Cell, *_: object) -> tuple[int, str]:
+        begun.append(cell.name)
+        return 0, ""
+
+    monkeypatch.setattr(local, "run_cell", begin)
     missing = [f"parity:dense {name} s{seed}" for seed in (0, 1) for name in ("gru", "transformer")]
     planned = CliRunner().invoke(app, ["claims", "C1", "--dry-run", "--seeds", "2"])
     assert planned.output.splitlines() == [f"{n} {name}: open" for n, name in enumerate(missing)]
