@@ -23,8 +23,8 @@ def stored_name(name: str) -> str:
 
 def loaded(g: dict[str, Tensor]) -> TitansMixer:
     hidden = g["param.memory_model_parameters.1"].shape[-1]
-    options = {"chunk": int(g["cfg.chunk_size"]), "max_lr": float(g["cfg.max_lr"])}
-    mixer = TitansMixer(g["x"].shape[-1], hidden, frozen=True, **options).double()
+    chunk, max_lr = int(g["cfg.chunk_size"]), float(g["cfg.max_lr"])
+    mixer = TitansMixer(g["x"].shape[-1], hidden, chunk=chunk, max_lr=max_lr, frozen=True).double()
     for norm in (mixer.store_norm, mixer.retrieve_norm):
         norm.epsilon = torch.finfo(torch.float64).eps
     shapes = {name: p.shape for name, p in mixer.named_parameters()}

@@ -42,7 +42,7 @@ def classifier(pair: str, contrast: Contrast | None = None) -> Classifier:
 
 def load(module: nn.Module, g: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, tuple[Tensor, Tensor]]:
     """Fill a module by {own name: stored name}; -> own parameter and stored gradient by name."""
-    own = dict(module.named_parameters())
+    own: dict[str, Tensor] = dict(module.named_parameters())
     stored = {name: g[f"param.{n}"].reshape(own[name].shape) for name, n in names.items() if "+" not in n}
     halves = {name: n.split("+") for name, n in names.items() if "+" in n}
     stored |= {name: g[f"param.{n}"].chunk(2)[int(half)] for name, (n, half) in halves.items()}
@@ -128,7 +128,7 @@ def test_towers_meet_in_the_head_and_not_before_where_they_are_compared(pair: st
     again, after = model.outputs(changed)
     torch.testing.assert_close(alone[:, 0], after[:, 0])
     assert (logits - again).abs().min() > 1e-6
-    longer = Batch(*(F.pad(t, (0, 3)) for t in given[:2]), *given[2:])
+    longer = given._replace(values=F.pad(given.values, (0, 3)), mask=F.pad(given.mask, (0, 3)))
     torch.testing.assert_close(model(longer), logits, msg="padding is not read")
     full = pairs(1)._replace(mask=torch.ones(1, 2, 7, dtype=torch.bool))
     work = model.cost(7).matmul - 2 * model.encoder.cost(7).matmul
