@@ -56,13 +56,6 @@ def drop_keys(v: Tensor, rate: float) -> Tensor:
     return v * F.dropout(torch.ones_like(v[..., :1]), rate) if rate else v
 
 
-def at_least(least: int, **numbers: int) -> None:
-    """ValueError for the first of the named numbers that is below `least`."""
-    for name, value in numbers.items():
-        if value < least:
-            raise ValueError(f"{name} is {value}; at least {least}")
-
-
 def banded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *pattern: Any, **options: Any) -> Tensor:
     """`band_attention` with its pattern and options, over heads laid out (B, H, L, d)."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))

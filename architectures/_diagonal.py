@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lra.architectures._checks import one_of
 from lra.architectures._hippo import legs_modes
 from lra.architectures._precision import wide
 from lra.architectures._ssm import initial_log_dt
@@ -39,12 +40,10 @@ def check_diagonal(state_size: int, init: str, discretization: str, n_ssm: int) 
     """Raises ValueError for arguments that no `DiagonalSSM` has."""
     if state_size < 2 or state_size % 2:
         raise ValueError(f"state_size is {state_size}; an even number of at least 2, conjugate modes come in pairs")
-    if init not in INITS:
-        raise ValueError(f"init is {init!r}; one of {', '.join(INITS)}")
+    one_of(INITS, init=init)
     if init == "diag" and n_ssm % 2:
         raise ValueError(f"n_ssm is {n_ssm}; an even number, half of the state matrices start as inv and half as lin")
-    if discretization not in DISCRETIZATIONS:
-        raise ValueError(f"discretization is {discretization!r}; one of {', '.join(DISCRETIZATIONS)}")
+    one_of(DISCRETIZATIONS, discretization=discretization)
 
 
 class DiagonalSSM(nn.Module):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least, one_of
 from lra.architectures._expert_parallel import divided_expert_mlp, share
 from lra.architectures._precision import wide
 from lra.encoder import Cost
@@ -37,10 +38,8 @@ class Experts(nn.Module, ABC):
 
     def __init__(self, d_model: int, expand: float, *, n_experts: int, activation: str) -> None:
         super().__init__()
-        if n_experts < 1:
-            raise ValueError(f"n_experts is {n_experts}; at least 1")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation is {activation!r}; one of {', '.join(ACTIVATIONS)}")
+        at_least(1, n_experts=n_experts)
+        one_of(ACTIVATIONS, activation=activation)
         hidden = round(d_model * expand)
         self.n_experts, self.activation = n_experts, activation
         self.w1 = nn.Parameter(torch.empty(n_experts, d_model, hidden * (2 if activation == "swiglu" else 1)))

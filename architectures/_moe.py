@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least
 from lra.architectures._experts import Experts, TokenChoice, balance_loss
 from lra.architectures._precision import wide
 from lra.encoder import Cost
@@ -214,8 +215,7 @@ class DeepSeekMoE(TokenChoice):
             )
         if k > n_experts // groups * top_groups:
             raise ValueError(f"k is {k}; the {top_groups} best groups have {n_experts // groups * top_groups} experts")
-        if n_shared < 0:
-            raise ValueError(f"n_shared is {n_shared}; at least 0")
+        at_least(0, n_shared=n_shared)
         self.groups, self.top_groups, self.scale = groups, top_groups, scale
         self.bias_speed, self.balance_weight = bias_speed, balance_weight
         self.chosen: Tensor | None = None  # choices that fell on each expert since the last step
@@ -346,8 +346,7 @@ class SoftMoE(Experts):
 
     def __init__(self, d_model: int, expand: float, *, n_experts: int = 8, slots: int = 16) -> None:
         super().__init__(d_model, expand, n_experts=n_experts, activation="gelu")
-        if slots < 1:
-            raise ValueError(f"slots is {slots}; at least 1")
+        at_least(1, slots=slots)
         self.slots = slots
         self.mu = nn.Parameter(torch.randn(d_model, n_experts, slots) * d_model**-0.5)
         self.scale = nn.Parameter(torch.ones(()))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least
 from lra.architectures._norm import normalised
 from lra.architectures._stack import Bidirectional, Stack
 from lra.encoder import Cost, Mixer, clean_padding
@@ -50,22 +51,16 @@ class RWKVStack(Stack):
         *,
         d_model: int,
         n_layers: int,
-        length: int,
-        dropout: float,
-        direction: str,
-        block: Mapping[str, Any] | None,
-        native: bool = False,
+        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
-        for name, value in (("d_model", d_model), ("n_layers", n_layers)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
+        at_least(1, d_model=d_model, n_layers=n_layers)
         shape = type(self).block.updated(block)
         if shape.ffn != "none":
             raise ValueError(f"block.ffn is {shape.ffn!r}; 'none', as the channel mix stands in its place")
         super().__init__(
             lambda place: (channel_mix if place % 2 else time_mix)(place // 2),
-            d_model=d_model, n_layers=2 * n_layers, length=length, dropout=dropout, direction=direction, block=block,
-            native=native,
+            d_model=d_model, n_layers=2 * n_layers, block=block, **stack,
         )  # fmt: skip
         for layer in self.blocks:
             if isinstance(layer.mixer, Bidirectional) and layer.mixer.project is not None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least, one_of
 from lra.architectures._dropout import Dropout, tie_dropout
 from lra.architectures._experts import Experts
 from lra.architectures._moe import MIXTURES
@@ -251,22 +252,19 @@ class Stack(Tables, Encoder):
     def __init__(
         self,
         make: Callable[[int], Mixer],
+        native: bool = False,
         *,
         d_model: int,
         n_layers: int,
         length: int,
         dropout: float = 0.0,
         direction: str = "causal",
-        native: bool = False,
         block: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("d_model", d_model), ("n_layers", n_layers), ("length", length)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
+        at_least(1, d_model=d_model, n_layers=n_layers, length=length)
         allowed = ("causal", "bidirectional") if native else ("causal", "bidirectional", "concat", "add", "shared")
-        if direction not in allowed:
-            raise ValueError(f"direction is {direction!r}; one of {', '.join(allowed)}")
+        one_of(allowed, direction=direction)
         self.d_model, self.n_layers, self.length, self.direction = d_model, n_layers, length, direction
         shape = type(self).block.updated(block)
         combine = "concat" if direction == "bidirectional" else direction

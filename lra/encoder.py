@@ -11,6 +11,7 @@ encoder that says so (`gaps`) also takes masks that hide tokens between real one
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -124,8 +125,9 @@ class Published:
 class Encoder(nn.Module, ABC):
     """Base class of every architecture: one public subclass per file in `architectures/`, named after the file.
 
-    Constructors take the keyword-only arguments `d_model, n_layers, length, dropout=0.0` and their own, never
-    `**kwargs`. length: the longest sequence that the encoder will process.
+    Constructors take the keyword-only arguments `d_model, n_layers, length, dropout=0.0` and their own. A `**` passes
+    those of the base class on, and the signature of the class lists them. length: the longest sequence that the encoder
+    will process.
     """
 
     card: ClassVar[Card]
@@ -140,6 +142,10 @@ class Encoder(nn.Module, ABC):
     """One of DIRECTIONS. Outputs depend on later positions unless it is "causal"."""
     gaps: ClassVar[bool] = False
     """Whether masks may hide tokens between real ones; never when causal."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.__signature__ = signature_of(cls)  # type: ignore[attr-defined]
 
     @property
     def causal(self) -> bool:
@@ -257,6 +263,18 @@ class Mixer(nn.Module, ABC):
 
     def aux_loss(self) -> Tensor | None:
         return None
+
+
+def signature_of(cls: type[Encoder]) -> inspect.Signature:
+    """Arguments of a constructor. A `**` in it stands for the keyword-only arguments of the base class's constructor
+    that it does not name itself; these come first."""
+    owner, *bases = (c for c in cls.__mro__ if "__init__" in vars(c))
+    own = list(inspect.signature(vars(owner)["__init__"]).parameters.values())[1:]
+    if own and own[-1].kind is inspect.Parameter.VAR_KEYWORD and issubclass(bases[0], Encoder):
+        named = {p.name: p for p in (*inspect.signature(bases[0]).parameters.values(), *own[:-1])}
+        positional = [p for p in own[:-1] if p.kind is not p.KEYWORD_ONLY]
+        own = [*positional, *(p for p in named.values() if p.kind is p.KEYWORD_ONLY)]
+    return inspect.Signature(own)
 
 
 def clean_padding(x: Tensor, mask: Tensor, *, gaps: bool = False) -> tuple[Tensor, Tensor]:

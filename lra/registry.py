@@ -15,6 +15,7 @@ architectures.get("mynet")           an entry point of an installed package, in 
 from __future__ import annotations
 
 import ast
+import gc
 import importlib
 import importlib.util
 import inspect
@@ -275,7 +276,14 @@ def _parsed(path: Path) -> ast.Module:
 
 @cache
 def _parse(path: Path, changed: int) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
+    # the collector would walk the many objects of a tree again and again
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return ast.parse(path.read_text(encoding="utf-8"))
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _assigned_names(node: ast.ClassDef) -> set[str]:
@@ -316,11 +324,8 @@ def _stateful_classes(path: Path) -> frozenset[str]:
     tree = _parsed(path)
     known: set[str] = set()
     for node in tree.body:
-        module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
         # the residual stack has one, which asks the mixers in it
-        if module.startswith("lra.architectures._") and not module.endswith("._stack"):
-            shared = _stateful_classes(ROOT / "architectures" / f"{module.rpartition('.')[2]}.py")
-            known |= {a.asname or a.name for a in node.names if a.name in shared}  # type: ignore[attr-defined]
+        known |= {n for n, p in _shared_names(node).items() if p.stem != "_stack" and n in _stateful_classes(p)}
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
             own = any(isinstance(part, ast.FunctionDef) and part.name == "init_state" for part in node.body)
@@ -331,18 +336,44 @@ def _stateful_classes(path: Path) -> frozenset[str]:
 
 
 def _read_signature(path: Path) -> dict[str, Any] | None:
-    """Keyword arguments and defaults of the class that has a card; None where its `__init__` takes others too."""
+    """Keyword arguments and defaults of the class that has a card; None where they cannot be read from files."""
     for node in _parsed(path).body:
-        if not isinstance(node, ast.ClassDef) or "card" not in _assigned_names(node):
-            continue
-        for function in node.body:
-            if isinstance(function, ast.FunctionDef) and function.name == "__init__":
-                arguments = function.args
-                if arguments.vararg or arguments.kwarg or len(arguments.args) > 1:
-                    return None
-                defaults = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
-                return {argument.arg: _read_default(default) for argument, default in defaults}
+        if isinstance(node, ast.ClassDef) and "card" in _assigned_names(node):
+            function = _constructor_of(node)
+            return None if function is None or len(function.args.args) > 1 else _read_options(path, node)
     return None
+
+
+def _read_options(path: Path, node: ast.ClassDef) -> dict[str, Any] | None:
+    """As `lra.encoder.signature_of`, of a class of a file; None where a base that it passes `**` on to is neither in
+    the file nor in a shared one."""
+    function, own = _constructor_of(node), {}
+    if function is not None:
+        if function.args.vararg:
+            return None
+        defaults = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
+        own = {argument.arg: _read_default(default) for argument, default in defaults}
+        if function.args.kwarg is None:
+            return own
+    base = node.bases[0].id if node.bases and isinstance(node.bases[0], ast.Name) else ""
+    home = next((p for line in _parsed(path).body for n, p in _shared_names(line).items() if n == base), path)
+    for other in _parsed(home).body:
+        if isinstance(other, ast.ClassDef) and other.name == base and other is not node:
+            inherited = _read_options(home, other)
+            return None if inherited is None else inherited | own
+    return None
+
+
+def _constructor_of(node: ast.ClassDef) -> ast.FunctionDef | None:
+    return next((f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"), None)
+
+
+def _shared_names(node: ast.stmt) -> dict[str, Path]:
+    """Names that a statement imports from a shared file of the architectures -> that file."""
+    if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("lra.architectures._"):
+        return {}
+    path = ROOT / "architectures" / f"{str(node.module).rpartition('.')[2]}.py"
+    return {name.name: path for name in node.names if name.asname is None and path.is_file()}
 
 
 def _read_default(node: ast.expr | None) -> Any:

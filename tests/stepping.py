@@ -20,3 +20,11 @@ def run(part: Any, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
 
 def stepped(part: Any, x: Tensor) -> Tensor:
     return run(part, x)[0]
+
+
+def assert_steps_equal_forward(part: Any, width: int, **tolerance: Any) -> None:
+    """`step` and `forward` put out the same for 2,048 drawn tokens. part: a mixer or encoder in float32."""
+    x = torch.randn(1, 2048, width)
+    with torch.no_grad():
+        forward = part(x, torch.ones(1, 2048, dtype=torch.bool))
+        torch.testing.assert_close(stepped(part, x), forward, **tolerance)

@@ -25,15 +25,15 @@ gradients; softmax attention under the explicit L x L mask.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lra.architectures._attention import AttentionMixer, added_positions, at_least, banded, checked_width
-from lra.architectures._stack import Stack
+from lra.architectures._attention import AttentionMixer, banded
+from lra.architectures._attention_stack import AttentionStack
+from lra.architectures._checks import at_least
 from lra.encoder import Card, lengths_of
 from lra.kernels.band_attention.tiles import pairs
 
@@ -91,7 +91,7 @@ def drawn(heads: int, blocks: int, n_random: int, causal: bool) -> Tensor:
     return F.pad(order.masked_fill(luck < 0, -1), (0, n_random - order.shape[-1]), value=-1)
 
 
-class BigBird(Stack):
+class BigBird(AttentionStack):
     """size: tokens in a block. n_random: random blocks for each block. n_heads: must divide qkv_dim, the width of all
     heads together, d_model unless given. positions: "sinusoidal", "learned", "rope", "alibi", "none".
     attention_dropout: on the attention weights."""
@@ -105,31 +105,11 @@ class BigBird(Stack):
         exempt={"exports": "the operator reads which blocks were drawn"},
     )
 
-    def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "bidirectional",
-        n_heads: int = 4,
-        size: int = 64,
-        n_random: int = 3,
-        qkv_dim: int | None = None,
-        positions: str = "sinusoidal",
-        attention_dropout: float = 0.0,
-        block: Mapping[str, Any] | None = None,
-    ) -> None:
-        width = checked_width(d_model, n_heads, qkv_dim, positions)
+    def __init__(self, *, length: int, size: int = 64, n_random: int = 3, **attention: Any) -> None:
         at_least(1, size=size, length=length)
         at_least(0, n_random=n_random)
-        causal = direction == "causal"
         super().__init__(
-            lambda _: BigBirdMixer(
-                d_model, n_heads=n_heads, width=width, positions=positions, causal=causal, size=size, n_random=n_random,
-                length=length, dropout=attention_dropout,
-            ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block={"positions": added_positions(positions), **(block or {})},
-        )  # fmt: skip
+            lambda _, **heads: BigBirdMixer(size=size, n_random=n_random, length=length, **heads),
+            length=length,
+            **attention,
+        )

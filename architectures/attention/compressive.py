@@ -25,14 +25,14 @@ encoder token by token, compression by compression.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import at_least, checked_width
+from lra.architectures._attention import checked_width
+from lra.architectures._checks import at_least, one_of
 from lra.architectures._segments import SegmentMixer, checked_segments, shared_biases
 from lra.architectures._stack import Block, Stack
 from lra.attention import split_heads
@@ -188,10 +188,7 @@ class Compressive(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
         length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
         segment: int | None = None,
         memory: int | None = None,
         compressed: int | None = None,
@@ -199,12 +196,11 @@ class Compressive(Stack):
         compression: str = "conv",
         n_heads: int = 4,
         attention_dropout: float = 0.0,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         checked_width(d_model, n_heads, None, "none")
         at_least(1, ratio=ratio)
-        if compression not in COMPRESSIONS:
-            raise ValueError(f"compression is {compression!r}; one of {', '.join(COMPRESSIONS)}")
+        one_of(COMPRESSIONS, compression=compression)
         size, kept = checked_segments(length, segment, memory, ratio)
         most = size if compressed is None else compressed
         at_least(1, compressed=most)
@@ -214,7 +210,7 @@ class Compressive(Stack):
                 d_model, n_heads, segment=size, memory=kept, compressed=most, ratio=ratio, compression=compression,
                 biases=biases, dropout=attention_dropout,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+            d_model=d_model, length=length, **stack,
         )  # fmt: skip
         self.fixed = segment is not None
 

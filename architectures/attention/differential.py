@@ -132,14 +132,12 @@ class Differential(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
         direction: str = "bidirectional",
         n_heads: int = 2,
         n_kv_heads: int | None = None,
         positions: str = "rope",
         block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         if n_heads < 1 or d_model % (2 * n_heads):
             raise ValueError(f"n_heads is {n_heads}; twice as many, for two maps each, must divide d_model, {d_model}")
@@ -151,6 +149,6 @@ class Differential(Stack):
             lambda layer: DifferentialMixer(
                 d_model, n_heads, groups, layer=layer, positions=positions, causal=direction == "causal"
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, native=True,
-            block={"positions": added_positions(positions), **(block or {})},
+            native=True, d_model=d_model, direction=direction,
+            block={"positions": added_positions(positions), **(block or {})}, **stack,
         )  # fmt: skip

@@ -21,16 +21,15 @@ from its definition; softmax as the limit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lra.architectures._attention import AttentionMixer, added_positions, alibi_bias, checked_width
+from lra.architectures._attention import AttentionMixer, alibi_bias
+from lra.architectures._attention_stack import AttentionStack
 from lra.architectures._precision import wide
-from lra.architectures._stack import Stack
 from lra.attention import attention_mask
 from lra.encoder import Card, Cost
 
@@ -138,7 +137,7 @@ class EntmaxMixer(AttentionMixer):
         return super().cost(length) + Cost(other=of_threshold * self.pairs(length))
 
 
-class Entmax(Stack):
+class Entmax(AttentionStack):
     """alpha: above 1, at most 2; larger is sparser. n_heads: must divide qkv_dim. qkv_dim: width of all heads together,
     d_model unless given. positions: "sinusoidal", "learned", "rope", "alibi" or "none". attention_dropout: on the
     attention weights."""
@@ -152,28 +151,7 @@ class Entmax(Stack):
         variants={"sparsemax": {"alpha": 2.0}},
     )
 
-    def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "bidirectional",
-        alpha: float = 1.5,
-        n_heads: int = 4,
-        qkv_dim: int | None = None,
-        positions: str = "sinusoidal",
-        attention_dropout: float = 0.0,
-        block: Mapping[str, Any] | None = None,
-    ) -> None:
-        width = checked_width(d_model, n_heads, qkv_dim, positions)
+    def __init__(self, *, alpha: float = 1.5, **attention: Any) -> None:
         if not 1 < alpha <= 2:
             raise ValueError(f"alpha is {alpha}; above 1 (softmax: `transformer`), at most 2 (sparsemax)")
-        super().__init__(
-            lambda _: EntmaxMixer(
-                d_model, n_heads, width, positions, direction == "causal", alpha, dropout=attention_dropout
-            ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, native=True,
-            block={"positions": added_positions(positions), **(block or {})},
-        )  # fmt: skip
+        super().__init__(lambda _, **heads: EntmaxMixer(alpha=alpha, **heads), **attention)

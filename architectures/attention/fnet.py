@@ -84,12 +84,10 @@ class FNet(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
         direction: str = "bidirectional",
         positions: str = "sinusoidal",
         block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         if positions not in POSITIONS:
             raise ValueError(f"positions is {positions!r}; one of {', '.join(POSITIONS)}")
@@ -97,6 +95,5 @@ class FNet(Stack):
             raise ValueError(f"direction is {direction!r}; bidirectional, a Fourier transform sees the future")
         super().__init__(
             lambda _: FNetMixer(d_model),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block={"positions": positions, **(block or {})},
+            native=True, d_model=d_model, direction=direction, block={"positions": positions, **(block or {})}, **stack,
         )  # fmt: skip

@@ -29,8 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lra.architectures._attention import AttentionMixer, added_positions, attend, checked_width
-from lra.architectures._stack import Stack
+from lra.architectures._attention import AttentionMixer, attend
+from lra.architectures._attention_stack import AttentionStack
 from lra.attention import cache_bytes, pool_heads, repeat_heads
 from lra.encoder import Card
 
@@ -47,7 +47,7 @@ class GQAMixer(AttentionMixer):
         return float(self.n_heads * length**2)
 
 
-class GQA(Stack):
+class GQA(AttentionStack):
     """n_heads: must divide qkv_dim; n_kv_heads: must divide n_heads. qkv_dim: width of all query heads together,
     d_model unless given. positions: "sinusoidal", "learned", "rope", "alibi" or "none". attention_dropout: on the
     attention weights."""
@@ -61,31 +61,10 @@ class GQA(Stack):
         variants={"mqa": {"n_kv_heads": 1}},
     )
 
-    def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "bidirectional",
-        n_heads: int = 4,
-        n_kv_heads: int = 2,
-        qkv_dim: int | None = None,
-        positions: str = "sinusoidal",
-        attention_dropout: float = 0.0,
-        block: Mapping[str, Any] | None = None,
-    ) -> None:
-        width = checked_width(d_model, n_heads, qkv_dim, positions)
+    def __init__(self, *, n_heads: int = 4, n_kv_heads: int = 2, **attention: Any) -> None:
+        super().__init__(lambda _, **heads: GQAMixer(n_kv_heads=n_kv_heads, **heads), n_heads=n_heads, **attention)
         if n_kv_heads < 1 or n_heads % n_kv_heads:
             raise ValueError(f"n_kv_heads is {n_kv_heads}; a divisor of n_heads, {n_heads}")
-        super().__init__(
-            lambda _: GQAMixer(
-                d_model, n_heads, width, positions, direction == "causal", n_kv_heads, dropout=attention_dropout
-            ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block={"positions": added_positions(positions), **(block or {})},
-        )  # fmt: skip
 
     def cache_bytes(self, length: int, dtype: torch.dtype = torch.float32) -> int:
         """Bytes of keys and values that `step` holds for one sequence after `length` tokens, all layers together."""

@@ -161,9 +161,6 @@ class HTransformer1D(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
         direction: str = "bidirectional",
         size: int = 16,
         n_heads: int = 4,
@@ -171,12 +168,12 @@ class HTransformer1D(Stack):
         positions: str = "sinusoidal",
         attention_dropout: float = 0.0,
         block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         width = checked_width(d_model, n_heads, qkv_dim, positions, POSITIONS)
         if size < 2 or size % 2:
             raise ValueError(f"size is {size}; an even number of tokens, as half a block is a quadrant's side")
         super().__init__(
             lambda _: HMixer(d_model, n_heads, width, direction == "causal", size, dropout=attention_dropout),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, native=True,
-            block={"positions": positions, **(block or {})},
+            native=True, d_model=d_model, direction=direction, block={"positions": positions, **(block or {})}, **stack,
         )  # fmt: skip

@@ -30,7 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lra.architectures._attention import at_least, checked_dropout, checked_width
+from lra.architectures._attention import checked_dropout, checked_width
+from lra.architectures._checks import at_least
 from lra.architectures._norm import LayerNorm
 from lra.architectures._stack import Block, Stack
 from lra.attention import attention_mask, fused_attention, merge_heads, split_heads
@@ -118,9 +119,6 @@ class Hopfield(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
         direction: str = "bidirectional",
         n_heads: int = 4,
         beta: float | None = None,
@@ -129,6 +127,7 @@ class Hopfield(Stack):
         positions: str = "sinusoidal",
         attention_dropout: float = 0.0,
         block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         checked_width(d_model, n_heads, None, positions, POSITIONS)
         at_least(0, steps=steps)
@@ -139,6 +138,5 @@ class Hopfield(Stack):
                 d_model, n_heads, beta=beta, steps=steps, normalised=normalised, causal=direction == "causal",
                 dropout=attention_dropout,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, native=True,
-            block={"positions": positions, **(block or {})},
+            native=True, d_model=d_model, direction=direction, block={"positions": positions, **(block or {})}, **stack,
         )  # fmt: skip

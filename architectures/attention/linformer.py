@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._attention import AttentionMixer, checked_width
+from lra.architectures._checks import at_least, one_of
 from lra.architectures._stack import Stack
 from lra.attention import fused_attention, merge_heads, split_heads
 from lra.encoder import Card, Cost
@@ -119,9 +120,7 @@ class Linformer(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
         length: int,
-        dropout: float = 0.0,
         direction: str = "bidirectional",
         n_heads: int = 4,
         qkv_dim: int | None = None,
@@ -130,13 +129,12 @@ class Linformer(Stack):
         positions: str = "sinusoidal",
         attention_dropout: float = 0.0,
         block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         width = checked_width(d_model, n_heads, qkv_dim, "none")
-        for name, value, known in (("sharing", sharing, SHARING), ("positions", positions, POSITIONS)):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; one of {', '.join(known)}")
-        if k < 1:
-            raise ValueError(f"k is {k}; at least 1")
+        one_of(SHARING, sharing=sharing)
+        one_of(POSITIONS, positions=positions)
+        at_least(1, k=k)
         if direction != "bidirectional":
             raise ValueError(f"direction is {direction!r}; bidirectional, mixtures of positions see the future")
         shape = (n_heads, length, k) if sharing == "none" else (length, k)
@@ -150,6 +148,7 @@ class Linformer(Stack):
             )
 
         super().__init__(
-            make, d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block={"positions": positions, **(block or {})},
+            make,
+            native=True, d_model=d_model, length=length, direction=direction,
+            block={"positions": positions, **(block or {})}, **stack,
         )  # fmt: skip

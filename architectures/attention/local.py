@@ -23,7 +23,6 @@ gradients; softmax attention under the explicit L x L mask.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -32,13 +31,11 @@ from torch.nn import functional as F
 from lra.architectures._attention import (  # fmt: skip
     SPARE,
     AttentionMixer,
-    added_positions,
-    at_least,
     attend,
     banded,
-    checked_width,
 )
-from lra.architectures._stack import Stack
+from lra.architectures._attention_stack import AttentionStack
+from lra.architectures._checks import at_least
 from lra.encoder import Card, Cost
 from lra.kernels.band_attention.tiles import pairs
 
@@ -84,7 +81,7 @@ class LocalMixer(AttentionMixer):
         return (i // self.size - self.window[0]) * self.size
 
 
-class Local(Stack):
+class Local(AttentionStack):
     """size: tokens in a block. before, after: blocks looked at besides the own one. n_heads: must divide qkv_dim,
     the width of all heads together, d_model unless given. positions: "sinusoidal", "learned", "rope", "alibi", "none".
     attention_dropout: on the attention weights."""
@@ -99,32 +96,7 @@ class Local(Stack):
         variants={"overlap": {"before": 1, "after": 1}},
     )
 
-    def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "bidirectional",
-        n_heads: int = 4,
-        size: int = 50,
-        before: int = 0,
-        after: int = 0,
-        qkv_dim: int | None = None,
-        positions: str = "sinusoidal",
-        attention_dropout: float = 0.0,
-        block: Mapping[str, Any] | None = None,
-    ) -> None:
-        width = checked_width(d_model, n_heads, qkv_dim, positions)
+    def __init__(self, *, size: int = 50, before: int = 0, after: int = 0, **attention: Any) -> None:
         at_least(1, size=size)
         at_least(0, before=before, after=after)
-        causal = direction == "causal"
-        super().__init__(
-            lambda _: LocalMixer(
-                d_model, n_heads=n_heads, width=width, positions=positions, causal=causal, size=size, before=before,
-                after=after, dropout=attention_dropout,
-            ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block={"positions": added_positions(positions), **(block or {})},
-        )  # fmt: skip
+        super().__init__(lambda _, **heads: LocalMixer(size=size, before=before, after=after, **heads), **attention)

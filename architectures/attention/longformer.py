@@ -25,15 +25,15 @@ rule for dilation, outputs and gradients; softmax attention under the explicit L
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import AttentionMixer, added_positions, at_least, banded, checked_width, rope
-from lra.architectures._stack import Stack
+from lra.architectures._attention import AttentionMixer, banded, rope
+from lra.architectures._attention_stack import AttentionStack
+from lra.architectures._checks import at_least
 from lra.attention import fused_attention, merge_heads, split_heads
 from lra.encoder import Card, Cost
 from lra.kernels.band_attention.tiles import pairs
@@ -101,7 +101,7 @@ class LongformerMixer(AttentionMixer):
         return 0 if self.n_global else i - self.window[0] * max(self.dilation)
 
 
-class Longformer(Stack):
+class Longformer(AttentionStack):
     """window: keys on each side. dilation: the largest, reached in the last layer; dilated_heads: how many heads have
     it. n_global: global tokens, the first ones. n_heads: must divide qkv_dim, the width of all heads together, d_model
     unless given. positions: "sinusoidal", "learned", "rope", "alibi", "none". attention_dropout: on the
@@ -120,43 +120,21 @@ class Longformer(Stack):
     def __init__(
         self,
         *,
-        d_model: int,
         n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "bidirectional",
         n_heads: int = 4,
         window: int = 256,
         dilation: int = 1,
         dilated_heads: int = 2,
         n_global: int = 1,
-        qkv_dim: int | None = None,
-        positions: str = "sinusoidal",
-        attention_dropout: float = 0.0,
-        block: Mapping[str, Any] | None = None,
+        **attention: Any,
     ) -> None:
-        width = checked_width(d_model, n_heads, qkv_dim, positions)
         at_least(1, window=window, dilation=dilation)
         at_least(0, dilated_heads=dilated_heads, n_global=n_global)
         stretched, upper = min(dilated_heads, n_heads), n_layers - n_layers // 2
 
-        def mixer(layer: int) -> LongformerMixer:
+        def mixer(layer: int, **heads: Any) -> LongformerMixer:
             above = max(0, layer + 1 - n_layers // 2)
             steps = [1] * (n_heads - stretched) + [1 - above * (1 - dilation) // upper] * stretched
-            return LongformerMixer(
-                d_model,
-                n_heads=n_heads,
-                width=width,
-                positions=positions,
-                causal=direction == "causal",
-                window=window,
-                dilation=steps,
-                n_global=n_global,
-                dropout=attention_dropout,
-            )
+            return LongformerMixer(window=window, dilation=steps, n_global=n_global, **heads)
 
-        super().__init__(
-            mixer,
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block={"positions": added_positions(positions), **(block or {})},
-        )  # fmt: skip
+        super().__init__(mixer, n_layers=n_layers, n_heads=n_heads, **attention)

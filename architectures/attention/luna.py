@@ -39,7 +39,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import at_least, checked_dropout, checked_width
+from lra.architectures._attention import checked_dropout, checked_width
+from lra.architectures._checks import at_least, one_of
 from lra.architectures._norm import normalised
 from lra.architectures._precision import own_precision, wide
 from lra.architectures._stack import Block, Layer, Stack
@@ -164,8 +165,6 @@ class Luna(Stack):
         *,
         d_model: int,
         n_layers: int,
-        length: int,
-        dropout: float = 0.0,
         direction: str = "bidirectional",
         memory: int = 16,
         n_heads: int = 4,
@@ -174,11 +173,11 @@ class Luna(Stack):
         attention_dropout: float = 0.0,
         positions: str = "sinusoidal",
         block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         checked_width(d_model, n_heads, None, "none")
         at_least(1, memory=memory)
-        if positions not in POSITIONS:
-            raise ValueError(f"positions is {positions!r}; one of {', '.join(POSITIONS)}")
+        one_of(POSITIONS, positions=positions)
         packing, causal = n_heads if pack_heads is None else pack_heads, direction == "causal"
         if packing < 1 or d_model % packing:
             raise ValueError(f"pack_heads is {packing}; a divisor of the attention's width {d_model}")
@@ -190,8 +189,8 @@ class Luna(Stack):
                 d_model, n_heads=n_heads, pack_heads=packing, tied=tied, causal=causal, memory=of_all,
                 dropout=attention_dropout,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block={"positions": positions, **(block or {})},
+            native=True, d_model=d_model, n_layers=n_layers, direction=direction,
+            block={"positions": positions, **(block or {})}, **stack,
         )  # fmt: skip
         shape = type(self).block.updated(block)
         self.memory = of_all

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._attention import rope
+from lra.architectures._checks import at_least, one_of
 from lra.architectures._norm import normalised
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
@@ -211,9 +212,7 @@ class Mega(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
         length: int,
-        dropout: float = 0.0,
         direction: str = "causal",
         z_dim: int = 64,
         value_dim: int | None = None,
@@ -222,13 +221,11 @@ class Mega(Stack):
         bias: str = "simple",
         chunk: int | None = None,
         block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
-        for name, value, known in (("attention", attention, ATTENTIONS), ("bias", bias, BIASES)):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; one of {', '.join(known)}")
-        for name, size in (("z_dim", z_dim), ("averages", averages), ("chunk", chunk), ("value_dim", value_dim)):
-            if size is not None and size < 1:
-                raise ValueError(f"{name} is {size}; at least 1")
+        one_of(ATTENTIONS, attention=attention)
+        one_of(BIASES, bias=bias)
+        at_least(1, z_dim=z_dim, averages=averages, chunk=chunk, value_dim=value_dim)
         if bias == "rotary" and z_dim % 2:
             raise ValueError(f"z_dim is {z_dim}; even, as rotary positions turn pairs of features")
         self.chunk_size = chunk
@@ -242,11 +239,7 @@ class Mega(Stack):
                 causal=direction == "causal",
             )  # fmt: skip
 
-        super().__init__(
-            mixer,
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block=block,
-        )  # fmt: skip
+        super().__init__(mixer, native=True, d_model=d_model, length=length, direction=direction, block=block, **stack)
         for layer in self.blocks if shape.prenorm else ():
             layer.norm = nn.Identity()  # the gated residual needs x as it is: the mixer has the norm
         for name, parameter in self.named_parameters():

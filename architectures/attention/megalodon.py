@@ -37,7 +37,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import at_least, rope
+from lra.architectures._attention import rope
+from lra.architectures._checks import at_least
 from lra.architectures._dropout import Dropout
 from lra.architectures._norm import LayerNorm, rms_norm
 from lra.architectures._optim import undecayed
@@ -243,10 +244,7 @@ class Megalodon(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
-        length: int,
         dropout: float = 0.0,
-        direction: str = "causal",
         z_dim: int = 64,
         value_dim: int | None = None,
         n_heads: int = 1,
@@ -254,6 +252,7 @@ class Megalodon(Stack):
         chunk: int = 128,
         norm_groups: int | None = None,
         block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         at_least(1, z_dim=z_dim, n_heads=n_heads, averages=averages, chunk=chunk)
         values = 2 * d_model if value_dim is None else value_dim
@@ -278,7 +277,7 @@ class Megalodon(Stack):
                 d_model, z_dim=z_dim, value_dim=values, n_heads=n_heads, averages=averages, chunk=chunk, groups=groups,
                 hidden=round(shape.expand * d_model), dropout=dropout,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+            d_model=d_model, dropout=dropout, block=block, **stack,
         )  # fmt: skip
         for layer in self.blocks:
             layer.norm = nn.Identity()  # the residual of two hops needs x as it is

@@ -143,8 +143,6 @@ class MixtureOfDepths(Stack):
         *,
         d_model: int,
         n_layers: int,
-        length: int,
-        dropout: float = 0.0,
         direction: str = "bidirectional",
         capacity: float = 0.5,
         every: int = 2,
@@ -152,6 +150,7 @@ class MixtureOfDepths(Stack):
         positions: str = "sinusoidal",
         attention_dropout: float = 0.0,
         block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         checked_width(d_model, n_heads, None, positions, POSITIONS)
         if not 0 < capacity <= 1:
@@ -164,8 +163,8 @@ class MixtureOfDepths(Stack):
             lambda _: SoftmaxMixer(
                 d_model, n_heads, d_model, "none", direction == "causal", dropout=attention_dropout
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, native=True,
-            block={"positions": positions, **(block or {})},
+            native=True, d_model=d_model, n_layers=n_layers, direction=direction,
+            block={"positions": positions, **(block or {})}, **stack,
         )  # fmt: skip
         self.routers = nn.ModuleDict(
             {str(i): Router(d_model, capacity, self.causal) for i in range(min(every, n_layers) - 1, n_layers, every)}

@@ -24,7 +24,6 @@ through the absorbed maps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -139,15 +138,12 @@ class MLA(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
         direction: str = "bidirectional",
         n_heads: int = 4,
         kv_rank: int | None = None,
         q_rank: int | None = None,
         rope_dim: int | None = None,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         head = checked_width(d_model, n_heads, None, "none") // n_heads
         latent, of_queries = (max(1, d_model // 2) if rank is None else rank for rank in (kv_rank, q_rank))
@@ -161,6 +157,5 @@ class MLA(Stack):
                 d_model, n_heads, kv_rank=latent, q_rank=of_queries, rope_dim=turned, head=head, value=head,
                 causal=direction == "causal",
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, native=True,
-            block=block,
+            native=True, d_model=d_model, direction=direction, **stack,
         )  # fmt: skip

@@ -122,9 +122,6 @@ class Nystromformer(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
         direction: str = "bidirectional",
         n_heads: int = 4,
         qkv_dim: int | None = None,
@@ -134,6 +131,7 @@ class Nystromformer(Stack):
         positions: str = "sinusoidal",
         attention_dropout: float = 0.0,
         block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         width = checked_width(d_model, n_heads, qkv_dim, "none")
         if positions not in POSITIONS:
@@ -148,6 +146,5 @@ class Nystromformer(Stack):
                 d_model, n_heads=n_heads, qkv_dim=width, landmarks=landmarks, kernel=kernel, iterations=iterations,
                 dropout=attention_dropout,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block={"positions": positions, **(block or {})},
+            native=True, d_model=d_model, direction=direction, block={"positions": positions, **(block or {})}, **stack,
         )  # fmt: skip

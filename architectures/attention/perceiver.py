@@ -29,7 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lra.architectures._attention import at_least, checked_dropout, checked_width
+from lra.architectures._attention import checked_dropout, checked_width
+from lra.architectures._checks import at_least, one_of
 from lra.architectures._dropout import Dropout, tie_dropout
 from lra.architectures._norm import normalised
 from lra.architectures._precision import own_precision
@@ -104,8 +105,6 @@ class Perceiver(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
-        length: int,
         dropout: float = 0.0,
         direction: str = "bidirectional",
         n_latents: int = 64,
@@ -115,17 +114,16 @@ class Perceiver(Stack):
         n_heads: int = 4,
         attention_dropout: float = 0.0,
         block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         checked_width(d_model, n_heads, None, "none")
         at_least(1, n_latents=n_latents, repeats=repeats)
-        if output not in OUTPUTS:
-            raise ValueError(f"output is {output!r}; one of {', '.join(OUTPUTS)}")
+        one_of(OUTPUTS, output=output)
         if direction != "bidirectional":
             raise ValueError(f"direction is {direction!r}; bidirectional, latents read all tokens")
         super().__init__(
             lambda _: SoftmaxMixer(d_model, n_heads, d_model, "none", False, dropout=attention_dropout),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, native=True,
-            block=block,
+            native=True, d_model=d_model, dropout=dropout, direction=direction, block=block, **stack,
         )  # fmt: skip
         shape = type(self).block.updated(block)
         self.repeats, self.query_residual = repeats, query_residual

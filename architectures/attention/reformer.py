@@ -34,7 +34,6 @@ form; autograd through the same layers; inputs recovered from outputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import log, log2
 from typing import Any
 
@@ -42,20 +41,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import (
-    added_positions,
+from lra.architectures._attention import (  # fmt: skip
     alibi_slopes,
-    at_least,
     checked_dropout,
-    checked_width,
     drop_keys,
     rope,
 )
+from lra.architectures._attention_stack import AttentionStack
+from lra.architectures._checks import at_least
 from lra.architectures._norm import rms_norm
 from lra.architectures._precision import own_precision
 from lra.architectures._reversible import Step, reversible
 from lra.architectures._rounds import Reordered, UnionOfRounds
-from lra.architectures._stack import Layer, Stack
+from lra.architectures._stack import Layer
 from lra.architectures._table import Tables
 from lra.attention import merge_heads, split_heads
 from lra.encoder import Card, Cost, Mixer, clean_padding, fill_padding, stepwise
@@ -192,7 +190,7 @@ def with_chunk_before(x: Tensor, first: float = 0) -> Tensor:
     return torch.cat([before, x], dim=-2)
 
 
-class Reformer(Stack):
+class Reformer(AttentionStack):
     """n_hashes: r, rounds of hashing. chunk: m. n_buckets: b, even; None for 2 ceil(length / m). n_heads: must divide
     qkv_dim, the width of all heads together, d_model unless given. positions: "sinusoidal", "learned", "rope", "alibi",
     "none". attention_dropout: a key is left out for all queries of a head."""
@@ -207,36 +205,18 @@ class Reformer(Stack):
     )
 
     def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "bidirectional",
-        n_heads: int = 4,
-        n_hashes: int = 2,
-        chunk: int = 64,
-        n_buckets: int | None = None,
-        qkv_dim: int | None = None,
-        positions: str = "sinusoidal",
-        attention_dropout: float = 0.0,
-        block: Mapping[str, Any] | None = None,
+        self, *, length: int, n_hashes: int = 2, chunk: int = 64, n_buckets: int | None = None, **attention: Any
     ) -> None:
-        width = checked_width(d_model, n_heads, qkv_dim, positions)
         at_least(1, n_hashes=n_hashes, chunk=chunk, length=length)
         count = 2 * -(-length // chunk) if n_buckets is None else n_buckets
         if not 2 <= count < 2**15 or count % 2:
             raise ValueError(f"n_buckets is {count}; an even number from 2 to {2**15 - 2}")
-        causal, self.follows_length = direction == "causal", n_buckets is None
+        self.follows_length = n_buckets is None
         super().__init__(
-            lambda _: LSHMixer(
-                d_model, n_heads=n_heads, width=width, positions=positions, causal=causal, n_hashes=n_hashes,
-                n_buckets=count, chunk=chunk, dropout=attention_dropout,
-            ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block={"positions": added_positions(positions), **(block or {})},
-        )  # fmt: skip
+            lambda _, **heads: LSHMixer(n_hashes=n_hashes, n_buckets=count, chunk=chunk, **heads),
+            length=length,
+            **attention,
+        )
         if any(layer.ffn is None or not layer.prenorm for layer in self.blocks):
             raise ValueError("block: a reversible layer has a feed-forward part, and norms before its parts")
 

@@ -34,16 +34,16 @@ under the explicit L x L mask of a hard permutation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import AttentionMixer, added_positions, at_least, checked_width
+from lra.architectures._attention import AttentionMixer
+from lra.architectures._attention_stack import AttentionStack
+from lra.architectures._checks import at_least
 from lra.architectures._precision import wide
-from lra.architectures._stack import Stack
 from lra.attention import fused_attention, merge_heads
 from lra.encoder import Card, Cost
 
@@ -174,7 +174,7 @@ class SinkhornMixer(AttentionMixer):
         return super().cost(length) + maps + mixing + tail
 
 
-class Sinkhorn(Stack):
+class Sinkhorn(AttentionStack):
     """size: W, tokens in a block, None for round(sqrt(length)). iterations: of the balancing. temperature: T, the lower
     the harder the sorting. sortcut: n, or 0 to sort a block to each block. n_heads: must divide qkv_dim, the width of
     all heads together, d_model unless given. positions: "sinusoidal", "learned", "rope", "none". attention_dropout: on
@@ -193,22 +193,15 @@ class Sinkhorn(Stack):
     def __init__(
         self,
         *,
-        d_model: int,
-        n_layers: int,
         length: int,
-        dropout: float = 0.0,
         direction: str = "bidirectional",
-        n_heads: int = 4,
         size: int | None = None,
         iterations: int = 7,
         temperature: float = 0.75,
         sortcut: int = 0,
-        qkv_dim: int | None = None,
         positions: str = "sinusoidal",
-        attention_dropout: float = 0.0,
-        block: Mapping[str, Any] | None = None,
+        **attention: Any,
     ) -> None:
-        width = checked_width(d_model, n_heads, qkv_dim, positions)
         if positions == "alibi":
             raise ValueError("positions is 'alibi'; a sorted key is a mixture and has no distance: take another")
         at_least(0, sortcut=sortcut)
@@ -219,14 +212,14 @@ class Sinkhorn(Stack):
             raise ValueError(f"temperature is {temperature}; more than 0")
         self.follows_length = size is None
         super().__init__(
-            lambda _: SinkhornMixer(
-                d_model, n_heads=n_heads, width=width, positions=positions, size=size, iterations=iterations,
-                temperature=temperature, length=length, dropout=attention_dropout, causal=direction == "causal",
-                sortcut=sortcut,
+            lambda _, **heads: SinkhornMixer(
+                size=size, iterations=iterations, temperature=temperature, length=length, sortcut=sortcut, **heads
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block={"positions": added_positions(positions), **(block or {})},
-        )  # fmt: skip
+            length=length,
+            direction=direction,
+            positions=positions,
+            **attention,
+        )
 
     @property
     def scaling(self) -> str:

@@ -24,14 +24,14 @@ first columns besides, outputs and gradients; softmax attention under the explic
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lra.architectures._attention import AttentionMixer, added_positions, at_least, banded, checked_width
-from lra.architectures._stack import Stack
+from lra.architectures._attention import AttentionMixer, banded
+from lra.architectures._attention_stack import AttentionStack
+from lra.architectures._checks import at_least, one_of
 from lra.encoder import Card
 from lra.kernels.band_attention.tiles import pairs
 
@@ -108,7 +108,7 @@ class SparseMixer(AttentionMixer):
         return (j // stride == i // stride) | shown.repeat(self.n_heads // stripes, 1)
 
 
-class Sparse(Stack):
+class Sparse(AttentionStack):
     """pattern: "strided" or "fixed". stride: l, None for round(sqrt(length)). summary: c, the columns of a stripe.
     n_heads: must divide qkv_dim, the width of all heads together, d_model unless given. positions: "sinusoidal",
     "learned", "rope", "alibi", "none". attention_dropout: on the attention weights."""
@@ -126,38 +126,27 @@ class Sparse(Stack):
     def __init__(
         self,
         *,
-        d_model: int,
-        n_layers: int,
         length: int,
-        dropout: float = 0.0,
-        direction: str = "bidirectional",
         n_heads: int = 4,
         pattern: str = "strided",
         stride: int | None = None,
         summary: int | None = None,
-        qkv_dim: int | None = None,
-        positions: str = "sinusoidal",
-        attention_dropout: float = 0.0,
-        block: Mapping[str, Any] | None = None,
+        **attention: Any,
     ) -> None:
-        width = checked_width(d_model, n_heads, qkv_dim, positions)
-        if pattern not in PATTERNS:
-            raise ValueError(f"pattern is {pattern!r}; one of {', '.join(PATTERNS)}")
-        if pattern == "strided" and n_heads < 2:
+        one_of(PATTERNS, pattern=pattern)
+        if pattern == "strided" and n_heads == 1:
             raise ValueError("n_heads is 1; at least 2, for strided heads are of two kinds")
         at_least(1, stride=1 if stride is None else stride, summary=1 if summary is None else summary)
         reach = stride or max(1, round(length**0.5))
         if summary is not None and summary > reach:
             raise ValueError(f"summary is {summary}; at most the stride, {reach}")
-        causal, self.follows_length = direction == "causal", stride is None
+        self.follows_length = stride is None
         super().__init__(
-            lambda _: SparseMixer(
-                d_model, n_heads=n_heads, width=width, positions=positions, causal=causal, pattern=pattern,
-                stride=stride, summary=summary, length=length, dropout=attention_dropout,
-            ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block={"positions": added_positions(positions), **(block or {})},
-        )  # fmt: skip
+            lambda _, **heads: SparseMixer(pattern=pattern, stride=stride, summary=summary, length=length, **heads),
+            length=length,
+            n_heads=n_heads,
+            **attention,
+        )
 
     @property
     def scaling(self) -> str:

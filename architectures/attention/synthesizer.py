@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._attention import checked_dropout
+from lra.architectures._checks import at_least, one_of
 from lra.architectures._stack import Stack
 from lra.attention import merge_heads, split_heads
 from lra.encoder import Card, Cost, Mixer
@@ -160,9 +161,7 @@ class Synthesizer(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
         length: int,
-        dropout: float = 0.0,
         direction: str = "bidirectional",
         n_heads: int = 4,
         qkv_dim: int | None = None,
@@ -171,6 +170,7 @@ class Synthesizer(Stack):
         positions: str = "sinusoidal",
         attention_dropout: float = 0.0,
         block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         width = d_model if qkv_dim is None else qkv_dim
         if n_heads < 1 or width < 1 or width % n_heads:
@@ -178,16 +178,14 @@ class Synthesizer(Stack):
         parts = tuple(logits.split("+"))
         if len(set(parts)) < len(parts) or not set(parts) <= set(LOGITS):
             raise ValueError(f"logits is {logits!r}; some of {', '.join(LOGITS)}, each once, with + between")
-        if positions not in POSITIONS:
-            raise ValueError(f"positions is {positions!r}; one of {', '.join(POSITIONS)}")
-        if k < 1:
-            raise ValueError(f"k is {k}; at least 1")
+        one_of(POSITIONS, positions=positions)
+        at_least(1, k=k)
         causal = direction == "causal"
         super().__init__(
             lambda _: SynthesizerMixer(
                 d_model, n_heads=n_heads, qkv_dim=width, parts=parts, size=length, k=k, causal=causal,
                 dropout=attention_dropout,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block={"positions": positions, **(block or {})},
+            native=True, d_model=d_model, length=length, direction=direction,
+            block={"positions": positions, **(block or {})}, **stack,
         )  # fmt: skip

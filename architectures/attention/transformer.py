@@ -34,7 +34,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lra.architectures._attention import POSITIONS, added_positions, at_least, checked_width
+from lra.architectures._attention import POSITIONS, added_positions, checked_width
+from lra.architectures._checks import at_least
 from lra.architectures._published import first_prefix, number_of_layers
 from lra.architectures._relative import ShawMixer, T5Mixer
 from lra.architectures._softmax import SoftmaxMixer
@@ -85,9 +86,6 @@ class Transformer(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
         direction: str = "bidirectional",
         n_heads: int = 4,
         qkv_dim: int | None = None,
@@ -96,6 +94,7 @@ class Transformer(Stack):
         max_distance: int | None = None,
         attention_dropout: float = 0.0,
         block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         width = checked_width(d_model, n_heads, qkv_dim, positions, (*POSITIONS, *FARTHEST))
         causal, farthest = direction == "causal", FARTHEST.get(positions, 0) if max_distance is None else max_distance
@@ -116,8 +115,9 @@ class Transformer(Stack):
             return SoftmaxMixer(d_model, n_heads, width, positions, causal, dropout=attention_dropout)
 
         super().__init__(
-            mixer, d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block={"positions": added_positions(positions), **(block or {})},
+            mixer,
+            native=True, d_model=d_model, direction=direction,
+            block={"positions": added_positions(positions), **(block or {})}, **stack,
         )  # fmt: skip
 
     @classmethod

@@ -22,7 +22,6 @@ after, every gradient; the encoder segment by segment, with the gradients that i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -93,16 +92,13 @@ class TransformerXL(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
         length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
         segment: int | None = None,
         memory: int | None = None,
         n_heads: int = 4,
         qkv_dim: int | None = None,
         attention_dropout: float = 0.0,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         width = checked_width(d_model, n_heads, qkv_dim, "none")
         size, kept = checked_segments(length, segment, memory)
@@ -112,7 +108,7 @@ class TransformerXL(Stack):
                 d_model, n_heads, width, segment=size, memory=kept, longest=kept + size, biases=biases,
                 dropout=attention_dropout,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+            d_model=d_model, length=length, **stack,
         )  # fmt: skip
         self.fixed = segment is not None
 

@@ -27,14 +27,15 @@ the encoder written out token by token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lra.architectures._attention import at_least, checked_width
+from lra.architectures._attention import checked_width
+from lra.architectures._checks import at_least
 from lra.architectures._norm import normalised
 from lra.architectures._precision import own_precision, wide
 from lra.architectures._softmax import SoftmaxMixer
@@ -64,14 +65,13 @@ class Universal(Stack):
         d_model: int,
         n_layers: int,
         length: int,
-        dropout: float = 0.0,
         direction: str = "bidirectional",
         n_heads: int = 4,
         halting: bool = True,
         epsilon: float = 0.1,
         ponder_weight: float = 0.01,
         attention_dropout: float = 0.0,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         checked_width(d_model, n_heads, None, "none")
         at_least(1, n_layers=n_layers)
@@ -81,7 +81,7 @@ class Universal(Stack):
             lambda _: SoftmaxMixer(
                 d_model, n_heads, d_model, "none", direction == "causal", dropout=attention_dropout
             ),
-            d_model=d_model, n_layers=1, length=length, dropout=dropout, direction=direction, native=True, block=block,
+            native=True, d_model=d_model, n_layers=1, length=length, direction=direction, **stack,
         )  # fmt: skip
         self.n_layers, self.epsilon, self.ponder_weight = n_layers, epsilon, ponder_weight
         self.register_table("places", sinusoidal, length, d_model)

@@ -22,7 +22,6 @@ Checked against: tensors of the authors' GMLP module, centred and causal, output
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -87,16 +86,7 @@ class BoundedCNN(Stack):
     block = Block(ffn="none")
 
     def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "bidirectional",
-        kernel: int = 5,
-        expand: float = 4.0,
-        block: Mapping[str, Any] | None = None,
+        self, *, d_model: int, direction: str = "bidirectional", kernel: int = 5, expand: float = 4.0, **stack: Any
     ) -> None:
         hidden, causal = round(expand * d_model), direction == "causal"
         if kernel < 2 or not (kernel % 2 or causal):
@@ -106,8 +96,7 @@ class BoundedCNN(Stack):
         self.kernel = kernel
         super().__init__(
             lambda _: BoundedCNNMixer(d_model, kernel, hidden, causal),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block=block,
+            native=True, d_model=d_model, direction=direction, **stack,
         )  # fmt: skip
 
     @property

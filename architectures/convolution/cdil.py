@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least
 from lra.architectures._weight_norm import WeightNormConv1d
 from lra.encoder import Card, Cost, Encoder, clean_padding, lengths_of
 
@@ -104,9 +105,7 @@ class CDIL(Encoder):
         levels: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("d_model", d_model), ("n_layers", n_layers), ("length", length), ("levels", levels)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
+        at_least(1, d_model=d_model, n_layers=n_layers, length=length, levels=levels)
         if kernel < 3 or kernel % 2 == 0:
             raise ValueError(f"kernel is {kernel}; an odd number of at least 3, as many taps on either side")
         if direction != "bidirectional":

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least
 from lra.architectures._norm import BatchNorm, LayerNorm, normalised
 from lra.architectures._table import Tables
 from lra.encoder import Card, Cost, Encoder, clean_padding, lengths_of
@@ -122,9 +123,7 @@ class ChordMixer(Tables, Encoder):
     ) -> None:
         super().__init__()
         whole = {"d_model": d_model, "n_layers": n_layers, "length": length}
-        for name, value in (whole | {"track_size": track_size, "hidden": hidden, "blocks": blocks}).items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
+        at_least(1, **(whole | {"track_size": track_size, "hidden": hidden, "blocks": blocks}))
         for name, kind in (("prenorm", prenorm), ("norm", norm)):
             if kind not in NORMS:
                 raise ValueError(f"{name} is {kind!r}; one of {', '.join(NORMS)}")

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least, one_of
 from lra.architectures._norm import LayerNorm
 from lra.architectures._precision import own_precision, wide
 from lra.architectures._stack import Bidirectional
@@ -164,14 +165,11 @@ class CKConv(Encoder):
     ) -> None:
         super().__init__()
         whole = {"d_model": d_model, "n_layers": n_layers, "length": length, "kernel_hidden": kernel_hidden}
-        for name, value in whole.items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
+        at_least(1, **whole)
         if omega <= 0:
             raise ValueError(f"omega is {omega}; more than 0")
         known = ("causal", "bidirectional", "concat", "add", "shared")
-        if direction not in known:
-            raise ValueError(f"direction is {direction!r}; one of {', '.join(known)}")
+        one_of(known, direction=direction)
         self.d_model, self.n_layers, self.length, self.direction = d_model, n_layers, length, direction
         kernel = {"length": length, "hidden": kernel_hidden, "omega": omega}
 

@@ -25,7 +25,6 @@ over the equations for W of both kinds and the attention.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -165,14 +164,12 @@ class GMLP(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
         length: int,
-        dropout: float = 0.0,
         direction: str = "bidirectional",
         expand: float = 6.0,
         spatial: str = "full",
         attention: int = 0,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         if spatial not in SPATIAL:
             raise ValueError(f"spatial is {spatial!r}; one of {', '.join(SPATIAL)}")
@@ -187,8 +184,7 @@ class GMLP(Stack):
                 d_model, length=length, hidden=hidden, spatial=spatial, attention=attention,
                 causal=direction == "causal",
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, native=True,
-            block=block,
+            native=True, d_model=d_model, length=length, direction=direction, **stack,
         )  # fmt: skip
 
     @property

@@ -153,10 +153,7 @@ class Hyena(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
         length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
         order: int = 2,
         features: int = 33,
         width: int = 64,
@@ -164,7 +161,7 @@ class Hyena(Stack):
         w: float = 1.0,
         filter_lr: float = 0.001,
         position_lr: float = 0.0,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         if order < 2:
             raise ValueError(f"order is {order}; at least 2, or there is no long convolution")
@@ -181,7 +178,7 @@ class Hyena(Stack):
             lambda _: HyenaMixer(
                 d_model, length, order=order, features=features, width=width, shift=shift, w=w, learn_z=position_lr > 0
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+            d_model=d_model, length=length, **stack,
         )  # fmt: skip
 
     @property

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least
 from lra.architectures._dropout import Dropout
 from lra.architectures._stack import Block, Stack
 from lra.encoder import Card, Cost, Mixer
@@ -103,7 +104,6 @@ class LongConv(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
         length: int,
         dropout: float = 0.0,
         direction: str = "causal",
@@ -112,12 +112,10 @@ class LongConv(Stack):
         smoothing: int = 1,
         kernel_dropout: float = 0.0,
         kernel_lr: float = 0.001,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
-        if channels < 1:
-            raise ValueError(f"channels is {channels}; at least 1")
-        if lam < 0:
-            raise ValueError(f"lam is {lam}; at least 0")
+        at_least(1, channels=channels)
+        at_least(0, lam=lam)
         if smoothing < 1 or smoothing % 2 == 0:
             raise ValueError(f"smoothing is {smoothing}; an odd number, 1 for none")
         if not 0 <= kernel_dropout < 1:
@@ -128,8 +126,7 @@ class LongConv(Stack):
                 d_model, length=length, channels=channels, lam=lam, smoothing=smoothing, kernel_dropout=kernel_dropout,
                 causal=direction == "causal", dropout=dropout,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block=block,
+            native=True, d_model=d_model, length=length, dropout=dropout, direction=direction, **stack,
         )  # fmt: skip
 
     @property

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least, one_of
 from lra.architectures._dropout import Dropout
 from lra.architectures._stack import Block, Stack
 from lra.encoder import Card, Cost, Mixer
@@ -146,7 +147,6 @@ class SGConv(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
         length: int,
         dropout: float = 0.0,
         direction: str = "causal",
@@ -160,18 +160,15 @@ class SGConv(Stack):
         init: str = "randn",
         postact: str = "glu",
         kernel_lr: float = 0.001,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
-        for name, value, known in (
-            ("combine", combine, COMBINATIONS), ("interpolation", interpolation, INTERPOLATIONS),
-            ("decay", decay, DECAYS), ("init", init, INITS), ("postact", postact, POSTACTS),
-        ):  # fmt: skip
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; one of {', '.join(known)}")
-        if kernel_dim < 1:
-            raise ValueError(f"kernel_dim is {kernel_dim}; at least 1")
-        if init_scale < 0:
-            raise ValueError(f"init_scale is {init_scale}; at least 0")
+        one_of(COMBINATIONS, combine=combine)
+        one_of(INTERPOLATIONS, interpolation=interpolation)
+        one_of(DECAYS, decay=decay)
+        one_of(INITS, init=init)
+        one_of(POSTACTS, postact=postact)
+        at_least(1, kernel_dim=kernel_dim)
+        at_least(0, init_scale=init_scale)
         if not 0 < decay_min <= decay_max:
             raise ValueError(f"decay_min is {decay_min}, decay_max {decay_max}; 0 < decay_min <= decay_max")
         self.kernel_lr, self.learnt = kernel_lr, decay == "learnt"
@@ -181,8 +178,7 @@ class SGConv(Stack):
                 interpolation=interpolation, decay=decay, decay_min=decay_min, decay_max=decay_max, init=init,
                 postact=postact, causal=direction == "causal", dropout=dropout,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block=block,
+            native=True, d_model=d_model, length=length, dropout=dropout, direction=direction, **stack,
         )  # fmt: skip
 
     @property

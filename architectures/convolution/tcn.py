@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least, one_of
 from lra.architectures._stack import Bidirectional
 from lra.architectures._weight_norm import WeightNormConv1d
 from lra.encoder import Card, Cost, Encoder, Mixer, clean_padding
@@ -203,14 +204,11 @@ class TCN(Encoder):
         gated: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in (("d_model", d_model), ("n_layers", n_layers), ("length", length), ("levels", levels)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
+        at_least(1, d_model=d_model, n_layers=n_layers, length=length, levels=levels)
         if kernel < 2:
             raise ValueError(f"kernel is {kernel}; at least 2, or no token would meet another")
         known = ("causal", "bidirectional", "concat", "add", "shared")
-        if direction not in known:
-            raise ValueError(f"direction is {direction!r}; one of {', '.join(known)}")
+        one_of(known, direction=direction)
         self.d_model, self.n_layers, self.length, self.direction = d_model, n_layers, length, direction
         self.follows_length = levels is None
         per_level = (1 if gated else 2) * (kernel - 1)

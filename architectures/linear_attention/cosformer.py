@@ -34,7 +34,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lra.architectures._attention import AttentionMixer, at_least, checked_width, drop_keys
+from lra.architectures._attention import AttentionMixer, checked_width, drop_keys
+from lra.architectures._checks import at_least, one_of
 from lra.architectures._linear_attention import divided, summed, summed_chunk, summed_step, sums_cost
 from lra.architectures._precision import wide
 from lra.architectures._stack import Stack
@@ -111,9 +112,7 @@ class Cosformer(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
         length: int,
-        dropout: float = 0.0,
         direction: str = "bidirectional",
         n_heads: int = 4,
         qkv_dim: int | None = None,
@@ -121,10 +120,10 @@ class Cosformer(Stack):
         positions: str = "sinusoidal",
         attention_dropout: float = 0.0,
         block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         width = checked_width(d_model, n_heads, qkv_dim, "none")
-        if positions not in POSITIONS:
-            raise ValueError(f"positions is {positions!r}; one of {', '.join(POSITIONS)}")
+        one_of(POSITIONS, positions=positions)
         reach = length if span is None else span
         at_least(length, span=reach)
         causal = direction == "causal"
@@ -132,6 +131,6 @@ class Cosformer(Stack):
             lambda _: CosformerMixer(
                 d_model, n_heads=n_heads, qkv_dim=width, causal=causal, span=reach, dropout=attention_dropout,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block={"positions": positions, **(block or {})},
+            native=True, d_model=d_model, length=length, direction=direction,
+            block={"positions": positions, **(block or {})}, **stack,
         )  # fmt: skip

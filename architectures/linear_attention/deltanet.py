@@ -40,6 +40,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least
 from lra.architectures._delta import EPS, advance, mamba_decay, unit
 from lra.architectures._norm import RMSNorm
 from lra.architectures._optim import undecayed
@@ -142,21 +143,15 @@ class DeltaNet(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
         n_heads: int = 4,
         expand_k: float = 1.0,
         expand_v: float = 1.0,
         d_conv: int = 4,
         gated: bool = False,
         negative: bool = False,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
-        for name, value in (("n_heads", n_heads), ("d_conv", d_conv)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
+        at_least(1, n_heads=n_heads, d_conv=d_conv)
         key_dim, value_dim = round(expand_k * d_model), round(expand_v * d_model)
         for name, share, width in (("expand_k", expand_k, key_dim), ("expand_v", expand_v, value_dim)):
             if width < 1 or width % n_heads or not math.isclose(width, share * d_model):
@@ -166,7 +161,7 @@ class DeltaNet(Stack):
                 d_model, n_heads=n_heads, key_dim=key_dim, value_dim=value_dim, d_conv=d_conv, gated=gated,
                 negative=negative,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+            d_model=d_model, **stack,
         )  # fmt: skip
         self.gated = gated
 

@@ -24,7 +24,6 @@ own steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -112,14 +111,12 @@ class Flash(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
         length: int,
-        dropout: float = 0.0,
         direction: str = "bidirectional",
         qk_dim: int = 64,
         expand: float = 2.0,
         chunk: int = 256,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         width = checked_sizes(qk_dim, expand, d_model)
         if chunk < 1:
@@ -128,6 +125,5 @@ class Flash(Stack):
             lambda _: FlashMixer(
                 d_model, qk_dim=qk_dim, width=width, chunk=chunk, length=length, causal=direction == "causal",
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, native=True,
-            block=block,
+            native=True, d_model=d_model, length=length, direction=direction, **stack,
         )  # fmt: skip

@@ -24,7 +24,6 @@ steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -86,17 +85,14 @@ class GAU(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
         length: int,
-        dropout: float = 0.0,
         direction: str = "bidirectional",
         qk_dim: int = 64,
         expand: float = 2.0,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         width = checked_sizes(qk_dim, expand, d_model)
         super().__init__(
             lambda _: GAUMixer(d_model, qk_dim, width, length, direction == "causal"),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, native=True,
-            block=block,
+            native=True, d_model=d_model, length=length, direction=direction, **stack,
         )  # fmt: skip

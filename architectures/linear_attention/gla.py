@@ -27,13 +27,13 @@ of every parameter; flash-linear-attention's recurrence from a given state; the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
 from lra.encoder import Card, Cost, Mixer
@@ -118,20 +118,14 @@ class GLA(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
         n_heads: int = 4,
         expand_k: float = 0.5,
         expand_v: float = 1.0,
         gate_rank: int = 16,
         tau: float = 16.0,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
-        for name, value in (("n_heads", n_heads), ("gate_rank", gate_rank)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
+        at_least(1, n_heads=n_heads, gate_rank=gate_rank)
         if tau <= 0:
             raise ValueError(f"tau is {tau}; more than 0")
         key_dim, value_dim = round(expand_k * d_model), round(expand_v * d_model)
@@ -142,5 +136,5 @@ class GLA(Stack):
             lambda _: GLAMixer(
                 d_model, n_heads=n_heads, key_dim=key_dim, value_dim=value_dim, gate_rank=gate_rank, tau=tau,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+            d_model=d_model, **stack,
         )  # fmt: skip

@@ -122,21 +122,12 @@ class HGRN(Stack):
     block = Block(ffn="swiglu", expand=8 / 3)
 
     def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
-        complex_state: bool = True,
-        block: Mapping[str, Any] | None = None,
+        self, *, d_model: int, n_layers: int, direction: str = "causal", complex_state: bool = True, **stack: Any
     ) -> None:
         bounds = LowerBounds(n_layers, d_model)
         super().__init__(
             lambda layer: HGRNMixer(d_model, bounds, layer, complex_state, direction == "bidirectional"),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, native=True,
-            block=block,
+            native=True, d_model=d_model, n_layers=n_layers, direction=direction, **stack,
         )  # fmt: skip
         self.bounds, self.complex_state = bounds, complex_state
 

@@ -28,7 +28,6 @@ outputs, gradients of x, of every parameter and of the table of bounds; flash-li
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -129,12 +128,10 @@ class HGRN2(Stack):
         *,
         d_model: int,
         n_layers: int,
-        length: int,
-        dropout: float = 0.0,
         direction: str = "causal",
         n_heads: int = 4,
         lra: bool = False,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         if n_heads < 1 or d_model % n_heads:
             raise ValueError(f"n_heads is {n_heads}; a divisor of d_model, {d_model}")
@@ -144,7 +141,6 @@ class HGRN2(Stack):
                 d_model, n_heads=n_heads, bounds=bounds, layer=layer, lra=lra,
                 bidirectional=direction == "bidirectional",
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, native=True,
-            block=block,
+            native=True, d_model=d_model, n_layers=n_layers, direction=direction, **stack,
         )  # fmt: skip
         self.bounds = bounds

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least
 from lra.architectures._delta import channel_delta, channel_delta_cost, channel_delta_step, mamba_decay, unit
 from lra.architectures._norm import RMSNorm
 from lra.architectures._optim import undecayed
@@ -119,26 +120,17 @@ class KDA(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
         n_heads: int = 4,
         head_dim: int | None = None,
         d_conv: int = 4,
         negative: bool = False,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
-        for name, value in (("n_heads", n_heads), ("head_dim", head_dim), ("d_conv", d_conv)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
+        at_least(1, n_heads=n_heads, head_dim=head_dim, d_conv=d_conv)
         if head_dim is None and d_model % n_heads:
             raise ValueError(f"n_heads is {n_heads}; a divisor of d_model, {d_model}, unless head_dim is given")
         width = d_model // n_heads if head_dim is None else head_dim
-        super().__init__(
-            lambda _: KDAMixer(d_model, n_heads, width, d_conv, negative),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
-        )  # fmt: skip
+        super().__init__(lambda _: KDAMixer(d_model, n_heads, width, d_conv, negative), d_model=d_model, **stack)
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:

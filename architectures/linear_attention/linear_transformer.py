@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._attention import AttentionMixer, checked_width, drop_keys
+from lra.architectures._checks import at_least, one_of
 from lra.architectures._linear_attention import divided, summed, summed_chunk, summed_step, sums_cost
 from lra.architectures._precision import wide
 from lra.architectures._stack import Stack
@@ -159,9 +160,6 @@ class LinearTransformer(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
         direction: str = "bidirectional",
         n_heads: int = 4,
         qkv_dim: int | None = None,
@@ -170,19 +168,17 @@ class LinearTransformer(Stack):
         positions: str = "sinusoidal",
         attention_dropout: float = 0.0,
         block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         width = checked_width(d_model, n_heads, qkv_dim, "none")
-        for name, value, known in (("feature_map", feature_map, FEATURE_MAPS), ("positions", positions, POSITIONS)):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; one of {', '.join(known)}")
-        if n_features < 1:
-            raise ValueError(f"n_features is {n_features}; at least 1")
+        one_of(FEATURE_MAPS, feature_map=feature_map)
+        one_of(POSITIONS, positions=positions)
+        at_least(1, n_features=n_features)
         causal = direction == "causal"
         super().__init__(
             lambda _: LinearTransformerMixer(
                 d_model, n_heads=n_heads, qkv_dim=width, feature_map=feature_map, causal=causal, n_features=n_features,
                 dropout=attention_dropout,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block={"positions": positions, **(block or {})},
+            native=True, d_model=d_model, direction=direction, block={"positions": positions, **(block or {})}, **stack,
         )  # fmt: skip

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least
 from lra.architectures._delta import mamba_decay
 from lra.architectures._norm import RMSNorm
 from lra.architectures._optim import undecayed
@@ -197,19 +198,14 @@ class LogLinearAttention(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
         length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
         state_size: int = 64,
         head_dim: int | None = None,
         expand: int = 2,
         d_conv: int = 4,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
-        for name, value in (("state_size", state_size), ("expand", expand), ("d_conv", d_conv)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
+        at_least(1, state_size=state_size, expand=expand, d_conv=d_conv)
         width = expand * d_model
         share = math.gcd(64, width) if head_dim is None else head_dim
         if share < 1 or width % share:
@@ -218,7 +214,7 @@ class LogLinearAttention(Stack):
             lambda _: LogLinearMixer(
                 d_model, state_size=state_size, head_dim=share, expand=expand, d_conv=d_conv, length=length,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+            d_model=d_model, length=length, **stack,
         )  # fmt: skip
 
     @property

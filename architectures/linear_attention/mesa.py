@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least
 from lra.architectures._delta import unit
 from lra.architectures._norm import RMSNorm
 from lra.architectures._optim import undecayed
@@ -172,26 +173,17 @@ class Mesa(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
         n_heads: int = 4,
         head_dim: int | None = None,
         d_conv: int = 4,
         steps: int = 30,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
-        for name, value in (("n_heads", n_heads), ("head_dim", head_dim), ("d_conv", d_conv), ("steps", steps)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
+        at_least(1, n_heads=n_heads, head_dim=head_dim, d_conv=d_conv, steps=steps)
         if head_dim is None and d_model % n_heads:
             raise ValueError(f"n_heads is {n_heads}; a divisor of d_model, {d_model}, unless head_dim is given")
         width = d_model // n_heads if head_dim is None else head_dim
-        super().__init__(
-            lambda _: MesaMixer(d_model, n_heads, width, d_conv, steps),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
-        )  # fmt: skip
+        super().__init__(lambda _: MesaMixer(d_model, n_heads, width, d_conv, steps), d_model=d_model, **stack)
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:

@@ -29,14 +29,13 @@ with its products written out; its own steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import at_least
+from lra.architectures._checks import at_least
 from lra.architectures._delta import unit
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
@@ -164,23 +163,9 @@ class PathAttention(Stack):
     block = Block(ffn="swiglu", expand=8 / 3, norm="rms")
 
     def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
-        n_heads: int = 4,
-        rank: int = 32,
-        d_conv: int = 3,
-        forget: bool = False,
-        block: Mapping[str, Any] | None = None,
+        self, *, d_model: int, n_heads: int = 4, rank: int = 32, d_conv: int = 3, forget: bool = False, **stack: Any
     ) -> None:
         at_least(1, n_heads=n_heads, rank=rank, d_conv=d_conv)
         if d_model % n_heads:
             raise ValueError(f"n_heads is {n_heads}; a divisor of d_model, {d_model}")
-        super().__init__(
-            lambda _: PathMixer(d_model, n_heads, rank, d_conv, forget),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
-        )  # fmt: skip
+        super().__init__(lambda _: PathMixer(d_model, n_heads, rank, d_conv, forget), d_model=d_model, **stack)

@@ -187,9 +187,6 @@ class Performer(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
         direction: str = "bidirectional",
         n_heads: int = 4,
         qkv_dim: int | None = None,
@@ -199,6 +196,7 @@ class Performer(Stack):
         positions: str = "sinusoidal",
         attention_dropout: float = 0.0,
         block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         width = checked_width(d_model, n_heads, qkv_dim, "none")
         for name, value, known in (("feature_map", feature_map, FEATURE_MAPS), ("positions", positions, POSITIONS)):
@@ -216,6 +214,5 @@ class Performer(Stack):
                 d_model, n_heads=n_heads, qkv_dim=width, feature_map=feature_map, causal=causal, n_features=features,
                 redraw=redraw, dropout=attention_dropout,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block={"positions": positions, **(block or {})},
+            native=True, d_model=d_model, direction=direction, block={"positions": positions, **(block or {})}, **stack,
         )  # fmt: skip

@@ -25,7 +25,6 @@ epsilon without them; outputs and every gradient against the recurrence step by 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -120,24 +119,10 @@ class RetNet(Stack):
     )
     block = Block(expand=2.0)
 
-    def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
-        n_heads: int = 8,
-        value_dim: int | None = None,
-        block: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, *, d_model: int, n_heads: int = 8, value_dim: int | None = None, **stack: Any) -> None:
         width = 2 * d_model if value_dim is None else value_dim
         if n_heads < 1 or d_model % (2 * n_heads):
             raise ValueError(f"n_heads is {n_heads}; d_model, {d_model}, splits into heads of an even width")
         if width < 1 or width % n_heads:
             raise ValueError(f"value_dim is {width}; a multiple of n_heads, {n_heads}")
-        super().__init__(
-            lambda _: RetNetMixer(d_model, n_heads, width),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
-        )  # fmt: skip
+        super().__init__(lambda _: RetNetMixer(d_model, n_heads, width), d_model=d_model, **stack)

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._published import first_prefix, number_of_layers
@@ -163,26 +164,15 @@ class RWKV4(RWKVStack):
     block = Block(ffn="none")
 
     def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
-        time_dim: int | None = None,
-        channel_dim: int | None = None,
-        block: Mapping[str, Any] | None = None,
+        self, *, d_model: int, n_layers: int, time_dim: int | None = None, channel_dim: int | None = None, **stack: Any
     ) -> None:
         within = d_model if time_dim is None else time_dim
         hidden = 4 * d_model if channel_dim is None else channel_dim
-        for name, value in (("time_dim", time_dim), ("channel_dim", channel_dim)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
+        at_least(1, time_dim=time_dim, channel_dim=channel_dim)
         super().__init__(
             lambda layer: TimeMix(d_model, within, layer, n_layers),
             lambda layer: ChannelMix(d_model, hidden, layer, n_layers),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+            d_model=d_model, n_layers=n_layers, **stack,
         )  # fmt: skip
 
     @classmethod

@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least, divides
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._rwkv import RWKVStack, along, depth, ramp, shifted
@@ -188,27 +189,21 @@ class RWKV6(RWKVStack):
         *,
         d_model: int,
         n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
         n_heads: int = 4,
         channel_dim: int | None = None,
         mix_rank: int = 32,
         decay_rank: int = 64,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         hidden = round(3.5 * d_model) if channel_dim is None else channel_dim
-        for name, value in (("channel_dim", channel_dim), ("mix_rank", mix_rank), ("decay_rank", decay_rank)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
-        if n_heads < 1 or d_model % n_heads:
-            raise ValueError(f"n_heads is {n_heads}; a divisor of d_model, {d_model}")
+        at_least(1, channel_dim=channel_dim, mix_rank=mix_rank, decay_rank=decay_rank)
+        divides("d_model", d_model, n_heads=n_heads)
         super().__init__(
             lambda layer: TimeMix(
                 d_model, n_heads=n_heads, mix_rank=mix_rank, decay_rank=decay_rank, layer=layer, n_layers=n_layers,
             ),
             lambda layer: ChannelMix(d_model, hidden, layer, n_layers),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+            d_model=d_model, n_layers=n_layers, **stack,
         )  # fmt: skip
 
     @property

@@ -47,6 +47,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least, divides
 from lra.architectures._delta import Addition, channel_delta, channel_delta_cost, channel_delta_step
 from lra.architectures._norm import normalised
 from lra.architectures._precision import wide
@@ -267,8 +268,6 @@ class RWKV7(RWKVStack):
         *,
         d_model: int,
         n_layers: int,
-        length: int,
-        dropout: float = 0.0,
         direction: str = "causal",
         n_heads: int = 4,
         channel_dim: int | None = None,
@@ -277,16 +276,14 @@ class RWKV7(RWKVStack):
         value_rank: int | None = None,
         gate_rank: int | None = None,
         block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         sizes = {
             "channel_dim": channel_dim, "decay_rank": decay_rank, "rate_rank": rate_rank, "value_rank": value_rank,
             "gate_rank": gate_rank,
         }  # fmt: skip
-        for name, value in sizes.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
-        if n_heads < 1 or d_model % n_heads:
-            raise ValueError(f"n_heads is {n_heads}; a divisor of d_model, {d_model}")
+        at_least(1, **sizes)
+        divides("d_model", d_model, n_heads=n_heads)
         if (positions := type(self).block.updated(block).positions) != "none":
             raise ValueError(f"block.positions is {positions!r}; 'none', the token shift takes their place")
         hidden = 4 * d_model if channel_dim is None else channel_dim
@@ -306,9 +303,9 @@ class RWKV7(RWKVStack):
             return make() if direction == "causal" else Bidirectional(make, d_model, "concat")
 
         super().__init__(
-            time_mix, channel_mix,
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
-            native=True,
+            time_mix,
+            channel_mix,
+            native=True, d_model=d_model, n_layers=n_layers, direction=direction, block=block, **stack,
         )  # fmt: skip
 
     @property

@@ -27,14 +27,14 @@ norm, every gradient; gradient descent written out with PyTorch's own derivative
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import at_least, rope
+from lra.architectures._attention import rope
+from lra.architectures._checks import at_least
 from lra.architectures._norm import LayerNorm
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
@@ -152,22 +152,8 @@ class TTTLinear(Stack):
     )
     block = Block(ffn="swiglu", expand=8 / 3, norm="rms")
 
-    def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
-        n_heads: int = 4,
-        mini_batch: int = 16,
-        block: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, *, d_model: int, n_heads: int = 4, mini_batch: int = 16, **stack: Any) -> None:
         at_least(1, n_heads=n_heads, mini_batch=mini_batch)
         if d_model % (2 * n_heads):
             raise ValueError(f"n_heads is {n_heads}; d_model, {d_model}, splits into heads of an even width")
-        super().__init__(
-            lambda _: TTTLinearMixer(d_model, n_heads, mini_batch),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
-        )  # fmt: skip
+        super().__init__(lambda _: TTTLinearMixer(d_model, n_heads, mini_batch), d_model=d_model, **stack)

@@ -29,14 +29,13 @@ token, reads and gradient of x, with their strengths; a float64 loop over the eq
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import at_least
+from lra.architectures._checks import at_least
 from lra.architectures._recurrence import Loop
 from lra.architectures._stack import Stack
 from lra.encoder import Card, Cost
@@ -155,22 +154,10 @@ class DNC(Stack):
     )
 
     def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
-        hidden: int | None = None,
-        slots: int = 32,
-        width: int = 16,
-        reads: int = 4,
-        block: Mapping[str, Any] | None = None,
+        self, *, d_model: int, hidden: int | None = None, slots: int = 32, width: int = 16, reads: int = 4, **stack: Any
     ) -> None:
         units = d_model if hidden is None else hidden
         at_least(1, hidden=units, slots=slots, width=width, reads=reads)
         super().__init__(
-            lambda _: DNCMixer(d_model, hidden=units, slots=slots, width=width, reads=reads),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
-        )  # fmt: skip
+            lambda _: DNCMixer(d_model, hidden=units, slots=slots, width=width, reads=reads), d_model=d_model, **stack
+        )

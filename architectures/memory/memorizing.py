@@ -24,14 +24,15 @@ retrieved memories; a float64 loop over the tokens, every gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import AttentionMixer, at_least, checked_width
+from lra.architectures._attention import AttentionMixer, checked_width
+from lra.architectures._checks import at_least
 from lra.architectures._precision import wide
 from lra.architectures._stack import Stack
 from lra.attention import merge_heads
@@ -166,8 +167,6 @@ class Memorizing(Stack):
         d_model: int,
         n_layers: int,
         length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
         n_heads: int = 4,
         qkv_dim: int | None = None,
         segment: int | None = None,
@@ -175,7 +174,7 @@ class Memorizing(Stack):
         memory: int = 8192,
         memory_layers: tuple[int, ...] | None = None,
         attention_dropout: float = 0.0,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         width = checked_width(d_model, n_heads, qkv_dim, "none")
         size = min(512, max(1, length // 8)) if segment is None else segment
@@ -188,5 +187,5 @@ class Memorizing(Stack):
                 d_model, n_heads, width, segment=size, k=k, memory=memory if layer in chosen else 0,
                 dropout=attention_dropout,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+            d_model=d_model, n_layers=n_layers, length=length, **stack,
         )  # fmt: skip

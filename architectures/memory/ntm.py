@@ -28,14 +28,13 @@ gradient of x; a float64 loop over the equations, every gradient.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import at_least
+from lra.architectures._checks import at_least
 from lra.architectures._precision import wide
 from lra.architectures._recurrence import Loop
 from lra.architectures._stack import Stack
@@ -142,22 +141,9 @@ class NTM(Stack):
     )
 
     def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
-        hidden: int | None = None,
-        slots: int = 128,
-        width: int = 20,
-        block: Mapping[str, Any] | None = None,
+        self, *, d_model: int, hidden: int | None = None, slots: int = 128, width: int = 20, **stack: Any
     ) -> None:
         units = d_model if hidden is None else hidden
         at_least(1, hidden=units, width=width)
         at_least(SHIFTS, slots=slots)
-        super().__init__(
-            lambda _: NTMMixer(d_model, hidden=units, slots=slots, width=width),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
-        )  # fmt: skip
+        super().__init__(lambda _: NTMMixer(d_model, hidden=units, slots=slots, width=width), d_model=d_model, **stack)

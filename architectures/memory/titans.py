@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import at_least
+from lra.architectures._checks import at_least
 from lra.architectures._norm import RMSNorm
 from lra.architectures._precision import wide
 from lra.architectures._stack import Stack

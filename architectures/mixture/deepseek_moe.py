@@ -24,7 +24,6 @@ gradient; of the papers' balance loss and bias update; a loop over the tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from lra.architectures._mixture import MixtureStack
@@ -47,28 +46,16 @@ class DeepSeekMoETransformer(MixtureStack):
     def __init__(
         self,
         *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "bidirectional",
-        n_heads: int = 4,
-        qkv_dim: int | None = None,
-        positions: str = "sinusoidal",
         n_experts: int = 16,
         k: int = 3,
         n_shared: int = 1,
         groups: int = 1,
         top_groups: int = 1,
         scale: float = 1.0,
-        attention_dropout: float = 0.0,
-        block: Mapping[str, Any] | None = None,
+        **attention: Any,
     ) -> None:
-        super().__init__(
-            "deepseek_moe", {
-                "n_experts": n_experts, "k": k, "n_shared": n_shared, "groups": groups, "top_groups": top_groups,
-                "scale": scale,
-            },
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, n_heads=n_heads,
-            qkv_dim=qkv_dim, positions=positions, attention_dropout=attention_dropout, block=block,
-        )  # fmt: skip
+        experts = {
+            "n_experts": n_experts, "k": k, "n_shared": n_shared, "groups": groups, "top_groups": top_groups,
+            "scale": scale,
+        }  # fmt: skip
+        super().__init__("deepseek_moe", experts, **attention)

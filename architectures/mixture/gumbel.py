@@ -21,7 +21,6 @@ Checked against: the probabilities of ordered draws in closed form; the gradient
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from lra.architectures._mixture import MixtureStack
@@ -40,25 +39,5 @@ class GumbelMoE(MixtureStack):
         causal=False,
     )
 
-    def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "bidirectional",
-        n_heads: int = 4,
-        qkv_dim: int | None = None,
-        positions: str = "sinusoidal",
-        n_experts: int = 8,
-        k: int = 2,
-        temperature: float = 1.0,
-        attention_dropout: float = 0.0,
-        block: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(
-            "gumbel", {"n_experts": n_experts, "k": k, "temperature": temperature},
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, n_heads=n_heads,
-            qkv_dim=qkv_dim, positions=positions, attention_dropout=attention_dropout, block=block,
-        )  # fmt: skip
+    def __init__(self, *, n_experts: int = 8, k: int = 2, temperature: float = 1.0, **attention: Any) -> None:
+        super().__init__("gumbel", {"n_experts": n_experts, "k": k, "temperature": temperature}, **attention)

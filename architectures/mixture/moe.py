@@ -22,7 +22,6 @@ expert by expert; the dense layer where there is one expert.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from lra.architectures._mixture import MixtureStack
@@ -43,25 +42,5 @@ class MoE(MixtureStack):
         exempt={"float16": "the choice of experts is a comparison: a rounded token between two may go to the other"},
     )
 
-    def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "bidirectional",
-        n_heads: int = 4,
-        qkv_dim: int | None = None,
-        positions: str = "sinusoidal",
-        n_experts: int = 8,
-        k: int = 2,
-        capacity: float = 0.0,
-        attention_dropout: float = 0.0,
-        block: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(
-            "moe", {"n_experts": n_experts, "k": k, "capacity": capacity},
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, n_heads=n_heads,
-            qkv_dim=qkv_dim, positions=positions, attention_dropout=attention_dropout, block=block,
-        )  # fmt: skip
+    def __init__(self, *, n_experts: int = 8, k: int = 2, capacity: float = 0.0, **attention: Any) -> None:
+        super().__init__("moe", {"n_experts": n_experts, "k": k, "capacity": capacity}, **attention)

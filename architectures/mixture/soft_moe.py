@@ -23,7 +23,6 @@ one by one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from lra.architectures._mixture import MixtureStack
@@ -43,24 +42,6 @@ class SoftMoE(MixtureStack):
     )
     refuses_causal = True
 
-    def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "bidirectional",
-        n_heads: int = 4,
-        qkv_dim: int | None = None,
-        positions: str = "sinusoidal",
-        n_experts: int = 8,
-        slots: int | None = None,
-        attention_dropout: float = 0.0,
-        block: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(
-            "soft_moe", {"n_experts": n_experts, "slots": -(-length // max(n_experts, 1)) if slots is None else slots},
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, n_heads=n_heads,
-            qkv_dim=qkv_dim, positions=positions, attention_dropout=attention_dropout, block=block,
-        )  # fmt: skip
+    def __init__(self, *, length: int, n_experts: int = 8, slots: int | None = None, **attention: Any) -> None:
+        count = -(-length // max(n_experts, 1)) if slots is None else slots
+        super().__init__("soft_moe", {"n_experts": n_experts, "slots": count}, length=length, **attention)

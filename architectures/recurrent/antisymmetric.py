@@ -24,7 +24,6 @@ against that code's gated Lipschitz network without its linear term.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -90,23 +89,10 @@ class Antisymmetric(Stack):
     )
 
     def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
-        eps: float = 0.01,
-        gamma: float = 0.001,
-        gated: bool = False,
-        block: Mapping[str, Any] | None = None,
+        self, *, d_model: int, eps: float = 0.01, gamma: float = 0.001, gated: bool = False, **stack: Any
     ) -> None:
         if eps <= 0:
             raise ValueError(f"eps is {eps}; a step larger than 0")
         if gamma < 0:
             raise ValueError(f"gamma is {gamma}; at least 0, or the state grows")
-        super().__init__(
-            lambda _: AntisymmetricMixer(d_model, eps, gamma, gated),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
-        )  # fmt: skip
+        super().__init__(lambda _: AntisymmetricMixer(d_model, eps, gamma, gated), d_model=d_model, **stack)

@@ -43,6 +43,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lra.architectures._checks import at_least
 from lra.architectures._optim import undecayed
 from lra.architectures._recurrence import Timed
 from lra.architectures._stack import Stack
@@ -221,33 +222,24 @@ class CfC(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
         mode: str = "default",
         mixed_memory: bool = False,
         units: int | None = None,
         unfolds: int = 6,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         if mode not in (*MODES, "ltc"):
             raise ValueError(f"mode is {mode!r}; one of {', '.join(MODES)}, ltc")
         if mixed_memory and mode != "default":
             raise ValueError("mixed_memory is of the default mode")
-        for name, value in (("units", units), ("unfolds", unfolds)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
+        at_least(1, units=units, unfolds=unfolds)
 
         def make(_: int) -> Mixer:
             if mode == "ltc":
                 return LTCMixer(d_model, units or 32, unfolds)
             return CfCMixer(d_model, units or d_model, mode, mixed_memory)
 
-        super().__init__(
-            make,
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
-        )  # fmt: skip
+        super().__init__(make, d_model=d_model, **stack)
         self.mode = mode
 
     @property

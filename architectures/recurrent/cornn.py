@@ -21,7 +21,6 @@ Checked against: tensors of the authors' cell, positions and velocities, with th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -77,22 +76,9 @@ class CoRNN(Stack):
     )
 
     def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
-        dt: float = 0.042,
-        gamma: float = 2.7,
-        epsilon: float = 4.7,
-        block: Mapping[str, Any] | None = None,
+        self, *, d_model: int, dt: float = 0.042, gamma: float = 2.7, epsilon: float = 4.7, **stack: Any
     ) -> None:
         for name, value in (("dt", dt), ("gamma", gamma), ("epsilon", epsilon)):
             if value <= 0:
                 raise ValueError(f"{name} is {value}; more than 0")
-        super().__init__(
-            lambda _: CoRNNMixer(d_model, dt, gamma, epsilon),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
-        )  # fmt: skip
+        super().__init__(lambda _: CoRNNMixer(d_model, dt, gamma, epsilon), d_model=d_model, **stack)

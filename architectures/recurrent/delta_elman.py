@@ -24,7 +24,6 @@ Checked against: float64 loops over the equations, with every gradient; torch.nn
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -120,17 +119,7 @@ class DeltaElman(Stack):
     )
 
     def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
-        step: int = 2,
-        group: int = 8,
-        horizon: int | None = None,
-        block: Mapping[str, Any] | None = None,
+        self, *, d_model: int, length: int, step: int = 2, group: int = 8, horizon: int | None = None, **stack: Any
     ) -> None:
         reach = length if horizon is None else horizon
         if step not in STEPS:
@@ -140,6 +129,5 @@ class DeltaElman(Stack):
         if reach < 1:
             raise ValueError(f"horizon is {reach}; at least 1 token")
         super().__init__(
-            lambda _: DeltaElmanMixer(d_model, step, group, reach),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
-        )  # fmt: skip
+            lambda _: DeltaElmanMixer(d_model, step, group, reach), d_model=d_model, length=length, **stack
+        )

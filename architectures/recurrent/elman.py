@@ -26,7 +26,6 @@ Checked against: torch.nn.RNN, tanh and relu, outputs and gradients.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -117,22 +116,8 @@ class Elman(Stack):
         },
     )
 
-    def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
-        activation: str = "tanh",
-        recurrent: str = "free",
-        block: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, *, d_model: int, activation: str = "tanh", recurrent: str = "free", **stack: Any) -> None:
         for name, value, known in (("activation", activation, ACTIVATIONS), ("recurrent", recurrent, RECURRENT)):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; one of {', '.join(known)}")
-        super().__init__(
-            lambda _: ElmanMixer(d_model, activation, recurrent),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
-        )  # fmt: skip
+        super().__init__(lambda _: ElmanMixer(d_model, activation, recurrent), d_model=d_model, **stack)

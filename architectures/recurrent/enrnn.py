@@ -98,27 +98,13 @@ class ENRNN(Stack):
         },
     )
 
-    def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
-        long: float = 0.6,
-        negative: float = 0.3,
-        block: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, *, d_model: int, long: float = 0.6, negative: float = 0.3, **stack: Any) -> None:
         units = round(long * d_model)
         if not 2 <= units < d_model:
             raise ValueError(f"long is {long}; at least two of the {d_model} units, and not all")
         if not 0 <= negative <= 1:
             raise ValueError(f"negative is {negative}; a share from 0 to 1")
-        super().__init__(
-            lambda _: ENRNNMixer(d_model, units, round(negative * units)),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
-        )  # fmt: skip
+        super().__init__(lambda _: ENRNNMixer(d_model, units, round(negative * units)), d_model=d_model, **stack)
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:

@@ -34,7 +34,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import AttentionMixer, at_least, banded, checked_width
+from lra.architectures._attention import AttentionMixer, banded, checked_width
+from lra.architectures._checks import at_least
 from lra.architectures._dropout import tie_dropout
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
@@ -194,9 +195,7 @@ class Griffin(Stack):
         *,
         d_model: int,
         n_layers: int,
-        length: int,
         dropout: float = 0.0,
-        direction: str = "causal",
         rnn_dim: int | None = None,
         n_blocks: int = 4,
         d_conv: int = 4,
@@ -204,6 +203,7 @@ class Griffin(Stack):
         window: int = 1024,
         n_heads: int = 4,
         block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         at_least(1, d_model=d_model, n_layers=n_layers, n_blocks=n_blocks, d_conv=d_conv, window=window)
         width = n_blocks * max(1, round(4 * d_model / (3 * n_blocks))) if rnn_dim is None else rnn_dim
@@ -223,10 +223,7 @@ class Griffin(Stack):
                 return LocalMixer(d_model, n_heads, window, n_layers)
             return RecurrentMixer(d_model, width, n_blocks, d_conv, n_layers)
 
-        super().__init__(
-            mixer,
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
-        )  # fmt: skip
+        super().__init__(mixer, d_model=d_model, n_layers=n_layers, dropout=dropout, block=block, **stack)
         for layer in self.blocks:
             layer.ffn = GatedMLP(d_model, shape.expand, dropout, n_layers)
             layer.ffn_norm = shape.make_norm(d_model)

@@ -31,7 +31,6 @@ layernorm and zoneout are loops over time in Python: `recurrent_cell` would need
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -157,16 +156,13 @@ class GRU(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
         length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
         horizon: int | None = None,
         coupled: bool = False,
         reset_first: bool = False,
         layernorm: bool = False,
         zoneout: float = 0.0,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         reach = length if horizon is None else horizon
         if reach < 1:
@@ -178,5 +174,5 @@ class GRU(Stack):
             lambda _: GRUMixer(
                 d_model, horizon=reach, coupled=coupled, reset_first=reset_first, layernorm=layernorm, zoneout=zoneout,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+            d_model=d_model, length=length, **stack,
         )  # fmt: skip

@@ -107,23 +107,14 @@ class IndRNN(Stack):
     )
 
     def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
-        gamma: float = 5.0,
-        last_holds: bool = False,
-        block: Mapping[str, Any] | None = None,
+        self, *, d_model: int, n_layers: int, length: int, gamma: float = 5.0, last_holds: bool = False, **stack: Any
     ) -> None:
         if gamma < 1:
             raise ValueError(f"gamma is {gamma}; at least 1, or no unit could keep what it holds")
         bound = gamma ** (1 / max(length, 1))
         super().__init__(
             lambda layer: IndRNNMixer(d_model, bound, 1 / bound if last_holds and layer == n_layers - 1 else 0.0),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+            d_model=d_model, n_layers=n_layers, length=length, **stack,
         )  # fmt: skip
 
     @property

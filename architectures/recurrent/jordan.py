@@ -21,7 +21,6 @@ Checked against: tensors of the two equations in closed form, both g, with the g
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -96,23 +95,9 @@ class Jordan(Stack):
         exempt={"exports": "a Python loop over the tokens is unrolled for one length"},
     )
 
-    def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
-        output: str = "tanh",
-        hidden: float = 1.0,
-        block: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, *, d_model: int, output: str = "tanh", hidden: float = 1.0, **stack: Any) -> None:
         if output not in OUTPUTS:
             raise ValueError(f"output is {output!r}; one of {', '.join(OUTPUTS)}")
         if round(hidden * d_model) < 1:
             raise ValueError(f"hidden is {hidden}; at least one unit, hidden * d_model")
-        super().__init__(
-            lambda _: JordanMixer(d_model, round(hidden * d_model), output),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
-        )  # fmt: skip
+        super().__init__(lambda _: JordanMixer(d_model, round(hidden * d_model), output), d_model=d_model, **stack)

@@ -25,7 +25,6 @@ Checked against: tensors of the authors' code, both forms, with the gradient of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -101,16 +100,12 @@ class Lipschitz(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
         eps: float = 0.03,
         beta: float = 0.75,
         gamma: float = 0.001,
         alpha: float = 1.0,
         gated: bool = False,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         if eps <= 0:
             raise ValueError(f"eps is {eps}; a step larger than 0")
@@ -118,5 +113,5 @@ class Lipschitz(Stack):
             raise ValueError(f"beta is {beta}; from 0.5 to 1")
         super().__init__(
             lambda _: LipschitzMixer(d_model, eps=eps, beta=beta, gamma=gamma, alpha=alpha, gated=gated),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+            d_model=d_model, **stack,
         )  # fmt: skip

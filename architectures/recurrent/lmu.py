@@ -29,7 +29,6 @@ Checked against: tensors of pytorch-lmu, both forms: matrices, memories, outputs
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -159,17 +158,7 @@ class LMU(Stack):
     )
 
     def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
-        order: int = 64,
-        theta: float | None = None,
-        fft: bool = False,
-        block: Mapping[str, Any] | None = None,
+        self, *, d_model: int, length: int, order: int = 64, theta: float | None = None, fft: bool = False, **stack: Any
     ) -> None:
         window = float(length) if theta is None else theta
         if order < 1:
@@ -178,7 +167,7 @@ class LMU(Stack):
             raise ValueError(f"theta is {window}; at least 1 token")
         super().__init__(
             lambda _: LMUFFTMixer(d_model, order, window) if fft else LMUMixer(d_model, order, window),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+            d_model=d_model, length=length, **stack,
         )  # fmt: skip
         self.fft = fft
 

@@ -24,7 +24,6 @@ Checked against: the same recurrence in linear space as a float64 loop, outputs 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -94,24 +93,10 @@ class LogElman(Stack):
         exempt={"exports": "a Python loop over the tokens is unrolled for one length"},
     )
 
-    def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
-        group: int = 8,
-        horizon: int | None = None,
-        block: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, *, d_model: int, length: int, group: int = 8, horizon: int | None = None, **stack: Any) -> None:
         reach = length if horizon is None else horizon
         if group < 1 or d_model % group:
             raise ValueError(f"group is {group}; a divisor of d_model, {d_model}")
         if reach < 1:
             raise ValueError(f"horizon is {reach}; at least 1 token")
-        super().__init__(
-            lambda _: LogElmanMixer(d_model, group, reach),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
-        )  # fmt: skip
+        super().__init__(lambda _: LogElmanMixer(d_model, group, reach), d_model=d_model, length=length, **stack)

@@ -42,7 +42,7 @@ Zoneout is a loop over time in Python: `recurrent_cell` would need cells with ma
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -190,10 +190,7 @@ class LSTM(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
         length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
         peephole: bool = False,
         coupled: bool = False,
         layernorm: bool = False,
@@ -201,7 +198,7 @@ class LSTM(Stack):
         zoneout_c: float = 0.0,
         zoneout_h: float = 0.0,
         weight_drop: float = 0.0,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         checked(zoneout_c=zoneout_c, zoneout_h=zoneout_h, weight_drop=weight_drop)
         if layernorm and (peephole or coupled):
@@ -211,5 +208,5 @@ class LSTM(Stack):
                 d_model, peephole=peephole, coupled=coupled, horizon=length, forget_bias=forget_bias,
                 layernorm=layernorm, zoneout=(zoneout_c, zoneout_h), weight_drop=weight_drop,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+            d_model=d_model, length=length, **stack,
         )  # fmt: skip

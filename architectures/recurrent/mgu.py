@@ -18,7 +18,6 @@ float64 loop over the equations.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -68,21 +67,8 @@ class MGU(Stack):
         causal=True,
     )
 
-    def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
-        horizon: int | None = None,
-        block: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, *, d_model: int, length: int, horizon: int | None = None, **stack: Any) -> None:
         reach = length if horizon is None else horizon
         if reach < 1:
             raise ValueError(f"horizon is {reach}; at least 1 token")
-        super().__init__(
-            lambda _: MGUMixer(d_model, reach),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
-        )  # fmt: skip
+        super().__init__(lambda _: MGUMixer(d_model, reach), d_model=d_model, length=length, **stack)

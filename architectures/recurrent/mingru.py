@@ -26,7 +26,6 @@ outputs and gradients of input and weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -126,23 +125,11 @@ class MinGRU(Stack):
     )
 
     def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
-        expand: float = 1.0,
-        horizon: int | None = None,
-        block: Mapping[str, Any] | None = None,
+        self, *, d_model: int, length: int, expand: float = 1.0, horizon: int | None = None, **stack: Any
     ) -> None:
         reach = length if horizon is None else horizon
         if reach < 1:
             raise ValueError(f"horizon is {reach}; at least 1 token")
         if round(expand * d_model) < 1:
             raise ValueError(f"expand is {expand}; a state of at least one feature, expand * d_model")
-        super().__init__(
-            lambda _: MinGRUMixer(d_model, expand, reach),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
-        )  # fmt: skip
+        super().__init__(lambda _: MinGRUMixer(d_model, expand, reach), d_model=d_model, length=length, **stack)

@@ -19,7 +19,6 @@ Checked against: tensors of the layer in the code of arXiv:2406.05045, with the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -74,17 +73,5 @@ class MIRNN(Stack):
         exempt={"exports": "a Python loop over the tokens is unrolled for one length"},
     )
 
-    def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
-        block: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(
-            lambda _: MIRNNMixer(d_model),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
-        )  # fmt: skip
+    def __init__(self, *, d_model: int, **stack: Any) -> None:
+        super().__init__(lambda _: MIRNNMixer(d_model), d_model=d_model, **stack)

@@ -26,12 +26,12 @@ gradient (rk4).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from lra.architectures._checks import at_least, one_of
 from lra.architectures._recurrence import Timed
 from lra.architectures._stack import Stack
 from lra.encoder import Card, Cost
@@ -115,24 +115,8 @@ class NeuralODE(Stack):
     )
 
     def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
-        method: str = "rk4",
-        steps: int = 1,
-        units: int | None = None,
-        block: Mapping[str, Any] | None = None,
+        self, *, d_model: int, method: str = "rk4", steps: int = 1, units: int | None = None, **stack: Any
     ) -> None:
-        if method not in EVALUATIONS:
-            raise ValueError(f"method is {method!r}; one of {', '.join(EVALUATIONS)}")
-        for name, value in (("steps", steps), ("units", units)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
-        super().__init__(
-            lambda _: NeuralODEMixer(d_model, units or d_model, method, steps),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
-        )  # fmt: skip
+        one_of(EVALUATIONS, method=method)
+        at_least(1, steps=steps, units=units)
+        super().__init__(lambda _: NeuralODEMixer(d_model, units or d_model, method, steps), d_model=d_model, **stack)

@@ -101,25 +101,12 @@ class NNRNN(Stack):
         },
     )
 
-    def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
-        penalty: float = 1e-4,
-        block: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, *, d_model: int, penalty: float = 1e-4, **stack: Any) -> None:
         if d_model % 2:
             raise ValueError(f"d_model is {d_model}; even, as features are turned in pairs")
         if penalty < 0:
             raise ValueError(f"penalty is {penalty}; at least 0")
-        super().__init__(
-            lambda _: NNRNNMixer(d_model, penalty),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
-        )  # fmt: skip
+        super().__init__(lambda _: NNRNNMixer(d_model, penalty), d_model=d_model, **stack)
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:

@@ -87,23 +87,10 @@ class Orthogonal(Stack):
         exempt={"exports": "a Python loop over the tokens is unrolled for one length"},
     )
 
-    def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
-        map: str = "exponential",
-        block: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, *, d_model: int, map: str = "exponential", **stack: Any) -> None:
         if map not in MAPS:
             raise ValueError(f"map is {map!r}; one of {', '.join(MAPS)}")
-        super().__init__(
-            lambda _: OrthogonalMixer(d_model, map),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
-        )  # fmt: skip
+        super().__init__(lambda _: OrthogonalMixer(d_model, map), d_model=d_model, **stack)
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:

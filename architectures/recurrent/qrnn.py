@@ -23,7 +23,6 @@ and of equation 5; parameter gradients against the recurrence step by step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -112,15 +111,12 @@ class QRNN(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
         length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
         pooling: str = "fo",
         window: int = 2,
         zoneout: float = 0.0,
         horizon: int | None = None,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         reach = length if horizon is None else horizon
         if pooling not in POOLINGS:
@@ -132,6 +128,5 @@ class QRNN(Stack):
         if reach < 1:
             raise ValueError(f"horizon is {reach}; at least 1 token")
         super().__init__(
-            lambda _: QRNNMixer(d_model, pooling, window, zoneout, reach),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
-        )  # fmt: skip
+            lambda _: QRNNMixer(d_model, pooling, window, zoneout, reach), d_model=d_model, length=length, **stack
+        )

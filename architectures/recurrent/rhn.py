@@ -27,12 +27,12 @@ hierarchical form, against a float64 loop over the equations.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from lra.architectures._checks import at_least
 from lra.architectures._init import chrono
 from lra.architectures._recurrence import Recurrence
 from lra.architectures._stack import Stack
@@ -104,20 +104,14 @@ class RHN(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
         length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
         depth: int = 3,
         horizon: int | None = None,
         hierarchical: bool = False,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         reach = length if horizon is None else horizon
-        for name, value in (("depth", depth), ("horizon", reach)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
+        at_least(1, depth=depth, horizon=reach)
         super().__init__(
-            lambda _: RHNMixer(d_model, depth, reach, hierarchical),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
-        )  # fmt: skip
+            lambda _: RHNMixer(d_model, depth, reach, hierarchical), d_model=d_model, length=length, **stack
+        )

@@ -26,7 +26,6 @@ Checked against: tensors of the authors' code, both forms, with the gradient of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -124,20 +123,10 @@ class SecondOrder(Stack):
         },
     )
 
-    def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
-        rank: int | None = None,
-        block: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, *, d_model: int, rank: int | None = None, **stack: Any) -> None:
         if rank is not None and rank < 0:
             raise ValueError(f"rank is {rank}; at least 1, 0 for d_model, None for the full tensor")
         super().__init__(
             lambda _: SecondOrderMixer(d_model) if rank is None else CPRNNMixer(d_model, rank or d_model),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+            d_model=d_model, **stack,
         )  # fmt: skip

@@ -28,7 +28,6 @@ states against gru's operator in torch.nn.GRU.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -36,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lra.architectures._checks import at_least, one_of
 from lra.architectures._init import chrono
 from lra.architectures._precision import wide
 from lra.architectures._stack import Stack
@@ -167,22 +167,11 @@ class Seq2SeqAttention(Stack):
     )
 
     def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
-        score: str = "additive",
-        units: int | None = None,
-        block: Mapping[str, Any] | None = None,
+        self, *, d_model: int, length: int, score: str = "additive", units: int | None = None, **stack: Any
     ) -> None:
-        if score not in SCORES:
-            raise ValueError(f"score is {score!r}; one of {', '.join(SCORES)}")
-        if units is not None and units < 1:
-            raise ValueError(f"units is {units}; at least 1")
+        one_of(SCORES, score=score)
+        at_least(1, units=units)
         super().__init__(
             lambda _: Seq2SeqAttentionMixer(d_model, score, units or d_model, length),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+            d_model=d_model, length=length, **stack,
         )  # fmt: skip

@@ -26,7 +26,6 @@ Checked against: tensors of the authors' code, all three forms, with the gradien
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -114,15 +113,12 @@ class SRU(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
         length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
         horizon: int | None = None,
         peephole: bool = True,
         projected: bool = False,
         activation: str = "identity",
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         reach = length if horizon is None else horizon
         if reach < 1:
@@ -130,6 +126,5 @@ class SRU(Stack):
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}; one of {', '.join(ACTIVATIONS)}")
         super().__init__(
-            lambda _: SRUMixer(d_model, reach, peephole, projected, activation),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
-        )  # fmt: skip
+            lambda _: SRUMixer(d_model, reach, peephole, projected, activation), d_model=d_model, length=length, **stack
+        )

@@ -24,7 +24,6 @@ Checked against: tensors of the authors' kernels, two layers, with the gradient 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -82,24 +81,10 @@ class UnICORNN(Stack):
         exempt={"exports": "a Python loop over the tokens is unrolled for one length"},
     )
 
-    def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
-        dt: float = 0.19,
-        alpha: float = 30.65,
-        block: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, *, d_model: int, dt: float = 0.19, alpha: float = 30.65, **stack: Any) -> None:
         for name, value in (("dt", dt), ("alpha", alpha)):
             if value <= 0:
                 raise ValueError(f"{name} is {value}; more than 0")
         if dt**2 * (alpha + 1) >= 4:
             raise ValueError(f"dt is {dt} with alpha {alpha}; dt^2 (alpha + 1) less than 4, or a step can overshoot")
-        super().__init__(
-            lambda _: UnICORNNMixer(d_model, dt, alpha),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
-        )  # fmt: skip
+        super().__init__(lambda _: UnICORNNMixer(d_model, dt, alpha), d_model=d_model, **stack)

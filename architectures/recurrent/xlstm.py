@@ -262,10 +262,10 @@ class XLSTM(Stack):
         n_layers: int,
         length: int,
         dropout: float = 0.0,
-        direction: str = "causal",
         pattern: str = "ms",
         heads: int = 4,
         block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         if not pattern or set(pattern) - {"s", "m"}:
             raise ValueError(f"pattern is {pattern!r}; letters s and m, such as 'ms'")
@@ -281,10 +281,7 @@ class XLSTM(Stack):
                 return SLSTMMixer(d_model, heads, length)
             return MLSTMMixer(d_model, heads=heads, inner=inner, n_layers=n_layers)
 
-        super().__init__(
-            make,
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
-        )  # fmt: skip
+        super().__init__(make, d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, block=block, **stack)
         for kind, layer in zip(kinds, self.blocks, strict=True):
             if kind == "s" and layer.ffn is None:
                 layer.ffn = GatedFeedForward(d_model, _rounded(4 * d_model / 3), dropout)

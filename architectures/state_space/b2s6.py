@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lra.architectures._checks import at_least, divides
 from lra.architectures._dropout import Dropout
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
@@ -164,29 +165,24 @@ class B2S6(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
-        length: int,
         dropout: float = 0.0,
-        direction: str = "causal",
         state_size: int = 16,
         n_blocks: int = 8,
         complex: bool = True,
         dt_min: float = 0.001,
         dt_max: float = 0.1,
         ssm_lr: float = 0.001,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
-        if state_size < 1:
-            raise ValueError(f"state_size is {state_size}; at least 1")
-        if n_blocks < 1 or d_model % n_blocks:
-            raise ValueError(f"n_blocks is {n_blocks}; a divisor of d_model, {d_model}")
+        at_least(1, state_size=state_size)
+        divides("d_model", d_model, n_blocks=n_blocks)
         self.ssm_lr, self.complex = ssm_lr, complex
         super().__init__(
             lambda _: B2S6Mixer(
                 d_model, state_size=state_size, n_blocks=n_blocks, complex=complex, dt_min=dt_min, dt_max=dt_max,
                 dropout=dropout,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+            d_model=d_model, dropout=dropout, **stack,
         )  # fmt: skip
 
     @property

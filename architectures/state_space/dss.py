@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least, one_of
 from lra.architectures._dropout import Dropout
 from lra.architectures._hippo import legs_modes
 from lra.architectures._precision import wide
@@ -168,7 +169,6 @@ class DSS(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
         length: int,
         dropout: float = 0.0,
         direction: str = "causal",
@@ -180,20 +180,17 @@ class DSS(Stack):
         ssm_lr: float = 0.001,
         dt_lr: float = 0.001,
         dt_lr_scale: float = 1.0,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
-        if state_size < 1:
-            raise ValueError(f"state_size is {state_size}; at least 1")
-        if version not in VERSIONS:
-            raise ValueError(f"version is {version!r}; one of {', '.join(VERSIONS)}")
+        at_least(1, state_size=state_size)
+        one_of(VERSIONS, version=version)
         self.ssm_lr, self.dt_lr, self.dt_lr_scale = ssm_lr, dt_lr, dt_lr_scale
         super().__init__(
             lambda _: DSSMixer(
                 d_model, length=length, state_size=state_size, version=version, separate_dt=separate_dt, dt_min=dt_min,
                 dt_max=dt_max, causal=direction == "causal", dropout=dropout,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block=block,
+            native=True, d_model=d_model, length=length, dropout=dropout, direction=direction, **stack,
         )  # fmt: skip
 
     @property

@@ -143,10 +143,7 @@ class H3(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
-        length: int,
         dropout: float = 0.0,
-        direction: str = "causal",
         state_size: int = 64,
         head_dim: int = 1,
         init: str = "lin",
@@ -154,7 +151,7 @@ class H3(Stack):
         dt_min: float = 0.001,
         dt_max: float = 0.1,
         ssm_lr: float = 0.001,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         if head_dim < 1 or d_model % head_dim:
             raise ValueError(f"head_dim is {head_dim}; a divisor of d_model, {d_model}")
@@ -165,7 +162,7 @@ class H3(Stack):
                 d_model, state_size=state_size, head_dim=head_dim, init=init, discretization=discretization,
                 dt_min=dt_min, dt_max=dt_max, dropout=dropout,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+            d_model=d_model, dropout=dropout, **stack,
         )  # fmt: skip
 
     @property

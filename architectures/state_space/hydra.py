@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least
 from lra.architectures._norm import RMSNorm
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
@@ -123,9 +124,6 @@ class Hydra(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
         direction: str = "bidirectional",
         state_size: int = 64,
         head_dim: int | None = None,
@@ -134,13 +132,11 @@ class Hydra(Stack):
         d_conv: int = 7,
         dt_min: float = 0.001,
         dt_max: float = 0.1,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         if direction != "bidirectional":
             raise ValueError(f"direction is {direction!r}; bidirectional, Hydra's matrix reads both ways")
-        for name, value in (("state_size", state_size), ("expand", expand)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
+        at_least(1, state_size=state_size, expand=expand)
         if d_conv < 1 or d_conv % 2 == 0:
             raise ValueError(f"d_conv is {d_conv}; an odd number, the convolution is centred")
         width = expand * d_model
@@ -154,8 +150,7 @@ class Hydra(Stack):
                 d_model, state_size=state_size, head_dim=share, n_groups=n_groups, expand=expand, d_conv=d_conv,
                 dt_min=dt_min, dt_max=dt_max,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block=block,
+            native=True, d_model=d_model, direction=direction, **stack,
         )  # fmt: skip
 
     @property

@@ -33,7 +33,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import AttentionMixer, at_least, attend, checked_width
+from lra.architectures._attention import AttentionMixer, attend, checked_width
+from lra.architectures._checks import at_least
 from lra.architectures._dropout import tie_dropout
 from lra.architectures._experts import TokenChoice
 from lra.architectures._norm import RMSNorm
@@ -173,9 +174,7 @@ class Jamba(Stack):
         *,
         d_model: int,
         n_layers: int,
-        length: int,
         dropout: float = 0.0,
-        direction: str = "causal",
         attention_every: int = 8,
         experts_every: int = 2,
         n_experts: int = 4,
@@ -190,6 +189,7 @@ class Jamba(Stack):
         dt_max: float = 0.1,
         balance_weight: float = 0.001,
         block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
         at_least(1, d_model=d_model, n_layers=n_layers, state_size=state_size, expand=expand, d_conv=d_conv)
@@ -212,10 +212,7 @@ class Jamba(Stack):
                 d_model, state_size=state_size, expand=expand, d_conv=d_conv, dt_rank=rank, dt_min=dt_min, dt_max=dt_max
             )
 
-        super().__init__(
-            mixer,
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
-        )  # fmt: skip
+        super().__init__(mixer, d_model=d_model, n_layers=n_layers, dropout=dropout, block=block, **stack)
         for i, layer in enumerate(self.blocks):
             if experts_every and i % experts_every == experts_every - 1:
                 layer.ffn = JambaExperts(d_model, shape.expand, n_experts=n_experts, k=k, balance_weight=balance_weight)

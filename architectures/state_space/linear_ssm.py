@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least, one_of
 from lra.architectures._dropout import Dropout
 from lra.architectures._hippo import legs
 from lra.architectures._ssm import checked_copies, initial_log_dt
@@ -175,8 +176,6 @@ class LinearSSM(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
-        length: int,
         dropout: float = 0.0,
         direction: str = "causal",
         state_size: int = 32,
@@ -186,12 +185,10 @@ class LinearSSM(Stack):
         dt_min: float = 0.001,
         dt_max: float = 0.1,
         ssm_lr: float = 0.001,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
-        if state_size < 1:
-            raise ValueError(f"state_size is {state_size}; at least 1")
-        if discretization not in DISCRETIZATIONS:
-            raise ValueError(f"discretization is {discretization!r}; one of {', '.join(DISCRETIZATIONS)}")
+        at_least(1, state_size=state_size)
+        one_of(DISCRETIZATIONS, discretization=discretization)
         checked_copies(n_ssm, d_model)
         self.ssm_lr, self.fixed = ssm_lr, fixed
         super().__init__(
@@ -199,8 +196,7 @@ class LinearSSM(Stack):
                 d_model, state_size=state_size, discretization=discretization, dt_min=dt_min, dt_max=dt_max,
                 n_ssm=n_ssm, fixed=fixed, causal=direction == "causal", dropout=dropout,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block=block,
+            native=True, d_model=d_model, dropout=dropout, direction=direction, **stack,
         )  # fmt: skip
 
     @property

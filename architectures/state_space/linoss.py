@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least, one_of
 from lra.architectures._dropout import Dropout
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
@@ -143,24 +144,13 @@ class LinOSS(Stack):
     block = Block(ffn="none")
 
     def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
-        state_size: int = 64,
-        discretization: str = "im",
-        block: Mapping[str, Any] | None = None,
+        self, *, d_model: int, dropout: float = 0.0, state_size: int = 64, discretization: str = "im", **stack: Any
     ) -> None:
-        if state_size < 1:
-            raise ValueError(f"state_size is {state_size}; at least 1")
-        if discretization not in DISCRETIZATIONS:
-            raise ValueError(f"discretization is {discretization!r}; one of {', '.join(DISCRETIZATIONS)}")
+        at_least(1, state_size=state_size)
+        one_of(DISCRETIZATIONS, discretization=discretization)
         super().__init__(
             lambda _: LinOSSMixer(d_model, state_size, discretization, dropout),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+            d_model=d_model, dropout=dropout, **stack,
         )  # fmt: skip
 
     @property

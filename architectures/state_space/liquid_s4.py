@@ -185,7 +185,6 @@ class LiquidS4(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
         length: int,
         dropout: float = 0.0,
         direction: str = "bidirectional",
@@ -201,7 +200,7 @@ class LiquidS4(Stack):
         n_ssm: int | None = None,
         ssm_lr: float = 0.001,
         dt_lr: float = 0.001,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         if direction != "bidirectional":
             raise ValueError(f"direction is {direction!r}; bidirectional, the products are read from the end")
@@ -222,8 +221,7 @@ class LiquidS4(Stack):
                 d_model, length=length, state_size=state_size, init=init, dt_min=dt_min, dt_max=dt_max, n_ssm=copies,
                 ways=ways, degree=degree, liquid=liquid, products=products, contract=contract, dropout=dropout,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block=block,
+            native=True, d_model=d_model, length=length, dropout=dropout, direction=direction, **stack,
         )  # fmt: skip
 
     @property

@@ -142,8 +142,6 @@ class LRU(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
-        length: int,
         dropout: float = 0.0,
         direction: str = "causal",
         state_size: int = 64,
@@ -151,7 +149,7 @@ class LRU(Stack):
         r_max: float = 0.999,
         max_phase: float = 2 * math.pi,
         recurrent_lr_scale: float = 0.25,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         if state_size < 1:
             raise ValueError(f"state_size is {state_size}; at least 1")
@@ -165,8 +163,7 @@ class LRU(Stack):
                 d_model, state_size=state_size, r_min=r_min, r_max=r_max, max_phase=max_phase,
                 causal=direction == "causal", dropout=dropout,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block=block,
+            native=True, d_model=d_model, dropout=dropout, direction=direction, **stack,
         )  # fmt: skip
 
     @property

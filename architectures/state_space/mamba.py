@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._published import first_prefix, number_of_layers, same_names
@@ -139,9 +140,6 @@ class Mamba(Stack):
         *,
         d_model: int,
         n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
         state_size: int = 16,
         expand: int = 2,
         d_conv: int = 4,
@@ -149,18 +147,16 @@ class Mamba(Stack):
         dt_min: float = 0.001,
         dt_max: float = 0.1,
         bias: bool = False,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
-        for name, value in (("state_size", state_size), ("expand", expand), ("d_conv", d_conv), ("dt_rank", rank)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
+        at_least(1, state_size=state_size, expand=expand, d_conv=d_conv, dt_rank=rank)
         super().__init__(
             lambda _: MambaMixer(
                 d_model, state_size=state_size, expand=expand, d_conv=d_conv, dt_rank=rank, dt_min=dt_min,
                 dt_max=dt_max, bias=bias, n_layers=n_layers,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+            d_model=d_model, n_layers=n_layers, **stack,
         )  # fmt: skip
 
     @classmethod

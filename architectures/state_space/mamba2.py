@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import at_least
 from lra.architectures._norm import rms_norm
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
@@ -159,9 +160,6 @@ class Mamba2(Stack):
         *,
         d_model: int,
         n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
         state_size: int = 64,
         head_dim: int | None = None,
         n_groups: int = 1,
@@ -170,11 +168,9 @@ class Mamba2(Stack):
         dt_min: float = 0.001,
         dt_max: float = 0.1,
         bias: bool = False,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
-        for name, value in (("state_size", state_size), ("expand", expand), ("d_conv", d_conv)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; at least 1")
+        at_least(1, state_size=state_size, expand=expand, d_conv=d_conv)
         width = expand * d_model
         share = math.gcd(64, width) if head_dim is None else head_dim
         if share < 1 or width % share:
@@ -186,7 +182,7 @@ class Mamba2(Stack):
                 d_model, state_size=state_size, head_dim=share, n_groups=n_groups, expand=expand, d_conv=d_conv,
                 dt_min=dt_min, dt_max=dt_max, bias=bias, n_layers=n_layers,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+            d_model=d_model, n_layers=n_layers, **stack,
         )  # fmt: skip
 
     @classmethod

@@ -164,10 +164,6 @@ class Mamba3(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
         state_size: int = 64,
         head_dim: int | None = None,
         n_groups: int = 1,
@@ -175,7 +171,7 @@ class Mamba3(Stack):
         rope: float = 0.5,
         dt_min: float = 0.001,
         dt_max: float = 0.1,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         if expand < 1:
             raise ValueError(f"expand is {expand}; at least 1")
@@ -195,7 +191,7 @@ class Mamba3(Stack):
                 d_model, state_size=state_size, head_dim=share, n_groups=n_groups, expand=expand, angles=angles,
                 dt_min=dt_min, dt_max=dt_max,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout, direction=direction, block=block,
+            d_model=d_model, **stack,
         )  # fmt: skip
 
     @property

@@ -137,7 +137,6 @@ class S4(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
         length: int,
         dropout: float = 0.0,
         direction: str = "causal",
@@ -148,7 +147,7 @@ class S4(Stack):
         n_ssm: int | None = None,
         ssm_lr: float = 0.001,
         dt_lr: float = 0.001,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         copies = checked_copies(n_ssm, d_model)
         check_dplr(state_size, init, copies)
@@ -158,8 +157,7 @@ class S4(Stack):
                 d_model, length=length, state_size=state_size, init=init, dt_min=dt_min, dt_max=dt_max, n_ssm=copies,
                 causal=direction == "causal", dropout=dropout,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block=block,
+            native=True, d_model=d_model, length=length, dropout=dropout, direction=direction, **stack,
         )  # fmt: skip
 
     @property

@@ -136,8 +136,6 @@ class S4D(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
-        length: int,
         dropout: float = 0.0,
         direction: str = "causal",
         state_size: int = 64,
@@ -148,7 +146,7 @@ class S4D(Stack):
         n_ssm: int | None = None,
         ssm_lr: float = 0.001,
         dt_lr: float = 0.001,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         copies = checked_copies(n_ssm, d_model)
         check_diagonal(state_size, init, discretization, copies)
@@ -158,8 +156,7 @@ class S4D(Stack):
                 d_model, state_size=state_size, init=init, discretization=discretization, dt_min=dt_min, dt_max=dt_max,
                 n_ssm=copies, causal=direction == "causal", dropout=dropout,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block=block,
+            native=True, d_model=d_model, dropout=dropout, direction=direction, **stack,
         )  # fmt: skip
 
     @classmethod

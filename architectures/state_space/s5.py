@@ -40,6 +40,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lra.architectures._checks import one_of
 from lra.architectures._dropout import Dropout
 from lra.architectures._hippo import legs_modes
 from lra.architectures._precision import wide
@@ -175,8 +176,6 @@ class S5(Stack):
         self,
         *,
         d_model: int,
-        n_layers: int,
-        length: int,
         dropout: float = 0.0,
         direction: str = "causal",
         state_size: int = 64,
@@ -190,18 +189,14 @@ class S5(Stack):
         ssm_lr: float = 0.001,
         opt_config: str = "standard",
         dt_global: bool = False,
-        block: Mapping[str, Any] | None = None,
+        **stack: Any,
     ) -> None:
         if n_blocks < 1 or state_size < 2 * n_blocks or state_size % (2 * n_blocks):
             raise ValueError(f"state_size is {state_size}; a multiple of 2 n_blocks = {2 * n_blocks}, as modes pair")
-        if discretization not in DISCRETIZATIONS:
-            raise ValueError(f"discretization is {discretization!r}; one of {', '.join(DISCRETIZATIONS)}")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation is {activation!r}; one of {', '.join(ACTIVATIONS)}")
-        if c_init not in C_INITS:
-            raise ValueError(f"c_init is {c_init!r}; one of {', '.join(C_INITS)}")
-        if opt_config not in OPT_CONFIGS:
-            raise ValueError(f"opt_config is {opt_config!r}; one of {', '.join(OPT_CONFIGS)}")
+        one_of(DISCRETIZATIONS, discretization=discretization)
+        one_of(ACTIVATIONS, activation=activation)
+        one_of(C_INITS, c_init=c_init)
+        one_of(OPT_CONFIGS, opt_config=opt_config)
         self.ssm_lr, self.opt_config, self.dt_global = ssm_lr, opt_config, dt_global
         super().__init__(
             lambda _: S5Mixer(
@@ -209,8 +204,7 @@ class S5(Stack):
                 dt_max=dt_max, clip_eigs=clip_eigs, activation=activation, causal=direction == "causal",
                 dropout=dropout, c_init=c_init,
             ),
-            d_model=d_model, n_layers=n_layers, length=length, dropout=dropout,
-            direction=direction, native=True, block=block,
+            native=True, d_model=d_model, dropout=dropout, direction=direction, **stack,
         )  # fmt: skip
 
     @property

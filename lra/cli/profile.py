@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -17,7 +17,9 @@ from lra.cli.common import announce_loading, console, guarded
 from lra.errors import UserError, unknown
 from lra.profiling.budget import budget_of
 from lra.registry import architectures
-from lra.results.profile import DTYPES, Cell
+
+if TYPE_CHECKING:
+    from lra.results.profile import Cell
 
 PATIENCE = 450.0
 """Seconds of the quick form after which cells are not timed a third time."""
@@ -35,7 +37,7 @@ def profile(
     d_model: Size = None,
     layers: Size = None,
     direction: Annotated[str, typer.Option(help="causal or bidirectional.")] = "bidirectional",
-    dtype: Annotated[str, typer.Option(help=f"Of the arithmetic: {', '.join(DTYPES)}.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Of the arithmetic: float32, bfloat16 or float16.")] = "float32",
     budget: Annotated[float | None, typer.Option(min=0.01, help="Seconds for each timing.")] = None,
     full: Annotated[bool, typer.Option("--full", help="256 to 65,536 tokens, d_model 128, 4 layers: hours.")] = False,
     lra_table: Annotated[bool, typer.Option("--lra-table", help="LRA's table: bytes, 1K to 4K, batch 32.")] = False,
@@ -52,6 +54,8 @@ def profile(
         raise UserError(f"--lengths is {lengths!r}; expected whole numbers and commas, for example 1024,4096")
     if direction not in ("causal", "bidirectional"):
         raise UserError(f"--direction is {direction!r}; causal or bidirectional")
+    from lra.results.profile import DTYPES, Cell
+
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES, where="--dtype")
     if fit:

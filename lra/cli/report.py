@@ -12,7 +12,6 @@ from lra import files
 from lra.cli.common import console, errors, guarded
 from lra.errors import UserError, unknown
 from lra.registry import tasks
-from lra.results import result
 
 FORMATS = ("md", "csv", "tex", "html")
 """Those of lra.reports.leaderboard, known before pandas is imported."""
@@ -37,6 +36,8 @@ def leaderboard(
     for form in chosen:
         if form not in FORMATS:
             raise unknown("format", form, FORMATS)
+    from lra.results import result
+
     root = result.folder()
     if task in tasks.names() and tasks.family(task) == "language":
         if formats or out is not None or regime or literature:
@@ -119,6 +120,8 @@ def report(
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where to write it; results/ by default.")] = None,
 ) -> None:
     """Write one HTML file with all results, figures and records behind them; it opens from disk, without a network."""
+    from lra.results import result
+
     root = result.folder()
     files.check_writable(out or root, "give another --out" if out else "set LRA_RESULTS")
     from lra.reports import report as page

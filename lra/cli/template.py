@@ -20,7 +20,6 @@ Initialisation: values and reasons. Departures from the paper: none. Checked aga
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -65,25 +64,8 @@ class {title}(Stack):
         causal=True,
     )
 
-    def __init__(
-        self,
-        *,
-        d_model: int,
-        n_layers: int,
-        length: int,
-        dropout: float = 0.0,
-        direction: str = "causal",
-        block: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(
-            lambda _: {title}Mixer(d_model),
-            d_model=d_model,
-            n_layers=n_layers,
-            length=length,
-            dropout=dropout,
-            direction=direction,
-            block=block,
-        )
+    def __init__(self, *, d_model: int, **stack: Any) -> None:
+        super().__init__(lambda _: {title}Mixer(d_model), d_model=d_model, **stack)
 '''
 
 

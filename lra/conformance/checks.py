@@ -80,6 +80,12 @@ def signature(context: CheckContext) -> None:
     for name in ("d_model", "n_layers", "length"):
         if (value := getattr(built, name, "missing")) != wanted[name]:
             raise Broken(f"encoder.{name} is {value}; the constructor was given {wanted[name]}")
+    try:
+        context.constructor.cls(**{**context.constructor.preset, **wanted}, no_such_argument=0)
+    except TypeError:
+        pass
+    else:
+        raise Broken("the constructor takes an argument that does not exist; pass on what its ** holds, or write no **")
     if built.direction not in DIRECTIONS:
         raise Broken(f"encoder.direction is {built.direction!r}; one of {', '.join(DIRECTIONS)}")
 

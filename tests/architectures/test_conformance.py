@@ -176,7 +176,7 @@ def test_messages_say_what_is_wrong() -> None:
         ("DecaysItsSteps", 'a recipe with optim.decay = "all" decays log_dt'),
         ("GrowsWithTheLength", "outputs of sum at 4096 tokens have RMS"),
         ("UnknownExemption", "unknown check 'paddin'; did you mean 'padding'?"),
-        ("TakesAnything", "argument more is variadic keyword"),
+        ("TakesAnything", "the constructor takes an argument that does not exist; pass on what its ** holds"),
         ("CannotBeBuilt", "its constructor raised RuntimeError: no such thing (bad_encoders.py:"),
     ):
         breaks = getattr(bad_encoders, name).breaks

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from golden_tensors import assert_gradients, assert_near, assert_same_gradients, everything, golden
+from refusals import refuses
 from stepping import stepped
 from torch import Tensor
 
@@ -68,10 +69,8 @@ def test_step_sizes_start_in_their_range() -> None:
     assert 0.008 < dt.median() < 0.0125  # uniform in the logarithm
 
 
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [({"state_size": 0}, "state_size is 0"), ({"n_blocks": 3}, "n_blocks is 3"), ({"dt_min": 0.2}, "dt_min is 0.2")],
+test_wrong_arguments_are_named = refuses(B2S6, d_model=8, n_layers=1, length=8)(
+    ({"state_size": 0}, "state_size is 0"),
+    ({"n_blocks": 3}, "n_blocks is 3"),
+    ({"dt_min": 0.2}, "dt_min is 0.2"),
 )
-def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        B2S6(d_model=8, n_layers=1, length=8, **wrong)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from golden_tensors import golden
+from refusals import refuses
 from stepping import stepped
 from torch import Tensor
 
@@ -85,9 +84,8 @@ def test_a_block_starts_all_but_closed() -> None:
     assert 0.8e-5 < mixer.weight.std() < 1.2e-5
 
 
-@pytest.mark.parametrize(
-    ("wrong", "says"), [({"kernel": 4}, "kernel is 4"), ({"kernel": 1}, "kernel is 1"), ({"expand": 0.01}, "expand")]
+test_wrong_arguments_are_named = refuses(BoundedCNN, d_model=8, n_layers=1, length=8)(
+    ({"kernel": 4}, "kernel is 4"),
+    ({"kernel": 1}, "kernel is 1"),
+    ({"expand": 0.01}, "expand"),
 )
-def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        BoundedCNN(d_model=8, n_layers=1, length=8, **wrong)

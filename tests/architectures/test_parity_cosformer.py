@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from golden_tensors import everything, golden
-from stepping import run, stepped
+from stepping import assert_steps_equal_forward, run
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -108,10 +108,7 @@ def test_a_query_that_meets_no_key_gets_nothing() -> None:
 
 def test_step_equals_forward_over_2048_tokens() -> None:
     torch.manual_seed(0)
-    mixer = CosformerMixer(8, n_heads=2, qkv_dim=8, causal=True, span=2048)
-    x = torch.randn(1, 2048, 8)
-    with torch.no_grad():
-        torch.testing.assert_close(stepped(mixer, x), mixer(x, everything(x)), rtol=1e-4, atol=1e-5)
+    assert_steps_equal_forward(CosformerMixer(8, n_heads=2, qkv_dim=8, causal=True, span=2048), 8, rtol=1e-4, atol=1e-5)
 
 
 def test_initialisation() -> None:

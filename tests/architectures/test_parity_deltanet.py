@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from golden_tensors import everything, golden
-from stepping import run
+from golden_tensors import assert_layer_as_stored, everything, golden
+from refusals import refuses
+from stepping import assert_steps_equal_forward, run
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -47,15 +48,7 @@ def loaded(name: str, g: dict[str, Tensor]) -> DeltaNetMixer:
 @pytest.mark.parametrize("name", LAYERS)
 def test_layer_equals_the_authors(name: str) -> None:
     g = golden(name)
-    mixer, x = loaded(name, g), g["x"].requires_grad_()
-    y = mixer(x, everything(x))
-    torch.testing.assert_close(y, g["y"], rtol=0, atol=1e-12)
-    (y * g["w"]).sum().backward()
-    torch.testing.assert_close(x.grad, g["grad.x"], rtol=0, atol=1e-11)
-    wanted = gathered(g, "grad.param.")
-    for own, parameter in mixer.named_parameters():
-        assert parameter.grad is not None
-        assert torch.allclose(parameter.grad, wanted[own], rtol=0, atol=1e-11), own
+    assert_layer_as_stored(loaded(name, g), g, gathered(g, "grad.param."))
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -148,10 +141,7 @@ def test_outputs_and_gradients_equal_the_products_of_the_papers(gated: bool, neg
 @pytest.mark.parametrize("gated", [False, True])
 def test_step_equals_forward_over_2048_tokens(gated: bool) -> None:
     torch.manual_seed(0)
-    mixer = mixer_of(gated=gated)
-    x = torch.randn(1, 2048, 12)
-    with torch.no_grad():
-        torch.testing.assert_close(run(mixer, x)[0], mixer(x, everything(x)), rtol=1e-4, atol=1e-4)
+    assert_steps_equal_forward(mixer_of(gated=gated), 12, rtol=1e-4, atol=1e-4)
 
 
 def test_a_written_value_replaces_what_its_key_held() -> None:
@@ -202,16 +192,10 @@ def test_weight_decay_spares_decays_steps_biases_and_norms() -> None:
     assert not DeltaNet(d_model=8, n_layers=1, length=8).optim
 
 
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [
-        ({"n_heads": 0}, "n_heads is 0; at least 1"),
-        ({"d_conv": 0}, "d_conv is 0; at least 1"),
-        ({"n_heads": 3}, r"expand_k is 1\.0; times d_model, 8, it is a multiple of n_heads, 3"),
-        ({"expand_k": 0.3}, r"expand_k is 0\.3"),
-        ({"expand_v": 0.0}, r"expand_v is 0\.0"),
-    ],
+test_wrong_arguments_are_named = refuses(DeltaNet, d_model=8, n_layers=1, length=8)(
+    ({"n_heads": 0}, "n_heads is 0; at least 1"),
+    ({"d_conv": 0}, "d_conv is 0; at least 1"),
+    ({"n_heads": 3}, r"expand_k is 1\.0; times d_model, 8, it is a multiple of n_heads, 3"),
+    ({"expand_k": 0.3}, r"expand_k is 0\.3"),
+    ({"expand_v": 0.0}, r"expand_v is 0\.0"),
 )
-def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        DeltaNet(d_model=8, n_layers=1, length=8, **wrong)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from golden_tensors import everything, golden
-from stepping import stepped
+from refusals import refuses
+from stepping import assert_steps_equal_forward, stepped
 from torch import Tensor
 
 from lra.architectures.state_space.dss import DSS, DSSMixer
@@ -160,10 +161,7 @@ def test_gradients_of_every_parameter_equal_the_recurrence(version: str, separat
 @pytest.mark.parametrize("version", ["softmax", "exp"])
 def test_step_equals_forward_over_2048_tokens(version: str) -> None:
     torch.manual_seed(0)
-    mixer = signed(length=2048, version=version).float()
-    x = torch.randn(1, 2048, 4)
-    with torch.no_grad():
-        torch.testing.assert_close(stepped(mixer, x), mixer(x, everything(x)), rtol=1e-4, atol=2e-5)
+    assert_steps_equal_forward(signed(length=2048, version=version).float(), 4, rtol=1e-4, atol=2e-5)
 
 
 def test_rising_modes_do_not_overflow() -> None:
@@ -246,15 +244,9 @@ def test_longer_than_its_softmax_is_refused() -> None:
     assert mixer_of(version="exp").kernel(65).shape == (1, 4, 65)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [
-        ({"state_size": 0}, "state_size is 0"),
-        ({"version": "clip"}, "softmax, exp"),
-        ({"dt_min": 0.2}, "dt_min is 0.2"),
-        ({"direction": "add"}, "direction is 'add'"),
-    ],
+test_wrong_arguments_are_named = refuses(DSS, d_model=8, n_layers=1, length=8)(
+    ({"state_size": 0}, "state_size is 0"),
+    ({"version": "clip"}, "softmax, exp"),
+    ({"dt_min": 0.2}, "dt_min is 0.2"),
+    ({"direction": "add"}, "direction is 'add'"),
 )
-def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        DSS(d_model=8, n_layers=1, length=8, **wrong)

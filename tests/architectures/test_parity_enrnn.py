@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import pytest
 import torch
 from golden_tensors import golden
 from recurrences import agrees, load, padded
+from refusals import refuses
 
 from lra.architectures.recurrent.enrnn import ENRNN, ENRNNMixer
 
@@ -46,7 +44,7 @@ class _Weights(torch.nn.Module):
         return self.mixer.weights()[0]
 
 
-@pytest.mark.parametrize(("wrong", "says"), [({"long": 1.0}, r"long is 1\.0"), ({"negative": 2.0}, r"negative is 2")])
-def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        ENRNN(d_model=8, n_layers=1, length=16, **wrong)
+test_wrong_arguments_are_named = refuses(ENRNN, d_model=8, n_layers=1, length=16)(
+    ({"long": 1.0}, r"long is 1\.0"),
+    ({"negative": 2.0}, r"negative is 2"),
+)

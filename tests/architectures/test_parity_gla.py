@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import pytest
 import torch
-from golden_tensors import everything, golden
-from stepping import run
+from golden_tensors import assert_layer_as_stored, everything, golden
+from refusals import refuses
+from stepping import assert_steps_equal_forward, run
 from torch import Tensor
 
 from lra.architectures.linear_attention.gla import GLA, GLAMixer, advance
@@ -44,15 +44,7 @@ def loaded(g: dict[str, Tensor]) -> GLAMixer:
 
 def test_layer_equals_the_authors() -> None:
     g = golden("gla_layer")
-    mixer, x = loaded(g), g["x"].requires_grad_()
-    y = mixer(x, everything(x))
-    torch.testing.assert_close(y, g["y"], rtol=0, atol=1e-12)
-    (y * g["w"]).sum().backward()
-    torch.testing.assert_close(x.grad, g["grad.x"], rtol=0, atol=1e-11)
-    wanted = gathered(g, "grad.param.", 1 / SCALE)
-    for own, parameter in mixer.named_parameters():
-        assert parameter.grad is not None
-        assert torch.allclose(parameter.grad, wanted[own], rtol=0, atol=1e-11), own
+    assert_layer_as_stored(loaded(g), g, gathered(g, "grad.param.", 1 / SCALE))
 
 
 def test_step_equals_the_authors() -> None:
@@ -107,10 +99,7 @@ def test_outputs_and_gradients_equal_the_parallel_form() -> None:
 
 def test_step_equals_forward_over_2048_tokens() -> None:
     torch.manual_seed(0)
-    mixer = mixer_of()
-    x = torch.randn(1, 2048, 12)
-    with torch.no_grad():
-        torch.testing.assert_close(run(mixer, x)[0], mixer(x, everything(x)), rtol=1e-4, atol=1e-4)
+    assert_steps_equal_forward(mixer_of(), 12, rtol=1e-4, atol=1e-4)
 
 
 def test_initialisation() -> None:
@@ -133,17 +122,11 @@ def test_a_gate_half_open_holds_a_value_over_24_tokens() -> None:
     assert 23 < (1 / (1 - log_alpha.exp())).max() < 24
 
 
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [
-        ({"n_heads": 0}, "n_heads is 0; at least 1"),
-        ({"gate_rank": 0}, "gate_rank is 0; at least 1"),
-        ({"tau": 0.0}, r"tau is 0\.0; more than 0"),
-        ({"n_heads": 8}, r"expand_k is 0\.5; times d_model, 8, it is a multiple of n_heads, 8"),
-        ({"expand_k": 0.3}, r"expand_k is 0\.3"),
-        ({"expand_v": 0.75, "n_heads": 4}, r"expand_v is 0\.75"),
-    ],
+test_wrong_arguments_are_named = refuses(GLA, d_model=8, n_layers=1, length=8)(
+    ({"n_heads": 0}, "n_heads is 0; at least 1"),
+    ({"gate_rank": 0}, "gate_rank is 0; at least 1"),
+    ({"tau": 0.0}, r"tau is 0\.0; more than 0"),
+    ({"n_heads": 8}, r"expand_k is 0\.5; times d_model, 8, it is a multiple of n_heads, 8"),
+    ({"expand_k": 0.3}, r"expand_k is 0\.3"),
+    ({"expand_v": 0.75, "n_heads": 4}, r"expand_v is 0\.75"),
 )
-def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        GLA(d_model=8, n_layers=1, length=8, **wrong)

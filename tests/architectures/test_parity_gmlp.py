@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from golden_tensors import assert_gradients, assert_near, assert_same_gradients, everything, golden
+from refusals import refuses
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -100,17 +101,11 @@ def test_starts_as_a_feed_forward_part() -> None:
     assert (mixer(x, everything(x)) - mixer.proj_out(u)).abs().max() < 2e-3
 
 
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        ({"spatial": "tall"}, "spatial is 'tall'; one of full, toeplitz"),
-        ({"expand": 0.0}, "expand is 0.0; at least two hidden features"),
-        ({"attention": -1}, "attention is -1; a width, 0 for none"),
-    ],
+test_bad_arguments = refuses(mixer_of)(
+    ({"spatial": "tall"}, "spatial is 'tall'; one of full, toeplitz"),
+    ({"expand": 0.0}, "expand is 0.0; at least two hidden features"),
+    ({"attention": -1}, "attention is -1; a width, 0 for none"),
 )
-def test_bad_arguments(wrong: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        mixer_of(**wrong)
 
 
 def test_longer_sequences_are_refused() -> None:

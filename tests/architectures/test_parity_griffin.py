@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import math
 from fnmatch import fnmatch
-from typing import Any
 
 import pytest
 import torch
 from golden_tensors import everything, golden
+from refusals import refuses
 from stepping import stepped
 from torch import Tensor, nn
 
@@ -245,21 +245,15 @@ def test_weight_decay_spares_lambda_biases_and_norms() -> None:
     assert all(settings == {"weight_decay": 0.0} for settings in encoder.optim.values())
 
 
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [
-        ({"rnn_dim": 10}, "rnn_dim is 10; a multiple of n_blocks, 4"),
-        ({"rnn_dim": 0}, "rnn_dim is 0; a multiple of n_blocks, 4"),
-        ({"n_blocks": 0}, "n_blocks is 0; at least 1"),
-        ({"d_conv": 0}, "d_conv is 0; at least 1"),
-        ({"window": 0}, "window is 0; at least 1"),
-        ({"attention_every": 1}, "attention_every is 1; 0 for none, or at least 2"),
-        ({"attention_every": -3}, "attention_every is -3; 0 for none, or at least 2"),
-        ({"n_heads": 3}, "n_heads is 3; a divisor"),
-        ({"n_heads": 8}, "positions 'rope' turns pairs of features"),
-        ({"block": {"ffn": "swiglu"}}, r"block\.ffn is 'swiglu'; 'none'"),
-    ],
+test_wrong_arguments_are_named = refuses(Griffin, d_model=8, n_layers=2, length=8)(
+    ({"rnn_dim": 10}, "rnn_dim is 10; a multiple of n_blocks, 4"),
+    ({"rnn_dim": 0}, "rnn_dim is 0; a multiple of n_blocks, 4"),
+    ({"n_blocks": 0}, "n_blocks is 0; at least 1"),
+    ({"d_conv": 0}, "d_conv is 0; at least 1"),
+    ({"window": 0}, "window is 0; at least 1"),
+    ({"attention_every": 1}, "attention_every is 1; 0 for none, or at least 2"),
+    ({"attention_every": -3}, "attention_every is -3; 0 for none, or at least 2"),
+    ({"n_heads": 3}, "n_heads is 3; a divisor"),
+    ({"n_heads": 8}, "positions 'rope' turns pairs of features"),
+    ({"block": {"ffn": "swiglu"}}, r"block\.ffn is 'swiglu'; 'none'"),
 )
-def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        Griffin(**{"d_model": 8, "n_layers": 2, "length": 8, **wrong})

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from golden_tensors import everything, golden
-from stepping import run, stepped
+from stepping import assert_steps_equal_forward, run, stepped
 
 from lra.architectures.recurrent.indrnn import IndRNN, IndRNNMixer
 from lra.kernels.recurrent_cell import recurrent_cell
@@ -62,10 +62,7 @@ def test_gradients_of_every_parameter_equal_the_recurrence() -> None:
 
 def test_step_equals_forward_over_2048_tokens() -> None:
     torch.manual_seed(0)
-    mixer = IndRNNMixer(8, bound=5 ** (1 / 2048), floor=0.9)
-    x = torch.randn(1, 2048, 8)
-    with torch.no_grad():
-        torch.testing.assert_close(stepped(mixer, x), mixer(x, everything(x)), rtol=1e-4, atol=1e-4)
+    assert_steps_equal_forward(IndRNNMixer(8, bound=5 ** (1 / 2048), floor=0.9), 8, rtol=1e-4, atol=1e-4)
 
 
 def test_a_weight_outside_the_bound_acts_as_the_bound_and_can_return() -> None:

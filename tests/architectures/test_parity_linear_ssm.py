@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from golden_tensors import everything, golden
-from stepping import stepped
+from refusals import refuses
+from stepping import assert_steps_equal_forward, stepped
 
 from lra.architectures._hippo import legs, legs_modes
 from lra.architectures.state_space.linear_ssm import LinearSSM, LinearSSMMixer
@@ -72,10 +73,7 @@ def test_second_kernel_looks_ahead_and_leaves_out_the_current_token() -> None:
 
 def test_step_equals_forward_over_2048_tokens() -> None:
     torch.manual_seed(0)
-    mixer = mixer_of(d_model=2, n_ssm=1, state_size=16, length=2048)
-    x = torch.randn(1, 2048, 2)
-    with torch.no_grad():
-        torch.testing.assert_close(stepped(mixer, x), mixer(x, everything(x)), rtol=1e-4, atol=1e-4)
+    assert_steps_equal_forward(mixer_of(d_model=2, n_ssm=1, state_size=16, length=2048), 2, rtol=1e-4, atol=1e-4)
 
 
 def test_state_matrix_starts_as_hippo_legs() -> None:
@@ -114,11 +112,9 @@ def test_step_sizes_start_within_their_range_and_may_be_fixed() -> None:
     assert not fixed.optim
 
 
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [({"discretization": "euler"}, "bilinear, zoh"), ({"n_ssm": 3}, "a divisor"), ({"dt_min": 1.0}, "dt_min"),
-     ({"state_size": 0}, "state_size is 0")],
-)  # fmt: skip
-def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        LinearSSM(d_model=8, n_layers=1, length=8, **wrong)
+test_wrong_arguments_are_named = refuses(LinearSSM, d_model=8, n_layers=1, length=8)(
+    ({"discretization": "euler"}, "bilinear, zoh"),
+    ({"n_ssm": 3}, "a divisor"),
+    ({"dt_min": 1.0}, "dt_min"),
+    ({"state_size": 0}, "state_size is 0"),
+)

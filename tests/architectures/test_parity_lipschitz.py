@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from golden_tensors import golden
 from recurrences import agrees, load, padded
+from refusals import refuses
 
 from lra.architectures.recurrent.lipschitz import Lipschitz, LipschitzMixer
 
@@ -25,7 +24,7 @@ def test_layer_equals_the_authors(gated: bool) -> None:
     torch.testing.assert_close(last, g["h_n"], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("wrong", "says"), [({"eps": 0.0}, r"eps is 0\.0"), ({"beta": 0.2}, r"beta is 0\.2")])
-def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        Lipschitz(d_model=8, n_layers=1, length=16, **wrong)
+test_wrong_arguments_are_named = refuses(Lipschitz, d_model=8, n_layers=1, length=16)(
+    ({"eps": 0.0}, r"eps is 0\.0"),
+    ({"beta": 0.2}, r"beta is 0\.2"),
+)

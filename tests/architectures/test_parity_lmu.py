@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from golden_tensors import golden
 from recurrences import agrees, load, padded
+from refusals import refuses
 from stepping import stepped
 
 from lra.architectures.recurrent.lmu import LMU, LMUFFTMixer, LMUMixer, impulses, legendre
@@ -66,7 +66,7 @@ def test_memory_holds_the_window() -> None:
     np.testing.assert_allclose(approximation(back + 0.5), signal[length - 1 - back].numpy(), atol=2e-3)
 
 
-@pytest.mark.parametrize(("wrong", "says"), [({"order": 0}, "order is 0"), ({"theta": 0.5}, r"theta is 0\.5")])
-def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        LMU(d_model=8, n_layers=1, length=16, **wrong)
+test_wrong_arguments_are_named = refuses(LMU, d_model=8, n_layers=1, length=16)(
+    ({"order": 0}, "order is 0"),
+    ({"theta": 0.5}, r"theta is 0\.5"),
+)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from dense_attention import assert_dense, distances, load_lra, real_prefixes
 from golden_tensors import golden
+from refusals import refuses
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -134,7 +135,7 @@ def test_with_small_blocks_it_is_a_sound_encoder() -> None:
         assert not [f.message for f in check("local", only=only, options=options) if f.failed]
 
 
-@pytest.mark.parametrize(("wrong", "says"), [({"size": 0}, "size is 0; at least 1"), ({"after": -1}, "after is -1")])
-def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        Local(**SMALL, **wrong)
+test_wrong_arguments_are_named = refuses(Local, **SMALL)(
+    ({"size": 0}, "size is 0; at least 1"),
+    ({"after": -1}, "after is -1"),
+)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import pytest
 import torch
 from recurrences import same_gradients
+from refusals import refuses
 from stepping import stepped
 from torch import Tensor
 
@@ -46,7 +44,7 @@ def test_product_of_states_that_a_float_does_not_hold() -> None:
     torch.testing.assert_close(signs, sign)
 
 
-@pytest.mark.parametrize(("wrong", "says"), [({"group": 3}, "group is 3"), ({"horizon": 0}, "horizon is 0")])
-def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        LogElman(d_model=8, n_layers=1, length=16, **wrong)
+test_wrong_arguments_are_named = refuses(LogElman, d_model=8, n_layers=1, length=16)(
+    ({"group": 3}, "group is 3"),
+    ({"horizon": 0}, "horizon is 0"),
+)

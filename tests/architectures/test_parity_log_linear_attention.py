@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from golden_tensors import assert_close, everything, golden
+from refusals import refuses
 from stepping import run
 from torch import Tensor
 
@@ -94,9 +95,7 @@ def test_a_sequence_longer_than_its_levels_is_refused() -> None:
         mixer_of(16)(torch.zeros(1, 17, 6, dtype=torch.float64), torch.ones(1, 17, dtype=torch.bool))
 
 
-@pytest.mark.parametrize(
-    ("wrong", "says"), [({"state_size": 0}, "state_size is 0"), ({"head_dim": 5}, "head_dim is 5; a divisor of expand")]
+test_wrong_arguments_are_named = refuses(LogLinearAttention, d_model=8, n_layers=1, length=8)(
+    ({"state_size": 0}, "state_size is 0"),
+    ({"head_dim": 5}, "head_dim is 5; a divisor of expand"),
 )
-def test_wrong_arguments_are_named(wrong: dict[str, int], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        LogLinearAttention(d_model=8, n_layers=1, length=8, **wrong)  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from golden_tensors import everything, golden
-from stepping import run, stepped
+from stepping import assert_steps_equal_forward, run, stepped
 
 from lra.architectures.recurrent.lstm import LSTM, LSTMMixer
 
@@ -105,10 +105,7 @@ def test_gradients_of_every_parameter_equal_the_recurrence(peephole: bool, coupl
 
 def test_step_equals_forward_over_2048_tokens() -> None:
     torch.manual_seed(0)
-    mixer = LSTMMixer(8, peephole=True, coupled=False, horizon=2048, forget_bias=None)
-    x = torch.randn(1, 2048, 8)
-    with torch.no_grad():
-        torch.testing.assert_close(stepped(mixer, x), mixer(x, everything(x)))
+    assert_steps_equal_forward(LSTMMixer(8, peephole=True, coupled=False, horizon=2048, forget_bias=None), 8)
 
 
 def test_gates_start_with_memories_up_to_the_horizon() -> None:

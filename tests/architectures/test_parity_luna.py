@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from golden_tensors import everything, golden
-from stepping import stepped
+from refusals import refuses
+from stepping import assert_steps_equal_forward
 from torch import Tensor, nn
 
 from lra.architectures.attention.luna import Luna, LunaMixer
@@ -167,10 +168,7 @@ def test_causal_form_equals_the_equations_token_by_token(tied: bool) -> None:
 
 def test_step_equals_forward_over_2048_tokens() -> None:
     torch.manual_seed(0)
-    mixer = Luna(**SHAPE, direction="causal").blocks[0].mixer
-    x = torch.randn(1, 2048, 12)
-    with torch.no_grad():
-        torch.testing.assert_close(stepped(mixer, x), mixer(x, everything(x)), rtol=1e-4, atol=1e-5)
+    assert_steps_equal_forward(Luna(**SHAPE, direction="causal").blocks[0].mixer, 12, rtol=1e-4, atol=1e-5)
 
 
 def test_one_row_of_memory_gives_every_token_the_same() -> None:
@@ -220,18 +218,14 @@ def test_initialisation() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [({"n_heads": 3}, "n_heads is 3; a divisor of the attention's width 16"),
-     ({"pack_heads": 3}, "pack_heads is 3; a divisor of the attention's width 16"),
-     ({"pack_heads": 2, "direction": "causal"}, "pack_heads is 2; the causal form has n_heads, 4"),
-     ({"memory": 0}, "memory is 0; at least 1"),
-     ({"positions": "rope"}, "positions is 'rope'; one of sinusoidal, learned, none"),
-     ({"direction": "both"}, "direction is 'both'; one of causal, bidirectional")],
-)  # fmt: skip
-def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        Luna(d_model=16, n_layers=1, length=8, **wrong)
+test_wrong_arguments_are_named = refuses(Luna, d_model=16, n_layers=1, length=8)(
+    ({"n_heads": 3}, "n_heads is 3; a divisor of the attention's width 16"),
+    ({"pack_heads": 3}, "pack_heads is 3; a divisor of the attention's width 16"),
+    ({"pack_heads": 2, "direction": "causal"}, "pack_heads is 2; the causal form has n_heads, 4"),
+    ({"memory": 0}, "memory is 0; at least 1"),
+    ({"positions": "rope"}, "positions is 'rope'; one of sinusoidal, learned, none"),
+    ({"direction": "both"}, "direction is 'both'; one of causal, bidirectional"),
+)
 
 
 def test_a_sequence_longer_than_the_positions_is_named() -> None:

@@ -6,10 +6,10 @@ import math
 from fnmatch import fnmatch
 from typing import Any
 
-import pytest
 import torch
-from golden_tensors import golden
-from stepping import run, stepped
+from golden_tensors import assert_layer_as_stored, golden
+from refusals import refuses
+from stepping import assert_steps_equal_forward, run
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,14 +30,7 @@ def loaded(g: dict[str, Tensor]) -> MambaMixer:
 
 def test_mixer_equals_an_independent_one() -> None:
     g = golden("mamba_block")
-    mixer, x = loaded(g), g["x"].requires_grad_()
-    y = mixer(x, torch.ones(x.shape[:2], dtype=torch.bool))
-    torch.testing.assert_close(y, g["y"], rtol=1e-11, atol=1e-12)
-    (y * g["w"]).sum().backward()
-    torch.testing.assert_close(x.grad, g["grad.x"], rtol=1e-10, atol=1e-11)
-    for name, parameter in mixer.named_parameters():
-        assert parameter.grad is not None
-        assert torch.allclose(parameter.grad, g[f"grad.param.{name}"], rtol=1e-10, atol=1e-11), name
+    assert_layer_as_stored(loaded(g), g)
 
 
 def test_step_equals_an_independent_mixer() -> None:
@@ -50,10 +43,7 @@ def test_step_equals_an_independent_mixer() -> None:
 
 def test_step_equals_forward_over_2048_tokens() -> None:
     torch.manual_seed(0)
-    mixer = mixer_of(d_model=4, state_size=4)
-    x = torch.randn(1, 2048, 4)
-    with torch.no_grad():
-        torch.testing.assert_close(stepped(mixer, x), mixer(x, torch.ones(1, 2048, dtype=torch.bool)))
+    assert_steps_equal_forward(mixer_of(d_model=4, state_size=4), 4)
 
 
 def test_initialisation() -> None:
@@ -86,16 +76,10 @@ def test_weight_decay_spares_modes_steps_skip_biases_and_norms() -> None:
     assert all(settings == {"weight_decay": 0.0} for settings in encoder.optim.values())
 
 
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [
-        ({"state_size": 0}, "state_size is 0"),
-        ({"expand": 0}, "expand is 0"),
-        ({"d_conv": 0}, "d_conv is 0"),
-        ({"dt_rank": 0}, "dt_rank is 0"),
-        ({"dt_min": 0.2}, r"dt_min is 0\.2"),
-    ],
+test_wrong_arguments_are_named = refuses(Mamba, d_model=8, n_layers=1, length=8)(
+    ({"state_size": 0}, "state_size is 0"),
+    ({"expand": 0}, "expand is 0"),
+    ({"d_conv": 0}, "d_conv is 0"),
+    ({"dt_rank": 0}, "dt_rank is 0"),
+    ({"dt_min": 0.2}, r"dt_min is 0\.2"),
 )
-def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        Mamba(d_model=8, n_layers=1, length=8, **wrong)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
 from golden_tensors import assert_near, assert_same_gradients, everything, golden
+from refusals import refuses
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -138,15 +138,9 @@ def test_one_layer_has_a_memory() -> None:
         assert encoder.blocks[0].mixer.segment == 8
 
 
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        ({"segment": 0}, "segment is 0; at least 1"),
-        ({"k": 0}, "k is 0; at least 1"),
-        ({"memory": 0}, "memory is 0; at least 1"),
-        ({"memory_layers": (2,)}, r"memory_layers is \[2\]; from 0 to 1"),
-    ],
+test_bad_arguments = refuses(Memorizing, d_model=8, n_layers=2, length=8)(
+    ({"segment": 0}, "segment is 0; at least 1"),
+    ({"k": 0}, "k is 0; at least 1"),
+    ({"memory": 0}, "memory is 0; at least 1"),
+    ({"memory_layers": (2,)}, r"memory_layers is \[2\]; from 0 to 1"),
 )
-def test_bad_arguments(wrong: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        Memorizing(**{"d_model": 8, "n_layers": 2, "length": 8, **wrong})

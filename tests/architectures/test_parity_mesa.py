@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from golden_tensors import assert_close, everything, golden
+from refusals import refuses
 from stepping import run
 from torch import Tensor
 
@@ -86,10 +86,7 @@ def test_the_ridge_starts_at_one() -> None:
     torch.testing.assert_close(mixer._views(x, x, x)[5], torch.ones(4, 2))
 
 
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [({"steps": 0}, "steps is 0; at least 1"), ({"n_heads": 3}, "n_heads is 3; a divisor of d_model, 8, unless")],
+test_wrong_arguments_are_named = refuses(Mesa, d_model=8, n_layers=1, length=8)(
+    ({"steps": 0}, "steps is 0; at least 1"),
+    ({"n_heads": 3}, "n_heads is 3; a divisor of d_model, 8, unless"),
 )
-def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        Mesa(d_model=8, n_layers=1, length=8, **wrong)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from golden_tensors import golden
 from recurrences import load, padded
+from refusals import refuses
 from stepping import stepped
 from torch import Tensor
 
@@ -74,7 +73,7 @@ def test_order_of_convergence(method: str, order: int) -> None:
     assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.2)
 
 
-@pytest.mark.parametrize(("wrong", "says"), [({"method": "rk5"}, "euler, midpoint, rk4"), ({"steps": 0}, "steps is 0")])
-def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        NeuralODE(d_model=8, n_layers=1, length=16, **wrong)
+test_wrong_arguments_are_named = refuses(NeuralODE, d_model=8, n_layers=1, length=16)(
+    ({"method": "rk5"}, "euler, midpoint, rk4"),
+    ({"steps": 0}, "steps is 0"),
+)

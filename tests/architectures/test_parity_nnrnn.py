@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from golden_tensors import golden
 from recurrences import agrees, load, padded
+from refusals import refuses
 
 from lra.architectures.recurrent.nnrnn import NNRNN, NNRNNMixer
 
@@ -41,7 +40,7 @@ def test_penalty_holds_the_scales_at_one() -> None:
     assert loss.item() == pytest.approx(0.5 * (4 + 1))
 
 
-@pytest.mark.parametrize(("wrong", "says"), [({"d_model": 7}, "d_model is 7"), ({"penalty": -1.0}, "penalty is")])
-def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        NNRNN(**{"d_model": 8, "n_layers": 1, "length": 16, **wrong})
+test_wrong_arguments_are_named = refuses(NNRNN, d_model=8, n_layers=1, length=16)(
+    ({"d_model": 7}, "d_model is 7"),
+    ({"penalty": -1.0}, "penalty is"),
+)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import pytest
 import torch
 from golden_tensors import assert_gradients, assert_near, assert_same_gradients, everything, golden
+from refusals import refuses
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -84,14 +82,8 @@ def test_mixer_equals_the_equations() -> None:
     assert_same_gradients(mixer, x, lambda x: mixer(x, everything(x)), lambda x: written_out(mixer, x))
 
 
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        ({"slots": 2}, "slots is 2; at least 3"),
-        ({"width": 0}, "width is 0"),
-        ({"hidden": 0}, "hidden is 0; at least 1"),
-    ],
+test_bad_arguments = refuses(NTM, d_model=4, n_layers=1, length=8)(
+    ({"slots": 2}, "slots is 2; at least 3"),
+    ({"width": 0}, "width is 0"),
+    ({"hidden": 0}, "hidden is 0; at least 1"),
 )
-def test_bad_arguments(wrong: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        NTM(**{"d_model": 4, "n_layers": 1, "length": 8, **wrong})

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from golden_tensors import assert_close, everything, golden
+from refusals import refuses
 from stepping import run
 from torch import Tensor
 
@@ -86,10 +87,7 @@ def test_step_equals_forward(forget: bool) -> None:
     assert_close(run(mixer, x)[0], mixer(x, everything(x)))
 
 
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [({"rank": 0}, "rank is 0; at least 1"), ({"n_heads": 3}, "n_heads is 3; a divisor of d_model, 8")],
+test_wrong_arguments_are_named = refuses(PathAttention, d_model=8, n_layers=1, length=8)(
+    ({"rank": 0}, "rank is 0; at least 1"),
+    ({"n_heads": 3}, "n_heads is 3; a divisor of d_model, 8"),
 )
-def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        PathAttention(d_model=8, n_layers=1, length=8, **wrong)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from golden_tensors import golden
-from stepping import stepped
+from refusals import refuses
+from stepping import assert_steps_equal_forward, stepped
 from torch import Tensor, nn
 
 from lra.architectures.recurrent.qrnn import QRNN, QRNNMixer
@@ -50,10 +49,7 @@ def test_gradients_of_every_parameter_equal_the_recurrence(pooling: str) -> None
 
 def test_step_equals_forward_over_2048_tokens() -> None:
     torch.manual_seed(0)
-    mixer = QRNNMixer(8, "fo", window=2, zoneout=0.0, horizon=2048)
-    x = torch.randn(1, 2048, 8)
-    with torch.no_grad():
-        torch.testing.assert_close(stepped(mixer, x), mixer(x, torch.ones(1, 2048, dtype=torch.bool)))
+    assert_steps_equal_forward(QRNNMixer(8, "fo", window=2, zoneout=0.0, horizon=2048), 8)
 
 
 def test_zoneout_keeps_the_state_of_features_when_training_only() -> None:
@@ -85,15 +81,9 @@ def test_memories_at_the_start_fill_the_horizon(pooling: str) -> None:
         assert torch.equal(gates[3], -gates[1])
 
 
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [
-        ({"pooling": "max"}, "f, fo, ifo"),
-        ({"window": 0}, "window is 0"),
-        ({"zoneout": 1.0}, r"zoneout is 1\.0"),
-        ({"horizon": 0}, "horizon is 0"),
-    ],
+test_wrong_arguments_are_named = refuses(QRNN, d_model=8, n_layers=1, length=16)(
+    ({"pooling": "max"}, "f, fo, ifo"),
+    ({"window": 0}, "window is 0"),
+    ({"zoneout": 1.0}, r"zoneout is 1\.0"),
+    ({"horizon": 0}, "horizon is 0"),
 )
-def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        QRNN(d_model=8, n_layers=1, length=16, **wrong)

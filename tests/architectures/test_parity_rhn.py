@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from golden_tensors import golden
 from recurrences import agrees, load, padded, same_gradients
+from refusals import refuses
 from torch import Tensor
 
 from lra.architectures.recurrent.rhn import RHN, RHNMixer
@@ -64,7 +63,7 @@ def test_memories_at_the_start_fill_the_horizon() -> None:
     assert not mixer.b.view(4, 2, 512)[:, 0].any()
 
 
-@pytest.mark.parametrize(("wrong", "says"), [({"depth": 0}, "depth is 0"), ({"horizon": 0}, "horizon is 0")])
-def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        RHN(d_model=8, n_layers=1, length=16, **wrong)
+test_wrong_arguments_are_named = refuses(RHN, d_model=8, n_layers=1, length=16)(
+    ({"depth": 0}, "depth is 0"),
+    ({"horizon": 0}, "horizon is 0"),
+)

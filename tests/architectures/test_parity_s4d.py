@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from golden_tensors import everything, golden
-from stepping import stepped
+from refusals import refuses
+from stepping import assert_steps_equal_forward, stepped
 from torch import Tensor
 
 from lra.architectures._diagonal import modes
@@ -95,10 +96,7 @@ def test_gradients_of_every_parameter_equal_the_recurrence(discretization: str) 
 
 def test_step_equals_forward_over_2048_tokens() -> None:
     torch.manual_seed(0)
-    mixer = mixer_of(init="legs", state_size=16).float()
-    x = torch.randn(1, 2048, 4)
-    with torch.no_grad():
-        torch.testing.assert_close(stepped(mixer, x), mixer(x, everything(x)), rtol=1e-4, atol=2e-5)
+    assert_steps_equal_forward(mixer_of(init="legs", state_size=16).float(), 4, rtol=1e-4, atol=2e-5)
 
 
 def test_modes_are_those_of_the_paper() -> None:
@@ -173,17 +171,11 @@ def test_optimiser_settings_reach_the_ssm_alone() -> None:
     assert encoder.optim == {pattern: {"lr": rate, "weight_decay": 0.0} for pattern, rate in rates.items()}
 
 
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [
-        ({"state_size": 7}, "state_size is 7"),
-        ({"init": "hippo"}, "lin, inv, legs"),
-        ({"discretization": "euler"}, "zoh, bilinear"),
-        ({"dt_min": 0.2}, "dt_min is 0.2"),
-        ({"n_ssm": 3}, "n_ssm is 3"),
-        ({"init": "diag", "n_ssm": 1}, "n_ssm is 1"),
-    ],
+test_wrong_arguments_are_named = refuses(S4D, d_model=8, n_layers=1, length=8)(
+    ({"state_size": 7}, "state_size is 7"),
+    ({"init": "hippo"}, "lin, inv, legs"),
+    ({"discretization": "euler"}, "zoh, bilinear"),
+    ({"dt_min": 0.2}, "dt_min is 0.2"),
+    ({"n_ssm": 3}, "n_ssm is 3"),
+    ({"init": "diag", "n_ssm": 1}, "n_ssm is 1"),
 )
-def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        S4D(d_model=8, n_layers=1, length=8, **wrong)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from golden_tensors import assert_gradients, assert_near, everything, golden
+from refusals import refuses
 from torch import Tensor
 
 from lra.architectures._moe import SoftMoE
@@ -51,14 +50,8 @@ def test_there_are_as_many_slots_as_tokens() -> None:
     assert part.mu.shape == (8, 8, 8)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        ({"slots": 0}, "slots is 0; at least 1"),
-        ({"n_experts": 0}, "n_experts is 0; at least 1"),
-        ({"direction": "causal"}, "direction is 'causal', but the mixture 'soft_moe' looks at all tokens"),
-    ],
+test_bad_arguments = refuses(SoftMoETransformer, d_model=8, n_layers=1, length=8)(
+    ({"slots": 0}, "slots is 0; at least 1"),
+    ({"n_experts": 0}, "n_experts is 0; at least 1"),
+    ({"direction": "causal"}, "direction is 'causal', but the mixture 'soft_moe' looks at all tokens"),
 )
-def test_bad_arguments(wrong: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        SoftMoETransformer(**{"d_model": 8, "n_layers": 1, "length": 8, **wrong})

@@ -8,6 +8,7 @@ import pytest
 import torch
 from dense_attention import assert_dense, distances, load_lra, real_prefixes
 from golden_tensors import golden
+from refusals import refuses
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -174,15 +175,9 @@ def test_with_small_strides_it_is_a_sound_encoder() -> None:
         assert not [f.message for f in check("sparse", only=only, options=options) if f.failed]
 
 
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [
-        ({"pattern": "random"}, "pattern is 'random'; one of strided, fixed"),
-        ({"stride": 0}, "stride is 0; at least 1"),
-        ({"pattern": "fixed", "summary": 7}, "summary is 7; at most the stride, 6"),
-        ({"n_heads": 1}, "heads are of two kinds"),
-    ],
+test_wrong_arguments_are_named = refuses(Sparse, **SMALL)(
+    ({"pattern": "random"}, "pattern is 'random'; one of strided, fixed"),
+    ({"stride": 0}, "stride is 0; at least 1"),
+    ({"pattern": "fixed", "summary": 7}, "summary is 7; at most the stride, 6"),
+    ({"n_heads": 1}, "heads are of two kinds"),
 )
-def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        Sparse(**SMALL, **wrong)

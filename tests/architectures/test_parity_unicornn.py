@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from golden_tensors import golden
 from recurrences import load, padded
+from refusals import refuses
 from stepping import stepped
 
 from lra.architectures.recurrent.unicornn import UnICORNN, UnICORNNMixer
@@ -43,7 +42,7 @@ def test_a_step_keeps_the_volume() -> None:
     assert torch.linalg.det(jacobian).item() == pytest.approx(1, abs=1e-12)
 
 
-@pytest.mark.parametrize(("wrong", "says"), [({"dt": 0}, "dt is 0"), ({"dt": 1.0, "alpha": 5.0}, "overshoot")])
-def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        UnICORNN(d_model=8, n_layers=1, length=16, **wrong)
+test_wrong_arguments_are_named = refuses(UnICORNN, d_model=8, n_layers=1, length=16)(
+    ({"dt": 0}, "dt is 0"),
+    ({"dt": 1.0, "alpha": 5.0}, "overshoot"),
+)

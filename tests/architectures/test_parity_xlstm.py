@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from golden_tensors import everything, golden
 from recurrences import load
+from refusals import refuses
 from stepping import run, stepped
 from torch import Tensor
 
@@ -160,7 +160,7 @@ def test_large_gates_stay_finite() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in cell.parameters())
 
 
-@pytest.mark.parametrize(("wrong", "says"), [({"pattern": "mx"}, "letters s and m"), ({"heads": 3}, "heads is 3")])
-def test_wrong_arguments_are_named(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        XLSTM(d_model=8, n_layers=1, length=16, **wrong)
+test_wrong_arguments_are_named = refuses(XLSTM, d_model=8, n_layers=1, length=16)(
+    ({"pattern": "mx"}, "letters s and m"),
+    ({"heads": 3}, "heads is 3"),
+)

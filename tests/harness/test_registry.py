@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -34,6 +35,25 @@ class {name}(Stack):
             raise ValueError(f"width is {{width}}; at most 8")
         super().__init__(lambda _: GRUMixer(d_model, length), d_model=d_model, n_layers=n_layers, length=length)
         self.width = width
+"""
+
+
+BASED = """
+import lra.architectures.recurrent.gru as gru
+from lra.architectures._attention_stack import AttentionStack
+from lra.architectures.recurrent.gru import GRU
+
+
+class Own(AttentionStack):
+    def __init__(self, *, n_heads=2, **attention):
+        super().__init__(None, n_heads=n_heads, **attention)
+
+
+class Net({base}):
+    card = None
+
+    def __init__(self, *, width=1, **more):
+        super().__init__(**more)
 """
 
 
@@ -175,6 +195,37 @@ def test_a_class_in_a_file_that_cannot_be_had(own: Path) -> None:
     other.mkdir()
     (other / "net.py").write_text(ENCODER.format(name="Net"), encoding="utf-8")
     assert architectures.get(f"{other}/net.py:Net").cls is not architectures.get("net.py:Net").cls
+
+
+@pytest.mark.parametrize("base", ["AttentionStack", "Own", "GRU", "gru.GRU", "Unknown"])
+def test_options_of_a_base_are_read_from_shared_files(base: str, tmp_path: Path) -> None:
+    """Where the base is elsewhere, None: the file is imported."""
+    (tmp_path / "net.py").write_text(BASED.format(base=base), encoding="utf-8")
+    options = registry._read_signature(tmp_path / "net.py")
+    if base not in ("AttentionStack", "Own"):
+        assert options is None
+        return
+    assert options is not None
+    of_stack = ["d_model", "n_layers", "length", "dropout", "direction", "block"]
+    assert list(options) == [*of_stack, "n_heads", "qkv_dim", "positions", "attention_dropout", "width"]
+    assert (options["n_heads"], options["direction"]) == (4 if base == "AttentionStack" else 2, "bidirectional")
+
+
+@pytest.mark.parametrize("base", ["GRU", "gru.GRU"])
+def test_a_class_in_a_file_inherits_the_options_of_a_package(base: str, own: Path) -> None:
+    (own / "based.py").write_text(BASED.format(base=base), encoding="utf-8")
+    constructor = architectures.get("based.py:Net")
+    assert constructor.options() == architectures.get("gru").options() | {"width": 1}
+    shape: dict[str, Any] = {"d_model": 8, "n_layers": 1, "length": 16}
+    assert constructor(**shape, width=2, coupled=True).d_model == 8
+    for wrong, says in (
+        ({"coupld": True}, "unknown argument 'coupld' in based.py:Net; did you mean 'coupled'?"),
+        ({"horizon": 0}, "based.py:Net: horizon is 0; at least 1 token"),
+    ):
+        with pytest.raises(UserError, match=re.escape(says)):
+            constructor(**shape, **wrong)
+    with pytest.raises(UserError, match=r"based\.py:Net needs length"):
+        constructor(d_model=8, n_layers=1)
 
 
 def test_a_class_in_a_package() -> None:
