@@ -1,5 +1,4 @@
-"""What attention files share: the mixer around a pattern, masks from one helper, rotary and ALiBi positions, and the
-fused softmax path.
+"""What attention files share: the mixer around a pattern, rotary and ALiBi positions, and the fused softmax path.
 
 Heads are laid out (B, H, L, d). Masks are boolean, True = may look; `mask` is always the right-padding mask (B, L).
 """
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._table import Tables
+from lra.attention import attention_mask, fused_attention, merge_heads, repeat_heads, split_heads
 from lra.encoder import Cost, Mixer, keep_linear
 from lra.kernels.band_attention import band_attention
 
@@ -184,8 +184,7 @@ class AttentionMixer(Tables, Mixer):
             y = self.attend(q, k, v, x.new_ones(x.shape[:2], dtype=torch.bool))
         else:
             bias = self._bias(time, tokens, first, q)
-            shared = (t.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1) for t in (keys, values))
-            keys_of_all, values_of_all = shared
+            keys_of_all, values_of_all = (repeat_heads(t, self.n_heads) for t in (keys, values))
             y = self.read(q, keys_of_all, values_of_all, bias[None])
         gone = max(0, self.oldest(time + tokens) - first)
         return self.out(merge_heads(y)), (keys[:, :, gone:], values[:, :, gone:], state[2] + tokens)
@@ -201,51 +200,6 @@ class AttentionMixer(Tables, Mixer):
         everything = torch.ones_like(j, dtype=torch.bool).expand(self.n_heads, -1)
         seen = torch.stack([everything if r is None else r.expand(self.n_heads, -1) for r in rows], dim=1)
         return bias.masked_fill(~seen | (j > i), -torch.inf)
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, L, H d) -> (B, H, L, d)."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def merge_heads(x: Tensor) -> Tensor:
-    """(B, H, L, d) -> (B, L, H d)."""
-    return x.transpose(1, 2).flatten(2)
-
-
-def attention_mask(
-    mask: Tensor, *, causal: bool = False, window: int | None = None, block: int | None = None
-) -> Tensor:
-    """Who may look at whom, as the conjunction of what is asked for: mask: (B, L) -> (B, 1, 1 or L, L) bool.
-
-    padding (always): key j is real. causal: j <= i. window: |i - j| <= window (sliding window).
-    block: i // block == j // block (local attention). Every query may look at itself, so that no row is empty: a
-    padded query whose window holds no real key would otherwise be a softmax over nothing.
-    """
-    keys = mask[:, None, None, :]
-    if not causal and window is None and block is None:
-        return keys
-    i = torch.arange(mask.shape[1], device=mask.device)
-    allowed = torch.ones(len(i), len(i), dtype=torch.bool, device=mask.device)
-    if causal:
-        allowed &= i[:, None] >= i
-    if window is not None:
-        allowed &= (i[:, None] - i).abs() <= window
-    if block is not None:
-        allowed &= (i // block)[:, None] == i // block
-    return (keys & allowed) | (i[:, None] == i)
-
-
-def fused_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0, **options: Any
-) -> Tensor:
-    """PyTorch's scaled_dot_product_attention. On a CPU, heads of fewer than 64 channels are computed in float32: the
-    backward of the bfloat16 kernel takes twice as long there."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-1] < 64 and torch.is_autocast_enabled("cpu"):
-        with torch.autocast("cpu", enabled=False):
-            mask = mask.float() if mask is not None and mask.is_floating_point() else mask
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, dropout, **options).to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, **options)
 
 
 def attend(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._checks import at_least, one_of
+from lra.architectures._expert_parallel import divided_expert_mlp, share
 from lra.architectures._precision import wide
 from lra.encoder import Cost
 from lra.kernels.expert_mlp import expert_mlp
@@ -30,6 +31,10 @@ class Experts(nn.Module, ABC):
     looks_ahead = False
     """Whether what a token gets depends on later ones: no causal form, and no recurrent mode."""
     capacity: float = 0.0
+    divides = True
+    """Whether `apply_experts` computes them, whose work processes can divide."""
+    divided = False
+    """Whether the processes of a training run divide the experts among them (lra.training.execution.divide_experts)."""
 
     def __init__(self, d_model: int, expand: float, *, n_experts: int, activation: str) -> None:
         super().__init__()
@@ -73,6 +78,9 @@ class Experts(nn.Module, ABC):
 
     def apply_experts(self, x: Tensor, index: Tensor, gate: Tensor) -> Tensor:
         """x: (T, D); index: (T, k), -1 for no expert; gate: (T, k) -> (T, D)."""
+        # evaluation is not divided: processes may have different numbers of batches there
+        if self.divided and self.training and share()[1] > 1:
+            return divided_expert_mlp(x, index, gate, self.w1, self.w2, activation=self.activation)
         return expert_mlp(x, index, gate, self.w1, self.w2, activation=self.activation)
 
     @torch.no_grad()

@@ -342,7 +342,7 @@ class SoftMoE(Experts):
     nothing is dropped: no loss. mu starts LeCun normal, scale 1, experts Xavier uniform with zero biases.
     """
 
-    looks_ahead = True
+    looks_ahead, divides = True, False
 
     def __init__(self, d_model: int, expand: float, *, n_experts: int = 8, slots: int = 16) -> None:
         super().__init__(d_model, expand, n_experts=n_experts, activation="gelu")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import attention_mask, fused_attention
 from lra.architectures._softmax import SoftmaxMixer
+from lra.attention import attention_mask, fused_attention
 from lra.encoder import Cost
 
 

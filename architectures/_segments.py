@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import checked_dropout, merge_heads, split_heads
+from lra.architectures._attention import checked_dropout
 from lra.architectures._checks import at_least
 from lra.architectures._table import Tables
+from lra.attention import merge_heads, split_heads
 from lra.encoder import Cost, Mixer
 
 

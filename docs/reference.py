@@ -33,6 +33,7 @@ DIRECTIONS = {"either": "either, as the recipe chooses", "causal": "causal", "tw
 CONTRACTS = (
     "lra.encoder:Encoder", "lra.encoder:Mixer", "lra.encoder:Card", "lra.encoder:Cost", "lra.encoder:Published",
     "lra.architectures._stack:Block", "lra.task:Task", "lra.task:Protocol", "lra.task:Split",
+    "lra.attention:MultiHeadAttention", "lra.attention:CrossAttention", "lra.attention:KVCache",
 )  # fmt: skip
 RETURNED = (
     "lra.data.examples:LoadedTask", "lra.data.examples:Examples", "lra.training.trained_run:Evaluation",

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from lra.encoder import Cost, Encoder, fill_padding, lengths_of
 from lra.errors import UserError
 from lra.task import Protocol
+from lra.towers import FUSIONS, Contrast
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 
@@ -36,8 +37,9 @@ class Head:
     """The map from pooled vectors to logits.
 
     kind: "linear"; "mlp", a perceptron with hidden layers of the widths `hidden`; "auto", linear for one tower, one
-    hidden layer of d_model units for two. activation: of the hidden layers, "gelu" or "relu". pair: how the head reads
-    two towers: "products", [u, v, u * v, u - v], or "concat", [u, v].
+    hidden layer of d_model units for two. activation: of the hidden layers, "gelu" or "relu". pair: how two towers
+    meet: the head reads [u, v] ("concat") or [u, v, u * v, u - v] of their pooled outputs ("products"), or the latter
+    after each tower has read the other ("cross", "gated": lra.towers.FUSIONS).
     """
 
     kind: str = "auto"
@@ -64,10 +66,12 @@ class Classifier(nn.Module):
     """Batch -> logits (B, classes); with `per_position` (B, L, classes), the head applied at every position.
 
     Tokens are embedded by a lookup table, continuous values by a linear map of (byte / 255 - mean) / std, or of
-    (value - mean) / std where the protocol has real values. Two towers share all weights; `head` says how their pooled
-    outputs are joined. Padding is identified by the mask, never by a
-    token value, unless the protocol hides zeros: then a token 0 is hidden from the encoder, except at the first
-    position. Raises UserError if the encoder takes no masks with gaps, which this needs.
+    (value - mean) / std where the protocol has real values. Two towers share all weights; `head` says how they are
+    joined. Padding is identified by the mask, never by a token value, unless the protocol hides zeros: then a token 0
+    is hidden from the encoder, except at the first position. Raises UserError if the encoder takes no masks with gaps,
+    which this needs.
+
+    contrast: the contrastive loss of the towers, for two classes. Raises UserError for other tasks.
 
     tie: embedding and head share their weights (Press and Wolf 2017), the embedding scaled by sqrt(d_model) (Vaswani et
     al. 2017). Raises UserError unless the head is linear and maps to the vocabulary.
@@ -75,9 +79,11 @@ class Classifier(nn.Module):
 
     def __init__(
         self, encoder: Encoder, protocol: Protocol, classes: int, towers: int, pooling: str, head: Head | None = None,
-        per_position: bool = False, tie: bool = False,
+        per_position: bool = False, tie: bool = False, contrast: Contrast | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
+        if contrast is not None and (towers, classes) != (2, 2):
+            raise UserError("model.contrastive compares the two sequences of a pair, and this task has no pairs; set 0")
         d = encoder.d_model
         self.encoder, self.pooling, self.towers, self.per_position = encoder, pooling, towers, per_position
         self.hides_zeros = protocol.hides_zeros
@@ -96,8 +102,10 @@ class Classifier(nn.Module):
         self.mean, self.std = protocol.scale
         self.unit = 1.0 if protocol.real else 255.0
         self.cls = nn.Parameter(torch.randn(d) * 0.02) if pooling == "cls" else None
-        self.join = (head or Head()).join
-        self.head = (head or Head()).build(d, classes, towers)
+        head = head or Head()
+        self.join, self.contrast = head.join, contrast
+        self.fusion = FUSIONS[head.pair](d) if towers == 2 and head.pair in FUSIONS else None
+        self.head = head.build(d, classes, towers)
         self.tied = tie
         if tie:
             if not (per_position and classes == protocol.vocabulary and isinstance(self.head, nn.Linear)):
@@ -113,10 +121,18 @@ class Classifier(nn.Module):
             encoded, _ = self.encode(values, mask)
             # without the position of a CLS token
             return self.head(encoded[:, -mask.shape[1] :])
-        pooled = self.pool(*self.encode(values, mask))
         if self.towers == 2:
-            pooled = self.join(*pooled.unflatten(0, (-1, 2)).unbind(1))
-        return self.head(pooled)
+            return self.outputs(batch)[0]
+        return self.head(self.pool(*self.encode(values, mask)))
+
+    def outputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Of two towers: logits (B, classes), and the pooled output of each tower alone (B, 2, D)."""
+        x, mask = self.encode(batch.values.flatten(0, 1), batch.mask.flatten(0, 1))
+        alone = met = self.pool(x, mask)
+        if self.fusion is not None:
+            met = self.fusion(fill_padding(x, mask), mask, self.pool)
+        u, v = met.unflatten(0, (-1, 2)).unbind(1)
+        return self.head(self.join(u, v)), alone.unflatten(0, (-1, 2))
 
     def encode(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """values: (B, L) tokens or (B, L, channels) bytes -> encoded (B, L', D) and its mask; L' = L + 1 with CLS."""
@@ -163,6 +179,8 @@ class Classifier(nn.Module):
         if isinstance(self.embedding, nn.Linear):
             total += Cost.linear(length, self.embedding.in_features, self.embedding.out_features)
         total = total.of_sequences(self.towers)
+        if self.fusion is not None:
+            total += self.fusion.cost(length + (self.cls is not None))
         for layer in self.head.modules():
             if isinstance(layer, nn.Linear):
                 total += Cost.linear(length if self.per_position else 1, layer.in_features, layer.out_features)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lra.architectures._attention import AttentionMixer, merge_heads
+from lra.architectures._attention import AttentionMixer
+from lra.attention import merge_heads
 
 
 def real_prefixes(*lengths: int, total: int | None = None) -> Tensor:

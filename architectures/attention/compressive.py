@@ -31,10 +31,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import checked_width, split_heads
+from lra.architectures._attention import checked_width
 from lra.architectures._checks import at_least, one_of
 from lra.architectures._segments import SegmentMixer, checked_segments, shared_biases
 from lra.architectures._stack import Block, Stack
+from lra.attention import split_heads
 from lra.encoder import Card, Cost
 
 COMPRESSIONS = ("conv", "mean", "max", "most_used")

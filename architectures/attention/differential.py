@@ -30,18 +30,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lra.architectures._attention import (
-    added_positions,
-    attend,
-    checked_width,
-    fused_attention,
-    merge_heads,
-    rope,
-    split_heads,
-)  # fmt: skip
+from lra.architectures._attention import added_positions, attend, checked_width, rope
 from lra.architectures._norm import RMSNorm
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
+from lra.attention import fused_attention, merge_heads, split_heads
 from lra.encoder import Card, Cost, Mixer
 
 POSITIONS = ("rope", "sinusoidal", "learned", "none")

@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lra.architectures._attention import AttentionMixer, alibi_bias, attention_mask
+from lra.architectures._attention import AttentionMixer, alibi_bias
 from lra.architectures._attention_stack import AttentionStack
 from lra.architectures._precision import wide
+from lra.attention import attention_mask
 from lra.encoder import Card, Cost
 
 FIRST = 64

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from lra.architectures._attention import AttentionMixer, attend
 from lra.architectures._attention_stack import AttentionStack
+from lra.attention import cache_bytes, pool_heads, repeat_heads
 from lra.encoder import Card
 
 
@@ -39,7 +40,7 @@ class GQAMixer(AttentionMixer):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         # fused kernels want a key head per query head; the copy costs far less than the product
-        k, v = (t.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1) for t in (k, v))
+        k, v = (repeat_heads(t, self.n_heads) for t in (k, v))
         return attend(q, k, v, mask, causal=self.causal, slopes=self.slopes, dropout=self.rate)
 
     def pairs(self, length: int) -> float:
@@ -67,8 +68,13 @@ class GQA(AttentionStack):
 
     def cache_bytes(self, length: int, dtype: torch.dtype = torch.float32) -> int:
         """Bytes of keys and values that `step` holds for one sequence after `length` tokens, all layers together."""
-        kept = sum(layer.mixer.widths[1] for layer in self.blocks if isinstance(layer.mixer, GQAMixer))
-        return 2 * kept * length * dtype.itemsize
+        mixers = [layer.mixer for layer in self.blocks if isinstance(layer.mixer, GQAMixer)]
+        return sum(
+            cache_bytes(
+                batch=1, tokens=length, n_layers=1, n_kv_heads=mixer.n_kv_heads, head_dim=mixer.head, dtype=dtype
+            )
+            for mixer in mixers
+        )
 
     def load_multi_head(self, state: Mapping[str, Tensor]) -> None:
         """Take the weights of a Transformer of the same widths from its state_dict, each group's keys and values as
@@ -92,5 +98,4 @@ class GQA(AttentionStack):
         if len(tensor) != 3 * mixer.widths[0]:
             raise ValueError(f"state has {name} with {len(tensor)} rows; {3 * mixer.widths[0]} of a transformer")
         q, *shared = tensor.chunk(3)
-        groups = (t.unflatten(0, (mixer.n_kv_heads, -1, mixer.head)).mean(dim=1).flatten(0, 1) for t in shared)
-        return torch.cat([q, *groups])
+        return torch.cat([q, *(pool_heads(t, mixer.n_heads, mixer.n_kv_heads) for t in shared)])

@@ -33,9 +33,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lra.architectures._attention import AttentionMixer, checked_width, merge_heads
+from lra.architectures._attention import AttentionMixer, checked_width
 from lra.architectures._precision import wide
 from lra.architectures._stack import Stack
+from lra.attention import merge_heads
 from lra.encoder import Card, Cost
 
 LOWEST = -1e30

@@ -30,17 +30,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lra.architectures._attention import (
-    attention_mask,
-    checked_dropout,
-    checked_width,
-    fused_attention,
-    merge_heads,
-    split_heads,
-)
+from lra.architectures._attention import checked_dropout, checked_width
 from lra.architectures._checks import at_least
 from lra.architectures._norm import LayerNorm
 from lra.architectures._stack import Block, Stack
+from lra.attention import attention_mask, fused_attention, merge_heads, split_heads
 from lra.encoder import Card, Cost, Mixer
 
 POSITIONS = ("sinusoidal", "learned", "none")

@@ -33,9 +33,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import AttentionMixer, checked_width, fused_attention, merge_heads, split_heads
+from lra.architectures._attention import AttentionMixer, checked_width
 from lra.architectures._checks import at_least, one_of
 from lra.architectures._stack import Stack
+from lra.attention import fused_attention, merge_heads, split_heads
 from lra.encoder import Card, Cost
 
 POSITIONS = ("sinusoidal", "learned", "none")

@@ -31,16 +31,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import (  # fmt: skip
-    AttentionMixer,
-    banded,
-    fused_attention,
-    merge_heads,
-    rope,
-    split_heads,
-)
+from lra.architectures._attention import AttentionMixer, banded, rope
 from lra.architectures._attention_stack import AttentionStack
 from lra.architectures._checks import at_least
+from lra.attention import fused_attention, merge_heads, split_heads
 from lra.encoder import Card, Cost
 from lra.kernels.band_attention.tiles import pairs
 

@@ -39,11 +39,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import checked_dropout, checked_width, merge_heads, split_heads
+from lra.architectures._attention import checked_dropout, checked_width
 from lra.architectures._checks import at_least, one_of
 from lra.architectures._norm import normalised
 from lra.architectures._precision import own_precision, wide
 from lra.architectures._stack import Block, Layer, Stack
+from lra.attention import merge_heads, split_heads
 from lra.encoder import Card, Cost, Mixer, clean_padding, fill_padding
 from lra.kernels.decay_attention import decay_attention
 

@@ -36,11 +36,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import attention_mask, rope
+from lra.architectures._attention import rope
 from lra.architectures._checks import at_least, one_of
 from lra.architectures._norm import normalised
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
+from lra.attention import attention_mask
 from lra.encoder import Card, Cost, Mixer, fill_padding
 from lra.kernels.fft_conv import fft_conv
 from lra.kernels.ssm_kernel_diag import ssm_kernel_diag

@@ -37,13 +37,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import merge_heads, rope, split_heads
+from lra.architectures._attention import rope
 from lra.architectures._checks import at_least
 from lra.architectures._dropout import Dropout
 from lra.architectures._norm import LayerNorm, rms_norm
 from lra.architectures._optim import undecayed
 from lra.architectures._precision import wide
 from lra.architectures._stack import Block, Stack
+from lra.attention import merge_heads, split_heads
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.fft_conv import fft_conv
 from lra.kernels.ssm_kernel_diag import ssm_kernel_diag

@@ -31,11 +31,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import checked_width, fused_attention, merge_heads
+from lra.architectures._attention import checked_width
 from lra.architectures._norm import normalised
 from lra.architectures._precision import own_precision, wide
 from lra.architectures._softmax import SoftmaxMixer
 from lra.architectures._stack import Layer, Stack
+from lra.attention import fused_attention, merge_heads
 from lra.encoder import Card, Cost, clean_padding, lengths_of
 
 POSITIONS = ("sinusoidal", "learned", "none")

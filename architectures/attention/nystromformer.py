@@ -35,9 +35,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lra.architectures._attention import AttentionMixer, checked_width, fused_attention, merge_heads, split_heads
+from lra.architectures._attention import AttentionMixer, checked_width
 from lra.architectures._precision import wide
 from lra.architectures._stack import Stack
+from lra.attention import fused_attention, merge_heads, split_heads
 from lra.encoder import Card, Cost, lengths_of
 
 POSITIONS = ("sinusoidal", "learned", "none")

@@ -29,19 +29,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lra.architectures._attention import (
-    checked_dropout,
-    checked_width,
-    fused_attention,
-    merge_heads,
-    split_heads,
-)
+from lra.architectures._attention import checked_dropout, checked_width
 from lra.architectures._checks import at_least, one_of
 from lra.architectures._dropout import Dropout, tie_dropout
 from lra.architectures._norm import normalised
 from lra.architectures._precision import own_precision
 from lra.architectures._softmax import SoftmaxMixer
 from lra.architectures._stack import Block, Stack, feed_forward
+from lra.attention import fused_attention, merge_heads, split_heads
 from lra.encoder import Card, Cost, clean_padding
 
 OUTPUTS = ("queries", "mean")

@@ -45,9 +45,7 @@ from lra.architectures._attention import (  # fmt: skip
     alibi_slopes,
     checked_dropout,
     drop_keys,
-    merge_heads,
     rope,
-    split_heads,
 )
 from lra.architectures._attention_stack import AttentionStack
 from lra.architectures._checks import at_least
@@ -57,6 +55,7 @@ from lra.architectures._reversible import Step, reversible
 from lra.architectures._rounds import Reordered, UnionOfRounds
 from lra.architectures._stack import Layer
 from lra.architectures._table import Tables
+from lra.attention import merge_heads, split_heads
 from lra.encoder import Card, Cost, Mixer, clean_padding, fill_padding, stepwise
 
 ITSELF = -1e5

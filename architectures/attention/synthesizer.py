@@ -33,9 +33,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import checked_dropout, merge_heads, split_heads
+from lra.architectures._attention import checked_dropout
 from lra.architectures._checks import at_least, one_of
 from lra.architectures._stack import Stack
+from lra.attention import merge_heads, split_heads
 from lra.encoder import Card, Cost, Mixer
 
 LOGITS = ("dense", "random", "factorised", "dot")

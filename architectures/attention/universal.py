@@ -91,7 +91,7 @@ class Universal(Stack):
             nn.init.xavier_uniform_(self.halt.weight)
             nn.init.ones_(self.halt.bias)
         self.loss: Tensor | None = None
-        self.counts: Tensor | None = None  # steps of all tokens, tokens that halted, tokens
+        self.counts: Tensor | None = None  # steps and ponder cost of all tokens, tokens that halted, tokens
 
     def __getstate__(self) -> dict[str, Any]:
         # the loss holds a graph, which no copy can take along
@@ -133,8 +133,9 @@ class Universal(Stack):
         if torch.compiler.is_exporting():
             return
         tokens = mask.sum()
-        self.loss = self.ponder_weight * (updates + remainders).sum() / tokens
-        now = torch.stack([updates.sum(), tokens - running.sum(), tokens]).detach()
+        ponder = (updates + remainders).sum()
+        self.loss = self.ponder_weight * ponder / tokens
+        now = torch.stack([updates.sum(), ponder, tokens - running.sum(), tokens]).detach()
         self.counts = now if self.counts is None else self.counts.to(now.device) + now
 
     def aux_loss(self) -> Tensor | None:
@@ -142,12 +143,12 @@ class Universal(Stack):
         return torch.stack(losses).sum() if losses else None
 
     def diagnostics(self) -> dict[str, float]:
-        """`steps`: mean number of steps of a token; `halted`: share of tokens that halted by themselves. Over the
-        forwards since last asked."""
+        """`steps`: mean number of steps of a token; `ponder`: mean ponder cost, steps and remainder; `halted`: share of
+        tokens that halted by themselves. Over the forwards since last asked."""
         found = super().diagnostics()
         if self.counts is not None:
-            steps, halted, tokens = self.counts.tolist()
-            found |= {"steps": steps / tokens, "halted": halted / tokens}
+            steps, ponder, halted, tokens = self.counts.tolist()
+            found |= {"steps": steps / tokens, "ponder": ponder / tokens, "halted": halted / tokens}
             self.counts = None
         return found
 

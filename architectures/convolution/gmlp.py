@@ -31,9 +31,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import attention_mask, fused_attention
 from lra.architectures._norm import LayerNorm
 from lra.architectures._stack import Block, Stack
+from lra.attention import attention_mask, fused_attention
 from lra.encoder import Card, Cost, Mixer, fill_padding
 from lra.kernels.fft_conv import fft_conv
 

@@ -38,10 +38,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lra.architectures._attention import AttentionMixer, checked_width, drop_keys, merge_heads
+from lra.architectures._attention import AttentionMixer, checked_width, drop_keys
 from lra.architectures._linear_attention import divided, summed, summed_chunk, summed_step, sums_cost
 from lra.architectures._precision import wide
 from lra.architectures._stack import Stack
+from lra.attention import merge_heads
 from lra.encoder import Card, Cost
 
 State = tuple[Tensor, Tensor, Tensor]

@@ -31,10 +31,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import AttentionMixer, checked_width, merge_heads
+from lra.architectures._attention import AttentionMixer, checked_width
 from lra.architectures._checks import at_least
 from lra.architectures._precision import wide
 from lra.architectures._stack import Stack
+from lra.attention import merge_heads
 from lra.encoder import Card, Cost
 
 BUCKETS, FARTHEST = 32, 128

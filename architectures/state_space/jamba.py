@@ -43,6 +43,7 @@ from lra.architectures._precision import wide
 from lra.architectures._ssm import initial_log_dt
 from lra.architectures._stack import Block, FeedForward, Stack
 from lra.architectures._window import ShortConvolution
+from lra.attention import repeat_heads
 from lra.encoder import Card, Cost, Mixer
 from lra.kernels.selective_scan import selective_scan
 
@@ -119,7 +120,7 @@ class JambaAttentionMixer(AttentionMixer):
         super().__init__(d_model, n_heads, d_model, "none", True, n_kv_heads)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        k, v = (t.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1) for t in (k, v))
+        k, v = (repeat_heads(t, self.n_heads) for t in (k, v))
         return attend(q, k, v, mask, causal=True)
 
     def pairs(self, length: int) -> float:

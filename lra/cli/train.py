@@ -122,7 +122,7 @@ def run(
     match: Match = "",
     devices: Annotated[int, typer.Option(help="GPUs (or CPU processes) of each node.")] = 1,
     nodes: Annotated[int, typer.Option(help="Nodes.")] = 1,
-    strategy: Annotated[str, typer.Option(help="auto, ddp or fsdp.")] = "auto",
+    strategy: Annotated[str, typer.Option(help="auto, ddp, fsdp or expert_parallel.")] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; by default OMP_NUM_THREADS, else one a core.")] = 0,
     logger: Annotated[list[str] | None, typer.Option(help="Beside csv: tensorboard, wandb, mlflow.")] = None,
     init_from: Annotated[
@@ -275,6 +275,9 @@ def _show_result(path: Path) -> None:
     )
     if test.bits is not None:
         console.print(f"[bold]{test.bits:.3f}[/] bits per token, perplexity {test.perplexity:.2f}")
+    if record.diagnostics:
+        numbers = ", ".join(f"{name} {value:.3f}" for name, value in record.diagnostics.items())
+        console.print(f"diagnostics of the last validation: {numbers}", soft_wrap=True, highlight=False)
     if place == "diagnostics":
         verdict = diagnosis.verdict(record)
         console.print(f"[bold]{verdict.word}[/]: {verdict.reason}", soft_wrap=True)

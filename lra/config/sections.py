@@ -11,7 +11,7 @@ from lra.errors import UserError
 
 POOLINGS = ("mean", "max", "last", "cls", "first")
 HEADS = ("auto", "linear", "mlp")
-PAIRS = ("products", "concat")
+PAIRS = ("products", "concat", "cross", "gated")
 SCHEDULES = ("constant", "linear", "cosine", "rsqrt", "plateau")
 PRECISIONS = ("auto", "32", "bf16", "fp16")
 OPTIMISERS = ("adamw", "adam", "sgd", "adafactor", "muon", "lion", "sophia", "schedule_free")
@@ -63,8 +63,11 @@ class Model:
     gets the widest d_model that meets it among the multiples of width_step below d_model. One below the limit gets as
     many layers as meet it, at most max_layers.
 
-    head, head_hidden, head_activation, pair: the map from pooled vectors to classes, and how it reads two sequences
+    head, head_hidden, head_activation, pair: the map from pooled vectors to classes, and how two sequences meet
     (lra.model.Head). tie: embedding and head share their weights, where the target is the next token.
+
+    contrastive: weight of the contrastive loss of two sequences beside that of the classes, 0 = none; temperature: of
+    that loss at the start (lra.towers.Contrast).
     """
 
     d_model: int = 64
@@ -80,10 +83,13 @@ class Model:
     head_activation: str = unhashed("gelu")
     pair: str = unhashed("products")
     tie: bool = unhashed(False)
+    contrastive: float = unhashed(0.0)
+    temperature: float = unhashed(0.07)
 
     def __post_init__(self) -> None:
         _check_at_least(self, 1, "d_model", "n_layers", "width_step")
-        _check_at_least(self, 0, "budget", "max_layers")
+        _check_at_least(self, 0, "budget", "max_layers", "contrastive")
+        _check_at_least(self, 0.01, "temperature")
         _check_choice(self, "pooling", POOLINGS)
         _check_choice(self, "direction", ("causal", "bidirectional", "concat", "add", "shared"))
         _check_share(self, "dropout")

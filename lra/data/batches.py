@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol as Interface
 
 import numpy as np
@@ -79,6 +79,14 @@ class DeviceSet:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def documents_once(self) -> DeviceSet:
+        """Every document once, towers by towers in their order, the last one again where the last example needs it; all
+        labels are 0."""
+        towers, sizes = self.documents.shape[1], np.diff(self.offsets.cpu().numpy()) // max(self.channels, 1)
+        index = np.minimum(np.arange(-(-len(sizes) // towers) * towers), len(sizes) - 1).reshape(-1, towers)
+        documents = torch.from_numpy(index).to(self.documents.device)
+        return replace(self, documents=documents, lengths=sizes[index], labels=self.labels.new_zeros(len(index)))
 
     @property
     def resident(self) -> bool:

@@ -18,6 +18,7 @@ from lra.model import Classifier, Head
 from lra.registry import Constructor
 from lra.target import target_of
 from lra.task import Protocol, Task
+from lra.towers import Contrast
 from lra.training import sizes
 
 LIGHTNING_SEED = "PL_GLOBAL_SEED"
@@ -63,8 +64,9 @@ def build(recipe: Recipe, constructor: Constructor, task: Task, protocol: Protoc
     if target.per_position and task.towers > 1:
         raise UserError(f"{task.name} has {task.towers} sequences an example, and a class for each position of one")
     head = Head(model.head, model.head_hidden, model.head_activation, model.pair)
+    contrast = Contrast(model.contrastive, model.temperature) if model.contrastive else None
     return Classifier(
-        encoder, protocol, target.outputs, task.towers, model.pooling, head, target.per_position, model.tie
+        encoder, protocol, target.outputs, task.towers, model.pooling, head, target.per_position, model.tie, contrast
     )
 
 

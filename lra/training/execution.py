@@ -41,6 +41,22 @@ def _recomputed(block: nn.Module, plain: Callable[..., Any], *arguments: Any) ->
     return checkpoint(plain, *arguments, use_reentrant=False)
 
 
+def divide_experts(encoder: Encoder, processes: int) -> None:
+    """Divide the work of the experts of mixtures among the processes of a run. Raises UserError for an encoder without
+    such experts, and where their number is not divisible."""
+    mixtures: list[Any] = [module for module in encoder.modules() if hasattr(module, "divided")]
+    if not mixtures:
+        raise UserError(f"--strategy expert_parallel: {type(encoder).__name__} has no experts; use ddp")
+    for mixture in mixtures:
+        if not mixture.divides:
+            raise UserError(f"--strategy expert_parallel: {type(mixture).__name__} mixes all experts; use ddp")
+        if mixture.n_experts % processes:
+            raise UserError(
+                f"--strategy expert_parallel: {mixture.n_experts} experts are not divisible among {processes} processes"
+            )
+        mixture.divided = True
+
+
 def truncate(encoder: Encoder, tokens: int) -> None:
     """Run the encoder in chunks of `tokens` tokens and cut the gradient of its recurrent state between them. Raises
     UserError without a recurrent mode."""

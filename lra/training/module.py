@@ -93,7 +93,8 @@ class Trainable(L.LightningModule):
 
 
 class Training(Trainable):
-    """The loss of the task's target plus the encoder's auxiliary loss; accuracy and loss on the selection split.
+    """The loss of the task's target plus the contrastive and auxiliary losses of the model; accuracy and loss on the
+    selection split.
 
     Accuracy is the share of right answers: of classes, or of scored positions.
 
@@ -118,8 +119,12 @@ class Training(Trainable):
         self.curve: list[dict[str, float]] = []
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
-        output = self.model(batch)
-        loss = self.target.loss(output, batch.labels)
+        if self.model.contrast is None:
+            output = self.model(batch)
+            loss = self.target.loss(output, batch.labels)
+        else:
+            output, pooled = self.model.outputs(batch)
+            loss = self.target.loss(output, batch.labels) + self.model.contrast(pooled, batch.values, batch.labels)
         for teacher in self.teachers:
             with torch.no_grad():
                 taught = teacher(batch)

@@ -10,14 +10,15 @@ from lra.errors import UserError
 
 # how launchers tell a process its rank: torchrun and Lightning's own, then Slurm
 RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
-STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp")
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp", "expert_parallel")
 
 
 @dataclass(frozen=True)
 class Placement:
     """Where a run is placed: devices per node, number of nodes, and the strategy.
 
-    strategy: "ddp" replicates the model on every device, "fsdp" shards it, "auto" is "ddp" on several devices.
+    strategy: "ddp" replicates the model on every device, "fsdp" shards it, "expert_parallel" is "ddp" whose processes
+    divide the work of the experts of mixtures, "auto" is "ddp" on several devices.
     """
 
     devices: int = 1
@@ -32,7 +33,11 @@ class Placement:
     def resolved_strategy(self) -> str:
         if self.world_size == 1:
             return "auto"
-        return "ddp" if self.strategy == "auto" else self.strategy
+        return "ddp" if self.strategy in ("auto", "expert_parallel") else self.strategy
+
+    @property
+    def divides_experts(self) -> bool:
+        return self.strategy == "expert_parallel" and self.world_size > 1
 
     @property
     def sharded(self) -> bool:

@@ -153,7 +153,9 @@ def _own_fields(request: Request, trained: TrainingResult, refused: list[str], c
     """The fields of the record that only the run knows."""
     here = environment.environment() | {"device": context.device.type, "precision": trained.trainer.precision}
     if context.placement.world_size > 1:
-        here |= {"devices": context.placement.world_size, "strategy": context.placement.resolved_strategy}
+        place = context.placement
+        strategy = place.strategy if place.divides_experts else place.resolved_strategy
+        here |= {"devices": place.world_size, "strategy": strategy}
     return {
         "speed": trained.meter.speed(),
         "memory": trained.memory,

@@ -93,6 +93,8 @@ def train(recipe: Recipe, prepared: Prepared, model: Classifier, context: RunCon
     evaluated = max(count or len(prepared.split(name)) for name, count in scored)
     sizes.check_batches(recipe, device.type, data.lengths, evaluated)
     apply_execution(recipe, model)
+    if context.placement.divides_experts:
+        execution.divide_experts(model.encoder, context.placement.world_size)
     facts = compile_encoder(data, model.to(device)) if recipe.train.compile else {}
     if recipe.pretrain.objective != "none":
         facts["pretraining"] = _pretrain(recipe, prepared, data, model, context)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lra import towers
 from lra.config import recipe as recipes
 from lra.config.recipe import Recipe
 from lra.data import prepared_sets
@@ -117,7 +118,8 @@ class TrainedRun:
     def features(self, inputs: Any, *, pooled: bool = True, batch_size: int = 0) -> Any:
         """Outputs of the encoder, float32. inputs: as of `predict`.
 
-        pooled: an array (n, d_model), which the head maps to classes; (n, 2, d_model) for a task with two towers.
+        pooled: an array (n, d_model), which the head maps to classes; (n, 2, d_model) for a task with two towers, each
+        pooled before it reads the other.
         Otherwise a list with one array (L, d_model) for each example, without padding; a pair of them for two towers.
         """
         data = self._data(inputs)
@@ -126,7 +128,8 @@ class TrainedRun:
         return self._map(data, self._positions, batch_size)
 
     def evaluate(self, split: str = "test") -> Evaluation:
-        """Accuracy on a split, computed now, over the examples that the recipe evaluates. Raises UserError."""
+        """Accuracy on a split, computed now, over the examples that the recipe evaluates; for pairs of two classes also
+        the recall of the towers (`recall`). Raises UserError."""
         if split not in self.protocol.splits:
             raise unknown("split", split, self.protocol.splits)
         data, target = self._data(split), target_of(self.task, self.protocol)
@@ -135,7 +138,22 @@ class TrainedRun:
             score = target.score(join(answers_to(batch, self.model, target) for batch in loader))
         accuracy, correct, n = (score.pop(key) for key in ("accuracy", "correct", "n"))
         interval = statistics.of_test_set(accuracy, n)
+        if self._retrieves:
+            score |= {f"recall@{k}": share for k, share in self.recall(split).items()}
         return Evaluation(split, accuracy, correct, n, interval.low, interval.high, score)
+
+    @property
+    def _retrieves(self) -> bool:
+        return (self.task.towers, self.task.target, self.task.classes) == (2, "class", 2)
+
+    def recall(self, split: str = "test", k: tuple[int, ...] = (1, 10, 100)) -> dict[int, float]:
+        """Recall@k of the pooled towers on a split: {k: recall}, as `lra.towers.recall_at` defines it, over the pairs
+        that the recipe evaluates. Raises UserError for a task without pairs of two classes."""
+        if not self._retrieves:
+            raise UserError(f"{self.task.name} has no pairs of two classes, among which recall@k could be measured")
+        data = self._data(split)
+        embedded = torch.from_numpy(np.concatenate(self._map(data.documents_once(), self._pooled, 0)))
+        return towers.recall_at(embedded, data.documents.cpu(), data.labels.cpu(), k)
 
     def generate(
         self, prompt: str, *, tokens: int = 200, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,

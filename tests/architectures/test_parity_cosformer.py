@@ -12,9 +12,9 @@ from stepping import assert_steps_equal_forward, run
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import merge_heads, split_heads
 from lra.architectures._linear_attention import summed
 from lra.architectures.linear_attention.cosformer import LEAST, Cosformer, CosformerMixer
+from lra.attention import merge_heads, split_heads
 
 
 def theirs(g: dict[str, Tensor], causal: bool, span: int) -> CosformerMixer:

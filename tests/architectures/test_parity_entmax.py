@@ -9,8 +9,8 @@ import torch
 from golden_tensors import assert_close, golden
 from torch import Tensor
 
-from lra.architectures._attention import merge_heads
 from lra.architectures.attention.entmax import Entmax, EntmaxMixer, entmax
+from lra.attention import merge_heads
 
 
 @pytest.mark.parametrize("name", ["sparsemax", "entmax15", "entmax_bisect"])

@@ -9,8 +9,8 @@ import torch
 from golden_tensors import assert_close, assert_same_gradients, golden
 from torch import Tensor
 
-from lra.architectures._attention import merge_heads, split_heads
 from lra.architectures.attention.h_transformer_1d import HMixer, HTransformer1D
+from lra.attention import merge_heads, split_heads
 from lra.conformance.suite import check
 
 

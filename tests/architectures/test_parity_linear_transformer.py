@@ -11,12 +11,12 @@ from stepping import assert_steps_equal_forward
 from torch import Tensor
 from torch.nn import functional as F
 
-from lra.architectures._attention import split_heads
 from lra.architectures.linear_attention.linear_transformer import (
     FEATURE_MAPS,
     LinearTransformer,
     LinearTransformerMixer,
 )
+from lra.attention import split_heads
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -11,8 +11,8 @@ from golden_tensors import everything, golden
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lra.architectures._attention import merge_heads, split_heads
 from lra.architectures.attention.linformer import Linformer, LinformerMixer
+from lra.attention import merge_heads, split_heads
 
 
 def agrees(mixer: LinformerMixer, g: dict[str, Tensor]) -> None:

@@ -12,8 +12,8 @@ from refusals import refuses
 from torch import Tensor
 from torch.nn import functional as F
 
-from lra.architectures._attention import attention_mask, merge_heads
 from lra.architectures.attention.local import Local, LocalMixer
+from lra.attention import attention_mask, merge_heads
 from lra.conformance.suite import check
 from lra.registry import architectures
 

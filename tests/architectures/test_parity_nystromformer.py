@@ -11,9 +11,9 @@ from golden_tensors import golden
 from torch import Tensor
 from torch.nn import functional as F
 
-from lra.architectures._attention import merge_heads, split_heads
 from lra.architectures.attention import nystromformer
 from lra.architectures.attention.nystromformer import Nystromformer, NystromformerMixer, inverse, segment_means
+from lra.attention import merge_heads, split_heads
 
 
 @pytest.mark.parametrize("start", ["exact", "original"])

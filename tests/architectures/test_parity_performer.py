@@ -12,11 +12,11 @@ from stepping import assert_steps_equal_forward, stepped
 from torch import Tensor
 from torch.nn import functional as F
 
-from lra.architectures._attention import merge_heads, split_heads
 from lra.architectures._linear_attention import summed
 from lra.architectures.linear_attention import linear_transformer, performer
 from lra.architectures.linear_attention.linear_transformer import LinearTransformerMixer
 from lra.architectures.linear_attention.performer import Performer, PerformerMixer, orthogonal_features
+from lra.attention import merge_heads, split_heads
 
 both = pytest.mark.parametrize("causal", [False, True])
 maps = pytest.mark.parametrize("feature_map", ["softmax", "relu"])

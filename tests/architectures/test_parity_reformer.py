@@ -13,10 +13,10 @@ from refusals import refuses
 from stepping import stepped
 from torch import Tensor
 
-from lra.architectures._attention import merge_heads, split_heads
 from lra.architectures._reversible import Step, reversible
 from lra.architectures.attention import reformer
 from lra.architectures.attention.reformer import ITSELF, LSHMixer, Reformer
+from lra.attention import merge_heads, split_heads
 from lra.conformance.suite import check
 
 SMALL: dict[str, Any] = {"d_model": 16, "n_layers": 2, "length": 32, "chunk": 4}

@@ -11,9 +11,9 @@ from golden_tensors import golden
 from torch import Tensor
 from torch.nn import functional as F
 
-from lra.architectures._attention import merge_heads, split_heads
 from lra.architectures.attention import sinkhorn
 from lra.architectures.attention.sinkhorn import Sinkhorn, SinkhornMixer, balanced, brought, sorted_attention
+from lra.attention import merge_heads, split_heads
 from lra.conformance.suite import check
 
 SMALL: dict[str, Any] = {"d_model": 16, "n_layers": 2, "length": 24, "size": 4}
@@ -98,21 +98,34 @@ def test_balancing_is_doubly_stochastic() -> None:
     assert ((hard < 0.01) | (hard > 0.99)).all(), "cold, it is a permutation"
 
 
-def mixer_and_input(training: bool) -> tuple[SinkhornMixer, Tensor, Tensor]:
+def mixer_and_input(training: bool, **options: Any) -> tuple[SinkhornMixer, Tensor, Tensor]:
     torch.manual_seed(0)
-    mixer = (
-        SinkhornMixer(16, n_heads=4, width=16, positions="none", size=4, iterations=5, temperature=0.75, length=24)
-        .double()
-        .train(training)
-    )
+    options |= {"n_heads": 4, "width": 16, "positions": "none", "size": 4, "iterations": 5, "length": 24}
+    mixer = SinkhornMixer(16, temperature=0.75, **options).double().train(training)
     mask = real_prefixes(22, 9, 3)
     return mixer, torch.randn(3, 22, 16, dtype=torch.float64), mask
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_equals_a_loop_over_blocks(training: bool) -> None:
+def shares(scores: Tensor, causal: bool) -> Tensor:
+    """Five rounds of balancing of (H, N, N), share by share."""
+    blocks = scores.shape[-1]
+    now = {(u, v): scores[:, u, v] for u in range(blocks) for v in range(u if causal else blocks)}
+    for _ in range(5):
+        rows = {u: sum(now[p] for p in now if p[0] == u) for u, _ in now}
+        now = {(u, v): share / rows[u] for (u, v), share in now.items()}
+        last = {(u, v): u if causal else blocks for u, v in now}
+        now = {p: now[p] / sum(now[q] for q in now if q[1] == p[1] and q[0] <= last[p]) for p in now}
+    zero = torch.zeros_like(scores[:, 0, 0])
+    return torch.stack([torch.stack([now.get((u, v), zero) for v in range(blocks)], -1) for u in range(blocks)], -2)
+
+
+@pytest.mark.parametrize(
+    ("training", "options"), [(False, {}), (True, {}), (True, {"causal": True}), (False, {"sortcut": 2})]
+)
+def test_equals_a_loop_over_blocks(training: bool, options: dict[str, Any]) -> None:
     """Each row of the batch cut to its own blocks, each block's keys written out: outputs and gradients."""
-    mixer, leaf, mask = mixer_and_input(training)
+    mixer, leaf, mask = mixer_and_input(training, **options)
+    causal, cut = mixer.causal, mixer.sortcut
     x = leaf.requires_grad_().masked_fill(~mask[..., None], 0)
     torch.manual_seed(3)
     y = mixer(x, mask)[mask]
@@ -122,25 +135,28 @@ def test_equals_a_loop_over_blocks(training: bool) -> None:
     for row, length in enumerate((22, 9, 3)):
         own, blocks = x[row, :length], -(-length // 4)
         parts = own.split(4)
-        pooled = torch.stack([part.sum(0) for part in parts])
+        pooled = torch.stack([own[: 4 * u + 1].sum(0) if causal else part.sum(0) for u, part in enumerate(parts)])
         logits = (mixer.sort(mixer.pool(pooled).relu()).relu()).unflatten(-1, (4, 6)).transpose(0, 1)[..., :blocks]
-        sort = ((logits + noise[row, :, :blocks, :blocks]) / 0.75).exp()
-        for _ in range(5):
-            sort = sort / sort.sum(-1, keepdim=True)
-            sort = sort / sort.sum(-2, keepdim=True)
+        sort = shares(((logits + noise[row, :, :blocks, :blocks]) / 0.75).exp(), causal)
         qkv = mixer.qkv(own).unflatten(-1, (3, 4, 4))
         for u, part in enumerate(parts):
             heads = []
             for h in range(4):
                 q, k, v = qkv[:, :, h].unbind(1)
-                brought = []
+                sources = range(min(cut, blocks)) if cut else range(u, u + 1)
+                brought: list[list[Tensor]] = []
                 for t in (k, v):
                     full = F.pad(t, (0, 0, 0, blocks * 4 - length)).unflatten(0, (-1, 4))
-                    mixed = torch.stack([s * block for s, block in zip(sort[h, u], full, strict=True)]).sum(0)
-                    brought.append(mixed[: len(parts[int(sort[h, u].argmax())])])
+                    mixed = [sum(s * block for s, block in zip(sort[h, m], full, strict=True)) for m in sources]
+                    kept = [len(parts[int(sort[h, m].argmax())]) for m in sources]
+                    brought.append([] if causal and u == 0 else [t[:n] for t, n in zip(mixed, kept, strict=True)])
                 at = slice(4 * u, 4 * u + len(part))
-                keys, values = torch.cat([brought[0], k[at]]), torch.cat([brought[1], v[at]])
-                heads.append((q[at] @ keys.T / 2).softmax(-1) @ values)
+                keys, values = (torch.cat([*some, t[at]]) for some, t in zip(brought, (k, v), strict=True))
+                scores = q[at] @ keys.T / 2
+                if causal:
+                    later = torch.ones(len(part), len(part), dtype=torch.bool).triu(1)
+                    scores = scores.masked_fill(F.pad(later, (len(keys) - len(part), 0)), -torch.inf)
+                heads.append(scores.softmax(-1) @ values)
             found.append(mixer.out(torch.cat(heads, dim=-1)))
     expected = torch.cat(found)
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
@@ -177,7 +193,8 @@ def test_noise_is_gumbel_and_in_training_only() -> None:
 
 def test_with_small_blocks_it_is_a_sound_encoder() -> None:
     only = ["padding", "padding_length", "batch", "gradients", "causal", "seed"]
-    for options in ({"size": 5}, {"size": 3, "positions": "rope"}):
+    causal = {"direction": "causal"}
+    for options in ({"size": 5}, {"size": 3, "positions": "rope"}, {"size": 5, **causal}, {"size": 5, "sortcut": 3}):
         assert not [f.message for f in check("sinkhorn", only=only, options=options) if f.failed]
 
 
@@ -186,7 +203,8 @@ def test_with_small_blocks_it_is_a_sound_encoder() -> None:
     [
         ({"size": 0}, "size is 0"),
         ({"positions": "alibi"}, "no distance"),
-        ({"direction": "causal"}, "bidirectional only"),
+        ({"direction": "causal", "sortcut": 1}, "bidirectional only"),
+        ({"sortcut": -1}, "sortcut is -1"),
         ({"temperature": 0.0}, "temperature is 0.0; more than 0"),
     ],
 )

@@ -12,8 +12,8 @@ from refusals import refuses
 from torch import Tensor
 from torch.nn import functional as F
 
-from lra.architectures._attention import merge_heads
 from lra.architectures.attention.sparse import Sparse, SparseMixer
+from lra.attention import merge_heads
 from lra.conformance.suite import check
 
 SMALL: dict[str, Any] = {"d_model": 16, "n_layers": 2, "length": 36}

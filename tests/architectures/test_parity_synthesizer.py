@@ -12,8 +12,8 @@ from stepping import stepped
 from torch import Tensor
 from torch.nn import functional as F
 
-from lra.architectures._attention import merge_heads, split_heads
 from lra.architectures.attention.synthesizer import Synthesizer, SynthesizerMixer
+from lra.attention import merge_heads, split_heads
 
 MIXTURES = ("dense", "random", "factorised", "dense+random", "random+dot", "factorised+dot", "dense+factorised+dot")
 

@@ -11,11 +11,12 @@ from golden_tensors import assert_close, assert_gradients, everything, golden
 from refusals import refuses
 from torch import Tensor, nn
 
-from lra.architectures._attention import alibi_bias, alibi_slopes, attend, attention_mask, rope
+from lra.architectures._attention import alibi_bias, alibi_slopes, attend, rope
 from lra.architectures._relative import ShawMixer, T5Mixer, buckets
 from lra.architectures._softmax import SoftmaxMixer
 from lra.architectures._stack import sinusoidal
 from lra.architectures.attention.transformer import Transformer
+from lra.attention import attention_mask
 from lra.registry import architectures
 
 

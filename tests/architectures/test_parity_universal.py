@@ -43,7 +43,8 @@ def test_loss_and_diagnostics_are_those_of_real_tokens() -> None:
     encoder.ponder(lambda u, _: (u @ g["in.A"].T).tanh() + 0.5 * u.roll(1, 1), g["x"], mask, 0)
     assert_close(encoder.aux_loss(), g["mid.ponder_cost"][mask].mean(), 1e-12)
     halted = (g["mid.remainders"][mask] > 0).double().mean().item()
-    assert encoder.diagnostics() == pytest.approx({"steps": g["mid.n_updates"][mask].mean().item(), "halted": halted})
+    means = {"steps": g["mid.n_updates"][mask].mean().item(), "ponder": g["mid.ponder_cost"][mask].mean().item()}
+    assert encoder.diagnostics() == pytest.approx(means | {"halted": halted})
     assert encoder.diagnostics() == {}
 
 

@@ -49,12 +49,12 @@ def test_shares_of_a_batch_are_the_batch_and_of_a_sweep_the_set() -> None:
     assert sorted(swept) == list(range(101))
 
 
-def launched(folder: Path, *more: str) -> dict[str, Any]:
+def launched(folder: Path, *more: str, architecture: str = "gru") -> dict[str, Any]:
     environment = os.environ | {
         "LRA_CACHE": str(folder.parent / "cache"), "LRA_RESULTS": str(folder / "results"),
         "LRA_RUNS": str(folder / "runs"), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    command = [sys.executable, "-m", "lra.cli", "run", TINY, "gru", "--recipe", "quick", *more]
+    command = [sys.executable, "-m", "lra.cli", "run", TINY, architecture, "--recipe", "quick", *more]
     for setting in SETTINGS:
         command += ["--set", setting]
     done = subprocess.run(
