@@ -14,6 +14,11 @@ from typing import Any
 from lra.errors import UserError
 
 
+def cache_root() -> Path:
+    """The folder of the cache: LRA_CACHE, else `~/.cache/lra`."""
+    return Path(os.environ.get("LRA_CACHE") or Path.home() / ".cache" / "lra").expanduser()
+
+
 @contextmanager
 def atomic(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
     """Write a file atomically: yields a temporary path, which is renamed to `path` if the block succeeds.

@@ -16,12 +16,15 @@ from __future__ import annotations
 
 import ast
 import gc
+import hashlib
 import importlib
 import importlib.util
 import inspect
+import json
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -29,7 +32,9 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
+from lra import __version__
 from lra.errors import UserError, describe, unknown, user_line
+from lra.files import atomic, cache_root
 from lra.source import files_of, home_of, source_files
 
 ROOT = Path(__file__).parent
@@ -164,6 +169,22 @@ class Registry:
                 f"{path} cannot be read without importing it ({error}); write the card as literals"
             ) from None
         return facts
+
+    def all_facts(self) -> dict[str, dict[str, Any]]:
+        """`facts` of every registered name, as JSON has them. What the files say is kept in the cache until one of them
+        changes. Raises UserError."""
+        shared = (ROOT / self.folder).glob("_*.py")
+        states = [(str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in (*self._files().values(), *sorted(shared))]
+        state = hashlib.sha256(json.dumps([__version__, states]).encode()).hexdigest()
+        path = cache_root() / f"{self.folder}.json"
+        with suppress(OSError, ValueError):
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(kept, dict) and kept.get("state") == state:
+                return kept["facts"] | {name: self.facts(name) for name in self._plugins()}
+        facts = {name: self.facts(name) for name in self._files() if name not in self._plugins()}
+        with suppress(OSError), atomic(path) as temporary:
+            temporary.write_text(json.dumps({"state": state, "facts": facts}), encoding="utf-8")
+        return facts | {name: self.facts(name) for name in self._plugins()}
 
     def _plugin_facts(self, name: str) -> dict[str, Any]:
         """As `facts`, of the class that a plug-in names."""

@@ -33,20 +33,22 @@ def list_(
     family = family.replace("-", "_") if family.replace("-", "_") in families else family
     if family and family not in families:
         raise unknown("family", family, families)
-    cards = [architectures.facts(name.partition("/")[0]) | {"name": name} for name in names]
+    facts = architectures.all_facts()
+    cards = [facts[name.partition("/")[0]] | {"name": name} for name in names]
     cards = [card for card in cards if not family or card["family"] == family]
     if not cards:
         raise _nothing(pattern, family)
-    entries = [tasks.facts(name) for name in tasks.names()] if pattern == "*" and not family else []
+    known = tasks.all_facts() if pattern == "*" and not family else {}
+    entries = [known[name] for name in sorted(known)]
     if as_json:
         print(json.dumps({"architectures": cards, "tasks": entries}, indent=1, sort_keys=True))
         return
     rows = []
     for card in cards:
         more = f" +{len(card['variants'])}" if card["variants"] and "/" not in card["name"] else ""
-        known = [str(card.get(key, "?")) for key in ("family", "scaling", "direction")]
+        declared = [str(card.get(key, "?")) for key in ("family", "scaling", "direction")]
         recurrent = "?" if card.get("recurrent") is None else "yes" if card["recurrent"] else ""
-        rows.append([card["name"] + more, *known, recurrent, str(card.get("year") or "?")])
+        rows.append([card["name"] + more, *declared, recurrent, str(card.get("year") or "?")])
     show_table(("name", "family", "work", "direction", "recurrent", "year"), rows, right=("year",))
     example = next((card["name"] for card in cards if card["variants"] and "/" not in card["name"]), "")
     if example:

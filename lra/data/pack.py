@@ -20,7 +20,7 @@ from lra import registry
 from lra.data import prepared_sets
 from lra.data.prepared_sets import MANIFEST, Prepared, hash_file, manifest_problem, write_manifest
 from lra.errors import UserError, brief
-from lra.files import atomic
+from lra.files import atomic, cache_root
 from lra.task import DataError, Progress, silent
 
 CHUNK = 1 << 20
@@ -108,7 +108,7 @@ def _unpack(archive: tarfile.TarFile, source: Path, progress: Progress) -> Prepa
         raise DataError(
             f"{source} holds another version of {task.name} (different: {', '.join(differing)}); create it again"
         )
-    files, folder = manifest["files"], prepared_sets.cache_root() / task.name / protocol.name
+    files, folder = manifest["files"], cache_root() / task.name / protocol.name
     total, done = sum(int(facts["bytes"]) for facts in files.values()), 0
     with prepared_sets.lock(folder, progress), prepared_sets.explain_os_errors(folder):
         work = folder.parent / f".{folder.name}.unpacking"

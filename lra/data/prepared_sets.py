@@ -28,7 +28,7 @@ from lra import __version__, registry
 from lra.data import raw_files
 from lra.data.checks import check_split
 from lra.errors import unknown
-from lra.files import atomic, safe_name, seal
+from lra.files import atomic, cache_root, safe_name, seal
 from lra.results.environment import cpus
 from lra.source import source_files
 from lra.task import SPLITS, DataError, Progress, Protocol, Split, Task, silent
@@ -137,11 +137,6 @@ class Prepared:
             raise DataError(
                 f"{path} cannot be read ({error}); {_remedy(self.task, self.protocol, self.folder)}"
             ) from None
-
-
-def cache_root() -> Path:
-    """The folder of the cache: LRA_CACHE, else `~/.cache/lra`."""
-    return Path(os.environ.get("LRA_CACHE") or Path.home() / ".cache" / "lra").expanduser()
 
 
 def source_folder(source: str | os.PathLike[str] | None = None) -> Path | None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from lra import files
-from lra.data import prepared_sets
+from lra.files import cache_root
 from lra.kernels import _dispatch
 from lra.operators import parity
 from lra.results import environment
@@ -98,7 +98,7 @@ def require_parity(ops: Iterable[str], device: torch.device) -> list[str]:
 
 
 def _cache_path() -> Path:
-    return prepared_sets.cache_root() / "doctor.json"
+    return cache_root() / "doctor.json"
 
 
 def _read_cache() -> dict[str, list[dict[str, Any]]]:

@@ -291,3 +291,24 @@ def test_a_changed_file_is_parsed_again(tmp_path: Path) -> None:
     path.write_text("second = 2\n")
     os.utime(path, ns=(1, 1))
     assert ast.unparse(registry._parsed(path)) == "second = 2"
+
+
+def test_facts_are_kept_until_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LRA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(registry, "ROOT", tmp_path)
+    file = tmp_path / "architectures" / "recurrent" / "mine.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("class Mine:\n    card = Card(title='one', causal=True)\n")
+    assert Registry("architecture", "architectures", "Encoder").all_facts()["mine"]["title"] == "one"
+    monkeypatch.setattr(registry, "_parsed", lambda _: pytest.fail("read again"))
+    kept = Registry("architecture", "architectures", "Encoder").all_facts()
+    assert kept["mine"]["title"] == "one"
+    monkeypatch.undo()
+    monkeypatch.setenv("LRA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(registry, "ROOT", tmp_path)
+    for text in (file.read_text().replace("one", "another"), file.read_text().replace("one", "third one")):
+        file.write_text(text)
+        fresh = Registry("architecture", "architectures", "Encoder")
+        assert fresh.all_facts()["mine"] == fresh.facts("mine")
+    (tmp_path / "cache" / "architectures.json").write_text("[")
+    assert fresh.all_facts()["mine"]["title"] == "third one"
