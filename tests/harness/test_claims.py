@@ -113,6 +113,13 @@ def test_a_fail_that_is_undecided_decides_no_claim(claim: Path) -> None:
     assert "still rising" in judged.findings[1].reason
 
 
+def test_a_longer_split_is_judged_whatever_the_curve_of_the_training_lengths_does(claim: Path) -> None:
+    claim.write_text(claim.read_text().replace('protocol = "dense"', 'protocol = "dense"\nsplit = "length-256"'))
+    longer = {"length-256": {"accuracy": 0.0, "n": 1024, "positions": 0.5, "last": 0.5, "length": 256}}
+    rising = run("transformer", curve=curve(0.5, 0.5, 0.5, 0.5, 0.5, 0.6), tests=longer)
+    assert claims.judge(claims.read("C1"), [rising]).findings[1].outcome == "agrees"
+
+
 def test_only_runs_with_the_settings_of_a_cell_count(claim: Path) -> None:
     claim.write_text(
         claim.read_text().replace('expect = "solves"', 'expect = "solves"\nsettings = { "model.n_layers" = 1 }')
