@@ -95,10 +95,10 @@ test-gpu:
 
 # the workers use all CPUs, so each gets one thread
 test: .venv/.stamp
-	@OMP_NUM_THREADS=1 $(RUN) pytest -q -n $(JOBS) $(if $(K),-k "$$K") $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) pytest -q -n $(JOBS) --dist worksteal $(if $(K),-k "$$K") $(ARGS)
 
 test-all: .venv/.stamp
-	@OMP_NUM_THREADS=1 $(RUN) pytest -q -n $(JOBS) -m "slow or not slow" $(if $(K),-k "$$K") $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) pytest -q -n $(JOBS) --dist worksteal -m "slow or not slow" $(if $(K),-k "$$K") $(ARGS)
 
 test-faults: .venv/.stamp
 	@LRA_FAULTS=full OMP_NUM_THREADS=1 $(RUN) pytest -q -n $(JOBS) --dist loadgroup $(if $(K),-k "$$K") tests/faults $(ARGS)
@@ -117,7 +117,7 @@ test-oldest: .venv/.stamp
 test-newest: .venv/.stamp
 	@$(VENV)/python -m venv --clear .cache/newest
 	@.cache/newest/bin/python -m pip install -q $(PIP) -e '.[dev]'
-	@OMP_NUM_THREADS=1 .cache/newest/bin/python -m pytest -q -n $(JOBS) $(if $(K),-k "$$K") $(ARGS)
+	@OMP_NUM_THREADS=1 .cache/newest/bin/python -m pytest -q -n $(JOBS) --dist worksteal $(if $(K),-k "$$K") $(ARGS)
 
 check: .venv/.stamp
 	@mkdir -p .cache
