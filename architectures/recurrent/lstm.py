@@ -16,6 +16,8 @@ Variants, after Greff et al. 2015, arXiv:1503.04069:
     coupled-peephole    both
 and, after Ba, Kiros and Hinton 2016, arXiv:1607.06450, n a layer norm over what it is given, with gains and no offset:
     layernorm           n(W x) + n'(U h) + b in place of W x + U h + b, four gates at once;  h = o * tanh(n''(c) + q)
+    layernorm-carried   the same, and n''(c) + q is the cell that the next token finds, as in PyTorch's benchmark of
+                        custom LSTMs
 
 Regularisers, in training, for any variant:
     zoneout             each unit of c keeps its old value for a token with probability zoneout_c, each of h with
@@ -34,8 +36,9 @@ residual block followed by a feed-forward part, the setting in which arXiv:2405.
 reports recurrent networks on these tasks; the papers have neither.
 
 Checked against: torch.nn.LSTM; closed forms of the variants that agree with onnxruntime's LSTM; tensors of haste's
-LayerNormLSTM; outputs and gradients. Zoneout: its equations in closed form and haste's LSTM (h alone); weight-drop: the
-authors' WeightDrop; each with stored masks and in evaluation, with the gradient of x.
+LayerNormLSTM and of a closed form of PyTorch's LayerNormLSTMCell; outputs and gradients. Zoneout: its equations in
+closed form and haste's LSTM (h alone); weight-drop: the authors' WeightDrop; each with stored masks and in evaluation,
+with the gradient of x.
 
 Zoneout is a loop over time in Python: `recurrent_cell` would need cells with masks.
 """
@@ -65,12 +68,14 @@ class LSTMMixer(Mixer):
 
     def __init__(
         self, d_model: int, *, peephole: bool, coupled: bool, horizon: int, forget_bias: float | None,
-        layernorm: bool = False, zoneout: tuple[float, float] = (0.0, 0.0), weight_drop: float = 0.0,
+        layernorm: bool = False, carried: bool = False, zoneout: tuple[float, float] = (0.0, 0.0),
+        weight_drop: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
         self.zoneout, self.weight_drop = zoneout, weight_drop  # of c and h; of U
         gates = 3 if coupled else 4
-        self.cell = "lstm_coupled" if coupled else "lstm_layernorm" if layernorm else "lstm"
+        normed = "lstm_layernorm_carried" if carried else "lstm_layernorm"
+        self.cell = "lstm_coupled" if coupled else normed if layernorm else "lstm"
         self.input = nn.Linear(d_model, gates * d_model)  # rows: i, f unless coupled, g, o
         self.U = nn.Parameter(torch.empty(gates * d_model, d_model))
         self.p = nn.Parameter(torch.zeros(gates - 1, d_model)) if peephole else None  # rows: i, f unless coupled, o
@@ -148,6 +153,7 @@ class LSTMMixer(Mixer):
         new_c = f * c + i * torch.tanh(parts[-2])
         shown = new_c if self.norm is None else F.layer_norm(new_c, c.shape[1:], self.norm[4], self.norm[5])
         new_h = torch.sigmoid(parts[-1] + p[-1] * new_c) * torch.tanh(shown)
+        new_c = shown if self.cell == "lstm_layernorm_carried" else new_c
         if keeps is not None:
             new_c, new_h = torch.lerp(new_c, c, keeps[0]), torch.lerp(new_h, h, keeps[1])
         return new_h, (new_h, new_c)
@@ -163,10 +169,10 @@ class LSTMMixer(Mixer):
 
 
 class LSTM(Stack):
-    """peephole: gates see the cell. coupled: the forget gate is 1 - i. layernorm: norms inside the recurrence.
-    forget_bias: where every forget gate starts, before the sigmoid; unless given they spread over memories of up to
-    `length` tokens. zoneout_c, zoneout_h: probabilities of a unit's old cell and output to stay. weight_drop:
-    probability of a recurrent weight to be dropped."""
+    """peephole: gates see the cell. coupled: the forget gate is 1 - i. layernorm: norms inside the recurrence. carried:
+    the normed cell is carried on. forget_bias: where every forget gate starts, before the sigmoid; unless given they
+    spread over memories of up to `length` tokens. zoneout_c, zoneout_h: probabilities of a unit's old cell and output
+    to stay. weight_drop: probability of a recurrent weight to be dropped."""
 
     card = Card(
         title="Long Short-Term Memory",
@@ -179,6 +185,7 @@ class LSTM(Stack):
             "coupled": {"coupled": True},
             "coupled-peephole": {"coupled": True, "peephole": True},
             "layernorm": {"layernorm": True},
+            "layernorm-carried": {"layernorm": True, "carried": True},
             "zoneout": {"zoneout_c": 0.5, "zoneout_h": 0.05},
             "weight-drop": {"weight_drop": 0.5},
         },
@@ -192,6 +199,7 @@ class LSTM(Stack):
         peephole: bool = False,
         coupled: bool = False,
         layernorm: bool = False,
+        carried: bool = False,
         forget_bias: float | None = None,
         zoneout_c: float = 0.0,
         zoneout_h: float = 0.0,
@@ -201,10 +209,12 @@ class LSTM(Stack):
         checked(zoneout_c=zoneout_c, zoneout_h=zoneout_h, weight_drop=weight_drop)
         if layernorm and (peephole or coupled):
             raise ValueError("layernorm is of the plain cell: without peephole and coupled")
+        if carried and not layernorm:
+            raise ValueError("carried is of layernorm")
         super().__init__(
             lambda _: LSTMMixer(
                 d_model, peephole=peephole, coupled=coupled, horizon=length, forget_bias=forget_bias,
-                layernorm=layernorm, zoneout=(zoneout_c, zoneout_h), weight_drop=weight_drop,
+                layernorm=layernorm, carried=carried, zoneout=(zoneout_c, zoneout_h), weight_drop=weight_drop,
             ),
             d_model=d_model, length=length, **stack,
         )  # fmt: skip

@@ -84,6 +84,27 @@ def test_layernorm_equals_haste() -> None:
     torch.testing.assert_close(grad[..., :4], g["grad.x"], rtol=1e-10, atol=1e-11)
 
 
+def test_layernorm_carried_equals_torchscript() -> None:
+    """The stored layer takes 4 features to 5 units; its two biases act as their sum."""
+    g = golden("lstm_layernorm_torchscript")
+    mixer = LSTMMixer(5, peephole=False, coupled=False, horizon=20, forget_bias=None, layernorm=True, carried=True)
+    mixer.double().load_state_dict({
+        "input.weight": torch.nn.functional.pad(g["param.weight_ih"], (0, 1)),
+        "input.bias": g["param.layernorm_i.bias"] + g["param.layernorm_h.bias"],
+        "U": g["param.weight_hh"],
+        "gain": g["param.layernorm_i.weight"],
+        "norm": torch.cat([
+            g[f"param.layernorm_{part}"] for part in ("h.weight", "c.weight", "c.bias")
+        ]).view(6, 5),
+    })  # fmt: skip
+    x = torch.nn.functional.pad(g["x"], (0, 1)).requires_grad_()
+    y, (_, c) = run(mixer, x, (g["h0"], g["c0"]))
+    torch.testing.assert_close(y, g["y"], rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(c, g["c_n"], rtol=1e-11, atol=1e-12)
+    (grad,) = torch.autograd.grad((y * g["w"]).sum(), x)
+    torch.testing.assert_close(grad[..., :4], g["grad.x"], rtol=1e-10, atol=1e-11)
+
+
 @pytest.mark.parametrize(
     ("peephole", "coupled", "layernorm"),
     [(False, False, False), (True, False, False), (False, True, False), (True, True, False), (False, False, True)],

@@ -299,3 +299,15 @@ def test_expectations_are_read_and_are_no_part_of_the_identity(path: str, tmp_pa
     more.write_text(FILE + "[task.listops.expected]\naccuracy = 50.0\n")
     with pytest.raises(UserError, match="from 0 to 1"):
         recipe.resolve(str(more), "listops", "s4d")
+
+
+@pytest.mark.parametrize("recipe_name", ["quick", "standard", "matched", "diagnostic", "language"])
+def test_nobody_gets_other_steps_rates_or_examples_than_the_rest(recipe_name: str) -> None:
+    families = {"diagnostic": "diagnostics", "language": "language"}
+    for task in [name for name in tasks.names() if tasks.family(name) == families.get(recipe_name, "lra")]:
+        given = {
+            repr((recipe.data, recipe.optim, recipe.search, recipe.train))
+            for name in architectures.names()
+            for recipe, _ in [read(Request(task, name, recipe_name))]
+        }
+        assert len(given) == 1, task
