@@ -76,7 +76,7 @@ class AttentionMixer(Tables, Mixer):
     """Of the scores; d^-1/2 where None."""
 
     def __init__(
-        self, d_model: int, n_heads: int, width: int, positions: str, causal: bool, n_kv_heads: int | None = None, *,
+        self, d_model: int, n_heads: int, *, width: int, positions: str, causal: bool, n_kv_heads: int | None = None,
         dropout: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()

@@ -20,7 +20,7 @@ class GatedUnit(Mixer):
     Starts as published: gamma and the biases of distances normal with a deviation of 0.02, beta 0; maps are PyTorch's.
     """
 
-    def __init__(self, d_model: int, qk_dim: int, width: int, copies: int, causal: bool) -> None:
+    def __init__(self, d_model: int, *, qk_dim: int, width: int, copies: int, causal: bool) -> None:
         super().__init__()
         self.causal = causal
         self.to_hidden = nn.Linear(d_model, 2 * width)  # rows: v, gate

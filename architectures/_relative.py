@@ -34,10 +34,10 @@ class T5Mixer(SoftmaxMixer):
     scale = 1.0
 
     def __init__(
-        self, d_model: int, n_heads: int, width: int, causal: bool, table: nn.Parameter, farthest: int, *,
+        self, d_model: int, n_heads: int, *, width: int, causal: bool, table: nn.Parameter, farthest: int,
         dropout: float = 0.0,
     ) -> None:  # fmt: skip
-        super().__init__(d_model, n_heads, width, "none", causal, dropout=dropout)
+        super().__init__(d_model, n_heads, width=width, positions="none", causal=causal, dropout=dropout)
         self.relative_attention_bias, self.farthest = table, farthest
         q, k, v = self.qkv.weight.split(self.widths)
         for weight, inputs in ((q, d_model * self.head), (k, d_model), (v, d_model), (self.out.weight, width)):
@@ -75,9 +75,9 @@ class ShawMixer(SoftmaxMixer):
     """
 
     def __init__(
-        self, d_model: int, n_heads: int, width: int, causal: bool, farthest: int, *, dropout: float = 0.0
+        self, d_model: int, n_heads: int, *, width: int, causal: bool, farthest: int, dropout: float = 0.0
     ) -> None:
-        super().__init__(d_model, n_heads, width, "none", causal, dropout=dropout)
+        super().__init__(d_model, n_heads, width=width, positions="none", causal=causal, dropout=dropout)
         self.left, self.right = farthest, 0 if causal else farthest
         self.rel_k_embed, self.rel_v_embed = (
             nn.Parameter(nn.init.xavier_uniform_(torch.empty(self.left + 1 + self.right, self.head))) for _ in "kv"

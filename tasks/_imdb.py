@@ -42,7 +42,13 @@ def read(split: str, source: Path | None, command: str) -> tuple[list[str], list
         texts, labels = read_reviews(root, split)
     else:
         texts, labels = read_table(HUB, split, ("text", "label"), source, command)
-    if not texts or not all(isinstance(t, str) and t for t in texts) or not all(label in (0, 1) for label in labels):
-        raise DataError(f"{split} of {HUB.id} holds empty texts or labels other than 0 and 1; fetch it again")
+    where = f"{split} of {root or HUB.id}"
+    if not texts:
+        raise DataError(f"{where} holds no reviews; fetch it again")
+    for number, (text, label) in enumerate(zip(texts, labels, strict=True)):
+        if not (isinstance(text, str) and text):
+            raise DataError(f"{where}: review {number} is empty; fetch it again")
+        if label not in (0, 1):
+            raise DataError(f"{where}: review {number} has the label {label!r}, not 0 or 1; fetch it again")
     order = sorted(range(len(texts)), key=lambda i: (hashlib.sha256(texts[i].encode()).digest(), labels[i]))
     return [texts[i] for i in order], [labels[i] for i in order]

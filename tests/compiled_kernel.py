@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import cached_property
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -33,24 +34,6 @@ STACK = 128  # bytes per thread: what spills beyond costs more than a smaller ti
 GRID = (2**31 - 1, 65_535, 65_535)
 DEVICE = -1  # Triton keeps what it compiled by device: a GPU that is there must not take these for its own
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-
-
-@dataclass(frozen=True)
-class Launch:
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        return f"{self.kernel.module.removeprefix('lra.kernels.')}.{self.kernel.fn.__name__}"
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What Triton compiles a kernel anew for: types, and which integers are 1 or a multiple of 16."""
-        kinds = (x.dtype if isinstance(x, Tensor) else (type(x), x == 1, x % 16 == 0) for x in self.arguments)
-        return self.name, *kinds, *sorted((name, str(value)) for name, value in self.options.items())
 
 
 @dataclass(frozen=True)
@@ -73,6 +56,45 @@ class Needs:
     doubles: int
     loop: int
     instructions: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel.module.removeprefix('lra.kernels.')}.{self.kernel.fn.__name__}"
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What Triton compiles a kernel anew for: types, and which integers are 1 or a multiple of 16."""
+        kinds = (x.dtype if isinstance(x, Tensor) else (type(x), x == 1, x % 16 == 0) for x in self.arguments)
+        return self.name, *kinds, *sorted((name, str(value)) for name, value in self.options.items())
+
+    @cached_property
+    def needs(self) -> Needs:
+        """What its kernel takes, compiled by the way that a launch takes, up to where it would load the binary."""
+        from triton import knobs
+        from triton.backends.compiler import GPUTarget
+
+        gpu = SimpleNamespace(
+            get_current_target=lambda: GPUTarget("cuda", 90, 32),
+            get_current_device=lambda: DEVICE,
+            get_current_stream=lambda device: 0,
+        )
+        with mock.patch("triton.runtime.jit.driver", SimpleNamespace(active=gpu)):
+            kernel = self.kernel.run(*self.arguments, grid=self.grid, warmup=True, **self.options)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", file.name]
+            told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        registers, stack = (max(map(int, re.findall(rf"\b{name}:(\d+)", told))) for name in ("REG", "STACK"))
+        return Needs(kernel.metadata.shared, registers, stack, **counted(told))
 
 
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)(.*);", re.M)
@@ -132,33 +154,12 @@ def launches(op: str, case: Case, dtype: torch.dtype) -> list[Launch]:
     return found
 
 
-def needs(launch: Launch) -> Needs:
-    """Compiles by the way that a launch takes, up to where it would load the binary."""
-    from triton import knobs
-    from triton.backends.compiler import GPUTarget
-
-    gpu = SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-        get_current_device=lambda: DEVICE,
-        get_current_stream=lambda device: 0,
-    )
-    with mock.patch("triton.runtime.jit.driver", SimpleNamespace(active=gpu)):
-        kernel = launch.kernel.run(*launch.arguments, grid=launch.grid, warmup=True, **launch.options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", file.name]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = (max(map(int, re.findall(rf"\b{name}:(\d+)", told))) for name in ("REG", "STACK"))
-    return Needs(kernel.metadata.shared, registers, stack, **counted(told))
-
-
 def fault(launch: Launch) -> str:
     """Why an H200 would not run this, or not well; or nothing."""
     if any(size > most for size, most in zip(launch.grid, GRID, strict=False)):
         return f"a grid of {launch.grid}; at most {GRID}"
     try:
-        found = needs(launch)
+        found = launch.needs
     except Exception as error:  # noqa: BLE001  a compiler fails in many ways, each of them a finding
         return f"{type(error).__name__}: {error}"
     # arithmetic in float64 is there for comparisons, and may be slow
@@ -188,7 +189,7 @@ def main(*ops: str) -> None:
     for op in ops or [op for op in operators() if import_module(f"lra.kernels.{op}").HAS_GPU]:
         for where, launch in distinct(op, DTYPES[:2], "gpu", "bench").values():
             case, dtype = where.rsplit(", ", 1)
-            used = needs(launch)
+            used = launch.needs
             table.writerow([op, launch.name, case, dtype, *(getattr(used, name) for name in columns)])
             sys.stdout.flush()
 

@@ -47,7 +47,7 @@ class BigBirdMixer(AttentionMixer):
         self, d_model: int, *, n_heads: int, width: int, positions: str, causal: bool, size: int, n_random: int,
         length: int, dropout: float = 0.0,
     ) -> None:  # fmt: skip
-        super().__init__(d_model, n_heads, width, positions, causal, dropout=dropout)
+        super().__init__(d_model, n_heads, width=width, positions=positions, causal=causal, dropout=dropout)
         self.size = size
         self.register_buffer("random_blocks", drawn(n_heads, -(-length // size), n_random, causal))
 

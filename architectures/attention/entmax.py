@@ -115,9 +115,9 @@ class EntmaxMixer(AttentionMixer):
     """(B, L, D) -> (B, L, D)."""
 
     def __init__(
-        self, d_model: int, n_heads: int, width: int, positions: str, causal: bool, alpha: float, *, dropout: float
+        self, d_model: int, n_heads: int, *, width: int, positions: str, causal: bool, alpha: float, dropout: float
     ) -> None:
-        super().__init__(d_model, n_heads, width, positions, causal, dropout=dropout)
+        super().__init__(d_model, n_heads, width=width, positions=positions, causal=causal, dropout=dropout)
         self.alpha = alpha
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

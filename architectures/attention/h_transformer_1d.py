@@ -48,8 +48,8 @@ State = tuple[Tensor, Tensor, Tensor]
 class HMixer(AttentionMixer):
     """(B, L, D) -> (B, L, D). size: N, even."""
 
-    def __init__(self, d_model: int, n_heads: int, width: int, causal: bool, size: int, *, dropout: float) -> None:
-        super().__init__(d_model, n_heads, width, "none", causal, dropout=dropout)
+    def __init__(self, d_model: int, n_heads: int, *, width: int, causal: bool, size: int, dropout: float) -> None:
+        super().__init__(d_model, n_heads, width=width, positions="none", causal=causal, dropout=dropout)
         self.size = size
 
     def levels(self, length: int) -> int:
@@ -174,6 +174,8 @@ class HTransformer1D(Stack):
         if size < 2 or size % 2:
             raise ValueError(f"size is {size}; an even number of tokens, as half a block is a quadrant's side")
         super().__init__(
-            lambda _: HMixer(d_model, n_heads, width, direction == "causal", size, dropout=attention_dropout),
+            lambda _: HMixer(
+                d_model, n_heads, width=width, causal=direction == "causal", size=size, dropout=attention_dropout
+            ),
             native=True, d_model=d_model, direction=direction, block={"positions": positions, **(block or {})}, **stack,
         )  # fmt: skip

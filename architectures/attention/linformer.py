@@ -58,7 +58,7 @@ class LinformerMixer(AttentionMixer):
         self, d_model: int, *, n_heads: int, qkv_dim: int, proj_k: nn.Parameter, proj_v: nn.Parameter,
         dropout: float = 0.0,
     ) -> None:  # fmt: skip
-        super().__init__(d_model, n_heads, qkv_dim, "none", causal=False, dropout=dropout)
+        super().__init__(d_model, n_heads, width=qkv_dim, positions="none", causal=False, dropout=dropout)
         self.proj_k, self.proj_v = proj_k, proj_v
 
     def _shortened(self, x: Tensor, mask: Tensor, mixture: Tensor, linear: tuple[Tensor, Tensor]) -> Tensor:

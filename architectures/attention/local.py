@@ -47,7 +47,7 @@ class LocalMixer(AttentionMixer):
         self, d_model: int, *, n_heads: int, width: int, positions: str, causal: bool, size: int, before: int,
         after: int, dropout: float = 0.0,
     ) -> None:  # fmt: skip
-        super().__init__(d_model, n_heads, width, positions, causal, dropout=dropout)
+        super().__init__(d_model, n_heads, width=width, positions=positions, causal=causal, dropout=dropout)
         self.size, self.window = size, (before, 0 if causal else after)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

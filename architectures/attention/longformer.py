@@ -46,7 +46,7 @@ class LongformerMixer(AttentionMixer):
         self, d_model: int, *, n_heads: int, width: int, positions: str, causal: bool, window: int, dilation: list[int],
         n_global: int, dropout: float = 0.0,
     ) -> None:  # fmt: skip
-        super().__init__(d_model, n_heads, width, positions, causal, dropout=dropout)
+        super().__init__(d_model, n_heads, width=width, positions=positions, causal=causal, dropout=dropout)
         self.window, self.dilation, self.n_global = (window, 0 if causal else window), dilation, n_global
         self.qkv_global: nn.Linear | None = None
         if n_global and not causal:

@@ -161,7 +161,8 @@ class MixtureOfDepths(Stack):
             raise ValueError("block.prenorm is false; what a routed block adds needs norms before its parts")
         super().__init__(
             lambda _: SoftmaxMixer(
-                d_model, n_heads, d_model, "none", direction == "causal", dropout=attention_dropout
+                d_model, n_heads, width=d_model, positions="none", causal=direction == "causal",
+                dropout=attention_dropout,
             ),
             native=True, d_model=d_model, n_layers=n_layers, direction=direction,
             block={"positions": positions, **(block or {})}, **stack,

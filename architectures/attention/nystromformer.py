@@ -74,7 +74,7 @@ class NystromformerMixer(AttentionMixer):
         self, d_model: int, *, n_heads: int, qkv_dim: int, landmarks: int, kernel: int, iterations: int,
         dropout: float = 0.0,
     ) -> None:  # fmt: skip
-        super().__init__(d_model, n_heads, qkv_dim, "none", causal=False, dropout=dropout)
+        super().__init__(d_model, n_heads, width=qkv_dim, positions="none", causal=False, dropout=dropout)
         self.landmarks, self.iterations = landmarks, iterations
         self.conv = nn.Conv2d(n_heads, n_heads, (kernel, 1), padding=(kernel // 2, 0), groups=n_heads, bias=False)
 

@@ -46,7 +46,7 @@ class Cross(nn.Module):
     """cross of the equations. d_query, d_input: widths of q and kv; qk_dim, v_dim: of all heads together."""
 
     def __init__(
-        self, d_query: int, d_input: int, qk_dim: int, v_dim: int, n_heads: int, block: Block, *, dropout: float,
+        self, d_query: int, *, d_input: int, qk_dim: int, v_dim: int, n_heads: int, block: Block, dropout: float,
         attention_dropout: float,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -122,7 +122,9 @@ class Perceiver(Stack):
         if direction != "bidirectional":
             raise ValueError(f"direction is {direction!r}; bidirectional, latents read all tokens")
         super().__init__(
-            lambda _: SoftmaxMixer(d_model, n_heads, d_model, "none", False, dropout=attention_dropout),
+            lambda _: SoftmaxMixer(
+                d_model, n_heads, width=d_model, positions="none", causal=False, dropout=attention_dropout
+            ),
             native=True, d_model=d_model, dropout=dropout, direction=direction, block=block, **stack,
         )  # fmt: skip
         shape = type(self).block.updated(block)
@@ -131,7 +133,14 @@ class Perceiver(Stack):
 
         def cross() -> Cross:
             return Cross(
-                d_model, d_model, d_model, d_model, n_heads, shape, dropout=dropout, attention_dropout=attention_dropout
+                d_model,
+                d_input=d_model,
+                qk_dim=d_model,
+                v_dim=d_model,
+                n_heads=n_heads,
+                block=shape,
+                dropout=dropout,
+                attention_dropout=attention_dropout,
             )
 
         self.first, self.again = cross(), cross() if repeats > 1 else None

@@ -103,7 +103,7 @@ class SinkhornMixer(AttentionMixer):
         self, d_model: int, *, n_heads: int, width: int, positions: str, size: int | None, iterations: int,
         temperature: float, length: int, dropout: float = 0.0, causal: bool = False, sortcut: int = 0,
     ) -> None:  # fmt: skip
-        super().__init__(d_model, n_heads, width, positions, causal=causal, dropout=dropout)
+        super().__init__(d_model, n_heads, width=width, positions=positions, causal=causal, dropout=dropout)
         self.sortcut = sortcut
         self.given, self.length, self.iterations, self.temperature = size, length, iterations, temperature
         self.size = self.block_size(length)

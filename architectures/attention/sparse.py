@@ -45,7 +45,7 @@ class SparseMixer(AttentionMixer):
         self, d_model: int, *, n_heads: int, width: int, positions: str, causal: bool, pattern: str, stride: int | None,
         summary: int | None, length: int, dropout: float = 0.0,
     ) -> None:  # fmt: skip
-        super().__init__(d_model, n_heads, width, positions, causal, dropout=dropout)
+        super().__init__(d_model, n_heads, width=width, positions=positions, causal=causal, dropout=dropout)
         self.pattern, self.given, self.length = pattern, (stride, summary), length
 
     def shape(self, length: int) -> tuple[int, int, int]:

@@ -109,10 +109,22 @@ class Transformer(Stack):
 
         def mixer(_: int) -> Mixer:
             if table is not None:
-                return T5Mixer(d_model, n_heads, width, causal, table, farthest, dropout=attention_dropout)
+                return T5Mixer(
+                    d_model,
+                    n_heads,
+                    width=width,
+                    causal=causal,
+                    table=table,
+                    farthest=farthest,
+                    dropout=attention_dropout,
+                )
             if positions == "shaw":
-                return ShawMixer(d_model, n_heads, width, causal, farthest, dropout=attention_dropout)
-            return SoftmaxMixer(d_model, n_heads, width, positions, causal, dropout=attention_dropout)
+                return ShawMixer(
+                    d_model, n_heads, width=width, causal=causal, farthest=farthest, dropout=attention_dropout
+                )
+            return SoftmaxMixer(
+                d_model, n_heads, width=width, positions=positions, causal=causal, dropout=attention_dropout
+            )
 
         super().__init__(
             mixer,

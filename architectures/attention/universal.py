@@ -79,7 +79,8 @@ class Universal(Stack):
             raise ValueError(f"epsilon is {epsilon}; above 0 and below 1")
         super().__init__(
             lambda _: SoftmaxMixer(
-                d_model, n_heads, d_model, "none", direction == "causal", dropout=attention_dropout
+                d_model, n_heads, width=d_model, positions="none", causal=direction == "causal",
+                dropout=attention_dropout,
             ),
             native=True, d_model=d_model, n_layers=1, length=length, direction=direction, **stack,
         )  # fmt: skip

@@ -61,7 +61,7 @@ def turned(mask: Tensor, by: int) -> Tensor:
 class CDILLevel(nn.Module):
     """x -> x + relu(c(x)): (B, L, D) -> (B, L, D)."""
 
-    def __init__(self, d_in: int, d_out: int, kernel: int, dilation: int, dropout: float) -> None:
+    def __init__(self, d_in: int, *, d_out: int, kernel: int, dilation: int, dropout: float) -> None:
         super().__init__()
         self.dilation = dilation
         self.conv = WeightNormConv1d(d_in, d_out, kernel)
@@ -115,7 +115,9 @@ class CDIL(Encoder):
         # smallest n with (K - 1) / 2 (2^n - 1) >= length / 2, rounded down: the far side of the ring
         needed = (-(-(length // 2) // (kernel // 2))).bit_length()
         depth = max(n_layers, needed) if levels is None else levels
-        self.levels = nn.ModuleList(CDILLevel(d_model, d_model, kernel, 2**i, dropout) for i in range(depth))
+        self.levels = nn.ModuleList(
+            CDILLevel(d_model, d_out=d_model, kernel=kernel, dilation=2**i, dropout=dropout) for i in range(depth)
+        )
 
     @property
     def scaling(self) -> str:

@@ -98,7 +98,7 @@ class TCNLevel(nn.Module):
 class GatedLevel(nn.Module):
     """x -> x + W_o u + b_o, and W_s u + b_s for the end of the network; u = tanh(f) sigmoid(s)."""
 
-    def __init__(self, d_model: int, kernel: int, dilation: int, dropout: float, last: bool) -> None:
+    def __init__(self, d_model: int, *, kernel: int, dilation: int, dropout: float, last: bool) -> None:
         super().__init__()
         self.conv = CausalConv(d_model, 2 * d_model, kernel, dilation)
         self.conv1x1_out = None if last else CausalConv(d_model, d_model)
@@ -136,10 +136,10 @@ class TCNMixer(Mixer):
     levels: Any
     head: Any
 
-    def __init__(self, d_model: int, levels: int, kernel: int, gated: bool, dropout: float) -> None:
+    def __init__(self, d_model: int, *, levels: int, kernel: int, gated: bool, dropout: float) -> None:
         super().__init__()
         self.levels = nn.ModuleList(
-            GatedLevel(d_model, kernel, 2**i, dropout, last=i == levels - 1)
+            GatedLevel(d_model, kernel=kernel, dilation=2**i, dropout=dropout, last=i == levels - 1)
             if gated else TCNLevel(d_model, kernel, 2**i, dropout)
             for i in range(levels)
         )  # fmt: skip
@@ -217,7 +217,7 @@ class TCN(Encoder):
         self.receptive_field = 1 + per_level * (2**depth - 1)
 
         def make() -> Mixer:
-            return TCNMixer(d_model, depth, kernel, gated, dropout)
+            return TCNMixer(d_model, levels=depth, kernel=kernel, gated=gated, dropout=dropout)
 
         combine = "concat" if direction == "bidirectional" else direction
         self.net = make() if direction == "causal" else Bidirectional(make, d_model, combine)

@@ -53,7 +53,7 @@ class CosformerMixer(AttentionMixer):
     def __init__(
         self, d_model: int, *, n_heads: int, qkv_dim: int, causal: bool, span: int, dropout: float = 0.0
     ) -> None:
-        super().__init__(d_model, n_heads, qkv_dim, "none", causal, dropout=dropout)
+        super().__init__(d_model, n_heads, width=qkv_dim, positions="none", causal=causal, dropout=dropout)
         self.span = span
 
     def features(self, x: Tensor, start: int = 0) -> Tensor:

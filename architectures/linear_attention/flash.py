@@ -42,7 +42,7 @@ class FlashMixer(GatedUnit):
     """(B, L, D) -> (B, L, D)."""
 
     def __init__(self, d_model: int, *, qk_dim: int, width: int, chunk: int, length: int, causal: bool) -> None:
-        super().__init__(d_model, qk_dim, width, 4, causal)
+        super().__init__(d_model, qk_dim=qk_dim, width=width, copies=4, causal=causal)
         self.chunk_size, self.length = chunk, length
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:

@@ -40,8 +40,8 @@ State = tuple[Tensor, Tensor]
 class GAUMixer(GatedUnit):
     """(B, L, D) -> (B, L, D)."""
 
-    def __init__(self, d_model: int, qk_dim: int, width: int, length: int, causal: bool) -> None:
-        super().__init__(d_model, qk_dim, width, 2, causal)
+    def __init__(self, d_model: int, *, qk_dim: int, width: int, length: int, causal: bool) -> None:
+        super().__init__(d_model, qk_dim=qk_dim, width=width, copies=2, causal=causal)
         self.length = length
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -93,6 +93,6 @@ class GAU(Stack):
     ) -> None:
         width = checked_sizes(qk_dim, expand, d_model)
         super().__init__(
-            lambda _: GAUMixer(d_model, qk_dim, width, length, direction == "causal"),
+            lambda _: GAUMixer(d_model, qk_dim=qk_dim, width=width, length=length, causal=direction == "causal"),
             native=True, d_model=d_model, length=length, direction=direction, **stack,
         )  # fmt: skip

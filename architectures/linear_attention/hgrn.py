@@ -44,7 +44,9 @@ from lra.kernels.linear_scan import linear_scan
 class HGRNMixer(Mixer):
     """(B, L, D) -> (B, L, D). bounds: the table shared by the stack, read at row `layer`."""
 
-    def __init__(self, d_model: int, bounds: LowerBounds, layer: int, complex_state: bool, bidirectional: bool) -> None:
+    def __init__(
+        self, d_model: int, *, bounds: LowerBounds, layer: int, complex_state: bool, bidirectional: bool
+    ) -> None:
         super().__init__()
         self.layer, self.complex_state, self.bidirectional = layer, complex_state, bidirectional
         self._bounds = (bounds,)  # in a tuple: the stack registers it, a mixer only reads it
@@ -126,7 +128,10 @@ class HGRN(Stack):
     ) -> None:
         bounds = LowerBounds(n_layers, d_model)
         super().__init__(
-            lambda layer: HGRNMixer(d_model, bounds, layer, complex_state, direction == "bidirectional"),
+            lambda layer: HGRNMixer(
+                d_model, bounds=bounds, layer=layer, complex_state=complex_state,
+                bidirectional=direction == "bidirectional",
+            ),
             native=True, d_model=d_model, n_layers=n_layers, direction=direction, **stack,
         )  # fmt: skip
         self.bounds, self.complex_state = bounds, complex_state

@@ -50,7 +50,7 @@ Terms = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 class KDAMixer(Mixer):
     """(B, L, D) -> (B, L, D). Padding comes after all real tokens: no mask needed."""
 
-    def __init__(self, d_model: int, n_heads: int, head_dim: int, d_conv: int, negative: bool) -> None:
+    def __init__(self, d_model: int, n_heads: int, *, head_dim: int, d_conv: int, negative: bool) -> None:
         super().__init__()
         self.n_heads, self.head_dim, self.negative = n_heads, head_dim, negative
         width = n_heads * head_dim
@@ -130,7 +130,11 @@ class KDA(Stack):
         if head_dim is None and d_model % n_heads:
             raise ValueError(f"n_heads is {n_heads}; a divisor of d_model, {d_model}, unless head_dim is given")
         width = d_model // n_heads if head_dim is None else head_dim
-        super().__init__(lambda _: KDAMixer(d_model, n_heads, width, d_conv, negative), d_model=d_model, **stack)
+        super().__init__(
+            lambda _: KDAMixer(d_model, n_heads, head_dim=width, d_conv=d_conv, negative=negative),
+            d_model=d_model,
+            **stack,
+        )
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:

@@ -75,7 +75,7 @@ class LinearTransformerMixer(AttentionMixer):
         self, d_model: int, *, n_heads: int, qkv_dim: int, feature_map: str, causal: bool, n_features: int,
         dropout: float = 0.0,
     ) -> None:  # fmt: skip
-        super().__init__(d_model, n_heads, qkv_dim, "none", causal, dropout=dropout)
+        super().__init__(d_model, n_heads, width=qkv_dim, positions="none", causal=causal, dropout=dropout)
         self.feature_map = feature_map
         self.width = 2 * n_features if feature_map == "random" else self.head  # M
         self.sigma, projection = None, None

@@ -110,7 +110,7 @@ def mesa(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_gamma: Tensor, ridge
 class MesaMixer(Mixer):
     """(B, L, D) -> (B, L, D). Padding comes after all real tokens: no mask needed."""
 
-    def __init__(self, d_model: int, n_heads: int, head_dim: int, d_conv: int, steps: int) -> None:
+    def __init__(self, d_model: int, n_heads: int, *, head_dim: int, d_conv: int, steps: int) -> None:
         super().__init__()
         self.n_heads, self.head_dim, self.steps = n_heads, head_dim, steps
         width = n_heads * head_dim
@@ -183,7 +183,9 @@ class Mesa(Stack):
         if head_dim is None and d_model % n_heads:
             raise ValueError(f"n_heads is {n_heads}; a divisor of d_model, {d_model}, unless head_dim is given")
         width = d_model // n_heads if head_dim is None else head_dim
-        super().__init__(lambda _: MesaMixer(d_model, n_heads, width, d_conv, steps), d_model=d_model, **stack)
+        super().__init__(
+            lambda _: MesaMixer(d_model, n_heads, head_dim=width, d_conv=d_conv, steps=steps), d_model=d_model, **stack
+        )
 
     @property
     def optim(self) -> Mapping[str, Mapping[str, float]]:

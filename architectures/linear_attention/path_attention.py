@@ -97,7 +97,7 @@ def path_attention(q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, log
 class PathMixer(Mixer):
     """(B, L, D) -> (B, L, D). Padding comes after all real tokens: no mask needed."""
 
-    def __init__(self, d_model: int, n_heads: int, rank: int, d_conv: int, forget: bool) -> None:
+    def __init__(self, d_model: int, n_heads: int, *, rank: int, d_conv: int, forget: bool) -> None:
         super().__init__()
         self.n_heads, self.rank = n_heads, rank
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(d_model, d_model, bias=False) for _ in range(3))
@@ -168,4 +168,6 @@ class PathAttention(Stack):
         at_least(1, n_heads=n_heads, rank=rank, d_conv=d_conv)
         if d_model % n_heads:
             raise ValueError(f"n_heads is {n_heads}; a divisor of d_model, {d_model}")
-        super().__init__(lambda _: PathMixer(d_model, n_heads, rank, d_conv, forget), d_model=d_model, **stack)
+        super().__init__(
+            lambda _: PathMixer(d_model, n_heads, rank=rank, d_conv=d_conv, forget=forget), d_model=d_model, **stack
+        )

@@ -70,7 +70,7 @@ class PerformerMixer(AttentionMixer):
         self, d_model: int, *, n_heads: int, qkv_dim: int, feature_map: str, causal: bool, n_features: int, redraw: int,
         dropout: float = 0.0,
     ) -> None:  # fmt: skip
-        super().__init__(d_model, n_heads, qkv_dim, "none", causal, dropout=dropout)
+        super().__init__(d_model, n_heads, width=qkv_dim, positions="none", causal=causal, dropout=dropout)
         self.feature_map, self.redraw = feature_map, 0 if feature_map == "deterministic" else redraw
         self.eps = 1e-4 if feature_map == "softmax" else 1e-3
         self.seed, self.passes = int(torch.randint(2**31, (), device="cpu")), 0

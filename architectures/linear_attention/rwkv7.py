@@ -75,7 +75,7 @@ class TimeMix(Mixer):
     to.
     """
 
-    def __init__(self, d_model: int, n_heads: int, ranks: Mapping[str, int], layer: int, n_layers: int) -> None:
+    def __init__(self, d_model: int, n_heads: int, *, ranks: Mapping[str, int], layer: int, n_layers: int) -> None:
         super().__init__()
         self.n_heads, self.is_first = n_heads, layer == 0
         slope, deep = along(d_model) - 0.5, depth(layer, n_layers)
@@ -292,7 +292,7 @@ class RWKV7(RWKVStack):
 
         def time_mix(layer: int) -> Mixer:
             def make() -> TimeMix:
-                return TimeMix(d_model, n_heads, ranks, layer, n_layers)
+                return TimeMix(d_model, n_heads, ranks=ranks, layer=layer, n_layers=n_layers)
 
             return make() if direction == "causal" else BothTimeMixes(make, d_model, "concat")
 

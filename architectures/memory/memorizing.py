@@ -56,7 +56,9 @@ class MemorizingMixer(AttentionMixer):
         self, d_model: int, n_heads: int, width: int, *, segment: int, k: int, memory: int, dropout: float,
         n_kv_heads: int | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(d_model, n_heads, width, "none", True, n_kv_heads, dropout=dropout)
+        super().__init__(
+            d_model, n_heads, width=width, positions="none", causal=True, n_kv_heads=n_kv_heads, dropout=dropout
+        )
         self.segment, self.k, self.memory = segment, k, memory
         self.log_scale = nn.Parameter(torch.full((n_heads, 1, 1), math.log(20.0)))
         self.relative = nn.Parameter(torch.zeros(n_heads, BUCKETS))

@@ -88,7 +88,7 @@ class RGLRU(nn.Module):
 class RecurrentMixer(Mixer):
     """The recurrent block: (B, L, D) -> (B, L, D). Padding comes after all real tokens: no mask needed."""
 
-    def __init__(self, d_model: int, width: int, n_blocks: int, d_conv: int, n_layers: int) -> None:
+    def __init__(self, d_model: int, *, width: int, n_blocks: int, d_conv: int, n_layers: int) -> None:
         super().__init__()
         self.linear_xy = nn.Linear(d_model, 2 * width)  # rows: W_1, W_2
         taps = torch.randn(width, 1, d_conv) * (0.01 / d_conv) ** 0.5
@@ -138,7 +138,7 @@ class LocalMixer(AttentionMixer):
     """The attention block: one head of keys and values, (B, L, D) -> (B, L, D)."""
 
     def __init__(self, d_model: int, n_heads: int, window: int, n_layers: int) -> None:
-        super().__init__(d_model, n_heads, d_model, "rope", True, n_kv_heads=1)
+        super().__init__(d_model, n_heads, width=d_model, positions="rope", causal=True, n_kv_heads=1)
         self.window = window
         start(self.qkv)
         start(self.out, 2 / n_layers)
@@ -221,7 +221,7 @@ class Griffin(Stack):
         def mixer(layer: int) -> Mixer:
             if period and layer % period == period - 1:
                 return LocalMixer(d_model, n_heads, window, n_layers)
-            return RecurrentMixer(d_model, width, n_blocks, d_conv, n_layers)
+            return RecurrentMixer(d_model, width=width, n_blocks=n_blocks, d_conv=d_conv, n_layers=n_layers)
 
         super().__init__(mixer, d_model=d_model, n_layers=n_layers, dropout=dropout, block=block, **stack)
         for layer in self.blocks:

@@ -42,7 +42,7 @@ State = tuple[Tensor, Tensor]
 class QRNNMixer(Mixer):
     """(B, L, D) -> (B, L, D). Padding comes after all real tokens: no mask needed."""
 
-    def __init__(self, d_model: int, pooling: str, window: int, zoneout: float, horizon: int) -> None:
+    def __init__(self, d_model: int, *, pooling: str, window: int, zoneout: float, horizon: int) -> None:
         super().__init__()
         self.pooling, self.zoneout = pooling, zoneout
         self.conv = nn.Conv1d(d_model, (1 + len(pooling)) * d_model, window)  # rows: Z, F, O, I
@@ -128,5 +128,8 @@ class QRNN(Stack):
         if reach < 1:
             raise ValueError(f"horizon is {reach}; at least 1 token")
         super().__init__(
-            lambda _: QRNNMixer(d_model, pooling, window, zoneout, reach), d_model=d_model, length=length, **stack
+            lambda _: QRNNMixer(d_model, pooling=pooling, window=window, zoneout=zoneout, horizon=reach),
+            d_model=d_model,
+            length=length,
+            **stack,
         )

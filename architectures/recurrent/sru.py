@@ -46,7 +46,7 @@ class SRUMixer(Recurrence):
 
     scale_x: Tensor
 
-    def __init__(self, d_model: int, horizon: int, peephole: bool, projected: bool, activation: str) -> None:
+    def __init__(self, d_model: int, *, horizon: int, peephole: bool, projected: bool, activation: str) -> None:
         super().__init__()
         self.d_model, self.projected, self.activation = d_model, projected, activation
         bound, matrices = (3 / d_model) ** 0.5, 4 if projected else 3
@@ -126,5 +126,8 @@ class SRU(Stack):
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}; one of {', '.join(ACTIVATIONS)}")
         super().__init__(
-            lambda _: SRUMixer(d_model, reach, peephole, projected, activation), d_model=d_model, length=length, **stack
+            lambda _: SRUMixer(d_model, horizon=reach, peephole=peephole, projected=projected, activation=activation),
+            d_model=d_model,
+            length=length,
+            **stack,
         )

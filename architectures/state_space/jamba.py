@@ -117,7 +117,7 @@ class JambaAttentionMixer(AttentionMixer):
     """Causal attention with grouped keys and values: (B, L, D) -> (B, L, D)."""
 
     def __init__(self, d_model: int, n_heads: int, n_kv_heads: int) -> None:
-        super().__init__(d_model, n_heads, d_model, "none", True, n_kv_heads)
+        super().__init__(d_model, n_heads, width=d_model, positions="none", causal=True, n_kv_heads=n_kv_heads)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         k, v = (repeat_heads(t, self.n_heads) for t in (k, v))

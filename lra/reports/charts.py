@@ -105,6 +105,7 @@ def _baselines(
 TIPS = {
     "label": ("architecture", "N", ""), "family": ("family", "N", ""), "shown": ("accuracy %, 95 % interval", "N", ""),
     "status": ("status", "N", ""), "seeds": ("seeds", "Q", ""), "minutes": ("minutes", "Q", ".3~g"),
+    "hardware": ("machine of the run", "N", ""),
     "speed": ("tokens/s", "Q", ","), "seen": ("training examples", "Q", ","),
     "parameters": ("parameters", "Q", ","), "gflop": ("GFLOP forward", "Q", ".3~g"), "memory": ("memory", "N", ""),
 }  # fmt: skip
@@ -160,7 +161,9 @@ def tradeoff(frame: pd.DataFrame, baselines: Mapping[str, float], families: Sequ
     names = alt.Chart(_labels(frame, front, times, axis)).mark_text(
         align=alt.expr("datum.align"), dx=alt.expr("datum.dx"), dy=alt.expr("datum.dy"), baseline="middle"
     )  # fmt: skip
-    title = alt.TitleParams("Accuracy against training time", subtitle=baseline_notes(baselines, axis))
+    machines = sorted(frame["hardware"].unique())
+    notes = textwrap.wrap("on more than one machine: " + "; ".join(machines), WRAP) if len(machines) > 1 else []
+    title = alt.TitleParams("Accuracy against training time", subtitle=[*baseline_notes(baselines, axis), *notes])
     layers = alt.layer(
         _baselines(baselines, axis, "y"), steps, bars, dots, names.encode(x=x, y=y, text="label:N")
     )  # fmt: skip

@@ -15,6 +15,7 @@ from lra.reports import table as tables
 from lra.reports.ranking import AVERAGES, LRA, Group, Leaderboard, ModifiedRow, Overall, Row
 from lra.reports.table import Table, TableCell
 from lra.results.collection import Collection
+from lra.results.profile import machine_name
 from lra.results.record import RunRecord
 
 if TYPE_CHECKING:
@@ -45,9 +46,9 @@ HEADER = (
     "(Wilson) where there is one. #: rank, shared by rows that are not told apart (5 %, Holm; Welch's t over "
     "seeds and a paired permutation test over test examples; with two or more seeds, both must be significant). "
     "seeds: 3/5 where 3 of 5 runs left chance; the mean is over all 5. seen: training examples, repeats counted. "
-    "GFLOP: forward, one example at the protocol's full length, multiply-add = 2. tok/s and MiB (peak): a training "
-    "step in the profile of this machine, with these threads and in this dtype, where there is one. Rows without a "
-    "rank are baselines without a sequence model. Tables are not comparable with each other."
+    "GFLOP: forward, one example at the protocol's full length, multiply-add = 2. tok/s and MiB (peak): a profiled "
+    "training step with these threads and in this dtype, all on one machine, where there is one. Rows without a rank "
+    "are baselines without a sequence model. Tables are not comparable with each other."
 )
 BASELINE = "no sequence model"
 """Marks a row that is not of an architecture."""
@@ -105,11 +106,14 @@ def _uncounted(rows: Sequence[Row]) -> Iterator[str]:
 
 def _profile_shape(rows: Sequence[Row]) -> list[str]:
     """What the profiled training steps of a table have in common, one entry for each shape."""
-    cells = [row.profile.cell for row in rows if row.profile is not None]
-    shapes = sorted({(cell.length, cell.batch, cell.d_model, cell.n_layers, cell.direction) for cell in cells})
+    profiles = [row.profile for row in rows if row.profile is not None]
+    shapes = sorted(
+        {(machine_name(p.environment), p.cell.length, p.cell.batch, p.cell.d_model, p.cell.n_layers, p.cell.direction)
+         for p in profiles}
+    )  # fmt: skip
     return [
-        f"profiled step: {length:,} tokens, batch {batch}, d_model {width}, {depth} layers, {direction}"
-        for length, batch, width, depth, direction in shapes
+        f"profiled step: {length:,} tokens, batch {batch}, d_model {width}, {depth} layers, {direction}, on {machine}"
+        for machine, length, batch, width, depth, direction in shapes
     ]
 
 

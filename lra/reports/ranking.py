@@ -1,8 +1,9 @@
 """Groups comparable results and ranks them.
 
-Runs are compared only if task, protocol, data, recipe, regime, device and number of test examples agree, and only if
-they used the shipped recipe as it is; other runs are listed apart and have no rank. Rows that the evidence does not
-separate share a rank.
+Runs are compared only if task, protocol, data, recipe, regime, kind of device, dtype and number of test examples
+agree, and only if they used the shipped recipe as it is; other runs are listed apart and have no rank. Rows that the
+evidence does not separate share a rank. Runs of several machines are compared: accuracy does not depend on the machine,
+and speed and memory are those of one machine's profile.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ FIELDS = (
 
 @dataclass(frozen=True, order=True)
 class Group:
-    """Key of a table: runs are comparable only if all of these agree. tested: number of test examples; data: first
-    digits of the checksum of the prepared data; shipped: whether the recipe is one of this package."""
+    """Key of a table: runs are comparable only if all of these agree. device: CPU or GPU, and the dtype of the
+    arithmetic; tested: number of test examples; data: first digits of the checksum of the prepared data; shipped:
+    whether the recipe is one of this package."""
 
     task: str
     protocol: str
@@ -66,9 +68,9 @@ of a user's class."""
 class Row:
     """One architecture in a group; its runs differ in the seed only. label: the architecture, followed by the first
     digits of the recipe's hash, or of its source, where a group has it with two. Work, minutes and `seen`, the number
-    of training examples with repeats, are means over the runs. profile: of a training step on the machine, with the
-    threads and in the dtype of the runs, at the length nearest to theirs; speed and memory of the runs themselves,
-    which may have shared the machine, stay in their records."""
+    of training examples with repeats, are means over the runs. profile: of a training step with the threads and in the
+    dtype of the group, at the length nearest to its own, on a machine that all its rows share; speed and memory of the
+    runs themselves, which may have shared their machine, stay in their records. hardware: machines of the runs."""
 
     architecture: str
     label: str
@@ -152,17 +154,21 @@ class Leaderboard:
             by_row = official if settings.ranked else modified
             key = (group, record.architecture, version, record.source_key)
             by_row.setdefault(key, {})[record.seed] = record
-        labels, profiles = _labels(official) | _labels(modified), _Profiles(collection.profiles)
+        runs_of: dict[Group, list[RunRecord]] = {}
+        for key, by_seed in [*official.items(), *modified.items()]:
+            runs_of.setdefault(key[0], []).extend(by_seed.values())
+        labels = _labels(official) | _labels(modified)
+        profiles = {group: _profiles(collection.profiles, runs) for group, runs in runs_of.items()}
         groups: dict[Group, list[Row]] = {}
         for key, by_seed in official.items():
-            groups.setdefault(key[0], []).append(_row(labels[key], by_seed, profiles))
+            groups.setdefault(key[0], []).append(_row(labels[key], by_seed, profiles[key[0]]))
         ranked = {
             group: _rank(sorted(groups[group], key=lambda row: (-row.accuracy.mean, row.label)), collection.predictions)
             for group in sorted(groups)
         }
         apart = []
         for key in sorted(modified):
-            row = _row(labels[key], modified[key], profiles)
+            row = _row(labels[key], modified[key], profiles[key[0]])
             apart.append(ModifiedRow(key[0], row, collection.settings[row.runs[-1].id]))
         return cls(ranked, apart, collection.reported)
 
@@ -215,8 +221,10 @@ OPTIONAL = (
 
 def group_of(record: RunRecord, shipped: bool = True) -> Group:
     """The group of a run. shipped: whether its recipe is one of this package."""
+    used = record.environment
+    device = ", ".join(filter(None, ("GPU" if used.hardware == used.gpu else "CPU", used.dtype)))
     return Group(
-        record.task, record.protocol.name, record.recipe.name, record.regime, record.hardware, record.test.n,
+        record.task, record.protocol.name, record.recipe.name, record.regime, device, record.test.n,
         record.data.checksum[:8], shipped,
     )  # fmt: skip
 
@@ -241,25 +249,17 @@ def _labels(keys: Iterable[Key]) -> dict[Key, str]:
     return labels
 
 
-class _Profiles:
-    """Profiles by what a run has in common with them."""
-
-    def __init__(self, profiles: Sequence[AnyProfile]) -> None:
-        self.profiles = profiles
-        self._known: dict[tuple[str, str, int], dict[str, Profile]] = {}
-
-    def of(self, runs: Sequence[RunRecord]) -> Profile | None:
-        """The profile of the architecture of some runs; None where there is none or the runs differ in it."""
-        keys = {(machine_name(r.environment), r.environment.dtype, r.protocol.length or 0) for r in runs}
-        if len(keys) != 1:
-            return None
-        key = keys.pop()
-        if key not in self._known:
-            self._known[key] = nearest_steps(self.profiles, *key)
-        return self._known[key].get(runs[0].architecture)
+def _profiles(profiles: Sequence[AnyProfile], runs: Sequence[RunRecord]) -> Mapping[str, Profile]:
+    """Architecture -> profile of a training step, for the runs of a group: all of one machine, with the threads and in
+    the dtype of the runs, at the length nearest to theirs. Of several machines, that with most of the architectures."""
+    names, threads = {run.architecture for run in runs}, {run.environment.threads for run in runs}
+    dtype, length = runs[0].environment.dtype, runs[0].protocol.length or 0
+    machines = {machine_name(p.environment) for p in profiles if p.environment.threads in threads}
+    steps = [nearest_steps(profiles, machine, dtype, length) for machine in sorted(machines)]
+    return max(steps, key=lambda by_name: len(names & by_name.keys()), default={})
 
 
-def _row(label: str, by_seed: Mapping[int, RunRecord], profiles: _Profiles) -> Row:
+def _row(label: str, by_seed: Mapping[int, RunRecord], profiles: Mapping[str, Profile]) -> Row:
     def mean(values: Iterable[float]) -> float:
         listed = list(values)
         return math.fsum(listed) / len(listed)
@@ -280,11 +280,11 @@ def _row(label: str, by_seed: Mapping[int, RunRecord], profiles: _Profiles) -> R
         parameters=first.parameters,
         flops=work(run.flops.forward for run in runs),
         flops_backward=work(run.flops.forward_backward for run in runs),
-        profile=profiles.of(runs),
+        profile=profiles.get(first.architecture),
         threads=", ".join(sorted({str(run.environment.threads or "-") for run in runs})),
         minutes=mean(run.wall_seconds for run in runs) / 60,
         direction=first.direction,
-        hardware=first.hardware,
+        hardware=", ".join(sorted({run.hardware for run in runs})),
     )
 
 

@@ -152,7 +152,7 @@ def write(collection: Collection, root: Path, folder: Path) -> Path:
 
 def result_frame(groups: Mapping[Group, Sequence[Row]], ids: Mapping[int, str]) -> pd.DataFrame:
     """One row per row of the leaderboard, with all that tables and charts show. Speed and memory are those of a
-    profiled training step on the same machine, where there is one."""
+    profiled training step, all on one machine, where there is one."""
     rows = []
     for number, (group, listed) in enumerate(groups.items()):
         for row in listed:
@@ -173,6 +173,7 @@ def _facts(row: Row) -> dict[str, Any]:
         "rank": row.rank, "accuracy": mean, "low": low, "high": high, "half": 100 * a.half_width, "source": a.source,
         "shown": f"{mean:.2f} [{low:.2f}, {high:.2f}], over the {a.source}", "chance": not row.succeeded,
         "status": lost, "seeds": row.seeds, "collapsed": row.collapsed, "minutes": round(row.minutes, 4),
+        "hardware": row.hardware,
         "speed": math.nan if step is None else round(step.tokens_per_second), "threads": row.threads,
         "memory": memory, "memory_bytes": used, "seen": round(row.seen), "parameters": row.parameters,
         "size": _size(row.parameters), "gflop": None if row.flops is None else row.flops / 1e9,

@@ -18,7 +18,7 @@ def test_levels_equal_the_authors() -> None:
     x = g["x"].clone().requires_grad_()
     h, mask = x, torch.ones(x.shape[:2], dtype=torch.bool)
     for i, (d_in, d_out) in enumerate([(4, 6), (6, 6), (6, 5)]):
-        level = CDILLevel(d_in, d_out, kernel, 2**i, dropout=0.0).double()
+        level = CDILLevel(d_in, d_out=d_out, kernel=kernel, dilation=2**i, dropout=0.0).double()
         names = "weight_g", "weight_v", "bias"
         level.conv.load_state_dict({name: g[f"param.conv_net.{i}.conv.{name}"] for name in names})
         if d_in == d_out:

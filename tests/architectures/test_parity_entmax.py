@@ -58,7 +58,7 @@ def test_supports_of_any_size_are_found(alpha: float) -> None:
 def test_layer_equals_its_definition(causal: bool) -> None:
     """Weights by the closed form of sparsemax, token by token: the largest set whose members stay positive."""
     torch.manual_seed(0)
-    mixer = EntmaxMixer(8, 2, 8, "none", causal, 2.0, dropout=0.0).double()
+    mixer = EntmaxMixer(8, 2, width=8, positions="none", causal=causal, alpha=2.0, dropout=0.0).double()
     torch.nn.init.normal_(mixer.qkv.weight)
     x, real = torch.randn(2, 7, 8, dtype=torch.float64), (7, 4)
     y = mixer(x, torch.arange(7) < torch.tensor(real)[:, None])

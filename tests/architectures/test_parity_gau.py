@@ -44,7 +44,7 @@ def loaded(kind: str, g: dict[str, Tensor], causal: bool = False) -> tuple[nn.La
     width, qk, length = g["x"].shape[-1], int(g["cfg.s"]), int(g["cfg.L"])
     values = round(width * float(g["cfg.expansion"]))
     if kind == "gau":
-        mixer: Any = GAUMixer(width, qk, values, length, causal).double()
+        mixer: Any = GAUMixer(width, qk_dim=qk, width=values, length=length, causal=causal).double()
     else:
         mixer = FlashMixer(
             width, qk_dim=qk, width=values, chunk=int(g["cfg.group"]), length=length, causal=causal

@@ -58,7 +58,7 @@ def test_rglru_equals_an_independent_one() -> None:
 def block_of(g: dict[str, Tensor], prefix: str) -> RecurrentMixer:
     d_model, width = g[f"{prefix}linear_out.weight"].shape
     taps, blocks = g[f"{prefix}conv_1d.weight"].shape[-1], len(g[f"{prefix}rg_lru.input_gate_weight"])
-    block = RecurrentMixer(d_model, width, blocks, taps, 1).double()
+    block = RecurrentMixer(d_model, width=width, n_blocks=blocks, d_conv=taps, n_layers=1).double()
     block.load_state_dict({own: stored(g, prefix, own) for own, _ in block.named_parameters()})
     return block
 
@@ -145,7 +145,9 @@ def plain_attention(block: nn.Module, x: Tensor, heads: int, window: int) -> Ten
 @pytest.mark.parametrize("kind", ["recurrent", "attention"])
 def test_blocks_and_their_gradients_equal_the_plain_equations(kind: str) -> None:
     recurrent = kind == "recurrent"
-    block = drawn(RecurrentMixer(6, 12, 3, 3, 1) if recurrent else LocalMixer(6, 3, 4, 1))
+    block = drawn(
+        RecurrentMixer(6, width=12, n_blocks=3, d_conv=3, n_layers=1) if recurrent else LocalMixer(6, 3, 4, 1)
+    )
     x, weight = torch.randn(2, 2, 17, 6, dtype=torch.float64)
     x.requires_grad_()
     found = block(x, everything(x))

@@ -40,7 +40,7 @@ def definition(q: Tensor, k: Tensor, v: Tensor, size: int, causal: bool) -> Tens
 @pytest.mark.parametrize(("size", "lengths"), [(2, (13, 9)), (4, (14, 21)), (2, (1, 3)), (8, (11, 6))])
 def test_equals_its_definition(size: int, lengths: tuple[int, int], causal: bool) -> None:
     torch.manual_seed(0)
-    mixer = HMixer(8, 2, 8, causal, size, dropout=0.0).double()
+    mixer = HMixer(8, 2, width=8, causal=causal, size=size, dropout=0.0).double()
     x, longest = torch.randn(2, max(lengths), 8, dtype=torch.float64), max(lengths)
     mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
 

@@ -16,7 +16,7 @@ from lra.architectures.linear_attention.kda import KDA, KDAMixer
 
 def loaded(g: dict[str, Tensor], negative: bool = False) -> KDAMixer:
     head = len(g["param.o_norm.weight"])
-    mixer = KDAMixer(g["x"].shape[-1], int(g["cfg.heads"]), head, 4, negative).double()
+    mixer = KDAMixer(g["x"].shape[-1], int(g["cfg.heads"]), head_dim=head, d_conv=4, negative=negative).double()
     mixer.load_state_dict({name: g[f"param.{name}"] for name, _ in mixer.named_parameters()})
     return mixer
 

@@ -30,7 +30,7 @@ SMALL: dict[str, Any] = {"d_model": 16, "n_layers": 4, "length": 16}
 
 def loaded(g: dict[str, Tensor], causal: bool) -> tuple[Layer, Router]:
     width, heads, hidden = (int(g[f"cfg.{n}"]) for n in ("D", "H", "ff"))
-    mixer = SoftmaxMixer(width, heads, width, "none", causal)
+    mixer = SoftmaxMixer(width, heads, width=width, positions="none", causal=causal)
     layer = Layer(mixer, width, Block(expand=hidden / width), 0.0).double()
     layer.load_state_dict({own: g[f"param.block.{theirs}"] for own, theirs in PARAMETERS.items()})
     router = Router(width, float(g["cfg.capacity"]), causal).double()

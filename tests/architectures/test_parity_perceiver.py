@@ -20,7 +20,9 @@ PARTS = {"q": "query", "k": "key", "v": "value"}
 
 def cross(g: dict[str, Tensor], d_input: str, block: Block, state: dict[str, Tensor]) -> Cross:
     query, inputs, qk, value, heads = (int(g[f"cfg.{n}"]) for n in ("Dq", d_input, "qk", "v", "H"))
-    part = Cross(query, inputs, qk, value, heads, block, dropout=0.0, attention_dropout=0.0).double()
+    part = Cross(
+        query, d_input=inputs, qk_dim=qk, v_dim=value, n_heads=heads, block=block, dropout=0.0, attention_dropout=0.0
+    ).double()
     part.load_state_dict(state)
     return part
 

@@ -14,7 +14,7 @@ from lra.architectures.recurrent.qrnn import QRNN, QRNNMixer
 
 def loaded(g: dict[str, Tensor], pooling: str) -> QRNNMixer:
     """The stored layers are 4 features wide outside and 5 inside, which the stack never asks for."""
-    mixer = QRNNMixer(4, pooling, window=2, zoneout=0.0, horizon=2)
+    mixer = QRNNMixer(4, pooling=pooling, window=2, zoneout=0.0, horizon=2)
     weight, bias = g["param.weight"].clone(), g["param.bias"].clone()
     if weight.dim() == 2:  # their code: columns of the present token first, and an f that lets in instead of keeping
         weight = torch.stack([weight[:, 4:], weight[:, :4]], dim=-1)
@@ -38,7 +38,7 @@ def test_layer_equals_the_authors(pooling: str) -> None:
 @pytest.mark.parametrize("pooling", ["f", "fo", "ifo"])
 def test_gradients_of_every_parameter_equal_the_recurrence(pooling: str) -> None:
     torch.manual_seed(0)
-    mixer = QRNNMixer(4, pooling, window=3, zoneout=0.0, horizon=9).double()
+    mixer = QRNNMixer(4, pooling=pooling, window=3, zoneout=0.0, horizon=9).double()
     x, w = torch.randn(2, 2, 17, 4, dtype=torch.float64)
     recurrent, parallel = stepped(mixer, x), mixer(x, torch.ones(2, 17, dtype=torch.bool))
     torch.testing.assert_close(parallel, recurrent, rtol=1e-11, atol=1e-12)
@@ -49,17 +49,17 @@ def test_gradients_of_every_parameter_equal_the_recurrence(pooling: str) -> None
 
 def test_step_equals_forward_over_2048_tokens() -> None:
     torch.manual_seed(0)
-    assert_steps_equal_forward(QRNNMixer(8, "fo", window=2, zoneout=0.0, horizon=2048), 8)
+    assert_steps_equal_forward(QRNNMixer(8, pooling="fo", window=2, zoneout=0.0, horizon=2048), 8)
 
 
 def test_zoneout_keeps_the_state_of_features_when_training_only() -> None:
     torch.manual_seed(0)
-    mixer = QRNNMixer(64, "f", window=1, zoneout=0.3, horizon=2)
+    mixer = QRNNMixer(64, pooling="f", window=1, zoneout=0.3, horizon=2)
     x = torch.randn(1, 256, 64)
     h = mixer.pool(x, torch.ones(1, 64))[0]
     before = torch.cat([torch.ones(1, 1, 64), h[:, :-1]], dim=1)
     assert abs((h == before).float().mean().item() - 0.3) < 0.02
-    free = QRNNMixer(64, "f", window=1, zoneout=0.0, horizon=2)
+    free = QRNNMixer(64, pooling="f", window=1, zoneout=0.0, horizon=2)
     free.load_state_dict(mixer.state_dict())
     # not rescaled: a feature that is not kept moves as far as without zoneout
     moved = h[:, 0] != 1
@@ -70,7 +70,7 @@ def test_zoneout_keeps_the_state_of_features_when_training_only() -> None:
 @pytest.mark.parametrize("pooling", ["fo", "ifo"])
 def test_memories_at_the_start_fill_the_horizon(pooling: str) -> None:
     torch.manual_seed(0)
-    bias = QRNNMixer(512, pooling, window=2, zoneout=0.0, horizon=1000).conv.bias
+    bias = QRNNMixer(512, pooling=pooling, window=2, zoneout=0.0, horizon=1000).conv.bias
     assert bias is not None
     gates = bias.view(-1, 512)
     memories = 1 + gates[1].exp()  # 1 / (1 - f), for x = 0

@@ -20,7 +20,7 @@ NAMES = {"ln_x.weight": "ln_x_w", "ln_x.bias": "ln_x_b"}
 
 def time_mix(g: dict[str, Tensor], layer: int) -> TimeMix:
     ranks = {name: g[f"param.{name}1"].shape[1] for name in "wavg"}
-    part = TimeMix(g["x"].shape[-1], int(g["cfg.heads"]), ranks, layer, 2).double()
+    part = TimeMix(g["x"].shape[-1], int(g["cfg.heads"]), ranks=ranks, layer=layer, n_layers=2).double()
     names = {name: NAMES.get(name, name.removesuffix(".weight")) for name, _ in part.named_parameters()}
     part.load_state_dict({own: g[f"param.{theirs}"] for own, theirs in names.items()})
     return part

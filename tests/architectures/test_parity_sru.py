@@ -17,7 +17,7 @@ def loaded(name: str) -> tuple[SRUMixer, dict[str, Tensor]]:
     width, matrices = g["y"].shape[-1], 3 if name == "sru_v2" else 4
     peephole = name != "sru_v1"
     activation = "tanh" if g["cfg.use_tanh"] else "identity"
-    mixer = SRUMixer(width, 2, peephole, matrices == 4, activation).double()
+    mixer = SRUMixer(width, horizon=2, peephole=peephole, projected=matrices == 4, activation=activation).double()
     own = {"weight_c": g["param.weight_c"]} if peephole else {}
     load(mixer, weight=padded(g["param.weight"], width, matrices * width), bias=g["param.bias"], **own)
     mixer.scale_x.copy_(g["cfg.scale_x"])
@@ -34,7 +34,9 @@ def test_layer_equals_the_authors(name: str) -> None:
 def test_scale_at_the_start_is_the_authors() -> None:
     """Their skip grows by sqrt(1 + 2 exp(b_r)), which the stored layer has for b_r = -1.5."""
     assert golden("sru_v2")["cfg.scale_x"].item() == pytest.approx((1 + 2 * torch.tensor(-1.5).exp().item()) ** 0.5)
-    plain, projected = (SRUMixer(256, 2, True, flag, "identity") for flag in (False, True))
+    plain, projected = (
+        SRUMixer(256, horizon=2, peephole=True, projected=flag, activation="identity") for flag in (False, True)
+    )
     assert plain.scale_x.item() == pytest.approx(3**0.5)
     deviations = projected.weight.view(256, 256, 4).std((0, 1)) * 256**0.5
     torch.testing.assert_close(deviations, torch.tensor([1.0, 0.5**0.5, 0.5**0.5, 3**0.5]), rtol=0.02, atol=0)
@@ -42,7 +44,7 @@ def test_scale_at_the_start_is_the_authors() -> None:
 
 def test_memories_at_the_start_fill_the_horizon() -> None:
     torch.manual_seed(0)
-    forget, highway = SRUMixer(512, 1000, True, False, "identity").bias.chunk(2)
+    forget, highway = SRUMixer(512, horizon=1000, peephole=True, projected=False, activation="identity").bias.chunk(2)
     memories = 1 + forget.exp()  # 1 / (1 - f), for x = c = 0
     assert memories.min() >= 2
     assert memories.max() <= 1000

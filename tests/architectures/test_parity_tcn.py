@@ -46,7 +46,7 @@ def test_levels_equal_the_authors() -> None:
 
 def test_gated_level_equals_a_public_wavenet() -> None:
     g = golden("wavenet_block")
-    level = GatedLevel(4, 3, 2, 0.0, last=False)
+    level = GatedLevel(4, kernel=3, dilation=2, dropout=0.0, last=False)
     # its gates are narrower than its residual path and its skip path wider
     level.conv = load(CausalConv(4, 6, 3, int(g["cfg.dilation"])), g, "param.conv")
     level.conv1x1_out = load(CausalConv(3, 4), g, "param.conv1x1_out")
@@ -67,7 +67,7 @@ def test_gated_network_equals_a_public_wavenet() -> None:
     """
     g = golden("wavenet_stack")
     count = int(g["cfg.layers"])
-    mixer = TCNMixer(4, count, 2, gated=True, dropout=0.0)
+    mixer = TCNMixer(4, levels=count, kernel=2, gated=True, dropout=0.0)
     for i, level in enumerate(mixer.levels):
         conv, out, skip = (f"param.conv_layers.{i}.{n}" for n in ("conv", "conv1x1_out", "conv1x1_skip"))
         shrunk = 0.5 ** (i / 2)

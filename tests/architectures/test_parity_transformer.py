@@ -64,7 +64,9 @@ def test_layer_equals_torch_encoder_layer(prenorm: bool, activation: str) -> Non
 
 def llama_mixer(g: dict[str, Tensor], positions: str, causal: bool) -> SoftmaxMixer:
     heads = int(g["cfg.H"])
-    mixer = SoftmaxMixer(int(g["cfg.D"]), heads, heads * int(g["cfg.d"]), positions, causal).double()
+    mixer = SoftmaxMixer(
+        int(g["cfg.D"]), heads, width=heads * int(g["cfg.d"]), positions=positions, causal=causal
+    ).double()
     qkv = [[g[f"param.{p}_proj.{kind}"] for p in "qkv"] for kind in ("weight", "bias")]
     mixer.qkv.load_state_dict({"weight": torch.cat(qkv[0]), "bias": torch.cat(qkv[1])})
     mixer.out.load_state_dict({"weight": g["param.o_proj.weight"], "bias": g["param.o_proj.bias"]})
@@ -154,7 +156,7 @@ def test_bidirectional_alibi_equals_dense_definition() -> None:
 def t5_mixer(g: dict[str, Tensor], causal: bool) -> T5Mixer:
     heads, table = int(g["cfg.H"]), nn.Parameter(g["param.relative_attention_bias.weight"])
     width, farthest = heads * int(g["cfg.dh"]), int(g["cfg.max_distance"])
-    mixer = T5Mixer(int(g["cfg.D"]), heads, width, causal, table, farthest).double()
+    mixer = T5Mixer(int(g["cfg.D"]), heads, width=width, causal=causal, table=table, farthest=farthest).double()
     weight = torch.cat([g[f"param.{p}.weight"] for p in "qkv"])
     mixer.qkv.load_state_dict({"weight": weight, "bias": weight.new_zeros(len(weight))})
     mixer.out.load_state_dict({"weight": g["param.o.weight"], "bias": weight.new_zeros(len(g["param.o.weight"]))})
@@ -190,7 +192,7 @@ def test_t5_shares_one_table_and_starts_soft() -> None:
 
 def shaw_mixer(g: dict[str, Tensor], causal: bool) -> ShawMixer:
     heads, size, left = (int(g[f"cfg.{n}"]) for n in ("H", "dh", "left"))
-    mixer = ShawMixer(8, heads, heads * size, causal, left)
+    mixer = ShawMixer(8, heads, width=heads * size, causal=causal, farthest=left)
     mixer.right = 0 if causal else int(g["cfg.right"])
     for name in ("rel_k_embed", "rel_v_embed"):
         setattr(mixer, name, nn.Parameter(g[f"param.{name}.weight"][: left + 1 + mixer.right]))
@@ -237,7 +239,7 @@ def test_attention_starts_soft() -> None:
     """The documented property of the initialisation: Q K' / sqrt(d) of normalised inputs has about unit variance."""
     torch.manual_seed(0)
     for d_model in (64, 256):
-        mixer = SoftmaxMixer(d_model, 4, d_model, "none", causal=False)
+        mixer = SoftmaxMixer(d_model, 4, width=d_model, positions="none", causal=False)
         q, k, _ = mixer.heads(torch.randn(1, 512, d_model))
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
         assert 0.8 < scores.std() < 1.2

@@ -155,6 +155,17 @@ def test_a_terminal_is_told_what_takes_long(words: list[str], monkeypatch: pytes
     assert text.index("loading PyTorch") < text.index("stopped here")
 
 
+def test_run_says_that_it_loads_before_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> None:
+        raise UserError("stopped here")
+
+    monkeypatch.setattr("lra.training.run.run", stop)
+    done = runner.invoke(app, ["run", TINY, "gru", "--recipe", "quick"])
+    assert done.exit_code == 2
+    assert "gru, recipe quick, seed 0: loading PyTorch" in done.stdout
+    assert "stopped here" in done.stderr
+
+
 def test_a_sweep_runs_as_many_cells_at_a_time_as_asked(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
     monkeypatch.setattr("lra.sweeps.local.execute_plan", lambda *_, **options: given.update(options) or [])

@@ -59,6 +59,8 @@ def test_a_hostile_line_gets_one_clear_line(kind: str, places: Path) -> None:
         answer = done.stderr.strip().splitlines()
         if len(answer) != 1 or not answer[0].startswith("error: ") or says not in answer[0]:
             faults.append(f"answer {done.stderr!r}, expected {says!r}")
+        if done.stdout:
+            faults.append(f"printed {done.stdout[:80]!r} before the error")
         if seconds > SECONDS:
             faults.append(f"{seconds:.1f} s")
         if faults:

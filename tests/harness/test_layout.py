@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import fnmatch
 import os
 import re
@@ -96,6 +97,19 @@ def test_files_are_short() -> None:
     lengths = {p.relative_to(ROOT): len(p.read_text(encoding="utf-8").splitlines()) for p in files(".py")}
     assert lengths
     assert {path: n for path, n in lengths.items() if n > LONGEST} == {}
+
+
+def test_constructors_of_architectures_take_their_options_by_keyword() -> None:
+    """Nobody can check ten values without names against a paper."""
+    constructors = {
+        f"{path.relative_to(ROOT)}:{part.lineno}": len(part.args.posonlyargs + part.args.args) - 1
+        for path in files(".py")
+        if path.is_relative_to(ROOT / "architectures")
+        for part in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(part, ast.FunctionDef) and part.name == "__init__"
+    }
+    assert len(constructors) > 100
+    assert {place: n for place, n in constructors.items() if n > 4} == {}
 
 
 def test_no_machine_paths() -> None:

@@ -59,7 +59,7 @@ def test_rows_average_seeds_and_keep_groups_apart() -> None:
     runs = [
         record("gru", 0, 0.40), record("gru", 1, 0.50), record("s4d", 0, 0.60),
         record("gru", 0, 0.90, id="a", protocol={"name": "lra2020", "length": 2000}),
-        record("gru", 0, 0.90, id="b", environment={"cpu": "another x8"}),
+        record("gru", 0, 0.90, id="b", environment={"cpu": "a cpu x2", "precision": "bf16-mixed"}),
         record("gru", 0, 0.90, id="c", data={"checksum": "other"}),
         record("gru", 0, 0.90, id="d", regime="self-pretrained"), record("gru", 0, 0.90, id="e", n=1000),
         record("gru", 0, 0.90, id="f", environment={"cpu": "a cpu x2", "gpu": "H200", "device": "cuda"}),
@@ -72,6 +72,11 @@ def test_rows_average_seeds_and_keep_groups_apart() -> None:
     assert [row.accuracy.source for row in main] == ["test set", "seeds"]
     idle = record("gru", environment={"cpu": "a cpu x2", "gpu": "H200", "device": "cpu"})
     assert ranking.group_of(idle) == ranking.group_of(runs[0])
+
+
+def test_runs_of_two_machines_share_a_row() -> None:
+    (row,) = rows_of(ranked(record("gru", 0), record("gru", 1, environment={"cpu": "another x8", "precision": "32"})))
+    assert (row.seeds, row.hardware) == (2, "a cpu x2, another x8")
 
 
 def test_a_rerun_of_one_seed_counts_once() -> None:
@@ -355,7 +360,7 @@ def test_the_committed_tables_are_those_of_the_committed_runs(tracked: Path) -> 
 def test_the_short_form_has_a_row_for_each_architecture(collection: Collection) -> None:
     """The records of tests/records.py are of one recipe, regime and device."""
     title, _, head, _, *rows = leaderboard.readme(Leaderboard.of(collection)).splitlines()
-    assert title == "Recipe quick, scratch, a cpu x2:"
+    assert title == "Recipe quick, scratch, CPU, float32:"
     assert head == "| architecture | listops (strict) | pathfinder (strict) |"
     assert rows == [
         "| s4d | **62.20 ± 0.50, 3 seeds** | **92.20 ± 0.50, 3 seeds** |",
@@ -544,6 +549,19 @@ def test_baselines_are_rows_of_the_table_between_those_that_beat_them_and_the_ot
     ]  # fmt: skip
 
 
+def test_speed_in_a_table_is_that_of_one_machine(tmp_path: Path) -> None:
+    """Of several machines, the one that knows most of the rows."""
+    (tmp_path / "profile" / "a").mkdir(parents=True)
+    for cpu, names in (("a cpu x2", ["gru"]), ("another x2", ["gru", "s4d"])):
+        for name in names:
+            made = profile_content(name, 1024, 0.5, environment={"cpu": cpu, "threads": 2})
+            (tmp_path / "profile" / "a" / f"{name} {cpu}.json").write_text(json.dumps(made))
+    for name in ("gru", "s4d"):
+        write(tmp_path, record(name, environment=PRECISION))
+    (rows,) = Leaderboard.of(Collection.read(tmp_path)).groups.values()
+    assert [row.profile.environment.cpu for row in rows if row.profile] == ["another x2", "another x2"]
+
+
 def test_runs_of_two_sources_are_two_rows() -> None:
     """Two versions of a user's class under one name are two models, not two seeds of one."""
 
@@ -565,10 +583,10 @@ PRECISION = {"cpu": "a cpu x2", "threads": 2, "precision": "32-true"}
 
 @pytest.mark.parametrize(
     ("environment", "found"),
-    [({}, True), ({"threads": 1}, False), ({"precision": "bf16-mixed"}, False), ({"cpu": "another x2"}, False)],
-    ids=["the same", "threads", "dtype", "device"],
+    [({}, True), ({"threads": 1}, False), ({"precision": "bf16-mixed"}, False), ({"cpu": "another x2"}, True)],
+    ids=["the same", "threads", "dtype", "machine"],
 )
-def test_speed_and_memory_are_those_of_the_profile_of_that_machine(
+def test_speed_and_memory_are_those_of_a_profile_with_these_threads_and_in_this_dtype(
     environment: dict[str, Any], found: bool, tmp_path: Path
 ) -> None:
     """The run's own speed and memory, which may be those of a shared machine, are in no table."""
@@ -583,7 +601,7 @@ def test_speed_and_memory_are_those_of_the_profile_of_that_machine(
     assert (cells["s4d"]["tok/s"], cells["s4d"]["MiB"]) == ("-", "-")
     assert (cells["gru"]["tok/s"], cells["gru"]["MiB"]) == (("2,048", "16") if found else ("-", "-"))
     assert cells["gru"]["threads"] == str((PRECISION | environment)["threads"])
-    note = "profiled step: 1,024 tokens, batch 1, d_model 64, 2 layers, bidirectional"
+    note = "profiled step: 1,024 tokens, batch 1, d_model 64, 2 layers, bidirectional, on a cpu x2, 2 threads"
     assert shown.notes == ([note] if found else [])
     frame = leaderboard.frame(collection).set_index("architecture")
     assert frame.loc["gru", "tokens_per_second"] == (2048 if found else pytest.approx(math.nan, nan_ok=True))

@@ -109,8 +109,8 @@ def test_test_and_check(checkout: Path) -> None:
     done = make(checkout, "check", "ARCH=gru")
     assert done.stdout.splitlines() == ["lra", "<check>", "<gru>"]
     assert (checkout / "calls").read_text(encoding="utf-8").splitlines() == [
-        "-m pytest -q -n 2 -k some name", "-m ruff check --quiet .", "-m ruff format --check --quiet .", "-m mypy",
-        "-m mypy --python-version 3.14",
+        "-m pytest -q -n 2 --dist worksteal -k some name", "-m ruff check --quiet .",
+        "-m ruff format --check --quiet .", "-m mypy", "-m mypy --python-version 3.14",
     ]  # fmt: skip
 
 

@@ -296,7 +296,7 @@ def frame(count: int = 10, **changes: Any) -> pd.DataFrame:
     rows = [
         {"row": f"r{i}", "label": f"net{i}", "family": families[i % 2], "accuracy": 40.0 + i, "low": 39.0 + i,
          "high": 41.0 + i, "chance": False, "minutes": 1.0 + i, "memory_bytes": math.nan, "shown": "", "memory": "",
-         "status": "", "seeds": 1, "speed": 1.0, "seen": 10, "parameters": 10, "gflop": 1.0}
+         "status": "", "seeds": 1, "speed": 1.0, "seen": 10, "parameters": 10, "gflop": 1.0, "hardware": "a cpu x2"}
         for i in range(count)
     ]  # fmt: skip
     rows[-1]["accuracy"] = 39.5
@@ -334,6 +334,15 @@ def test_what_is_at_chance_is_not_on_the_front_and_memory_is_an_area() -> None:
     dots = next(layer for layer in known["layer"] if layer["mark"]["type"] == "point")
     assert dots["encoding"]["size"]["condition"]["field"] == "memory_bytes"
     assert dots["mark"]["invalid"] == "show"
+
+
+def test_times_of_two_machines_are_told() -> None:
+    def subtitle(table: pd.DataFrame) -> list[str]:
+        return charts.tradeoff(table, {}, ["attention", "recurrent"]).to_dict()["title"]["subtitle"]
+
+    assert subtitle(frame()) == []
+    machines = ["a cpu x2"] * 9 + ["another x8"]
+    assert subtitle(frame(hardware=machines)) == ["on more than one machine: a cpu x2; another x8"]
 
 
 def test_names_beside_dots_do_not_overlap() -> None:

@@ -220,6 +220,15 @@ def test_a_centred_set_has_the_bytes_of_s4_and_another_scale(tmp_path: Path, tre
     assert [Pathfinder.protocols[name].scale for name in ("s4", "s4-centred")] == [(0.0, 1.0), (0.5, 0.5)]
 
 
+def test_metadata_as_other_programs_save_them_give_the_same(tmp_path: Path, tree: Tree) -> None:
+    raw = tree()
+    prepare(tmp_path / "as released", released("lra2020"), raw)
+    for file in (raw / "lra_release/pathfinder32" / LEVEL / "metadata").iterdir():
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    prepare(tmp_path / "saved again", released("lra2020"), raw)
+    assert contents(tmp_path / "as released") == contents(tmp_path / "saved again")
+
+
 def test_the_empty_file_is_left_out_and_noted(tmp_path: Path, tree: Tree) -> None:
     raw = tree()
     (raw / "lra_release/pathfinder32" / LEVEL / "imgs/2/sample_3.png").write_bytes(b"")

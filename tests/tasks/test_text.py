@@ -181,6 +181,7 @@ def test_a_damaged_official_folder_is_one_clear_line(raw: Path, tmp_path: Path) 
     for content, message in (
         (b"\xff\xfe", r"aclImdb: a review of test is not UTF-8"),
         (b"x" * (1 << 21), r"aclImdb: aclImdb/test/pos/30_8.txt has more than 1,048,576 bytes"),
+        (b"", r"test of .*official: review \d+ is empty"),
     ):
         review.write_bytes(content)
         with pytest.raises(DataError, match=message):
@@ -227,9 +228,14 @@ def test_bad_files_are_one_clear_line(raw: Path) -> None:
     pq.write_table(pa.table({"review": ["a"], "label": [0]}), path)
     with pytest.raises(DataError, match=r"train.parquet has columns review, label; text is missing"):
         prepared_sets.load_prepared("text", source=raw)
-    for table in ({"text": ["a", ""], "label": [0, 1]}, {"text": ["a", "b"], "label": [0, -1]}):
+    for table, said in (
+        ({"text": ["a", ""], "label": [0, 1]}, "train of stanfordnlp/imdb: review 1 is empty"),
+        ({"text": ["a", None], "label": [0, 1]}, "review 1 is empty"),
+        ({"text": ["a", "b"], "label": [0, -1]}, "review 1 has the label -1, not 0 or 1"),
+        ({"text": pa.array([], pa.string()), "label": pa.array([], pa.int64())}, "holds no reviews"),
+    ):
         pq.write_table(pa.table(table), path)
-        with pytest.raises(DataError, match="holds empty texts or labels other than 0 and 1"):
+        with pytest.raises(DataError, match=said):
             prepared_sets.load_prepared("text", source=raw)
     path.unlink()
     with pytest.raises(DataError, match=r"no imdb/train.parquet in .*raw; put imdb/train.parquet and"):
