@@ -13,18 +13,17 @@ arXiv:2301.10540. N is `length`. A tap that looks j tokens back stands at p_j = 
     x = gelu(norm(conv(x)))                                                   once, before the blocks
     x = x + gelu(V dropout(gelu(conv(norm(x)))) + b_V)                        a block; after the last, norm(x)
 
-with batch norm. Bidirectional: a tap j tokens back stands at p_j = -j / (N - 1), j from 1 - N to N - 1, and the window
-at 0. Kernels are those of `length`: a shorter sequence uses the taps it reaches.
+Bidirectional: a tap j tokens back stands at p_j = -j / (N - 1), j from 1 - N to N - 1, and the window at 0. Kernels are
+those of `length`: a shorter sequence uses the taps it reaches.
 
 Initialisation: W_i uniform within 2 pi w gamma_i, b_i = 0, gamma_i from Gamma(6 / (i + 1), 1), mu uniform over 5/3 (as
 released 1.667) of the window's width s = `window`, on the side of the past or on both; U_i uniform within sqrt(3 / H),
 c_i = 1; U so as well but divided by the root of the number of taps under the window (Chang et al. 2020), c = 0; P and V
 normal of variance 2 / D, biases 0. w is `omega`; it and `window` are those of ListOps, the other tasks have their own.
 
-Departures: batch norm counts real tokens alone. Their penalty on the norm of sampled kernels is left to the weight
-decay. The number of taps under the window is counted for the width of the start, as theirs; taps below the threshold
-are computed and set to 0 where theirs are left out. Kernels of both directions reach over the whole sequence, where
-theirs are odd and of a given size. The classifier reads the mean over tokens there.
+Departures: layer norm unless the recipe says otherwise, where the released networks have batch norm, whose statistics
+depend on the rest of the batch. Their penalty on the norms of weights and sampled kernels is left to the weight decay.
+Taps below the threshold are computed and set to 0, where theirs are left out.
 
 Checked against: tensors of the authors' code (a causal network of two blocks; a convolution both ways): kernels,
 outputs, every gradient; a float64 loop over the equations.
@@ -51,6 +50,11 @@ SPREAD = 1.667
 """Range of the centres of the Gabor filters over the width of the window."""
 
 
+def wide_linear(linear: nn.Linear, x: Tensor) -> Tensor:
+    """`linear` in float32 at least: the angles of the sines are thousands of radians."""
+    return F.linear(x, wide(linear.weight), wide(linear.bias))
+
+
 class Gabor(nn.Module):
     """Positions (n, 1) -> filters (n, hidden). centres: mu at the start, (hidden,)."""
 
@@ -58,14 +62,14 @@ class Gabor(nn.Module):
         super().__init__()
         hidden = len(centres)
         self.mu = nn.Parameter(centres)
-        self.gamma = nn.Parameter(torch.distributions.Gamma(alpha, 1.0).sample((hidden,)))
+        self.gamma = nn.Parameter(torch._standard_gamma(torch.full((hidden,), alpha)))
         self.linear = nn.Linear(1, hidden)
         with torch.no_grad():
             self.linear.weight.uniform_(-1, 1).mul_(2 * math.pi * omega * self.gamma.unsqueeze(1))
             self.linear.bias.zero_()
 
     def forward(self, p: Tensor) -> Tensor:
-        return torch.exp(-0.5 * (self.gamma * (p - self.mu)).square()) * torch.sin(self.linear(p))
+        return torch.exp(-0.5 * (self.gamma * (p - self.mu)).square()) * torch.sin(wide_linear(self.linear, p))
 
 
 class MAGNet(nn.Module):
@@ -88,13 +92,14 @@ class MAGNet(nn.Module):
     def forward(self, p: Tensor) -> Tensor:
         h = self.filters[0](p)
         for gabor, linear in zip(self.filters[1:], self.linears, strict=True):
-            h = gabor(p) * linear(h)
-        return self.output_linear(h)
+            h = gabor(p) * wide_linear(linear, h)
+        return wide_linear(self.output_linear, h)
 
     def cost(self, taps: int) -> Cost:
         outputs, hidden = self.output_linear.weight.shape
         layers = len(self.linears)
         maps = layers * Cost.linear(taps, hidden, hidden) + Cost.linear(taps, hidden, outputs)
+        maps += (layers + 1) * Cost.linear(taps, 1, hidden)
         return maps + Cost(other=10.0 * (layers + 1) * taps * hidden)
 
 
@@ -129,7 +134,7 @@ class FlexConv(nn.Module):
         # theirs rounds the last index up where it is causal
         inside = away.abs() < reach + self.step_size if self.causal else away.abs() <= reach
         window = torch.exp(-0.5 * away.square() / (width.square() + 1e-8)) * inside
-        k = self.Kernel((1 - away if self.causal else -away).to(self.bias.dtype)) * window
+        k = self.Kernel(1 - away if self.causal else -away) * window
         return k.mT if self.causal else k.unflatten(0, (2, taps)).mT
 
     def forward(self, x: Tensor) -> Tensor:
@@ -178,7 +183,7 @@ class CCNN(Stack):
         scaling="L log L",
         causal=True,
     )
-    block = Block(ffn="none", norm="batch")
+    block = Block(ffn="none")
 
     def __init__(
         self,
