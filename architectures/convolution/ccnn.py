@@ -82,8 +82,8 @@ class MAGNet(nn.Module):
             drawn = torch.rand(hidden)
             return 1 - spread * drawn if causal else spread * (2 * drawn - 1)
 
-        self.filters = nn.ModuleList(Gabor(centres(), omega=omega, alpha=6 / (i + 1)) for i in range(layers + 1))
-        self.linears = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers))
+        self.filters: Any = nn.ModuleList(Gabor(centres(), omega=omega, alpha=6 / (i + 1)) for i in range(layers + 1))
+        self.linears: Any = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers))
         self.output_linear = nn.Linear(hidden, outputs)
         for linear in (*self.linears, self.output_linear):
             nn.init.kaiming_uniform_(linear.weight, nonlinearity="linear")

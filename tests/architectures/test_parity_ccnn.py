@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from lra.architectures.convolution.ccnn import CCNN, FlexConv, MAGNet
 def load(module: nn.Module, g: dict[str, Tensor], names: dict[str, str]) -> dict[str, tuple[Tensor, Tensor]]:
     """Fill `module` with the stored tensors, whose dimensions of size 1 do not count. names: beginning of own names ->
     of theirs. Returns every parameter with its stored gradient, by own name."""
-    expected = {}
+    expected: dict[str, tuple[Tensor, Tensor]] = {}
     state = module.double().state_dict()
     with torch.no_grad():
         for name, tensor in state.items():
@@ -31,7 +32,7 @@ def load(module: nn.Module, g: dict[str, Tensor], names: dict[str, str]) -> dict
 
 def test_network_equals_that_of_the_authors() -> None:
     g = golden("ccnn")
-    kernel = {"kernel_hidden": 5, "kernel_layers": 2, "omega": 1.5, "window": 0.4}
+    kernel: dict[str, Any] = {"kernel_hidden": 5, "kernel_layers": 2, "omega": 1.5, "window": 0.4}
     net = CCNN(d_model=4, n_layers=2, length=24, block={"norm": "batch"}, **kernel).eval()
     names = {"": "", "norm.": "out_norm."}
     for i in range(2):
@@ -83,7 +84,7 @@ def convolved(conv: FlexConv, x: Tensor) -> Tensor:
     length, whole = x.shape[1], max(conv.length - 1, 1)
     rows = []
     for t in range(length):
-        y = conv.bias
+        y: Tensor = conv.bias
         for s in range(t + 1 if conv.causal else length):
             p = 1 - 2 * (t - s) / whole if conv.causal else (s - t) / whole
             y = y + tap(conv, p, float(conv.causal)) * x[:, s]
@@ -92,12 +93,12 @@ def convolved(conv: FlexConv, x: Tensor) -> Tensor:
 
 
 def written_out(net: CCNN, x: Tensor) -> Tensor:
-    def normed(norm: nn.Module, x: Tensor) -> Tensor:
+    def normed(norm: Any, x: Tensor) -> Tensor:
         return F.layer_norm(x, (x.shape[2],), norm.weight, norm.bias)
 
     x = F.gelu(normed(net.norm1, convolved(net.conv1, x)))
     for layer in net.blocks:
-        mixer = layer.mixer
+        mixer: Any = layer.mixer
         h = F.gelu(convolved(mixer.conv1, normed(layer.norm, x)))
         x = x + F.gelu(h @ mixer.linear1.weight.T + mixer.linear1.bias)
     return normed(net.norm, x)
