@@ -28,7 +28,7 @@ NAMES = architectures.names(variants=True)
 IN_PROCESS = [name for name in CHECKS if name != "save"]
 # two seconds a name and more: most names are traced in the slow tests
 TRACED = ["compiles", "exports"]
-OFTEN_TRACED = ("gau", "s4d", "transformer")
+OFTEN_TRACED = ("gau", "gru", "s4d")
 UNTRACED = [name for name in IN_PROCESS if name not in TRACED]
 BROKEN = [
     name for name, c in vars(bad_encoders).items()
