@@ -10,10 +10,8 @@ PIECE = 2**20  # elements of one temporary: a piece's temporaries stay in the ca
 
 
 def chunk_size(chunk: int, length: int) -> int:
-    """The power of two at or above `chunk`, no longer than the sequence asks for; any length, while torch.export traces
-    it, may be shorter than its chunk."""
-    shortest = chunk if torch.compiler.is_exporting() else min(chunk, length)
-    return 1 << (shortest - 1).bit_length()
+    """The power of two at or above `chunk`, no longer than the sequence asks for."""
+    return 1 << (min(chunk, length) - 1).bit_length()
 
 
 def pieces(heads: int, length: int, chunk: int, width: int) -> list[slice]:
