@@ -45,7 +45,7 @@ def divided_expert_mlp(x: Tensor, index: Tensor, gate: Tensor, w1: Tensor, w2: T
     mine = slice(rank * each, (rank + 1) * each)
     y = expert_mlp(rows, local, rows.new_ones(local.shape), w1[mine], w2[mine], activation=activation)
     back = _exchange(y[:-1], arrive, leave)
-    return back.new_zeros(len(x), back.shape[1]).index_add(0, token, back * gate[token, choice].unsqueeze(1))
+    return back.new_zeros(x.shape[0], back.shape[1]).index_add(0, token, back * gate[token, choice].unsqueeze(1))
 
 
 class _Exchange(torch.autograd.Function):

@@ -85,7 +85,9 @@ class Experts(nn.Module, ABC):
 
     @torch.no_grad()
     def count(self, loads: Tensor, dropped: Tensor, asked: Tensor) -> None:
-        """Add to the counts: loads (E,), dropped () of asked ()."""
+        """Add to the counts: loads (E,), dropped () of asked (). An exported graph has none."""
+        if torch.compiler.is_exporting():
+            return
         now = torch.cat([loads, torch.stack([dropped, asked]).to(loads)])
         self.counts = now if self.counts is None else self.counts.to(now.device) + now
 
@@ -147,7 +149,9 @@ class TokenChoice(Experts):
 
     def mix(self, x: Tensor, mask: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            index, gate, self.loss = self.route(wide(x), mask)
+            index, gate, loss = self.route(wide(x), mask)
+        if not torch.compiler.is_exporting():
+            self.loss = loss
         kept = self.within_capacity(index.masked_fill(~mask.unsqueeze(-1), -1), mask)
         return self.apply_experts(x.flatten(0, 1), kept.flatten(0, 1), gate.to(x.dtype).flatten(0, 1)).view_as(x)
 

@@ -224,7 +224,7 @@ def flip(x: Tensor, mask: Tensor) -> Tensor:
     position = torch.arange(x.shape[1], device=x.device)
     length = lengths_of(mask).unsqueeze(1)
     index = torch.where(position < length, length - 1 - position, position)
-    rows = index + x.shape[1] * torch.arange(len(x), device=x.device).unsqueeze(1)
+    rows = index + x.shape[1] * torch.arange(x.shape[0], device=x.device).unsqueeze(1)
     return Flip.apply(x.flatten(0, 1), rows.flatten()).view(x.shape)
 
 

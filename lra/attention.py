@@ -204,7 +204,7 @@ class MultiHeadAttention(_Attention):
         if causal and window is None and block is None and keys.shape[2] == x.shape[1]:
             # under a causal mask no real query reaches right padding
             return self._read(x, keys, values, None, is_causal=True)
-        real = x.new_ones(len(x), keys.shape[2], dtype=torch.bool) if mask is None else mask
+        real = x.new_ones(x.shape[0], keys.shape[2], dtype=torch.bool) if mask is None else mask
         pattern = attention_mask(real, causal=causal, window=window, block=block, queries=x.shape[1])
         return self._read(x, keys, values, pattern)
 

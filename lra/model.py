@@ -156,7 +156,7 @@ class Classifier(nn.Module):
     def encode_embedded(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """x: (B, L, D) -> encoded (B, L', D) and its mask."""
         if self.cls is not None:
-            x = torch.cat([self.cls.expand(len(x), 1, -1).to(x.dtype), x], dim=1)
+            x = torch.cat([self.cls.expand(x.shape[0], 1, -1).to(x.dtype), x], dim=1)
             mask = F.pad(mask, (1, 0), value=True)
         return self.encoder(x, mask), mask
 
@@ -166,7 +166,7 @@ class Classifier(nn.Module):
             return x[:, 0]
         if self.pooling == "last":
             last = mask.int().cumsum(1).argmax(1) if self.hides_zeros else lengths_of(mask) - 1
-            return x[torch.arange(len(x), device=x.device), last]
+            return x[torch.arange(x.shape[0], device=x.device), last]
         if self.pooling == "max":
             return fill_padding(x, mask, float("-inf")).amax(dim=1)
         total = fill_padding(x, mask).sum(dim=1, dtype=torch.float32)

@@ -47,7 +47,7 @@ def threshold(x: Tensor, alpha: float) -> Tensor:
     if traced or x.device.type != "cpu":
         return find(x.sort(dim=-1, descending=True).values, alpha)
     x, shape = x.flatten(0, -2), x.shape[:-1]
-    tau, rows, size = x.new_zeros(len(x), 1), torch.arange(len(x)), min(FIRST, x.shape[-1])
+    tau, rows, size = x.new_zeros(x.shape[0], 1), torch.arange(x.shape[0]), min(FIRST, x.shape[-1])
     while True:
         largest = (x[rows] if len(rows) < len(x) else x).topk(size, dim=-1).values
         tau[rows] = find(largest, alpha)

@@ -121,7 +121,7 @@ class HMixer(AttentionMixer):
     def chunk(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """State: queries, keys and values of all tokens, (B, H, t, d) each."""
         q, k, v = (torch.cat(parts, dim=2) for parts in zip(state, self.heads(x), strict=True))
-        y = self.attend(q, k, v, x.new_ones(len(x), q.shape[2], dtype=torch.bool))
+        y = self.attend(q, k, v, x.new_ones(x.shape[0], q.shape[2], dtype=torch.bool))
         return self.out(merge_heads(y[:, :, -x.shape[1] :])), (q, k, v)
 
 

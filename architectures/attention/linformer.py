@@ -113,6 +113,9 @@ class Linformer(Stack):
             "key-value": {"sharing": "key-value"},
             "unshared": {"sharing": "none"},
         },
+        exempt={
+            "unshared/exports": "torch.export makes a case of its own of the full length",
+        },
     )
     refuses_causal = True
 

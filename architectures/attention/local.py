@@ -61,7 +61,7 @@ class LocalMixer(AttentionMixer):
         # one of padding alone sees itself: its rows are not read, but must not be a softmax over nothing
         real = real | ~real.any(dim=1, keepdim=True)
         y = attend(q, k, v, real, causal=self.causal, slopes=self.slopes, dropout=self.rate)
-        return y.transpose(1, 2).unflatten(0, (len(mask), -1)).flatten(1, 2).transpose(1, 2)[:, :, :length]
+        return y.transpose(1, 2).unflatten(0, (mask.shape[0], -1)).flatten(1, 2).transpose(1, 2)[:, :, :length]
 
     def apart(self, x: Tensor) -> Tensor:
         """(B, H, L, d) -> (B blocks, H, size, d)."""
@@ -94,6 +94,9 @@ class Local(AttentionStack):
         scaling="L",
         causal=False,
         variants={"overlap": {"before": 1, "after": 1}},
+        exempt={
+            "exports": "the number of blocks follows the length",
+        },
     )
 
     def __init__(self, *, size: int = 50, before: int = 0, after: int = 0, **attention: Any) -> None:

@@ -205,6 +205,9 @@ class Mega(Stack):
         scaling="L^2",
         causal=True,
         variants={"laplace": {"attention": "laplace"}, "rotary": {"bias": "rotary"}, "chunk": {"chunk": 128}},
+        exempt={
+            "exports": "the chunks and their biases follow the length",
+        },
     )
     block = Block(ffn="silu", expand=2.0)
 

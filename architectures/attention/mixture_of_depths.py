@@ -100,7 +100,7 @@ class Router(nn.Module):
         mixer, ffn = layer.mixer, layer.ffn
         assert isinstance(mixer, SoftmaxMixer)
         assert self.predictor is not None
-        keys, values, before = self.init_state(layer, len(x)) if state is None else state
+        keys, values, before = self.init_state(layer, x.shape[0]) if state is None else state
         own = self.predictor(x).squeeze(-1) > 0
         h, tokens = normalised(layer.norm, x, mask), x.shape[1]
         q, k, v = mixer.heads(h)

@@ -187,6 +187,9 @@ class Sinkhorn(AttentionStack):
         scaling="L sqrt L",
         causal=False,
         variants={"sortcut": {"sortcut": 2}},
+        exempt={
+            "exports": "the number of blocks follows the length",
+        },
     )
     recurrent = False
 

@@ -121,6 +121,9 @@ class Sparse(AttentionStack):
         scaling="L sqrt L",
         causal=False,
         variants={"fixed": {"pattern": "fixed"}},
+        exempt={
+            "fixed/exports": "its columns are read from the mask",
+        },
     )
 
     def __init__(

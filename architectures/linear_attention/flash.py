@@ -47,9 +47,12 @@ class FlashMixer(GatedUnit):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         length = x.shape[1]
-        size = min(self.chunk_size, length)
+        # one chunk is a case of its own: torch.export would fix the length for a minimum of both
+        size = length if length <= self.chunk_size else self.chunk_size
 
         def cut(t: Tensor) -> Tensor:
+            if length <= self.chunk_size:
+                return t.unsqueeze(1)
             return F.pad(t, (0, 0, 0, -length % size)).unflatten(1, (-1, size))  # (B, chunks, size, ...)
 
         v, gate, copies = self.views(x)

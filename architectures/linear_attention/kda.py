@@ -113,6 +113,9 @@ class KDA(Stack):
         scaling="L",
         causal=True,
         variants={"negative": {"negative": True}},
+        exempt={
+            "exports": "the chunks follow the length",
+        },
     )
     block = Block(ffn="swiglu", expand=8 / 3, norm="rms")
 

@@ -191,6 +191,9 @@ class LogLinearAttention(Stack):
         url="https://arxiv.org/abs/2506.04761",
         scaling="L log L",
         causal=True,
+        exempt={
+            "exports": "the chunks follow the length",
+        },
     )
     block = Block(ffn="none", norm="rms")
 

@@ -159,6 +159,9 @@ class PathAttention(Stack):
         scaling="L^2",
         causal=True,
         variants={"forget": {"forget": True}},
+        exempt={
+            "exports": "the chunks follow the length",
+        },
     )
     block = Block(ffn="swiglu", expand=8 / 3, norm="rms")
 

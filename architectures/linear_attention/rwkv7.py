@@ -259,6 +259,9 @@ class RWKV7(RWKVStack):
         url="https://arxiv.org/abs/2503.14456",
         scaling="L",
         causal=True,
+        exempt={
+            "exports": "the chunks follow the length",
+        },
     )
     block = Block(ffn="none")
     layer = ValueLayer

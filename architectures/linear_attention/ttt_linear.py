@@ -149,6 +149,9 @@ class TTTLinear(Stack):
         url="https://arxiv.org/abs/2407.04620",
         scaling="L",
         causal=True,
+        exempt={
+            "exports": "the mini-batches follow the length",
+        },
     )
     block = Block(ffn="swiglu", expand=8 / 3, norm="rms")
 

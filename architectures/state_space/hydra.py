@@ -87,7 +87,7 @@ class HydraMixer(Mixer):
             B.unflatten(-1, (self.n_groups, -1)), C.unflatten(-1, (self.n_groups, -1)), CHUNK,
         )  # fmt: skip
         assert isinstance(s, Tensor)
-        s_ahead, s_back = F.pad(s.flatten(-2), (0, 0, 1, 0))[:, :-1].chunk(2)
+        s_ahead, s_back = F.pad(s.flatten(-2), (0, 0, 1, 0))[:, :-1].unflatten(0, (2, -1))
         diagonal = (wide(self.fc_D(x)) + self.D).unsqueeze(-1) * x.unflatten(-1, (self.n_heads, -1))
         return s_ahead + flip(s_back, mask) + diagonal.flatten(-2)
 

@@ -45,7 +45,7 @@ def in_pytorch(
     c0: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The layer by PyTorch's function for the cell, one of LAYERS; all arguments in the dtype of x."""
-    zero, nothing = x.new_zeros(len(x), U.shape[1]), x.new_zeros(len(U))
+    zero, nothing = x.new_zeros(x.shape[0], U.shape[1]), x.new_zeros(len(U))
     first = [(zero if t is None else t.to(x.dtype)).unsqueeze(0) for t in ((h0, c0) if cell == "lstm" else (h0,))]
     weights = [nothing if t is None else t.to(x.dtype) for t in (W, U, b_x, b)]
     # has_biases, layers, dropout, training (keeps what the backward pass needs), bidirectional, batch_first

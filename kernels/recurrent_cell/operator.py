@@ -30,7 +30,7 @@ NORMED = ("lstm_layernorm", "lstm_layernorm_carried")
 def _kept_shape(x: Tensor, U: Tensor, h0: Tensor, cell: str, keep: bool) -> tuple[int, int, int, int]:
     width = h0.shape[1]
     numbers = len(U) // width if cell == "rhn" else KEPT.get(cell, 0)
-    return (len(x), x.shape[1] if keep else 0, numbers, width)
+    return (x.shape[0], x.shape[1] if keep else 0, numbers, width)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -133,7 +133,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     given = torch.promote_types(x.dtype, U.dtype)
     kept = x.new_empty(_kept_shape(x, U, h0, cell, keep), dtype=_wide(given))
-    return x.new_empty(len(x), x.shape[1], h0.shape[1], dtype=given), x.new_empty(c0.shape, dtype=given), kept
+    return x.new_empty(x.shape[0], x.shape[1], h0.shape[1], dtype=given), x.new_empty(c0.shape, dtype=given), kept
 
 
 @torch.library.custom_op("lra::recurrent_cell_backward", mutates_args=())
@@ -203,7 +203,7 @@ def _(
     cell: str, x_dtype: torch.dtype, triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     gates = 2 if cell == "rhn" else len(U) // h.shape[2]
-    grad_x = h.new_empty(len(h), h.shape[1], gates * h.shape[2], dtype=x_dtype)
+    grad_x = h.new_empty(h.shape[0], h.shape[1], gates * h.shape[2], dtype=x_dtype)
     of_rest = (h.new_empty(t.shape) for t in (U, U[..., 0] if U.ndim == 2 else U, h0, c0, vectors))
     return grad_x, *of_rest  # type: ignore[return-value]
 

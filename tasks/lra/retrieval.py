@@ -130,8 +130,7 @@ def _rows(
 
 
 def _encode(text: bytes, protocol: Protocol, where: str) -> np.ndarray:
-    """Encode a text of a released file. where: file and line, for messages. Raises DataError for a damaged literal
-    and an empty text."""
+    """Encode a text of a released file. where: file and line, for messages. Raises DataError for a damaged literal."""
     if protocol.name == "s4":
         return as_characters(text, protocol.length)
     if protocol.name == "strict" and text[:2] in (b"b'", b'b"'):
@@ -145,6 +144,4 @@ def _encode(text: bytes, protocol: Protocol, where: str) -> np.ndarray:
         if not isinstance(literal, bytes):
             raise DataError(f"{where}: a text is not a complete Python literal; is the file complete?")
         text = literal
-    if not text:
-        raise DataError(f"{where}: a text is empty; is the file complete?")
     return as_bytes(text, protocol.length)

@@ -28,7 +28,7 @@ NAMES = architectures.names(variants=True)
 IN_PROCESS = [name for name in CHECKS if name != "save"]
 # two seconds a name and more: most names are traced in the slow tests
 TRACED = ["compiles", "exports"]
-OFTEN_TRACED = ("gau", "s4d", "transformer")
+OFTEN_TRACED = ("gau", "gru", "s4d")
 UNTRACED = [name for name in IN_PROCESS if name not in TRACED]
 BROKEN = [
     name for name, c in vars(bad_encoders).items()
@@ -97,10 +97,12 @@ def test_growth_of_another_kind_is_named_as_such() -> None:
         assert growth([work(n) for n in LONG]) == "none of L, L log L, L sqrt L, L^2"
 
 
-def test_architectures_reload_in_a_fresh_process() -> None:
-    subjects = [CheckContext(architectures.get(name)) for name in NAMES]
-    faults = dict(zip(NAMES, reloaded(subjects), strict=True))
-    exempt = {name for name, subject in zip(NAMES, subjects, strict=True) if "save" in subject.card.exempt}
+@pytest.mark.parametrize("variants", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["names", "variants"])
+def test_architectures_reload_in_a_fresh_process(variants: bool) -> None:
+    names = [name for name in NAMES if ("/" in name) == variants]
+    subjects = [CheckContext(architectures.get(name)) for name in names]
+    faults = dict(zip(names, reloaded(subjects), strict=True))
+    exempt = {name for name, subject in zip(names, subjects, strict=True) if "save" in subject.card.exempt}
     assert {name: fault for name, fault in faults.items() if fault and name not in exempt} == {}
     assert {name for name in exempt if "/" not in name and not faults[name]} == set(), "exemptions no longer needed"
 

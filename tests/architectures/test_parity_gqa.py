@@ -18,7 +18,9 @@ SMALL: dict[str, Any] = {"d_model": 16, "n_layers": 2, "length": 12}
 
 def mixer_of(g: dict[str, Tensor], positions: str, causal: bool) -> GQAMixer:
     heads, shared, size = (int(g[f"cfg.{n}"]) for n in "HKd")
-    mixer = GQAMixer(int(g["cfg.D"]), heads, heads * size, positions, causal, shared).double()
+    mixer = GQAMixer(
+        int(g["cfg.D"]), heads, width=heads * size, positions=positions, causal=causal, n_kv_heads=shared
+    ).double()
     qkv = [torch.cat([g[f"param.{p}_proj.{kind}"] for p in "qkv"]) for kind in ("weight", "bias")]
     mixer.qkv.load_state_dict({"weight": qkv[0], "bias": qkv[1]})
     mixer.out.load_state_dict({"weight": g["param.o_proj.weight"], "bias": g["param.o_proj.bias"]})
@@ -101,7 +103,7 @@ def test_cache_is_what_is_reported() -> None:
 def test_starts_soft_with_every_number_of_groups() -> None:
     torch.manual_seed(0)
     for shared in (1, 4):
-        mixer = GQAMixer(128, 4, 128, "none", False, shared)
+        mixer = GQAMixer(128, 4, width=128, positions="none", causal=False, n_kv_heads=shared)
         q, k, _ = mixer.heads(torch.randn(1, 256, 128))
         scores = q @ k.repeat_interleave(4 // shared, 1).mT / q.shape[-1] ** 0.5
         # fewer rows, a wider Xavier interval: at most 2 / (1 + 1 / 4) more variance

@@ -70,7 +70,7 @@ def test_rows_average_seeds_and_keep_groups_apart() -> None:
     assert [row.architecture for row in main] == ["s4d", "gru"]
     assert main[1].accuracy.mean == pytest.approx(0.45)
     assert [row.accuracy.source for row in main] == ["test set", "seeds"]
-    idle = record("gru", environment={"cpu": "a cpu x2", "gpu": "H200", "device": "cpu"})
+    idle = record("gru", environment={"cpu": "a cpu x2", "gpu": "H200", "device": "cpu", "precision": "32-true"})
     assert ranking.group_of(idle) == ranking.group_of(runs[0])
 
 

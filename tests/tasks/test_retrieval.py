@@ -158,7 +158,6 @@ def test_a_bad_archive_is_one_clear_line(place: Path, content: bytes, message: s
         (b"1.0\tP0\tP1\tb'text'\n", r"train.tsv line 9: 4 columns instead of 5"),
         (b"2.0\tP0\tP1\tb'a'\tb'b'\n", r"train.tsv line 9: the label is b'2.0', not 0 or 1"),
         (b"1.0\tP0\tP1\tb'a'\tb'cut", r"train.tsv line 9: a text is not a complete Python literal"),
-        (b"1.0\tP0\tP1\tb'a'\tb''\n", r"train.tsv line 9: a text is empty"),
     ],
 )
 def test_a_bad_line_is_named(raw: Path, line: bytes, message: str) -> None:

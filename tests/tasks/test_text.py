@@ -181,7 +181,7 @@ def test_a_damaged_official_folder_is_one_clear_line(raw: Path, tmp_path: Path) 
     for content, message in (
         (b"\xff\xfe", r"aclImdb: a review of test is not UTF-8"),
         (b"x" * (1 << 21), r"aclImdb: aclImdb/test/pos/30_8.txt has more than 1,048,576 bytes"),
-        (b"", r"test of .*official: review \d+ is empty"),
+        (b"", r"test of .*: review \d+ is empty"),
     ):
         review.write_bytes(content)
         with pytest.raises(DataError, match=message):
