@@ -89,7 +89,7 @@ def baseline_notes(baselines: Mapping[str, float], axis: tuple[float, float]) ->
         for key, texts in parts.items()
         if texts
     ]
-    return [line for text in whole for line in textwrap.wrap(text, WRAP)]
+    return [line for text in whole for line in wrapped(text)]
 
 
 def _baselines(
@@ -162,7 +162,7 @@ def tradeoff(frame: pd.DataFrame, baselines: Mapping[str, float], families: Sequ
         align=alt.expr("datum.align"), dx=alt.expr("datum.dx"), dy=alt.expr("datum.dy"), baseline="middle"
     )  # fmt: skip
     machines = sorted(frame["hardware"].unique())
-    notes = textwrap.wrap("on more than one machine: " + "; ".join(machines), WRAP) if len(machines) > 1 else []
+    notes = wrapped("on more than one machine: " + "; ".join(machines)) if len(machines) > 1 else []
     title = alt.TitleParams("Accuracy against training time", subtitle=[*baseline_notes(baselines, axis), *notes])
     layers = alt.layer(
         _baselines(baselines, axis, "y"), steps, bars, dots, names.encode(x=x, y=y, text="label:N")
@@ -246,7 +246,7 @@ def dots(frame: pd.DataFrame, baselines: Mapping[str, float]) -> Layers:
     return layers.properties(width="container", height=17 * len(frame), title=title)
 
 
-def curves(frame: pd.DataFrame, value: str, label: str, name: str = "label") -> Layers:
+def curves(frame: pd.DataFrame, value: str, label: str, name: str = "label", interactive: bool = True) -> Layers:
     """`value` against training step, one line per `name`, at most `LINES` of them.
 
     frame: one row per run, with `name`, `row` and the lists `step` and `value`, so that a point takes few characters.
@@ -255,7 +255,8 @@ def curves(frame: pd.DataFrame, value: str, label: str, name: str = "label") -> 
     x = alt.X("step:Q", title="training step", axis=alt.Axis(tickCount=5))
     y = alt.Y(f"{value}:Q", title=label, scale=alt.Scale(zero=False))
     tip = [alt.Tooltip(f"{name}:N"), alt.Tooltip("step:Q"), alt.Tooltip(f"{value}:Q", format=".4~g", title=label)]
-    return _lines(base, x, y, name, sorted(frame[name].unique()), tip).properties(width="container", height=180)
+    lines = _lines(base, x, y, name, sorted(frame[name].unique()), tip, interactive)
+    return lines.properties(width="container", height=180)
 
 
 def by_length(
@@ -356,7 +357,7 @@ def heatmap(frame: pd.DataFrame, tasks: Sequence[str], title: str) -> Layers:
     return alt.layer(squares, numbers).properties(width="container", height=height, title=title)
 
 
-def by_test_length(frame: pd.DataFrame, title: str, guess: float | None) -> Layers:
+def by_test_length(frame: pd.DataFrame, title: str, guess: float | None, interactive: bool = True) -> Layers:
     """Right answers in % against test length, one line per architecture, at most `LINES` of them.
 
     frame: one row per architecture and length, as `diagnostics.lengths` makes it. guess: share of right answers of a
@@ -368,7 +369,7 @@ def by_test_length(frame: pd.DataFrame, title: str, guess: float | None) -> Laye
         alt.Tooltip("label:N", title="architecture"), alt.Tooltip("length:Q", format=","),
         alt.Tooltip("accuracy:Q", format=".1f", title="right %"), alt.Tooltip("seeds:Q"),
     ]  # fmt: skip
-    lines = _lines(alt.Chart(frame), x, y, "label", sorted(frame["label"].unique()), tip)
+    lines = _lines(alt.Chart(frame), x, y, "label", sorted(frame["label"].unique()), tip, interactive)
     chance = _baselines({} if guess is None else {"chance": guess}, (0, 100), "y", "right %")
     return alt.layer(chance, lines).properties(width="container", height=180, title=title)
 
@@ -393,7 +394,17 @@ def figure(charts: Sequence[Layers], title: str = "", columns: int = 2, width: i
     """Panels side by side, each with a legend of its own, `width` pixels wide each."""
     sized = [chart.properties(width=width, height=round(0.75 * width)) for chart in charts]
     chart = alt.concat(*sized, columns=columns).resolve_scale(color="independent", shape="independent")
-    return chart.properties(title=alt.TitleParams(textwrap.wrap(title, WRAP))) if title else chart
+    return chart.properties(title=alt.TitleParams(wrapped(title))) if title else chart
+
+
+def wrapped(text: str) -> list[str]:
+    """Lines of a title or subtitle."""
+    return textwrap.wrap(text, WRAP)
+
+
+def stem(title: str) -> str:
+    """A title as the name of a file: small letters, digits and hyphens."""
+    return "-".join("".join(c if c.isalnum() else " " for c in title.lower()).split())
 
 
 def specification(chart: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from browser import CHROMIUM, Browser
+from documents import parse
 from records import diagnostic, filled, profile_content, record, write
 from typer.testing import CliRunner
 
@@ -122,8 +123,8 @@ def evidence(page: str) -> dict[str, Any]:
 
 def test_every_row_and_every_cell_of_the_overview_has_its_evidence(page: str) -> None:
     known = evidence(page)
-    names = set(re.findall(r'data-row="(r\d+)"', page))
-    assert names == {name for name in known if name.startswith("r")}
+    # those of the modified runs and of the profiles' charts are among them
+    assert set(re.findall(r'data-row="([^"]+)"', page)) == set(known)
     row = next(e for e in known.values() if e["title"].startswith("s4d on listops"))
     parts = row["parts"]
     assert [run["seed"] for run in row["runs"]] == [0, 1, 2]
@@ -137,6 +138,48 @@ def test_every_row_and_every_cell_of_the_overview_has_its_evidence(page: str) ->
     assert "over the seeds" in parts["Summary"]["accuracy"]
     collapsed = next(e for e in known.values() if e["title"].startswith("gru on pathfinder"))
     assert collapsed["parts"]["Summary"]["runs that left chance"].startswith("2 of 3")
+
+
+def test_baselines_and_profiles_have_their_evidence(page: str) -> None:
+    known = evidence(page)
+    rule = next(e for e in known.values() if e["title"].startswith("root operator on listops"))
+    assert rule["parts"]["Baseline"]["accuracy"] == "36.00 %"
+    assert '"root operator" predicts the most frequent training label' in rule["parts"]["Baseline"]["computed by"]
+    assert rule["parts"]["Data"]["checksum"].startswith("5f28b695")
+    (key, profile) = next((key, e) for key, e in known.items() if e["title"].startswith("s4d: encoder, batch 1"))
+    assert [name for name in profile["parts"] if name.endswith("tokens")] == [
+        "256 tokens",
+        "1,024 tokens",
+        "4,096 tokens",
+    ]
+    assert profile["parts"]["1,024 tokens"]["seconds.train.median"] == "0.4096"
+    assert profile["parts"]["1,024 tokens"]["rounds, train, s"] == "0.4096, 0.4096"
+    parse(profile["commands"][0])
+    assert "--lengths 256,1024,4096 --batch 1 --d-model 64 --layers 2" in profile["commands"][0]
+    charted = [row for rows in contents(page)["datasets"].values() for row in rows if "train_ms" in row]
+    assert {row["row"] for row in charted if row["architecture"] == "s4d"} == {key}
+
+
+def test_the_rules_of_an_unregistered_task_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record may name any file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
+    write(tmp_path, record("gru", 0, 0.5, task="evil.py:Evil", floors={"rule": 0.2}))
+    entries = evidence(report.build(Collection.read(tmp_path), tmp_path)).values()
+    assert [e["parts"]["Baseline"]["computed by"] for e in entries if e["title"].startswith("rule on")] == [
+        "the task that the record names"
+    ]
+
+
+def test_a_cell_of_the_heat_map_has_its_curve_by_length(page: str) -> None:
+    data = contents(page)
+    (task,) = data["lengths"]
+    assert task == "parity"
+    spec = data["specs"][data["lengths"][task]]
+    assert {layer["data"]["name"] for layer in spec["layer"] if "data" in layer} | {
+        inner["data"]["name"] for layer in spec["layer"] for inner in layer.get("layer", ()) if "data" in inner
+    } >= {"lengths"}  # fmt: skip
+    assert report.PANEL in json.dumps(spec)
 
 
 def test_figures_are_there(page: str) -> None:
@@ -168,7 +211,7 @@ def test_baselines_are_rows_by_accuracy(page: str, tmp_path: Path) -> None:
     mark = "(no sequence model)"
     assert names == ["s4d", f"root operator {mark}", "gru", f"majority class {mark}"]
     assert [float(value) for *_, value in rows] == [60.0, 36.0, 30.0, 17.0]
-    assert ["data-row" in attributes for attributes, *_ in rows] == [True, False, True, False]
+    assert ["baseline" in attributes for attributes, *_ in rows] == [False, True, False, True]
     overview = page[page.index('<table class="matrix') : page.index('id="results"')]
     assert "majority class <small>(no sequence model)</small>" in overview
 
@@ -254,7 +297,11 @@ def test_an_average_is_a_column_only_where_it_exists(tmp_path: Path) -> None:
     write(tmp_path, record("gru", 0, 0.6, task=tasks[4]))
     page = report.build(Collection.read(tmp_path), tmp_path)
     assert re.findall(headings, page) == [*tasks, "avg 5"]
-    assert re.findall(r'data-sort="52\.000" class="place0">52\.00 <small></small></td>', page)
+    button = '<button type="button" data-row="a0 avg 5 gru">52.00</button>'
+    assert f'data-sort="52.000" class="place0">{button} <small></small></td>' in page
+    average = evidence(page)["a0 avg 5 gru"]
+    assert average["parts"]["Tasks"] == {task: f"{60 if task == 'pathfinder' else 50}.00 %, seeds 1" for task in tasks}
+    assert len(average["commands"]) == 5
 
 
 def test_memory_comes_from_the_profile_of_the_device(page: str, tmp_path: Path) -> None:
@@ -394,6 +441,28 @@ def test_a_chart_is_saved_in_the_format_of_its_name(tmp_path: Path) -> None:
         charts.save(heat, tmp_path / "chart.jpg")
 
 
+def test_every_figure_is_written_for_a_column_of_a_paper(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """3.25 inches wide, text has 6 points or more."""
+    monkeypatch.setenv("LRA_RESULTS", str(folder))
+    done = CliRunner().invoke(
+        app, ["report", "--out", str(folder / "out"), "--figures", str(folder / "out"), "--format", "svg"]
+    )
+    assert done.exit_code == 0, done.output
+    names = sorted(path.name for path in (folder / "out").glob("*.svg"))
+    assert f"wrote {len(names)} files" in done.output
+    for ending in ("-time", "-accuracy", "-training-loss", "-validation-accuracy", "-training", "-memory"):
+        assert [name for name in names if name.endswith(f"{ending}.svg")], ending
+    assert {"diagnostics-recurrent.svg", "diagnostics-parity-length.svg"} <= set(names)
+    for name in names:
+        svg = (folder / "out" / name).read_text(encoding="utf-8")
+        (width,) = re.findall(r'<svg[^>]*? width="([\d.]+)"', svg)
+        sizes = [float(size) for size in re.findall(r'font-size="([\d.]+)px"', svg)]
+        assert min(sizes) * 3.25 * 72 / float(width) >= 6, name
+        assert "<script>alert" not in svg
+    refused = CliRunner().invoke(app, ["report", "--figures", str(folder), "--format", "gif"])
+    assert (refused.exit_code, "gif" in refused.output) == (2, True)
+
+
 @pytest.fixture(scope="module")
 def browser(page: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     """The page, opened by a link that shares a view."""
@@ -409,7 +478,7 @@ def browser(page: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bro
 
 
 HELPERS = """
-  window.shown = () => [...document.querySelectorAll("#rows tbody tr[data-row]")].filter((row) => !row.hidden);
+  window.shown = () => [...document.querySelectorAll("#rows tbody tr:not(.baseline)")].filter((row) => !row.hidden);
   window.column = (n) => shown().map((row) => row.cells[n].textContent.trim());
   window.form = document.getElementById("filters");
   window.dialog = document.getElementById("evidence");
@@ -486,11 +555,28 @@ def test_a_cell_of_the_heat_map_opens_its_evidence(browser: Browser) -> None:
       const { x, y, width, height } = cell.getBoundingClientRect();
       const where = { bubbles: true, clientX: x + width / 2, clientY: y + height / 2 };
       for (const kind of ["pointerdown", "mousedown", "click"]) cell.dispatchEvent(new MouseEvent(kind, where));
+      await until(() => dialog.querySelector("svg"));
       const said = [dialog.open, dialog.textContent.includes("solved: 98.4 % of the examples right")];
+      said.push([...dialog.querySelectorAll(".mark-symbol path")].map((point) => point.getAttribute("aria-label")));
       dialog.close();
       return said;
     """
-    assert browser.run(click) == [True, True]
+    opened, told, points = browser.run(click)
+    assert (opened, told) == (True, True)
+    assert [point for point in points if "length: 256" in point and "55" in point]
+
+
+def test_a_baseline_and_a_profile_open_their_evidence(browser: Browser) -> None:
+    title = "const said = document.getElementById('evidence-title').textContent; dialog.close(); return said"
+    baseline = "[...document.querySelectorAll('#rows .baseline')].find((row) => /root operator/.test(row.textContent))"
+    assert browser.run(f"set({{}}); {baseline}.click(); {title}").startswith("root operator on listops")
+    profiled = "[...document.querySelectorAll('#efficiency td button')].find((b) => b.textContent === 's4d')"
+    assert browser.run(f"{profiled}.click(); {title}").startswith("s4d: encoder, batch 1")
+
+
+def test_the_first_paint_takes_less_than_a_second(browser: Browser) -> None:
+    paint = "return performance.getEntriesByName('first-contentful-paint')[0].startTime"
+    assert browser.run(paint) < 1000
 
 
 def test_it_fits_a_phone_and_nothing_was_fetched_or_logged(browser: Browser) -> None:
