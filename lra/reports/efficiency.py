@@ -317,7 +317,7 @@ def figures(profiles: Sequence[AnyProfile]) -> Iterator[tuple[str, Any]]:
             yield f"{stem}-{key}", charts.figure(panels, f"{what}: {title(shape)}")
 
 
-OVERVIEW = ("transformer", "local", "linear_transformer", "hyena", "gru", "s4d", "mamba", "moe")
+OVERVIEW = ("transformer", "local", "performer", "hyena", "gru", "s4d", "mamba", "moe")
 """One well-known architecture of each family, and two more."""
 
 

@@ -100,7 +100,7 @@ def _rules(task: str) -> str:
     """What the baselines of a task are, in the words of its class, where it is registered here. A record from elsewhere
     names code that nobody asked to run."""
     known = task in tasks.names()
-    return " ".join((tasks.get(task).floors.__doc__ or "").split()) if known else "the task that the record names"
+    return " ".join((tasks.get(task)().floors.__doc__ or "").split()) if known else "the task that the record names"
 
 
 def of_profiles(name: str, shape: efficiency.Shape, cells: Sequence[Profile]) -> dict[str, Any]:

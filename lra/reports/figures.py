@@ -12,9 +12,6 @@ from lra.reports import charts, diagnostics, efficiency, evidence, leaderboard, 
 from lra.reports.ranking import Leaderboard
 from lra.results.collection import Collection
 
-HEAT = 26
-"""Width in pixels of a column of a heat map."""
-
 
 def write(collection: Collection, root: Path, folder: Path, suffixes: Sequence[str]) -> list[Path]:
     """Write every figure below `folder`, in each of `suffixes` (charts.FORMATS). Raises UserError for another one."""
@@ -59,7 +56,7 @@ def _diagnostics(root: Path) -> Iterator[tuple[str, Any]]:
     tasks = sorted(frame["task"].unique())
     for family, part in frame.groupby("family"):
         chart = charts.heatmap(part, tasks, str(family).replace("_", " "))
-        yield f"diagnostics-{charts.stem(str(family))}", chart.properties(width=HEAT * len(tasks))
+        yield f"diagnostics-{charts.stem(str(family))}", chart.properties(width=charts.COLUMN[0] * len(tasks))
     guesses = diagnostics.guesses(cells)
     for task, rows in lengths.groupby("task"):
         panels = [

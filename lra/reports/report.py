@@ -457,7 +457,7 @@ def _diagnosed(cells: Sequence[diagnostics.Cell], page: _Page) -> dict[str, Any]
             | {"family": part["family"].iloc[0]}
             for title, part in charts.panels(rows, "label")
         ]
-    width = charts.NAMES + 26 * len(tasks)
+    width = [charts.NAMES + column * len(tasks) for column in charts.COLUMN]
     table = diagnostics.table([run for cell in cells for run in cell.runs])
     return {"maps": maps, "width": width, "curves": curves, "table": _listed(table, [cell.row for cell in cells])}
 
