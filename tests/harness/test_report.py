@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from browser import CHROMIUM, Browser
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 
 from lra.cli.app import app
 from lra.errors import UserError
+from lra.registry import architectures
 from lra.reports import charts, diagnostics, efficiency, report
 from lra.reports import evidence as evidence_of
 from lra.results.collection import Collection
@@ -325,6 +327,20 @@ def test_long_curves_are_thinned(tmp_path: Path) -> None:
     assert (len(run["step"]), run["step"][0], run["step"][-1]) == (evidence_of.CURVE_POINTS, 1, 1000)
 
 
+@pytest.mark.slow
+def test_a_thousand_results_stay_below_3_megabytes(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for task in ("listops", "text", "image", "pathfinder", "retrieval"):
+        for name in architectures.names()[:67]:
+            for seed in range(3):
+                values = dict(zip(("validation_accuracy", "validation_loss", "loss"), random.random(3), strict=True))
+                curve = [{"step": step, **values} for step in range(100, 4100, 100)]
+                write(tmp_path, record(name, seed, random.integers(400, 1800) / 2000, task=task, curve=curve))
+    page = report.build(Collection.read(tmp_path), tmp_path)
+    assert "1,005 runs" in page
+    assert len(page.encode()) < 3e6
+
+
 def test_an_empty_folder_makes_a_page_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LRA_RESULTS", str(tmp_path))
     done = CliRunner().invoke(app, ["report"])
@@ -557,7 +573,8 @@ def test_a_cell_of_the_heat_map_opens_its_evidence(browser: Browser) -> None:
       for (const kind of ["pointerdown", "mousedown", "click"]) cell.dispatchEvent(new MouseEvent(kind, where));
       await until(() => dialog.querySelector("svg"));
       const said = [dialog.open, dialog.textContent.includes("solved: 98.4 % of the examples right")];
-      said.push([...dialog.querySelectorAll(".mark-symbol path")].map((point) => point.getAttribute("aria-label")));
+      const points = [...dialog.querySelectorAll(".mark-symbol [aria-label]")];
+      said.push(points.map((point) => point.getAttribute("aria-label")));
       dialog.close();
       return said;
     """
@@ -574,9 +591,15 @@ def test_a_baseline_and_a_profile_open_their_evidence(browser: Browser) -> None:
     assert browser.run(f"{profiled}.click(); {title}").startswith("s4d: encoder, batch 1")
 
 
-def test_the_first_paint_takes_less_than_a_second(browser: Browser) -> None:
-    paint = "return performance.getEntriesByName('first-contentful-paint')[0].startTime"
-    assert browser.run(paint) < 1000
+def test_the_page_is_there_after_less_than_a_second_of_work(browser: Browser, tmp_path: Path) -> None:
+    """Time of the main thread until the page is loaded: waiting for a CPU that others use does not count."""
+    address = browser.run("return location.href.split('#')[0]")
+    fresh = Browser("about:blank", tmp_path)
+    fresh.call("Performance.enable", timeDomain="threadTicks")
+    fresh.go(address)
+    metrics = {m["name"]: m["value"] for m in fresh.call("Performance.getMetrics")["metrics"]}
+    fresh.close()
+    assert 0 < metrics["TaskDuration"] < 1
 
 
 def test_it_fits_a_phone_and_nothing_was_fetched_or_logged(browser: Browser) -> None:
