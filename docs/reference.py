@@ -120,8 +120,8 @@ def _architecture(
         ("source", f"`{path.relative_to(ROOT)}`"),
         ("compared in", f"`{parity.relative_to(ROOT)}`" if parity.is_file() else ""),
     ]
-    rows = [row for row in card if row[1]]
-    parts = [f"# {name}", table(("", ""), rows), "## Definition", markdown(ast.get_docstring(tree)), "## Options"]
+    card = [row for row in card if row[1]]
+    parts = [f"# {name}", table(("", ""), card), "## Definition", markdown(ast.get_docstring(tree)), "## Options"]
     parts += [markdown(ast.get_docstring(encoder)), *_options(name)]
     if facts["variants"]:
         rows = [[f"`{name}/{key}`", _settings(preset)] for key, preset in facts["variants"].items()]
@@ -201,7 +201,7 @@ def _task(task: Any) -> str:
     parts = [f"# {task.name}", markdown(inspect.getmodule(type(task)).__doc__)]
     parts += ["## Examples", samples.section(task), "## Protocols"]
     for protocol in task.protocols.values():
-        values = f"{protocol.vocabulary} token ids" if protocol.vocabulary else f"{protocol.channels} values a position"
+        values = f"{protocol.vocabulary} token ids" if protocol.vocabulary else f"{protocol.channels} to a position"
         rows = [
             ("longest sequence", f"{protocol.length:,}"),
             ("input", values),
