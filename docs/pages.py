@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import reference
+import samples
 from docstrings import code, prose
 
 ROOT = Path(__file__).parents[1]
@@ -43,12 +44,12 @@ def example(path: Path) -> str:
 
 
 def write(folder: Path) -> None:
-    """Write every page below an empty or new folder."""
+    """Write every page and picture below an empty or new folder."""
     shutil.rmtree(folder, ignore_errors=True)
-    for name, text in pages().items():
+    for name, content in {**{name: text.encode() for name, text in pages().items()}, **samples.pictures()}.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(content)
 
 
 if __name__ == "__main__":

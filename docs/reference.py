@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import samples
 from docstrings import code, markdown, prose, table, toctree
 from typer.main import get_command
 
@@ -20,11 +21,12 @@ from lra.cli.app import app
 from lra.config import recipe as recipes
 from lra.conformance import suite
 from lra.operators import operators
-from lra.reports import leaderboard
+from lra.reports import efficiency, leaderboard
 from lra.reports import table as tables
 from lra.reports.ranking import Leaderboard
 from lra.results import literature, record
 from lra.results.collection import Collection
+from lra.results.profile import Profile
 
 ROOT = Path(__file__).parents[1]
 COMMON = ("d_model", "n_layers", "length", "dropout")
@@ -74,12 +76,13 @@ def own(names: registry.Registry) -> list[str]:
 
 
 def _architectures() -> dict[str, str]:
-    reported = literature.load(ROOT / "results")
+    reported, profiles = literature.load(ROOT / "results"), efficiency.load(ROOT / "results")
     names = own(registry.architectures)
     found, rows = {}, []
     for name in names:
         facts = registry.architectures.facts(name)
-        found[f"reference/architectures/{name}.md"] = _architecture(name, facts, reported)
+        cells = [p for p in efficiency.measured(profiles) if p.cell.architecture.partition("/")[0] == name]
+        found[f"reference/architectures/{name}.md"] = _architecture(name, facts, reported, cells)
         rows.append([
             f"[{name}]({name}.md)", facts["family"].replace("_", " "), prose(facts["title"]), str(facts["year"]),
             facts["scaling"], facts["direction"], "yes" if facts["recurrent"] else "",
@@ -98,8 +101,11 @@ def _architectures() -> dict[str, str]:
     return found
 
 
-def _architecture(name: str, facts: dict[str, Any], reported: list[literature.Reported]) -> str:
+def _architecture(
+    name: str, facts: dict[str, Any], reported: list[literature.Reported], profiles: list[Profile]
+) -> str:
     path = ROOT / "architectures" / facts["family"] / f"{name}.py"
+    parity = ROOT / "tests" / "architectures" / f"test_parity_{name}.py"
     tree = ast.parse(path.read_text(encoding="utf-8"))
     encoder = next(node for node in tree.body if isinstance(node, ast.ClassDef) and _has_card(node))
     published = [recipe for recipe in recipes.names() if re.fullmatch(f"paper/{name}(-.*)?", recipe)]
@@ -110,8 +116,11 @@ def _architecture(name: str, facts: dict[str, Any], reported: list[literature.Re
         ("direction", DIRECTIONS[facts["direction"]]),
         ("recurrent mode", "yes" if facts["recurrent"] else "no"),
         ("published settings", ", ".join(f"[{r}](../recipes.md#{_slug(r)})" for r in published) or "none shipped"),
+        ("conformance", f"passes every [check](../checks.md){_exempted(facts)}"),
         ("source", f"`{path.relative_to(ROOT)}`"),
+        ("compared in", f"`{parity.relative_to(ROOT)}`" if parity.is_file() else ""),
     ]
+    card = [row for row in card if row[1]]
     parts = [f"# {name}", table(("", ""), card), "## Definition", markdown(ast.get_docstring(tree)), "## Options"]
     parts += [markdown(ast.get_docstring(encoder)), *_options(name)]
     if facts["variants"]:
@@ -121,10 +130,29 @@ def _architecture(name: str, facts: dict[str, Any], reported: list[literature.Re
         rows = [[f"`{check}`", prose(reason)] for check, reason in facts["exempt"].items()]
         parts += ["## Exempted checks", "`lra check` expects these to fail, for the reason given.",
                   table(("check", "reason"), rows)]  # fmt: skip
+    parts += list(_measured(profiles))
     if own_rows := [row for row in reported if row.name == name]:
         parts += ["## Published accuracies", "Copied from the source of each row, not measured here. See "
                   "[published numbers](../published.md).", _reported(own_rows)]  # fmt: skip
     return "\n\n".join(parts) + "\n"
+
+
+def _exempted(facts: dict[str, Any]) -> str:
+    names = ", ".join(f"`{name}`" for name in facts.get("exempt") or ())
+    return f" but {names}, for [reasons](#exempted-checks)" if names else ""
+
+
+def _measured(profiles: list[Profile]) -> Iterator[str]:
+    """Time, memory and work of an encoder at each measured length, a table for each shape and machine."""
+    if profiles:
+        yield "## Measured"
+        yield "One forward pass (fwd), one training step and its peak memory (MiB), and one decoded token (decode). " \
+            "`make profile` measures them on another machine."  # fmt: skip
+    columns = ("architecture", "L", "params", "GFLOP", "fwd ms", "step ms", "decode µs", "MiB")
+    for shape, cells in efficiency.by_shape(profiles).items():
+        rows = [dict(zip(efficiency.COLUMNS, efficiency.texts(cell), strict=True)) for cell in cells]
+        yield f"{prose(efficiency.title(shape))}:"
+        yield table(columns, [[row[column] for column in columns] for row in rows])
 
 
 def _has_card(node: ast.ClassDef) -> bool:
@@ -170,9 +198,10 @@ def _tasks() -> dict[str, str]:
 
 
 def _task(task: Any) -> str:
-    parts = [f"# {task.name}", markdown(inspect.getmodule(type(task)).__doc__), "## Protocols"]
+    parts = [f"# {task.name}", markdown(inspect.getmodule(type(task)).__doc__)]
+    parts += ["## Examples", samples.section(task), "## Protocols"]
     for protocol in task.protocols.values():
-        values = f"{protocol.vocabulary} token ids" if protocol.vocabulary else f"{protocol.channels} values a position"
+        values = f"{protocol.vocabulary} token ids" if protocol.vocabulary else f"{protocol.channels} to a position"
         rows = [
             ("longest sequence", f"{protocol.length:,}"),
             ("input", values),

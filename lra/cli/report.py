@@ -15,6 +15,8 @@ from lra.registry import tasks
 
 FORMATS = ("md", "csv", "tex", "html")
 """Those of lra.reports.leaderboard, known before pandas is imported."""
+FIGURES = ("svg", "png", "pdf")
+"""Those of lra.reports.charts."""
 Filter = Annotated[str, typer.Option(metavar="NAME")]
 
 
@@ -118,12 +120,22 @@ def compare(
 @guarded
 def report(
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where to write it; results/ by default.")] = None,
+    figures: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Also write every figure there, for a paper.")
+    ] = None,
+    formats: Annotated[str, typer.Option("--format", help="Of the figures, comma-separated: svg,png,pdf.")] = "svg,png",
 ) -> None:
     """Write one HTML file with all results, figures and records behind them; it opens from disk, without a network."""
+    suffixes = [form for form in formats.split(",") if form]
+    for form in suffixes:
+        if form not in FIGURES:
+            raise unknown("format", form, FIGURES)
     from lra.results import result
 
     root = result.folder()
     files.check_writable(out or root, "give another --out" if out else "set LRA_RESULTS")
+    if figures is not None:
+        files.check_writable(figures, "give another --figures")
     from lra.reports import report as page
     from lra.results.collection import Collection
 
@@ -131,3 +143,8 @@ def report(
     for line in collection.problems:
         errors.print(f"[yellow]{escape(line)}[/]", soft_wrap=True)
     console.print(f"wrote {escape(str(page.write(collection, root, out or root)))}", soft_wrap=True)
+    if figures is not None:
+        from lra.reports import figures as drawn
+
+        written = drawn.write(collection, root, figures, [f".{form}" for form in suffixes])
+        console.print(f"wrote {len(written)} files to {escape(str(figures))}", soft_wrap=True)

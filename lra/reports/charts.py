@@ -44,6 +44,10 @@ PLOT = (300, 240)
 """Width and height in pixels of the narrowest page, for which labels are placed."""
 
 
+PAPER = 320
+"""Width in pixels of a plot that is saved: with its labels, text has at least 6 points in a column of 3.25 inches."""
+
+
 def theme(name: str, font: float = 11) -> dict[str, Any]:
     """Vega-Lite configuration of a "light" or "dark" page. font: size of text in pixels."""
     ink, dim, line = INK[name]
@@ -89,7 +93,7 @@ def baseline_notes(baselines: Mapping[str, float], axis: tuple[float, float]) ->
         for key, texts in parts.items()
         if texts
     ]
-    return [line for text in whole for line in textwrap.wrap(text, WRAP)]
+    return [line for text in whole for line in wrapped(text)]
 
 
 def _baselines(
@@ -162,7 +166,7 @@ def tradeoff(frame: pd.DataFrame, baselines: Mapping[str, float], families: Sequ
         align=alt.expr("datum.align"), dx=alt.expr("datum.dx"), dy=alt.expr("datum.dy"), baseline="middle"
     )  # fmt: skip
     machines = sorted(frame["hardware"].unique())
-    notes = textwrap.wrap("on more than one machine: " + "; ".join(machines), WRAP) if len(machines) > 1 else []
+    notes = wrapped("on more than one machine: " + "; ".join(machines)) if len(machines) > 1 else []
     title = alt.TitleParams("Accuracy against training time", subtitle=[*baseline_notes(baselines, axis), *notes])
     layers = alt.layer(
         _baselines(baselines, axis, "y"), steps, bars, dots, names.encode(x=x, y=y, text="label:N")
@@ -207,14 +211,14 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _identity(field: str, domain: Sequence[str], shown: Sequence[str] = ()) -> dict[str, Any]:
-    """Colour and marker of the names in `domain`; the legend holds those in `shown`, or all. Raises ValueError for more
-    names than there are colours."""
+def _identity(field: str, domain: Sequence[str], shown: Sequence[str] = (), narrow: bool = False) -> dict[str, Any]:
+    """Colour and marker of the names in `domain`; the legend holds those in `shown`, or all. narrow: for a panel of a
+    paper. Raises ValueError for more names than there are colours."""
     if len(domain) > LINES:
         raise ValueError(f"{len(domain)} names in one panel; at most {LINES} can be told apart")
     scale = alt.Scale(domain=list(domain))
     # a column holds about 20 characters of the narrowest page
-    columns = 2 if max(map(len, shown or domain), default=0) > 12 else 3
+    columns = (2 if max(map(len, shown or domain), default=0) > 12 else 3) - narrow
     words = "replace(datum.label, /_/g, ' ')" if field == "family" else alt.Undefined
     legend = alt.Legend(
         title=None, orient="bottom", columns=columns, symbolOpacity=1, labelExpr=words,
@@ -232,7 +236,8 @@ def dots(frame: pd.DataFrame, baselines: Mapping[str, float]) -> Layers:
     axis = limits(frame["low"].min(), frame["high"].max())
     order = list(frame.sort_values(["accuracy", "label"], ascending=[False, True])["label"])
     base = alt.Chart(frame)
-    x = alt.X("accuracy:Q", title=ACCURACY, scale=alt.Scale(domain=axis, zero=False, nice=False))
+    scale = alt.Scale(domain=axis, zero=False, nice=False)
+    x = alt.X("accuracy:Q", title=ACCURACY, scale=scale, axis=alt.Axis(tickCount=6))
     y = alt.Y("label:N", title=None, sort=order, axis=alt.Axis(labelLimit=130, grid=True, ticks=False, domain=False))
     colour = alt.condition("datum.chance", alt.value(GREY), alt.value(COLOURS["light"][7]))
     bars = base.mark_rule(strokeWidth=2, opacity=0.6).encode(
@@ -246,7 +251,7 @@ def dots(frame: pd.DataFrame, baselines: Mapping[str, float]) -> Layers:
     return layers.properties(width="container", height=17 * len(frame), title=title)
 
 
-def curves(frame: pd.DataFrame, value: str, label: str, name: str = "label") -> Layers:
+def curves(frame: pd.DataFrame, value: str, label: str, name: str = "label", interactive: bool = True) -> Layers:
     """`value` against training step, one line per `name`, at most `LINES` of them.
 
     frame: one row per run, with `name`, `row` and the lists `step` and `value`, so that a point takes few characters.
@@ -255,7 +260,8 @@ def curves(frame: pd.DataFrame, value: str, label: str, name: str = "label") -> 
     x = alt.X("step:Q", title="training step", axis=alt.Axis(tickCount=5))
     y = alt.Y(f"{value}:Q", title=label, scale=alt.Scale(zero=False))
     tip = [alt.Tooltip(f"{name}:N"), alt.Tooltip("step:Q"), alt.Tooltip(f"{value}:Q", format=".4~g", title=label)]
-    return _lines(base, x, y, name, sorted(frame[name].unique()), tip).properties(width="container", height=180)
+    lines = _lines(base, x, y, name, sorted(frame[name].unique()), tip, interactive)
+    return lines.properties(width="container", height=180)
 
 
 def by_length(
@@ -311,7 +317,7 @@ def _lines(
     interactive: bool = True,
 ) -> Layers:
     """Lines with markers. Where interactive, a click in the legend picks one and pointing at one makes it stand out."""
-    identity = _identity(name, names)
+    identity = _identity(name, names, narrow=not interactive)
     if not interactive:
         lines = base.mark_line().encode(x=x, y=y, color=identity["color"])
         return alt.layer(lines, base.mark_point(filled=True, size=45).encode(x=x, y=y, **identity))
@@ -332,6 +338,8 @@ HEAT_TIPS = {
 }  # fmt: skip
 NAMES = 130
 """Width in pixels of the names at the left of a heat map."""
+COLUMN = (26, 110)
+"""Smallest and largest width in pixels of a column of a heat map."""
 
 
 def heatmap(frame: pd.DataFrame, tasks: Sequence[str], title: str) -> Layers:
@@ -356,7 +364,7 @@ def heatmap(frame: pd.DataFrame, tasks: Sequence[str], title: str) -> Layers:
     return alt.layer(squares, numbers).properties(width="container", height=height, title=title)
 
 
-def by_test_length(frame: pd.DataFrame, title: str, guess: float | None) -> Layers:
+def by_test_length(frame: pd.DataFrame, title: str, guess: float | None, interactive: bool = True) -> Layers:
     """Right answers in % against test length, one line per architecture, at most `LINES` of them.
 
     frame: one row per architecture and length, as `diagnostics.lengths` makes it. guess: share of right answers of a
@@ -368,7 +376,7 @@ def by_test_length(frame: pd.DataFrame, title: str, guess: float | None) -> Laye
         alt.Tooltip("label:N", title="architecture"), alt.Tooltip("length:Q", format=","),
         alt.Tooltip("accuracy:Q", format=".1f", title="right %"), alt.Tooltip("seeds:Q"),
     ]  # fmt: skip
-    lines = _lines(alt.Chart(frame), x, y, "label", sorted(frame["label"].unique()), tip)
+    lines = _lines(alt.Chart(frame), x, y, "label", sorted(frame["label"].unique()), tip, interactive)
     chance = _baselines({} if guess is None else {"chance": guess}, (0, 100), "y", "right %")
     return alt.layer(chance, lines).properties(width="container", height=180, title=title)
 
@@ -389,11 +397,21 @@ def gradient_reach(norms: Sequence[float], title: str) -> alt.Chart:
     return chart.properties(width=420, height=240, title=title)
 
 
-def figure(charts: Sequence[Layers], title: str = "", columns: int = 2, width: int = 190) -> alt.ConcatChart:
+def figure(charts: Sequence[Layers], title: str = "", columns: int = 2, width: int = 160) -> alt.ConcatChart:
     """Panels side by side, each with a legend of its own, `width` pixels wide each."""
     sized = [chart.properties(width=width, height=round(0.75 * width)) for chart in charts]
     chart = alt.concat(*sized, columns=columns).resolve_scale(color="independent", shape="independent")
-    return chart.properties(title=alt.TitleParams(textwrap.wrap(title, WRAP))) if title else chart
+    return chart.properties(title=alt.TitleParams(wrapped(title))) if title else chart
+
+
+def wrapped(text: str) -> list[str]:
+    """Lines of a title or subtitle."""
+    return textwrap.wrap(text, WRAP)
+
+
+def stem(title: str) -> str:
+    """A title as the name of a file: small letters, digits and hyphens."""
+    return "-".join("".join(c if c.isalnum() else " " for c in title.lower()).split())
 
 
 def specification(chart: Any) -> dict[str, Any]:
@@ -406,7 +424,7 @@ def specification(chart: Any) -> dict[str, Any]:
 
 
 def save(chart: Any, path: Path, *, scale: float = 2.0) -> Path:
-    """Write a chart as PNG, SVG or PDF, for paper: text stays legible at half the size. scale: pixels of a PNG per
+    """Write a chart as PNG, SVG or PDF, for paper: text stays legible in one column. scale: pixels of a PNG per
     pixel of the chart. Raises UserError for another ending."""
     import vl_convert
 
@@ -414,7 +432,7 @@ def save(chart: Any, path: Path, *, scale: float = 2.0) -> Path:
         raise UserError(f"cannot write {path}: a chart ends in {', '.join(FORMATS)}")
     spec = specification(chart)
     if spec.get("width") == "container":
-        spec["width"] = 400
+        spec["width"] = PAPER
     spec["config"] = theme("light", font=13)
     text = json.dumps(spec)
     if path.suffix == ".png":

@@ -130,6 +130,11 @@ def lengths(listed: Sequence[Cell]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
+def guesses(listed: Sequence[Cell]) -> dict[str, float]:
+    """Share of right answers of a guess in %, by task; without tasks where there is no such thing."""
+    return {cell.column: 100 * cell.first.chance for cell in listed if cell.first.chance is not None}
+
+
 def _by_length(cell: Cell) -> Iterator[tuple[int, list[float]]]:
     shares: dict[int, list[float]] = {}
     for run in cell.runs:

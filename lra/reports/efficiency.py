@@ -8,7 +8,7 @@ MFU         counted forward and backward FLOPs per second over the rate of the f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -276,6 +276,14 @@ def _by_architecture(cells: Iterable[Profile]) -> dict[str, dict[int, Profile]]:
     return by_name
 
 
+def by_architecture(profiles: Iterable[AnyProfile]) -> dict[tuple[Shape, str], list[Profile]]:
+    """The measured cells of each shape and architecture, shortest first."""
+    found: dict[tuple[Shape, str], list[Profile]] = {}
+    for p in measured(profiles):
+        found.setdefault((shape_of(p), p.cell.architecture), []).append(p)
+    return {key: sorted(cells, key=lambda p: p.cell.length) for key, cells in found.items()}
+
+
 CURVES = {"training": ("train_ms", "Training step", "ms"), "memory": ("peak_mib", "Peak memory of a step", "MiB")}
 """What is drawn against length: key -> (column, title, unit)."""
 
@@ -296,16 +304,41 @@ CHARTED = (
 )  # fmt: skip
 
 
-def write_figures(profiles: Sequence[AnyProfile], folder: Path, suffix: str = ".png") -> list[Path]:
-    """One figure for each shape and entry of CURVES, by family. Raises ImportError without Altair."""
+def figures(profiles: Sequence[AnyProfile]) -> Iterator[tuple[str, Any]]:
+    """(file name without its ending, figure) for each shape and entry of CURVES, by family. Raises ImportError without
+    Altair."""
     from lra.reports import charts
 
-    written = []
     for shape, table in curves(profiles).items():
         device, dtype, task, batch, width, depth, direction = shape
-        stem = f"{device}-{dtype}-{task or 'encoder'}-d{width}-n{depth}-b{batch}-{direction}"
-        stem = "-".join("".join(c if c.isalnum() else " " for c in stem.lower()).split())
+        stem = charts.stem(f"{device}-{dtype}-{task or 'encoder'}-d{width}-n{depth}-b{batch}-{direction}")
         for key, (column, what, unit) in CURVES.items():
-            figure = charts.figure(charts.growth(table, column, unit, interactive=False), f"{what}: {title(shape)}")
-            written.append(charts.save(figure, folder / f"{stem}-{key}{suffix}"))
-    return written
+            panels = charts.growth(table, column, unit, interactive=False)
+            yield f"{stem}-{key}", charts.figure(panels, f"{what}: {title(shape)}")
+
+
+OVERVIEW = ("transformer", "local", "performer", "hyena", "gru", "s4d", "mamba", "moe")
+"""One well-known architecture of each family, and two more."""
+
+
+def overview(profiles: Sequence[AnyProfile]) -> Any:
+    """Time of a training step against length for OVERVIEW, of the shape with most cells; None where nothing is known of
+    them."""
+    from lra.reports import charts
+
+    chosen = {shape: table[table["architecture"].isin(OVERVIEW)] for shape, table in curves(profiles).items()}
+    shape = max(chosen, key=lambda shape: len(chosen[shape]), default=None)
+    if shape is None or not len(chosen[shape]):
+        return None
+    chart = charts.by_length(chosen[shape], "train_ms", "", "ms", interactive=False)
+    words = charts.wrapped(title(shape))
+    return chart.properties(width=430, height=240, title={"text": "Time of a training step", "subtitle": words})
+
+
+def write_figures(profiles: Sequence[AnyProfile], folder: Path, suffix: str = ".png") -> list[Path]:
+    """Save `figures`, and `overview` as overview.svg, which the README shows."""
+    from lra.reports import charts
+
+    written = [charts.save(figure, folder / f"{stem}{suffix}") for stem, figure in figures(profiles)]
+    chart = overview(profiles)
+    return [*written, charts.save(chart, folder / "overview.svg")] if chart else written

@@ -1,5 +1,5 @@
-"""What stands behind a row of the report: scores, seeds, learning curves, recipe, hardware, versions, checksums, and
-the command that repeats each run."""
+"""What stands behind a number of the report: scores, seeds, learning curves, recipe, hardware, versions, checksums, and
+the commands that repeat it. Each entry is a title, runs (`RUN_COLUMNS`), commands, and parts: pairs by title."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from lra.reports import leaderboard
+from lra.registry import tasks
+from lra.reports import efficiency, leaderboard
 from lra.reports.diagnostics import Cell
 from lra.reports.ranking import Group, Row
 from lra.results import diagnosis
 from lra.results.collection import Collection
 from lra.results.literature import Reported
 from lra.results.official import flatten
+from lra.results.profile import Profile
 from lra.results.record import AT_CHANCE, RunRecord
-from lra.results.statistics import seeds_needed, success_rate
+from lra.results.statistics import Estimate, seeds_needed, success_rate
 
 RUN_COLUMNS = ("seed", "test", "validation", "status", "started", "commit", "checksum", "id")
 CURVE_POINTS = 20
@@ -48,7 +50,7 @@ def of_row(group: Group, row: Row, baselines: Mapping[str, float], collection: C
         "Summary": summary, "Baselines": [(name, f"{value} %") for name, value in baselines.items()],
         "Reported (not ranked)": literature,
     }  # fmt: skip
-    return _entry(f"{row.label} on {leaderboard.title(group)}", parts, row.runs)
+    return _of_runs(f"{row.label} on {leaderboard.title(group)}", parts, row.runs)
 
 
 def of_cell(cell: Cell) -> dict[str, Any]:
@@ -70,7 +72,52 @@ def of_cell(cell: Cell) -> dict[str, Any]:
         ],
     }
     title = f"{cell.label} on {first.task} ({first.protocol.name}), recipe {first.recipe.name}, {first.hardware}"
-    return _entry(title, parts, cell.runs)
+    return _of_runs(title, parts, cell.runs)
+
+
+def of_average(name: str, title: str, mean: Estimate, rows: Mapping[str, Row]) -> dict[str, Any]:
+    """The evidence of a mean over tasks. rows: the row of each task."""
+    parts = {
+        "Summary": [("mean", f"{100 * mean.mean:.2f} %, over the {len(rows)} tasks below")],
+        "Tasks": [(task, f"{100 * row.accuracy.mean:.2f} %, seeds {row.seeds}") for task, row in rows.items()],
+    }
+    commands = [run.command for row in rows.values() for run in row.runs]
+    return _entry(f"{name}, {title}", parts, commands=commands)
+
+
+def of_baseline(name: str, group: Group, rows: Sequence[Row]) -> dict[str, Any]:
+    """The evidence of a rule without a sequence model: how it is computed, and on which data."""
+    (record, *_) = (run for row in rows for run in row.runs if name in run.floors)
+    parts = {
+        "Baseline": [("accuracy", f"{100 * record.floors[name]:.2f} %"), ("test examples", f"{record.test.n:,}"),
+                     ("computed by", _rules(group.task)), ("recorded in", record.id)],
+        "Data": _data(record),
+    }  # fmt: skip
+    return _entry(f"{name} on {leaderboard.title(group)}", parts)
+
+
+def _rules(task: str) -> str:
+    """What the baselines of a task are, in the words of its class, where it is registered here. A record from elsewhere
+    names code that nobody asked to run."""
+    known = task in tasks.names()
+    return " ".join((tasks.get(task)().floors.__doc__ or "").split()) if known else "the task that the record names"
+
+
+def of_profiles(name: str, shape: efficiency.Shape, cells: Sequence[Profile]) -> dict[str, Any]:
+    """The evidence of the speed and memory of an encoder: what was measured at each length."""
+    parts: dict[str, Any] = {}
+    for cell in cells:
+        stored = msgspec.to_builtins(cell)
+        parts[f"{cell.cell.length:,} tokens"] = [
+            *flatten({key: value for key, value in stored.items() if key not in ("cell", "environment", "rounds")}),
+            *((f"rounds, {key}, s", ", ".join(f"{r[key]:.4g}" for r in cell.rounds if key in r))
+              for key, _ in cell.seconds.items()),
+        ]  # fmt: skip
+    parts["Hardware and versions"] = list(flatten(msgspec.to_builtins(cells[0].environment)))
+    c, lengths = cells[0].cell, ",".join(str(cell.cell.length) for cell in cells)
+    command = f"lra profile {name} --lengths {lengths} --batch {c.batch} --d-model {c.d_model} --layers {c.n_layers}"
+    command += f" --direction {c.direction} --dtype {c.dtype} --budget {c.budget:g}"
+    return _entry(f"{name}: {efficiency.title(shape)}", parts, commands=[] if c.task else [command])
 
 
 def curves(label: str, records: Iterable[RunRecord], name: str) -> list[dict[str, Any]]:
@@ -103,20 +150,29 @@ def pooled(evidence: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     return {"evidence": dict(evidence), "parts": list(parts), "pairs": list(pairs)}
 
 
-def _entry(title: str, parts: Mapping[str, Any], runs: Sequence[RunRecord]) -> dict[str, Any]:
-    """What the dialog shows: `parts`, which are pairs by title, the runs, and what the first of them has recorded."""
+def _of_runs(title: str, parts: Mapping[str, Any], runs: Sequence[RunRecord]) -> dict[str, Any]:
+    """`parts`, the runs, and what the first of them has recorded."""
     first = runs[0]
     stored = msgspec.to_builtins(first)
     recorded = {
         "Recipe": [*flatten(stored["recipe"]), ("hash", first.recipe_hash)],
         "Work, speed, memory": [*flatten({k: stored[k] for k in ("flops", "speed", "memory", "implementations")})],
         "Hardware and versions": list(flatten(stored["environment"])),
-        "Data": [*flatten(stored["data"]), *flatten({"protocol": stored["protocol"]})],
+        "Data": _data(first),
     }
-    return {
-        "title": title, "runs": [_run(record) for record in runs], "commands": [record.command for record in runs],
-        "parts": [[name, pairs] for name, pairs in {**parts, **recorded}.items() if pairs],
-    }  # fmt: skip
+    return _entry(title, {**parts, **recorded}, [_run(record) for record in runs], [record.command for record in runs])
+
+
+def _data(record: RunRecord) -> list[tuple[str, str]]:
+    stored = msgspec.to_builtins(record)
+    return [*flatten(stored["data"]), *flatten({"protocol": stored["protocol"]})]
+
+
+def _entry(
+    title: str, parts: Mapping[str, Any], runs: Sequence[Any] = (), commands: Sequence[str] = ()
+) -> dict[str, Any]:
+    shown = [[name, pairs] for name, pairs in parts.items() if pairs]
+    return {"title": title, "runs": list(runs), "commands": list(commands), "parts": shown}
 
 
 def _reported(r: Reported, group: Group) -> str:

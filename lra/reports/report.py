@@ -3,7 +3,8 @@
     tables       accuracy with its interval as a bar, baselines as rows and lines; sorted and filtered in the page
     charts       accuracy against training time, intervals, learning curves, growth with length (`charts`, by Vega)
     diagnostics  heat maps, right answers by test length, and published claims beside them, where there are such runs
-    evidence     what stands behind a row or a cell (`evidence`)
+    evidence     what stands behind a row or a cell (`evidence`), found by an id: r0 rows, d0 diagnoses, p0 profiles,
+                 b0 baselines, a0-0 averages
 
 Learning curves are drawn where records hold `curve`: a list of {"step": int, "validation_accuracy": float,
 "validation_loss": float, "loss": float}.
@@ -26,9 +27,11 @@ from lra.errors import UserError
 from lra.registry import architectures
 from lra.reports import charts, diagnostics, efficiency, evidence, leaderboard
 from lra.reports.ranking import AVERAGES, LRA, Group, Leaderboard, Overall, Row
+from lra.reports.table import Table
 from lra.results import claims
 from lra.results.claims import Judgement
 from lra.results.collection import Collection
+from lra.results.profile import AnyProfile
 from lra.results.record import RunRecord
 from lra.results.statistics import Estimate
 
@@ -47,9 +50,12 @@ PANEL = "the names in a panel"
 
 @dataclass
 class _Page:
-    """What the page's script reads: specifications, the data they share, the runs' learning curves, and the charts."""
+    """What the page's script reads: specifications, the data they share, the runs' learning curves, and the charts.
+
+    lengths: for each diagnostic task with several test lengths, the specification that draws one cell of it."""
 
     runs: list[dict[str, Any]]
+    lengths: dict[str, int] = field(default_factory=dict)
     specs: list[dict[str, Any]] = field(default_factory=list)
     datasets: dict[str, Any] = field(default_factory=dict)
     charts: list[dict[str, Any]] = field(default_factory=list)
@@ -78,10 +84,22 @@ class _Page:
             numbers["seeds"] = self._add_runs(charts.curves(one, "accuracy", CURVES["accuracy"][1], name="seed"))
         return numbers
 
+    def add_lengths(self, task: str, rows: pd.DataFrame, guess: float | None) -> None:
+        """Add the specification that draws one cell of a task; the script fills in its data and name."""
+        one = rows[rows["row"] == rows["row"].iloc[0]].assign(label=PANEL)
+        spec = charts.specification(charts.by_test_length(one, "", guess))
+        (name,) = (name for name, data in spec["datasets"].items() if any("length" in line for line in data))
+        del spec["datasets"][name]
+        self.datasets |= spec.pop("datasets")
+        self.lengths[task] = self._add_renamed(spec, name, "lengths")
+
     def _add_runs(self, chart: Any) -> int:
         spec = charts.specification(chart)
         (name,) = spec.pop("datasets")
-        self.specs.append(json.loads(json.dumps(spec).replace(name, "runs")))
+        return self._add_renamed(spec, name, "runs")
+
+    def _add_renamed(self, spec: dict[str, Any], dataset: str, name: str) -> int:
+        self.specs.append(json.loads(json.dumps(spec).replace(dataset, name)))
         return len(self.specs) - 1
 
 
@@ -91,52 +109,105 @@ def build(collection: Collection, root: Path) -> str:
     groups = board.groups
     profiles = efficiency.load(root)
     listed = [(group, row) for group, rows in groups.items() for row in rows]
+    listed += [(entry.group, entry.row) for entry in board.modified]
     ids = {id(row): f"r{i}" for i, (_, row) in enumerate(listed)}
-    baselines = {
-        group: {name: float(value) for name, value in leaderboard.floor_cells(run for row in rows for run in row.runs)}
-        for group, rows in groups.items()
-    }
+    rules = [(group, name) for group, rows in groups.items() for name in _rules(rows)]
+    rule_ids = {rule: f"b{i}" for i, rule in enumerate(rules)}
+    measurements = efficiency.by_architecture(profiles)
+    profile_ids = {key: f"p{i}" for i, key in enumerate(measurements)}
+    baselines = {group: baselines_of(rows) for group, rows in groups.items()}
     table = result_frame(groups, ids)
     diagnosed = Collection.read(root, "diagnostics")
     cells = diagnostics.cells(diagnosed.records)
     judged, broken = _claims(cells)
     page = _Page(runs=[run for _, row in listed for run in evidence.curves(row.label, row.runs, ids[id(row)])])
     page.runs += [run for cell in cells for run in evidence.curves(cell.label, cell.runs, cell.row)]
-    families = sorted({efficiency.family(name) for name in architectures.names()} | {efficiency.OUTSIDE})
-    behind = evidence.pooled(
-        {ids[id(row)]: evidence.of_row(group, row, baselines[group], collection) for group, row in listed}
-        | {cell.row: evidence.of_cell(cell) for cell in cells}
-    )
     parts_of = [table[table["group"] == i] for i in range(len(groups))]
     axes = [charts.limits(part["low"].min(), part["high"].max()) for part in parts_of]
+    behind = evidence.pooled(
+        _rows_behind(listed, baselines, collection, ids) | {cell.row: evidence.of_cell(cell) for cell in cells}
+        | {profile_ids[key]: evidence.of_profiles(key[1], key[0], measured) for key, measured in measurements.items()}
+        | {key: evidence.of_baseline(name, group, groups[group]) for (group, name), key in rule_ids.items()}
+        | _averages_behind(board)
+    )  # fmt: skip
     kinds = page.add_curves()
     figures = [
-        _figures(group, part, baselines[group], families, page, kinds)
-        for group, part in zip(groups, parts_of, strict=True)
+        _figures(group, part, baselines[group], page, kinds) for group, part in zip(groups, parts_of, strict=True)
     ]
-    growth = [_growth(shape, part, page) for shape, part in efficiency.curves(profiles).items()]
+    growth = [_growth(shape, part, page, profile_ids) for shape, part in efficiency.curves(profiles).items()]
     environment = Environment(loader=PackageLoader("lra.reports"), autoescape=True, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
     values = {key: sorted(table[key].unique(), key=_size_order) for key in FILTERS}
     values["family"] = sorted({*values["family"], *(cell.family for cell in cells)})
     return environment.get_template("report.html").render(
-        header=leaderboard.HEADER, baseline=leaderboard.BASELINE, rows=_table_rows(table, groups, axes),
+        header=leaderboard.HEADER, baseline=leaderboard.BASELINE, rows=_table_rows(table, groups, axes, rule_ids),
         ticks_by_group=[_ticks(baselines[group], axis) for group, axis in zip(groups, axes, strict=True)],
         filters={key: known for key, known in values.items() if len(known) > 1},
-        standard=[_matrix(board, key, table, axes, ids) for key in _largest_first(board)],
-        figures=figures, growth=growth, profiles=efficiency.tables(profiles),
-        modified=leaderboard.modified_table(board.modified) if board.modified else None,
+        standard=[_matrix(board, n, key, table, axes, ids, rule_ids) for n, key in enumerate(_largest_first(board))],
+        figures=figures, growth=growth, profiles=_profiles(profiles, profile_ids),
+        modified=_listed(leaderboard.modified_table(board.modified), [ids[id(entry.row)] for entry in board.modified])
+        if board.modified else None,
         diagnosed=_diagnosed(cells, page) if cells else None, claims=judged,
         # the literature is read with the records of each folder
         problems=list(dict.fromkeys([*collection.problems, *diagnosed.problems, *broken, *efficiency.problems(root)])),
         summary=_summary(collection.records), vega=charts.javascript(),
         data=behind | {
-            "specs": page.specs, "charts": page.charts,
-            "datasets": page.datasets, "runs": page.runs, "seeds": kinds.get("seeds"), "lines": charts.LINES,
+            "specs": page.specs, "charts": page.charts, "datasets": page.datasets, "runs": page.runs,
+            "seeds": kinds.get("seeds"), "lengths": page.lengths, "lines": charts.LINES,
             "runColumns": evidence.RUN_COLUMNS, "panel": PANEL,
             "themes": {name: charts.theme(name) for name in charts.INK},
         },
     )  # fmt: skip
+
+
+def families() -> list[str]:
+    """Every family, so that each keeps its colour in every chart."""
+    return sorted({efficiency.family(name) for name in architectures.names()} | {efficiency.OUTSIDE})
+
+
+def baselines_of(rows: Sequence[Row]) -> dict[str, float]:
+    """Name -> accuracy in % of what the rows of one table have to beat."""
+    return {name: float(value) for name, value in leaderboard.floor_cells(run for row in rows for run in row.runs)}
+
+
+def _rows_behind(
+    listed: Sequence[tuple[Group, Row]],
+    baselines: Mapping[Group, Mapping[str, float]],
+    collection: Collection,
+    ids: Mapping[int, str],
+) -> dict[str, Any]:
+    """The evidence of every row, the modified ones among them."""
+    return {
+        ids[id(row)]: evidence.of_row(group, row, baselines.get(group) or baselines_of([row]), collection)
+        for group, row in listed
+    }
+
+
+def _averages_behind(board: Leaderboard) -> dict[str, Any]:
+    """The evidence of the means in the tables over tasks."""
+    found = {}
+    for number, key in enumerate(_largest_first(board)):
+        for name, averages in board.averages[key].items():
+            for title, mean in averages.items():
+                if mean:
+                    rows = {task: board.by_task[key][name][task] for task in AVERAGES[title]}
+                    made = evidence.of_average(f"{title} of {name}", _title(key), mean, rows)
+                    found[_average_id(number, title, name)] = made
+    return found
+
+
+def _listed(table: Table, rows: Sequence[str]) -> dict[str, Any]:
+    """A table with the id of the evidence of each row."""
+    return {"table": table, "rows": list(rows)}
+
+
+def _profiles(profiles: Sequence[AnyProfile], ids: Mapping[tuple[Any, str], str]) -> list[dict[str, Any]]:
+    """The tables of each shape; the first column of each is the architecture."""
+    return [
+        _listed(table, [ids[shape, row[0].text] for row in table.rows])
+        for shape, cells in efficiency.by_shape(profiles).items()
+        for table in efficiency.tables(cells)
+    ]
 
 
 def write(collection: Collection, root: Path, folder: Path) -> Path:
@@ -217,15 +288,21 @@ def _ticks(baselines: Mapping[str, float], axis: tuple[float, float]) -> list[in
 
 
 def _table_rows(
-    table: pd.DataFrame, groups: Mapping[Group, Sequence[Row]], axes: Sequence[tuple[float, float]]
+    table: pd.DataFrame,
+    groups: Mapping[Group, Sequence[Row]],
+    axes: Sequence[tuple[float, float]],
+    rules: Mapping[tuple[Group, str], str],
 ) -> list[dict[str, Any]]:
-    """The rows and the baselines of each group, by accuracy. A baseline has no key `row`."""
+    """The rows and the baselines of each group, by accuracy. A baseline has no key `bar`."""
     lines = table.to_dict("records")
     shown = []
     for number, (group, listed) in enumerate(groups.items()):
         own = [row | {"bar": _bar(row["accuracy"], row["low"], row["high"], axes[number])}
                for row in lines if row["group"] == number]  # fmt: skip
-        own += [_shared(group) | {"label": name, "accuracy": 100 * value} for name, value in _rules(listed).items()]
+        own += [
+            _shared(group) | {"label": name, "accuracy": 100 * value, "row": rules[group, name]}
+            for name, value in _rules(listed).items()
+        ]
         shown += sorted(own, key=lambda row: -row["accuracy"])
     return shown
 
@@ -240,8 +317,25 @@ def _rules(rows: Iterable[Row]) -> dict[str, float]:
     return leaderboard.baselines(run for row in rows for run in row.runs)
 
 
+def _title(key: Overall) -> str:
+    """Of the table over tasks."""
+    protocol, recipe, regime, device = key
+    return f"Recipe {recipe}, {regime}, protocol {protocol}, {device}"
+
+
+def _average_id(number: int, title: str, name: str) -> str:
+    """Of the mean of an architecture in a table over tasks."""
+    return f"a{number} {title} {name}"
+
+
 def _matrix(
-    board: Leaderboard, key: Overall, table: pd.DataFrame, axes: Sequence[tuple[float, float]], ids: Mapping[int, str]
+    board: Leaderboard,
+    position: int,
+    key: Overall,
+    table: pd.DataFrame,
+    axes: Sequence[tuple[float, float]],
+    ids: Mapping[int, str],
+    rule_ids: Mapping[tuple[Group, str], str],
 ) -> dict[str, Any]:
     """The table of architectures by tasks: each cell with its interval as a bar and the row that is its evidence."""
     protocol, recipe, regime, device = key
@@ -261,7 +355,7 @@ def _matrix(
             for (name, row), place in zip(rows.items(), places, strict=True)
         }  # fmt: skip
         for name, value in _rules(rows.values()).items():
-            rules.setdefault(name, {})[task] = _cell(value)
+            rules.setdefault(name, {})[task] = _cell(value, row=rule_ids[list(board.groups)[number], name])
     for title in AVERAGES:
         means = {name: e for name, averages in board.averages[key].items() if (e := averages[title])}
         if means:
@@ -270,7 +364,7 @@ def _matrix(
             axis = charts.limits(100 * min(ends), 100 * max(ends))
             places = leaderboard.places([e.mean for e in means.values()])
             columns[title] = {
-                name: _cell(e.mean, place, _interval(e, axis))
+                name: _cell(e.mean, place, _interval(e, axis), _average_id(position, title, name))
                 for (name, e), place in zip(means.items(), places, strict=True)
             }
     names = sorted(cells, key=lambda n: (-len(cells[n]), -sum(r.accuracy.mean for r in cells[n].values()), n))
@@ -281,13 +375,12 @@ def _matrix(
         for name in names
     ]  # fmt: skip
     lines += [{"name": name, "cells": [by_task.get(column) for column in columns]} for name, by_task in rules.items()]
-    return {"title": f"Recipe {recipe}, {regime}, protocol {protocol}, {device}", "columns": list(columns),
-            "tasks": tasks, "rows": lines, "facts": facts}  # fmt: skip
+    return {"title": _title(key), "columns": list(columns), "tasks": tasks, "rows": lines, "facts": facts}
 
 
-def _cell(accuracy: float, place: int = 0, interval: Mapping[str, Any] = NO_INTERVAL) -> dict[str, Any]:
-    """A cell of the table over tasks; no evidence, and not at chance, unless it is said to be."""
-    return {"value": 100 * accuracy, "place": place, "row": "", "chance": False, "group": None, **interval}
+def _cell(accuracy: float, place: int = 0, interval: Mapping[str, Any] = NO_INTERVAL, row: str = "") -> dict[str, Any]:
+    """A cell of the table over tasks; not at chance, unless it is said to be. row: id of its evidence."""
+    return {"value": 100 * accuracy, "place": place, "row": row, "chance": False, "group": None, **interval}
 
 
 def _interval(estimate: Estimate, axis: tuple[float, float]) -> dict[str, Any]:
@@ -306,7 +399,6 @@ def _figures(
     group: Group,
     table: pd.DataFrame,
     baselines: Mapping[str, float],
-    families: Sequence[str],
     page: _Page,
     kinds: Mapping[str, int],
 ) -> dict[str, Any]:
@@ -314,7 +406,7 @@ def _figures(
     frame = table[list(CHARTED)]
     name = leaderboard.title(group)
     main = [
-        page.add(charts.tradeoff(frame, baselines, families), f"Accuracy against training time on {name}"),
+        page.add(charts.tradeoff(frame, baselines, families()), f"Accuracy against training time on {name}"),
         page.add(charts.dots(frame, baselines), f"Accuracy with intervals on {name}"),
     ]
     first = {run["row"]: run for run in reversed(page.runs)}
@@ -329,9 +421,12 @@ def _figures(
     return {"title": name, "main": main, "learning": learning, "facts": _shared(group)}
 
 
-def _growth(shape: efficiency.Shape, cells: pd.DataFrame, page: _Page) -> dict[str, Any]:
+def _growth(
+    shape: efficiency.Shape, cells: pd.DataFrame, page: _Page, ids: Mapping[tuple[Any, str], str]
+) -> dict[str, Any]:
     """Small multiples of time and memory against length."""
     title = efficiency.title(shape)
+    cells = cells.assign(row=[ids[shape, name] for name in cells["architecture"]])
     parts = [
         {"title": f"{what}, {unit}", "charts": [
             page.add(chart, f"{what} against length, {number}: {title}")
@@ -346,7 +441,7 @@ def _diagnosed(cells: Sequence[diagnostics.Cell], page: _Page) -> dict[str, Any]
     """Heat maps by family, right answers by test length for each task that has several, and the table of all."""
     frame, lengths = diagnostics.frame(cells), diagnostics.lengths(cells)
     tasks = sorted(frame["task"].unique())
-    guesses = {cell.column: 100 * cell.first.chance for cell in cells if cell.first.chance is not None}
+    guesses = diagnostics.guesses(cells)
     maps = [
         page.add(charts.heatmap(part, tasks, family.replace("_", " ")), f"Diagnostics, {family}: right answers in %")
         | {"family": family}
@@ -354,6 +449,7 @@ def _diagnosed(cells: Sequence[diagnostics.Cell], page: _Page) -> dict[str, Any]
     ]
     curves = {}
     for task, rows in lengths.groupby("task"):
+        page.add_lengths(task, rows, guesses.get(task))
         curves[task] = [
             page.add(
                 charts.by_test_length(part, title, guesses.get(task)), f"{task}, {title}: right answers by test length"
@@ -361,9 +457,9 @@ def _diagnosed(cells: Sequence[diagnostics.Cell], page: _Page) -> dict[str, Any]
             | {"family": part["family"].iloc[0]}
             for title, part in charts.panels(rows, "label")
         ]
-    width = charts.NAMES + 26 * len(tasks)
+    width = [charts.NAMES + column * len(tasks) for column in charts.COLUMN]
     table = diagnostics.table([run for cell in cells for run in cell.runs])
-    return {"maps": maps, "width": width, "curves": curves, "table": table}
+    return {"maps": maps, "width": width, "curves": curves, "table": _listed(table, [cell.row for cell in cells])}
 
 
 def _claims(cells: Sequence[diagnostics.Cell]) -> tuple[list[dict[str, Any]], list[str]]:

@@ -147,6 +147,11 @@ class Image(Task):
     def floors(self, train: Split, test: Split) -> dict[str, float]:
         return super().floors(train, test) | {"bag of tokens": bag_of_tokens(train, test, self.classes)}
 
+    def picture(self, split: Split, example: int) -> np.ndarray:
+        """One example as an image: (32, 32) or (32, 32, 3) uint8."""
+        pixels = np.asarray(split.document(split.index[example, 0]))
+        return pixels.reshape((32, 32) if len(pixels) == 1024 else (32, 32, 3))
+
     def describe(self, split: Split, example: int) -> str:
         pixels = np.asarray(split.document(split.index[example, 0]))
         kind = "grey" if len(pixels) == 1024 else "colour"

@@ -15,12 +15,14 @@ from typing import Any
 import docstrings
 import pages
 import pytest
+import samples
 from documents import ROOT, blocks, files, links, mentions, of, parse, shell_lines, small
 from typer.testing import CliRunner
 
 from lra.cli.app import app
 from lra.conformance import suite
 from lra.registry import architectures, tasks
+from lra.reports import efficiency
 
 WRITTEN = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 ELSEWHERE = (ROOT / "README.md").read_text(encoding="utf-8") + (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -117,7 +119,7 @@ def test_links_lead_to_pages(site: dict[str, str]) -> None:
         f"{page}: {target}"
         for page, text in site.items()
         for target in links(text)
-        if os.path.normpath(PurePosixPath(page).parent / target) not in site
+        if os.path.normpath(PurePosixPath(page).parent / target) not in {*site, *samples.pictures()}
     ]
     assert broken == []
 
@@ -138,6 +140,27 @@ def test_the_page_of_an_architecture_holds_its_card_docstring_and_options(site: 
     assert "| `s4d/inv` | `init='inv'` |" in page
     assert "| recurrent mode | yes |" in page
     assert "| recurrent mode | no |" in site["reference/architectures/fnet.md"]
+
+
+def test_the_page_of_an_architecture_holds_what_was_measured_and_checked(site: dict[str, str]) -> None:
+    page = site["reference/architectures/s4d.md"]
+    cells = [p for p in efficiency.load(ROOT / "results") if p.cell.architecture == "s4d"]
+    measured = page.partition("## Measured")[2].partition("## ")[0]
+    assert measured.count("| s4d |") == len(cells) > 0
+    assert (
+        "| conformance | passes every [check](../checks.md) but `optim_norms`, for [reasons](#exempted-checks) |"
+        in page
+    )
+    assert "| conformance | passes every [check](../checks.md) |" in site["reference/architectures/gru.md"]
+    assert "| compared in | `tests/architectures/test_parity_s4d.py` |" in page
+
+
+def test_the_page_of_a_task_shows_examples(site: dict[str, str]) -> None:
+    assert re.search(r"## Examples\n\n```text\n\[M", site["reference/tasks/listops.md"])
+    assert "![Examples of pathfinder](pathfinder.png)" in site["reference/tasks/pathfinder.md"]
+    assert "on one contour" in site["reference/tasks/pathfinder.md"]
+    assert "lra data show image --png image.png" in site["reference/tasks/image.md"]
+    assert samples.pictures()["reference/tasks/pathfinder.png"].startswith(b"\x89PNG")
 
 
 def test_the_other_references_are_complete(site: dict[str, str]) -> None:

@@ -412,6 +412,20 @@ def test_latex_is_balanced(collection: Collection) -> None:
     assert r"\underline{40.40}" in text
 
 
+@pytest.mark.skipif(
+    shutil.which("pdflatex") is None, reason="LaTeX is not installed (on Debian: texlive-latex-recommended)"
+)
+def test_latex_compiles(tmp_path: Path) -> None:
+    """With a hostile name. A box wider than the page is no error."""
+    made = [*filled(tmp_path / "results").records, record("x.py:<script>|[red]_{\\&%$#~^")]
+    document = "\\documentclass{article}\n\\usepackage{booktabs}\n\\begin{document}\n%s\n\\end{document}\n"
+    (tmp_path / "tables.tex").write_text(document % leaderboard.build(ranked(*made), "tex"), encoding="utf-8")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "tables.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert (tmp_path / "tables.pdf").stat().st_size > 10_000
+
+
 def test_measured_stands_beside_reported_with_what_differs(collection: Collection) -> None:
     shown = leaderboard.beside(Leaderboard.of(collection))
     assert shown

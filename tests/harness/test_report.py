@@ -1,4 +1,4 @@
-"""The report: self-contained, escaped, complete; and, where Chromium is installed, used as a reader would use it."""
+"""The report: self-contained, escaped, complete."""
 
 from __future__ import annotations
 
@@ -6,28 +6,25 @@ import html
 import json
 import math
 import re
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
-from browser import CHROMIUM, Browser
-from records import diagnostic, filled, profile_content, record, write
+from documents import parse
+from records import diagnostic, record, write
+from report_page import built, diagnose, fill
 from typer.testing import CliRunner
 
 from lra.cli.app import app
 from lra.errors import UserError
+from lra.registry import architectures
 from lra.reports import charts, diagnostics, efficiency, report
 from lra.reports import evidence as evidence_of
 from lra.results.collection import Collection
 
-HOSTILE = "</script><script>alert(1)</script>&\"'"
-LITERATURE = (
-    "architecture,name,protocol,listops,text,retrieval,image,pathfinder,pathx,printed_average,not_comparable,source,note\n"
-    "S4D-X,s4d,strict,60.5,,,,86,FAIL,,,A paper Table 1,\n"
-)
 TAKES = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
 
 
@@ -36,38 +33,9 @@ def folder(tmp_path: Path) -> Path:
     return fill(tmp_path)
 
 
-def fill(tmp_path: Path) -> Path:
-    """Results, literature and profile of a small report; one record has a hostile name."""
-    (tmp_path / "reported.csv").write_text(LITERATURE)
-    filled(tmp_path)
-    curve = [{"step": s, "validation_accuracy": s / 400, "loss": 1 / s} for s in (50, 100, 200)]
-    write(tmp_path, record(HOSTILE, 0, 0.4, command=f"lra run {HOSTILE}", curve=curve, regime=HOSTILE))
-    cells = [("transformer", n, 1e-6 * n**2) for n in (256, 1024, 4096)] + [
-        ("s4d", n, 4e-4 * n) for n in (256, 1024, 4096)
-    ]
-    for name, length, seconds in cells:
-        made = profile_content(name, length, seconds)
-        place = tmp_path / "profile" / "cpu" / f"{name}-{length}.json"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(json.dumps(made))
-    diagnose(tmp_path)
-    return tmp_path
-
-
-def diagnose(folder: Path) -> None:
-    """Two architectures on two diagnostic tasks, one of which has further test lengths."""
-    longer = {"length-64": {"accuracy": 0.0, "n": 9, "positions": 0.95, "length": 64},
-              "length-256": {"accuracy": 0.0, "n": 9, "positions": 0.55, "length": 256}}  # fmt: skip
-    for seed in (0, 1):
-        write(folder, diagnostic("gru", 1008 / 1024, 0.999, seed, tests=longer), "diagnostics")
-    write(folder, diagnostic("transformer", 0.0, 0.51, collapsed="at chance"), "diagnostics")
-    write(folder, diagnostic("transformer", 0.5, 0.8, task="mqar", chance=0.1), "diagnostics")
-
-
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = fill(tmp_path_factory.mktemp("results"))
-    return report.build(Collection.read(folder), folder)
+    return built(tmp_path_factory.mktemp("results"))
 
 
 def test_it_is_one_file_that_fetches_nothing(page: str) -> None:
@@ -122,8 +90,8 @@ def evidence(page: str) -> dict[str, Any]:
 
 def test_every_row_and_every_cell_of_the_overview_has_its_evidence(page: str) -> None:
     known = evidence(page)
-    names = set(re.findall(r'data-row="(r\d+)"', page))
-    assert names == {name for name in known if name.startswith("r")}
+    # those of the modified runs and of the profiles' charts are among them
+    assert set(re.findall(r'data-row="([^"]+)"', page)) == set(known)
     row = next(e for e in known.values() if e["title"].startswith("s4d on listops"))
     parts = row["parts"]
     assert [run["seed"] for run in row["runs"]] == [0, 1, 2]
@@ -137,6 +105,48 @@ def test_every_row_and_every_cell_of_the_overview_has_its_evidence(page: str) ->
     assert "over the seeds" in parts["Summary"]["accuracy"]
     collapsed = next(e for e in known.values() if e["title"].startswith("gru on pathfinder"))
     assert collapsed["parts"]["Summary"]["runs that left chance"].startswith("2 of 3")
+
+
+def test_baselines_and_profiles_have_their_evidence(page: str) -> None:
+    known = evidence(page)
+    rule = next(e for e in known.values() if e["title"].startswith("root operator on listops"))
+    assert rule["parts"]["Baseline"]["accuracy"] == "36.00 %"
+    assert '"root operator" predicts the most frequent training label' in rule["parts"]["Baseline"]["computed by"]
+    assert rule["parts"]["Data"]["checksum"].startswith("5f28b695")
+    (key, profile) = next((key, e) for key, e in known.items() if e["title"].startswith("s4d: encoder, batch 1"))
+    assert [name for name in profile["parts"] if name.endswith("tokens")] == [
+        "256 tokens",
+        "1,024 tokens",
+        "4,096 tokens",
+    ]
+    assert profile["parts"]["1,024 tokens"]["seconds.train.median"] == "0.4096"
+    assert profile["parts"]["1,024 tokens"]["rounds, train, s"] == "0.4096, 0.4096"
+    parse(profile["commands"][0])
+    assert "--lengths 256,1024,4096 --batch 1 --d-model 64 --layers 2" in profile["commands"][0]
+    charted = [row for rows in contents(page)["datasets"].values() for row in rows if "train_ms" in row]
+    assert {row["row"] for row in charted if row["architecture"] == "s4d"} == {key}
+
+
+def test_the_rules_of_an_unregistered_task_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record may name any file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
+    write(tmp_path, record("gru", 0, 0.5, task="evil.py:Evil", floors={"rule": 0.2}))
+    entries = evidence(report.build(Collection.read(tmp_path), tmp_path)).values()
+    assert [e["parts"]["Baseline"]["computed by"] for e in entries if e["title"].startswith("rule on")] == [
+        "the task that the record names"
+    ]
+
+
+def test_a_cell_of_the_heat_map_has_its_curve_by_length(page: str) -> None:
+    data = contents(page)
+    (task,) = data["lengths"]
+    assert task == "parity"
+    spec = data["specs"][data["lengths"][task]]
+    assert {layer["data"]["name"] for layer in spec["layer"] if "data" in layer} | {
+        inner["data"]["name"] for layer in spec["layer"] for inner in layer.get("layer", ()) if "data" in inner
+    } >= {"lengths"}  # fmt: skip
+    assert report.PANEL in json.dumps(spec)
 
 
 def test_figures_are_there(page: str) -> None:
@@ -168,7 +178,7 @@ def test_baselines_are_rows_by_accuracy(page: str, tmp_path: Path) -> None:
     mark = "(no sequence model)"
     assert names == ["s4d", f"root operator {mark}", "gru", f"majority class {mark}"]
     assert [float(value) for *_, value in rows] == [60.0, 36.0, 30.0, 17.0]
-    assert ["data-row" in attributes for attributes, *_ in rows] == [True, False, True, False]
+    assert ["baseline" in attributes for attributes, *_ in rows] == [False, True, False, True]
     overview = page[page.index('<table class="matrix') : page.index('id="results"')]
     assert "majority class <small>(no sequence model)</small>" in overview
 
@@ -254,7 +264,11 @@ def test_an_average_is_a_column_only_where_it_exists(tmp_path: Path) -> None:
     write(tmp_path, record("gru", 0, 0.6, task=tasks[4]))
     page = report.build(Collection.read(tmp_path), tmp_path)
     assert re.findall(headings, page) == [*tasks, "avg 5"]
-    assert re.findall(r'data-sort="52\.000" class="place0">52\.00 <small></small></td>', page)
+    button = '<button type="button" data-row="a0 avg 5 gru">52.00</button>'
+    assert f'data-sort="52.000" class="place0">{button} <small></small></td>' in page
+    average = evidence(page)["a0 avg 5 gru"]
+    assert average["parts"]["Tasks"] == {task: f"{60 if task == 'pathfinder' else 50}.00 %, seeds 1" for task in tasks}
+    assert len(average["commands"]) == 5
 
 
 def test_memory_comes_from_the_profile_of_the_device(page: str, tmp_path: Path) -> None:
@@ -276,6 +290,20 @@ def test_long_curves_are_thinned(tmp_path: Path) -> None:
     write(tmp_path, record("gru", 0, 0.5, curve=curve))
     (run,) = contents(report.build(Collection.read(tmp_path), tmp_path))["runs"]
     assert (len(run["step"]), run["step"][0], run["step"][-1]) == (evidence_of.CURVE_POINTS, 1, 1000)
+
+
+@pytest.mark.slow
+def test_a_thousand_results_stay_below_3_megabytes(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for task in ("listops", "text", "image", "pathfinder", "retrieval"):
+        for name in architectures.names()[:67]:
+            for seed in range(3):
+                values = dict(zip(("validation_accuracy", "validation_loss", "loss"), random.random(3), strict=True))
+                curve = [{"step": step, **values} for step in range(100, 4100, 100)]
+                write(tmp_path, record(name, seed, random.integers(400, 1800) / 2000, task=task, curve=curve))
+    page = report.build(Collection.read(tmp_path), tmp_path)
+    assert "1,005 runs" in page
+    assert len(page.encode()) < 3e6
 
 
 def test_an_empty_folder_makes_a_page_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,120 +422,23 @@ def test_a_chart_is_saved_in_the_format_of_its_name(tmp_path: Path) -> None:
         charts.save(heat, tmp_path / "chart.jpg")
 
 
-@pytest.fixture(scope="module")
-def browser(page: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """The page, opened by a link that shares a view."""
-    if CHROMIUM is None:
-        pytest.skip("Chromium is not installed (on Debian: apt-get install chromium)")
-    folder = tmp_path_factory.mktemp("browser")
-    place = folder / "report.html"
-    place.write_text(page, encoding="utf-8")
-    opened = Browser(f"file://{place}#task=pathfinder&sort=rows.3.ascending&hide=parameters", folder / "profile")
-    opened.run(HELPERS)
-    yield opened
-    opened.close()
-
-
-HELPERS = """
-  window.shown = () => [...document.querySelectorAll("#rows tbody tr[data-row]")].filter((row) => !row.hidden);
-  window.column = (n) => shown().map((row) => row.cells[n].textContent.trim());
-  window.form = document.getElementById("filters");
-  window.dialog = document.getElementById("evidence");
-  window.set = (fields) => {
-    for (const name of ["text", "task", "family"]) form[name].value = fields[name] ?? "";
-    form.dispatchEvent(new Event("input"));
-  };
-  window.until = async (fits) => { while (!fits()) await new Promise((go) => setTimeout(go, 20)); };
-"""
-
-
-def test_a_link_shares_the_view(browser: Browser) -> None:
-    restored = "return [column(0), getComputedStyle(document.querySelector('#rows th:nth-child(7)')).display]"
-    assert browser.run(restored) == [["pathfinder"] * 3, "none"]
-    rising = browser.run("return column(3).map(parseFloat)")
-    assert rising == sorted(rising)
-    browser.run("location.hash = '#text=s4d'; await until(() => form.text.value)")
-    assert browser.run(restored.replace("column(0)", "column(2)")) == [["s4d", "s4d"], "table-cell"]
-
-
-def test_it_sorts(browser: Browser) -> None:
-    browser.run("set({})")
-    click = "document.querySelector('#rows [data-key=accuracy]').click(); return column(3).map(parseFloat)"
-    falling, rising = browser.run(click), browser.run(click)
-    if falling[0] < falling[-1]:
-        falling, rising = rising, falling
-    assert len(falling) == 7
-    assert falling == sorted(falling, reverse=True)
-    assert rising == sorted(rising)
-    assert browser.run("return location.hash").startswith("#sort=rows.3.")
-
-
-def test_it_filters_rows_and_figures_and_keeps_the_baselines(browser: Browser) -> None:
-    browser.run("set({text: 'S4D pathf'})")
-    assert browser.run("return shown().map((row) => row.cells[2].textContent + row.cells[0].textContent)") == [
-        "s4dpathfinder"
-    ]
-    assert browser.run("return document.getElementById('count').textContent") == "1 of 7 rows"
-    browser.run("set({task: 'listops', family: 'recurrent'})")
-    assert browser.run("return [column(0), column(2)]") == [["listops"], ["gru"]]
-    assert browser.run("return location.hash").startswith("#family=recurrent&task=listops")
-    baselines = "return [...document.querySelectorAll('#rows .baseline')].filter((row) => !row.hidden).map("
-    assert browser.run(f"{baselines} (row) => row.cells[0].textContent)") == ["listops"] * 4
-    figures = "return [...document.querySelectorAll('#figures > details')].filter((part) => !part.hidden).map("
-    assert set(browser.run(f"{figures} (part) => part.dataset.task)")) == {"listops"}
-    heat = "return [...document.querySelectorAll('#diagnostics > .wide')].filter((part) => !part.hidden).map("
-    assert browser.run(f"{heat} (part) => part.dataset.family)") == ["recurrent"]
-
-
-def test_a_row_opens_its_evidence_and_a_hostile_name_stays_text(browser: Browser) -> None:
-    browser.run(
-        "set({}); shown().find((row) => /s4d/.test(row.textContent) && /listops/.test(row.textContent)).click()"
+def test_every_figure_is_written_for_a_column_of_a_paper(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """3.25 inches wide, text has 6 points or more."""
+    monkeypatch.setenv("LRA_RESULTS", str(folder))
+    done = CliRunner().invoke(
+        app, ["report", "--out", str(folder / "out"), "--figures", str(folder / "out"), "--format", "svg"]
     )
-    assert browser.run("return [dialog.open, document.getElementById('evidence-title').textContent.slice(0, 14)]") == [
-        True, "s4d on listops",
-    ]  # fmt: skip
-    commands = "return [...dialog.querySelectorAll('code')].map((code) => code.textContent)"
-    assert browser.run(commands) == [f"lra run listops s4d --seed {seed}" for seed in range(3)]
-    browser.run("dialog.close(); shown().find((row) => row.textContent.includes('alert(1)')).click()")
-    browser.run("await until(() => dialog.querySelector('svg'))")
-    assert browser.run("return dialog.querySelector('.role-legend-label text').textContent") == "seed 0"
-    assert browser.run("return dialog.querySelectorAll('script').length") == 0
-    assert browser.run(commands) == [f"lra run {HOSTILE}"]
-    browser.run("dialog.close()")
-
-
-def test_a_cell_of_the_heat_map_opens_its_evidence(browser: Browser) -> None:
-    click = """
-      set({});
-      const place = document.querySelector("#diagnostics [data-family=recurrent] [data-chart]");
-      place.scrollIntoView();
-      await until(() => place.querySelector("svg"));
-      const cell = place.querySelector(".mark-rect path");
-      const { x, y, width, height } = cell.getBoundingClientRect();
-      const where = { bubbles: true, clientX: x + width / 2, clientY: y + height / 2 };
-      for (const kind of ["pointerdown", "mousedown", "click"]) cell.dispatchEvent(new MouseEvent(kind, where));
-      const said = [dialog.open, dialog.textContent.includes("solved: 98.4 % of the examples right")];
-      dialog.close();
-      return said;
-    """
-    assert browser.run(click) == [True, True]
-
-
-def test_it_fits_a_phone_and_nothing_was_fetched_or_logged(browser: Browser) -> None:
-    """Every chart is drawn first: a fault of one would be logged."""
-    browser.resize(390, 844)
-    draw = """
-      set({});
-      for (const part of document.querySelectorAll("details")) part.open = true;
-      for (const place of document.querySelectorAll("[data-chart]")) {
-        place.scrollIntoView();
-        await until(() => place.querySelector("svg"));
-      }
-      return [document.querySelectorAll("[data-chart] svg").length, document.documentElement.scrollWidth];
-    """
-    charted, wide = browser.run(draw)
-    assert charted == browser.run("return document.querySelectorAll('[data-chart]').length")
-    assert wide <= 390
-    assert [address for address in browser.requests if not address.startswith(("file:", "blob:"))] == []
-    assert len(browser.requests) == 1
-    assert browser.faults == []
+    assert done.exit_code == 0, done.output
+    names = sorted(path.name for path in (folder / "out").glob("*.svg"))
+    assert f"wrote {len(names)} files" in done.output
+    for ending in ("-time", "-accuracy", "-training-loss", "-validation-accuracy", "-training", "-memory"):
+        assert [name for name in names if name.endswith(f"{ending}.svg")], ending
+    assert {"diagnostics-recurrent.svg", "diagnostics-parity-length.svg"} <= set(names)
+    for name in names:
+        svg = (folder / "out" / name).read_text(encoding="utf-8")
+        (width,) = re.findall(r'<svg[^>]*? width="([\d.]+)"', svg)
+        sizes = [float(size) for size in re.findall(r'font-size="([\d.]+)px"', svg)]
+        assert min(sizes) * 3.25 * 72 / float(width) >= 6, name
+        assert "<script>alert" not in svg
+    refused = CliRunner().invoke(app, ["report", "--figures", str(folder), "--format", "gif"])
+    assert (refused.exit_code, "gif" in refused.output) == (2, True)

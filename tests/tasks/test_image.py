@@ -79,6 +79,7 @@ def grey(images: np.ndarray) -> np.ndarray:
 def test_grey_is_the_luma_of_pillow(raw: Path, name: str) -> None:
     prepared = prepared_sets.load_prepared(Image(), small(name), source=raw)
     assert np.array_equal(pixels(prepared, "test"), grey(pictures("test")))
+    assert np.array_equal(Image().picture(prepared.split("test"), 3).ravel(), grey(pictures("test"))[3])
     assert prepared.split("test").labels.tolist() == [i % 10 for i in range(20)]
     assert sorted(rows(prepared, "train") + rows(prepared, "validation")) == list(range(60))
 
@@ -100,6 +101,7 @@ def test_colour_keeps_three_values_per_pixel(raw: Path) -> None:
     assert prepared.protocol.channels == 3
     assert np.array_equal(pixels(prepared, "test").reshape(20, 32, 32, 3), pictures("test"))
     assert "colour" in Image().describe(prepared.split("test"), 0)
+    assert np.array_equal(Image().picture(prepared.split("test"), 3), pictures("test")[3])
 
 
 def test_strict_holds_out_by_content_alike_in_every_encoding(raw: Path) -> None:
