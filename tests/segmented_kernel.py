@@ -24,26 +24,24 @@ from lra.operators.parity import errors_of
 
 COUNTS = (1, 2, 3, 5, 8)
 LENGTH = 125  # eight tiles of the interpreter, the last one not full
+# few channels: the interpreter scans one number at a time
 MAKE = {
     "linear_scan": {
-        "initial state": linear(2, LENGTH, 3, h0=True),
-        "reverse": linear(1, LENGTH, 3, h0=True, reverse=True),
-        "shared": linear(2, LENGTH, 3, h0=True, shared=True),
-        "complex": linear(1, LENGTH, 2, complex_=True, h0=True),
-        "shared complex, reverse": linear(2, LENGTH, 2, complex_=True, shared=True, reverse=True),
+        "initial state": linear(2, LENGTH, 1, h0=True),
+        "reverse": linear(1, LENGTH, 2, h0=True, reverse=True),
+        "shared complex": linear(2, LENGTH, 1, complex_=True, shared=True, reverse=True),
     },
     "selective_scan": {
-        "state in and out": selective(2, LENGTH, 3, 2, options="Dzh"),
-        "bare": selective(1, LENGTH, 2, 3),
+        "state in and out": selective(2, LENGTH, 1, 2, options="Dzh"),
+        "bare": selective(1, LENGTH, 2, 1),
     },
     "wkv": {
-        "state in and out": wkv(2, LENGTH, 3, state=True, return_state=True, rate=-3.0),
-        "bare": wkv(1, LENGTH, 2, rate=-5.0),
-        "keys that overflow": wkv(1, LENGTH, 4, state=True, return_state=True, spread=30.0),
+        "state in and out": wkv(2, LENGTH, 1, state=True, return_state=True, rate=-3.0),
+        "large keys, slow": wkv(1, LENGTH, 2, return_state=True, spread=10.0, rate=-5.0),
     },
     "decay_attention": {
-        "head": attention(1, LENGTH, 2, 3, 2, "head", chunk=16, state=True, return_state=True),
-        "channel": attention(1, LENGTH, 1, 3, 17, "channel", chunk=16, state=True, return_state=True),
+        "step": attention(1, LENGTH, 2, 3, 2, chunk=16, state=True, return_state=True),
+        "channel": attention(1, LENGTH, 2, 3, 17, "channel", chunk=16, state=True, return_state=True),
     },
     "delta_rule": {
         "gated": delta(1, LENGTH, 2, 3, 17, chunk=16, state=True, return_state=True),
