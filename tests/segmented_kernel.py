@@ -37,7 +37,6 @@ MAKE = {
     },
     "wkv": {
         "state in and out": wkv(2, LENGTH, 1, state=True, return_state=True, rate=-3.0),
-        "large keys, slow": wkv(1, LENGTH, 2, return_state=True, spread=10.0, rate=-5.0),
     },
     "decay_attention": {
         "step": attention(1, LENGTH, 2, 3, 2, chunk=16, state=True, return_state=True),
