@@ -288,7 +288,7 @@ def tiles(weights: Tensor, size: int) -> Tensor:
     return F.pad(weights, (0, missing, 0, missing)).contiguous()
 
 
-def _options(cell: str, gates: int, batch: int, width: int) -> tuple[tuple[int], dict[str, Any]]:
+def _options(cell: str, gates: int, batch: int, width: int) -> tuple[tuple[int, ...], dict[str, Any]]:
     tile = max(16, triton.next_power_of_2(width))
     # one stage: weights read ahead, 64 KiB a gate, would not fit into shared memory
     options = {"FAMILY": FAMILIES[cell], "G": gates, "R": ROWS, "H": tile, "num_warps": 8 if tile > 32 else 4}
@@ -296,7 +296,7 @@ def _options(cell: str, gates: int, batch: int, width: int) -> tuple[tuple[int],
     return (triton.cdiv(batch, ROWS),), options
 
 
-def _diagonal_options(batch: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
+def _diagonal_options(batch: int, width: int) -> tuple[tuple[int, ...], dict[str, Any]]:
     block = min(128, triton.next_power_of_2(width))
     return (triton.cdiv(width, block), batch), {"ALIGN": alignment(width), "D": block, "num_warps": 4}
 
