@@ -49,8 +49,8 @@ def faults(found: dict[tuple[Any, ...], tuple[str, Launch]]) -> list[str]:
 # a thread holds one number of a step, so that neighbouring threads, not vectors, make up the reads
 ONE_NUMBER = {
     f"{module}.gpu.{name}_{way}" for way in ("forward", "backward")
-    for module, name in (("selective_scan", ""), ("wkv", ""), ("recurrent_cell", "_diagonal"))
-}  # fmt: skip
+    for module, name in (("selective_scan", ""), ("recurrent_cell", "_diagonal"))
+} | {"selective_scan.gpu._adjoints", "wkv.gpu._carry"}  # fmt: skip
 
 
 @pytest.mark.parametrize("op", OPS)
