@@ -25,13 +25,14 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from lra.kernels import _dispatch
+from lra.kernels import _dispatch, _split
 from lra.kernels._case import Case
 from lra.operators.parity import arguments_of, cases_of, operator, operators, run
 
 SHARED = 163_840  # bytes per block: less than the 227 KiB there are, so that another card can run it too
 STACK = 128  # bytes per thread: what spills beyond costs more than a smaller tile
 GRID = (2**31 - 1, 65_535, 65_535)
+PROCESSORS = 132
 DEVICE = -1  # Triton keeps what it compiled by device: a GPU that is there must not take these for its own
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -138,7 +139,11 @@ def recorded() -> Iterator[list[Launch]]:
     def note(kernel: Any, *arguments: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
         found.append(Launch(kernel, grid, arguments, options))
 
-    with mock.patch.object(JITFunction, "run", note), mock.patch.object(_dispatch, "_obstacle", on_a_gpu):
+    with (
+        mock.patch.object(JITFunction, "run", note),
+        mock.patch.object(_dispatch, "_obstacle", on_a_gpu),
+        mock.patch.object(_split, "processors", return_value=PROCESSORS),
+    ):
         yield found
 
 

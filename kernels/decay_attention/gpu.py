@@ -5,7 +5,8 @@ Backward keeps the states and their gradients at the chunk boundaries, (B, H, ch
 bfloat16 for bfloat16 inputs, else in float32. Products accumulate in float32, from bfloat16 operands for bfloat16
 inputs, TF32 operands for float16, and three TF32 products for float32. Where running sums of log decays are subtracted
 from each other they are in float64, to keep their digits. Steps beyond the end have zero keys and decay 1. Keys and
-values come in units of KA and VA numbers.
+values come in units of KA and VA numbers. Where few programs carry states, the chunks are cut into segments of `each`
+chunks (_split.py).
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from torch import Tensor
 
 from lra.kernels._dispatch import interpreting
 from lra.kernels._launch import alignment, exact
+from lra.kernels._split import cut, totals
 from lra.kernels.decay_attention.chunks import chunk_size, per_group
+from lra.kernels.linear_scan.gpu import carried
 
 NO_MEMORY = tl.constexpr(-1000.0)
 
@@ -116,20 +119,24 @@ def passing(pairs, at_rows, at_columns, rows, EXACT: tl.constexpr):
 
 @triton.jit
 def _states(
-    x, y, g, state, found, last, scale, length, heads, groups, keys, values, chunks, CHANNEL: tl.constexpr,
-    REVERSE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr, KA: tl.constexpr, VA: tl.constexpr,
-    T: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    x, y, g, state, found, last, scale, length, heads, groups, keys, values, chunks, segments, each,
+    CHANNEL: tl.constexpr, REVERSE: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    KA: tl.constexpr, VA: tl.constexpr, T: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
+    """From the state a segment of `each` chunks starts from to the one it leaves; KEEP: those between are wanted."""
     keys, values = keys * KA, values * VA
-    i, rows = tl.program_id(2).to(tl.int64), tl.arange(0, T)
+    row, rows = tl.program_id(2).to(tl.int64), tl.arange(0, T)
+    i, segment = row // segments, (row % segments).to(tl.int32)
     b, h = i // heads, i % heads
     group = h // (heads // groups)
     c, d = tl.program_id(1) * K + tl.arange(0, K), tl.program_id(0) * V + tl.arange(0, V)
-    S = matrix(state, i, c, d, keys, values)
-    for step in range(0, chunks):
-        n = chunks - 1 - step if REVERSE else step
+    first, end = segment * each, tl.minimum((segment + 1) * each, chunks)
+    S = matrix(state, row, c, d, keys, values)
+    for step in range(0, end - first):
+        n = end - 1 - step if REVERSE else first + step
         t = n * T + rows
-        put_matrix(found, i * chunks + n, c, d, keys, values, S)
+        if KEEP:
+            put_matrix(found, i * chunks + n, c, d, keys, values, S)
         x_t, y_t = tile(x, b, group, t, c, length, groups, keys), tile(y, b, h, t, d, length, heads, values)
         if CHANNEL:
             since, until, through = channels(g, b, h, t, c, length, heads, keys, rows, EXACT)
@@ -140,7 +147,7 @@ def _states(
             y_t *= (tl.exp(since if REVERSE else until) * scale)[:, None]
             S *= tl.exp(through)
         S += product(tl.trans(x_t), y_t, PRECISION)
-    put_matrix(last, i, c, d, keys, values, S)
+    put_matrix(last, row, c, d, keys, values, S)
 
 
 @triton.jit
@@ -278,6 +285,10 @@ class Plan:
         self.key_block = max(16, min(widest, triton.next_power_of_2(self.keys)))
         self.value_block = max(16, min(widest, triton.next_power_of_2(self.values)))
         self.rows, self.chunks = self.batch * self.heads, triton.cdiv(self.length, self.size)
+        self.walks = triton.cdiv(self.values, self.value_block), triton.cdiv(self.keys, self.key_block)
+        programs = self.walks[0] * self.walks[1] * self.rows
+        self.segments, steps = cut(programs, self.length, self.size, v.device)
+        self.each = steps // self.size
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -312,13 +323,24 @@ class Plan:
         self, x: Tensor, y: Tensor, g: Tensor, state: Tensor, scale: float = 1.0, reverse: bool = False
     ) -> tuple[Tensor, Tensor]:
         """The states the chunks find, and the last one; reverse: their gradients, from queries x and gradients y."""
-        found, last = self.boundaries(y), torch.empty_like(state)
-        grid = triton.cdiv(self.values, self.value_block), triton.cdiv(self.keys, self.key_block), self.rows
-        _states[grid](
-            x, y, g, state, found, last, scale, *self.sizes, CHANNEL=self.channel, REVERSE=reverse,
-            **self.blocks | {"num_stages": 2},
-        )  # fmt: skip
-        return found, last
+        whole, found, rows = state, self.boundaries(y), (self.rows, self.segments, self.keys, self.values)
+        last = state.new_empty(rows)
+        grid = *self.walks, self.rows * self.segments
+
+        def walk(start: Tensor, keep: bool) -> None:
+            _states[grid](
+                x, y, g, start, found, last, scale, *self.sizes, self.segments, self.each, CHANNEL=self.channel,
+                REVERSE=reverse, KEEP=keep, **self.blocks | {"num_stages": 2},
+            )  # fmt: skip
+
+        if self.segments > 1:
+            walk(torch.zeros_like(last), keep=False)
+            decay = totals(g.clamp(min=NO_MEMORY.value), self.segments, self.each * self.size).exp()
+            decay = decay.to(last.dtype).movedim(1, 2).unsqueeze(-1).expand(self.batch, self.heads, *rows[1:])
+            first = state.reshape(self.rows, -1)
+            state = carried(decay.reshape(self.rows, self.segments, -1), last.flatten(2), first, reverse)
+        walk(state, keep=True)
+        return found, last[:, 0 if reverse else -1].contiguous().view_as(whole)
 
     def outputs(
         self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, scores: Tensor, found: Tensor, scale: float, o: Tensor

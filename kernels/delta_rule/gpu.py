@@ -2,7 +2,9 @@
 chunk to chunk, leaving what each chunk finds and the errors it writes. The rest is decayed attention with the errors as
 values.
 
-Backward recomputes these and keeps, while it runs, the states and their gradients at the chunk boundaries.
+Backward recomputes these and keeps, while it runs, the states and their gradients at the chunk boundaries. Where few
+programs carry states, the chunks are cut into segments of `each` chunks (_split.py); what a segment makes of a state is
+then a matrix, (K, K), which is what it leaves of the unit matrix where nothing is written.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lra.kernels._launch import alignment
+from lra.kernels._split import cut
 from lra.kernels.decay_attention.gpu import (
     Plan,
     factors,
@@ -87,51 +91,63 @@ def _systems(
 
 @triton.jit
 def _walk(
-    k, g, own, seen, state, found, written, last, length, heads, keys, values, chunks, PRECISION: tl.constexpr,
-    KA: tl.constexpr, VA: tl.constexpr, T: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    k, g, own, seen, state, found, written, last, length, heads, keys, values, chunks, segments, each,
+    WRITES: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, KA: tl.constexpr, VA: tl.constexpr,
+    T: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
+    """From the state a segment starts from to the one it leaves. WRITES: whether values are written; KEEP: whether the
+    states between and the errors are wanted."""
     keys, values = keys * KA, values * VA
-    i, rows = tl.program_id(1).to(tl.int64), tl.arange(0, T)
+    row, rows = tl.program_id(1).to(tl.int64), tl.arange(0, T)
+    i, segment = row // segments, (row % segments).to(tl.int32)
     b, h = i // heads, i % heads
     c, d = tl.arange(0, K), tl.program_id(0) * V + tl.arange(0, V)
-    S = matrix(state, i, c, d, keys, values)
-    for n in range(0, chunks):
+    S = matrix(state, row, c, d, keys, values)
+    for n in range(segment * each, tl.minimum((segment + 1) * each, chunks)):
         t = n * T + rows
-        put_matrix(found, i * chunks + n, c, d, keys, values, S)
         _since, until, through = sums(g, b, h, t, length, heads, rows)
         seen_t = tile(seen, b, h, t, c, length, heads, keys)
-        error = tile(own, b, h, t, d, length, heads, values) - product(seen_t, S, PRECISION)
-        put(written, b, h, t, d, length, heads, values, error)
+        error = -product(seen_t, S, PRECISION)
+        if WRITES:
+            error += tile(own, b, h, t, d, length, heads, values)
+        if KEEP:
+            put_matrix(found, i * chunks + n, c, d, keys, values, S)
+            put(written, b, h, t, d, length, heads, values, error)
         kept = tile(k, b, h, t, c, length, heads, keys) * tl.exp(until)[:, None]
         S = S * tl.exp(through) + product(tl.trans(kept), error, PRECISION)
-    put_matrix(last, i, c, d, keys, values, S)
+    put_matrix(last, row, c, d, keys, values, S)
 
 
 @triton.jit
 def _walk_back(
-    grad, q, k, g, seen, state, left, written, first, scale, length, heads, keys, values, chunks,
-    PRECISION: tl.constexpr, KA: tl.constexpr, VA: tl.constexpr, T: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    grad, q, k, g, seen, state, left, written, first, scale, length, heads, keys, values, chunks, segments, each,
+    KEEP: tl.constexpr, PRECISION: tl.constexpr, KA: tl.constexpr, VA: tl.constexpr, T: tl.constexpr, K: tl.constexpr,
+    V: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the state each chunk leaves and of the first; adds what the state gives those of the errors."""
+    """Gradients of the state each chunk leaves and of a segment's first; KEEP: those between are wanted, and what the
+    state gives the gradients of the errors is added to them."""
     keys, values = keys * KA, values * VA
-    i, rows = tl.program_id(1).to(tl.int64), tl.arange(0, T)
+    row, rows = tl.program_id(1).to(tl.int64), tl.arange(0, T)
+    i, segment = row // segments, (row % segments).to(tl.int32)
     b, h = i // heads, i % heads
     c, d = tl.arange(0, K), tl.program_id(0) * V + tl.arange(0, V)
-    S = matrix(state, i, c, d, keys, values)
-    for back in range(0, chunks):
-        n = chunks - 1 - back
+    S, begin = matrix(state, row, c, d, keys, values), segment * each
+    end = tl.minimum(begin + each, chunks)
+    for back in range(0, end - begin):
+        n = end - 1 - back
         t = n * T + rows
-        put_matrix(left, i * chunks + n, c, d, keys, values, S)
         since, until, through = sums(g, b, h, t, length, heads, rows)
         kept = tile(k, b, h, t, c, length, heads, keys) * tl.exp(until)[:, None]
         error = tile(written, b, h, t, d, length, heads, values) + product(kept, S, PRECISION)
-        put(written, b, h, t, d, length, heads, values, error)
+        if KEEP:
+            put_matrix(left, i * chunks + n, c, d, keys, values, S)
+            put(written, b, h, t, d, length, heads, values, error)
         q_t = tile(q, b, h, t, c, length, heads, keys) * (tl.exp(since) * scale)[:, None]
         grad_t = tile(grad, b, h, t, d, length, heads, values)
         seen_t = tile(seen, b, h, t, c, length, heads, keys)
         S = S * tl.exp(through) + product(tl.trans(q_t), grad_t, PRECISION)
         S -= product(tl.trans(seen_t), error, PRECISION)
-    put_matrix(first, i, c, d, keys, values, S)
+    put_matrix(first, row, c, d, keys, values, S)
 
 
 @triton.jit
@@ -189,6 +205,17 @@ def _systems_backward(
     tl.store(grad_g + at, tl.load(grad_g + at, t < length, 0.0) + g_grad, t < length)
 
 
+def _carried(passed: Tensor, left: Tensor, first: Tensor, reverse: bool = False) -> Tensor:
+    """The state each segment starts from, (rows, segments, K, V), of segments that multiply a state by `passed` and add
+    `left`; in double precision, which no setting of PyTorch's products shortens."""
+    starts, state = torch.empty_like(left), first.reshape(left[:, 0].shape).double()
+    segments = range(left.shape[1])
+    for n in reversed(segments) if reverse else segments:
+        starts[:, n] = state
+        state = torch.baddbmm(left[:, n].double(), passed[:, n].double(), state)
+    return starts
+
+
 class _Walked:
     """What forward and backward share: the errors the chunks write, and the states they find."""
 
@@ -203,15 +230,59 @@ class _Walked:
             "PRECISION": plan.precision, "T": plan.size, "K": max(16, triton.next_power_of_2(plan.keys)),
             "V": max(16, min(32, plan.value_block // 2)), "num_warps": 8, "num_stages": 1, **plan.aligned,
         }  # fmt: skip
-        self.grid = triton.cdiv(plan.values, self.whole["V"]), plan.rows
+        programs = triton.cdiv(plan.values, self.whole["V"]) * plan.rows
+        self.segments, steps = cut(programs, plan.length, plan.size, v.device)
+        self.cut = self.segments, steps // plan.size
         self.inverse = plan.squares(v)
         self.seen, own = torch.empty_like(k, dtype=torch.float32), torch.empty_like(v, dtype=torch.float32)
-        self.found, self.written, self.last = plan.boundaries(v), torch.empty_like(own), torch.empty_like(state)
+        self.found, self.written = plan.boundaries(v), torch.empty_like(own)
         _systems[(plan.chunks, plan.rows)](
             k, v, beta, g, self.inverse, own, self.seen, *self.sizes, EXACT=plan.exact, T=plan.size,
             R=BLOCK, K=plan.key_block, V=plan.value_block, num_warps=4, num_stages=1, **plan.aligned,
         )  # fmt: skip
-        _walk[self.grid](k, g, own, self.seen, state, self.found, self.written, self.last, *self.sizes, **self.whole)
+        read = k, g, own, self.seen
+        if self.segments > 1:
+            unit = torch.eye(plan.keys, device=v.device).expand(*self.rows(plan.keys)[:2], -1, -1).contiguous()
+            self.passed = self.walk(*read, unit, WRITES=False, KEEP=False)
+            left = self.walk(*read, state.new_zeros(self.rows(plan.values)), WRITES=True, KEEP=False)
+            state = _carried(self.passed, left, state)
+        self.last = self.walk(*read, state, WRITES=True, KEEP=True)[:, -1].contiguous()
+
+    def rows(self, values: int) -> tuple[int, int, int, int]:
+        """Shape of one state per segment."""
+        return self.plan.rows, self.segments, self.plan.keys, values
+
+    def grid(self, values: int) -> tuple[int, int]:
+        return triton.cdiv(values, self.whole["V"]), self.plan.rows * self.segments
+
+    def walk(self, k: Tensor, g: Tensor, own: Tensor, seen: Tensor, start: Tensor, **options: bool) -> Tensor:
+        """The states the segments leave."""
+        values = start.shape[-1]
+        last, (length, heads, keys, _, chunks) = start.new_empty(self.rows(values)), self.sizes
+        aligned = alignment(values)
+        _walk[self.grid(values)](
+            k, g, own, seen, start, self.found, self.written, last, length, heads, keys, values // aligned, chunks,
+            *self.cut, **options, **self.whole | {"VA": aligned},
+        )  # fmt: skip
+        return last
+
+    def walk_back(
+        self, grad: Tensor, q: Tensor, k: Tensor, g: Tensor, last: Tensor, written: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the states the chunks leave, and of the first one; those of the errors are completed."""
+        left, first = self.plan.boundaries(grad), last.new_empty(self.rows(self.plan.values))
+
+        def walk(start: Tensor, keep: bool) -> None:
+            _walk_back[self.grid(self.plan.values)](
+                grad, q, k, g, self.seen, start, left, written, first, scale, *self.sizes, *self.cut, KEEP=keep,
+                **self.whole,
+            )  # fmt: skip
+
+        if self.segments > 1:
+            walk(torch.zeros_like(first), keep=False)
+            last = _carried(self.passed.mT, first, last, reverse=True)
+        walk(last, keep=True)
+        return left, first[:, 0].contiguous()
 
 
 def forward(
@@ -223,7 +294,7 @@ def forward(
         walked = _Walked(k, v, beta, g, state, chunk)
         written = walked.written
         o = walked.plan.outputs(q, k, written, g, written, walked.found, scale, torch.empty_like(v))
-    return o, walked.last
+    return o, walked.last.view_as(state)
 
 
 def backward(
@@ -235,15 +306,12 @@ def backward(
     with torch.cuda.device_of(v):
         walked = _Walked(k, v, beta, g, state, chunk)
         plan, written, found = walked.plan, walked.written, walked.found
-        left, first = plan.boundaries(v), torch.empty_like(state)
         grad_written = plan.values_backward(grad, q, k, g, written, None, scale, torch.empty_like(written))
-        _walk_back[walked.grid](
-            grad, q, k, g, walked.seen, grad_state, left, grad_written, first, scale, *walked.sizes, **walked.whole
-        )
+        left, first = walked.walk_back(grad, q, k, g, grad_state, grad_written, scale)
         grad_q, grad_k, grad_g = plan.keys_backward(grad, q, k, written, g, found, left, scale)
         grad_v, grad_beta = torch.empty_like(v), torch.empty_like(beta)
         _systems_backward[(plan.chunks, plan.rows)](
             k, v, beta, g, walked.inverse, written, found, grad_written, grad_k, grad_v, grad_beta, grad_g,
             *walked.sizes, **plan.blocks | {"num_warps": 8},
         )  # fmt: skip
-    return grad_q, grad_k, grad_v, grad_beta, grad_g, first
+    return grad_q, grad_k, grad_v, grad_beta, grad_g, first.view_as(state)

@@ -3,7 +3,8 @@ a tile by a parallel prefix and carrying one state from tile to tile. One read a
 
 Steps beyond the end take the identity map (a = 1, b = 0), so the carry after the last tile is the last real state.
 Accumulation is in float32 (float64 for float64 inputs), over all steps in float64. A product of factors above 1 may
-overflow within a tile; it is not multiplied with what is 0. Widths come in units of ALIGN numbers.
+overflow within a tile; it is not multiplied with what is 0. Widths come in units of ALIGN numbers. Where rows and
+blocks are few, time is cut into segments of `steps` steps (_split.py), one program each.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from lra.kernels._dispatch import interpreting
 from lra.kernels._launch import alignment
+from lra.kernels._split import cut
 
 
 @triton.jit
@@ -42,8 +44,44 @@ def _last(x, rows, T: tl.constexpr):
 
 
 @triton.jit
+def _segment(i):
+    """Row of this program in a tensor with one entry per row i and segment."""
+    return i * tl.num_programs(2) + tl.program_id(2)
+
+
+@triton.jit
+def _totals(
+    a, b, decay, left, length, steps, width, a_row, a_time, REVERSE: tl.constexpr, BACK: tl.constexpr,
+    ACC: tl.constexpr, ALIGN: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """The product of a over a segment, and the state a segment leaves that starts from zero; BACK: with the factor of
+    the step walked before, as gradients run."""
+    width, a_time = width * ALIGN, a_time * ALIGN
+    i, rows = tl.program_id(1).to(tl.int64), tl.arange(0, T)
+    d = tl.program_id(0) * D + tl.arange(0, D)
+    inside = d < width
+    total, state = tl.full([D], 1, ACC), tl.zeros([D], ACC)
+    first = tl.program_id(2) * steps
+    for start in tl.range(first, tl.minimum(first + steps, length), T, num_stages=3):
+        step = start + rows
+        t = length - 1 - step if REVERSE else step
+        of = step - 1 if BACK else step
+        s = length - 1 - of if REVERSE else of
+        mask = (step < length)[:, None] & inside[None, :]
+        at = (i * length + t)[:, None] * width + d[None, :]
+        a_at = (i * a_row * ALIGN + s.to(tl.int64) * a_time)[:, None] + d[None, :]
+        a_t = tl.load(a + a_at, mask & (of >= 0)[:, None], 1.0).to(ACC)
+        b_t = tl.load(b + at, mask, 0.0).to(ACC)
+        factor, inner = tl.associative_scan((a_t, b_t), 0, _join)
+        factor = _last(factor, rows, T)
+        total, state = total * factor, _times(factor, state) + _last(inner, rows, T)
+    tl.store(decay + _segment(i) * width + d, total, inside)
+    tl.store(left + _segment(i) * width + d, state, inside)
+
+
+@triton.jit
 def _forward(
-    a, b, h0, h, length, width, a_row, a_time, REVERSE: tl.constexpr, HAS_H0: tl.constexpr, ACC: tl.constexpr,
+    a, b, h0, h, length, steps, width, a_row, a_time, REVERSE: tl.constexpr, HAS_H0: tl.constexpr, ACC: tl.constexpr,
     ALIGN: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     width, a_time = width * ALIGN, a_time * ALIGN
@@ -52,8 +90,9 @@ def _forward(
     inside = d < width
     state = tl.zeros([D], ACC)
     if HAS_H0:
-        state += tl.load(h0 + i * width + d, inside, 0.0).to(ACC)
-    for start in tl.range(0, length, T, num_stages=3):
+        state += tl.load(h0 + _segment(i) * width + d, inside, 0.0).to(ACC)
+    first = tl.program_id(2) * steps
+    for start in tl.range(first, tl.minimum(first + steps, length), T, num_stages=3):
         step = start + rows
         t = length - 1 - step if REVERSE else step
         mask = (step < length)[:, None] & inside[None, :]
@@ -69,16 +108,19 @@ def _forward(
 
 @triton.jit
 def _backward(
-    grad, a, h, h0, grad_a, grad_b, grad_h0, length, width, a_row, a_time, SHARED: tl.constexpr,
-    REVERSE: tl.constexpr, HAS_H0: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, T: tl.constexpr,
-    D: tl.constexpr,
+    grad, a, h, h0, later_grad, grad_a, grad_b, grad_h0, length, steps, width, a_row, a_time, SHARED: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_H0: tl.constexpr, HAS_LATER: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
+    T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     width, a_time = width * ALIGN, a_time * ALIGN
     i, rows = tl.program_id(1).to(tl.int64), tl.arange(0, T)
     d = tl.program_id(0) * D + tl.arange(0, D)
     inside = d < width
     carry, total = tl.zeros([D], ACC), tl.zeros([D], tl.float64)
-    for start in tl.range(0, length, T, num_stages=3):
+    if HAS_LATER:
+        carry += tl.load(later_grad + _segment(i) * width + d, inside, 0.0)
+    begin = tl.program_id(2) * steps
+    for start in tl.range(begin, tl.minimum(begin + steps, length), T, num_stages=3):
         step = start + rows
         t = step if REVERSE else length - 1 - step
         later = t - 1 if REVERSE else t + 1
@@ -102,12 +144,12 @@ def _backward(
             tl.store(grad_a + at, g * h_t, mask)
         carry = _last(g, rows, T)
     if SHARED:
-        tl.store(grad_a + i * width + d, total, inside)
+        tl.store(grad_a + _segment(i) * width + d, total, inside)
     first_at = i * a_row * ALIGN  # 64 bits wide, as i is
     if REVERSE:
         first_at += (i * 0 + length - 1) * a_time  # i makes it 64 bits wide
     a_1 = tl.load(a + first_at + d, inside, 0.0).to(ACC)
-    tl.store(grad_h0 + i * width + d, a_1 * carry, inside)
+    tl.store(grad_h0 + _segment(i) * width + d, a_1 * carry, inside)
 
 
 @triton.jit
@@ -122,8 +164,41 @@ def _put_pair(x, at, mask, re, im):
 
 
 @triton.jit
+def _totals_complex(
+    a, b, decay, left, length, steps, width, a_row, a_time, REVERSE: tl.constexpr, BACK: tl.constexpr,
+    ACC: tl.constexpr, ALIGN: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    width, a_time = width * ALIGN, a_time * ALIGN
+    i, rows = tl.program_id(1).to(tl.int64), tl.arange(0, T)
+    d = tl.program_id(0) * D + tl.arange(0, D)
+    inside = d < width
+    total_re, total_im, re, im = tl.full([D], 1, ACC), tl.zeros([D], ACC), tl.zeros([D], ACC), tl.zeros([D], ACC)
+    first = tl.program_id(2) * steps
+    for start in tl.range(first, tl.minimum(first + steps, length), T, num_stages=3):
+        step = start + rows
+        t = length - 1 - step if REVERSE else step
+        of = step - 1 if BACK else step
+        s = length - 1 - of if REVERSE else of
+        mask = (step < length)[:, None] & inside[None, :]
+        known = mask & (of >= 0)[:, None]
+        at = (i * length + t)[:, None] * width + d[None, :]
+        a_at = (i * a_row * ALIGN + s.to(tl.int64) * a_time)[:, None] + d[None, :]
+        ar, ai = _pair(a, a_at, known)
+        br, bi = _pair(b, at, mask)
+        ar = tl.where(known, ar, 1.0)
+        ar, ai, br, bi = tl.associative_scan((ar, -ai if BACK else ai, br, bi), 0, _join_complex)
+        ar, ai, br, bi = _last(ar, rows, T), _last(ai, rows, T), _last(br, rows, T), _last(bi, rows, T)
+        total_re, total_im, re, im = _join_complex(total_re, total_im, re, im, ar, ai, br, bi)
+    row = 2 * (_segment(i) * width + d)
+    tl.store(decay + row, total_re, inside)
+    tl.store(decay + row + 1, total_im, inside)
+    tl.store(left + row, re, inside)
+    tl.store(left + row + 1, im, inside)
+
+
+@triton.jit
 def _forward_complex(
-    a, b, h0, h, length, width, a_row, a_time, REVERSE: tl.constexpr, HAS_H0: tl.constexpr, ACC: tl.constexpr,
+    a, b, h0, h, length, steps, width, a_row, a_time, REVERSE: tl.constexpr, HAS_H0: tl.constexpr, ACC: tl.constexpr,
     ALIGN: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     width, a_time = width * ALIGN, a_time * ALIGN
@@ -132,9 +207,10 @@ def _forward_complex(
     inside = d < width
     re, im = tl.zeros([D], ACC), tl.zeros([D], ACC)
     if HAS_H0:
-        re += tl.load(h0 + 2 * (i * width + d), inside, 0.0)
-        im += tl.load(h0 + 2 * (i * width + d) + 1, inside, 0.0)
-    for start in tl.range(0, length, T, num_stages=3):
+        re += tl.load(h0 + 2 * (_segment(i) * width + d), inside, 0.0)
+        im += tl.load(h0 + 2 * (_segment(i) * width + d) + 1, inside, 0.0)
+    first = tl.program_id(2) * steps
+    for start in tl.range(first, tl.minimum(first + steps, length), T, num_stages=3):
         step = start + rows
         t = length - 1 - step if REVERSE else step
         mask = (step < length)[:, None] & inside[None, :]
@@ -152,9 +228,9 @@ def _forward_complex(
 
 @triton.jit
 def _backward_complex(
-    grad, a, h, h0, grad_a, grad_b, grad_h0, length, width, a_row, a_time, SHARED: tl.constexpr,
-    REVERSE: tl.constexpr, HAS_H0: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, T: tl.constexpr,
-    D: tl.constexpr,
+    grad, a, h, h0, later_grad, grad_a, grad_b, grad_h0, length, steps, width, a_row, a_time, SHARED: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_H0: tl.constexpr, HAS_LATER: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
+    T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     width, a_time = width * ALIGN, a_time * ALIGN
     i, rows = tl.program_id(1).to(tl.int64), tl.arange(0, T)
@@ -162,7 +238,11 @@ def _backward_complex(
     inside = d < width
     re, im = tl.zeros([D], ACC), tl.zeros([D], ACC)
     total_re, total_im = tl.zeros([D], tl.float64), tl.zeros([D], tl.float64)
-    for start in tl.range(0, length, T, num_stages=3):
+    if HAS_LATER:
+        re += tl.load(later_grad + 2 * (_segment(i) * width + d), inside, 0.0)
+        im += tl.load(later_grad + 2 * (_segment(i) * width + d) + 1, inside, 0.0)
+    begin = tl.program_id(2) * steps
+    for start in tl.range(begin, tl.minimum(begin + steps, length), T, num_stages=3):
         step = start + rows
         t = step if REVERSE else length - 1 - step
         later = t - 1 if REVERSE else t + 1
@@ -191,7 +271,7 @@ def _backward_complex(
         else:
             _put_pair(grad_a, at, mask, gr * hr + gi * hi, gi * hr - gr * hi)
         re, im = _last(gr, rows, T), _last(gi, rows, T)
-    row = 2 * (i * width + d)
+    row = 2 * (_segment(i) * width + d)
     if SHARED:
         tl.store(grad_a + row, total_re, inside)
         tl.store(grad_a + row + 1, total_im, inside)
@@ -210,43 +290,77 @@ def _plain(t: Tensor) -> Tensor:
     return torch.view_as_real(t) if t.is_complex() else t
 
 
-def _launch(
-    kernels: tuple[Any, Any], tensors: list[Tensor], a: Tensor, like: Tensor, h0: bool, reverse: bool, **options: bool
-) -> None:
-    """Run the real or the complex kernel over one program per row and block of channels of `like`, (B, L, D)."""
-    batch, length, width = like.shape
-    real, pair = kernels
-    wide = like.dtype in (torch.float64, torch.complex128)
-    block = min(32, triton.next_power_of_2(width))
-    # 256 bytes of steps fill the memory pipeline and leave registers free; the interpreter scans element by element
-    tile = 16 if interpreting() else max(16, min(64, 256 // like.element_size()))
-    align = alignment(width)
-    units = width // align
-    a_row, a_time = (units * a.shape[1] if a.shape[0] > 1 else 0), (units if a.shape[1] > 1 else 0)
-    with torch.cuda.device_of(like):
-        (pair if like.is_complex() else real)[(triton.cdiv(width, block), batch)](
-            *map(_plain, tensors), length, units, a_row, a_time, ALIGN=align,
-            REVERSE=reverse, HAS_H0=h0, ACC=tl.float64 if wide else tl.float32, T=tile, D=block, num_warps=4,
-            **options,
-        )  # fmt: skip
+class _Plan:
+    """Blocks, tiles and segments for a recurrence over `like`, (B, L, D)."""
+
+    def __init__(self, a: Tensor, like: Tensor) -> None:
+        batch, length, width = like.shape
+        self.like, wide = like, like.dtype in (torch.float64, torch.complex128)
+        block = min(32, triton.next_power_of_2(width))
+        # 256 bytes of steps fill the memory pipeline and leave registers free; the interpreter scans element by element
+        tile = 16 if interpreting() else max(16, min(64, 256 // like.element_size()))
+        programs = triton.cdiv(width, block), batch
+        self.segments, steps = cut(programs[0] * batch, length, tile, like.device)
+        self.grid = *programs, self.segments
+        align = alignment(width)
+        units = width // align
+        a_row, a_time = (units * a.shape[1] if a.shape[0] > 1 else 0), (units if a.shape[1] > 1 else 0)
+        self.sizes = length, steps, units, a_row, a_time
+        self.options = {"ALIGN": align, "ACC": tl.float64 if wide else tl.float32, "T": tile, "D": block}
+
+    def launch(self, kernels: tuple[Any, Any], *tensors: Tensor, **options: bool) -> None:
+        """Run the real or the complex kernel over one program per row, block of channels and segment."""
+        kernel = kernels[self.like.is_complex()]
+        with torch.cuda.device_of(self.like):
+            kernel[self.grid](*map(_plain, tensors), *self.sizes, **self.options, **options, num_warps=4)
+
+    def starts(self, a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool, back: bool) -> Tensor | None:
+        """The state each segment starts from, (B, segments, D); `h0` where there is one segment."""
+        if self.segments == 1:
+            return h0
+        batch, _, width = b.shape
+        dtype = torch.promote_types(b.dtype, torch.float32)
+        decay, left = (b.new_empty(batch, self.segments, width, dtype=dtype) for _ in range(2))
+        self.launch((_totals, _totals_complex), a, b, decay, left, REVERSE=reverse, BACK=back)
+        return carried(decay, left, h0)
+
+
+def carried(decay: Tensor, left: Tensor, first: Tensor | None, reverse: bool = False) -> Tensor:
+    """The state each segment starts from, (B, segments, D).
+
+    decay, left: (B, segments, D), the total decay of a segment and the state it leaves after a start from zero.
+    first: (B, D), what the first one, in reverse the last one, starts from; zeros where None.
+    """
+    start = (torch.zeros_like(left[:, 0]) if first is None else first.to(left.dtype)).unsqueeze(1)
+    others = slice(1, None) if reverse else slice(None, -1)
+    after = forward(decay[:, others], left[:, others], start[:, 0], reverse)
+    return torch.cat([after, start] if reverse else [start, after], dim=1)
 
 
 def forward(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:
     """Arguments as `linear_scan`, all of one dtype."""
-    h = b.new_empty(b.shape)
-    _launch((_forward, _forward_complex), [a, b, b if h0 is None else h0, h], a, b, h0 is not None, reverse)
+    h, plan = b.new_empty(b.shape), _Plan(a, b)
+    start = plan.starts(a, b, h0, reverse, back=False)
+    tensors = a, b, b if start is None else start, h
+    plan.launch((_forward, _forward_complex), *tensors, REVERSE=reverse, HAS_H0=start is not None)
     return h
 
 
 def backward(grad: Tensor, a: Tensor, h: Tensor, h0: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a, b and h0."""
-    batch, length, width = h.shape
-    grad_b, grad_h0 = h.new_empty(h.shape), h.new_empty(batch, width)
+    (batch, length, width), plan = h.shape, _Plan(a, h)
+    later = plan.starts(a, grad, None, not reverse, back=True)
+    grad_b, grad_h0 = h.new_empty(h.shape), h.new_empty(batch, plan.segments, width)
     wide = torch.promote_types(a.dtype, torch.float32)
-    shared = a.shape[1] == 1 < length
-    grad_a = h.new_empty(batch, 1 if shared else length, width, dtype=wide if shared or a.shape[0] < batch else a.dtype)
-    tensors = [grad, a, h, h if h0 is None else h0, grad_a, grad_b, grad_h0]
-    _launch((_backward, _backward_complex), tensors, a, h, h0 is not None, reverse, SHARED=a.shape[1] == 1)
+    shared = a.shape[1] == 1
+    summed = shared or a.shape[0] < batch
+    grad_a = h.new_empty(batch, plan.segments if shared else length, width, dtype=wide if summed else a.dtype)
+    plan.launch(
+        (_backward, _backward_complex), grad, a, h, h if h0 is None else h0, h if later is None else later, grad_a,
+        grad_b, grad_h0, REVERSE=reverse, HAS_H0=h0 is not None, HAS_LATER=later is not None, SHARED=shared,
+    )  # fmt: skip
+    if shared:
+        grad_a = grad_a.sum(1, keepdim=True)
     if a.shape[0] < batch:
         grad_a = grad_a.sum(0, keepdim=True)
-    return grad_a.to(a.dtype), grad_b, grad_h0
+    return grad_a.to(a.dtype), grad_b, grad_h0[:, -1].contiguous()

@@ -2,7 +2,8 @@
 reads the recurrent weights from the cache at every step. H is at most 128: the weights of a gate are one tile.
 
 The layout of `kept` and `delta` is that of `cpu.py`; the gradients of the weights follow from them outside, in one
-matrix product. Arithmetic is in float32, products as three TF32 ones each.
+matrix product. Arithmetic is in float32, products as three TF32 ones each. Widths, and strides of `kept`, come in units
+of ALIGN numbers.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
+
+from lra.kernels._launch import alignment
 
 ROWS = 16  # the fewest a tile product takes
 ELMAN, RELU, LSTM, GRU, RESET_FIRST, RHN = (tl.constexpr(n) for n in range(6))
@@ -64,8 +67,9 @@ def _sum(v, x_t, weights, b, gate, width, d, inside, mask):
 @triton.jit
 def _forward(
     x, weights, b, peephole, h0, c0, h, c_last, kept, batch, length, width, kept_row, kept_time, weights_time,
-    FAMILY: tl.constexpr, G: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
+    FAMILY: tl.constexpr, G: tl.constexpr, ALIGN: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
+    width, kept_row, kept_time = width * ALIGN, kept_row * ALIGN, kept_time * ALIGN
     row, d = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64), tl.arange(0, H)
     inside = d < width
     mask = (row < batch)[:, None] & inside[None, :]
@@ -139,8 +143,9 @@ def _forward(
 @triton.jit
 def _backward(
     grad, grad_c, weights, peephole, h0, c0, h, kept, delta, grad_h0, grad_c0, batch, length, width, numbers,
-    weights_time, FAMILY: tl.constexpr, G: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
+    weights_time, FAMILY: tl.constexpr, G: tl.constexpr, ALIGN: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
+    width = width * ALIGN
     row, d = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64), tl.arange(0, H)
     inside = d < width
     mask = (row < batch)[:, None] & inside[None, :]
@@ -240,7 +245,8 @@ def _backward(
 
 
 @triton.jit
-def _diagonal_forward(x, u, b, h0, h, length, width, D: tl.constexpr):
+def _diagonal_forward(x, u, b, h0, h, length, width, ALIGN: tl.constexpr, D: tl.constexpr):
+    width = width * ALIGN
     i, d = tl.program_id(1).to(tl.int64), tl.program_id(0) * D + tl.arange(0, D)
     inside = d < width
     factor, bias = tl.load(u + d, inside, 0.0), tl.load(b + d, inside, 0.0)
@@ -252,7 +258,10 @@ def _diagonal_forward(x, u, b, h0, h, length, width, D: tl.constexpr):
 
 
 @triton.jit
-def _diagonal_backward(grad, u, h0, h, delta, grad_h0, to_u, to_b, length, width, D: tl.constexpr):
+def _diagonal_backward(
+    grad, u, h0, h, delta, grad_h0, to_u, to_b, length, width, ALIGN: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
+    width = width * ALIGN
     i, d = tl.program_id(1).to(tl.int64), tl.program_id(0) * D + tl.arange(0, D)
     inside = d < width
     factor = tl.load(u + d, inside, 0.0)
@@ -279,12 +288,17 @@ def tiles(weights: Tensor, size: int) -> Tensor:
     return F.pad(weights, (0, missing, 0, missing)).contiguous()
 
 
-def _options(cell: str, gates: int, batch: int, width: int) -> tuple[tuple[int], dict[str, Any]]:
+def _options(cell: str, gates: int, batch: int, width: int) -> tuple[tuple[int, ...], dict[str, Any]]:
     tile = max(16, triton.next_power_of_2(width))
     # one stage: weights read ahead, 64 KiB a gate, would not fit into shared memory
     options = {"FAMILY": FAMILIES[cell], "G": gates, "R": ROWS, "H": tile, "num_warps": 8 if tile > 32 else 4}
-    options["num_stages"] = 1
+    options |= {"num_stages": 1, "ALIGN": alignment(width)}
     return (triton.cdiv(batch, ROWS),), options
+
+
+def _diagonal_options(batch: int, width: int) -> tuple[tuple[int, ...], dict[str, Any]]:
+    block = min(128, triton.next_power_of_2(width))
+    return (triton.cdiv(width, block), batch), {"ALIGN": alignment(width), "D": block, "num_warps": 4}
 
 
 def forward(
@@ -295,14 +309,15 @@ def forward(
     batch, length, width = h.shape
     with torch.cuda.device_of(x):
         if cell == "indrnn":
-            block = min(128, triton.next_power_of_2(width))
-            _diagonal_forward[(triton.cdiv(width, block), batch)](x, U, b, h0, h, length, width, D=block, num_warps=4)
+            grid, options = _diagonal_options(batch, width)
+            _diagonal_forward[grid](x, U, b, h0, h, length, width // options["ALIGN"], **options)
             return
         grid, options = _options(cell, len(U) // width, batch, width)
         # contiguous along the outputs, so that a row of the tile is one piece of memory
         weights = tiles(U.view(-1, width, width).mT, options["H"])
         strides = kept.stride(0), kept.stride(1) if kept.shape[1] > 1 else 0
-        _forward[grid](x, weights, b, peephole, h0, c0, h, c_last, kept, batch, length, width, *strides, 0, **options)
+        units = [size // options["ALIGN"] for size in (width, *strides)]
+        _forward[grid](x, weights, b, peephole, h0, c0, h, c_last, kept, batch, length, *units, 0, **options)
 
 
 def backward(
@@ -313,14 +328,14 @@ def backward(
     batch, length, width = h.shape
     with torch.cuda.device_of(h):
         if cell == "indrnn":
-            block = min(128, triton.next_power_of_2(width))
-            _diagonal_backward[triton.cdiv(width, block), batch](
-                grad, U, h0, h, delta, grad_h0, *sums, length, width, D=block, num_warps=4
-            )
+            grid, options = _diagonal_options(batch, width)
+            _diagonal_backward[grid](
+                grad, U, h0, h, delta, grad_h0, *sums, length, width // options["ALIGN"], **options
+            )  # fmt: skip
             return
         grid, options = _options(cell, delta.shape[2], batch, width)
         weights = tiles(U.view(-1, width, width), options["H"])
         _backward[grid](
-            grad, grad_c, weights, peephole, h0, c0, h, kept, delta, grad_h0, grad_c0, batch, length, width,
-            kept.shape[2], 0, **options,
+            grad, grad_c, weights, peephole, h0, c0, h, kept, delta, grad_h0, grad_c0, batch, length,
+            width // options["ALIGN"], kept.shape[2], 0, **options,
         )  # fmt: skip

@@ -4,12 +4,11 @@ steps, scanning a (steps, channels, N) tile by a parallel prefix and carrying th
 Backward walks the tiles from the last to the first, each from the state saved before it (README.md has the formulas).
 Gradients of B and C are reduced per block of channels and summed afterwards, without atomics. Accumulation is in
 float32 (float64 for float64 inputs), of the gradients of A and D over all steps in float64. Steps beyond the end have
-delta = 0, which leaves the state as it is. Widths and state sizes come in units of DA and NA numbers.
+delta = 0, which leaves the state as it is. Widths and state sizes come in units of DA and NA numbers. Where rows and
+blocks are few, time is cut into segments of `tiles` tiles (_split.py), one program each.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -17,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lra.kernels._launch import alignment
+from lra.kernels._split import cut, totals
+from lra.kernels.linear_scan.gpu import carried
 from lra.kernels.selective_scan.cpu import GPU_CHUNK
 
 
@@ -32,11 +33,18 @@ def _row(x, rows, row: tl.constexpr):
 
 
 @triton.jit
+def _segment(i):
+    """Row of this program in a tensor with one entry per row i and segment."""
+    return i * tl.num_programs(2) + tl.program_id(2)
+
+
+@triton.jit
 def _forward(
-    u, delta, A, B, C, skip, z, h0, y, last, saved, length, width, size, chunks,
-    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_H0: tl.constexpr, SAVE: tl.constexpr, ACC: tl.constexpr,
-    DA: tl.constexpr, NA: tl.constexpr, T: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+    u, delta, A, B, C, skip, z, h0, y, last, saved, length, width, size, chunks, tiles,
+    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_H0: tl.constexpr, SAVE: tl.constexpr, OUTPUT: tl.constexpr,
+    ACC: tl.constexpr, DA: tl.constexpr, NA: tl.constexpr, T: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
+    """OUTPUT: whether y is wanted, or no more than the state a segment leaves."""
     width, size = width * DA, size * NA
     i, rows = tl.program_id(1).to(tl.int64), tl.arange(0, T)
     d, n = tl.program_id(0) * D + tl.arange(0, D), tl.arange(0, N)
@@ -45,33 +53,65 @@ def _forward(
     cell = n[None, :] * width + d[:, None]
     h = tl.zeros([D, N], ACC)
     if HAS_H0:
-        h += tl.load(h0 + i * size * width + cell, known, 0.0).to(ACC)
-    for start in tl.range(0, length, T, num_stages=3):
+        h += tl.load(h0 + _segment(i) * size * width + cell, known, 0.0).to(ACC)
+    first = tl.program_id(2) * tiles * T
+    for start in tl.range(first, tl.minimum(first + tiles * T, length), T, num_stages=3):
         if SAVE:
             tl.store(saved + (i * chunks + start // T) * size * width + cell, h, known)
         t = start + rows
         mask, maps = (t < length)[:, None] & inside[None, :], (t < length)[:, None] & (n < size)[None, :]
         at, map_at = (i * length + t)[:, None] * width + d[None, :], (i * length + t)[:, None] * size + n[None, :]
         u_t, delta_t = tl.load(u + at, mask, 0.0).to(ACC), tl.load(delta + at, mask, 0.0).to(ACC)
-        B_t, C_t = tl.load(B + map_at, maps, 0.0).to(ACC), tl.load(C + map_at, maps, 0.0).to(ACC)
+        B_t = tl.load(B + map_at, maps, 0.0).to(ACC)
         decay = tl.exp(delta_t[:, :, None] * rate[None, :, :])
         decay, inner = tl.associative_scan((decay, (delta_t * u_t)[:, :, None] * B_t[:, None, :]), 0, _join)
         states = decay * h[None, :, :] + inner
-        out = tl.sum(states * C_t[:, None, :], 2)
-        if HAS_D:
-            out += tl.load(skip + d, inside, 0.0).to(ACC)[None, :] * u_t
+        if OUTPUT:
+            C_t = tl.load(C + map_at, maps, 0.0).to(ACC)
+            out = tl.sum(states * C_t[:, None, :], 2)
+            if HAS_D:
+                out += tl.load(skip + d, inside, 0.0).to(ACC)[None, :] * u_t
+            if HAS_Z:
+                z_t = tl.load(z + at, mask, 0.0).to(ACC)
+                out *= z_t / (1 + tl.exp(-z_t))
+            tl.store(y + at, out, mask)
+        h = _row(states, rows, T - 1)
+    tl.store(last + _segment(i) * size * width + cell, h, known)
+
+
+@triton.jit
+def _adjoints(
+    grad_y, delta, A, C, z, left, length, width, size, chunks, tiles, HAS_Z: tl.constexpr, ACC: tl.constexpr,
+    DA: tl.constexpr, NA: tl.constexpr, T: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the state before a segment, of its own outputs alone."""
+    width, size = width * DA, size * NA
+    i, rows = tl.program_id(1).to(tl.int64), tl.arange(0, T)
+    d, n = tl.program_id(0) * D + tl.arange(0, D), tl.arange(0, N)
+    inside, known = d < width, (d < width)[:, None] & (n < size)[None, :]
+    rate = tl.load(A + d[:, None] * size + n[None, :], known, 0.0).to(ACC)
+    carry = tl.zeros([D, N], ACC)
+    first = tl.program_id(2) * tiles
+    end = tl.minimum(first + tiles, chunks)
+    for back in tl.range(0, end - first, num_stages=3):
+        t = (end - 1 - back) * T + (T - 1 - rows)
+        mask, maps = (t < length)[:, None] & inside[None, :], (t < length)[:, None] & (n < size)[None, :]
+        at = (i * length + t)[:, None] * width + d[None, :]
+        delta_t, g = tl.load(delta + at, mask, 0.0).to(ACC), tl.load(grad_y + at, mask, 0.0).to(ACC)
+        C_t = tl.load(C + (i * length + t)[:, None] * size + n[None, :], maps, 0.0).to(ACC)
         if HAS_Z:
             z_t = tl.load(z + at, mask, 0.0).to(ACC)
-            out *= z_t / (1 + tl.exp(-z_t))
-        tl.store(y + at, out, mask)
-        h = _row(states, rows, T - 1)
-    tl.store(last + i * size * width + cell, h, known)
+            g *= z_t / (1 + tl.exp(-z_t))
+        decay = tl.exp(delta_t[:, :, None] * rate[None, :, :])
+        decay, inner = tl.associative_scan((decay, decay * g[:, :, None] * C_t[:, None, :]), 0, _join)
+        carry = _row(decay * carry[None, :, :] + inner, rows, T - 1)
+    tl.store(left + _segment(i) * size * width + n[None, :] * width + d[:, None], carry, known)
 
 
 @triton.jit
 def _backward(
     grad_y, grad_last, u, delta, A, B, C, skip, z, saved,
-    grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_h0, length, width, size, chunks,
+    grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_h0, length, width, size, chunks, tiles,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, ACC: tl.constexpr, DA: tl.constexpr, NA: tl.constexpr, T: tl.constexpr,
     D: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -83,12 +123,14 @@ def _backward(
     cell = n[None, :] * width + d[:, None]
     partial = (tl.program_id(0) * tl.num_programs(1) + i) * length
     # carry: gradient of the state before the tile that comes later in time
-    carry = tl.load(grad_last + i * size * width + cell, known, 0.0).to(ACC)
+    carry = tl.load(grad_last + _segment(i) * size * width + cell, known, 0.0).to(ACC)
     sum_A, sum_D, skip_d = tl.zeros([D, N], tl.float64), tl.zeros([D], tl.float64), tl.zeros([D], ACC)
     if HAS_D:
         skip_d += tl.load(skip + d, inside, 0.0).to(ACC)
-    for back in tl.range(0, chunks, num_stages=2):
-        chunk = chunks - 1 - back
+    first = tl.program_id(2) * tiles
+    end = tl.minimum(first + tiles, chunks)
+    for back in tl.range(0, end - first, num_stages=2):
+        chunk = end - 1 - back
         t = chunk * T + rows
         mask, maps = (t < length)[:, None] & inside[None, :], (t < length)[:, None] & (n < size)[None, :]
         at, map_at = (i * length + t)[:, None] * width + d[None, :], (i * length + t)[:, None] * size + n[None, :]
@@ -135,20 +177,39 @@ def _backward(
         sum_A += tl.sum(q * delta_t[:, :, None], 0).to(tl.float64)
         sum_D += tl.sum(g * u_t, 0).to(tl.float64)
         carry = _row(decay * adjoint, rows, 0)
-    tl.store(grad_A + i * size * width + cell, sum_A, known)
-    tl.store(grad_h0 + i * size * width + cell, carry, known)
-    tl.store(grad_D + i * width + d, sum_D, inside)
+    tl.store(grad_A + _segment(i) * size * width + cell, sum_A, known)
+    tl.store(grad_h0 + _segment(i) * size * width + cell, carry, known)
+    tl.store(grad_D + _segment(i) * width + d, sum_D, inside)
 
 
-def _blocks(u: Tensor, A: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
-    batch, _, width = u.shape
-    states = triton.next_power_of_2(A.shape[1])
-    # tiles of 16 KiB: 16 registers each in 8 warps
-    block = min(max(1, 16384 // A.element_size() // (GPU_CHUNK * states)), triton.next_power_of_2(width))
-    wide = tl.float64 if A.dtype == torch.float64 else tl.float32
-    options = {"T": GPU_CHUNK, "D": block, "N": states, "ACC": wide, "num_warps": 8}
-    options |= {"DA": alignment(width), "NA": alignment(A.shape[1])}
-    return (triton.cdiv(width, block), batch), options
+class _Plan:
+    """Blocks, tiles and segments of one call."""
+
+    def __init__(self, u: Tensor, A: Tensor) -> None:
+        (self.batch, self.length, self.width), self.size = u.shape, A.shape[1]
+        states = triton.next_power_of_2(self.size)
+        # tiles of 16 KiB: 16 registers each in 8 warps
+        block = min(max(1, 16384 // A.element_size() // (GPU_CHUNK * states)), triton.next_power_of_2(self.width))
+        wide = tl.float64 if A.dtype == torch.float64 else tl.float32
+        self.options = {"T": GPU_CHUNK, "D": block, "N": states, "ACC": wide, "num_warps": 8}
+        self.options |= {"DA": alignment(self.width), "NA": alignment(self.size)}
+        self.blocks = triton.cdiv(self.width, block)
+        self.segments, self.steps = cut(self.blocks * self.batch, self.length, GPU_CHUNK, u.device)
+        self.grid = self.blocks, self.batch, self.segments
+        self.chunks = triton.cdiv(self.length, GPU_CHUNK)
+        units = self.width // self.options["DA"], self.size // self.options["NA"]
+        self.sizes = self.length, *units, self.chunks, self.steps // GPU_CHUNK
+
+    def states(self, like: Tensor) -> Tensor:
+        """Room for one state per segment."""
+        return like.new_empty(self.batch, self.segments, self.size, self.width)
+
+    def carried(self, left: Tensor, delta: Tensor, A: Tensor, first: Tensor | None, reverse: bool = False) -> Tensor:
+        """What each segment starts from, given what it leaves after a start from zero."""
+        spent = totals(delta, self.segments, self.steps).unsqueeze(2)
+        decay = (spent * A.mT).exp().to(left.dtype)
+        start = None if first is None else first.flatten(1)
+        return carried(decay.flatten(2), left.flatten(2), start, reverse).view_as(left)
 
 
 def forward(
@@ -156,19 +217,25 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y: (batch, L, D); last state: (batch, N, D); states before each tile: (batch, tiles, N, D)."""
-    (batch, length, width), size = u.shape, A.shape[1]
-    grid, options = _blocks(u, A)
-    chunks = triton.cdiv(length, GPU_CHUNK) if save else 0
-    y, last = u.new_empty(u.shape), A.new_empty(batch, size, width)
-    saved = A.new_empty(batch, chunks, size, width)
-    flags = {"HAS_D": D is not None, "HAS_Z": z is not None, "HAS_H0": h0 is not None, "SAVE": save}
-    given = [u, delta, A, B, C, A if D is None else D, u if z is None else z, A if h0 is None else h0.mT]
+    plan = _Plan(u, A)
+    y, last = u.new_empty(u.shape), plan.states(A)
+    saved = A.new_empty(plan.batch, plan.chunks if save else 0, plan.size, plan.width)
+    flags = {"HAS_D": D is not None, "HAS_Z": z is not None}
+    given = [u, delta, A, B, C, A if D is None else D, u if z is None else z]
+    given = [t.contiguous() for t in given]
+    start = None if h0 is None else h0.mT.contiguous()
     with torch.cuda.device_of(u):
-        _forward[grid](
-            *(t.contiguous() for t in given), y, last, saved, length, width // options["DA"], size // options["NA"],
-            chunks, **flags, **options,
+        if plan.segments > 1:
+            _forward[plan.grid](
+                *given, A, y, last, saved, *plan.sizes, **flags, HAS_H0=False, SAVE=False, OUTPUT=False,
+                **plan.options,
+            )  # fmt: skip
+            start = plan.carried(last, delta, A, start)
+        _forward[plan.grid](
+            *given, A if start is None else start, y, last, saved, *plan.sizes, **flags, HAS_H0=start is not None,
+            SAVE=save, OUTPUT=True, **plan.options,
         )  # fmt: skip
-    return y, last, saved
+    return y, last[:, -1].contiguous(), saved
 
 
 def backward(
@@ -176,21 +243,26 @@ def backward(
     D: Tensor | None, z: Tensor | None, saved: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of u, delta, A, B, C, D, z (empty where z is None) and h0."""
-    (batch, length, width), size = u.shape, A.shape[1]
-    grid, options = _blocks(u, A)
+    plan = _Plan(u, A)
     grad_u, grad_delta = u.new_empty(u.shape), u.new_empty(u.shape)
     grad_z = u.new_empty(0, 0, 0) if z is None else u.new_empty(u.shape)
-    grad_A, grad_h0 = A.new_empty(batch, size, width), A.new_empty(batch, size, width)
-    grad_B, grad_C = (A.new_empty(grid[0], batch, length, size) for _ in range(2))
-    grad_D = A.new_empty(batch, width)
+    grad_A, grad_h0 = plan.states(A), plan.states(A)
+    grad_B, grad_C = (A.new_empty(plan.blocks, plan.batch, plan.length, plan.size) for _ in range(2))
+    grad_D = A.new_empty(plan.batch, plan.segments, plan.width)
     given = [grad_y, grad_last, u, delta, A, B, C, A if D is None else D, u if z is None else z, saved]
+    grad_y, grad_last, *given = (t.contiguous() for t in given)
+    gates = {"HAS_Z": z is not None}
     with torch.cuda.device_of(u):
-        _backward[grid](
-            *(t.contiguous() for t in given), grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_h0,
-            length, width // options["DA"], size // options["NA"], saved.shape[1], HAS_D=D is not None,
-            HAS_Z=z is not None, **options,
+        if plan.segments > 1:
+            left = plan.states(A)
+            _, steps, rates, _, maps, _, gate, _ = given
+            _adjoints[plan.grid](grad_y, steps, rates, maps, gate, left, *plan.sizes, **gates, **plan.options)
+            grad_last = plan.carried(left, delta, A, grad_last, reverse=True)
+        _backward[plan.grid](
+            grad_y, grad_last, *given, grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_h0,
+            *plan.sizes, HAS_D=D is not None, **gates, **plan.options,
         )  # fmt: skip
     return (
-        grad_u, grad_delta, grad_A.sum(0).T.contiguous(), grad_B.sum(0).to(u.dtype), grad_C.sum(0).to(u.dtype),
-        grad_D.sum(0), grad_z, grad_h0.mT.contiguous(),
+        grad_u, grad_delta, grad_A.sum((0, 1)).T.contiguous(), grad_B.sum(0).to(u.dtype), grad_C.sum(0).to(u.dtype),
+        grad_D.sum((0, 1)), grad_z, grad_h0[:, 0].mT.contiguous(),
     )  # fmt: skip

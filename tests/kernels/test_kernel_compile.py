@@ -49,8 +49,8 @@ def faults(found: dict[tuple[Any, ...], tuple[str, Launch]]) -> list[str]:
 # a thread holds one number of a step, so that neighbouring threads, not vectors, make up the reads
 ONE_NUMBER = {
     f"{module}.gpu.{name}_{way}" for way in ("forward", "backward")
-    for module, name in (("selective_scan", ""), ("wkv", ""), ("recurrent_cell", "_diagonal"))
-}  # fmt: skip
+    for module, name in (("selective_scan", ""), ("recurrent_cell", "_diagonal"))
+} | {"selective_scan.gpu._adjoints", "wkv.gpu._carry"}  # fmt: skip
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -71,10 +71,12 @@ def test_kernels_of_every_case_compile_for_an_h200_and_fit_it(op: str) -> None:
 
 def test_forward_and_backward_of_a_case_are_recorded_as_they_would_be_launched() -> None:
     case = next(case for case in cases_of("linear_scan", "bench") if case.name == "B16 L2048 D256")
-    forward, backward = launches("linear_scan", case, torch.bfloat16)
-    assert (forward.name, backward.name) == ("linear_scan.gpu._forward", "linear_scan.gpu._backward")
-    assert forward.grid == backward.grid == (8, 16)
-    assert [x.dtype for x in forward.arguments[:4]] == [torch.bfloat16] * 4
+    made = launches("linear_scan", case, torch.bfloat16)
+    names = ["_totals", "_forward", "_forward", "_totals", "_forward", "_backward"]
+    assert [launch.name for launch in made] == [f"linear_scan.gpu.{name}" for name in names]
+    assert [launch.grid for launch in made] == [(8, 16, 3), (8, 16, 1), (8, 16, 3)] * 2, "three segments"
+    forward, backward = made[2], made[5]
+    assert [forward.arguments[n].dtype for n in (0, 1, 3)] == [torch.bfloat16] * 3
     assert forward.options["T"] == 64, "the tile of a GPU, not of the interpreter"
     assert 0 < forward.needs.shared < backward.needs.shared < SHARED
     assert forward.needs.load_128 > 0 == forward.needs.load_16

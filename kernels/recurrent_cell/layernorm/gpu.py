@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lra.kernels._launch import alignment
 from lra.kernels.recurrent_cell.gpu import ROWS, _product, _tanh, tiles
 
 EPSILON = tl.constexpr(1e-5)
@@ -26,8 +27,9 @@ def _back_through(q, normal, rate, mean, along):
 @triton.jit
 def _forward(
     x, weights, b, norm, h0, c0, h, c_last, kept, batch, length, width, kept_row, kept_time, weights_time,
-    CARRIED: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
+    CARRIED: tl.constexpr, ALIGN: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
+    width, kept_row, kept_time = width * ALIGN, kept_row * ALIGN, kept_time * ALIGN
     row, d = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64), tl.arange(0, H)
     inside = d < width
     real = row < batch
@@ -79,8 +81,9 @@ def _forward(
 @triton.jit
 def _backward(
     grad, grad_c, weights, norm, c0, kept, delta, through, grad_h0, grad_c0, grad_gain, grad_offset, batch,
-    length, width, weights_time, CARRIED: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
+    length, width, weights_time, CARRIED: tl.constexpr, ALIGN: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
+    width = width * ALIGN
     row, d = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64), tl.arange(0, H)
     inside = d < width
     real = row < batch
@@ -146,6 +149,7 @@ def _options(batch: int, width: int, cell: str) -> tuple[tuple[int], dict[str, i
     tile = max(16, triton.next_power_of_2(width))
     # one stage, as in recurrent_cell/gpu.py
     options = {"R": ROWS, "H": tile, "num_warps": 8, "num_stages": 1, "CARRIED": cell.endswith("carried")}
+    options["ALIGN"] = alignment(width)
     return (triton.cdiv(batch, ROWS),), options
 
 
@@ -158,8 +162,9 @@ def forward(
     grid, options = _options(batch, width, cell)
     weights = tiles(U.view(-1, width, width).mT, options["H"])
     strides = kept.stride(0), kept.stride(1) if kept.shape[1] > 1 else 0
+    units = [size // options["ALIGN"] for size in (width, *strides)]
     with torch.cuda.device_of(x):
-        _forward[grid](x, weights, b, norm, h0, c0, h, c_last, kept, batch, length, width, *strides, 0, **options)
+        _forward[grid](x, weights, b, norm, h0, c0, h, c_last, kept, batch, length, *units, 0, **options)
 
 
 def backward(
@@ -173,7 +178,7 @@ def backward(
     weights = tiles(U.view(-1, width, width), options["H"])
     with torch.cuda.device_of(grad):
         _backward[grid](
-            grad, grad_c, weights, norm, c0, kept, *delta, grad_h0, grad_c0, *sums[4:], batch, length, width, 0,
-            **options,
+            grad, grad_c, weights, norm, c0, kept, *delta, grad_h0, grad_c0, *sums[4:], batch, length,
+            width // options["ALIGN"], 0, **options,
         )  # fmt: skip
     sums[:4] = (delta[0] * kept[:, :, 6:10]).sum(1).transpose(0, 1)
