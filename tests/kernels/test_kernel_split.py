@@ -55,7 +55,12 @@ def test_totals_of_segments_leave_out_what_is_not_there() -> None:
     assert totals(x, 3, 3).tolist() == [[[6.0, 9.0], [24.0, 27.0], [12.0, 13.0]]]
 
 
-@pytest.mark.parametrize("op", ["linear_scan", "selective_scan", "wkv", "decay_attention", "delta_rule"])
+SPLIT = ("linear_scan", "selective_scan", "wkv", "decay_attention", "delta_rule")
+
+
+# a minute of the interpreter for each operator
+@pytest.mark.slow
+@pytest.mark.parametrize("op", SPLIT)
 def test_any_number_of_segments(op: str) -> None:
     pytest.importorskip("triton")
     script = Path(__file__).parents[1] / "segmented_kernel.py"
