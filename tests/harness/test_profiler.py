@@ -32,6 +32,7 @@ from lra.results.profile import Cell, FailedProfile, Profile, machine_name, near
 from lra.results.record import Environment
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 
 
 def profiled(name: str, length: int, seconds: float, **changes: Any) -> Any:
@@ -541,3 +542,11 @@ def test_the_table_says_how_far_the_two_flop_numbers_are_apart_and_leaves_out_wh
     one = msgspec.structs.replace(one, seconds=msgspec.structs.replace(one.seconds, step=one.seconds.train))
     shown = [str(column.header) for column in tables.terminal(efficiency.tables([one, two])[0]).columns]
     assert "decode µs" in shown
+
+
+def test_no_profile_on_file_is_impossible() -> None:
+    """A forward pass is part of its training step, and nothing is faster than the machine."""
+    profiles = [p for p in stored.load(ROOT / "results")[0] if isinstance(p, Profile)]
+    assert profiles
+    wrong = [p.cell for p in profiles if p.mfu > 1 or p.seconds.forward.median > p.seconds.train.median]
+    assert wrong == []
