@@ -151,7 +151,7 @@ def test_the_page_of_an_architecture_holds_what_was_measured_and_checked(site: d
         "| conformance | passes every [check](../checks.md) but `optim_norms`, for [reasons](#exempted-checks) |"
         in page
     )
-    assert "| conformance | passes every [check](../checks.md) |" in site["reference/architectures/gru.md"]
+    assert "| conformance | passes every [check](../checks.md) |" in site["reference/architectures/mgu.md"]
     assert "| compared in | `tests/architectures/test_parity_s4d.py` |" in page
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from records import answered, filled, modified, profile_content, record, write
+from records import answered, filled, modified, record, write
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -563,19 +563,6 @@ def test_baselines_are_rows_of_the_table_between_those_that_beat_them_and_the_ot
     ]  # fmt: skip
 
 
-def test_speed_in_a_table_is_that_of_one_machine(tmp_path: Path) -> None:
-    """Of several machines, the one that knows most of the rows."""
-    (tmp_path / "profile" / "a").mkdir(parents=True)
-    for cpu, names in (("a cpu x2", ["gru"]), ("another x2", ["gru", "s4d"])):
-        for name in names:
-            made = profile_content(name, 1024, 0.5, environment={"cpu": cpu, "threads": 2})
-            (tmp_path / "profile" / "a" / f"{name} {cpu}.json").write_text(json.dumps(made))
-    for name in ("gru", "s4d"):
-        write(tmp_path, record(name, environment=PRECISION))
-    (rows,) = Leaderboard.of(Collection.read(tmp_path)).groups.values()
-    assert [row.profile.environment.cpu for row in rows if row.profile] == ["another x2", "another x2"]
-
-
 def test_runs_of_two_sources_are_two_rows() -> None:
     """Two versions of a user's class under one name are two models, not two seeds of one."""
 
@@ -590,32 +577,3 @@ def test_runs_of_two_sources_are_two_rows() -> None:
     # a source that nobody knows is that of no other run
     assert [row.seeds for row in rows_of(ranked(made(0, {}), made(1, {})))] == [1, 1]
     assert [row.seeds for row in rows_of(ranked(made(0, None), made(1, None)))] == [2]
-
-
-PRECISION = {"cpu": "a cpu x2", "threads": 2, "precision": "32-true"}
-
-
-@pytest.mark.parametrize(
-    ("environment", "found"),
-    [({}, True), ({"threads": 1}, False), ({"precision": "bf16-mixed"}, False), ({"cpu": "another x2"}, True)],
-    ids=["the same", "threads", "dtype", "machine"],
-)
-def test_speed_and_memory_are_those_of_a_profile_with_these_threads_and_in_this_dtype(
-    environment: dict[str, Any], found: bool, tmp_path: Path
-) -> None:
-    """The run's own speed and memory, which may be those of a shared machine, are in no table."""
-    made = profile_content("gru", 1024, 0.5, environment={"cpu": "a cpu x2", "threads": 2})
-    (tmp_path / "profile" / "a").mkdir(parents=True)
-    (tmp_path / "profile" / "a" / "gru.json").write_text(json.dumps(made))
-    for name in ("gru", "s4d"):
-        write(tmp_path, record(name, environment=PRECISION | environment))
-    collection = Collection.read(tmp_path)
-    (shown,) = leaderboard.all_tables(Leaderboard.of(collection))
-    cells = {row[1].text: dict(zip(shown.columns, (cell.text for cell in row), strict=True)) for row in shown.rows}
-    assert (cells["s4d"]["tok/s"], cells["s4d"]["MiB"]) == ("-", "-")
-    assert (cells["gru"]["tok/s"], cells["gru"]["MiB"]) == (("2,048", "16") if found else ("-", "-"))
-    assert cells["gru"]["threads"] == str((PRECISION | environment)["threads"])
-    note = "profiled step: 1,024 tokens, batch 1, d_model 64, 2 layers, bidirectional, on a cpu x2, 2 threads"
-    assert shown.notes == ([note] if found else [])
-    frame = leaderboard.frame(collection).set_index("architecture")
-    assert frame.loc["gru", "tokens_per_second"] == (2048 if found else pytest.approx(math.nan, nan_ok=True))

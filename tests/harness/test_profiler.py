@@ -429,8 +429,9 @@ def test_tables_of_profiles(tmp_path: Path) -> None:
     assert rows[-1]["failed"] == "out of memory"
     assert float(rows[0]["train_seconds"]) == pytest.approx(1e-6 * 256**2)
     paths = efficiency.write_figures(profiles, tmp_path)
-    assert [p.stem.rpartition("-")[2] for p in paths] == ["training", "memory"]
-    assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths)
+    assert [p.stem.rpartition("-")[2] for p in paths] == ["training", "memory", "overview"]
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths[:2])
+    assert paths[2].read_text(encoding="utf-8").startswith("<svg")
 
 
 @pytest.mark.parametrize(
