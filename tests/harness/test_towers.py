@@ -69,14 +69,23 @@ def ffn(own: str, stored: str) -> dict[str, str]:
 
 
 def test_gated_cross_attention_is_flamingos() -> None:
-    """The stored y restricts each text position to one media item; without locations every position sees all."""
+    """The stored y restricts each text position to the last media item before it, or to none; without locations every
+    position sees all. No position looks at another: those of y are taken from one call for each item."""
     g = golden("flamingo_gated_xattn")
     heads, width = int(g["cfg.H"]), int(g["cfg.dh"])
     module = GatedCrossAttention(g["x"].shape[-1], heads, head_dim=width, expand=2).double()
     gates = {"attention_gate": "attn_gate", "ffn_gate": "ff_gate"}
     names = gates | norm("norm", "attn.norm") | attention("attention", "attn") | ffn("ffn", "ff")
-    load(module, g, names)
+    parameters = load(module, g, names)
     assert_near(module(g["x"], g["in.media"].flatten(1, 2)), g["mid.y_no_locations"], "y")
+    x, media = g["x"].clone().requires_grad_(), g["in.media"].clone().requires_grad_()
+    of_items = [module(x, media[:, item]) for item in range(media.shape[1])]
+    choices = torch.stack([x + module.ffn_gate.tanh() * module.ffn(x), *of_items])
+    item = g["in.media_locations"].long().cumsum(1)
+    y = choices.gather(0, item[None, ..., None].expand(1, *x.shape)).squeeze(0)
+    assert_near(y, g["y"], "y")
+    assert_gradients(y, g, x, parameters)
+    assert_near(media.grad, g["grad.media"], "grad.media")
     with torch.no_grad():
         module.attention_gate.zero_()
         module.ffn_gate.zero_()
@@ -95,10 +104,12 @@ def test_resampler_is_flamingos_with_its_gradients() -> None:
     parameters = load(module, g, names)
     x = g["x"].requires_grad_()
     # the stored layer adds an embedding for each of several items first
-    media = (x + g["param.media_pos_emb"][:items]).flatten(0, 1)
+    embedding = g["param.media_pos_emb"].requires_grad_()
+    media = (x + embedding[:items]).flatten(0, 1)
     y = module(media, torch.ones(media.shape[:2], dtype=torch.bool)).unflatten(0, (batch, items))
     assert_near(y, g["y"], "y")
     assert_gradients(y, g, x, parameters)
+    assert_near(embedding.grad, g["grad.media_pos_emb"], "grad.media_pos_emb")
 
 
 def test_a_tower_asks_the_positions_of_the_other() -> None:
