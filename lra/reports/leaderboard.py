@@ -33,6 +33,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "tok/s": lambda row: "-" if row.profile is None else f"{row.profile.tokens_per_second:,.0f}",
     "MiB": lambda row: "-" if row.profile is None else f"{row.profile.memory.peak_bytes / 2**20:,.0f}",
     "threads": lambda row: row.threads,
+    "dtype": lambda row: row.dtype,
     "direction": lambda row: row.direction,
 }
 """Columns of a group's table, with the text of a row in each."""
@@ -47,7 +48,7 @@ HEADER = (
     "seeds and a paired permutation test over test examples; with two or more seeds, both must be significant). "
     "seeds: 3/5 where 3 of 5 runs left chance; the mean is over all 5. seen: training examples, repeats counted. "
     "GFLOP: forward, one example at the protocol's full length, multiply-add = 2. tok/s and MiB (peak): a profiled "
-    "training step with these threads and in this dtype, all on one machine, where there is one. Rows without a rank "
+    "training step, all on one machine and in one dtype, which the note names. dtype: of the runs. Rows without a rank "
     "are baselines without a sequence model. Tables are not comparable with each other."
 )
 BASELINE = "no sequence model"
@@ -108,12 +109,12 @@ def _profile_shape(rows: Sequence[Row]) -> list[str]:
     """What the profiled training steps of a table have in common, one entry for each shape."""
     profiles = [row.profile for row in rows if row.profile is not None]
     shapes = sorted(
-        {(machine_name(p.environment), p.cell.length, p.cell.batch, p.cell.d_model, p.cell.n_layers, p.cell.direction)
-         for p in profiles}
+        {(machine_name(p.environment), p.cell.dtype, p.cell.length, p.cell.batch, p.cell.d_model, p.cell.n_layers,
+          p.cell.direction) for p in profiles}
     )  # fmt: skip
     return [
-        f"profiled step: {length:,} tokens, batch {batch}, d_model {width}, {depth} layers, {direction}, on {machine}"
-        for machine, length, batch, width, depth, direction in shapes
+        f"profiled step: {length:,} tokens, batch {batch}, d_model {width}, {depth} layers, {direction}, {dtype}, on {machine}"
+        for machine, dtype, length, batch, width, depth, direction in shapes
     ]
 
 
@@ -359,7 +360,9 @@ def _matrix(key: tuple[str, str, str], columns: Mapping[str, tuple[Group, Sequen
     ]
     threads = sorted({row.threads for _, rows in columns.values() for row in rows} - {"-"})
     used = f", {' or '.join(threads)} thread{'s' * (threads != ['1'])}" if threads else ""
-    return Table(f"Recipe {', '.join(key)}{used}", ["architecture", *names], cells)
+    dtypes = sorted({row.dtype for _, rows in columns.values() for row in rows} - {"-"})
+    dtype = f", {' or '.join(dtypes)}" if dtypes else ""
+    return Table(f"Recipe {', '.join(key)}{dtype}{used}", ["architecture", *names], cells)
 
 
 def _summary(row: Row) -> str:

@@ -1,9 +1,9 @@
 """Groups comparable results and ranks them.
 
-Runs are compared only if task, protocol, data, recipe, regime, kind of device, dtype and number of test examples
-agree, and only if they used the shipped recipe as it is; other runs are listed apart and have no rank. Rows that the
-evidence does not separate share a rank. Runs of several machines are compared: accuracy does not depend on the machine,
-and speed and memory are those of one machine's profile.
+Runs are compared only if task, protocol, data, recipe, regime, kind of device and number of test examples agree, and
+only if they used the shipped recipe as it is; other runs are listed apart and have no rank. Rows that the evidence does
+not separate share a rank. Runs of several machines are compared, and each row names the dtype that its machines chose;
+speed and memory are those of one machine's profile in one dtype.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ FIELDS = (
     "task", "protocol", "data", "recipe", "regime", "device", "n", "architecture", "recipe_hash", "rank", "accuracy",
     "low", "high", "interval", "deviation", "seeds", "collapsed", "seeds_to_1_point", "examples", "parameters",
     "flops_forward", "flops_forward_backward", "points_per_mflop_per_token", "profile_length", "tokens_per_second",
-    "peak_bytes", "tokens_per_peak_mib", "threads", "minutes", "direction", "source",
+    "peak_bytes", "tokens_per_peak_mib", "threads", "dtype", "minutes", "direction", "source",
 )  # fmt: skip
 """Columns of `Leaderboard.frame`."""
 
 
 @dataclass(frozen=True, order=True)
 class Group:
-    """Key of a table: runs are comparable only if all of these agree. device: CPU or GPU, and the dtype of the
-    arithmetic; tested: number of test examples; data: first digits of the checksum of the prepared data; shipped:
-    whether the recipe is one of this package."""
+    """Key of a table: runs are comparable only if all of these agree. device: CPU or GPU; tested: number of test
+    examples; data: first digits of the checksum of the prepared data; shipped: whether the recipe is one of this
+    package."""
 
     task: str
     protocol: str
@@ -68,9 +68,10 @@ of a user's class."""
 class Row:
     """One architecture in a group; its runs differ in the seed only. label: the architecture, followed by the first
     digits of the recipe's hash, or of its source, where a group has it with two. Work, minutes and `seen`, the number
-    of training examples with repeats, are means over the runs. profile: of a training step with the threads and in the
-    dtype of the group, at the length nearest to its own, on a machine that all its rows share; speed and memory of the
-    runs themselves, which may have shared their machine, stay in their records. hardware: machines of the runs."""
+    of training examples with repeats, are means over the runs. profile: of a training step at the length nearest to
+    that of the group, on a machine and in a dtype that all its rows share; speed and memory of the runs themselves,
+    which may have shared their machine, stay in their records. dtype: of the arithmetic of the runs. hardware: machines
+    of the runs."""
 
     architecture: str
     label: str
@@ -83,6 +84,7 @@ class Row:
     flops_backward: float | None
     profile: Profile | None
     threads: str
+    dtype: str
     minutes: float
     direction: str
     hardware: str
@@ -222,7 +224,7 @@ OPTIONAL = (
 def group_of(record: RunRecord, shipped: bool = True) -> Group:
     """The group of a run. shipped: whether its recipe is one of this package."""
     used = record.environment
-    device = ", ".join(filter(None, ("GPU" if used.hardware == used.gpu else "CPU", used.dtype)))
+    device = "GPU" if used.hardware == used.gpu else "CPU"
     return Group(
         record.task, record.protocol.name, record.recipe.name, record.regime, device, record.test.n,
         record.data.checksum[:8], shipped,
@@ -250,12 +252,15 @@ def _labels(keys: Iterable[Key]) -> dict[Key, str]:
 
 
 def _profiles(profiles: Sequence[AnyProfile], runs: Sequence[RunRecord]) -> Mapping[str, Profile]:
-    """Architecture -> profile of a training step, for the runs of a group: all of one machine, with the threads and in
-    the dtype of the runs, at the length nearest to theirs. Of several machines, that with most of the architectures."""
+    """Architecture -> profile of a training step, for the runs of a group: all of one machine and dtype, with threads
+    and in a dtype that runs had, at the length nearest to theirs. Of several, those with most of the architectures."""
     names, threads = {run.architecture for run in runs}, {run.environment.threads for run in runs}
-    dtype, length = runs[0].environment.dtype, runs[0].protocol.length or 0
-    machines = {machine_name(p.environment) for p in profiles if p.environment.threads in threads}
-    steps = [nearest_steps(profiles, machine, dtype, length) for machine in sorted(machines)]
+    dtypes, length = {run.environment.dtype for run in runs}, runs[0].protocol.length or 0
+    measured = {
+        (machine_name(p.environment), p.cell.dtype)
+        for p in profiles if p.environment.threads in threads and p.cell.dtype in dtypes
+    }  # fmt: skip
+    steps = [nearest_steps(profiles, machine, dtype, length) for machine, dtype in sorted(measured)]
     return max(steps, key=lambda by_name: len(names & by_name.keys()), default={})
 
 
@@ -282,6 +287,7 @@ def _row(label: str, by_seed: Mapping[int, RunRecord], profiles: Mapping[str, Pr
         flops_backward=work(run.flops.forward_backward for run in runs),
         profile=profiles.get(first.architecture),
         threads=", ".join(sorted({str(run.environment.threads or "-") for run in runs})),
+        dtype=", ".join(sorted({run.environment.dtype or "-" for run in runs})),
         minutes=mean(run.wall_seconds for run in runs) / 60,
         direction=first.direction,
         hardware=", ".join(sorted({run.hardware for run in runs})),
@@ -306,7 +312,7 @@ def _fields(group: Group, row: Row) -> tuple[Any, ...]:
         row.architecture, row.runs[0].recipe_hash, row.rank, a.mean, a.low, a.high, a.source, a.deviation, row.seeds,
         row.collapsed, None if a.deviation is None else seeds_needed(a.deviation, 0.01, row.seeds), row.seen,
         row.parameters, row.flops, row.flops_backward, row.points_per_work, *_profiled(row.profile), row.memory_score,
-        row.threads, row.minutes, row.direction, row.runs[0].source_key,
+        row.threads, row.dtype, row.minutes, row.direction, row.runs[0].source_key,
     )  # fmt: skip
 
 

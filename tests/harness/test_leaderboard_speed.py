@@ -35,7 +35,7 @@ def test_speed_in_a_table_is_that_of_one_machine(tmp_path: Path) -> None:
     [({}, True), ({"threads": 1}, False), ({"precision": "bf16-mixed"}, False), ({"cpu": "another x2"}, True)],
     ids=["the same", "threads", "dtype", "machine"],
 )
-def test_speed_and_memory_are_those_of_a_profile_with_these_threads_and_in_this_dtype(
+def test_speed_and_memory_are_those_of_a_profile_with_threads_and_dtype_of_the_runs(
     environment: dict[str, Any], found: bool, tmp_path: Path
 ) -> None:
     """The run's own speed and memory, which may be those of a shared machine, are in no table."""
@@ -50,7 +50,26 @@ def test_speed_and_memory_are_those_of_a_profile_with_these_threads_and_in_this_
     assert (cells["s4d"]["tok/s"], cells["s4d"]["MiB"]) == ("-", "-")
     assert (cells["gru"]["tok/s"], cells["gru"]["MiB"]) == (("2,048", "16") if found else ("-", "-"))
     assert cells["gru"]["threads"] == str((PRECISION | environment)["threads"])
-    note = "profiled step: 1,024 tokens, batch 1, d_model 64, 2 layers, bidirectional, on a cpu x2, 2 threads"
+    note = "profiled step: 1,024 tokens, batch 1, d_model 64, 2 layers, bidirectional, float32, on a cpu x2, 2 threads"
     assert shown.notes == ([note] if found else [])
     frame = leaderboard.frame(collection).set_index("architecture")
     assert frame.loc["gru", "tokens_per_second"] == (2048 if found else pytest.approx(math.nan, nan_ok=True))
+
+
+def test_runs_in_different_dtypes_share_a_table_that_names_them(tmp_path: Path) -> None:
+    """`precision = "auto"` takes what the machine has; the speeds are all of one dtype, which the note names."""
+    (tmp_path / "profile" / "a").mkdir(parents=True)
+    for dtype, names in (("bfloat16", ["gru"]), ("float32", ["gru", "s4d"])):
+        for name in names:
+            made = profile_content(name, 1024, 0.5, environment={"cpu": "a cpu x2", "threads": 2})
+            made["cell"]["dtype"] = dtype
+            (tmp_path / "profile" / "a" / f"{name}-{dtype}.json").write_text(json.dumps(made))
+    write(tmp_path, record("gru", environment=PRECISION | {"precision": "bf16-mixed"}))
+    write(tmp_path, record("s4d", environment=PRECISION))
+    board = Leaderboard.of(Collection.read(tmp_path))
+    (shown,) = leaderboard.all_tables(board)
+    by_name = {row[1].text: row[shown.columns.index("dtype")].text for row in shown.rows}
+    assert {name: by_name[name] for name in ("gru", "s4d")} == {"gru": "bfloat16", "s4d": "float32"}
+    (rows,) = board.groups.values()
+    assert {row.profile.cell.dtype for row in rows if row.profile} == {"float32"}
+    assert "bidirectional, float32, on" in shown.notes[0]

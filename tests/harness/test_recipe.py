@@ -169,7 +169,9 @@ TOO_LARGE = {"standard": {"synthesizer/random", "linformer/unshared"}, "matched"
 
 
 @pytest.mark.parametrize("recipe_name", TOO_LARGE)
-@pytest.mark.parametrize("name", architectures.names(variants=True))
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if "/" in n else n for n in architectures.names(variants=True)]
+)
 def test_recipes_with_a_budget_stay_within_it(name: str, recipe_name: str) -> None:
     if name in TOO_LARGE[recipe_name]:
         with pytest.raises(UserError, match="parameters at its narrowest"):
