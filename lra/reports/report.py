@@ -245,8 +245,9 @@ def _facts(row: Row) -> dict[str, Any]:
         "shown": f"{mean:.2f} [{low:.2f}, {high:.2f}], over the {a.source}", "chance": not row.succeeded,
         "status": lost, "seeds": row.seeds, "collapsed": row.collapsed, "minutes": round(row.minutes, 4),
         "hardware": row.hardware,
-        "speed": math.nan if step is None else round(step.tokens_per_second), "threads": row.threads, "dtype": row.dtype,
-        "memory": memory, "memory_bytes": used, "seen": round(row.seen), "parameters": row.parameters,
+        "speed": math.nan if step is None else round(step.tokens_per_second),
+        "threads": row.threads, "dtype": row.dtype, "memory": memory, "memory_bytes": used,
+        "seen": round(row.seen), "parameters": row.parameters,
         "size": _size(row.parameters), "gflop": None if row.flops is None else row.flops / 1e9,
         "seen_text": leaderboard.short(row.seen), "parameters_text": leaderboard.short(row.parameters),
     }  # fmt: skip

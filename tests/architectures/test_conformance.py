@@ -55,7 +55,9 @@ def passes(name: str, checks: list[str]) -> None:
     assert not [f"{f.check}: {f.message}" for f in findings if f.failed]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if "/" in n or n in SLOW else n for n in NAMES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if "/" in n or n in SLOW else n for n in NAMES]
+)
 def test_architecture(name: str) -> None:
     passes(name, UNTRACED)
 
