@@ -113,7 +113,8 @@ def _profile_shape(rows: Sequence[Row]) -> list[str]:
           p.cell.direction) for p in profiles}
     )  # fmt: skip
     return [
-        f"profiled step: {length:,} tokens, batch {batch}, d_model {width}, {depth} layers, {direction}, {dtype}, on {machine}"
+        f"profiled step: {length:,} tokens, batch {batch}, d_model {width}, {depth} layers, {direction}, {dtype}, "
+        f"on {machine}"
         for machine, dtype, length, batch, width, depth, direction in shapes
     ]
 
