@@ -77,8 +77,11 @@ def gram(p: Tensor, k: Tensor, weighted: Tensor, log_gamma: Tensor, ridge: Tenso
 class Solution(torch.autograd.Function):
     """x, as a function of the residual r = q - A x of a symmetric A: its derivative is the inverse of A."""
 
+    # torch.compile passes arguments one place late to a forward that takes any number of them
     @staticmethod
-    def forward(residual: Tensor, x: Tensor, steps: int, *matrix: Tensor) -> Tensor:
+    def forward(
+        residual: Tensor, x: Tensor, steps: int, k: Tensor, weighted: Tensor, log_gamma: Tensor, ridge: Tensor
+    ) -> Tensor:
         return x.clone()
 
     @staticmethod

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd import Function
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -13,6 +15,7 @@ from lra.architectures._norm import RMSNorm, rms_norm
 from lra.architectures._ssm import weighted_sum
 from lra.architectures._stack import flip
 from lra.encoder import fill_padding
+from lra.registry import architectures
 
 MASK = torch.arange(6) < torch.tensor([[6], [4], [1]])
 
@@ -90,3 +93,19 @@ def test_a_weighted_sum_lays_out_no_power_of_every_token() -> None:
     with ComplexNumbers() as counted:
         weighted_sum(torch.randn(1, 4096, 3), ratio)
     assert counted.made < ratio.numel() * 4096 / 2
+
+
+def test_no_function_of_its_own_context_takes_any_number_of_arguments() -> None:
+    """torch.compile passes such a forward its arguments one place late where no gradient is asked for, silently."""
+    for name in architectures.names():
+        architectures.get(name)
+    functions = [
+        kind for kind in Function.__subclasses__()
+        if kind.__module__.startswith("lra.architectures") and "setup_context" in vars(kind)
+    ]  # fmt: skip
+    assert len(functions) > 5
+    variadic = {
+        kind.__qualname__ for kind in functions
+        if any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(kind.forward).parameters.values())
+    }  # fmt: skip
+    assert variadic == set()

@@ -20,7 +20,7 @@ import lra.sweeps.local
 import lra.training.run  # noqa: F401
 from lra.cli.app import app
 
-SECONDS = 5.0
+SECONDS = 2.0
 ANNOUNCED = ("loading PyTorch", "looking for their results")
 """Ends of the line that announces what takes long."""
 LINES = hostile_lines.lines()
