@@ -55,7 +55,7 @@ ONE_NUMBER = {
 
 
 def one_of_each(op: str) -> dict[tuple[Any, ...], tuple[str, Launch]]:
-    """The last launch of every kernel of the operator's own: where segments are walked twice, the one that stores all."""
+    """The last launch of each kernel of the operator's own; of two walks over segments, the one that stores all."""
     large = distinct(op, (torch.bfloat16,), "bench")
     assert large
     assert not any(beyond(launch) for _, launch in large.values())

@@ -280,9 +280,16 @@ def test_an_explicit_choice_never_falls_back(op: str) -> None:
 
 @pytest.mark.parametrize("op", [op for op in OPS if (KERNELS / op / "gpu.py").exists()])
 def test_triton_interpreted(op: str, interpreted: Callable[..., Any]) -> None:
-    errors = interpreted("parity", op)
+    errors = interpreted("parity", op, True)
     assert errors
     for name, found in errors.items():
+        assert not faults_of(found, torch.float32), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", [op for op in OPS if (KERNELS / op / "gpu.py").exists()])
+def test_large_cases_interpreted(op: str, interpreted: Callable[..., Any]) -> None:
+    for name, found in interpreted("parity", op, False).items():
         assert not faults_of(found, torch.float32), name
 
 
