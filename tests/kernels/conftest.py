@@ -23,7 +23,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[.
     tests, errors = Path(__file__).parents[1], tmp_path_factory.mktemp("interpreter") / "stderr"
     path = os.pathsep.join([str(tests.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    command = [sys.executable, tests / "interpreted_kernel.py"]
+    command = [sys.executable, str(tests / "interpreted_kernel.py")]
     with (
         errors.open("w") as log,
         subprocess.Popen(
