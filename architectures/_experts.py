@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._checks import at_least, one_of
+from lra.architectures._counts import added, unless_exporting
 from lra.architectures._expert_parallel import divided_expert_mlp, share
 from lra.architectures._precision import wide
 from lra.encoder import Cost
@@ -83,13 +84,15 @@ class Experts(nn.Module, ABC):
             return divided_expert_mlp(x, index, gate, self.w1, self.w2, activation=self.activation)
         return expert_mlp(x, index, gate, self.w1, self.w2, activation=self.activation)
 
+    @unless_exporting
     @torch.no_grad()
     def count(self, loads: Tensor, dropped: Tensor, asked: Tensor) -> None:
-        """Add to the counts: loads (E,), dropped () of asked (). An exported graph has none."""
-        if torch.compiler.is_exporting():
-            return
-        now = torch.cat([loads, torch.stack([dropped, asked]).to(loads)])
-        self.counts = now if self.counts is None else self.counts.to(now.device) + now
+        """Add to the counts: loads (E,), dropped () of asked ()."""
+        self.counts = added(self.counts, torch.cat([loads, torch.stack([dropped, asked]).to(loads)]))
+
+    @unless_exporting
+    def keep(self, loss: Tensor) -> None:
+        self.loss = loss
 
     def one_expert(self) -> int:
         return self.w1[0].numel() + self.w2[0].numel()
@@ -150,8 +153,7 @@ class TokenChoice(Experts):
     def mix(self, x: Tensor, mask: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             index, gate, loss = self.route(wide(x), mask)
-        if not torch.compiler.is_exporting():
-            self.loss = loss
+        self.keep(loss)
         kept = self.within_capacity(index.masked_fill(~mask.unsqueeze(-1), -1), mask)
         return self.apply_experts(x.flatten(0, 1), kept.flatten(0, 1), gate.to(x.dtype).flatten(0, 1)).view_as(x)
 

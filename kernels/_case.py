@@ -20,8 +20,8 @@ class Case:
     kind: "small" (gradcheck-sized: a few hundred numbers), "edge" (odd lengths, extreme gates, non-contiguous),
     "long" (accuracy at L = 16,384), "gpu" (sizes that are no multiple of 16, and the largest that a GPU kernel takes:
     compiled anywhere, run on a GPU), "bench" (what `make bench` times).
-    interpreted: whether a small or edge case also runs through Triton's interpreter (False where that takes seconds, or
-        where no Triton kernel takes it).
+    interpreted: whether `make test` also takes a small or edge case through Triton's interpreter. Where that lasts for
+        seconds `make test-all` does; it passes over what no Triton kernel takes.
     """
 
     name: str

@@ -159,9 +159,14 @@ def launches(op: str, case: Case, dtype: torch.dtype) -> list[Launch]:
     return found
 
 
+def beyond(launch: Launch) -> bool:
+    """Whether it has more programs than an H200 takes."""
+    return any(size > most for size, most in zip(launch.grid, GRID, strict=False))
+
+
 def fault(launch: Launch) -> str:
     """Why an H200 would not run this, or not well; or nothing."""
-    if any(size > most for size, most in zip(launch.grid, GRID, strict=False)):
+    if beyond(launch):
         return f"a grid of {launch.grid}; at most {GRID}"
     try:
         found = launch.needs

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.architectures._attention import checked_width
+from lra.architectures._counts import added, unless_exporting
 from lra.architectures._norm import normalised
 from lra.architectures._precision import own_precision, wide
 from lra.architectures._softmax import SoftmaxMixer
@@ -83,17 +84,16 @@ class Router(nn.Module):
         update = (layer(own, taken) - own) * (r.gather(1, place) * taken).unsqueeze(-1).to(x.dtype)
         return x.scatter_add(1, index, update.to(x.dtype))
 
+    @unless_exporting
     def note(self, x: Tensor, chosen: Tensor, mask: Tensor) -> None:
-        """The predictor's loss at this choice, and the counts; an exported graph has none."""
-        if torch.compiler.is_exporting():
-            return
+        """The predictor's loss at this choice, and the counts."""
         right = chosen
         if self.predictor is not None:
             c = wide(self.predictor(x.detach())).squeeze(-1)
             self.loss = F.binary_cross_entropy_with_logits(c[mask], chosen[mask].to(c.dtype))
             right = (c.detach() > 0) == chosen
         now = torch.stack([chosen.sum(), (right & mask).sum(), mask.sum()])
-        self.counts = now if self.counts is None else self.counts.to(now.device) + now
+        self.counts = added(self.counts, now)
 
     def predicted(self, layer: Layer, x: Tensor, state: Any, mask: Tensor | None = None) -> tuple[Tensor, Any]:
         """The causal form in evaluation: (B, C, D), after the tokens of a state -> (B, C, D), the state after them."""

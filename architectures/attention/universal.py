@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from lra.architectures._attention import checked_width
 from lra.architectures._checks import at_least
+from lra.architectures._counts import added, unless_exporting
 from lra.architectures._norm import normalised
 from lra.architectures._precision import own_precision, wide
 from lra.architectures._softmax import SoftmaxMixer
@@ -129,15 +130,14 @@ class Universal(Stack):
             self.note(updates, remainders, running, mask)
         return normalised(self.norm, y, mask)
 
+    @unless_exporting
     def note(self, updates: Tensor, remainders: Tensor, running: Tensor, mask: Tensor) -> None:
-        """The loss of this forward, and its counts; an exported graph has none."""
-        if torch.compiler.is_exporting():
-            return
+        """The loss of this forward, and its counts."""
         tokens = mask.sum()
         ponder = (updates + remainders).sum()
         self.loss = self.ponder_weight * ponder / tokens
         now = torch.stack([updates.sum(), ponder, tokens - running.sum(), tokens]).detach()
-        self.counts = now if self.counts is None else self.counts.to(now.device) + now
+        self.counts = added(self.counts, now)
 
     def aux_loss(self) -> Tensor | None:
         losses = [loss for loss in (super().aux_loss(), self.loss) if loss is not None]

@@ -62,7 +62,10 @@ CASES = [
     Case("length 63", "edge", _inputs(1, 63, 2, 4, 6)),
     Case("length 64 channel", "edge", _inputs(1, 64, 1, 4, 6, "channel"), interpreted=False),
     Case("length 65", "edge", _inputs(1, 65, 2, 17, 33, state=True, return_state=True)),
-    Case("length 65 channel", "edge", _inputs(1, 65, 1, 17, 33, "channel", state=True, return_state=True)),
+    Case(
+        "length 65 channel", "edge", _inputs(1, 65, 1, 17, 33, "channel", state=True, return_state=True),
+        interpreted=False,
+    ),
     Case("length 1000", "edge", _inputs(1, 1000, 2, 4, 5), interpreted=False),
     Case("length 1000 channel", "edge", _inputs(1, 1000, 2, 4, 5, "channel"), interpreted=False),
     Case("chunk 24", "edge", _inputs(2, 70, 2, 3, 5, "head", chunk=24)),
@@ -81,4 +84,4 @@ CASES = [
     Case("K128 channel", "gpu", _inputs(1, 70, 1, 128, 128, "channel")),
     Case("B8 L2048 H4 K64 V64", "bench", _inputs(8, 2048, 4, 64, 64)),
     Case("B8 L2048 H4 K64 V64 channel", "bench", _inputs(8, 2048, 4, 64, 64, "channel")),
-]
+]  # fmt: skip

@@ -67,9 +67,9 @@ CASES = [
     Case("length 1", "edge", _inputs(2, 1, 2, 4, 3, state=True)),
     Case("length 63", "edge", _inputs(1, 63, 2, 4, 6, gated=False)),
     Case("length 64", "edge", _inputs(1, 64, 1, 4, 6, scale=1.0)),
-    Case("length 65", "edge", _inputs(1, 65, 2, 17, 33, state=True, return_state=True)),
+    Case("length 65", "edge", _inputs(1, 65, 2, 17, 33, state=True, return_state=True), interpreted=False),
     Case("length 1000", "edge", _inputs(1, 1000, 2, 4, 5), interpreted=False),
-    Case("chunk 24", "edge", _inputs(2, 70, 2, 3, 5, chunk=24)),
+    Case("chunk 24", "edge", _inputs(2, 70, 2, 3, 5, chunk=24), interpreted=False),
     Case(
         "extreme gates", "edge",
         _inputs(1, 70, 2, 4, 3, rates=(0.0, 1.0), log_gates=(-float("inf"), 0.0, -87.0, -700.0), state=True),

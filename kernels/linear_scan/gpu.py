@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lra.kernels._dispatch import interpreting
 from lra.kernels._launch import alignment
 from lra.kernels._split import cut
 
@@ -50,27 +49,43 @@ def _segment(i):
 
 
 @triton.jit
+def _here(T: tl.constexpr, D: tl.constexpr):
+    """Row of the batch, steps of a tile and channels of this program."""
+    return tl.program_id(1).to(tl.int64), tl.arange(0, T), tl.program_id(0) * D + tl.arange(0, D)
+
+
+@triton.jit
+def _factor_at(i, t, a_row, a_time, ALIGN: tl.constexpr):
+    """Where the first of the factors of time t stands; i makes it 64 bits wide."""
+    return (i * a_row + (i * 0 + t) * a_time) * ALIGN
+
+
+@triton.jit
+def _cells(i, step, d, length, width, a_row, a_time, REVERSE: tl.constexpr, LATE: tl.constexpr, ALIGN: tl.constexpr):
+    """Where the steps of a tile stand in b, and in a where each takes the factor of the step walked LATE steps before,
+    with masks of what there is."""
+    t = length - 1 - step if REVERSE else step
+    a_at = _factor_at(i, t + LATE if REVERSE else t - LATE, a_row, a_time, ALIGN)[:, None] + d[None, :]
+    mask = (step < length)[:, None] & (d < width)[None, :]
+    at = (i * length + t)[:, None] * width + d[None, :]
+    return at, mask, a_at, mask & (step >= LATE)[:, None]
+
+
+@triton.jit
 def _totals(
-    a, b, decay, left, length, steps, width, a_row, a_time, REVERSE: tl.constexpr, BACK: tl.constexpr,
+    a, b, decay, left, length, steps, width, a_row, a_time, REVERSE: tl.constexpr, LATE: tl.constexpr,
     ACC: tl.constexpr, ALIGN: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """The product of a over a segment, and the state a segment leaves that starts from zero; BACK: with the factor of
-    the step walked before, as gradients run."""
-    width, a_time = width * ALIGN, a_time * ALIGN
-    i, rows = tl.program_id(1).to(tl.int64), tl.arange(0, T)
-    d = tl.program_id(0) * D + tl.arange(0, D)
+    """The product of a over a segment, and the state a segment leaves that starts from zero; LATE: 1 with the factor
+    of the step walked before, as gradients run, or 0."""
+    width = width * ALIGN
+    i, rows, d = _here(T, D)
     inside = d < width
     total, state = tl.full([D], 1, ACC), tl.zeros([D], ACC)
     first = tl.program_id(2) * steps
     for start in tl.range(first, tl.minimum(first + steps, length), T, num_stages=3):
-        step = start + rows
-        t = length - 1 - step if REVERSE else step
-        of = step - 1 if BACK else step
-        s = length - 1 - of if REVERSE else of
-        mask = (step < length)[:, None] & inside[None, :]
-        at = (i * length + t)[:, None] * width + d[None, :]
-        a_at = (i * a_row * ALIGN + s.to(tl.int64) * a_time)[:, None] + d[None, :]
-        a_t = tl.load(a + a_at, mask & (of >= 0)[:, None], 1.0).to(ACC)
+        at, mask, a_at, known = _cells(i, start + rows, d, length, width, a_row, a_time, REVERSE, LATE, ALIGN)
+        a_t = tl.load(a + a_at, known, 1.0).to(ACC)
         b_t = tl.load(b + at, mask, 0.0).to(ACC)
         factor, inner = tl.associative_scan((a_t, b_t), 0, _join)
         factor = _last(factor, rows, T)
@@ -84,20 +99,15 @@ def _forward(
     a, b, h0, h, length, steps, width, a_row, a_time, REVERSE: tl.constexpr, HAS_H0: tl.constexpr, ACC: tl.constexpr,
     ALIGN: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    width, a_time = width * ALIGN, a_time * ALIGN
-    i, rows = tl.program_id(1).to(tl.int64), tl.arange(0, T)
-    d = tl.program_id(0) * D + tl.arange(0, D)
+    width = width * ALIGN
+    i, rows, d = _here(T, D)
     inside = d < width
     state = tl.zeros([D], ACC)
     if HAS_H0:
         state += tl.load(h0 + _segment(i) * width + d, inside, 0.0).to(ACC)
     first = tl.program_id(2) * steps
     for start in tl.range(first, tl.minimum(first + steps, length), T, num_stages=3):
-        step = start + rows
-        t = length - 1 - step if REVERSE else step
-        mask = (step < length)[:, None] & inside[None, :]
-        at = (i * length + t)[:, None] * width + d[None, :]
-        a_at = (i * a_row * ALIGN + t.to(tl.int64) * a_time)[:, None] + d[None, :]
+        at, mask, a_at, _known = _cells(i, start + rows, d, length, width, a_row, a_time, REVERSE, 0, ALIGN)
         a_t = tl.load(a + a_at, mask, 1.0).to(ACC)
         b_t = tl.load(b + at, mask, 0.0).to(ACC)
         decay, inner = tl.associative_scan((a_t, b_t), 0, _join)
@@ -112,9 +122,9 @@ def _backward(
     REVERSE: tl.constexpr, HAS_H0: tl.constexpr, HAS_LATER: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
     T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    width, a_time = width * ALIGN, a_time * ALIGN
-    i, rows = tl.program_id(1).to(tl.int64), tl.arange(0, T)
-    d = tl.program_id(0) * D + tl.arange(0, D)
+    """REVERSE: whether the gradients run from the last step to the first, which the states then do not."""
+    width = width * ALIGN
+    i, rows, d = _here(T, D)
     inside = d < width
     carry, total = tl.zeros([D], ACC), tl.zeros([D], tl.float64)
     if HAS_LATER:
@@ -122,17 +132,12 @@ def _backward(
     begin = tl.program_id(2) * steps
     for start in tl.range(begin, tl.minimum(begin + steps, length), T, num_stages=3):
         step = start + rows
-        t = step if REVERSE else length - 1 - step
-        later = t - 1 if REVERSE else t + 1
-        before = t + 1 if REVERSE else t - 1
-        mask = (step < length)[:, None] & inside[None, :]
-        at = (i * length + t)[:, None] * width + d[None, :]
-        a_at = (i * a_row * ALIGN + later.to(tl.int64) * a_time)[:, None] + d[None, :]
-        a_t = tl.load(a + a_at, mask & (step > 0)[:, None], 1.0).to(ACC)
+        at, mask, a_at, known = _cells(i, step, d, length, width, a_row, a_time, REVERSE, 1, ALIGN)
+        a_t = tl.load(a + a_at, known, 1.0).to(ACC)
         y_t = tl.load(grad + at, mask, 0.0).to(ACC)
         decay, inner = tl.associative_scan((a_t, y_t), 0, _join)
         g = _times(decay, carry[None, :]) + inner
-        h_at = (i * length + before)[:, None] * width + d[None, :]
+        h_at = at - width if REVERSE else at + width
         h_t = tl.load(h + h_at, mask & (step < length - 1)[:, None], 0.0).to(ACC)
         if HAS_H0:
             first = (step == length - 1)[:, None] & inside[None, :]
@@ -145,10 +150,7 @@ def _backward(
         carry = _last(g, rows, T)
     if SHARED:
         tl.store(grad_a + _segment(i) * width + d, total, inside)
-    first_at = i * a_row * ALIGN  # 64 bits wide, as i is
-    if REVERSE:
-        first_at += (i * 0 + length - 1) * a_time  # i makes it 64 bits wide
-    a_1 = tl.load(a + first_at + d, inside, 0.0).to(ACC)
+    a_1 = tl.load(a + _factor_at(i, 0 if REVERSE else length - 1, a_row, a_time, ALIGN) + d, inside, 0.0).to(ACC)
     tl.store(grad_h0 + _segment(i) * width + d, a_1 * carry, inside)
 
 
@@ -165,28 +167,20 @@ def _put_pair(x, at, mask, re, im):
 
 @triton.jit
 def _totals_complex(
-    a, b, decay, left, length, steps, width, a_row, a_time, REVERSE: tl.constexpr, BACK: tl.constexpr,
+    a, b, decay, left, length, steps, width, a_row, a_time, REVERSE: tl.constexpr, LATE: tl.constexpr,
     ACC: tl.constexpr, ALIGN: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    width, a_time = width * ALIGN, a_time * ALIGN
-    i, rows = tl.program_id(1).to(tl.int64), tl.arange(0, T)
-    d = tl.program_id(0) * D + tl.arange(0, D)
+    width = width * ALIGN
+    i, rows, d = _here(T, D)
     inside = d < width
     total_re, total_im, re, im = tl.full([D], 1, ACC), tl.zeros([D], ACC), tl.zeros([D], ACC), tl.zeros([D], ACC)
     first = tl.program_id(2) * steps
     for start in tl.range(first, tl.minimum(first + steps, length), T, num_stages=3):
-        step = start + rows
-        t = length - 1 - step if REVERSE else step
-        of = step - 1 if BACK else step
-        s = length - 1 - of if REVERSE else of
-        mask = (step < length)[:, None] & inside[None, :]
-        known = mask & (of >= 0)[:, None]
-        at = (i * length + t)[:, None] * width + d[None, :]
-        a_at = (i * a_row * ALIGN + s.to(tl.int64) * a_time)[:, None] + d[None, :]
+        at, mask, a_at, known = _cells(i, start + rows, d, length, width, a_row, a_time, REVERSE, LATE, ALIGN)
         ar, ai = _pair(a, a_at, known)
         br, bi = _pair(b, at, mask)
         ar = tl.where(known, ar, 1.0)
-        ar, ai, br, bi = tl.associative_scan((ar, -ai if BACK else ai, br, bi), 0, _join_complex)
+        ar, ai, br, bi = tl.associative_scan((ar, -ai if LATE else ai, br, bi), 0, _join_complex)
         ar, ai, br, bi = _last(ar, rows, T), _last(ai, rows, T), _last(br, rows, T), _last(bi, rows, T)
         total_re, total_im, re, im = _join_complex(total_re, total_im, re, im, ar, ai, br, bi)
     row = 2 * (_segment(i) * width + d)
@@ -201,9 +195,8 @@ def _forward_complex(
     a, b, h0, h, length, steps, width, a_row, a_time, REVERSE: tl.constexpr, HAS_H0: tl.constexpr, ACC: tl.constexpr,
     ALIGN: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    width, a_time = width * ALIGN, a_time * ALIGN
-    i, rows = tl.program_id(1).to(tl.int64), tl.arange(0, T)
-    d = tl.program_id(0) * D + tl.arange(0, D)
+    width = width * ALIGN
+    i, rows, d = _here(T, D)
     inside = d < width
     re, im = tl.zeros([D], ACC), tl.zeros([D], ACC)
     if HAS_H0:
@@ -211,11 +204,7 @@ def _forward_complex(
         im += tl.load(h0 + 2 * (_segment(i) * width + d) + 1, inside, 0.0)
     first = tl.program_id(2) * steps
     for start in tl.range(first, tl.minimum(first + steps, length), T, num_stages=3):
-        step = start + rows
-        t = length - 1 - step if REVERSE else step
-        mask = (step < length)[:, None] & inside[None, :]
-        at = (i * length + t)[:, None] * width + d[None, :]
-        a_at = (i * a_row * ALIGN + t.to(tl.int64) * a_time)[:, None] + d[None, :]
+        at, mask, a_at, _known = _cells(i, start + rows, d, length, width, a_row, a_time, REVERSE, 0, ALIGN)
         ar, ai = _pair(a, a_at, mask)
         br, bi = _pair(b, at, mask)
         ar = tl.where(mask, ar, 1.0)
@@ -232,9 +221,8 @@ def _backward_complex(
     REVERSE: tl.constexpr, HAS_H0: tl.constexpr, HAS_LATER: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
     T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    width, a_time = width * ALIGN, a_time * ALIGN
-    i, rows = tl.program_id(1).to(tl.int64), tl.arange(0, T)
-    d = tl.program_id(0) * D + tl.arange(0, D)
+    width = width * ALIGN
+    i, rows, d = _here(T, D)
     inside = d < width
     re, im = tl.zeros([D], ACC), tl.zeros([D], ACC)
     total_re, total_im = tl.zeros([D], tl.float64), tl.zeros([D], tl.float64)
@@ -244,20 +232,14 @@ def _backward_complex(
     begin = tl.program_id(2) * steps
     for start in tl.range(begin, tl.minimum(begin + steps, length), T, num_stages=3):
         step = start + rows
-        t = step if REVERSE else length - 1 - step
-        later = t - 1 if REVERSE else t + 1
-        before = t + 1 if REVERSE else t - 1
-        mask = (step < length)[:, None] & inside[None, :]
-        at = (i * length + t)[:, None] * width + d[None, :]
-        a_at = (i * a_row * ALIGN + later.to(tl.int64) * a_time)[:, None] + d[None, :]
-        known = mask & (step > 0)[:, None]
+        at, mask, a_at, known = _cells(i, step, d, length, width, a_row, a_time, REVERSE, 1, ALIGN)
         ar, ai = _pair(a, a_at, known)
         yr, yi = _pair(grad, at, mask)
         ar = tl.where(known, ar, 1.0)
         ar, ai, yr, yi = tl.associative_scan((ar, -ai, yr, yi), 0, _join_complex)
         gr = _times(ar, re[None, :]) - _times(ai, im[None, :]) + yr
         gi = _times(ar, im[None, :]) + _times(ai, re[None, :]) + yi
-        h_at = (i * length + before)[:, None] * width + d[None, :]
+        h_at = at - width if REVERSE else at + width
         hr, hi = _pair(h, h_at, mask & (step < length - 1)[:, None])
         if HAS_H0:
             first = (step == length - 1)[:, None] & inside[None, :]
@@ -275,10 +257,7 @@ def _backward_complex(
     if SHARED:
         tl.store(grad_a + row, total_re, inside)
         tl.store(grad_a + row + 1, total_im, inside)
-    first_at = i * a_row * ALIGN  # 64 bits wide, as i is
-    if REVERSE:
-        first_at += (i * 0 + length - 1) * a_time
-    first = a + 2 * (first_at + d)
+    first = a + 2 * (_factor_at(i, 0 if REVERSE else length - 1, a_row, a_time, ALIGN) + d)
     ar, ai = tl.load(first, inside, 0.0), -tl.load(first + 1, inside, 0.0)
     tl.store(grad_h0 + row, ar * re - ai * im, inside)
     tl.store(grad_h0 + row + 1, ar * im + ai * re, inside)
@@ -297,8 +276,8 @@ class _Plan:
         batch, length, width = like.shape
         self.like, wide = like, like.dtype in (torch.float64, torch.complex128)
         block = min(32, triton.next_power_of_2(width))
-        # 256 bytes of steps fill the memory pipeline and leave registers free; the interpreter scans element by element
-        tile = 16 if interpreting() else max(16, min(64, 256 // like.element_size()))
+        # 256 bytes of steps fill the memory pipeline and leave registers free
+        tile = max(16, min(64, 256 // like.element_size()))
         programs = triton.cdiv(width, block), batch
         self.segments, steps = cut(programs[0] * batch, length, tile, like.device)
         self.grid = *programs, self.segments
@@ -308,20 +287,20 @@ class _Plan:
         self.sizes = length, steps, units, a_row, a_time
         self.options = {"ALIGN": align, "ACC": tl.float64 if wide else tl.float32, "T": tile, "D": block}
 
-    def launch(self, kernels: tuple[Any, Any], *tensors: Tensor, **options: bool) -> None:
+    def launch(self, kernels: tuple[Any, Any], *tensors: Tensor, **options: int) -> None:
         """Run the real or the complex kernel over one program per row, block of channels and segment."""
         kernel = kernels[self.like.is_complex()]
         with torch.cuda.device_of(self.like):
             kernel[self.grid](*map(_plain, tensors), *self.sizes, **self.options, **options, num_warps=4)
 
-    def starts(self, a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool, back: bool) -> Tensor | None:
+    def starts(self, a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool, late: int) -> Tensor | None:
         """The state each segment starts from, (B, segments, D); `h0` where there is one segment."""
         if self.segments == 1:
             return h0
         batch, _, width = b.shape
         dtype = torch.promote_types(b.dtype, torch.float32)
         decay, left = (b.new_empty(batch, self.segments, width, dtype=dtype) for _ in range(2))
-        self.launch((_totals, _totals_complex), a, b, decay, left, REVERSE=reverse, BACK=back)
+        self.launch((_totals, _totals_complex), a, b, decay, left, REVERSE=reverse, LATE=late)
         return carried(decay, left, h0)
 
 
@@ -340,7 +319,7 @@ def carried(decay: Tensor, left: Tensor, first: Tensor | None, reverse: bool = F
 def forward(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:
     """Arguments as `linear_scan`, all of one dtype."""
     h, plan = b.new_empty(b.shape), _Plan(a, b)
-    start = plan.starts(a, b, h0, reverse, back=False)
+    start = plan.starts(a, b, h0, reverse, late=0)
     tensors = a, b, b if start is None else start, h
     plan.launch((_forward, _forward_complex), *tensors, REVERSE=reverse, HAS_H0=start is not None)
     return h
@@ -349,7 +328,7 @@ def forward(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:
 def backward(grad: Tensor, a: Tensor, h: Tensor, h0: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a, b and h0."""
     (batch, length, width), plan = h.shape, _Plan(a, h)
-    later = plan.starts(a, grad, None, not reverse, back=True)
+    later = plan.starts(a, grad, None, not reverse, late=1)
     grad_b, grad_h0 = h.new_empty(h.shape), h.new_empty(batch, plan.segments, width)
     wide = torch.promote_types(a.dtype, torch.float32)
     shared = a.shape[1] == 1
@@ -357,7 +336,7 @@ def backward(grad: Tensor, a: Tensor, h: Tensor, h0: Tensor | None, reverse: boo
     grad_a = h.new_empty(batch, plan.segments if shared else length, width, dtype=wide if summed else a.dtype)
     plan.launch(
         (_backward, _backward_complex), grad, a, h, h if h0 is None else h0, h if later is None else later, grad_a,
-        grad_b, grad_h0, REVERSE=reverse, HAS_H0=h0 is not None, HAS_LATER=later is not None, SHARED=shared,
+        grad_b, grad_h0, REVERSE=not reverse, HAS_H0=h0 is not None, HAS_LATER=later is not None, SHARED=shared,
     )  # fmt: skip
     if shared:
         grad_a = grad_a.sum(1, keepdim=True)

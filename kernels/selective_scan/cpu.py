@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from lra.kernels._autograd import register_autograd
 from lra.kernels._exp import exp
-from lra.kernels._threads import over_rows
+from lra.kernels._threads import blocks_of, over_rows
 
 # a block's recomputed states, 2 x CHUNK x N x BLOCK numbers, fit the second cache at N = 16
 BLOCK = 128
@@ -161,6 +161,11 @@ def _arrays(dtype: torch.dtype, *tensors: Tensor) -> list[Any]:
     return [t.detach().to(dtype).contiguous().numpy() for t in tensors]
 
 
+def _blocks(batch: int, width: int) -> int:
+    """Blocks of channels per row: none wider than BLOCK, and enough of them for every thread."""
+    return max(-(-width // BLOCK), blocks_of(batch, width, smallest=16))
+
+
 def _chunks(length: Any, save: bool, triton: bool) -> Any:
     chunk = GPU_CHUNK if triton else CHUNK
     return (length + chunk - 1) // chunk if save else 0
@@ -182,7 +187,7 @@ def scan(
     D = A.new_zeros(width) if D is None else D
     z = A.new_empty(0, 0, 0) if z is None else z
     start = torch.zeros_like(last) if h0 is None else h0.mT
-    blocks = -(-width // BLOCK)
+    blocks = _blocks(batch, width)
     read = _arrays(dtype, u, delta, A.T, B, C, D, z, start)
     over_rows(_forward, batch * blocks, *read, y.numpy(), last.numpy(), saved.numpy(), blocks)
     return y.to(u.dtype), last, saved
@@ -209,7 +214,7 @@ def scan_backward(
 
         return gpu.backward(grad_y, grad_last, u, delta, A, B, C, D, z, saved)
     (batch, length, width), size, dtype = u.shape, A.shape[1], A.dtype
-    blocks = -(-width // BLOCK)
+    blocks = _blocks(batch, width)
     grad_u, grad_delta = torch.empty(u.shape, dtype=dtype), torch.empty(u.shape, dtype=dtype)
     grad_z = torch.empty((0, 0, 0) if z is None else u.shape, dtype=dtype)
     grad_B, grad_C = (torch.empty(blocks, batch, length, size, dtype=dtype) for _ in range(2))

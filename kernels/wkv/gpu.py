@@ -1,16 +1,17 @@
 """`wkv` in Triton: each program takes one row and one block of channels through time in tiles, scanning within a tile
 and carrying the sums from tile to tile.
 
-Within a tile a stretch of steps is (num, den, top, fall): its sums in units of e^top, and what its steps take off the
-exponents of all before it. Two stretches join into one, which is associative. A row of the tile holds the sums after
-its step, so that they meet the key and value of the step after it, which are read once more.
+Within a tile a stretch of steps is (num, den, key, lead, rate): its sums in units of e^key as the key of step `lead`
+has decayed since, which is the largest exponent in them. Two stretches join into one, which is associative, and an
+exponent is never more than a difference of keys less the decay between them, which keeps the digits of large keys. A
+row of the tile holds the sums after its step, so that they meet the key and value of the step after it, which are read
+once more.
 
-Backward goes forward once more, keeping the output, the gradient of its numerator and the exponent of both, and then
-back, where what comes later is scanned in the same way. Arithmetic is in float32 (float64 for float64 inputs): an
-exponent that is carried is kept as it was when it became the largest, beside the number of steps since, so that
-rounding does not add up. Widths come in units of ALIGN numbers. Where rows and blocks are few, time is cut into
-segments of `steps` steps (_split.py), one program each: a segment is a sequence of its own, with an initial state and a
-gradient of its last one.
+Backward goes forward once more, keeping the output, the gradient of its numerator and the gap between the key and the
+sums it meets, and then back as a linear recurrence, whose factors are the shares of the older sums. Arithmetic is in
+float32 (float64 for float64 inputs). Widths come in units of ALIGN numbers. Where rows and blocks are few, time is cut
+into segments of `steps` steps (_split.py), one program each: a segment is a sequence of its own, with an initial state
+and a gradient of its last one. Between segments a state is (num, den, key, age), age the steps since that of the key.
 """
 
 from __future__ import annotations
@@ -21,43 +22,61 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
-from lra.kernels._dispatch import interpreting
 from lra.kernels._launch import alignment
 from lra.kernels._split import cut
+from lra.kernels.linear_scan.gpu import carried
 
 NOTHING = tl.constexpr(-1e38)  # exponent of an empty sum
 FASTEST = 1e30  # a rate beyond which nothing is left after one step, and products with it are finite
 
 
 @triton.jit
-def _shares(a, b):
-    """What e^a and e^b are in units of the larger one, and its exponent."""
-    small = tl.exp(-tl.abs(a - b))
-    return tl.where(a > b, 1.0, small), tl.where(a > b, small, 1.0), tl.maximum(a, b)
+def _gap(key1, lead1, key2, lead2, rate):
+    """By how much the second of two exponents is the larger one."""
+    return key2 - key1 + (lead2 - lead1) * rate
 
 
 @triton.jit
-def _join(num1, den1, top1, fall1, num2, den2, top2, fall2):
-    past, now, top = _shares(top1 - fall2, top2)
-    return past * num1 + now * num2, past * den1 + now * den2, top, fall1 + fall2
+def _shares(gap):
+    """What an older and a newer exponential, whose exponent is larger by `gap`, are in units of the larger one."""
+    small = tl.exp(-tl.abs(gap))
+    return tl.where(gap > 0, small, 1.0), tl.where(gap > 0, 1.0, small)
 
 
 @triton.jit
-def _join_rates(num1, den1, rate_num1, rate_den1, top1, fall1, num2, den2, rate_num2, rate_den2, top2, fall2):
-    """As `_join`, with the derivatives of both sums by w, the logarithm of the rate."""
-    past, now, top = _shares(top1 - fall2, top2)
-    rate_num = past * (rate_num1 - fall2 * num1) + now * rate_num2
-    rate_den = past * (rate_den1 - fall2 * den1) + now * rate_den2
-    return past * num1 + now * num2, past * den1 + now * den2, rate_num, rate_den, top, fall1 + fall2
+def _join(num1, den1, key1, lead1, rate1, num2, den2, key2, lead2, rate2):
+    gap = _gap(key1, lead1, key2, lead2, rate2)
+    past, now = _shares(gap)
+    key, lead = tl.where(gap > 0, key2, key1), tl.where(gap > 0, lead2, lead1)
+    return past * num1 + now * num2, past * den1 + now * den2, key, lead, rate2
 
 
 @triton.jit
-def _output(num, den, top, shifted, v):
-    """Output, its denominator, the shares of the sums and of the step itself in it, and the exponent of all three."""
-    past, now, largest = _shares(top, shifted)
+def _join_moments(num1, den1, of_num1, of_den1, key1, lead1, rate1, num2, den2, of_num2, of_den2, key2, lead2, rate2):
+    """As `_join`, with the first moments of both sums over the steps, counted from `lead`, at least from -1."""
+    gap = _gap(key1, lead1, key2, lead2, rate2)
+    past, now = _shares(gap)
+    moved = tl.maximum(lead2, -1.0) - tl.maximum(lead1, -1.0)
+    back, on = tl.where(gap > 0, moved, 0.0), tl.where(gap > 0, 0.0, moved)
+    of_num = past * (of_num1 - back * num1) + now * (of_num2 + on * num2)
+    of_den = past * (of_den1 - back * den1) + now * (of_den2 + on * den2)
+    key, lead = tl.where(gap > 0, key2, key1), tl.where(gap > 0, lead2, lead1)
+    return past * num1 + now * num2, past * den1 + now * den2, of_num, of_den, key, lead, rate2
+
+
+@triton.jit
+def _join_gradients(factor1, above1, below1, factor2, above2, below2):
+    return factor1 * factor2, factor2 * above1 + above2, factor2 * below1 + below2
+
+
+@triton.jit
+def _output(num, den, gap, v):
+    """Output, its denominator, and the shares of the sums and of the step itself in it."""
+    past, now = _shares(gap)
     below = past * den + now
-    return (past * num + now * v) / below, below, past, now, largest
+    return (past * num + now * v) / below, below, past, now
 
 
 @triton.jit
@@ -66,24 +85,30 @@ def _last(x, rows, T: tl.constexpr):
 
 
 @triton.jit
-def _rise(top, age, tile_top, steps, rate):
-    """The exponent carried past a tile, as it was when it became the largest, and the steps since."""
-    older = top - (age + steps) * rate > tile_top
-    return tl.where(older, top, tile_top), tl.where(older, age + steps, 0)
-
-
-@triton.jit
 def _sums(state, i, d, width, inside):
-    num = tl.load(state + (3 * i) * width + d, inside, 0.0)
-    den = tl.load(state + (3 * i + 1) * width + d, inside, 1.0)
-    return num, den, tl.load(state + (3 * i + 2) * width + d, inside, 0.0)
+    num = tl.load(state + (4 * i) * width + d, inside, 0.0)
+    den = tl.load(state + (4 * i + 1) * width + d, inside, 1.0)
+    key = tl.load(state + (4 * i + 2) * width + d, inside, 0.0)
+    return num, den, key, tl.load(state + (4 * i + 3) * width + d, inside, 0.0)
 
 
 @triton.jit
-def _put_sums(state, i, d, width, inside, num, den, top):
-    tl.store(state + (3 * i) * width + d, num, inside)
-    tl.store(state + (3 * i + 1) * width + d, den, inside)
-    tl.store(state + (3 * i + 2) * width + d, top, inside)
+def _put_sums(state, i, d, width, inside, num, den, key, age):
+    tl.store(state + (4 * i) * width + d, num, inside)
+    tl.store(state + (4 * i + 1) * width + d, den, inside)
+    tl.store(state + (4 * i + 2) * width + d, key, inside)
+    tl.store(state + (4 * i + 3) * width + d, age, inside)
+
+
+@triton.jit
+def _pair(x, i, d, width, inside):
+    return tl.load(x + (2 * i) * width + d, inside, 0.0), tl.load(x + (2 * i + 1) * width + d, inside, 0.0)
+
+
+@triton.jit
+def _put_pair(x, i, d, width, inside, a, b):
+    tl.store(x + (2 * i) * width + d, a, inside)
+    tl.store(x + (2 * i + 1) * width + d, b, inside)
 
 
 @triton.jit
@@ -93,23 +118,21 @@ def _segment(i):
 
 
 @triton.jit
-def _carry(
-    left, first, decay, starts, length, steps, width, segments, REVERSE: tl.constexpr, ALIGN: tl.constexpr,
-    D: tl.constexpr,
-):  # fmt: skip
+def _carry(left, first, decay, starts, length, steps, width, segments, ALIGN: tl.constexpr, D: tl.constexpr):
     """What each segment starts from, given what it leaves after a start from nothing."""
     width = width * ALIGN
     i, d = tl.program_id(1).to(tl.int64), tl.program_id(0) * D + tl.arange(0, D)
     inside = d < width
     rate = tl.load(decay + d, inside, 0.0)
-    num, den, top = _sums(first, i, d, width, inside)
+    num, den, key, age = _sums(first, i, d, width, inside)
     for n in range(0, segments):
-        segment = segments - 1 - n if REVERSE else n
-        at = i * segments + segment
-        _put_sums(starts, at, d, width, inside, num, den, top)
-        more_num, more_den, more_top = _sums(left, at, d, width, inside)
-        fall = tl.minimum(length - segment * steps, steps) * rate
-        num, den, top, _fall = _join(num, den, top, 0.0, more_num, more_den, more_top, fall)
+        at, newest = i * segments + n, tl.minimum(length - n * steps, steps) - 1
+        _put_sums(starts, at, d, width, inside, num, den, key, age)
+        more_num, more_den, more_key, more_age = _sums(left, at, d, width, inside)
+        num, den, key, lead, _rate = _join(
+            num, den, key, -1 - age, rate, more_num, more_den, more_key, newest - more_age, rate
+        )
+        age = newest - lead
 
 
 @triton.jit
@@ -124,45 +147,47 @@ def _forward(
     inside = d < width
     first, end = tl.program_id(2) * steps, tl.minimum((tl.program_id(2) + 1) * steps, length)
     rate, u = tl.load(decay + d, inside, 0.0), tl.load(bonus + d, inside, 0.0).to(ACC)
-    num, den, top = _sums(state, _segment(i), d, width, inside)
-    age = tl.zeros([D], tl.int32)
+    rates = tl.broadcast_to(rate[None, :], T, D)
+    num, den, key, age = _sums(state, _segment(i), d, width, inside)
+    lead = -1 - age
     if OUTPUT:
         at_0 = (i * length + first) * width + d
         k_0, v_0 = tl.load(k + at_0, inside, 0.0).to(ACC), tl.load(v + at_0, inside, 0.0).to(ACC)
-        out_0, _below_0, _past_0, _now_0, _largest_0 = _output(num, den, top, u + k_0, v_0)
+        out_0, _below_0, _past_0, _now_0 = _output(num, den, u + _gap(key, lead, k_0, -1, rate), v_0)
         tl.store(o + at_0, out_0, inside)
     for start in tl.range(first, end, T, num_stages=3):
         t = start + rows
         known = (t < end)[:, None] & inside[None, :]
         at = (i * length + t)[:, None] * width + d[None, :]
         k_t, v_t = tl.load(k + at, known, 0.0).to(ACC), tl.load(v + at, known, 0.0).to(ACC)
-        k_t = tl.where(known, k_t, NOTHING)
-        one, fall = tl.where(known, 1.0, 0.0).to(ACC), tl.where(known, rate[None, :], 0.0)
-        nums, dens, tops, falls = tl.associative_scan((v_t, one, k_t, fall), 0, _join)
-        now_top = top - age * rate
-        num_t, den_t, top_t, _fall = _join(
-            num[None, :], den[None, :], now_top[None, :], 0.0, nums, dens, tops, falls
-        )  # fmt: skip
+        step = tl.broadcast_to((t - first).to(ACC)[:, None], T, D)
+        nums, dens, keys, leads, _rates = tl.associative_scan(
+            (v_t, tl.where(known, 1.0, 0.0).to(ACC), tl.where(known, k_t, NOTHING), step, rates), 0, _join
+        )
+        num_t, den_t, key_t, lead_t, _rate = _join(
+            num[None, :], den[None, :], key[None, :], lead[None, :], rates, nums, dens, keys, leads, rates
+        )
         if OUTPUT:
             follows = (t + 1 < end)[:, None] & inside[None, :]
             k_n = tl.load(k + at + width, follows, 0.0).to(ACC)
             v_n = tl.load(v + at + width, follows, 0.0).to(ACC)
-            out, _below, _past, _now, _largest = _output(num_t, den_t, top_t, u[None, :] + k_n, v_n)
+            gap = u[None, :] + _gap(key_t, lead_t, k_n, step, rates)
+            out, _below, _past, _now = _output(num_t, den_t, gap, v_n)
             tl.store(o + at + width, out, follows)
         num, den = _last(num_t, rows, T), _last(den_t, rows, T)
-        top, age = _rise(top, age, _last(tops, rows, T), tl.minimum(end - start, T), rate)
-    _put_sums(last, _segment(i), d, width, inside, num, den, top - age * rate)
+        key, lead = _last(key_t, rows, T), _last(lead_t, rows, T)
+    _put_sums(last, _segment(i), d, width, inside, num, den, key, (end - first - 1) - lead)
 
 
 @triton.jit
 def _again(
-    grad_o, k, v, decay, bonus, state, outputs, pulls, exponents, last, rates, newest, grad_w, grad_u, length, steps,
+    grad_o, k, v, decay, bonus, state, outputs, pulls, gaps, last, ages, newest, grad_rate, grad_u, length, steps,
     width, ACC: tl.constexpr, ALIGN: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Forward once more, for what backward reads, the gradient of u and a part of that of w.
+    """Forward once more, for what backward reads, the gradient of u and a part of that of the rate.
 
-    rates: derivatives of the last sums by w; newest: the step whose key is the last exponent, the one before the
-    segment where it is that of the state.
+    ages: the last sums with each term multiplied by the steps since, minus their derivatives by the rate; newest: the
+    step whose key is the last exponent, the one before the segment where it is that of the state.
     """
     width = width * ALIGN
     i, rows = tl.program_id(1).to(tl.int64), tl.arange(0, T)
@@ -170,67 +195,65 @@ def _again(
     inside = d < width
     first, end = tl.program_id(2) * steps, tl.minimum((tl.program_id(2) + 1) * steps, length)
     rate, u = tl.load(decay + d, inside, 0.0), tl.load(bonus + d, inside, 0.0).to(ACC)
-    num, den, top = _sums(state, _segment(i), d, width, inside)
-    rate_num, rate_den = tl.zeros([D], ACC), tl.zeros([D], ACC)
-    age, best = tl.zeros([D], tl.int32), tl.zeros([D], tl.int32) + (first - 1)
+    rates = tl.broadcast_to(rate[None, :], T, D)
+    num, den, key, age = _sums(state, _segment(i), d, width, inside)
+    lead, of_num, of_den = -1 - age, tl.zeros([D], ACC), tl.zeros([D], ACC)
     at_0 = (i * length + first) * width + d
     k_0, v_0 = tl.load(k + at_0, inside, 0.0).to(ACC), tl.load(v + at_0, inside, 0.0).to(ACC)
-    out_0, below_0, _past_0, now_0, largest_0 = _output(num, den, top, u + k_0, v_0)
+    gap_0 = _gap(key, lead, k_0, -1, rate)
+    out_0, below_0, _past_0, now_0 = _output(num, den, u + gap_0, v_0)
     pull_0 = tl.load(grad_o + at_0, inside, 0.0).to(ACC) / below_0
     tl.store(outputs + at_0, out_0, inside)
     tl.store(pulls + at_0, pull_0, inside)
-    tl.store(exponents + at_0, largest_0, inside)
+    tl.store(gaps + at_0, gap_0, inside)
     # sums over every step, in double precision to keep the digits
-    to_w, to_u = tl.zeros([D], tl.float64), (now_0 * pull_0 * (v_0 - out_0)).to(tl.float64)
+    to_rate, to_u = tl.zeros([D], tl.float64), (now_0 * pull_0 * (v_0 - out_0)).to(tl.float64)
     for start in tl.range(first, end, T, num_stages=3):
         t = start + rows
         known, follows = (t < end)[:, None] & inside[None, :], (t + 1 < end)[:, None] & inside[None, :]
         at = (i * length + t)[:, None] * width + d[None, :]
         k_t, v_t = tl.load(k + at, known, 0.0).to(ACC), tl.load(v + at, known, 0.0).to(ACC)
-        k_t = tl.where(known, k_t, NOTHING)
         k_n, v_n = tl.load(k + at + width, follows, 0.0).to(ACC), tl.load(v + at + width, follows, 0.0).to(ACC)
         g_n = tl.load(grad_o + at + width, follows, 0.0).to(ACC)
-        one, none, fall = tl.where(known, 1.0, 0.0).to(ACC), tl.zeros([T, D], ACC), tl.where(known, rate[None, :], 0.0)
-        nums, dens, rate_nums, rate_dens, tops, falls = tl.associative_scan(
-            (v_t, one, none, none, k_t, fall), 0, _join_rates
+        step, none = tl.broadcast_to((t - first).to(ACC)[:, None], T, D), tl.zeros([T, D], ACC)
+        one, k_t = tl.where(known, 1.0, 0.0).to(ACC), tl.where(known, k_t, NOTHING)
+        nums, dens, of_nums, of_dens, keys, leads, _rates = tl.associative_scan(
+            (v_t, one, none, none, k_t, step, rates), 0, _join_moments
         )
-        now_top = top - age * rate
-        num_t, den_t, rate_num_t, rate_den_t, top_t, _fall = _join_rates(
-            num[None, :], den[None, :], rate_num[None, :], rate_den[None, :], now_top[None, :], 0.0, nums, dens,
-            rate_nums, rate_dens, tops, falls,
+        num_t, den_t, of_num_t, of_den_t, key_t, lead_t, _rate = _join_moments(
+            num[None, :], den[None, :], of_num[None, :], of_den[None, :], key[None, :], lead[None, :], rates, nums,
+            dens, of_nums, of_dens, keys, leads, rates,
         )  # fmt: skip
-        out, below, past, now, largest = _output(num_t, den_t, top_t, u[None, :] + k_n, v_n)
-        pull = g_n / below
+        gap = _gap(key_t, lead_t, k_n, step, rates)
+        out, below, past, now = _output(num_t, den_t, u[None, :] + gap, v_n)
+        pull, age_t = g_n / below, step - tl.maximum(lead_t, -1.0)
         to_u += tl.sum(now * pull * (v_n - out), 0).to(tl.float64)
-        to_w += tl.sum(pull * past * (rate_num_t - out * rate_den_t), 0).to(tl.float64)
+        aged = age_t * num_t - of_num_t - out * (age_t * den_t - of_den_t)
+        to_rate -= tl.sum(pull * past * aged, 0).to(tl.float64)
         tl.store(outputs + at + width, out, follows)
         tl.store(pulls + at + width, pull, follows)
-        tl.store(exponents + at + width, largest, follows)
+        tl.store(gaps + at + width, gap, follows)
         num, den = _last(num_t, rows, T), _last(den_t, rows, T)
-        rate_num, rate_den = _last(rate_num_t, rows, T), _last(rate_den_t, rows, T)
-        done = tl.minimum(end - start, T)
-        _top, row = tl.max(k_t - (done - 1 - rows)[:, None] * rate[None, :], 0, return_indices=True)
-        top, age = _rise(top, age, _last(tops, rows, T), done, rate)
-        best = tl.where(age == 0, start + row, best)
-    row = _segment(i)
-    _put_sums(last, row, d, width, inside, num, den, top - age * rate)
-    tl.store(rates + (2 * row) * width + d, rate_num, inside)
-    tl.store(rates + (2 * row + 1) * width + d, rate_den, inside)
-    tl.store(newest + row * width + d, best, inside)
-    tl.store(grad_w + row * width + d, to_w, inside)
+        of_num, of_den = _last(of_num_t, rows, T), _last(of_den_t, rows, T)
+        key, lead = _last(key_t, rows, T), _last(lead_t, rows, T)
+    row, final = _segment(i), end - first - 1
+    _put_sums(last, row, d, width, inside, num, den, key, final - lead)
+    lead = tl.maximum(lead, -1.0)
+    _put_pair(ages, row, d, width, inside, (final - lead) * num - of_num, (final - lead) * den - of_den)
+    tl.store(newest + row * width + d, first + lead.to(tl.int32), inside)
+    tl.store(grad_rate + row * width + d, to_rate, inside)
     tl.store(grad_u + row * width + d, to_u, inside)
 
 
 @triton.jit
 def _backward(
-    later, to_tops, k, v, decay, bonus, state, outputs, pulls, exponents, last, rates, newest, grad_k, grad_v,
-    grad_state, grad_w, length, steps, width, OUTPUT: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
-    T: tl.constexpr, D: tl.constexpr,
+    later, to_tops, v, decay, bonus, outputs, pulls, gaps, newest, grad_k, grad_v, grad_sums, factor, length, steps,
+    width, OUTPUT: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """From the last step to the first; a row holds what the sums after its step get from the steps after it.
+    """From the last step to the first; a row holds the gradients of the sums after its step.
 
-    later: what the last sums get, as sums of gradients in units of an exponential; to_tops: what their exponent gets
-    beside. OUTPUT: whether gradients are wanted, or no more than such sums before the segment, in grad_state.
+    later: those of the last sums; to_tops: that of their exponent, beside. OUTPUT: whether gradients of keys and values
+    are wanted, or no more than those of the sums before the segment, and the factor of `later` in them.
     """
     width = width * ALIGN
     i, rows = tl.program_id(1).to(tl.int64), tl.arange(0, T)
@@ -238,20 +261,11 @@ def _backward(
     inside = d < width
     first, end = tl.program_id(2) * steps, tl.minimum((tl.program_id(2) + 1) * steps, length)
     rate, u = tl.load(decay + d, inside, 0.0), tl.load(bonus + d, inside, 0.0).to(ACC)
-    segment = _segment(i)
-    above, below, top = _sums(later, segment, d, width, inside)
-    age = tl.zeros([D], tl.int32)
+    segment, total = _segment(i), tl.full([D], 1, ACC)
+    above, below = _pair(later, segment, d, width, inside)
     if OUTPUT:
-        _num, _den, last_top = _sums(last, segment, d, width, inside)
-        best, to_top = (
-            tl.load(newest + segment * width + d, inside, 0),
-            tl.load(to_tops + segment * width + d, inside, 0.0),
-        )
-        rate_num = tl.load(rates + (2 * segment) * width + d, inside, 0.0)
-        rate_den = tl.load(rates + (2 * segment + 1) * width + d, inside, 0.0)
-        to_w = tl.exp(top + last_top) * (above * rate_num + below * rate_den) - to_top * (end - 1 - best) * rate
-        total = tl.load(grad_w + segment * width + d, inside, 0.0)
-        tl.store(grad_w + segment * width + d, total + to_w.to(tl.float64), inside)
+        best = tl.load(newest + segment * width + d, inside, 0)
+        to_top = tl.load(to_tops + segment * width + d, inside, 0.0)
     for start in tl.range(0, end - first, T, num_stages=3):
         step = start + rows
         t = end - 1 - step
@@ -259,36 +273,33 @@ def _backward(
         follows = known & (step > 0)[:, None]
         at = (i * length + t)[:, None] * width + d[None, :]
         o_n, pull_n = tl.load(outputs + at + width, follows, 0.0), tl.load(pulls + at + width, follows, 0.0)
-        top_n = tl.load(exponents + at + width, follows, -NOTHING)
-        fall = tl.where(follows, rate[None, :], 0.0)
-        aboves, belows, tops, falls = tl.associative_scan((pull_n, -pull_n * o_n, -top_n, fall), 0, _join)
-        now_top = top - age * rate
-        above_t, below_t, top_t, _fall = _join(
-            above[None, :], below[None, :], now_top[None, :], 0.0, aboves, belows, tops, falls
-        )  # fmt: skip
+        gap_n = tl.load(gaps + at + width, follows, 0.0)
+        kept, _new = _shares(gap_n + rate[None, :])
+        shown, _own = _shares(gap_n + u[None, :])
+        factors, aboves, belows = tl.associative_scan(
+            (tl.where(follows, kept, 1.0), shown * pull_n, -shown * pull_n * o_n), 0, _join_gradients
+        )
+        above_t, below_t = factors * above[None, :] + aboves, factors * below[None, :] + belows
         if OUTPUT:
-            k_t, v_t = tl.load(k + at, known, 0.0).to(ACC), tl.load(v + at, known, 0.0).to(ACC)
-            o_t, pull = tl.load(outputs + at, known, 0.0), tl.load(pulls + at, known, 0.0)
-            largest = tl.load(exponents + at, known, 0.0)
-            weight = tl.exp(tl.where(known, k_t, NOTHING) + top_t)
-            to_v = tl.exp(tl.where(known, u[None, :] + k_t - largest, 0.0)) * pull
-            to_k = to_v * (v_t - o_t) + weight * (v_t * above_t + below_t)
+            v_t, o_t = tl.load(v + at, known, 0.0).to(ACC), tl.load(outputs + at, known, 0.0)
+            pull, gap = tl.load(pulls + at, known, 0.0), tl.load(gaps + at, known, 0.0)
+            _old, taken = _shares(gap + rate[None, :])
+            _before, own = _shares(gap + u[None, :])
+            to_v = own * pull
+            to_k = to_v * (v_t - o_t) + taken * (v_t * above_t + below_t)
             to_k += tl.where(t[:, None] == best[None, :], to_top[None, :], 0.0)
-            tl.store(grad_v + at, to_v + weight * above_t, known)
+            tl.store(grad_v + at, to_v + taken * above_t, known)
             tl.store(grad_k + at, to_k, known)
-        above, below = _last(above_t, rows, T), _last(below_t, rows, T)
-        # the first of all rows takes nothing off
-        done = tl.minimum(end - first - start, T) - tl.where(start == 0, 1, 0)
-        top, age = _rise(top, age, _last(tops, rows, T), done, rate)
+        above, below, total = _last(above_t, rows, T), _last(below_t, rows, T), total * _last(factors, rows, T)
     at_0 = (i * length + first) * width + d
     o_0, pull_0 = tl.load(outputs + at_0, inside, 0.0), tl.load(pulls + at_0, inside, 0.0)
-    top_0 = -tl.load(exponents + at_0, inside, 0.0)
-    above, below, top, _fall_0 = _join(above, below, top - age * rate, 0.0, pull_0, -pull_0 * o_0, top_0, rate)
-    if OUTPUT:
-        num, den, before = _sums(state, segment, d, width, inside)
-        above, below = tl.exp(top + before) * above, tl.exp(top + before) * below
-        top = tl.where(best < first, to_top, 0.0) + above * num + below * den
-    _put_sums(grad_state, segment, d, width, inside, above, below, top)
+    gap_0 = tl.load(gaps + at_0, inside, 0.0)
+    kept_0, _new_0 = _shares(gap_0 + rate)
+    shown_0, _own_0 = _shares(gap_0 + u)
+    pull_0 *= shown_0
+    _put_pair(grad_sums, segment, d, width, inside, kept_0 * above + pull_0, kept_0 * below - pull_0 * o_0)
+    if not OUTPUT:
+        tl.store(factor + segment * width + d, total * kept_0, inside)
 
 
 class _Plan:
@@ -296,55 +307,49 @@ class _Plan:
 
     def __init__(self, k: Tensor, w: Tensor, state: Tensor) -> None:
         self.batch, self.length, self.width = k.shape
-        block = min(32, triton.next_power_of_2(self.width))
-        wide = state.dtype == torch.float64
-        # the interpreter scans element by element
-        tile = 16 if wide or interpreting() else 32
+        block, wide = min(32, triton.next_power_of_2(self.width)), state.dtype == torch.float64
+        tile = 16 if wide else 32
         self.grid = triton.cdiv(self.width, block), self.batch
-        self.segments, steps = cut(self.grid[0] * self.batch, self.length, tile, k.device)
+        self.segments, self.steps = cut(self.grid[0] * self.batch, self.length, tile, k.device)
         self.options: dict[str, Any] = {"ALIGN": alignment(self.width), "D": block, "num_warps": 4}
         self.tiles = {"ACC": tl.float64 if wide else tl.float32, "T": tile}
-        self.sizes = self.length, steps, self.width // self.options["ALIGN"]
-        self.rate = w.detach().double().exp().clamp(max=FASTEST).to(state.dtype)
+        self.sizes = self.length, self.steps, self.width // self.options["ALIGN"]
+        self.exact_rate = w.detach().double().exp().clamp(max=FASTEST)
+        self.rate = self.exact_rate.to(state.dtype)
 
-    def launch(self, kernel: Any, *arguments: Tensor, **options: bool) -> None:
+    def launch(self, kernel: Any, *arguments: Tensor, **options: Any) -> None:
         with torch.cuda.device_of(self.rate):
-            kernel[*self.grid, self.segments](*arguments, *self.sizes, **options, **self.tiles, **self.options)
+            kernel[*self.grid, self.segments](*arguments, *self.sizes, **self.tiles | self.options | options)
 
     def room(self, rows: int, dtype: torch.dtype | None = None) -> Tensor:
         """Room for `rows` numbers per channel of each segment."""
         return self.rate.new_empty(self.batch, self.segments, rows, self.width, dtype=dtype)
 
-    def carried(self, left: Tensor, first: Tensor, reverse: bool = False) -> Tensor:
-        starts = torch.empty_like(left)
-        with torch.cuda.device_of(self.rate):
-            _carry[self.grid](
-                left, first, self.rate, starts, *self.sizes, self.segments, REVERSE=reverse, **self.options
-            )  # fmt: skip
-        return starts
-
     def starts(self, k: Tensor, v: Tensor, u: Tensor, state: Tensor) -> Tensor:
-        """The state each segment starts from."""
+        """The state each segment starts from; the first one from `state`, of age 0."""
+        state = F.pad(state, (0, 0, 0, 1))
         if self.segments == 1:
             return state
-        nothing, left = self.nothing(), self.room(3)
+        nothing, left, starts = torch.zeros_like(self.room(4)), self.room(4), self.room(4)
+        nothing[:, :, 2] = NOTHING.value
         self.launch(_forward, k, v, self.rate, u, nothing, v, left, OUTPUT=False)
-        return self.carried(left, state)
+        with torch.cuda.device_of(self.rate):
+            _carry[self.grid](left, state, self.rate, starts, *self.sizes, self.segments, **self.options)
+        return starts
 
-    def nothing(self) -> Tensor:
-        """Empty sums for each segment."""
-        state = torch.zeros_like(self.room(3))
-        state[:, :, 2] = NOTHING.value
-        return state
+    def final(self, last: Tensor) -> Tensor:
+        """The state (num, den, top), of what the segments leave."""
+        num, den, key, age = last[:, -1].unbind(1)
+        return torch.stack([num, den, (key - age * self.exact_rate).to(num.dtype)], dim=1)
 
 
 def forward(k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Arguments as `wkv`, k and v of one dtype, the state in that of accumulation."""
     k, v, u, state = (x.detach().contiguous() for x in (k, v, u, state))
     plan = _Plan(k, w, state)
-    o, last = torch.empty_like(v), plan.room(3)
+    o, last = torch.empty_like(v), plan.room(4)
     plan.launch(_forward, k, v, plan.rate, u, plan.starts(k, v, u, state), o, last, OUTPUT=True)
-    return o, last[:, -1].contiguous()
+    return o, plan.final(last)
 
 
 def backward(
@@ -353,35 +358,35 @@ def backward(
     """Gradients of k, v, w, u and the initial state."""
     grad_o, grad_last, k, v, u, state = (x.detach().contiguous() for x in (grad_o, grad_last, k, v, u, state))
     plan = _Plan(k, w, state)
-    grad_k, grad_v, grad_state = torch.empty_like(k), torch.empty_like(v), plan.room(3)
-    grad_w, grad_u = plan.room(1, torch.float64), plan.room(1, torch.float64)
+    grad_k, grad_v, grad_sums, factor = torch.empty_like(k), torch.empty_like(v), plan.room(2), plan.room(1)
+    grad_rate, grad_u = plan.room(1, torch.float64), plan.room(1, torch.float64)
     kept = [torch.empty_like(k, dtype=state.dtype) for _ in range(3)]
-    last, rates, newest = plan.room(3), plan.room(2), plan.room(1, torch.int32)
-    starts = plan.starts(k, v, u, state)
-    given = k, v, plan.rate, u, starts
-    plan.launch(_again, grad_o, *given, *kept, last, rates, newest, grad_w, grad_u)
-    num, den, top = last[:, -1].unbind(1)
-    to_num, to_den, to_top = grad_last.unbind(1)
-    to_top = to_top - to_num * num - to_den * den
-    later = torch.stack([to_num, to_den, -top], dim=1)
-    to_tops = to_top.expand(plan.segments, *to_top.shape).movedim(0, 1)
-    if plan.segments > 1:
-        read = k, v, plan.rate, u, starts, *kept, last, rates, newest, grad_k, grad_v
-        nothing, left = plan.nothing(), plan.room(3)
-        plan.launch(_backward, nothing, to_tops, *read, left, grad_w, OUTPUT=False)
-        later = plan.carried(left, later, reverse=True)
-        # the last exponent passes the segments it was not raised in
-        begins = torch.arange(plan.segments, device=k.device)[:, None] * plan.sizes[1]
-        passed = (newest[:, :, 0] < begins)[:, 1:].flip(1).cumprod(1).flip(1)
-        to_tops = torch.cat([to_tops[:, :-1] * passed, to_tops[:, -1:]], dim=1)
+    last, ages, newest = plan.room(4), plan.room(2), plan.room(1, torch.int32)
+    given = v, plan.rate, u
+    # of all kernels it holds the most per step; longer tiles spill
     plan.launch(
-        _backward, later, to_tops.contiguous(), *given, *kept, last, rates, newest, grad_k, grad_v, grad_state,
-        grad_w, OUTPUT=True,
-    )  # fmt: skip
+        _again, grad_o, k, *given, plan.starts(k, v, u, state), *kept, last, ages, newest, grad_rate, grad_u, T=16
+    )
+    later, to_top = grad_last[:, :2], grad_last[:, 2] - (grad_last[:, :2] * last[:, -1, :2]).sum(1)
+    # the last exponent passes the segments it was not raised in
+    begins = torch.arange(plan.segments, device=k.device)[:, None] * plan.steps
+    passed = (newest[:, :, 0] < begins).to(to_top.dtype).flip(1).cumprod(1).flip(1)
+    to_tops = torch.cat([passed[:, 1:], torch.ones_like(passed[:, :1])], dim=1) * to_top[:, None]
+    read = *given, *kept, newest, grad_k, grad_v, grad_sums, factor
+    if plan.segments > 1:
+        plan.launch(_backward, torch.zeros_like(grad_sums), to_tops, *read, OUTPUT=False)
+        left = grad_sums.flatten(2)
+        later = carried(factor.expand_as(grad_sums).flatten(2), left, later.flatten(1), reverse=True)
+    later = later.reshape(grad_sums.shape).contiguous()
+    plan.launch(_backward, later, to_tops, *read, OUTPUT=True)
+    steps = (begins + plan.steps).clamp(max=plan.length) - 1 - newest[:, :, 0]
+    grad_rate = grad_rate.sum((0, 1, 2)) - (later * ages.double()).sum((0, 1, 2))
+    grad_rate -= (to_tops * steps.double()).sum((0, 1))
+    to_first = (grad_sums[:, 0] * state[:, :2]).sum(1) + passed[:, 0] * to_top
     return (
         grad_k,
         grad_v,
-        grad_w.sum((0, 1, 2)).to(w.dtype),
+        (grad_rate * plan.exact_rate).to(w.dtype),
         grad_u.sum((0, 1, 2)).to(u.dtype),
-        grad_state[:, 0].contiguous(),
+        torch.cat([grad_sums[:, 0], to_first[:, None]], dim=1),
     )

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
 
 from lra.kernels import _split
+from lra.kernels._case import Case
 from lra.kernels._split import cut, segments, totals
-from lra.operators.parity import faults_of
+from lra.kernels.linear_scan.cases import _inputs as linear
+from lra.kernels.selective_scan.cases import _inputs as selective
+from lra.kernels.wkv.cases import _inputs as wkv
+from lra.operators.parity import arguments_of, faults_of, operator, run
 
 CPU = torch.device("cpu")
 
@@ -58,14 +60,37 @@ def test_totals_of_segments_leave_out_what_is_not_there() -> None:
 SPLIT = ("linear_scan", "selective_scan", "wkv", "decay_attention", "delta_rule")
 
 
-# a minute of the interpreter for each operator
+@pytest.mark.parametrize("op", SPLIT)
+def test_three_segments(op: str, interpreted: Callable[..., Any]) -> None:
+    for name, found in interpreted("segments", op, 3, 3).items():
+        assert not faults_of(found, torch.float32), name
+
+
+@pytest.mark.parametrize("op", ["linear_scan", "selective_scan", "wkv"])
+def test_one_row_is_work_for_every_core(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 64 channels; what the cores find is what one finds."""
+    module, threads = import_module(f"lra.kernels.{op}.cpu"), torch.get_num_threads()
+    make = {"linear_scan": linear(1, 9, 64), "selective_scan": selective(1, 9, 64, 3), "wkv": wkv(1, 9, 64)}[op]
+    arguments = arguments_of(Case("one row", "edge", make), torch.float64)
+    wanted, asked = run(operator(op), arguments, impl="cpu"), []
+    over_rows = module.over_rows
+
+    def spied(kernel: Any, rows: int, *given: Any) -> None:
+        asked.append(rows)
+        over_rows(kernel, rows, *given)
+
+    monkeypatch.setattr(module, "over_rows", spied)
+    torch.set_num_threads(2)
+    try:
+        found = run(operator(op), arguments, impl="cpu")
+    finally:
+        torch.set_num_threads(threads)
+    assert asked == [2, 2], "forward and backward"
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("op", SPLIT)
-def test_any_number_of_segments(op: str) -> None:
-    pytest.importorskip("triton")
-    script = Path(__file__).parents[1] / "segmented_kernel.py"
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, script, op], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    for name, found in json.loads(done.stdout).items():
+def test_any_number_of_segments(op: str, interpreted: Callable[..., Any]) -> None:
+    for name, found in interpreted("segments", op, 8, 1, 2, 3, 5, 8).items():
         assert not faults_of(found, torch.float32), name

@@ -7,10 +7,6 @@ A new folder kernels/<op>/ is found by itself. What only one operator has is tes
 from __future__ import annotations
 
 import inspect
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -283,16 +279,17 @@ def test_an_explicit_choice_never_falls_back(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if (KERNELS / op / "gpu.py").exists()])
-def test_triton_interpreted(op: str) -> None:
-    pytest.importorskip("triton")
-    script = Path(__file__).parents[1] / "interpreted_kernel.py"
-    path = os.pathsep.join([str(KERNELS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, script, op], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    errors = json.loads(done.stdout)
+def test_triton_interpreted(op: str, interpreted: Callable[..., Any]) -> None:
+    errors = interpreted("parity", op, True)
     assert errors
     for name, found in errors.items():
+        assert not faults_of(found, torch.float32), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", [op for op in OPS if (KERNELS / op / "gpu.py").exists()])
+def test_large_cases_interpreted(op: str, interpreted: Callable[..., Any]) -> None:
+    for name, found in interpreted("parity", op, False).items():
         assert not faults_of(found, torch.float32), name
 
 
