@@ -94,7 +94,17 @@ def test_operands_that_are_cut_off_are_seen_beside_rounding() -> None:
     assert bias(short, exact) > BIAS[torch.bfloat16]
 
 
-@pytest.mark.parametrize(("op", "case"), every_case("long"))
+# their definitions are loops over the tokens, of five seconds and more at this length
+LOOPS = ("decay_attention", "delta_rule", "recurrent_cell", "selective_scan", "ssd", "ssm_kernel_dplr", "wkv")
+
+
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [
+        pytest.param(*p.values, id=p.id, marks=pytest.mark.slow) if p.values[0] in LOOPS else p
+        for p in every_case("long")
+    ],
+)
 def test_keeps_its_digits_at_length_16384(op: str, case: Case) -> None:
     assert_close(errors_of(op, case, torch.float32), torch.float32)
 
