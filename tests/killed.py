@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,9 @@ def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], np.ndarray, RunRecor
 
 
 def main(task: str, place: Path, cases: list[str]) -> None:
+    # each child would load them anew
+    for op in ("linear_scan", "recurrent_cell"):
+        import_module(f"lra.kernels.{op}.cpu")
     for number, case in enumerate(cases):
         architecture, _, step = case.partition("@")
         name, *changes = architecture.split("+")
