@@ -23,6 +23,7 @@ from lra.cli.app import app
 from lra.conformance import suite
 from lra.registry import architectures, tasks
 from lra.reports import efficiency
+from lra.sweeps import plans
 
 WRITTEN = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 ELSEWHERE = (ROOT / "README.md").read_text(encoding="utf-8") + (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -84,6 +85,13 @@ def test_sweep_files(workplace: Path) -> None:
         assert done.exit_code == 0, done.output
         assert done.output.count(": open") == {"sweep.toml": 12, "search.toml": 16}[name]
     assert not (workplace / "lra_runs").exists()
+
+
+def test_sweep_files_with_budgets(workplace: Path) -> None:
+    write_files(WRITTEN["laws.md"], workplace)
+    grid, steps = (plans.read(workplace / name).cells for name in ("laws.toml", "ladder.toml"))
+    assert (len(grid), len(steps)) == (2 * 4 * 3, 5 * 3)
+    assert all(100 <= cell.settings["train.steps"] <= 20_000 for cell in (*grid, *steps))
 
 
 @pytest.mark.parametrize("command", of("lra", mentions("lra", ALL)))
