@@ -135,7 +135,7 @@ def compare(
         steps = comparison.ladder(given)
         console.print(table.terminal(steps), *map(escape, steps.notes), sep="\n")
         return
-    runs = comparison.compare(*given)
+    runs = comparison.compare(given[0], given[1])
     console.print(escape(str(runs)))
     if runs.fields:
         console.print(table.terminal(runs.table()))

@@ -17,13 +17,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from scipy import optimize
+from scipy import optimize, stats
 
 from lra.errors import UserError
 from lra.results.statistics import LEVEL, Estimate
 
+Numbers = Sequence[float] | np.ndarray
+"""(n,)."""
 DELTA = 1e-3
 RESAMPLES = 200
 FOLLOWED = 20
@@ -48,11 +51,11 @@ class PowerLaw:
     def at(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Loss at x (k,), and the ends of its interval."""
 
-        def law(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+        def law(a: Any, b: Any, c: Any) -> np.ndarray:
             return a * np.asarray(x, float) ** -b + c
 
-        values = law(*(np.float64(e.mean) for e in (self.a, self.b, self.c)))
-        return values, *_ends(law(*(self.samples[:, i, None] for i in range(3))))
+        a, b, c = self.samples.T[:, :, None]
+        return law(self.a.mean, self.b.mean, self.c.mean), *_ends(law(a, b, c))
 
 
 @dataclass(frozen=True)
@@ -99,24 +102,23 @@ class Chinchilla:
         return np.array([e.mean for e in (self.E, self.A, self.B, self.alpha, self.beta)])
 
 
-def fit_power_law(
-    x: Sequence[float], loss: Sequence[float], *, what: str = "x", resamples: int = RESAMPLES, seed: int = 0
-) -> PowerLaw:
+def fit_power_law(x: Numbers, loss: Numbers, *, what: str = "x", resamples: int = RESAMPLES, seed: int = 0) -> PowerLaw:
     """Fit L(x) = a x^-b + c to runs. x, loss: (n,), above 0; what: the name of x, for messages. Raises UserError where
     the runs cannot carry the law."""
     values, losses = _checked({what: x}, loss, FEWEST_OF_LAW, RANGE_OF_LAW, fewest_values=4)
-    fits = _fit(np.log(values), np.log(losses), resamples, seed)
-    (log_a, log_c, b), sampled = fits
-    estimates = _estimates([np.exp(log_a), b, np.exp(log_c)], [np.exp(sampled[0]), sampled[2], np.exp(sampled[1])],
-                           len(losses))  # fmt: skip
-    law = PowerLaw(*estimates, np.stack([np.exp(sampled[0]), sampled[2], np.exp(sampled[1])], axis=1))
-    _require_fall({f"with {what}": law.b})
+    logs, log_loss = np.log(values), np.log(losses)
+    _require_fall(logs[0], log_loss, what)
+    (log_a, log_c, b), sampled = _fit(logs, log_loss, resamples, seed)
+    samples = [np.exp(sampled[0]), sampled[2], np.exp(sampled[1])]
+    a, slope, c = _estimates([np.exp(log_a), b, np.exp(log_c)], samples, len(losses))
+    law = PowerLaw(a, slope, c, np.stack(samples, axis=1))
+    _require_exponent(law.b, what)
     return law
 
 
 def fit_chinchilla(
-    parameters: Sequence[float], tokens: Sequence[float], loss: Sequence[float], *,
-    flops: Sequence[float] | None = None, resamples: int = RESAMPLES, seed: int = 0,
+    parameters: Numbers, tokens: Numbers, loss: Numbers, *,
+    flops: Numbers | None = None, resamples: int = RESAMPLES, seed: int = 0,
 ) -> Chinchilla:  # fmt: skip
     """Fit L(N, D) = E + A / N^alpha + B / D^beta to runs.
 
@@ -125,25 +127,29 @@ def fit_chinchilla(
     """
     quantities = {"parameters": parameters, "tokens": tokens}
     values, losses = _checked(quantities, loss, FEWEST_OF_CHINCHILLA, RANGE_OF_CHINCHILLA, fewest_values=3)
-    logs = np.log(values)
+    logs, log_loss = np.log(values), np.log(losses)
     if abs(together := float(np.corrcoef(logs)[0, 1])) > COLLINEAR:
         raise UserError(
             f"parameters and tokens vary together (correlation of their logarithms {together:.2f}), so that their "
             "effects are not told apart; train several widths on the same tokens"
         )
-    (log_a, log_b, log_e, alpha, beta), sampled = _fit(logs, np.log(losses), resamples, seed)
+    for name, own, other in (("parameters", logs[0], logs[1:]), ("tokens", logs[1], logs[:1])):
+        _require_fall(own, log_loss - _best(other, log_loss), name)
+    (log_a, log_b, log_e, alpha, beta), sampled = _fit(logs, log_loss, resamples, seed)
     order = [np.exp(log_e), np.exp(log_a), np.exp(log_b), alpha, beta]
     samples = [np.exp(sampled[2]), np.exp(sampled[0]), np.exp(sampled[1]), sampled[3], sampled[4]]
     per = 6.0
     if flops is not None:
         per = float(np.exp(np.mean(np.log(np.asarray(flops, float)) - logs.sum(axis=0))))
-    law = Chinchilla(*_estimates(order, samples, len(losses)), np.stack(samples, axis=1), per)
-    _require_fall({"with parameters": law.alpha, "with tokens": law.beta})
+    E, A, B, own_alpha, own_beta = _estimates(order, samples, len(losses))
+    law = Chinchilla(E, A, B, own_alpha, own_beta, np.stack(samples, axis=1), per)
+    _require_exponent(law.alpha, "parameters")
+    _require_exponent(law.beta, "tokens")
     return law
 
 
 def _checked(
-    quantities: dict[str, Sequence[float]], loss: Sequence[float], fewest: int, widest: float, fewest_values: int
+    quantities: dict[str, Numbers], loss: Numbers, fewest: int, widest: float, fewest_values: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The quantities (k, n) and the losses (n,). Raises UserError for too few runs and too narrow a range."""
     values, losses = np.array([list(v) for v in quantities.values()], float), np.asarray(loss, float)
@@ -164,13 +170,29 @@ def _checked(
     return values, losses
 
 
-def _require_fall(exponents: dict[str, Estimate]) -> None:
-    for how, b in exponents.items():
-        if b.low <= 0:
-            raise UserError(
-                f"the loss does not fall measurably {how}: its exponent is {b.mean:.3g}, 95 % interval [{b.low:.3g}, "
-                f"{b.high:.3g}]"
-            )
+def _require_fall(values: np.ndarray, log_loss: np.ndarray, what: str) -> None:
+    """Raise UserError unless losses fall with the values (Spearman's rank correlation, one-sided, 5 %). log_loss: less
+    what other quantities explain."""
+    found = stats.spearmanr(values, log_loss, alternative="less") if np.ptp(log_loss) else None
+    if found is None or not found.pvalue < LEVEL:
+        told = "" if found is None else f" (rank correlation {found.statistic:.2f}, p = {found.pvalue:.2g})"
+        raise UserError(f"the loss does not fall measurably with {what}{told}")
+
+
+def _require_exponent(b: Estimate, what: str) -> None:
+    if b.low <= 0:
+        raise UserError(
+            f"the loss does not fall measurably with {what}: the exponent is {b.mean:.3g}, 95 % interval [{b.low:.3g}, "
+            f"{b.high:.3g}]"
+        )
+
+
+def _best(logs: np.ndarray, log_loss: np.ndarray) -> np.ndarray:
+    """log L of the best fit, without an interval, (n,)."""
+    centre = logs.mean(axis=1)
+    x, weights = logs - centre[:, None], np.ones(len(log_loss))
+    theta = _follow(_starts(centre, float(log_loss.min())), x, log_loss, weights, 5)[:1]
+    return log_loss + DELTA * _values(theta, x, log_loss, weights)[1][0]
 
 
 def _fit(logs: np.ndarray, log_loss: np.ndarray, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -248,7 +270,7 @@ def _values(
     return np.where(size <= 1, 0.5 * residual**2, size - 0.5) @ weights, residual, shares
 
 
-def _estimates(values: Sequence[float], samples: Sequence[np.ndarray], count: int) -> list[Estimate]:
+def _estimates(values: Numbers, samples: Sequence[np.ndarray], count: int) -> list[Estimate]:
     ends = [_ends(sampled[:, None]) for sampled in samples]
     return [
         Estimate(float(value), float(low[0]), float(high[0]), count, "runs, bootstrap")

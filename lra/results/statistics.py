@@ -178,10 +178,10 @@ def difference_of_means(a: Sequence[float], b: Sequence[float]) -> Estimate:
 def _welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
     """Difference of the means, its standard error, and the degrees of freedom."""
     (mean_a, square_a), (mean_b, square_b) = ((np.mean(x), np.var(x, ddof=1) / len(x)) for x in (a, b))
-    freedom = 0.0
+    freedom: float = 0.0
     if square_a + square_b:
-        freedom = (square_a + square_b) ** 2 / (square_a**2 / (len(a) - 1) + square_b**2 / (len(b) - 1))
-    return float(mean_a - mean_b), math.sqrt(square_a + square_b), float(freedom)
+        freedom = float((square_a + square_b) ** 2 / (square_a**2 / (len(a) - 1) + square_b**2 / (len(b) - 1)))
+    return float(mean_a - mean_b), math.sqrt(square_a + square_b), freedom
 
 
 def holm(pvalues: Sequence[float]) -> list[float]:

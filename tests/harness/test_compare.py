@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -144,7 +145,7 @@ def test_two_sources_are_told_apart(tmp_path: Path) -> None:
     assert "source" not in str(same)
 
 
-def rungs(root: Path, accuracies: dict[str, list[float]], **changes: object) -> list[Path]:
+def rungs(root: Path, accuracies: dict[str, list[float]], **changes: Any) -> list[Path]:
     return [
         write(root, record(name, seed, accuracy, **changes))
         for name, values in accuracies.items()
