@@ -69,7 +69,8 @@ class Ordered:
         facts = dict(scorer.about) | {"bins": bins}
         if isinstance(plan, Dynamic):
             steps = [0, *(int(point["step"]) + 1 for point in self.curve())]
-            facts["hard"] = [{"step": step, "share": plan.share(step)} for step in steps]
+            trained = [step for step in steps if step < self.recipe.train.steps]
+            facts["hard"] = [{"step": step, "share": plan.share(step)} for step in trained]
         return facts
 
 

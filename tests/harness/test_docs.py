@@ -91,7 +91,7 @@ def test_sweep_files_with_budgets(workplace: Path) -> None:
     write_files(WRITTEN["laws.md"], workplace)
     grid, steps = (plans.read(workplace / name).cells for name in ("laws.toml", "ladder.toml"))
     assert (len(grid), len(steps)) == (2 * 4 * 3, 5 * 3)
-    assert all(100 <= cell.settings["train.steps"] <= 20_000 for cell in (*grid, *steps))
+    assert all(50 <= cell.settings["train.steps"] <= 20_000 for cell in (*grid, *steps))
 
 
 @pytest.mark.parametrize("command", of("lra", mentions("lra", ALL)))
