@@ -238,7 +238,7 @@ def efficiency(task: str, smoke: bool = False) -> pd.DataFrame:
 
 def scaling(task: str, *, protocol: str = "", recipe: str = "", regime: str = "", metric: str = "") -> list[Study]:
     """The scaling studies of a task's runs, one for each protocol, data, recipe and regime: `study.laws`,
-    `study.frontier()`, `study.table().frame` and `study.chart()`.
+    `study.frontier()`, `study.tables()` and `study.chart()`.
 
     metric: "bits" per token, validation "loss" or test "error"; by default bits where the target is the next token,
     else the loss. Raises UserError without results.

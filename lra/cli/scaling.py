@@ -46,7 +46,7 @@ def scaling(
         errors.print(f"[yellow]{escape(line)}[/]", soft_wrap=True)
     selected = everything.only(task=task, protocol=protocol, recipe=recipe, regime=regime)
     for study in report.studies(selected.records, metric):
-        shown = study.table()
-        console.print(table.terminal(shown), *map(escape, shown.notes), sep="\n")
+        for shown in study.tables():
+            console.print(table.terminal(shown), *map(escape, shown.notes), sep="\n")
         for path in study.write(out, chosen) if out is not None else ():
             console.print(f"wrote {escape(str(path))}", soft_wrap=True)

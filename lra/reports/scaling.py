@@ -41,14 +41,16 @@ RUNS = ("architecture", "parameters", "tokens", "flops", "loss", "seed", "id")
 FRONTIER = ("architecture", "law", "flops", "parameters", "tokens", "loss", "low", "high")
 POINTS = 25
 """Budgets of a frontier, from the cheapest to the dearest run."""
-COLUMNS = (
-    "architecture", "runs", "N ~ C^", "E", "alpha", "beta", "b in C", "FLOP", "N", "D", "loss",
-)  # fmt: skip
+LAWS = ("architecture", "runs", "E", "alpha", "beta", "b in C")
+BEST = ("architecture", "N ~ C^", "FLOP", "N", "D", "loss")
 MISSING = "-"
-NOTE = (
-    "E, alpha, beta: of E + A / N^alpha + B / D^beta; N ~ C^: the exponent of the best number of parameters; b in C: "
-    "of a C^-b + c over the runs that no cheaper run beats; FLOP, N, D, loss: the best allocation of the largest "
-    "budget spent. Intervals of 95 % by bootstrap over runs; nothing is said beyond the largest run"
+LAWS_NOTE = (
+    "E, alpha, beta: of E + A / N^alpha + B / D^beta; b in C: of a C^-b + c over the runs that no cheaper run beats. "
+    "Intervals of 95 %, by bootstrap over runs"
+)
+BEST_NOTE = (
+    "the lowest loss of the largest budget spent, with its parameters N and training tokens D where the law in both "
+    "holds; N ~ C^: the exponent of the best number of parameters. Nothing is said beyond the largest run"
 )
 
 
@@ -82,33 +84,35 @@ class Study:
             parts.append(part.assign(architecture=name, flops=budgets).reindex(columns=list(FRONTIER)))
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(FRONTIER))
 
-    def table(self) -> Table:
-        """A row for each architecture: exponents with their intervals, and the best allocation of its largest budget.
-        Notes give the reasons where a law is refused."""
-        frontier = self.frontier()
-        rows, refused = [], []
+    def tables(self) -> list[Table]:
+        """The laws of each architecture, with the reasons where one is refused as notes; and the compute-optimal
+        allocation of its largest budget."""
+        laws, refused = [], []
         for name, law in self.laws.items():
             power = self.powers[name]
-            last = frontier[frontier["architecture"] == name].tail(1)
-            cells = dict.fromkeys(COLUMNS, MISSING) | {"architecture": name}
+            cells = dict.fromkeys(LAWS, MISSING) | {"architecture": name}
             cells["runs"] = str(int((self.runs["architecture"] == name).sum()))
             if isinstance(law, Chinchilla):
-                cells |= {"N ~ C^": _interval(law.exponent), "E": _interval(law.E), "alpha": _interval(law.alpha),
-                          "beta": _interval(law.beta)}  # fmt: skip
+                cells |= {"E": _interval(law.E), "alpha": _interval(law.alpha), "beta": _interval(law.beta)}
             else:
                 refused.append(f"{name}: no law in parameters and tokens: {law}")
             if isinstance(power, PowerLaw):
                 cells["b in C"] = _interval(power.b)
             else:
                 refused.append(f"{name}: no power law in compute: {power}")
-            for _, best in last.iterrows():
-                cells |= {"FLOP": f"{best['flops']:.3g}",
-                          "loss": f"{best['loss']:.3f} [{best['low']:.3f}, {best['high']:.3f}]"}  # fmt: skip
-                if best["law"] == "Chinchilla":
-                    cells |= {"N": f"{best['parameters']:.3g}", "D": f"{best['tokens']:.3g}"}
-            rows.append([TableCell(cells[column]) for column in COLUMNS])
-        note = f"loss: {METRICS[self.metric]}. {NOTE}"
-        return Table(f"Scaling: {self.title}", COLUMNS, rows, [note, *refused])
+            laws.append([TableCell(cells[column]) for column in LAWS])
+        note = f"loss: {METRICS[self.metric]}. {LAWS_NOTE}"
+        made = [Table(f"Scaling: {self.title}", LAWS, laws, [note, *refused], hidden=frozenset({"E"}))]
+        rows = [self._best(last) for _, last in self.frontier().groupby("architecture", sort=True).tail(1).iterrows()]
+        return [*made, Table(f"Compute-optimal: {self.title}", BEST, rows, [BEST_NOTE])] if rows else made
+
+    def _best(self, last: pd.Series) -> list[TableCell]:
+        name = str(last["architecture"])
+        law, loss = self.laws[name], f"{last['loss']:.3f} [{last['low']:.3f}, {last['high']:.3f}]"
+        shown = [name, MISSING, f"{last['flops']:.3g}", MISSING, MISSING, loss]
+        if isinstance(law, Chinchilla):
+            shown[1], shown[3], shown[4] = _interval(law.exponent), f"{last['parameters']:.3g}", f"{last['tokens']:.3g}"
+        return [TableCell(text) for text in shown]
 
     def chart(self) -> Any:
         """Altair: loss of each run against compute, and the frontiers with their intervals."""

@@ -158,7 +158,7 @@ def _checked(
             f"{values.shape[1]} values of {', '.join(quantities)} for {len(losses)} losses; one for each run"
         )
     if len(losses) < fewest:
-        raise UserError(f"{len(losses)} runs; at least {fewest}")
+        raise UserError(f"{len(losses)} run{'s' * (len(losses) != 1)}; at least {fewest}")
     for name, row in (*zip(quantities, values, strict=True), ("the loss", losses)):
         if not (np.isfinite(row) & (row > 0)).all():
             raise UserError(f"{name} of a run is not a finite number above 0")

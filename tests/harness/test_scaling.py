@@ -159,10 +159,15 @@ def test_a_study_has_a_frontier_where_there_is_a_law_and_a_reason_where_there_is
     # not beyond the runs
     own = study.runs[study.runs["architecture"] == "gru"]
     assert frontier["flops"].max() == pytest.approx(own["flops"].max())
-    shown = study.table()
-    by_name = {row[0].text: dict(zip(shown.columns, (cell.text for cell in row), strict=True)) for row in shown.rows}
+    shown, best = study.tables()
+    by_name, best_of = (
+        {row[0].text: dict(zip(table.columns, (cell.text for cell in row), strict=True)) for row in table.rows}
+        for table in (shown, best)
+    )
     assert by_name["gru"]["alpha"].startswith("0.4")
-    assert by_name["s4d"]["alpha"] == by_name["s4d"]["FLOP"] == "-"
+    assert by_name["s4d"]["alpha"] == by_name["lru"]["alpha"] == best_of["lru"]["N"] == "-"
+    assert by_name["lru"]["b in C"].startswith("0.2")
+    assert "s4d" not in best_of
     assert "s4d: no law in parameters and tokens: 3 runs; at least 10" in shown.notes
     specification = study.chart().to_dict()
     assert "FLOPs of training" in str(specification)
