@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lra.api import check as check
     from lra.api import compare as compare
     from lra.api import create_encoder as create_encoder
+    from lra.api import efficiency as efficiency
     from lra.api import import_weights as import_weights
     from lra.api import leaderboard as leaderboard
     from lra.api import list_architectures as list_architectures
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from lra.api import profile as profile
     from lra.api import prune as prune
     from lra.api import quantize as quantize
+    from lra.api import scaling as scaling
     from lra.api import train as train
     from lra.data.module import DataModule as DataModule
     from lra.errors import UserError as UserError
@@ -40,8 +42,8 @@ if TYPE_CHECKING:
 _MODULES = {
     **dict.fromkeys(
         (
-            "check", "compare", "create_encoder", "import_weights", "leaderboard", "list_architectures", "load",
-            "load_encoder", "load_task", "profile", "prune", "quantize", "train",
+            "check", "compare", "create_encoder", "efficiency", "import_weights", "leaderboard", "list_architectures",
+            "load", "load_encoder", "load_task", "profile", "prune", "quantize", "scaling", "train",
         ),
         "lra.api",
     ),

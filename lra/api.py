@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lra.data.examples import LoadedTask
     from lra.encoder import Encoder
     from lra.reports.comparison import Comparison
+    from lra.reports.scaling import Study
     from lra.results.record import RunRecord
     from lra.task import Task
     from lra.training.trained_run import TrainedRun
@@ -125,6 +126,7 @@ def train(
     loggers: Sequence[str] = (),
     init_from: str | Path | None = None,
     teacher: str | Path | None = None,
+    scorer: str | Path | None = None,
     progress: Callable[[int, int, Mapping[str, float]], None] | None = None,
 ) -> TrainedRun:
     """Train, select on validation, test once, and write the record, as `lra run` does.
@@ -132,6 +134,7 @@ def train(
     task, architecture: a registered name, `file.py:Class`, `package.module:Class`, or a class.
     overrides: recipe values by dotted key, {"train.steps": 500}. time_limit: seconds, after which the run stops with a
     checkpoint. teacher: folder of a run of the same task to imitate (train.distill_alpha, train.distill_temperature).
+    scorer: folder of a run of the same task by which examples are easy or difficult (train.curriculum).
     progress: called as progress(step, steps, metrics); without it a bar is drawn where there is a terminal.
     The other arguments are those of `lra run`.
 
@@ -149,7 +152,7 @@ def train(
         time_limit, resume, pretrain, match, Placement(devices, nodes, strategy),
         None if checkpoint_dir is None else Path(checkpoint_dir), tuple(loggers),
         init_from=None if init_from is None else Path(init_from), threads=threads,
-        teacher=None if teacher is None else Path(teacher),
+        teacher=None if teacher is None else Path(teacher), scorer=None if scorer is None else Path(scorer),
     )  # fmt: skip
     check(request, read(request)[0])
     resolved, _ = resolve(request)
@@ -221,6 +224,32 @@ def leaderboard(task: str, smoke: bool = False) -> pd.DataFrame:
     from lra.reports import leaderboard as board
 
     return board.frame(_collection(smoke).only(task=task))
+
+
+def efficiency(task: str, smoke: bool = False) -> pd.DataFrame:
+    """Accuracy over FLOPs per token, longest sequence over peak memory, and tokens per second of the ranked rows of a
+    task (lra.reports.efficiency.metrics). smoke: as of `results`. Raises UserError for a task without results."""
+    from lra.reports import efficiency as report
+    from lra.reports.ranking import Leaderboard
+
+    collection = _collection(smoke).only(task=task)
+    return report.metrics(Leaderboard.of(collection), collection.profiles)
+
+
+def scaling(task: str, *, protocol: str = "", recipe: str = "", regime: str = "", metric: str = "") -> list[Study]:
+    """The scaling studies of a task's runs, one for each protocol, data, recipe and regime: `study.laws`,
+    `study.frontier()`, `study.tables()` and `study.chart()`.
+
+    metric: "bits" per token, validation "loss" or test "error"; by default bits where the target is the next token,
+    else the loss. Raises UserError without results.
+    """
+    from lra.reports import scaling as report
+    from lra.results import result
+    from lra.results.collection import Collection
+
+    collection = Collection.read(result.folder(), *report.PLACES)
+    selected = collection.only(task=task, protocol=protocol, recipe=recipe, regime=regime)
+    return report.studies(selected.records, metric)
 
 
 def compare(a: TrainedRun | str | Path, b: TrainedRun | str | Path) -> Comparison:

@@ -50,6 +50,11 @@ class Target:
         student, teacher = (F.log_softmax(logits.float() / temperature, dim=-1) for logits in (output, taught))
         return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
+    def difficulty(self, output: Tensor, labels: Tensor) -> Tensor:
+        """-log p of the label of each example, (B,); its mean over the scored positions of an example where there are
+        several, the squared error of a real value."""
+        return F.cross_entropy(output.float(), labels, reduction="none")
+
     def predict(self, output: Tensor) -> Tensor:
         """The model's answers, in the shape of the labels."""
         return output.argmax(dim=-1)
@@ -87,6 +92,10 @@ class PositionTarget(Target):
     def imitation(self, output: Tensor, taught: Tensor, labels: Tensor, temperature: float) -> Tensor:
         scored = labels != UNSCORED
         return super().imitation(output[scored], taught[scored], labels, temperature)
+
+    def difficulty(self, output: Tensor, labels: Tensor) -> Tensor:
+        nats = F.cross_entropy(output.float().transpose(1, 2), labels, ignore_index=UNSCORED, reduction="none")
+        return nats.sum(dim=1) / (labels != UNSCORED).sum(dim=1).clamp(min=1)
 
     def right(self, output: Tensor, labels: Tensor) -> Tensor:
         return (self.predict(output) == labels)[labels != UNSCORED]
@@ -142,6 +151,9 @@ class ValueTarget(Target):
     def imitation(self, output: Tensor, taught: Tensor, labels: Tensor, temperature: float) -> Tensor:
         """The squared error between both; a real value has no temperature."""
         return F.mse_loss(self.predict(output), self.predict(taught))
+
+    def difficulty(self, output: Tensor, labels: Tensor) -> Tensor:
+        return (self.predict(output) - labels).square()
 
     def predict(self, output: Tensor) -> Tensor:
         return output.float().squeeze(-1)

@@ -21,6 +21,7 @@ from lra.cli.models import evaluate, export, generate, import_, predict
 from lra.cli.operators import bench, doctor
 from lra.cli.profile import profile
 from lra.cli.report import compare, leaderboard, report
+from lra.cli.scaling import scaling
 from lra.cli.train import run, show, sweep
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -100,7 +101,7 @@ def new_task(
 
 for command in (
     run, show, sweep, predict, generate, evaluate, export, quantize, prune, check, diagnose, claims, leaderboard,
-    compare, report, audit, profile, bench, doctor,
+    compare, scaling, report, audit, profile, bench, doctor,
 ):  # fmt: skip
     app.command()(command)
 app.command("import")(import_)

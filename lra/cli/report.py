@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -12,6 +12,10 @@ from lra import files
 from lra.cli.common import console, errors, guarded
 from lra.errors import UserError, unknown
 from lra.registry import tasks
+
+if TYPE_CHECKING:
+    from lra.reports.ranking import Leaderboard
+    from lra.results.collection import Collection
 
 FORMATS = ("md", "csv", "tex", "html")
 """Those of lra.reports.leaderboard, known before pandas is imported."""
@@ -29,6 +33,9 @@ def leaderboard(
     regime: Filter = "",
     device: Annotated[str, typer.Option(metavar="NAME", help="A part of its name, for example h200.")] = "",
     literature: Annotated[bool, typer.Option("--reported", help="Also show published results.")] = False,
+    efficiency: Annotated[
+        bool, typer.Option("--efficiency", help="Show accuracy over work, longest sequence over memory, speed.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write the files there.")] = None,
 ) -> None:
     """Print the tables of all results and write them to files; with a filter only print, in --format if given.
@@ -42,9 +49,9 @@ def leaderboard(
 
     root = result.folder()
     if task in tasks.names() and tasks.family(task) == "language":
-        if formats or out is not None or regime or literature:
+        if formats or out is not None or regime or literature or efficiency:
             raise UserError(
-                f"the tables of {task} are printed only; leave out --format, --out, --regime and --reported"
+                f"the tables of {task} are printed only; leave out --format, --out, --regime, --reported, --efficiency"
             )
         _show_language(root, task=task, protocol=protocol, recipe=recipe, device=device)
         return
@@ -65,6 +72,9 @@ def leaderboard(
     if not selected.records:
         raise UserError("no result matches all of these filters")
     ranked = Leaderboard.of(selected)
+    if efficiency:
+        _show_efficiency(ranked, selected)
+        return
     filtered = bool(task or protocol or recipe or regime or device)
     if filtered and formats and out is None:
         for form in chosen:
@@ -82,6 +92,13 @@ def leaderboard(
     path = root.parent / "README.md"
     if not filtered and out is None and (sections := readme.update(path, ranked)):
         console.print(f"updated {' and '.join(sections)} in {escape(str(path))}", soft_wrap=True)
+
+
+def _show_efficiency(board: Leaderboard, collection: Collection) -> None:
+    from lra.reports import efficiency, table
+
+    for each in efficiency.metric_tables(efficiency.metrics(board, collection.profiles)):
+        console.print(table.terminal(each), *map(escape, each.notes), sep="\n")
 
 
 def _show_language(root: Path, **filters: str) -> None:
@@ -103,13 +120,22 @@ def _show_language(root: Path, **filters: str) -> None:
 
 @guarded
 def compare(
-    first: Annotated[str, typer.Argument(metavar="A", help="A run: its id, the start of its id, or its file.")],
-    second: Annotated[str, typer.Argument(metavar="B", help="Another run.")],
+    given: Annotated[
+        list[str], typer.Argument(metavar="A B [C ...]", help="Runs: an id, the start of an id, or a file each.")
+    ],
 ) -> None:
-    """The paired difference in accuracy of two runs, with its interval and p, and the settings that differ."""
+    """The paired difference in accuracy of two runs, with its interval and p, and the settings that differ.
+
+    More than two runs are a ladder: those that differ in the seed only are one row, compared with the row before."""
+    if len(given) < 2:
+        raise UserError("give at least two runs to compare")
     from lra.reports import comparison, table
 
-    runs = comparison.compare(first, second)
+    if len(given) > 2:
+        steps = comparison.ladder(given)
+        console.print(table.terminal(steps), *map(escape, steps.notes), sep="\n")
+        return
+    runs = comparison.compare(given[0], given[1])
     console.print(escape(str(runs)))
     if runs.fields:
         console.print(table.terminal(runs.table()))

@@ -131,6 +131,9 @@ def run(
     teacher: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Imitate the model of a run (knowledge distillation).")
     ] = None,
+    scorer: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Order examples by their difficulty for it (train.curriculum).")
+    ] = None,
     dry_run: DryRun = False,
     search: Annotated[str, typer.Option(hidden=True)] = "",
     select_only: Annotated[bool, typer.Option("--select-only", hidden=True)] = False,
@@ -142,7 +145,7 @@ def run(
     request = Request(
         task, architecture, recipe, seed, protocol, settings_of(settings), source, seconds_of(time_limit), resume,
         pretrain, match, Placement(devices, nodes, strategy), checkpoint_dir, tuple(logger or ()), _search(search),
-        select_only, init_from, process_start(), threads, teacher,
+        select_only, init_from, process_start(), threads, teacher, scorer,
     )  # fmt: skip
     with _stopping_on_signals(request):
         _run(request, dry_run)
@@ -222,7 +225,7 @@ def _show_plan(request: Request, recipe: Recipe) -> None:
     show(f"data are in {prepared.folder}")
     settings = {key: parse_setting(text) for key, text in (request.settings or {}).items()}
     options = {"pretrain": request.pretrain, "match": request.match, "init-from": str(request.init_from or ""),
-               "teacher": str(request.teacher or "")}  # fmt: skip
+               "teacher": str(request.teacher or ""), "scorer": str(request.scorer or "")}  # fmt: skip
     cell = Cell(
         request.task_name, request.architecture_name, request.seed, request.recipe_name, settings,
         {key: value for key, value in options.items() if value}, request.protocol,

@@ -136,16 +136,22 @@ def build_on_meta(build: Callable[[], Built]) -> Built:
             return build()
 
 
+def flops_of_example(model: Classifier, recipe: Recipe, protocol: Protocol) -> float:
+    """FLOPs of training on one full-length example, forward and backward, by the formula of the architecture. Raises
+    NotImplementedError for one without."""
+    size = recipe.data.batch_size / recipe.train.accumulate
+    return 3 * model.cost(protocol.length).of_batch(size).total / size
+
+
 def _cost(kind: str, model: Classifier, recipe: Recipe, protocol: Protocol) -> float:
     parameters = _size(model)
     if kind == "params":
         return float(parameters)
-    size = recipe.data.batch_size / recipe.train.accumulate
     if kind == "flops":
         try:
-            return 3 * model.cost(protocol.length).of_batch(size).total / size
+            return flops_of_example(model, recipe, protocol)
         except NotImplementedError:
             raise UserError(f"--match flops: {recipe.architecture} declares no cost; match params or memory") from None
-    rows = size * model.towers
+    rows = recipe.data.batch_size / recipe.train.accumulate * model.towers
     tokens = rows * protocol.length * recipe.model.d_model
     return 16.0 * parameters + 4.0 * tokens * ACTIVATIONS * (1 if recipe.train.checkpointing else recipe.n_layers)

@@ -18,6 +18,7 @@ OPTIMISERS = ("adamw", "adam", "sgd", "adafactor", "muon", "lion", "sophia", "sc
 OWN_BETAS = {"lion": (0.9, 0.99), "sophia": (0.965, 0.99)}
 """Default betas of optimisers whose authors recommend others than Adam's."""
 OBJECTIVES = ("none", "mlm", "causal")
+CURRICULA = ("length", "difficulty", "dynamic")
 PRETRAINING_LOSSES = ("auto", "cross_entropy", "l1")
 
 
@@ -159,9 +160,14 @@ class Train:
 
     accumulate: micro-batches per optimiser step; checkpointing: recompute the activations of each block in the backward
     pass; compile: torch.compile the encoder. tbptt: chunk length in tokens of truncated backpropagation through time (0
-    = off). curriculum_steps: number of first steps in which the length limit grows from curriculum_length tokens to the
-    protocol's length. distill_alpha, distill_temperature: with a teacher (--teacher), the weight of imitating it, and
-    the temperature of both outputs.
+    = off). distill_alpha, distill_temperature: with a teacher (--teacher), the weight of imitating it, and the
+    temperature of both outputs.
+
+    curriculum: the order of the examples. "length": in the first curriculum_steps steps (0 = off) the length limit
+    grows from curriculum_length tokens to the protocol's length. "difficulty": the examples, sorted by their
+    difficulty for another run (--scorer), are cut into curriculum_bins bins; training begins with the easiest, and in
+    the first curriculum_steps steps the others are added one by one. "dynamic": the share of hard examples, the harder
+    half, in a batch is the accuracy of the last validation (lra.data.curriculum).
     """
 
     steps: int = 1000
@@ -173,8 +179,10 @@ class Train:
     tbptt: int = unhashed(0)
     distill_alpha: float = unhashed(0.5)
     distill_temperature: float = unhashed(2.0)
+    curriculum: str = unhashed("length")
     curriculum_length: int = unhashed(0)
     curriculum_steps: int = unhashed(0)
+    curriculum_bins: int = unhashed(5)
 
     def __post_init__(self) -> None:
         _check_at_least(self, 1, "steps", "evaluate_every", "accumulate")
@@ -184,8 +192,21 @@ class Train:
             raise UserError(f"train.distill_alpha is {self.distill_alpha}; from 0 to 1")
         if not 0 < self.distill_temperature < math.inf:
             raise UserError(f"train.distill_temperature is {self.distill_temperature}; more than 0")
-        if bool(self.curriculum_length) != bool(self.curriculum_steps):
+        _check_choice(self, "curriculum", CURRICULA)
+        _check_at_least(self, 2, "curriculum_bins")
+        if self.curriculum == "length" and bool(self.curriculum_length) != bool(self.curriculum_steps):
             raise UserError("train.curriculum_length and train.curriculum_steps go together; give both or neither")
+        if self.curriculum != "length" and self.curriculum_length:
+            raise UserError(
+                f"train.curriculum_length is of train.curriculum=length, not {self.curriculum}; leave it out"
+            )
+        if self.curriculum == "difficulty" and self.curriculum_steps < self.curriculum_bins - 1:
+            raise UserError(
+                f"train.curriculum_steps is {self.curriculum_steps}; at least {self.curriculum_bins - 1}, so that each "
+                f"of {self.curriculum_bins} bins has a step (train.curriculum=difficulty)"
+            )
+        if self.curriculum == "dynamic" and self.curriculum_steps:
+            raise UserError("train.curriculum_steps: a dynamic curriculum lasts as long as the training; leave it out")
 
 
 @dataclass(frozen=True)

@@ -381,6 +381,34 @@ def by_test_length(frame: pd.DataFrame, title: str, guess: float | None, interac
     return alt.layer(chance, lines).properties(width="container", height=180, title=title)
 
 
+def frontier(runs: pd.DataFrame, lines: pd.DataFrame, label: str, title: str) -> alt.ConcatChart:
+    """Loss of runs against FLOPs of training as dots, and the compute-optimal loss as a line with its interval; a panel
+    for each `LINES` architectures. runs, lines: as of `lra.reports.scaling.Study`; label: what the loss is."""
+    low, high = float(runs["loss"].min()), float(runs["loss"].max())
+    domain = [low / 1.05, high * 1.05]
+    x = alt.X(
+        "flops:Q", title="FLOPs of training", scale=alt.Scale(type="log"), axis=alt.Axis(format=".0e", tickCount=5)
+    )
+    scale = alt.Scale(type="log", domain=domain, nice=False)
+    y = alt.Y("loss:Q", title=label, scale=scale, axis=alt.Axis(format="~g", tickCount=6))
+    tip = [
+        alt.Tooltip("architecture:N"), alt.Tooltip("parameters:Q", format=".3~s"),
+        alt.Tooltip("tokens:Q", format=".3~s"), alt.Tooltip("flops:Q", format=".3~s", title="FLOPs"),
+        alt.Tooltip("loss:Q", format=".4~g"),
+    ]  # fmt: skip
+    layered = []
+    names = sorted(runs["architecture"].unique())
+    for chunk in (names[i : i + LINES] for i in range(0, len(names), LINES)):
+        identity = _identity("architecture", chunk, narrow=True)
+        of_runs, of_lines = (alt.Chart(part[part["architecture"].isin(chunk)]) for part in (runs, lines))
+        ends = alt.Y("low:Q", title=label, scale=scale)
+        bands = of_lines.mark_area(opacity=0.15, clip=True).encode(x=x, y=ends, y2="high:Q", color=identity["color"])
+        best = of_lines.mark_line(clip=True).encode(x=x, y=y, color=identity["color"], tooltip=tip)
+        dots = of_runs.mark_point(filled=True, size=40, opacity=0.8).encode(x=x, y=y, tooltip=tip, **identity)
+        layered.append(alt.layer(bands, best, dots))
+    return figure(layered, title, width=PAPER)
+
+
 def _length_axis(lengths: pd.Series, title: str) -> alt.X:
     """A logarithmic axis with a tick at each length."""
     values = sorted(int(n) for n in lengths.unique())

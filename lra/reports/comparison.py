@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from lra.results import result
 from lra.results.collection import Collection, Predictions, load_run
 from lra.results.official import differences, recipe_settings
 from lra.results.record import RunRecord
-from lra.results.statistics import Estimate, mcnemar, paired_difference
+from lra.results.statistics import Estimate, difference_of_means, mcnemar, paired_difference
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,94 @@ def compare(a: RunRecord | Path | str, b: RunRecord | Path | str, collection: Co
     )  # fmt: skip
 
 
+Rung = list[tuple[RunRecord, Predictions | None]]
+"""Runs that differ in the seed only."""
+LADDER = ("architecture", "seeds", "params", "FLOP", "score", "difference", "low", "high", "over")
+LADDER_NOTE = (
+    "score: {unit}. difference: to the row before, with the ends of its 95 % interval, over seeds (Welch's t) where "
+    "both rows have two or more runs, else over test examples of the first run of each, which says nothing of other "
+    "seeds. FLOP: of training, forward and backward at full length"
+)
+EQUAL = 1.1
+"""Factor in compute up to which the rows of a ladder count as equal."""
+
+
+def ladder(runs: Sequence[RunRecord | Path | str], collection: Collection | None = None) -> Table:
+    """A row for each architecture and its settings, in the order given, with the difference to the row before.
+
+    runs: as of `compare`; those that differ in the seed only are one row. Raises UserError for fewer than two rows and
+    for runs of different tasks, protocols or data.
+    """
+    steps: dict[tuple[str, str], Rung] = {}
+    if collection is None and not all(_is_file(run) for run in runs):
+        collection = Collection.read(result.folder(), *result.PLACES)
+    for record, predictions in (_load(run, collection) for run in runs):
+        steps.setdefault((record.architecture, record.recipe_hash), []).append((record, predictions))
+    rows = list(steps.values())
+    if len(rows) < 2:
+        raise UserError("a ladder has at least two rows: runs of different architectures or settings")
+    first = rows[0][0][0]
+    for record, _ in (run for row in rows for run in row):
+        if (other := _tested(record)) != (own := _tested(first)):
+            raise UserError(f"{record.id} was tested on {' '.join(other)}, {first.id} on {' '.join(own)}")
+    in_bits = all(record.test.bits is not None for row in rows for record, _ in row)
+    cells = [
+        _rung(row, before, in_bits, len({name for name, _ in steps}) < len(rows))
+        for row, before in zip(rows, [None, *rows[:-1]], strict=True)
+    ]
+    compute = [work for row in rows if (work := _compute(row[0][0]))]
+    notes = [LADDER_NOTE.format(unit="bits per token, lower is better" if in_bits else "test accuracy in %")]
+    if len(compute) == len(rows) and (ratio := max(compute) / min(compute)) > EQUAL:
+        notes.append(f"compute is not equal: {ratio:.2f} times as much in one row as in another")
+    title = f"{first.task} ({first.protocol.name}), recipe {first.recipe.name}: step by step"
+    return Table(title, LADDER, [[TableCell(text) for text in row] for row in cells], notes)
+
+
+def _rung(row: Rung, before: Rung | None, in_bits: bool, with_hash: bool) -> list[str]:
+    record, digits = row[0][0], 3 if in_bits else 2
+    scores, compute = _scores(row, in_bits), _compute(record)
+    label = f"{record.architecture} #{record.recipe_hash[:6]}" if with_hash else record.architecture
+    shown = [
+        label, str(len(row)), f"{record.parameters:,}", f"{compute:.3g}" if compute else "-",
+        f"{sum(scores) / len(scores):.{digits}f}",
+    ]  # fmt: skip
+    change = None if before is None else _change(row, before, in_bits)
+    if change is None:
+        return [*shown, "-", "-", "-", "-"]
+    return [*shown, *(f"{number:+.{digits}f}" for number in (change.mean, change.low, change.high)), change.source]
+
+
+def _change(row: Rung, before: Rung, in_bits: bool) -> Estimate | None:
+    """The difference of two rows in the unit of their scores; None where it has no interval."""
+    if len(row) > 1 and len(before) > 1:
+        return difference_of_means(_scores(row, in_bits), _scores(before, in_bits))
+    (a, one), (b, two) = row[0], before[0]
+    if in_bits:
+        halves = [None if run.test.bits_high is None else run.test.bits_high - (run.test.bits or 0.0) for run in (a, b)]
+        if None in halves:
+            return None
+        # as if the examples were not the same, which can only be too wide
+        mean, half = (a.test.bits or 0.0) - (b.test.bits or 0.0), math.hypot(*(h for h in halves if h is not None))
+        return Estimate(mean, mean - half, mean + half, 1, "test set")
+    if one is None or two is None or not np.array_equal(one.example, two.example):
+        return None
+    d = paired_difference(one.correct, two.correct)
+    return Estimate(100 * d.mean, 100 * d.low, 100 * d.high, 1, d.source)
+
+
+def _scores(row: Rung, in_bits: bool) -> list[float]:
+    return [(record.test.bits or 0.0) if in_bits else 100 * record.test.accuracy for record, _ in row]
+
+
+def _compute(record: RunRecord) -> float:
+    """FLOPs of training; 0 where they are unknown."""
+    return (record.flops.forward_backward or 0.0) * record.speed.examples
+
+
+def _tested(record: RunRecord) -> tuple[str, ...]:
+    return record.task, record.protocol.name, record.data.checksum[:8]
+
+
 def find(collection: Collection, name: str) -> RunRecord:
     """The record with an id, or with the only id that begins like that. Raises UserError."""
     by_id = {record.id: record for record in collection.records}
@@ -91,11 +180,15 @@ def find(collection: Collection, name: str) -> RunRecord:
 
 
 def _load(run: RunRecord | Path | str, collection: Collection | None) -> tuple[RunRecord, Predictions | None]:
-    if isinstance(run, Path) or (isinstance(run, str) and run.endswith(".json")):
+    if not isinstance(run, RunRecord) and _is_file(run):
         return load_run(Path(run))
     collection = collection or Collection.read(result.folder(), *result.PLACES)
-    record = find(collection, run) if isinstance(run, str) else run
+    record = run if isinstance(run, RunRecord) else find(collection, str(run))
     return record, collection.predictions.get(record.id)
+
+
+def _is_file(run: RunRecord | Path | str) -> bool:
+    return isinstance(run, Path) or (isinstance(run, str) and run.endswith(".json"))
 
 
 def _fields(record: RunRecord) -> dict[str, str]:

@@ -8,7 +8,7 @@ MFU         counted forward and backward FLOPs per second over the rate of the f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ from scipy import stats
 from lra.config.match import build_on_meta
 from lra.errors import UserError
 from lra.registry import PLUGIN, architectures
+from lra.reports.ranking import Leaderboard
 from lra.reports.table import Table, TableCell
 from lra.results import profile as stored
 from lra.results.profile import CLOSE, AnyProfile, FailedProfile, Profile, agreed, machine_name
@@ -315,6 +316,63 @@ def figures(profiles: Sequence[AnyProfile]) -> Iterator[tuple[str, Any]]:
         for key, (column, what, unit) in CURVES.items():
             panels = charts.growth(table, column, unit, interactive=False)
             yield f"{stem}-{key}", charts.figure(panels, f"{what}: {title(shape)}")
+
+
+METRICS = (
+    "task", "protocol", "recipe", "regime", "device", "architecture", "accuracy", "flops_per_token",
+    "points_per_mflop_per_token", "longest_length", "longest_peak_bytes", "longest_per_peak_mib", "tokens_per_second",
+)  # fmt: skip
+METRIC_COLUMNS = ("architecture", "acc %", "MFLOP/token", "points/MFLOP", "longest", "MiB", "tokens/MiB", "tokens/s")
+METRICS_NOTE = (
+    "points/MFLOP: accuracy in points over forward MFLOPs for each token; tokens/MiB: tokens of the longest sequences "
+    "profiled over the peak memory of their training step; tokens/s: of the profiled training step nearest in length. "
+    "One machine's profile; - where nothing was measured"
+)
+
+
+def metrics(board: Leaderboard, profiles: Sequence[AnyProfile]) -> pd.DataFrame:
+    """Performance over FLOPs per token, longest sequence over peak memory, and tokens per second of each ranked row.
+
+    Columns as in METRICS; empty where nothing was measured. longest: of the profiles of an architecture at the shape
+    and on the machine of its row; of several sequences in a batch the tokens are added up.
+    """
+    cells = by_architecture(profiles)
+    rows = []
+    for group, ranked in board.groups.items():
+        for row in ranked:
+            per_token = row.flops / row.length if row.flops and row.length else None
+            speed = longest = peak = ratio = None
+            if row.profile is not None:
+                last = cells[shape_of(row.profile), row.profile.cell.architecture][-1]
+                speed, longest, peak = row.profile.tokens_per_second, last.cell.length, last.memory.peak_bytes
+                ratio = last.cell.batch * longest / (peak / 2**20)
+            rows.append(
+                (group.task, group.protocol, group.recipe_name, group.regime, group.device, row.label,
+                 row.accuracy.mean, per_token, row.points_per_work, longest, peak, ratio, speed)
+            )  # fmt: skip
+    frame = pd.DataFrame(rows, columns=list(METRICS))
+    return frame.astype({"longest_length": "Int64"} | dict.fromkeys((*METRICS[7:9], *METRICS[10:]), "float64"))
+
+
+def metric_tables(frame: pd.DataFrame) -> list[Table]:
+    """The tables of `metrics`, one for each group of comparable rows."""
+    made = []
+    for key, rows in frame.groupby(list(METRICS[:5]), sort=False):
+        task, protocol, recipe, regime, device = key
+        forms: tuple[tuple[str, Callable[[Any], str]], ...] = (
+            ("architecture", str), ("accuracy", lambda v: f"{100 * v:.2f}"),
+            ("flops_per_token", lambda v: f"{v / 1e6:.3g}"), ("points_per_mflop_per_token", "{:.3g}".format),
+            ("longest_length", "{:,}".format), ("longest_peak_bytes", lambda v: f"{v / 2**20:,.0f}"),
+            ("longest_per_peak_mib", "{:,.0f}".format),
+            ("tokens_per_second", "{:,.0f}".format),
+        )  # fmt: skip
+        cells = [
+            [TableCell("-" if pd.isna(row[name]) else form(row[name])) for name, form in forms]
+            for _, row in rows.iterrows()
+        ]
+        title = f"Efficiency: {task} ({protocol}), recipe {recipe}, {regime}, {device}"
+        made.append(Table(title, METRIC_COLUMNS, cells, [METRICS_NOTE]))
+    return made
 
 
 OVERVIEW = ("transformer", "local", "performer", "hyena", "gru", "s4d", "mamba", "moe")

@@ -27,7 +27,7 @@ from lra.registry import architectures
 from lra.results.record import RunRecord
 
 OFFICIAL, MODIFIED, EARLIER, OWN = "official", "modified", "earlier recipe", "own recipe"
-OPTIONS = ("--set", "--match", "--pretrain", "--init-from", "--teacher")
+OPTIONS = ("--set", "--match", "--pretrain", "--init-from", "--teacher", "--scorer")
 """Options of `lra run` that change settings of a recipe."""
 ABSENT = "-"
 
@@ -72,7 +72,7 @@ def changed_settings(recipe: Recipe) -> dict[str, Any] | None:
     if shipped is None:
         return None
     used, official = (dict(_leaves(_settings(r.as_dict()))) for r in (recipe, shipped))
-    if recipe.regime.startswith(("warm start", "distilled")):
+    if recipe.regime.startswith(("warm start", "distilled", "curriculum")):
         used, official = used | {"regime": recipe.regime}, official | {"regime": shipped.regime}
     return {
         key: official.get(key) for key in sorted(used.keys() | official.keys()) if used.get(key) != official.get(key)

@@ -250,6 +250,9 @@ class RunRecord(Part, frozen=True, kw_only=True):
     wall_seconds are then those of the original's training. refused_implementations: kernels that failed their parity
     check. seal: SHA-256 of all other fields.
 
+    curriculum: of examples by their difficulty, the run that scored them, the bins with their numbers of examples and
+    mean difficulties, and the share of hard examples from each step on where it follows the accuracy.
+
     Of a generated task: tests, the scores on the further test splits of the protocol, by name; chance and plateaus,
     shares of right answers of a guess and of what is learnt first, by what that is.
 
@@ -297,6 +300,7 @@ class RunRecord(Part, frozen=True, kw_only=True):
     resumed: bool = False
     init_from: dict[str, Any] | None = None
     distillation: dict[str, Any] | None = None
+    curriculum: dict[str, Any] | None = None
     compression: dict[str, Any] | None = None
     tests: dict[str, Score] = field(default_factory=dict)
     chance: Share | None = None

@@ -90,7 +90,7 @@ def measure(cell: Cell) -> dict[str, float]:
     from lra.training.module import Training
     from lra.training.pretraining import Pretraining
     from lra.training.request import resolve
-    from lra.training.run import check_operators, load_teacher
+    from lra.training.run import check_operators, load_scorer, load_teacher
 
     recipe, _ = resolve(cell.request())
     constructor = architectures.get(cell.architecture)
@@ -122,6 +122,8 @@ def measure(cell: Cell) -> dict[str, float]:
     evaluations = recipe.train.steps // min(recipe.train.evaluate_every, recipe.train.steps) + 1
     scored = evaluations * len(validation) + (recipe.data.test_examples or len(prepared.split("test")))
     total += scored * _time_evaluation(model, recipe, validation)
+    if (scorer := load_scorer(cell.request(), recipe, prepared)) is not None and isinstance(data, DeviceSet):
+        total += len(data) * _time_evaluation(scorer.model, recipe, data)
     return {"seconds": total, "bytes": float(peak.read()["peak_bytes"])}
 
 

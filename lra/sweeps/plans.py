@@ -1,7 +1,7 @@
 """Sweep files: grids of tasks, architectures, seeds and settings; each cell is one run.
 
     tasks = ["listops"]
-    architectures = ["gru", "s4*"]           names, or patterns of registered names
+    architectures = ["gru", "s4*"]           names, or patterns of registered names; one with a slash: of variants
     seeds = [0, 1]
     recipe = "quick"
     retries = 1                              how often a failed run is repeated
@@ -12,6 +12,11 @@
     "optim.lr" = [1e-3, 3e-3]
     [run]                                    other options of `lra run`, by name
     "time-limit" = "2h"
+
+    flops = [1e12, 4e12]                     budgets of training FLOPs, of which each is run (above the tables)
+
+A budget sets train.steps to what it pays for, by the formula of the architecture, forward and backward at the full
+length of the protocol; train.evaluate_every and optim.warmup change in proportion to the recipe's steps.
 
 [search] samples settings instead of enumerating them (lra.sweeps.search). A cell that has a result is finished and not
 run again. A file may hold several grids as [[part]] tables with these keys; keys above the first part apply to all
@@ -28,7 +33,7 @@ import shlex
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +41,10 @@ from lra.errors import UserError, brief, unknown
 
 if TYPE_CHECKING:
     from lra.training.request import Request
-KEYS = ("tasks", "architectures", "seeds", "recipe", "protocol", "retries", "set", "grid", "run", "search", "device")
+KEYS = (
+    "tasks", "architectures", "seeds", "recipe", "protocol", "retries", "flops", "set", "grid", "run", "search",
+    "device",
+)  # fmt: skip
 DEVICES = {"": "", "gpu": "cuda", "cpu": "cpu"}
 TYPES = {
     "set": dict, "grid": dict, "run": dict, "search": dict, "recipe": str, "protocol": str, "device": str,
@@ -54,6 +62,7 @@ RUN_OPTIONS = (
     "logger",
     "from",
     "teacher",
+    "scorer",
 )
 
 
@@ -91,8 +100,10 @@ class Cell:
         from lra.training.request import Request
 
         settings = {k: json.dumps(v) for k, v in self.settings.items()}
-        names = ("pretrain", "match", "init-from", "teacher")
-        pretrain, match, initial, teacher = (str(self.options.get(key, "")) for key in names)
+        pretrain, match = (str(self.options.get(key, "")) for key in ("pretrain", "match"))
+        initial, teacher, scorer = (
+            Path(str(run)) if (run := self.options.get(key)) else None for key in ("init-from", "teacher", "scorer")
+        )
         return Request(
             self.task,
             self.architecture,
@@ -102,8 +113,9 @@ class Cell:
             settings,
             pretrain=pretrain,
             match=match,
-            init_from=Path(initial) if initial else None,
-            teacher=Path(teacher) if teacher else None,
+            init_from=initial,
+            teacher=teacher,
+            scorer=scorer,
         )
 
 
@@ -185,19 +197,58 @@ def _cells(content: Mapping[str, Any], path: Path, limit: int) -> list[Cell]:
 
     if device and DEVICES[device] != devices.device_type():
         return []
-    count = math.prod(len(values) for values in (*lists.values(), *grid.values()))
+    budgets = content.get("flops", [])
+    if not isinstance(budgets, list) or not all(type(f) in (int, float) and 0 < f < math.inf for f in budgets):
+        raise UserError(f"{path}: flops is {brief(budgets)}; a list of numbers above 0")
+    own = {"train.steps", "train.evaluate_every", "optim.warmup"} & {*content.get("set", {}), *grid}
+    if budgets and (own or content.get("search")):
+        raise UserError(f"{path}: flops sets the steps of each run; leave out {', '.join(sorted(own)) or '[search]'}")
+    count = math.prod(len(values) for values in (*lists.values(), *grid.values(), budgets or [0]))
     if count > limit:
         raise UserError(f"{path} asks for {count:,} runs; a sweep has at most {MAX_CELLS:,}")
     from lra.config.recipe import check_json
 
     settings = {part: check_json(content.get(part, {}), f"{path}: {part}") for part in ("set", "grid")}
     recipe, protocol = content.get("recipe", "auto"), content.get("protocol", "")
-    return [
-        Cell(task, architecture, seed, recipe, settings["set"] | dict(combination), content.get("run", {}), protocol)
+    cells = [
+        Cell(task, architecture, 0, recipe, settings["set"] | dict(combination), content.get("run", {}), protocol)
         for task, architecture in itertools.product(lists["tasks"], lists["architectures"])
         for combination in _combinations(settings["grid"])
-        for seed in lists["seeds"]
     ]
+    if budgets:
+        cells = [paid for cell in cells for paid in _within(cell, budgets)]
+    return [replace(cell, seed=seed) for cell in cells for seed in lists["seeds"]]
+
+
+def _within(cell: Cell, budgets: list[float]) -> Iterator[Cell]:
+    """The cell with the steps that each budget of training FLOPs pays for. Raises UserError where it pays for none."""
+    from lra.config.match import build_on_meta, flops_of_example
+    from lra.data import prepared_sets
+    from lra.registry import architectures, tasks
+    from lra.training.construction import build
+    from lra.training.request import resolve
+
+    recipe, _ = resolve(cell.request())
+    task, protocol = prepared_sets.resolve(tasks.get(cell.task)(), recipe.data.protocol or None)
+    model = build_on_meta(lambda: build(recipe, architectures.get(cell.architecture), task, protocol, 0))
+    try:
+        of_step = recipe.data.batch_size * flops_of_example(model, recipe, protocol)
+    except NotImplementedError:
+        raise UserError(f"flops: {cell.architecture} declares no cost; set train.steps for it") from None
+    train = recipe.train
+    validations = max(1, round(train.steps / min(train.evaluate_every, train.steps)))
+    for budget in budgets:
+        # whole intervals, so that the last step is validated
+        every = round(budget / of_step / validations)
+        if not every:
+            raise UserError(
+                f"flops: {budget:.3g} pay for {budget / of_step:.2g} steps of {cell.architecture} on {cell.task}, with "
+                f"{validations} validations; at least {validations * of_step:.3g}"
+            )
+        steps = every * validations
+        warmup = math.ceil(recipe.optim.warmup * steps / train.steps)
+        paid = {"train.steps": steps, "train.evaluate_every": every, "optim.warmup": warmup}
+        yield replace(cell, settings={**cell.settings, **paid})
 
 
 def _matching(entry: str, path: Path) -> list[str]:
@@ -206,7 +257,7 @@ def _matching(entry: str, path: Path) -> list[str]:
         return [entry]
     from lra.registry import architectures
 
-    if names := fnmatch.filter(architectures.names(), entry):
+    if names := fnmatch.filter(architectures.names(variants="/" in entry), entry):
         return names
     raise UserError(f"{path}: no architecture matches {entry!r}; see `lra list`")
 

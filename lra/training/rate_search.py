@@ -21,13 +21,18 @@ Trial = dict[str, Any]
 
 
 def trial_recipe(recipe: Recipe, rate: float) -> Recipe:
-    """The short run at one rate: `search.share` of the steps, warm-up and schedule shortened alike, one validation."""
+    """The short run at one rate: `search.share` of the steps, warm-up, schedule and curriculum shortened alike, one
+    validation. A dynamic curriculum, which follows validations, is left out."""
     share = recipe.search.share
     steps = max(1, math.ceil(recipe.train.steps * share))
+    train = replace(recipe.train, steps=steps, evaluate_every=steps)
+    if train.curriculum == "dynamic":
+        train = replace(train, curriculum="length")
+    elif train.curriculum_steps:
+        fewest = train.curriculum_bins - 1 if train.curriculum == "difficulty" else 1
+        train = replace(train, curriculum_steps=max(fewest, math.ceil(train.curriculum_steps * share)))
     return replace(
-        recipe,
-        optim=replace(recipe.optim, lr=rate, warmup=math.ceil(recipe.optim.warmup * share)),
-        train=replace(recipe.train, steps=steps, evaluate_every=steps),
+        recipe, optim=replace(recipe.optim, lr=rate, warmup=math.ceil(recipe.optim.warmup * share)), train=train
     )
 
 

@@ -40,7 +40,8 @@ class Request:
     pretrain: "" as the recipe says, else one of OBJECTIVES. match: a budget to solve the width for (lra.config.match).
     checkpoint_dir: folder for checkpoints, by default the run's own. search: how these settings were searched for.
     select_only: stop before the test set is read. init_from: run, exported folder or file with the initial weights.
-    teacher: folder of the run that this one imitates (knowledge distillation).
+    teacher: folder of the run that this one imitates (knowledge distillation). scorer: folder of the run that says how
+    difficult each training example is (train.curriculum).
     threads: number of CPU threads, by default those of OMP_NUM_THREADS, else one for each core.
     """
 
@@ -64,6 +65,7 @@ class Request:
     created: float = field(default_factory=time.monotonic, compare=False)
     threads: int = 0
     teacher: Path | None = None
+    scorer: Path | None = None
 
     @property
     def task_name(self) -> str:
@@ -106,6 +108,7 @@ class Request:
             ("checkpoint-dir", self.checkpoint_dir, None),
             ("init-from", self.init_from, None),
             ("teacher", self.teacher, None),
+            ("scorer", self.scorer, None),
         ):
             words += [f"--{name}", str(given)] if given != default else []
         return shlex.join([*words, *more])
@@ -140,6 +143,7 @@ def read(request: Request) -> tuple[Recipe, dict[str, str]]:
     regimes = []
     for name, option, source in (
         ("warm start", "--init-from", request.init_from), ("distilled", "--teacher", request.teacher),
+        ("curriculum", "--scorer", request.scorer),
     ):  # fmt: skip
         if source is not None:
             from lra.training import warm_start
@@ -203,6 +207,13 @@ def check(request: Request, recipe: Recipe) -> None:
         raise UserError(f"seed is {brief(request.seed)}; a whole number from 0 to {LARGEST_SEED}")
     if type(request.threads) is not int or not 0 <= request.threads <= MAX_THREADS:
         raise UserError(f"threads is {brief(request.threads)}; a whole number up to {MAX_THREADS}, 0 for the default")
+    curriculum = recipe.train.curriculum
+    if (curriculum == "length") != (request.scorer is None):
+        raise UserError(
+            f"train.curriculum={curriculum} orders examples by their difficulty for a run: name it with --scorer"
+            if request.scorer is None
+            else "--scorer is for train.curriculum=difficulty and train.curriculum=dynamic; set one, or leave it out"
+        )
     kind = device.device_type()
     if recipe.train.precision == "fp16" and kind != "cuda":
         raise UserError("train.precision=fp16 needs a GPU, and PyTorch finds none here; use bf16 or 32")

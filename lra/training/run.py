@@ -31,10 +31,12 @@ from lra.results import environment, result
 from lra.source import digest
 from lra.training import construction, distributed, run_folder, stages, trained_run, warm_start
 from lra.training.callbacks import StepProgress
+from lra.training.curriculum import FILE, Scorer
 from lra.training.device import device
 from lra.training.request import Request, check, checkpoint_folder, folder_of, resolve, result_folder
 from lra.training.run_record import record
 from lra.training.stages import RunContext, TrainingResult
+from lra.training.trained_run import TrainedRun
 
 
 def run(request: Request, console: Console | None = None, progress: StepProgress | None = None) -> Path:
@@ -87,12 +89,13 @@ def _run(
         if initial is not None:
             console.print(escape(warm_start.summary(initial)), soft_wrap=True)
         teacher, taught = load_teacher(request, recipe, prepared)
+        scorer = load_scorer(request, recipe, prepared)
         refused = check_operators(model, prepared, constructor)
     started, clock = datetime.now(UTC), time.perf_counter()
     with _explain_failures(recipe), run_folder.opened(request, recipe, folder, leads, digest(constructor.source)):
         context = RunContext(
             device(), folder, checkpoint_folder(request, folder), console, request.seed, request.placement,
-            request.loggers, request.deadline, request.resume, progress, teacher,
+            request.loggers, request.deadline, request.resume, progress, teacher, scorer,
         )  # fmt: skip
         trained = stages.train(recipe, prepared, model, context)
         scores = stages.score(recipe, prepared, trained, context, test=not request.select_only)
@@ -110,7 +113,8 @@ def _run(
         )  # fmt: skip
         path = result.write(content, scores["predictions"], result.folder(), result.place_of(recipe))
         run_folder.finish(folder, path)
-        (context.checkpoints / "last.ckpt").unlink(missing_ok=True)
+        for name in ("last.ckpt", FILE):
+            (context.checkpoints / name).unlink(missing_ok=True)
     return path
 
 
@@ -118,13 +122,7 @@ def load_teacher(request: Request, recipe: Recipe, prepared: Prepared) -> tuple[
     """The model to imitate, and the field of the record that describes it. Raises UserError for one of other data."""
     if request.teacher is None:
         return None, {}
-    teacher = trained_run.load(request.teacher)
-    its, own = (teacher.task.name, teacher.protocol.name), (prepared.task.name, prepared.protocol.name)
-    if its != own:
-        raise UserError(
-            f"--teacher {request.teacher} was trained on {its[0]} ({its[1]}), and this run is on {own[0]} ({own[1]}); "
-            "give a run of the same task and protocol"
-        )
+    teacher = _load_run("--teacher", request.teacher, prepared)
     record = teacher.record
     about = {
         "teacher": str(request.teacher), "id": record.id, "architecture": record.architecture,
@@ -132,6 +130,31 @@ def load_teacher(request: Request, recipe: Recipe, prepared: Prepared) -> tuple[
         "temperature": recipe.train.distill_temperature,
     }  # fmt: skip
     return teacher.model.to(device()).eval(), {"distillation": about}
+
+
+def load_scorer(request: Request, recipe: Recipe, prepared: Prepared) -> Scorer | None:
+    """The run that says how difficult the training examples are. Raises UserError for one of other data."""
+    if request.scorer is None:
+        return None
+    run = _load_run("--scorer", request.scorer, prepared)
+    record = run.record
+    about = {
+        "kind": recipe.train.curriculum, "scorer": str(request.scorer), "id": record.id,
+        "architecture": record.architecture, "accuracy": record.test.accuracy, "parameters": record.parameters,
+    }  # fmt: skip
+    return Scorer(run.model.to(device()).eval(), about)
+
+
+def _load_run(option: str, folder: Path, prepared: Prepared) -> TrainedRun:
+    """The run of an option. Raises UserError where its task or protocol is not that of the prepared set."""
+    run = trained_run.load(folder)
+    its, own = (run.task.name, run.protocol.name), (prepared.task.name, prepared.protocol.name)
+    if its != own:
+        raise UserError(
+            f"{option} {folder} was trained on {its[0]} ({its[1]}), and this run is on {own[0]} ({own[1]}); "
+            "give a run of the same task and protocol"
+        )
+    return run
 
 
 def _announce(

@@ -20,13 +20,14 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from rich.console import Console
 
 from lra.config.recipe import Recipe
-from lra.data.batches import DeviceSet, EvaluationLoader, Plan, TrainingLoader, choose
+from lra.data.batches import DeviceSet, EvaluationLoader, Plan, Sampler, TrainingLoader, choose
 from lra.data.drawn import DrawnSet, training_set
 from lra.data.prepared_sets import Prepared
+from lra.errors import UserError
 from lra.model import Classifier
 from lra.profiling import memory
 from lra.target import join, target_of
-from lra.training import checkpoint, distributed, execution, loggers, precision, rate_search, sizes
+from lra.training import checkpoint, curriculum, distributed, execution, loggers, precision, rate_search, sizes
 from lra.training.callbacks import (
     ExpectationCheck,
     ProgressBar,
@@ -39,6 +40,7 @@ from lra.training.callbacks import (
     checkpoints,
 )
 from lra.training.checkpoint_io import AtomicCheckpointIO
+from lra.training.curriculum import Ordered, Scorer
 from lra.training.module import Trainable, Training, answers_to
 from lra.training.placement import Placement
 from lra.training.pretraining import Pretraining
@@ -51,7 +53,8 @@ class RunContext:
     """Where and how a run is trained: everything that is not part of its recipe.
 
     console: where a progress bar is drawn and warnings are printed. progress: called instead of the bar, if given.
-    deadline: of `time.monotonic`. teacher: the model that is imitated, on the device and in evaluation mode.
+    deadline: of `time.monotonic`. teacher: the model that is imitated, on the device and in evaluation mode. scorer: of
+    a curriculum by difficulty.
     """
 
     device: torch.device
@@ -65,6 +68,7 @@ class RunContext:
     resume: bool = False
     progress: StepProgress | None = None
     teacher: Classifier | None = None
+    scorer: Scorer | None = None
 
 
 @dataclass
@@ -101,11 +105,12 @@ def train(recipe: Recipe, prepared: Prepared, model: Classifier, context: RunCon
     selection = prepared.split(prepared.protocol.selection)
     examples = choose(len(selection), recipe.data.validation_examples)
     validation = DeviceSet.of(selection, prepared.protocol, device, examples)
+    known = _difficulty(recipe, prepared, data, context)
     if recipe.search.rates:
-        recipe, facts["rate_search"] = _search_rate(recipe, prepared, data, validation, model, context)
-    sampler = training_sampler(recipe, data, context.seed)
+        recipe, facts["rate_search"] = _search_rate(recipe, prepared, data, validation, model, context, known)
     unsharded = copy.deepcopy(model) if context.placement.sharded else model
     module = Training(model, recipe, target_of(prepared.task, prepared.protocol), context.teacher)
+    sampler = _sampler(recipe, data, context, known, module)
     every = min(recipe.train.evaluate_every, recipe.train.steps)
     meter = ThroughputMeter(min(20, every), every)
     expectation = ExpectationCheck(recipe.expected, sampler.per_epoch, context.console)
@@ -120,12 +125,15 @@ def train(recipe: Recipe, prepared: Prepared, model: Classifier, context: RunCon
     )  # fmt: skip
     facts |= {"curve": module.curve} | ({"diagnostics": module.diagnostics} if module.diagnostics else {})
     facts |= {"off_course": expectation.warning} if expectation.warning else {}
+    if context.scorer is not None and isinstance(sampler, Ordered):
+        facts["curriculum"] = sampler.described(context.scorer)
     return TrainingResult(module, unsharded, trainer, meter, peak.read(), facts)
 
 
 def _search_rate(
-    recipe: Recipe, prepared: Prepared, data: TrainingSet, validation: DeviceSet, model: Classifier, context: RunContext
-) -> tuple[Recipe, dict[str, Any]]:
+    recipe: Recipe, prepared: Prepared, data: TrainingSet, validation: DeviceSet, model: Classifier,
+    context: RunContext, known: np.ndarray | None,
+) -> tuple[Recipe, dict[str, Any]]:  # fmt: skip
     """The recipe with the learning rate that did best in short runs, and what the search cost."""
 
     def run_trial(trial: Recipe) -> rate_search.Trial:
@@ -136,7 +144,7 @@ def _search_rate(
         folder = context.checkpoints / f"rate-{rate:g}"
         loader = EvaluationLoader(validation, trial.data.evaluation_batch_size, distributed.shard(context.placement))
         _fit(
-            module, trial, context, training_sampler(trial, data, context.seed), data, folder, meter, [],
+            module, trial, context, _sampler(trial, data, context, known, module), data, folder, meter, [],
             stage=f"rate-{rate:g}", validation=loader, val_check_interval=steps * trial.train.accumulate,
             check_val_every_n_epoch=None,
         )  # fmt: skip
@@ -153,9 +161,35 @@ def _search_rate(
 
 
 def training_sampler(recipe: Recipe, data: TrainingSet, seed: int) -> Plan:
-    """The sampler of the training stage, with the recipe's length curriculum."""
-    growth = {"grow_from": recipe.train.curriculum_length, "grow_steps": recipe.train.curriculum_steps}
-    return data.sampler(recipe.data.batch_size, seed, **growth)
+    """The sampler of the training stage, with the recipe's length curriculum; others need more than the recipe."""
+    train, size = recipe.train, recipe.data.batch_size
+    if train.curriculum == "length":
+        return data.sampler(size, seed, grow_from=train.curriculum_length, grow_steps=train.curriculum_steps)
+    return data.sampler(size, seed)
+
+
+def _sampler(
+    recipe: Recipe, data: TrainingSet, context: RunContext, known: np.ndarray | None, module: Training
+) -> Plan:
+    """The sampler of the training stage with any curriculum. known: the difficulty of each example; module: whose
+    validations a dynamic curriculum follows."""
+    plain = training_sampler(recipe, data, context.seed)
+    if recipe.train.curriculum == "length" or not isinstance(plain, Sampler):
+        return plain
+    return Ordered(recipe, plain, known, lambda: module.curve, context.placement.world_size == 1)
+
+
+def _difficulty(recipe: Recipe, prepared: Prepared, data: TrainingSet, context: RunContext) -> np.ndarray | None:
+    """How difficult each training example is for the scorer; None without one."""
+    if context.scorer is None:
+        return None
+    if not isinstance(data, DeviceSet):
+        raise UserError(
+            f"train.curriculum={recipe.train.curriculum}: {prepared.task.name} draws its training examples step by "
+            "step, so that none can be scored beforehand"
+        )
+    target, size = target_of(prepared.task, prepared.protocol), recipe.data.evaluation_batch_size
+    return curriculum.difficulty(context.scorer, data, target, size, context.checkpoints, context.resume)
 
 
 def apply_execution(recipe: Recipe, model: Classifier) -> None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from records import modified, record, write
-from scipy import optimize
+from scipy import optimize, stats
 from typer.testing import CliRunner
 
 from lra.cli.app import app
 from lra.errors import UserError
-from lra.reports.comparison import compare, find
+from lra.reports.comparison import compare, find, ladder
 from lra.results.collection import Collection
 from lra.results.statistics import mcnemar, paired_difference
 
@@ -142,3 +143,63 @@ def test_two_sources_are_told_apart(tmp_path: Path) -> None:
     assert compared.fields["source"] == ("0" * 8, "1" * 8)
     same = compare(first, first, Collection((first,)))
     assert "source" not in str(same)
+
+
+def rungs(root: Path, accuracies: dict[str, list[float]], **changes: Any) -> list[Path]:
+    return [
+        write(root, record(name, seed, accuracy, **changes))
+        for name, values in accuracies.items()
+        for seed, accuracy in enumerate(values)
+    ]
+
+
+def test_a_ladder_compares_each_row_with_the_one_before(tmp_path: Path) -> None:
+    runs = rungs(tmp_path, {"gru": [0.5, 0.52], "s4d": [0.6, 0.63], "lru": [0.6]})
+    table = ladder(runs)
+    shown = [dict(zip(table.columns, (cell.text for cell in row), strict=True)) for row in table.rows]
+    assert [row["architecture"] for row in shown] == ["gru", "s4d", "lru"]
+    assert [row["seeds"] for row in shown] == ["2", "2", "1"]
+    assert shown[0]["difference"] == "-"
+    expected = stats.ttest_ind([60, 63], [50, 52], equal_var=False).confidence_interval()
+    assert (shown[1]["difference"], shown[1]["over"]) == ("+10.50", "seeds")
+    assert float(shown[1]["low"]) == pytest.approx(expected.low, abs=0.01)
+    assert float(shown[1]["high"]) == pytest.approx(expected.high, abs=0.01)
+    # one seed: over the test examples of the first run of each
+    pair = compare(runs[4], runs[2]).difference
+    assert pair
+    assert (shown[2]["difference"], shown[2]["over"]) == ("+0.00", "test set")
+    assert float(shown[2]["high"]) == pytest.approx(100 * pair.high, abs=0.01)
+    assert shown[0]["FLOP"] == f"{6e9 * 6400:.3g}"
+    assert not any("not equal" in note for note in table.notes)
+
+
+def test_a_ladder_says_where_compute_or_tests_differ(tmp_path: Path) -> None:
+    runs = [*rungs(tmp_path, {"gru": [0.5]}), *rungs(tmp_path, {"s4d": [0.6]}, flops={"forward_backward": 9e9})]
+    assert any("1.50 times as much" in note for note in ladder(runs).notes)
+    with pytest.raises(UserError, match="at least two rows"):
+        ladder(runs[:1])
+    with pytest.raises(UserError, match=r"was tested on listops strict other"):
+        ladder([*runs, *rungs(tmp_path, {"lru": [0.5]}, data={"checksum": "other"})])
+
+
+def test_a_ladder_of_language_models_is_in_bits() -> None:
+    runs = [
+        record(name, test={"accuracy": 0.5, "n": 2000, "bits": bits, "bits_low": bits - 0.03, "bits_high": bits + 0.03})
+        for name, bits in (("gru", 2.5), ("s4d", 2.4))
+    ]
+    table = ladder(runs, Collection(()))
+    last = [cell.text for cell in table.rows[1]]
+    assert last[4:] == ["2.400", "-0.100", "-0.142", "-0.058", "test set"]
+    assert "bits per token" in table.notes[0]
+
+
+def test_more_than_two_runs_are_a_ladder_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LRA_RESULTS", str(tmp_path))
+    rungs(tmp_path, {"gru": [0.5], "s4d": [0.6], "lru": [0.7]})
+    names = [f"quick-listops-{name}" for name in ("gru", "s4d", "lru")]
+    done = CliRunner().invoke(app, ["compare", *names])
+    assert done.exit_code == 0, done.output
+    assert "+10.00" in done.output
+    alone = CliRunner().invoke(app, ["compare", names[0]])
+    assert alone.exit_code == 2
+    assert "at least two runs" in alone.output

@@ -23,6 +23,7 @@ from lra.cli.app import app
 from lra.conformance import suite
 from lra.registry import architectures, tasks
 from lra.reports import efficiency
+from lra.sweeps import plans
 
 WRITTEN = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 ELSEWHERE = (ROOT / "README.md").read_text(encoding="utf-8") + (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -84,6 +85,16 @@ def test_sweep_files(workplace: Path) -> None:
         assert done.exit_code == 0, done.output
         assert done.output.count(": open") == {"sweep.toml": 12, "search.toml": 16}[name]
     assert not (workplace / "lra_runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("ladder.toml", 5 * 3), pytest.param("laws.toml", 2 * 4 * 3, marks=pytest.mark.slow)]
+)
+def test_sweep_files_with_budgets(name: str, count: int, workplace: Path) -> None:
+    write_files(WRITTEN["laws.md"], workplace)
+    cells = plans.read(workplace / name).cells
+    assert len(cells) == count
+    assert all(50 <= cell.settings["train.steps"] <= 20_000 for cell in cells)
 
 
 @pytest.mark.parametrize("command", of("lra", mentions("lra", ALL)))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from records import profile_content, record, write
 
-from lra.reports import leaderboard
+from lra.reports import efficiency, leaderboard
 from lra.reports.ranking import Leaderboard
 from lra.results.collection import Collection
 
@@ -73,3 +73,27 @@ def test_runs_in_different_dtypes_share_a_table_that_names_them(tmp_path: Path) 
     (rows,) = board.groups.values()
     assert {row.profile.cell.dtype for row in rows if row.profile} == {"float32"}
     assert "bidirectional, float32, on" in shown.notes[0]
+
+
+def test_efficiency_metrics_are_empty_where_nothing_was_measured(tmp_path: Path) -> None:
+    (tmp_path / "profile" / "a").mkdir(parents=True)
+    for length, seconds in ((1024, 0.5), (8192, 6.0)):
+        made = profile_content("gru", length, seconds, environment={"cpu": "a cpu x2", "threads": 2})
+        (tmp_path / "profile" / "a" / f"gru {length}.json").write_text(json.dumps(made))
+    for name in ("gru", "s4d"):
+        write(tmp_path, record(name, accuracy=0.5, environment=PRECISION))
+    collection = Collection.read(tmp_path)
+    frame = efficiency.metrics(Leaderboard.of(collection), collection.profiles)
+    rows = frame.set_index("architecture")
+    assert rows.loc["s4d", ["longest_length", "longest_per_peak_mib", "tokens_per_second"]].isna().all()
+    # 2e9 FLOPs for 2,000 tokens are 1 MFLOP each
+    assert rows["points_per_mflop_per_token"].tolist() == pytest.approx([50.0, 50.0])
+    assert rows["flops_per_token"].tolist() == pytest.approx([1e6, 1e6])
+    # the step nearest to 2,000 tokens tells the speed, the longest one the memory
+    assert rows.loc["gru", "tokens_per_second"] == pytest.approx(2048)
+    assert rows.loc["gru", "longest_length"] == 8192
+    assert rows.loc["gru", "longest_per_peak_mib"] == pytest.approx(8192 / 128)
+    (table,) = efficiency.metric_tables(frame)
+    cells = {row[0].text: [cell.text for cell in row[1:]] for row in table.rows}
+    assert cells["gru"] == ["50.00", "1", "50", "8,192", "128", "64", "2,048"]
+    assert cells["s4d"] == ["50.00", "1", "50", "-", "-", "-", "-"]

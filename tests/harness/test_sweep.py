@@ -15,11 +15,16 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from lra.cli.app import app
+from lra.config.match import flops_of_example
+from lra.data import prepared_sets
 from lra.errors import UserError
+from lra.registry import architectures, tasks
 from lra.results import result
 from lra.sweeps import forecast, local, plans, search
 from lra.sweeps.plans import Cell
 from lra.sweeps.progress import Board, duration
+from lra.training.construction import build
+from lra.training.request import resolve
 
 HERE = Path(__file__).parents[1]
 TINY = f"{HERE / 'tiny_task.py'}:Tiny"
@@ -312,3 +317,38 @@ def test_twelve_cells_survive_the_death_of_a_node(tmp_path: Path) -> None:
     assert said["failed"] == []
     assert said["results"] == 12
     assert len(set(said["cells"])) == 12
+
+
+def test_a_budget_of_flops_sets_the_steps(tmp_path: Path) -> None:
+    head = f'tasks = ["{TINY}"]\narchitectures = ["gru", "s4d"]\nseeds = [0, 1]\nrecipe = "quick"\n'
+    grid_of = '[grid]\n"model.d_model" = [8, 16]\n[set]\n"model.n_layers" = 1\n"data.batch_size" = 16\n'
+    cells = plans.read(written(tmp_path, f"{head}flops = [4e9, 1.6e10]\n{grid_of}")).cells
+    assert len(cells) == 2 * 2 * 2 * 2
+    plain, _ = resolve(Cell(TINY, "gru", 0, "quick").request())
+    task, protocol = prepared_sets.resolve(tasks.get(TINY)(), None)
+    validations = round(plain.train.steps / plain.train.evaluate_every)
+    for cell in cells:
+        recipe, _ = resolve(cell.request())
+        assert recipe.train.steps == validations * recipe.train.evaluate_every
+        assert recipe.optim.warmup == -(-plain.optim.warmup * recipe.train.steps // plain.train.steps)
+        model = build(recipe, architectures.get(recipe.architecture), task, protocol, 0)
+        of_step = 16 * flops_of_example(model, recipe, protocol)
+        nearest = min((4e9, 1.6e10), key=lambda budget: abs(recipe.train.steps * of_step - budget))
+        assert abs(recipe.train.steps * of_step - nearest) <= validations * of_step / 2 + 1
+    steps = [cell.settings["train.steps"] for cell in cells[::2]]
+    # the wider model gets fewer steps of the same budget, and four times the budget pays for about four times as many
+    assert steps[0] > steps[2]
+    assert steps[1] / steps[0] == pytest.approx(4, rel=0.05)
+    for more, says in (
+        ("flops = [0]", "flops is"),
+        ('flops = "1e9"', "a list of numbers above 0"),
+        ("flops = [1.0]", "pay for"),
+        ('flops = [1e9]\n[set]\n"train.steps" = 5', "leave out train.steps"),
+    ):
+        with pytest.raises(UserError, match=says):
+            plans.read(written(tmp_path, f'tasks = ["{TINY}"]\narchitectures = ["gru"]\nrecipe = "quick"\n{more}\n'))
+
+
+def test_a_pattern_with_a_slash_names_variants(tmp_path: Path) -> None:
+    cells = grid(tmp_path, architectures='["delta_elman/step*"]').cells
+    assert [cell.architecture for cell in cells] == [f"delta_elman/step{number}" for number in range(5)]
