@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.utils
-from lightning.pytorch.strategies import FSDPStrategy
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -356,7 +355,7 @@ def test_diagnostics_of_an_encoder_are_in_the_record(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("package", "owner", "name"),
     [
-        ("lightning", FSDPStrategy, "_setup_model"),
+        ("torch", torch.distributed.tensor.placement_types, "_StridedShard"),
         ("torch", torch.nn.Module, "_compiled_call_impl"),
         ("torch", torch._dynamo.utils, "counters"),
         ("torch", FlopCounterMode(display=False), "mod_tracker"),
