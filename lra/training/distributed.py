@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh
@@ -88,21 +87,6 @@ def division(placement: Placement) -> Callable[[Classifier, DeviceMesh], None] |
             tensor.divide(model.encoder, mesh["tensor_parallel"])
 
     return divide
-
-
-def clip(parameters: list[Tensor], limit: float) -> None:
-    """Scale gradients so that their norm, over all parameters and all their parts, is at most `limit`."""
-    norms = []
-    # PyTorch does not mix tensors with DTensors
-    for divided in (True, False):
-        grads = [p.grad for p in parameters if p.grad is not None and isinstance(p, DTensor) is divided]
-        if grads:
-            norm = torch.nn.utils.get_total_norm(grads)
-            norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
-    for divided in (True, False):
-        chosen = [p for p in parameters if isinstance(p, DTensor) is divided]
-        torch.nn.utils.clip_grads_with_norm_(chosen, limit, total)
 
 
 def rank() -> int:

@@ -74,7 +74,7 @@ class Trainable(L.LightningModule):
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         if gradient_clip_val and any(isinstance(p, DTensor) for p in self.parameters()):
-            distributed.clip([p for group in optimizer.param_groups for p in group["params"]], gradient_clip_val)
+            sharding.clip([p for group in optimizer.param_groups for p in group["params"]], gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 

@@ -85,7 +85,7 @@ def test_settings_that_a_strategy_does_not_support_are_named(
         ("tensor", "mamba", {}, "Mamba has none that can be divided"),
         ("tensor", "transformer", {"n_heads": 1}, "1 heads of SoftmaxMixer are not divisible among 2"),
         ("sequence", "transformer", {}, "Transformer is bidirectional; set model.direction=causal"),
-        ("sequence", "tcn", {}, "TCN has no recurrent mode"),
+        ("sequence", "switch", {"direction": "causal"}, "what an expert takes depends on the length"),
         ("sequence", "gru", {"block": {"norm": "batch"}}, "batch normalisation of GRU"),
         ("pipeline", "tcn", {}, "sequence of blocks, and TCN is not"),
         ("pipeline", "gru", {"n_layers": 1}, "2 processes need as many blocks, and GRU has 1"),

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.fsdp._fully_shard import _fsdp_param
+from torch.distributed.tensor import DTensor
 
 from lra.encoder import Encoder
 from lra.model import Classifier
@@ -38,6 +40,21 @@ def shard(model: Classifier, mesh: DeviceMesh, stage: int) -> None:
     # its weights are needed at once in the backward pass
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     register_fsdp_forward_method(model, "outputs")
+
+
+def clip(parameters: list[Tensor], limit: float) -> None:
+    """Scale gradients so that their norm, over all parameters and all their parts, is at most `limit`."""
+    norms = []
+    # PyTorch does not mix tensors with DTensors
+    for divided in (True, False):
+        grads = [p.grad for p in parameters if p.grad is not None and isinstance(p, DTensor) is divided]
+        if grads:
+            norm = torch.nn.utils.get_total_norm(grads)
+            norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    for divided in (True, False):
+        chosen = [p for p in parameters if isinstance(p, DTensor) is divided]
+        torch.nn.utils.clip_grads_with_norm_(chosen, limit, total)
 
 
 def _free_storage(
