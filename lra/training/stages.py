@@ -41,8 +41,7 @@ from lra.training.callbacks import (
 )
 from lra.training.checkpoint_io import AtomicCheckpointIO
 from lra.training.module import Trainable, Training, answers_to
-from lra.training.parallel import sequence, tensor
-from lra.training.parallel.pipeline import Pipeline
+from lra.training.parallel import pipeline, sequence, tensor
 from lra.training.placement import Placement
 from lra.training.pretraining import Pretraining
 
@@ -120,6 +119,9 @@ def train(recipe: Recipe, prepared: Prepared, model: Classifier, context: RunCon
         val_check_interval=every * recipe.train.accumulate, check_val_every_n_epoch=None,
         selects=module.target.selects,
     )  # fmt: skip
+    if context.placement.resolved == "sequence":
+        # the first process counts FLOPs alone
+        sequence.join(model.encoder)
     facts |= {"curve": module.curve} | ({"diagnostics": module.diagnostics} if module.diagnostics else {})
     facts |= {"off_course": expectation.warning} if expectation.warning else {}
     return TrainingResult(module, whole, trainer, meter, peak.read(), facts)
@@ -136,6 +138,8 @@ def divide(model: Classifier, placement: Placement) -> None:
         sequence.divide(model.encoder, distributed.rank(), processes)
     elif placement.resolved == "tensor":
         tensor.check(model.encoder, processes)
+    elif placement.resolved == "pipeline":
+        pipeline.check(model, processes)
 
 
 def _training(recipe: Recipe, prepared: Prepared, model: Classifier, context: RunContext) -> Training:
@@ -145,7 +149,7 @@ def _training(recipe: Recipe, prepared: Prepared, model: Classifier, context: Ru
     if placement.resolved == "pipeline":
         if context.teacher is not None:
             raise UserError("--strategy pipeline has no output to compare with that of --teacher; use ddp or fsdp")
-        module.pipeline = Pipeline(model, target, distributed.rank(), placement.world_size)
+        module.pipeline = pipeline.Pipeline(model, target, distributed.rank(), placement.world_size)
     return module
 
 
@@ -239,7 +243,8 @@ def _fit(
     trainer = _trainer(
         recipe, context,
         callbacks=[
-            meter, *reports, ResumeState(loader, recipe.hash, context.placement.resolved == "tensor"), Stop(last, context.deadline, meter.validate_every),
+            meter, *reports, ResumeState(loader, recipe.hash, same_draws=context.placement.resolved == "tensor"),
+            Stop(last, context.deadline, meter.validate_every),
             *callbacks, *checkpoints(folder, meter.validate_every, selects),
         ],
         logger=loggers.create(

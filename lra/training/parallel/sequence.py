@@ -73,6 +73,11 @@ def divide(encoder: Encoder, rank: int, processes: int) -> None:
     encoder.forward = partial(_forward, encoder, encoder.forward, Ring(rank, processes))  # type: ignore[method-assign]
 
 
+def join(encoder: Encoder) -> None:
+    """Undo `divide`: each process encodes all tokens by itself."""
+    del encoder.forward
+
+
 @dataclass
 class Ring:
     """The processes in the order of the tokens.

@@ -57,9 +57,7 @@ def clip(parameters: list[Tensor], limit: float) -> None:
         torch.nn.utils.clip_grads_with_norm_(chosen, limit, total)
 
 
-def _free_storage(
-    value: Tensor, free: Callable[[Tensor], None] = _fsdp_param.free_storage
-) -> None:
+def _free_storage(value: Tensor, free: Callable[[Tensor], None] = _fsdp_param.free_storage) -> None:
     # compiled loops on a CPU read weights as NumPy arrays, and PyTorch frees no memory that NumPy may still refer to
     if value.untyped_storage().resizable():
         free(value)
