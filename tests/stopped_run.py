@@ -17,5 +17,5 @@ if __name__ == "__main__":
         self.reason = "the test" if trainer.global_step == step else ""
         plain(self, trainer, *rest)
 
-    Stop.on_train_batch_end = stopping  # type: ignore[method-assign]
+    setattr(Stop, "on_train_batch_end", stopping)  # noqa: B010
     app(args=sys.argv[2:], prog_name="lra")

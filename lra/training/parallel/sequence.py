@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -55,12 +56,14 @@ def _difference(encoder: Encoder) -> str:
             tail, _ = encoder.chunk(x[:, tokens // 2 :], state)
             parts = torch.cat([head, tail], dim=1)
             weights = torch.randn_like(whole)
-            grads = [torch.autograd.grad((y * weights).sum(), x)[0] for y in (whole, parts)]
+            of_whole, of_parts = (torch.autograd.grad((y * weights).sum(), x)[0] for y in (whole, parts))
         finally:
             encoder.train(training)
     if not torch.allclose(whole, parts, rtol=1e-3, atol=1e-4):
         return "chunks give other outputs than the forward pass"
-    return "" if torch.allclose(*grads, rtol=1e-3, atol=1e-4) else "chunks give other gradients than the forward pass"
+    if not torch.allclose(of_whole, of_parts, rtol=1e-3, atol=1e-4):
+        return "chunks give other gradients than the forward pass"
+    return ""
 
 
 def divide(encoder: Encoder, rank: int, processes: int) -> None:
@@ -130,7 +133,8 @@ def _sent(y: Tensor, state: Any, start: Any, key: tuple[int, int], ring: Ring) -
     (leaves, shape), (first, before) = tree_flatten(state), tree_flatten(start)
     if shape != before:
         raise UserError(f"{USE}, and the state of this one changes its structure")
-    tensors, layout = [], []
+    tensors: list[Tensor] = []
+    layout: list[Any] = []
     for leaf, at_start in zip(leaves, first, strict=True):
         if leaf is at_start:
             layout.append(None)
@@ -256,7 +260,7 @@ class _Join(torch.autograd.Function):
 
 
 def _gathered(part: Tensor, bounds: list[int], ring: Ring) -> Tensor:
-    sizes = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+    sizes = [stop - start for start, stop in pairwise(bounds)]
     # one token longer where L is not divisible: parts of an all-gather have one shape
     padded = part.new_zeros(len(part), max(sizes), part.shape[2])
     padded[:, : part.shape[1]] = part

@@ -11,8 +11,6 @@ The stages are those of ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -57,10 +55,13 @@ def clip(parameters: list[Tensor], limit: float) -> None:
         torch.nn.utils.clip_grads_with_norm_(chosen, limit, total)
 
 
-def _free_storage(value: Tensor, free: Callable[[Tensor], None] = _fsdp_param.free_storage) -> None:
+_plain_free = _fsdp_param.free_storage
+
+
+def _free_storage(tensor: Tensor) -> None:
     # compiled loops on a CPU read weights as NumPy arrays, and PyTorch frees no memory that NumPy may still refer to
-    if value.untyped_storage().resizable():
-        free(value)
+    if tensor.untyped_storage().resizable():
+        _plain_free(tensor)
 
 
 def accumulate(model: nn.Module, last: bool) -> None:
