@@ -27,8 +27,9 @@ LIMIT = 0.01
 """Of the norm of the gradients, which are clipped to it."""
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "zero1": ("zero1", "s4d", {}),
-    "zero2": ("zero2", "transformer", {}),
+    "zero2": ("zero2", "transformer/t5", {}),
     "zero3": ("zero3", "gru", {}),
+    "zero3-reversible": ("zero3", "reformer", {}),
     "tensor": ("tensor", "transformer/llama", {}),
     "tensor-alibi": ("tensor", "transformer/alibi", {"direction": "causal"}),
     "sequence-complex": ("sequence", "s4d", {}),

@@ -73,10 +73,20 @@ def accumulate(model: nn.Module, last: bool) -> None:
 
 
 def _units(encoder: Encoder) -> list[nn.Module]:
-    """The blocks that share no parameter with another part."""
-    layers = blocks(encoder)
+    """The blocks that share no parameter with each other and that the encoder calls: FSDP2 gathers weights when a
+    module is called, and a reversible encoder calls the parts of its blocks instead."""
+    layers, called = blocks(encoder), set()
+    hooks = [layer.register_forward_pre_hook(lambda layer, _: called.add(id(layer))) for layer in layers]
+    like, training = next(encoder.parameters()), encoder.training
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        x = like.new_zeros(1, min(16, encoder.length), encoder.d_model)
+        encoder.eval()(x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device))
+    encoder.train(training)
+    for hook in hooks:
+        hook.remove()
     owners: dict[int, set[int]] = {}
     for number, layer in enumerate(layers):
         for parameter in layer.parameters():
             owners.setdefault(id(parameter), set()).add(number)
-    return [layer for layer in layers if all(len(owners[id(p)]) == 1 for p in layer.parameters())]
+    own = [layer for layer in layers if all(len(owners[id(p)]) == 1 for p in layer.parameters())]
+    return [layer for layer in own if id(layer) in called]
