@@ -122,7 +122,9 @@ def run(
     match: Match = "",
     devices: Annotated[int, typer.Option(help="GPUs (or CPU processes) of each node.")] = 1,
     nodes: Annotated[int, typer.Option(help="Nodes.")] = 1,
-    strategy: Annotated[str, typer.Option(help="auto, ddp, fsdp or expert_parallel.")] = "auto",
+    strategy: Annotated[
+        str, typer.Option(help="auto, ddp, zero1, zero2, zero3 (or fsdp), tensor, sequence, pipeline, expert_parallel.")
+    ] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; by default OMP_NUM_THREADS, else one a core.")] = 0,
     logger: Annotated[list[str] | None, typer.Option(help="Beside csv: tensorboard, wandb, mlflow.")] = None,
     init_from: Annotated[

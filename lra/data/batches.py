@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -240,12 +241,16 @@ class TrainingLoader:
 
 class EvaluationLoader:
     """Iterates once over every example, sorted by length; the last batch may be smaller. Several processes share the
-    examples: each gets its shard."""
+    examples: each gets its shard, in as many batches as the others, so that all can work on one model together."""
 
     def __init__(self, data: DeviceSet, batch_size: int, shard: Shard | None = None) -> None:
         self.data, shard = data, shard or Shard()
         order = np.argsort(data.lengths.max(axis=1), kind="stable")[shard.rank :: shard.world_size]
         self.plan = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        if shard.world_size > 1:
+            # one example more than batch_size in some where the numbers of examples differ by one
+            batches = max(math.ceil(len(data) // shard.world_size / batch_size), 1)
+            self.plan = np.array_split(order, batches)
 
     def __len__(self) -> int:
         return len(self.plan)

@@ -16,6 +16,8 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from rich.console import Console
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from lra.config.sections import Expected
 from lra.data.batches import TrainingLoader
@@ -39,8 +41,11 @@ class ThroughputMeter(Callback):
     checkpoints do not count as training time.
 
     validate_every: steps between validations (0 = none); the loss is also read before each of them.
-    earlier: wall seconds that a resumed run had spent before, up to its checkpoint.
+    shares: number of processes that each batch is divided among. earlier: wall seconds that a resumed run had spent
+    before, up to its checkpoint.
     """
+
+    shares = 1
 
     def __init__(self, every: int, validate_every: int = 0) -> None:
         self.every, self.validate_every = every, validate_every
@@ -80,8 +85,8 @@ class ThroughputMeter(Callback):
             per_step = distributed.mean(per_step)
             loss = per_step[-1].item()
         self.seconds += time.perf_counter() - self._begin
-        self.examples += len(batch.labels) * distributed.world_size()
-        self.tokens += batch.mask.numel() * distributed.world_size()
+        self.examples += len(batch.labels) * self.shares
+        self.tokens += batch.mask.numel() * self.shares
         self.steps += stepped
         if not read:
             return
@@ -130,9 +135,11 @@ class ThroughputMeter(Callback):
 
 def locate_nonfinite(module: nn.Module, batch: Batch) -> str:
     """Locate the first non-finite values: in the weights, otherwise in the first module whose output has them."""
-    for name, parameter in module.named_parameters():
-        if not torch.isfinite(parameter).all():
-            return f"non-finite weights in {name.removeprefix('model.')}"
+    for name in _nonfinite_weights(module):
+        return f"non-finite weights in {name}"
+    if any(isinstance(part, FSDPModule) for part in module.modules()):
+        # its forward pass needs all processes
+        return "the weights of this process are finite"
     names: list[str] = []
 
     def record(name: str) -> Any:
@@ -152,6 +159,12 @@ def locate_nonfinite(module: nn.Module, batch: Batch) -> str:
         for hook in hooks:
             hook.remove()
     return f"non-finite output in {names[0]}" if names else "every module's output is finite"
+
+
+def _nonfinite_weights(module: nn.Module) -> list[str]:
+    """Names of the parameters that are not finite, as far as this process holds them."""
+    held = {n: p.to_local() if isinstance(p, DTensor) else p for n, p in module.named_parameters()}
+    return [name.removeprefix("model.") for name, value in held.items() if not torch.isfinite(value).all()]
 
 
 def _diverged(loss: float, step: int, where: str) -> UserError:
@@ -182,18 +195,21 @@ class ProgressReport(Callback):
 
 
 class ResumeState(Callback):
-    """Adds to each checkpoint what Lightning leaves out (generator states, recipe hash, schema) and restores it."""
+    """Adds to each checkpoint what Lightning leaves out (generator states, recipe hash, schema) and restores it.
 
-    def __init__(self, loader: TrainingLoader, recipe_hash: str) -> None:
-        self.loader, self.recipe_hash = loader, recipe_hash
+    same_draws: whether all processes draw the same dropout, which what each of them computes for all has to have.
+    """
+
+    def __init__(self, loader: TrainingLoader, recipe_hash: str, same_draws: bool = False) -> None:
+        self.loader, self.recipe_hash, self.same_draws = loader, recipe_hash, same_draws
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, content: dict[str, Any]) -> None:
-        for name, parameter in module.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise UserError(
-                    f"non-finite weights in {name.removeprefix('model.')} after step {trainer.global_step}: lower "
-                    "optim.lr or raise optim.warmup; the last good checkpoint is kept"
-                )
+        # each process may hold other weights, and all of them have to stop
+        for name in (name for names in distributed.gather(_nonfinite_weights(module)) for name in names):
+            raise UserError(
+                f"non-finite weights in {name} after step {trainer.global_step}: lower optim.lr or raise optim.warmup; "
+                "the last good checkpoint is kept"
+            )
         random = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             random["cuda"] = torch.cuda.get_rng_state()
@@ -220,7 +236,7 @@ class ResumeState(Callback):
             torch.set_rng_state(self.random["cpu"])
             if torch.cuda.is_available() and "cuda" in self.random:
                 torch.cuda.set_rng_state(self.random["cuda"])
-        elif trainer.global_rank:
+        elif trainer.global_rank and not self.same_draws:
             # all processes draw the same weights, and each its own dropout
             torch.manual_seed(torch.initial_seed() + trainer.global_rank)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
 from lra.config.recipe import Recipe
@@ -15,6 +18,8 @@ from lra.config.sections import Optim
 from lra.model import Batch, Classifier
 from lra.target import Target
 from lra.training import distributed, optimisers
+from lra.training.parallel import sharding
+from lra.training.parallel.pipeline import Pipeline
 
 HESSIAN_EVERY = 10
 """Steps between two Hessian estimates of SophiaG, as its authors use it."""
@@ -24,22 +29,27 @@ class Trainable(L.LightningModule):
     """A module with the recipe's optimiser and schedule.
 
     forward_size: examples of one forward pass, summed over all devices. latest: loss and batch of the last forward
-    pass in training. step_before: optimiser steps done when the current batch began.
+    pass in training. step_before: optimiser steps done when the current batch began. divide: divides the weights of the
+    model over a mesh of processes, once there is one. zero: stage of ZeRO, 0 without.
     """
 
     def __init__(self, model: Classifier, recipe: Optim, steps: int, forward_size: int = 1) -> None:
         super().__init__()
         self.model, self.settings, self.steps, self.forward_size = model, recipe, steps, forward_size
         self.latest: tuple[Tensor, Batch] | None = None
-        self.step_before = 0
+        self.step_before, self.zero = 0, 0
+        self.divide: Callable[[Classifier, DeviceMesh], None] | None = None
         self.plateau = optimisers.Plateau(recipe) if recipe.schedule == "plateau" else None
 
-    def setup(self, stage: str) -> None:
-        # a sharding strategy flattens parameters later
-        self.dimensions = {name: p.ndim for name, p in self.named_parameters()}
+    def configure_model(self) -> None:
+        if self.divide is not None:
+            mesh = self.device_mesh
+            assert mesh is not None
+            self.divide(self.model, mesh)
+            self.divide = None
 
     def configure_optimizers(self) -> Any:
-        optimizer = optimisers.build(self, self.model.encoder, self.settings, self.forward_size, self.dimensions)
+        optimizer = optimisers.build(self, self.model.encoder, self.settings, self.forward_size)
         factor = optimisers.factor(self.settings, self.steps, self.plateau)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -49,6 +59,8 @@ class Trainable(L.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         self.step_before = self.trainer.global_step
+        if self.zero == 1:
+            sharding.accumulate(self.model, last=(batch_idx + 1) % self.trainer.accumulate_grad_batches == 0)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if self.trainer.global_step > self.step_before:
@@ -61,10 +73,8 @@ class Trainable(L.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        model: Any = self.trainer.strategy.model
-        if gradient_clip_val and hasattr(model, "clip_grad_norm_"):
-            # FSDP: the norm of a sharded gradient needs all processes
-            model.clip_grad_norm_(gradient_clip_val)
+        if gradient_clip_val and any(isinstance(p, DTensor) for p in self.parameters()):
+            sharding.clip([p for group in optimizer.param_groups for p in group["params"]], gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
@@ -100,7 +110,8 @@ class Training(Trainable):
 
     With a teacher the loss of the target counts 1 - alpha, and that of imitating the teacher alpha.
 
-    curve: validation accuracy and loss by step. diagnostics: of the encoder, over the last validation.
+    curve: validation accuracy and loss by step. diagnostics: of the encoder, over the last validation. pipeline:
+    computes the loss where processes divide the blocks.
     """
 
     def __init__(self, model: Classifier, recipe: Recipe, target: Target, teacher: Classifier | None = None) -> None:
@@ -117,9 +128,12 @@ class Training(Trainable):
         self.validation_loss = MeanMetric()
         self.diagnostics: dict[str, float] = {}
         self.curve: list[dict[str, float]] = []
+        self.pipeline: Pipeline | None = None
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
-        if self.model.contrast is None:
+        if self.pipeline is not None:
+            loss, output = self.pipeline(batch)
+        elif self.model.contrast is None:
             output = self.model(batch)
             loss = self.target.loss(output, batch.labels)
         else:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lra.config.sections import Optim
 from lra.encoder import Encoder
@@ -27,17 +28,14 @@ CLASSES = {
     "sophia": ("sophia_opt", "SophiaG"),
     "schedule_free": ("schedulefree", "AdamWScheduleFree"),
 }
-FSDP_PREFIX = "_fsdp_wrapped_module."
 PACKAGES = {"lion_pytorch": "lion-pytorch", "sophia_opt": "sophia-opt", "schedulefree": "schedulefree"}
 
 
-def parameter_groups(
-    model: nn.Module, encoder: Encoder, recipe: Optim, dimensions: Mapping[str, int] | None = None
-) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, encoder: Encoder, recipe: Optim) -> list[dict[str, Any]]:
     """Parameters grouped by learning rate and weight decay.
 
     The encoder's patterns come first, then the recipe, which decays matrices only unless it says "all".
-    dimensions: original rank of each parameter by name; needed where FSDP has flattened them.
+    Parameters that are divided among processes have groups of their own: PyTorch does not update them with others.
     Raises UserError for a pattern that matches no parameter or a setting that does not exist.
     """
     patterns = dict(encoder.optim)
@@ -46,33 +44,31 @@ def parameter_groups(
         wrong = [key for key in settings if key not in KEYS]
         if wrong:
             raise UserError(f"{type(encoder).__name__}.optim[{pattern!r}] has {wrong[0]!r}; one of {', '.join(KEYS)}")
-    encoder_names = {id(p): name.replace(FSDP_PREFIX, "") for name, p in encoder.named_parameters()}
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for full, parameter in model.named_parameters():
+    encoder_names = {id(p): name for name, p in encoder.named_parameters()}
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
         name = encoder_names.get(id(parameter))
         hits = [p for p in patterns if name is not None and fnmatch(name, p)]
         for pattern in hits:
             matched[pattern] = True
         own = patterns[hits[0]] if hits else {}
         rate = min(own.get("lr", recipe.lr), recipe.lr * own.get("lr_scale", 1.0))
-        decays = recipe.decay == "all" or (dimensions or {}).get(full.replace(FSDP_PREFIX, ""), parameter.ndim) >= 2
+        decays = recipe.decay == "all" or parameter.ndim >= 2
         decay = own.get("weight_decay", recipe.weight_decay if decays else 0.0)
-        groups.setdefault((rate, decay), []).append(parameter)
+        groups.setdefault((rate, decay, isinstance(parameter, DTensor)), []).append(parameter)
     unmatched = [p for p, hit in matched.items() if not hit]
     if unmatched:
         raise UserError(f"{type(encoder).__name__}.optim[{unmatched[0]!r}] matches no parameter")
-    return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+    return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay, _), params in groups.items()]
 
 
-def build(
-    model: nn.Module, encoder: Encoder, recipe: Optim, batch_size: int = 1, dimensions: Mapping[str, int] | None = None
-) -> torch.optim.Optimizer:
+def build(model: nn.Module, encoder: Encoder, recipe: Optim, batch_size: int = 1) -> torch.optim.Optimizer:
     """The recipe's optimiser over `parameter_groups`.
 
     batch_size: examples over which Sophia averages its Hessian estimate (it rescales by this).
     Raises UserError where the optimiser is not installed or rejects its arguments.
     """
-    groups = parameter_groups(model, encoder, recipe, dimensions)
+    groups = parameter_groups(model, encoder, recipe)
     make = optimizer_class(recipe.name)
     if recipe.name == "muon":
         return _muon(make, groups, encoder, recipe)

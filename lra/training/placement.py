@@ -10,15 +10,21 @@ from lra.errors import UserError
 
 # how launchers tell a process its rank: torchrun and Lightning's own, then Slurm
 RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
-STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp", "expert_parallel")
+ZERO = {"zero1": 1, "zero2": 2, "zero3": 3, "fsdp": 3}
+"""Strategies that shard the weights -> stage of ZeRO (lra.training.parallel.sharding)."""
+STRATEGIES = (
+    "auto", "ddp", "ddp_find_unused_parameters_true", *ZERO, "tensor", "sequence", "pipeline", "expert_parallel",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Placement:
     """Where a run is placed: devices per node, number of nodes, and the strategy.
 
-    strategy: "ddp" replicates the model on every device, "fsdp" shards it, "expert_parallel" is "ddp" whose processes
-    divide the work of the experts of mixtures, "auto" is "ddp" on several devices.
+    strategy: "ddp" replicates the model on every device; "zero1", "zero2" and "zero3" (or "fsdp") shard it, "tensor",
+    "sequence" and "pipeline" divide its width, its tokens and its blocks among the devices, which then all work on the
+    whole batch; "expert_parallel" is "ddp" whose processes divide the work of the experts of mixtures; "auto" is "ddp"
+    on several devices. On one device all are the same.
     """
 
     devices: int = 1
@@ -30,18 +36,35 @@ class Placement:
         return self.devices * self.nodes
 
     @property
-    def resolved_strategy(self) -> str:
+    def resolved(self) -> str:
+        """The strategy that is used: "auto" on one device, else what it stands for."""
         if self.world_size == 1:
             return "auto"
-        return "ddp" if self.strategy in ("auto", "expert_parallel") else self.strategy
+        return "ddp" if self.strategy == "auto" else self.strategy
+
+    @property
+    def resolved_strategy(self) -> str:
+        """Lightning's name of the strategy, where it has one."""
+        return "ddp" if self.resolved in ("expert_parallel", "sequence", "pipeline") else self.resolved
 
     @property
     def divides_experts(self) -> bool:
-        return self.strategy == "expert_parallel" and self.world_size > 1
+        return self.resolved == "expert_parallel"
 
     @property
-    def sharded(self) -> bool:
-        return self.strategy == "fsdp" and self.world_size > 1
+    def zero(self) -> int:
+        """Stage of ZeRO; 0 where weights are not sharded."""
+        return ZERO.get(self.resolved, 0)
+
+    @property
+    def divides_weights(self) -> bool:
+        """Whether each process holds a part of the weights."""
+        return self.zero > 0 or self.resolved == "tensor"
+
+    @property
+    def divides_batches(self) -> bool:
+        """Whether each process works on a part of every batch."""
+        return self.resolved not in ("auto", "tensor", "sequence", "pipeline")
 
     def validate(self, device: str, recipe: Recipe) -> None:
         """Raise UserError unless a recipe can be trained with this placement on this machine.
@@ -60,13 +83,14 @@ class Placement:
         if self.devices > available:
             kind = "GPUs" if device == "cuda" else "processors"
             raise UserError(f"--devices is {self.devices}, but this machine has {available} {kind}")
-        if self.sharded and (setting := unsupported_by_fsdp(recipe)):
-            raise UserError(f"--strategy fsdp shards the model, but {setting} needs all of it on one device; use ddp")
+        if setting := _unsupported(self, recipe):
+            raise UserError(f"--strategy {self.strategy} does not work with {setting}; use ddp")
         batch_size, parts = recipe.data.batch_size, recipe.train.accumulate
-        if batch_size % (self.world_size * parts):
+        # a pipeline divides the batch into at least as many microbatches as there are stages
+        shares = self.world_size if self.divides_batches or self.resolved == "pipeline" else 1
+        if batch_size % (shares * parts):
             raise UserError(
-                f"data.batch_size is {batch_size}, not divisible by {self.world_size} devices x {parts} accumulated "
-                "parts"
+                f"data.batch_size is {batch_size}, not divisible by {shares} devices x {parts} accumulated parts"
             )
 
 
@@ -75,14 +99,21 @@ def launcher_rank() -> int:
     return next((int(os.environ[name]) for name in RANKS if os.environ.get(name, "").isdigit()), 0)
 
 
-def unsupported_by_fsdp(recipe: Recipe) -> str:
-    """Name of the first recipe setting that FSDP does not support; empty if there is none."""
+def _unsupported(placement: Placement, recipe: Recipe) -> str:
+    """Name of the first recipe setting that a strategy does not support; empty if there is none."""
+    divided = placement.divides_weights
+    pipeline = placement.resolved == "pipeline"
+    rewritten = divided or pipeline or placement.resolved == "sequence"
+    pretraining = recipe.pretrain.objective != "none"
     used = {
-        "optim.ema": recipe.optim.ema,
-        f"optim.name={recipe.optim.name}": recipe.optim.name in ("adafactor", "muon", "sophia"),
-        f"pretrain.objective={recipe.pretrain.objective}": recipe.pretrain.objective != "none",
-        "search.rates": recipe.search.rates,
-        "train.tbptt": recipe.train.tbptt,
-        "train.compile": recipe.train.compile,
+        "optim.ema": divided and recipe.optim.ema,
+        f"optim.name={recipe.optim.name}": (
+            (divided and recipe.optim.name in ("adafactor", "muon")) or (rewritten and recipe.optim.name == "sophia")
+        ),
+        f"pretrain.objective={recipe.pretrain.objective}": (divided or pipeline) and pretraining,
+        "search.rates": divided and recipe.search.rates,
+        "train.tbptt": rewritten and recipe.train.tbptt,
+        "train.compile": rewritten and recipe.train.compile,
+        "train.precision=fp16": (divided or pipeline) and recipe.train.precision == "fp16",
     }
     return next((name for name, value in used.items() if value), "")

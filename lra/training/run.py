@@ -176,9 +176,7 @@ def _own_fields(request: Request, trained: TrainingResult, refused: list[str], c
     """The fields of the record that only the run knows."""
     here = environment.environment() | {"device": context.device.type, "precision": trained.trainer.precision}
     if context.placement.world_size > 1:
-        place = context.placement
-        strategy = place.strategy if place.divides_experts else place.resolved_strategy
-        here |= {"devices": place.world_size, "strategy": strategy}
+        here |= {"devices": context.placement.world_size, "strategy": context.placement.resolved}
     return {
         "speed": trained.meter.speed(),
         "memory": trained.memory,

@@ -42,6 +42,7 @@ from lra.training.callbacks import (
 from lra.training.checkpoint_io import AtomicCheckpointIO
 from lra.training.curriculum import Ordered, Scorer
 from lra.training.module import Trainable, Training, answers_to
+from lra.training.parallel import pipeline, sequence, tensor
 from lra.training.placement import Placement
 from lra.training.pretraining import Pretraining
 
@@ -75,8 +76,8 @@ class RunContext:
 class TrainingResult:
     """A trained model and what was measured meanwhile.
 
-    module: as it was trained, with FSDP in shards. model: the same model, with FSDP an unsharded copy that has the
-    initial weights. facts: fields of the record that only training knows.
+    module: as it was trained. model: the same model; where processes divide the weights, a whole copy that has the
+    initial ones. facts: fields of the record that only training knows.
     """
 
     module: Training
@@ -97,8 +98,7 @@ def train(recipe: Recipe, prepared: Prepared, model: Classifier, context: RunCon
     evaluated = max(count or len(prepared.split(name)) for name, count in scored)
     sizes.check_batches(recipe, device.type, data.lengths, evaluated)
     apply_execution(recipe, model)
-    if context.placement.divides_experts:
-        execution.divide_experts(model.encoder, context.placement.world_size)
+    divide(model, context.placement)
     facts = compile_encoder(data, model.to(device)) if recipe.train.compile else {}
     if recipe.pretrain.objective != "none":
         facts["pretraining"] = _pretrain(recipe, prepared, data, model, context)
@@ -108,8 +108,8 @@ def train(recipe: Recipe, prepared: Prepared, model: Classifier, context: RunCon
     known = _difficulty(recipe, prepared, data, context)
     if recipe.search.rates:
         recipe, facts["rate_search"] = _search_rate(recipe, prepared, data, validation, model, context, known)
-    unsharded = copy.deepcopy(model) if context.placement.sharded else model
-    module = Training(model, recipe, target_of(prepared.task, prepared.protocol), context.teacher)
+    whole = copy.deepcopy(model) if context.placement.divides_weights else model
+    module = _training(recipe, prepared, model, context)
     sampler = _sampler(recipe, data, context, known, module)
     every = min(recipe.train.evaluate_every, recipe.train.steps)
     meter = ThroughputMeter(min(20, every), every)
@@ -118,16 +118,45 @@ def train(recipe: Recipe, prepared: Prepared, model: Classifier, context: RunCon
     trainer = _fit(
         module, recipe, context, sampler, data, context.checkpoints, meter, [*averaging, expectation],
         validation=EvaluationLoader(
-            validation, recipe.data.evaluation_batch_size, distributed.shard(context.placement)
+            validation, recipe.data.evaluation_batch_size, distributed.validation_shard(context.placement)
         ),
         val_check_interval=every * recipe.train.accumulate, check_val_every_n_epoch=None,
         selects=module.target.selects,
     )  # fmt: skip
+    if context.placement.resolved == "sequence":
+        # the first process counts FLOPs alone
+        sequence.join(model.encoder)
     facts |= {"curve": module.curve} | ({"diagnostics": module.diagnostics} if module.diagnostics else {})
     facts |= {"off_course": expectation.warning} if expectation.warning else {}
     if context.scorer is not None and isinstance(sampler, Ordered):
         facts["curriculum"] = sampler.described(context.scorer)
-    return TrainingResult(module, unsharded, trainer, meter, peak.read(), facts)
+    return TrainingResult(module, whole, trainer, meter, peak.read(), facts)
+
+
+def divide(model: Classifier, placement: Placement) -> None:
+    """Divide a model among the processes of a run, as far as they all hold its weights; raise UserError where it cannot
+    be divided."""
+    processes = placement.world_size
+    if placement.divides_experts:
+        execution.divide_experts(model.encoder, processes)
+    elif placement.resolved == "sequence":
+        sequence.check(model.encoder)
+        sequence.divide(model.encoder, distributed.rank(), processes)
+    elif placement.resolved == "tensor":
+        tensor.check(model.encoder, processes)
+    elif placement.resolved == "pipeline":
+        pipeline.check(model, processes)
+
+
+def _training(recipe: Recipe, prepared: Prepared, model: Classifier, context: RunContext) -> Training:
+    target, placement = target_of(prepared.task, prepared.protocol), context.placement
+    module = Training(model, recipe, target, context.teacher)
+    module.divide, module.zero = distributed.division(placement), placement.zero
+    if placement.resolved == "pipeline":
+        if context.teacher is not None:
+            raise UserError("--strategy pipeline has no output to compare with that of --teacher; use ddp or fsdp")
+        module.pipeline = pipeline.Pipeline(model, target, distributed.rank(), placement.world_size)
+    return module
 
 
 def _search_rate(
@@ -139,10 +168,11 @@ def _search_rate(
     def run_trial(trial: Recipe) -> rate_search.Trial:
         rate, steps = trial.optim.lr, trial.train.steps
         context.console.print(f"learning rate {rate:g}: {steps:,} steps")
-        module = Training(model, trial, target_of(prepared.task, prepared.protocol), context.teacher)
+        module = _training(trial, prepared, model, context)
         meter = ThroughputMeter(min(20, steps), steps)
         folder = context.checkpoints / f"rate-{rate:g}"
-        loader = EvaluationLoader(validation, trial.data.evaluation_batch_size, distributed.shard(context.placement))
+        shard = distributed.validation_shard(context.placement)
+        loader = EvaluationLoader(validation, trial.data.evaluation_batch_size, shard)
         _fit(
             module, trial, context, _sampler(trial, data, context, known, module), data, folder, meter, [],
             stage=f"rate-{rate:g}", validation=loader, val_check_interval=steps * trial.train.accumulate,
@@ -238,15 +268,16 @@ def _fit(
     """Train one stage to its last step, resuming from `folder` if asked to. stage: "" for training proper.
     selects: as of a Target."""
     parts, last = recipe.train.accumulate, folder / "last.ckpt"
-    loader = TrainingLoader(data, sampler, module.steps, parts, distributed.shard(context.placement))
+    loader = TrainingLoader(data, sampler, module.steps, parts, distributed.training_shard(context.placement))
+    meter.shares = loader.shard.world_size
     resumed_from = last if context.resume and last.is_file() else None
     resume_step = None if resumed_from is None else check_checkpoint(resumed_from, recipe.hash)
-    block = next((type(b) for b in execution.blocks(module.model.encoder)), None)
     reports = [ProgressReport(context.progress, meter.every)] if context.progress else []
     trainer = _trainer(
         recipe, context,
         callbacks=[
-            meter, *reports, ResumeState(loader, recipe.hash), Stop(last, context.deadline, meter.validate_every),
+            meter, *reports, ResumeState(loader, recipe.hash, same_draws=context.placement.resolved == "tensor"),
+            Stop(last, context.deadline, meter.validate_every),
             *callbacks, *checkpoints(folder, meter.validate_every, selects),
         ],
         logger=loggers.create(
@@ -254,7 +285,7 @@ def _fit(
         ),
         enable_checkpointing=True, max_steps=module.steps, max_epochs=-1, log_every_n_steps=meter.every,
         accumulate_grad_batches=parts, gradient_clip_val=recipe.optim.clip or None, plugins=[AtomicCheckpointIO()],
-        **options, **distributed.trainer_options(context.placement, block),
+        **options, **distributed.trainer_options(context.placement),
     )  # fmt: skip
     # Lightning's own handler of SIGTERM waits in it for the other processes, which hangs; `Stop` handles signals
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]

@@ -13,12 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from lra.config import recipe
 from lra.data.batches import EvaluationLoader, Sampler, Shard, TrainingLoader
-from lra.errors import UserError
 from lra.results import result
-from lra.training.distributed import trainer_options
-from lra.training.placement import Placement
 
 HERE = Path(__file__).parents[1]
 TINY = f"{HERE / 'tiny_task.py'}:Tiny"
@@ -30,6 +26,9 @@ class Listed:
     """Stands for a set on a device: a batch is the examples it was asked for."""
 
     resident, lengths = True, np.random.default_rng(0).integers(5, 25, (101, 1))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
 
     def batch(self, examples: np.ndarray) -> np.ndarray:
         return examples
@@ -45,21 +44,36 @@ def test_shares_of_a_batch_are_the_batch_and_of_a_sweep_the_set() -> None:
         parts = [part for share in shares for part in share[2 * step : 2 * step + 2]]
         assert all(len(part) == 2 for part in parts)
         assert sorted(np.concatenate(parts)) == sorted(whole)
-    swept = [e for rank in range(3) for batch in EvaluationLoader(data, 8, Shard(rank, 3)) for e in batch]
-    assert sorted(swept) == list(range(101))
+    # 101 and 97: shards of 33 and 34, and of 32 and 33
+    for examples in (101, 97):
+        data.lengths = data.lengths[:examples]
+        swept = [list(EvaluationLoader(data, 8, Shard(rank, 3))) for rank in range(3)]
+        assert sorted(e for share in swept for batch in share for e in batch) == list(range(examples))
+        assert len({len(share) for share in swept}) == 1
 
 
-def launched(folder: Path, *more: str, architecture: str = "gru") -> dict[str, Any]:
+def launched(folder: Path, *more: str, architecture: str = "gru", stopped_at: int = 0) -> dict[str, Any]:
+    """A run as `lra run` does it. stopped_at: a step after which it is stopped first, and resumed."""
     environment = os.environ | {
         "LRA_CACHE": str(folder.parent / "cache"), "LRA_RESULTS": str(folder / "results"),
         "LRA_RUNS": str(folder / "runs"), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    command = [sys.executable, "-m", "lra.cli", "run", TINY, architecture, "--recipe", "quick", *more]
+    arguments = ["run", TINY, architecture, "--recipe", "quick"]
     for setting in SETTINGS:
-        command += ["--set", setting]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=300, env=environment, cwd=HERE.parent
-    )
+        arguments += ["--set", setting]
+    arguments += more
+
+    def python(*command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", *command], capture_output=True, text=True, check=False, timeout=300,
+            env=environment, cwd=HERE.parent,
+        )  # fmt: skip
+
+    if stopped_at:
+        stopped = python("tests.stopped_run", str(stopped_at), *arguments)
+        assert f"stopped at step {stopped_at} of" in stopped.stderr
+        arguments.append("--resume")
+    done = python("lra.cli", *arguments)
     assert done.returncode == 0, done.stderr
     (path,) = (folder / "results").rglob("*.json")
     (log,) = (folder / "runs").rglob("metrics.csv")
@@ -71,23 +85,6 @@ def launched(folder: Path, *more: str, architecture: str = "gru") -> dict[str, A
         "validation loss": [float(row["validation_loss"]) for row in rows if row["validation_loss"]],
         "weights": torch.load(next((folder / "runs").rglob("best.ckpt")), weights_only=True)["state_dict"],
     }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        ({"optim.ema": "0.9"}, "optim.ema"),
-        ({"optim.name": "muon"}, "optim.name=muon"),
-        ({"pretrain.objective": "mlm"}, "pretrain.objective=mlm"),
-        ({"train.tbptt": "8"}, "train.tbptt"),
-    ],
-)
-def test_what_needs_a_whole_model_is_not_sharded(settings: dict[str, str], says: str) -> None:
-    found, _ = recipe.resolve("quick", "listops", "gru", settings)
-    Placement(1, 1, "fsdp").validate("cpu", found)
-    assert trainer_options(Placement(1, 1, "fsdp"), None)["strategy"] == "auto"
-    with pytest.raises(UserError, match=f"{says} needs all of it on one device; use ddp"):
-        Placement(1, 2, "fsdp").validate("cpu", found)
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two processors")

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.utils
-from lightning.pytorch.strategies import FSDPStrategy
 from rich.console import Console
+from torch.distributed.fsdp._fully_shard import _fsdp_param
+from torch.distributed.tensor import placement_types
 from torch.utils.flop_counter import FlopCounterMode
 
 from lra.config import match
@@ -356,7 +357,8 @@ def test_diagnostics_of_an_encoder_are_in_the_record(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("package", "owner", "name"),
     [
-        ("lightning", FSDPStrategy, "_setup_model"),
+        ("torch", placement_types, "_StridedShard"),
+        ("torch", _fsdp_param, "free_storage"),
         ("torch", torch.nn.Module, "_compiled_call_impl"),
         ("torch", torch._dynamo.utils, "counters"),
         ("torch", FlopCounterMode(display=False), "mod_tracker"),
