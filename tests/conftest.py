@@ -12,7 +12,7 @@ from typing import Any
 
 from hypothesis import settings
 
-pytest_plugins = ("golden_coverage",)
+pytest_plugins = ("golden_coverage", "interpreter_process")
 
 settings.register_profile("same", derandomize=True, database=None)
 if os.environ.get("LRA_FAULTS") != "full":

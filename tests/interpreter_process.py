@@ -20,7 +20,7 @@ PATIENCE = 600  # seconds for an answer
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
     """Call a function of tests/interpreted_kernel.py by its name."""
     pytest.importorskip("triton")
-    tests, errors = Path(__file__).parents[1], tmp_path_factory.mktemp("interpreter") / "stderr"
+    tests, errors = Path(__file__).parent, tmp_path_factory.mktemp("interpreter") / "stderr"
     path = os.pathsep.join([str(tests.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
     command = [sys.executable, str(tests / "interpreted_kernel.py")]
