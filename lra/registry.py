@@ -22,6 +22,7 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -138,8 +139,17 @@ class Registry:
         if name in self._plugins():
             return PLUGIN
         if name not in self._files():
-            raise unknown(self.kind, name, self.names())
+            raise self._unknown(name)
         return self._files()[name].parent.name
+
+    def _unknown(self, name: str) -> UserError:
+        """The error of an unknown name; a file of that name in the working directory is what was meant."""
+        own, classes = f"{name}.py", list[str]()
+        with suppress(OSError, ValueError):
+            classes = re.findall(r"^class (\w+)", Path(own).read_text(encoding="utf-8"), re.MULTILINE)
+        if not classes:
+            return unknown(self.kind, name, self.names())
+        return UserError(f"unknown {self.kind} {name!r}; for the class in {own} give {own}:{classes[-1]}")
 
     def facts(self, name: str) -> dict[str, Any]:
         """Card or class attributes of a file, as far as they are literals, read without importing it.
@@ -153,7 +163,7 @@ class Registry:
         if name in self._plugins():
             return facts | {"plugin": self._plugins()[name].value} | self._plugin_facts(name)
         if name not in self._files():
-            raise unknown(self.kind, name, self.names())
+            raise self._unknown(name)
         path = self._files()[name]
         try:
             for node in _parsed(path).body:
@@ -239,7 +249,7 @@ class Registry:
             module = importlib.import_module(f"lra.{self.folder}.{self.family(name)}.{name}")
             cls = self._only_class(module)
         else:
-            raise unknown(self.kind, name, self.names())
+            raise self._unknown(name)
         constructor = self._constructor(reference, cls, name)
         if not variant:
             return constructor

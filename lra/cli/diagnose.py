@@ -18,7 +18,7 @@ from lra.cli.common import (
     seconds_of,
     settings_of,
 )
-from lra.cli.train import refuse_mistakes
+from lra.cli.train import refuse_mistakes, show_plan
 from lra.config.recipe import OF_FAMILY
 from lra.errors import Interrupted, UserError
 from lra.registry import architectures, tasks
@@ -51,7 +51,7 @@ def diagnose(
     if not architecture:
         _show_all()
         return
-    from lra.training.request import Request, check, folder_of, read
+    from lra.training.request import Request, check, folder_of, read, resolve
 
     known = [name for name in tasks.names() if tasks.family(name) == "diagnostics"]
     architectures.declaration(architecture)
@@ -64,6 +64,9 @@ def diagnose(
         )
         check(request, read(request)[0])
         requests.append(request)
+    if dry_run and len(requests) == 1:
+        show_plan(requests[0], resolve(requests[0])[0])
+        return
     if dry_run:
         for request in requests:
             console.print(request.command(), soft_wrap=True, markup=False, highlight=False)
@@ -71,7 +74,6 @@ def diagnose(
     from dataclasses import replace
 
     from lra.results import result
-    from lra.training.request import resolve
     from lra.training.run import run
 
     if ":" in architecture:

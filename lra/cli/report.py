@@ -66,7 +66,9 @@ def leaderboard(
     for line in everything.problems:
         errors.print(f"[yellow]{escape(line)}[/]", soft_wrap=True)
     if not everything.records:
-        console.print(f"no results in {root / 'runs'} yet: `make listops` makes one", soft_wrap=True)
+        found = any((root / "diagnostics").rglob("*.json"))
+        what = "`lra diagnose` shows those of diagnostic tasks" if found else "`lra run listops gru` makes one"
+        console.print(f"no results in {root / 'runs'} yet: {what}", soft_wrap=True)
         return
     selected = everything.only(task=task, protocol=protocol, recipe=recipe, regime=regime, device=device)
     if not selected.records:

@@ -184,7 +184,7 @@ def _run(request: Request, dry_run: bool) -> None:
     resolved, _ = read(request)
     check(request, resolved)
     if dry_run:
-        _show_plan(request, resolve(request)[0])
+        show_plan(request, resolve(request)[0])
         return
     if launcher_rank() == 0:
         name = f"{request.task_name} x {request.architecture_name}, recipe {resolved.name}, seed {request.seed}"
@@ -199,7 +199,7 @@ def _run(request: Request, dry_run: bool) -> None:
         console.print(f"validation only, in {path}", soft_wrap=True) if request.select_only else _show_result(path)
 
 
-def _show_plan(request: Request, recipe: Recipe) -> None:
+def show_plan(request: Request, recipe: Recipe) -> None:
     """What would run, on which data, how long and in how much memory."""
     from lra.config.recipe import parse_setting
     from lra.data import prepared_sets
@@ -207,6 +207,7 @@ def _show_plan(request: Request, recipe: Recipe) -> None:
     from lra.sweeps.forecast import run_probe
     from lra.sweeps.plans import Cell
     from lra.sweeps.progress import duration
+    from lra.training.rate_search import trial_recipe
     from lra.training.request import folder_of
 
     def show(line: str) -> None:
@@ -217,12 +218,16 @@ def _show_plan(request: Request, recipe: Recipe) -> None:
         f"model: d_model {recipe.d_model}, {recipe.n_layers} layers; {recipe.train.steps:,} steps of "
         f"{recipe.data.batch_size} examples, {recipe.train.precision} precision"
     )
+    if rates := recipe.search.rates:
+        trial = trial_recipe(recipe, rates[0]).train.steps
+        show(f"before that, {trial:,} steps at each learning rate of {', '.join(f'{rate:g}' for rate in rates)}")
     task, protocol = prepared_sets.resolve(tasks.get(request.task)(), recipe.data.protocol or None)
     counts = ", ".join(f"{count:,} {split}" for split, count in protocol.counts.items())
     prepared = prepared_sets.find_prepared(task, protocol)
     show(f"data: {task.name} ({protocol.name}), up to {protocol.length:,} tokens; {counts}")
     if prepared is None:
-        show(f"forecast: none before the data are prepared: {task.command(protocol)}")
+        command = task.command(protocol).replace(f" {task.name}", f" {request.task_name}", 1)
+        show(f"forecast: none before the data are prepared: {command}")
         return
     show(f"data are in {prepared.folder}")
     settings = {key: parse_setting(text) for key, text in (request.settings or {}).items()}
@@ -235,7 +240,7 @@ def _show_plan(request: Request, recipe: Recipe) -> None:
     with console.status("measuring a few steps"):
         probe = run_probe(cell)
     if "failed" in probe:
-        raise UserError(f"no forecast: {probe['failed']}")
+        raise UserError(probe["failed"])
     more = "" if request.placement.world_size == 1 else " on one device"
     show(f"forecast{more}: {duration(probe['seconds'])}, at least {probe['bytes'] / 2**20:,.0f} MiB")
 

@@ -334,7 +334,7 @@ def _lines(
 
 HEAT_TIPS = {
     "label": "architecture", "task": "task", "verdict": "verdict", "accuracy": "right %", "whole": "whole examples %",
-    "last": "last position %", "guess": "chance %", "reach": "reach, tokens", "seeds": "seeds", "steps": "steps",
+    "last": "last position %", "guess": "floor %", "reach": "reach, tokens", "seeds": "seeds", "steps": "steps",
 }  # fmt: skip
 NAMES = 130
 """Width in pixels of the names at the left of a heat map."""

@@ -16,12 +16,13 @@ from lra.results.record import RunRecord
 if TYPE_CHECKING:
     import pandas as pd
 
-COLUMNS = ("task", "architecture", "whole %", "right %", "last %", "chance %", "reach", "steps", "seeds", "verdict")
+COLUMNS = ("task", "architecture", "whole %", "right %", "last %", "floor %", "reach", "steps", "seeds", "verdict")
 NOTE = (
     "whole: examples with every scored position right, or the class, or a value within the task's tolerance; right: "
-    "scored positions; last: the last scored position; all at the longest training length, mean over seeds. reach: the "
-    "longest test length with 90 % of the positions right, the shortest over seeds. Undecided: close to 90 %, on a "
-    "known plateau, or still rising when the steps were used up"
+    "scored positions; last: the last scored position; all at the longest training length, mean over seeds. floor: "
+    "right answers of the best rule without a sequence model, such as the majority class. reach: the longest test "
+    "length with 90 % of the positions right, the shortest over seeds. Undecided: close to 90 %, on a known "
+    "plateau, or still rising when the steps were used up"
 )
 
 
@@ -53,6 +54,17 @@ class Cell:
         return _mean([run.test.share for run in self.runs])
 
     @property
+    def floor(self) -> float | None:
+        """Share of right answers of the best rule without a sequence model, chance among them; None where there is no
+        such thing."""
+        first = self.first
+        return max([*first.floors.values(), *([] if first.chance is None else [first.chance])], default=None)
+
+    @property
+    def at_chance(self) -> bool:
+        return all(run.at_chance for run in self.runs)
+
+    @property
     def reach(self) -> str:
         """The longest test length that every seed holds; "-" where the task has one length."""
         reached = [length for run in self.runs if (length := diagnosis.reach(run)) is not None]
@@ -79,9 +91,11 @@ def cells(records: Iterable[RunRecord]) -> list[Cell]:
 
 
 def table(records: Iterable[RunRecord], title: str = "Diagnostics") -> Table:
-    """A row for each of `cells`."""
-    rows = [_row(cell) for cell in cells(records)]
-    return Table(title, list(COLUMNS), [[TableCell(text) for text in row] for row in rows], [NOTE] if rows else [])
+    """A row for each of `cells`; grey where no run is better than chance and the majority class."""
+    listed = cells(records)
+    rows = [[TableCell(text) for text in _row(cell)] for cell in listed]
+    grey = frozenset(number for number, cell in enumerate(listed) if cell.at_chance)
+    return Table(title, list(COLUMNS), rows, [NOTE] if rows else [], grey=grey)
 
 
 def _row(cell: Cell) -> list[str]:
@@ -92,7 +106,7 @@ def _row(cell: Cell) -> list[str]:
         _percent([test.accuracy for test in tests]),
         _percent([test.share for test in tests]),
         _percent(_last(cell.runs)),
-        _percent([] if first.chance is None else [first.chance]),
+        _percent([] if cell.floor is None else [cell.floor]),
         cell.reach,
         f"{first.speed.steps or 0:,}",
         str(len(cell.runs)),
@@ -108,8 +122,8 @@ def frame(listed: Sequence[Cell]) -> pd.DataFrame:
         {"row": cell.row, "label": cell.label, "family": cell.family,
          "task": cell.column, "accuracy": round(100 * cell.share, 1),
          "whole": _percent([run.test.accuracy for run in cell.runs]), "last": _percent(_last(cell.runs)),
-         "guess": _percent([] if cell.first.chance is None else [cell.first.chance]),
-         "chance": all(run.at_chance for run in cell.runs), "verdict": verdicts(cell.runs), "reach": cell.reach,
+         "guess": _percent([] if cell.floor is None else [cell.floor]),
+         "chance": cell.at_chance, "verdict": verdicts(cell.runs), "reach": cell.reach,
          "seeds": len(cell.runs), "steps": cell.first.speed.steps or 0}
         for cell in listed
     ]  # fmt: skip
@@ -131,8 +145,8 @@ def lengths(listed: Sequence[Cell]) -> pd.DataFrame:
 
 
 def guesses(listed: Sequence[Cell]) -> dict[str, float]:
-    """Share of right answers of a guess in %, by task; without tasks where there is no such thing."""
-    return {cell.column: 100 * cell.first.chance for cell in listed if cell.first.chance is not None}
+    """Share of right answers of the best rule without a sequence model in %, by task."""
+    return {cell.column: 100 * cell.floor for cell in listed if cell.floor is not None}
 
 
 def _by_length(cell: Cell) -> Iterator[tuple[int, list[float]]]:

@@ -71,7 +71,7 @@ def run_probe(cell: Cell) -> dict[str, Any]:
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         errors = done.stderr.strip().splitlines()
-        return {"failed": errors[-1][:120] if errors else f"exit code {done.returncode}"}
+        return {"failed": errors[-1].removeprefix("error: ")[:600] if errors else f"exit code {done.returncode}"}
     return json.loads(lines[-1])
 
 
@@ -89,6 +89,7 @@ def measure(cell: Cell) -> dict[str, float]:
     from lra.training.device import device
     from lra.training.module import Training
     from lra.training.pretraining import Pretraining
+    from lra.training.rate_search import trial_recipe
     from lra.training.request import resolve
     from lra.training.run import check_operators, load_scorer, load_teacher
 
@@ -117,11 +118,16 @@ def measure(cell: Cell) -> dict[str, float]:
     )
     teacher, _ = load_teacher(cell.request(), recipe, prepared)
     module = Training(model, recipe, target_of(prepared.task, prepared.protocol), teacher)
-    total += _time_training(module, recipe, data, stages.training_sampler(recipe, data, cell.seed))
+    training = _time_training(module, recipe, data, stages.training_sampler(recipe, data, cell.seed))
+    evaluation = _time_evaluation(model, recipe, validation)
+    total += training
+    if rates := recipe.search.rates:
+        share = trial_recipe(recipe, rates[0]).train.steps / recipe.train.steps
+        total += len(rates) * (share * training + len(validation) * evaluation)
     # the selection split is evaluated once more at the end, and the test set once
     evaluations = recipe.train.steps // min(recipe.train.evaluate_every, recipe.train.steps) + 1
     scored = evaluations * len(validation) + (recipe.data.test_examples or len(prepared.split("test")))
-    total += scored * _time_evaluation(model, recipe, validation)
+    total += scored * evaluation
     if (scorer := load_scorer(cell.request(), recipe, prepared)) is not None and isinstance(data, DeviceSet):
         total += len(data) * _time_evaluation(scorer.model, recipe, data)
     return {"seconds": total, "bytes": float(peak.read()["peak_bytes"])}

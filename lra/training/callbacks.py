@@ -284,6 +284,29 @@ class ProgressBar(RichProgressBar):
         return {k: v for k, v in super().get_metrics(trainer, module).items() if k != "v_num"}
 
 
+class ProgressLines(Callback):
+    """A line after each validation, where there is no terminal that could show a bar."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.first, self.start = console, 0, 0.0
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.first, self.start = trainer.global_step, time.monotonic()
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        step, steps, metrics = trainer.global_step, trainer.max_steps, trainer.callback_metrics
+        if not trainer.is_global_zero or step == self.first:
+            return
+        parts = [f"step {step:,} of {steps:,}"]
+        if "validation_accuracy" in metrics:
+            parts.append(f"validation accuracy {100 * float(metrics['validation_accuracy']):.1f} %")
+        if "validation_loss" in metrics:
+            parts.append(f"validation loss {float(metrics['validation_loss']):.4g}")
+        left = (time.monotonic() - self.start) / (step - self.first) * (steps - step)
+        parts += [f"{timedelta(seconds=round(left))} left"] if left else []
+        self.console.print(", ".join(parts), soft_wrap=True, highlight=False)
+
+
 class ExpectationCheck(Callback):
     """Warns once, early, when a run is below the accuracy that the source of its recipe had reached by then."""
 

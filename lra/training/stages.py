@@ -31,6 +31,7 @@ from lra.training import checkpoint, curriculum, distributed, execution, loggers
 from lra.training.callbacks import (
     ExpectationCheck,
     ProgressBar,
+    ProgressLines,
     ProgressReport,
     ResumeState,
     StepProgress,
@@ -298,7 +299,8 @@ def _trainer(recipe: Recipe, context: RunContext, **options: Any) -> L.Trainer:
     kind: Any = precision.of_run(recipe, context.device)
     draw_bar = context.console.is_terminal and context.progress is None
     defaults = {"devices": 1, "logger": False, "enable_checkpointing": False}
-    callbacks = [*options.pop("callbacks", []), *([ProgressBar(leave=False)] if draw_bar else [])]
+    shown = ProgressBar(leave=False) if draw_bar else ProgressLines(context.console)
+    callbacks = [*options.pop("callbacks", []), *([shown] if context.progress is None else [])]
     with quiet():
         return L.Trainer(
             accelerator="gpu" if context.device.type == "cuda" else "cpu", precision=kind, callbacks=callbacks,
