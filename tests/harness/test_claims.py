@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 from records import diagnostic as run
+from records import record
 from typer.testing import CliRunner
 
 from lra.cli.app import app
@@ -192,3 +194,11 @@ def test_every_shipped_claim_names_tasks_protocols_settings_and_architectures_th
             recipes.resolve("diagnostic", cell.task, cell.architecture, settings)
             own = [key.partition(".")[2] for key in settings if key.startswith("encoder.")]
             assert set(own) <= set(declared)
+
+
+def test_the_table_of_diagnostics_names_the_best_rule_without_a_model() -> None:
+    """Whoever reads 36 % beside a chance of 17 % must see that a rule reaches as much."""
+    runs = [record("gru", accuracy=0.36), msgspec.structs.replace(record("s4d", accuracy=0.17), collapsed="at chance")]
+    shown = diagnostics.table(runs)
+    assert [row[shown.columns.index("floor %")].text for row in shown.rows] == ["36.0", "36.0"]
+    assert [shown.rows[number][1].text for number in shown.grey] == ["s4d"]

@@ -176,11 +176,34 @@ def test_a_sweep_runs_as_many_cells_at_a_time_as_asked(places: Path, monkeypatch
     assert given["seconds"] < 9 * 3600
 
 
+def test_a_dry_run_says_in_full_why_the_run_could_not_start(places: Path) -> None:
+    words = ["run", "parity", "reformer", "--recipe", "quick", "--dry-run"]
+    assert runner.invoke(app, ["data", "prepare", "parity"]).exit_code == 0
+    done = runner.invoke(app, words)
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: parity needs a causal encoder")
+    assert "model.direction=causal" in done.stderr
+
+
+def test_an_empty_leaderboard_says_where_diagnostic_results_are(places: Path) -> None:
+    assert "`lra run listops gru` makes one" in runner.invoke(app, ["leaderboard"]).output
+    folder = places / "lra_results/diagnostics/parity/gru"
+    folder.mkdir(parents=True)
+    (folder / "a.json").write_text("{}")
+    assert "`lra diagnose` shows those of diagnostic tasks" in runner.invoke(app, ["leaderboard"]).output
+
+
+def test_the_plan_names_the_rates_that_are_tried(places: Path) -> None:
+    done = runner.invoke(app, ["diagnose", "gru", "--tasks", "parity", "--dry-run"])
+    assert done.exit_code == 0, done.output
+    assert "before that, 450 steps at each learning rate of 0.001, 0.003, 0.006" in done.output
+
+
 def test_a_dry_run_shows_the_plan_its_data_and_the_forecast(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["run", TINY, "gru", "--recipe", "quick", "--set", "train.steps=77", "--dry-run"]
     done = runner.invoke(app, words)
     assert done.exit_code == 0, done.output
-    assert "forecast: none before the data are prepared: lra data prepare tiny" in done.output
+    assert f"forecast: none before the data are prepared: lra data prepare {TINY}" in done.output
     assert runner.invoke(app, ["data", "prepare", TINY]).exit_code == 0
     cells: list[Any] = []
 

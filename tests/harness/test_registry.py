@@ -144,9 +144,12 @@ def test_variants() -> None:
     assert said(architectures, "s4d/legz") == "unknown variant of s4d 'legz'; did you mean 'legs'?"
 
 
-def test_wrong_names_get_the_nearest_right_one() -> None:
+def test_wrong_names_get_the_nearest_right_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     assert said(architectures, "transfomer") == "unknown architecture 'transfomer'; did you mean 'transformer'?"
     assert said(architectures, "zzz").startswith("unknown architecture 'zzz'; known: ")
+    Path("listop2.py").write_text("class First:\n    pass\n\n\nclass Second(First):\n    pass\n")
+    assert said(tasks, "listop2") == "unknown task 'listop2'; for the class in listop2.py give listop2.py:Second"
     assert said(tasks, "listop") == "unknown task 'listop'; did you mean 'listops'?"
     # files that start with an underscore are shared parts, not architectures
     assert "unknown architecture" in said(architectures, "_stack")

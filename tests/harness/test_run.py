@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import signal
@@ -277,3 +278,12 @@ def test_two_seeds_make_one_row_with_an_interval(places: Path) -> None:
     assert row.seeds == 2
     assert row.accuracy.source == "seeds"
     assert tasks.get(TINY).cls.name == group.task
+
+
+def test_a_run_without_a_terminal_says_how_far_it_is(places: Path) -> None:
+    console = Console(record=True, file=io.StringIO(), width=200)
+    run(Request(TINY, "gru", "quick", settings=SMALL), console)
+    lines = [line for line in console.export_text().splitlines() if line.startswith("step ")]
+    assert [line.partition(",")[0] for line in lines] == ["step 8 of 24", "step 16 of 24", "step 24 of 24"]
+    numbers = r"validation accuracy [\d.]+ %, validation loss [\d.]+"
+    assert re.fullmatch(rf"step 8 of 24, {numbers}, 0:0\d:\d\d left", lines[0])
