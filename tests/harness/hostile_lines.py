@@ -92,7 +92,7 @@ USAGE = [
     ("show listops", "missing argument"),
     ("check", "missing argument"),
     ("audit", "missing argument"),
-    ("compare a", "missing argument"),
+    ("compare a", "at least two runs"),
     ("evaluate", "missing argument"),
     ("predict r", "missing argument"),
     ("export r", "missing argument"),
