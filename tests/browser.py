@@ -24,7 +24,7 @@ class Browser:
     """One page. requests: addresses of all that was fetched; faults: errors and warnings, thrown or logged."""
 
     def __init__(
-        self, address: str, profile: Path, width: int = 1280, height: int = 900, *, dark: bool = False
+        self, address: str, profile: Path, width: int = 1280, height: int = 900
     ) -> None:
         self.requests: list[str] = []
         self.faults: list[str] = []
@@ -56,6 +56,10 @@ class Browser:
 
     def resize(self, width: int, height: int) -> None:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+
+    def prefer(self, scheme: str) -> None:
+        """Ask for a colour scheme, "dark" or "light", as a reader's system does."""
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     def run(self, script: str) -> Any:
         """The value of an async function's body. Raises AssertionError where it throws."""

@@ -151,3 +151,22 @@ def test_it_fits_a_phone_and_nothing_was_fetched_or_logged(browser: Browser) -> 
     assert [address for address in browser.requests if not address.startswith(("file:", "blob:"))] == []
     assert len(browser.requests) == 1
     assert browser.faults == []
+
+
+def test_the_page_follows_the_dark_scheme(browser: Browser) -> None:
+    """Light text on a dark page, on a system that asks for it."""
+    shade = """
+      const light = (name) => {
+        const numbers = getComputedStyle(document.body)[name].match(/\\d+/g).slice(0, 3).map(Number);
+        return numbers.reduce((a, b) => a + b) / 765;
+      };
+      return [light("backgroundColor"), light("color")];
+    """
+    page, ink = browser.run(shade)
+    assert page > 0.9
+    assert ink < 0.3
+    browser.prefer("dark")
+    page, ink = browser.run(shade)
+    browser.prefer("light")
+    assert page < 0.2
+    assert ink > 0.8
