@@ -23,9 +23,7 @@ SECONDS = 60
 class Browser:
     """One page. requests: addresses of all that was fetched; faults: errors and warnings, thrown or logged."""
 
-    def __init__(
-        self, address: str, profile: Path, width: int = 1280, height: int = 900
-    ) -> None:
+    def __init__(self, address: str, profile: Path, width: int = 1280, height: int = 900) -> None:
         self.requests: list[str] = []
         self.faults: list[str] = []
         self._sent, self._received, self._session = 0, b"", ""
