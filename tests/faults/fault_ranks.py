@@ -113,4 +113,5 @@ def _slow(phase: str, marker: Path, rank: int) -> None:
         if rank:  # only the first one writes
             before(Stop, "on_validation_end", 0)
     elif phase == "score":
-        before(stages, "score", 0.2)
+        # longer than the drill waits before its signal: a process that has ended its work is no longer in the phase
+        before(stages, "score", 1.0)
