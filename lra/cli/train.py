@@ -207,7 +207,6 @@ def show_plan(request: Request, recipe: Recipe) -> None:
     from lra.sweeps.forecast import run_probe
     from lra.sweeps.plans import Cell
     from lra.sweeps.progress import duration
-    from lra.training.rate_search import trial_recipe
     from lra.training.request import folder_of
 
     def show(line: str) -> None:
@@ -219,7 +218,7 @@ def show_plan(request: Request, recipe: Recipe) -> None:
         f"{recipe.data.batch_size} examples, {recipe.train.precision} precision"
     )
     if rates := recipe.search.rates:
-        trial = trial_recipe(recipe, rates[0]).train.steps
+        trial = recipe.trial(rates[0]).train.steps
         show(f"before that, {trial:,} steps at each learning rate of {', '.join(f'{rate:g}' for rate in rates)}")
     task, protocol = prepared_sets.resolve(tasks.get(request.task)(), recipe.data.protocol or None)
     counts = ", ".join(f"{count:,} {split}" for split, count in protocol.counts.items())

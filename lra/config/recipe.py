@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -69,6 +70,20 @@ class Recipe:
     note: str = ""
     smoke: bool = False
     expected: Expected = field(default_factory=Expected)
+
+    def trial(self, rate: float) -> Recipe:
+        """The short run at one rate of a search: `search.share` of the steps, warm-up, schedule and curriculum shorter
+        alike, one validation. A dynamic curriculum, which follows validations, is left out."""
+        share = self.search.share
+        steps = max(1, math.ceil(self.train.steps * share))
+        train = replace(self.train, steps=steps, evaluate_every=steps)
+        if train.curriculum == "dynamic":
+            train = replace(train, curriculum="length")
+        elif train.curriculum_steps:
+            fewest = train.curriculum_bins - 1 if train.curriculum == "difficulty" else 1
+            train = replace(train, curriculum_steps=max(fewest, math.ceil(train.curriculum_steps * share)))
+        optim = replace(self.optim, lr=rate, warmup=math.ceil(self.optim.warmup * share))
+        return replace(self, optim=optim, train=train)
 
     def as_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(asdict(self)))

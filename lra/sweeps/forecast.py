@@ -89,7 +89,6 @@ def measure(cell: Cell) -> dict[str, float]:
     from lra.training.device import device
     from lra.training.module import Training
     from lra.training.pretraining import Pretraining
-    from lra.training.rate_search import trial_recipe
     from lra.training.request import resolve
     from lra.training.run import check_operators, load_scorer, load_teacher
 
@@ -122,7 +121,7 @@ def measure(cell: Cell) -> dict[str, float]:
     evaluation = _time_evaluation(model, recipe, validation)
     total += training
     if rates := recipe.search.rates:
-        share = trial_recipe(recipe, rates[0]).train.steps / recipe.train.steps
+        share = recipe.trial(rates[0]).train.steps / recipe.train.steps
         total += len(rates) * (share * training + len(validation) * evaluation)
     # the selection split is evaluated once more at the end, and the test set once
     evaluations = recipe.train.steps // min(recipe.train.evaluate_every, recipe.train.steps) + 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,22 +17,6 @@ from lra.config.recipe import Recipe
 
 Trial = dict[str, Any]
 """lr, steps, accuracy, loss, examples, seconds of one short run."""
-
-
-def trial_recipe(recipe: Recipe, rate: float) -> Recipe:
-    """The short run at one rate: `search.share` of the steps, warm-up, schedule and curriculum shortened alike, one
-    validation. A dynamic curriculum, which follows validations, is left out."""
-    share = recipe.search.share
-    steps = max(1, math.ceil(recipe.train.steps * share))
-    train = replace(recipe.train, steps=steps, evaluate_every=steps)
-    if train.curriculum == "dynamic":
-        train = replace(train, curriculum="length")
-    elif train.curriculum_steps:
-        fewest = train.curriculum_bins - 1 if train.curriculum == "difficulty" else 1
-        train = replace(train, curriculum_steps=max(fewest, math.ceil(train.curriculum_steps * share)))
-    return replace(
-        recipe, optim=replace(recipe.optim, lr=rate, warmup=math.ceil(recipe.optim.warmup * share)), train=train
-    )
 
 
 def best(trials: list[Trial], selects: str = "accuracy") -> Trial:
@@ -62,7 +45,7 @@ def search(
     trials: list[Trial] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     for rate in recipe.search.rates[len(trials) :]:
         with torch.random.fork_rng():
-            trials.append(run_trial(trial_recipe(recipe, rate)))
+            trials.append(run_trial(recipe.trial(rate)))
         model.load_state_dict(weights)
         model.zero_grad(set_to_none=True)
         if not leads:

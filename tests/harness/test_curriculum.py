@@ -23,7 +23,7 @@ from lra.results.official import settings_of
 from lra.results.record import RunRecord
 from lra.target import PositionTarget, Target, ValueTarget
 from lra.task import UNSCORED
-from lra.training import rate_search, stages
+from lra.training import stages
 from lra.training.callbacks import Stop
 from lra.training.curriculum import Ordered
 from lra.training.request import Request
@@ -205,9 +205,9 @@ def test_examples_that_are_drawn_cannot_be_scored() -> None:
 def test_trials_of_a_rate_search_have_a_shorter_curriculum() -> None:
     settings = SMALL | {"search.rates": "[0.1, 0.2]", "search.share": "0.5"}
     staged = recipes.resolve("quick", TINY, "gru", settings | KINDS["difficulty"])[0]
-    assert rate_search.trial_recipe(staged, 0.1).train.curriculum_steps == 4
+    assert staged.trial(0.1).train.curriculum_steps == 4
     dynamic = recipes.resolve("quick", TINY, "gru", settings | KINDS["dynamic"])[0]
-    assert rate_search.trial_recipe(dynamic, 0.1).train.curriculum == "length"
+    assert dynamic.trial(0.1).train.curriculum == "length"
 
 
 @pytest.mark.parametrize("kind", list(KINDS))

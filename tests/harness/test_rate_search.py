@@ -29,7 +29,7 @@ def trial_of(recipe: Recipe) -> rate_search.Trial:
 
 
 def test_a_trial_is_the_run_in_short() -> None:
-    trial = rate_search.trial_recipe(RECIPE, 3e-3)
+    trial = RECIPE.trial(3e-3)
     assert (trial.optim.lr, trial.optim.warmup, trial.train.steps, trial.train.evaluate_every) == (3e-3, 3, 20, 20)
     assert replace(trial, optim=RECIPE.optim, train=RECIPE.train) == RECIPE
 
