@@ -183,7 +183,7 @@ NEWEST := 3.14
 	    echo "setup: pip failed; its output is in .venv/setup.log; 'make setup' tries again" >&2; \
 	    exit 1; \
 	fi; \
-	echo "setup: compiling the packages to bytecode, so that every command starts in a third of the time"; \
+	echo "setup: compiling the packages to bytecode, so that commands start faster"; \
 	$(RUN) compileall -q -j 0 -x '/(tests?|testing/_internal)/' "$$($(VENV)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > /dev/null 2>&1 || true; \
 	pwd -P > $@; \
 	echo "setup: done$$with"

@@ -18,6 +18,7 @@ channels, a document is its (L, channels) array, flattened. Other targets than c
 from __future__ import annotations
 
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lra.errors import DataError as DataError
+from lra.errors import is_users
 
 SPLITS = ("train", "validation", "test")
 TARGETS = ("class", "position", "value", "next")
@@ -154,7 +156,17 @@ class Task(ABC):
     def command(self, protocol: Protocol) -> str:
         """The shell command that prepares this task under `protocol`."""
         default = protocol.name == next(iter(self.protocols))
-        return f"lra data prepare {self.name}{'' if default else f' --protocol {protocol.name}'}"
+        return f"lra data prepare {self._reference()}{'' if default else f' --protocol {protocol.name}'}"
+
+    def _reference(self) -> str:
+        """What the command line calls this task: its name, or `file.py:Class` of a user's file."""
+        module = sys.modules.get(type(self).__module__)
+        file = str(getattr(module, "__file__", None) or "")
+        if not file or not is_users(file):
+            return self.name
+        path = Path(file)
+        shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+        return f"{shown}:{type(self).__qualname__}"
 
     @abstractmethod
     def prepare(

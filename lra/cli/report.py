@@ -67,7 +67,11 @@ def leaderboard(
         errors.print(f"[yellow]{escape(line)}[/]", soft_wrap=True)
     if not everything.records:
         found = any((root / "diagnostics").rglob("*.json"))
-        what = "`lra diagnose` shows those of diagnostic tasks" if found else "`lra run listops gru` makes one"
+        what = (
+            "`lra diagnose` shows those of diagnostic tasks"
+            if found
+            else "`lra run listops gru --recipe standard` makes one"
+        )
         console.print(f"no results in {root / 'runs'} yet: {what}", soft_wrap=True)
         return
     selected = everything.only(task=task, protocol=protocol, recipe=recipe, regime=regime, device=device)

@@ -225,8 +225,7 @@ def show_plan(request: Request, recipe: Recipe) -> None:
     prepared = prepared_sets.find_prepared(task, protocol)
     show(f"data: {task.name} ({protocol.name}), up to {protocol.length:,} tokens; {counts}")
     if prepared is None:
-        command = task.command(protocol).replace(f" {task.name}", f" {request.task_name}", 1)
-        show(f"forecast: none before the data are prepared: {command}")
+        show(f"forecast: none before the data are prepared: {task.command(protocol)}")
         return
     show(f"data are in {prepared.folder}")
     settings = {key: parse_setting(text) for key, text in (request.settings or {}).items()}
@@ -239,7 +238,7 @@ def show_plan(request: Request, recipe: Recipe) -> None:
     with console.status("measuring a few steps"):
         probe = run_probe(cell)
     if "failed" in probe:
-        raise UserError(probe["failed"])
+        raise UserError(probe["failed"] if probe.get("refused") else f"no forecast: {probe['failed']}")
     more = "" if request.placement.world_size == 1 else " on one device"
     show(f"forecast{more}: {duration(probe['seconds'])}, at least {probe['bytes'] / 2**20:,.0f} MiB")
 

@@ -246,11 +246,12 @@ class EvaluationLoader:
     def __init__(self, data: DeviceSet, batch_size: int, shard: Shard | None = None) -> None:
         self.data, shard = data, shard or Shard()
         order = np.argsort(data.lengths.max(axis=1), kind="stable")[shard.rank :: shard.world_size]
-        self.plan = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         if shard.world_size > 1:
             # one example more than batch_size in some where the numbers of examples differ by one
             batches = max(math.ceil(len(data) // shard.world_size / batch_size), 1)
             self.plan = np.array_split(order, batches)
+        else:
+            self.plan = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
     def __len__(self) -> int:
         return len(self.plan)

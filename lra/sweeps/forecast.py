@@ -62,7 +62,9 @@ def forecast_table(cells: list[Cell], console: Console) -> Table:
 
 
 def run_probe(cell: Cell) -> dict[str, Any]:
-    """Measure a cell in a separate process. Returns {"seconds", "bytes"} of the run, or {"failed": reason}."""
+    """Measure a cell in a separate process. Returns {"seconds", "bytes"} of the run, or {"failed": reason}.
+
+    refused: whether the run itself would end with that reason."""
     command = [sys.executable, "-m", "lra.sweeps.forecast", json.dumps(asdict(cell))]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT)
@@ -71,7 +73,7 @@ def run_probe(cell: Cell) -> dict[str, Any]:
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         errors = done.stderr.strip().splitlines()
-        return {"failed": errors[-1].removeprefix("error: ")[:600] if errors else f"exit code {done.returncode}"}
+        return {"failed": errors[-1][:120] if errors else f"exit code {done.returncode}"}
     return json.loads(lines[-1])
 
 
@@ -201,4 +203,4 @@ if __name__ == "__main__":
     try:
         print(json.dumps(measure(plans.Cell(**json.loads(sys.argv[1])))))
     except UserError as error:
-        sys.exit(str(error))
+        print(json.dumps({"failed": str(error), "refused": True}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -186,7 +187,7 @@ def test_a_dry_run_says_in_full_why_the_run_could_not_start(places: Path) -> Non
 
 
 def test_an_empty_leaderboard_says_where_diagnostic_results_are(places: Path) -> None:
-    assert "`lra run listops gru` makes one" in runner.invoke(app, ["leaderboard"]).output
+    assert "`lra run listops gru --recipe standard` makes one" in runner.invoke(app, ["leaderboard"]).output
     folder = places / "lra_results/diagnostics/parity/gru"
     folder.mkdir(parents=True)
     (folder / "a.json").write_text("{}")
@@ -203,7 +204,9 @@ def test_a_dry_run_shows_the_plan_its_data_and_the_forecast(places: Path, monkey
     words = ["run", TINY, "gru", "--recipe", "quick", "--set", "train.steps=77", "--dry-run"]
     done = runner.invoke(app, words)
     assert done.exit_code == 0, done.output
-    assert f"forecast: none before the data are prepared: lra data prepare {TINY}" in done.output
+    assert re.search(
+        r"forecast: none before the data are prepared: lra data prepare \S*tiny_task.py:Tiny\n", done.output
+    )
     assert runner.invoke(app, ["data", "prepare", TINY]).exit_code == 0
     cells: list[Any] = []
 

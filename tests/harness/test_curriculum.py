@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from stopped_run import stopped_after
 from torch.nn import functional as F
 
 import lra
@@ -24,7 +25,6 @@ from lra.results.record import RunRecord
 from lra.target import PositionTarget, Target, ValueTarget
 from lra.task import UNSCORED
 from lra.training import stages
-from lra.training.callbacks import Stop
 from lra.training.curriculum import Ordered
 from lra.training.request import Request
 from lra.training.run import run
@@ -219,16 +219,8 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
     settings = KINDS[kind] | {"model.dropout": "0.1"}
     whole = result.read(go(settings, scorer=scorer.folder))
     described(kind, whole, scorer)
-    asked = Stop.on_train_batch_end
-
-    def stopping(self: Stop, trainer: Any, *rest: Any) -> None:
-        self.reason = "the test" if trainer.global_step == 6 else ""
-        asked(self, trainer, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Stop, "on_train_batch_end", stopping)
-        with pytest.raises(Interrupted, match="step 6 of 12"):
-            go(settings, scorer=scorer.folder)
+    with stopped_after(6), pytest.raises(Interrupted, match="step 6 of 12"):
+        go(settings, scorer=scorer.folder)
     # the order is that of the first leg, even if the scorer would now say otherwise
     with monkeypatch.context() as patch:
         patch.setattr(Target, "difficulty", lambda self, output, labels: torch.rand(len(labels)))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from stopped_run import stopped_after
 from typer.testing import CliRunner
 
 from lra.cli.app import app
@@ -24,7 +25,6 @@ from lra.registry import tasks
 from lra.results import result
 from lra.results.collection import Collection
 from lra.task import Protocol, Task
-from lra.training.callbacks import Stop
 from lra.training.request import Request
 from lra.training.run import run
 from lra.training.trained_run import load
@@ -130,9 +130,7 @@ def test_a_record_holds_every_length_and_its_predictions(places: Path) -> None:
     assert trained.predict([[0, 1, 1]], probabilities=True)[0].shape == (3, 2)
 
 
-def test_an_interrupted_run_draws_the_same_examples_when_it_is_resumed(
-    places: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_draws_the_same_examples_when_it_is_resumed(places: Path) -> None:
     settings = SMALL | {"train.evaluate_every": "8"}
 
     def weights() -> dict[str, torch.Tensor]:
@@ -141,17 +139,9 @@ def test_an_interrupted_run_draws_the_same_examples_when_it_is_resumed(
 
     request = Request("parity", "gru", settings=settings)
     run(request, Console(quiet=True))
-    whole, original = weights(), Stop.on_train_batch_end
-
-    def stopping(self: Stop, trainer: Any, *rest: Any) -> None:
-        if trainer.global_step == 3:
-            self.reason = "the test"
-        original(self, trainer, *rest)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Stop, "on_train_batch_end", stopping)
-        with pytest.raises(Interrupted, match="step 3 of 8"):
-            run(request, Console(quiet=True))
+    whole = weights()
+    with stopped_after(3), pytest.raises(Interrupted, match="step 3 of 8"):
+        run(request, Console(quiet=True))
     run(replace(request, resume=True), Console(quiet=True))
     assert all(torch.equal(whole[key], value) for key, value in weights().items())
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from curved import Curved
 from rich.console import Console
+from stopped_run import stopped_after
 
 from lra.config import recipe
 from lra.errors import Interrupted, UserError
-from lra.training.callbacks import Stop
 from lra.training.module import Training
 from lra.training.request import Request
 from lra.training.run import run
@@ -60,17 +60,9 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     pytest.importorskip(PACKAGES[name])
     settings = {"model.dropout": "0.1"}
     whole = go(name, settings)
-    original = Stop.on_train_batch_end
-
-    def stopping(self: Stop, trainer: Any, *rest: Any) -> None:
-        self.reason = "the test" if trainer.global_step == stop else ""
-        original(self, trainer, *rest)
-
     monkeypatch.setenv("LRA_RUNS", str(places / "other"))
-    with monkeypatch.context() as patch:
-        patch.setattr(Stop, "on_train_batch_end", stopping)
-        with pytest.raises(Interrupted, match=f"step {stop} of 24"):
-            go(name, settings)
+    with stopped_after(stop), pytest.raises(Interrupted, match=f"step {stop} of 24"):
+        go(name, settings)
     again = go(name, settings, resume=True)
     assert whole
     assert all(torch.equal(value, again[key]) for key, value in whole.items())

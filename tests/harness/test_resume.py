@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from stopped_run import stopped_after
 
 from lra.errors import Interrupted, UserError
 from lra.registry import architectures
@@ -81,30 +82,14 @@ def go(settings: dict[str, str] | None = None, **more: Any) -> Path:
     return run(Request(TINY, "gru", "quick", settings=SMALL | (settings or {}), **more), Console(quiet=True))
 
 
-def interrupted(monkeypatch: pytest.MonkeyPatch, at: int = 7, **more: Any) -> None:
-    def stopping(self: Stop, trainer: Any, *rest: Any) -> None:
-        self.reason = "the test" if trainer.global_step == at else ""
-        original(self, trainer, *rest)
-
-    original = Stop.on_train_batch_end
-    with monkeypatch.context() as patch:
-        patch.setattr(Stop, "on_train_batch_end", stopping)
-        with pytest.raises(Interrupted, match=f"step {at} of"):
-            go(**more)
+def interrupted(at: int = 7, **more: Any) -> None:
+    with stopped_after(at), pytest.raises(Interrupted, match=f"step {at} of"):
+        go(**more)
 
 
-def test_a_run_stopped_where_a_validation_is_due_does_it_first(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_stopped_where_a_validation_is_due_does_it_first(places: Path) -> None:
     whole = result.read(go())
-    asked = Stop.on_train_batch_end
-
-    def stopping(self: Stop, trainer: Any, *rest: Any) -> None:
-        self.reason = "the test" if trainer.global_step == 6 else ""
-        asked(self, trainer, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Stop, "on_train_batch_end", stopping)
-        with pytest.raises(Interrupted, match="step 6 of 12"):
-            go()
+    interrupted(at=6)
     (last,) = places.rglob("last.ckpt")
     assert [point["step"] for point in torch.load(last, weights_only=True)["curve"]] == [6]
     again = result.read(go(resume=True))
@@ -128,8 +113,8 @@ def test_no_checkpoint_leaves_a_validation_out(places: Path, monkeypatch: pytest
     assert result.read(go(resume=True)).curve == whole
 
 
-def test_a_checkpoint_of_another_schema_or_recipe_is_one_line(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupted(monkeypatch)
+def test_a_checkpoint_of_another_schema_or_recipe_is_one_line(places: Path) -> None:
+    interrupted()
     (last,) = places.rglob("last.ckpt")
     good = torch.load(last, weights_only=True)
     assert good["lra"]["schema"] == SCHEMA
@@ -149,8 +134,8 @@ def test_a_checkpoint_of_another_schema_or_recipe_is_one_line(places: Path, monk
     go(resume=True)
 
 
-def test_resuming_with_other_settings_finds_nothing(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupted(monkeypatch)
+def test_resuming_with_other_settings_finds_nothing(places: Path) -> None:
+    interrupted()
     with pytest.raises(UserError, match="nothing to resume"):
         go({"optim.lr": "0.5"}, resume=True)
 
@@ -159,7 +144,7 @@ def test_checkpoints_may_live_elsewhere_and_only_best_and_last_stay(
     places: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     elsewhere = places / "elsewhere"
-    interrupted(monkeypatch, checkpoint_dir=elsewhere)
+    interrupted(checkpoint_dir=elsewhere)
     assert {p.name for p in elsewhere.rglob("*.ckpt")} == {"best.ckpt", "last.ckpt"}
     assert not list((places / "lra_runs").rglob("*.ckpt"))
     # another machine has the checkpoints and nothing else
@@ -168,10 +153,8 @@ def test_checkpoints_may_live_elsewhere_and_only_best_and_last_stay(
     assert {p.name for p in elsewhere.rglob("*.ckpt")} == {"best.ckpt"}
 
 
-def test_a_run_that_goes_on_under_another_path_remembers_its_best(
-    places: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    interrupted(monkeypatch, checkpoint_dir=places / "here")
+def test_a_run_that_goes_on_under_another_path_remembers_its_best(places: Path) -> None:
+    interrupted(checkpoint_dir=places / "here")
     (places / "here").rename(places / "there")
     (last,) = places.rglob("last.ckpt")
     saved = torch.load(last, weights_only=True)
@@ -186,8 +169,8 @@ def test_a_run_that_goes_on_under_another_path_remembers_its_best(
     assert record.validation.best_step == 6
 
 
-def test_a_resumed_run_counts_the_time_of_its_earlier_legs(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupted(monkeypatch)
+def test_a_resumed_run_counts_the_time_of_its_earlier_legs(places: Path) -> None:
+    interrupted()
     (last,) = places.rglob("last.ckpt")
     saved = torch.load(last, weights_only=True)
     (meter,) = (state for name, state in saved["callbacks"].items() if name.startswith("ThroughputMeter"))
@@ -203,14 +186,14 @@ def test_a_run_resumed_twice_counts_every_leg() -> None:
     assert 1000 < meter.state_dict()["earlier"] < 1600
 
 
-def test_the_log_of_a_resumed_run_is_that_of_one_never_stopped(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_of_a_resumed_run_is_that_of_one_never_stopped(places: Path) -> None:
     def logged() -> list[tuple[str, str]]:
         (log,) = places.rglob("metrics*.csv")
         return [(row["step"], row["validation_loss"]) for row in csv.DictReader(log.read_text().splitlines())]
 
     go()
     whole = logged()
-    interrupted(monkeypatch)
+    interrupted()
     assert logged() == whole[:2]
     go(resume=True)
     assert logged() == whole
@@ -253,7 +236,7 @@ def test_a_tie_in_accuracy_goes_to_the_lower_loss(places: Path, monkeypatch: pyt
     monkeypatch.setattr(Training, "validation_step", validation_step)
     assert result.read(go({"train.steps": "18"})).validation.best_step == 12
     # the loss to beat is in the checkpoint
-    interrupted(monkeypatch, settings={"train.steps": "18"}, at=13)
+    interrupted(settings={"train.steps": "18"}, at=13)
     assert result.read(go({"train.steps": "18"}, resume=True)).validation.best_step == 12
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from stopped_run import stopped_after
 
 from lra.data import prepared_sets
 from lra.data.batches import DeviceSet, EvaluationLoader
@@ -27,7 +28,6 @@ from lra.results import result
 from lra.results.collection import Collection
 from lra.results.record import AT_CHANCE
 from lra.training import precision, sizes
-from lra.training.callbacks import Stop
 from lra.training.request import Request, resolve
 from lra.training.run import run
 from lra.training.sizes import check_batches
@@ -88,26 +88,13 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(places: Pa
 
 @pytest.mark.parametrize("architecture", ["gru", "transformer", "s4d"])
 @pytest.mark.parametrize("stop_at", [8, 13])
-def test_an_interrupted_run_resumes_to_the_same_weights(
-    architecture: str, stop_at: int, places: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_resumes_to_the_same_weights(architecture: str, stop_at: int, places: Path) -> None:
     # evaluating once, at the end, makes the best checkpoint the last weights
     settings = {"train.evaluate_every": "24"}
     go(settings, architecture)
     whole = weights(places)
-    original = Stop.on_train_batch_end
-
-    def stopping(self: Stop, trainer: object, *rest: object) -> None:
-        if trainer.global_step == stop_at:  # type: ignore[attr-defined]
-            self.reason = "the test"
-        original(self, trainer, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Stop, "on_train_batch_end", stopping)
-    with pytest.raises(Interrupted, match=f"step {stop_at} of 24"):
+    with stopped_after(stop_at), pytest.raises(Interrupted, match=f"step {stop_at} of 24"):
         go(settings, architecture)
-    monkeypatch.undo()
-    for name in ("LRA_CACHE", "LRA_RESULTS", "LRA_RUNS"):
-        monkeypatch.setenv(name, str(places / name.lower()))
     record = result.read(go(settings, architecture, resume=True))
     resumed = weights(places)
     assert record.resumed is True

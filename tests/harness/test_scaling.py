@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import lra
 from lra.cli.app import app
+from lra.cli.scaling import METRICS
 from lra.errors import UserError
 from lra.reports import scaling as report
 from lra.results.record import RunRecord
@@ -195,3 +196,7 @@ def test_command_and_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (made,) = lra.scaling("listops")
     assert len(made.runs) == 5
     assert CliRunner().invoke(app, ["scaling", "listops", "--metric", "lost"]).exit_code == 2
+
+
+def test_the_command_knows_the_metrics_of_the_report() -> None:
+    assert set(METRICS) == set(report.METRICS)

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch._dynamo.utils
 from rich.console import Console
+from stopped_run import stopped_after
 from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.distributed.tensor import placement_types
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,7 +31,7 @@ from lra.registry import architectures
 from lra.results import result
 from lra.results.record import RunRecord
 from lra.training import execution
-from lra.training.callbacks import ExpectationCheck, Stop
+from lra.training.callbacks import ExpectationCheck
 from lra.training.construction import build
 from lra.training.pretraining import Predictor
 from lra.training.request import Request, resolve
@@ -319,19 +320,11 @@ def test_a_wrong_budget_is_one_line(text: str, says: str) -> None:
         match.parse_budget(text)
 
 
-def test_a_record_holds_its_learning_curve_resumed_or_not(monkeypatch: pytest.MonkeyPatch, places: Path) -> None:
+def test_a_record_holds_its_learning_curve_resumed_or_not(places: Path) -> None:
     whole = go().curve
     assert [point.step for point in whole] == [6, 12]
-    original = Stop.on_train_batch_end
-
-    def stopping(self: Stop, trainer: Any, *rest: Any) -> None:
-        self.reason = "the test" if trainer.global_step == 8 else ""
-        original(self, trainer, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Stop, "on_train_batch_end", stopping)
-        with pytest.raises(Interrupted):
-            go()
+    with stopped_after(8), pytest.raises(Interrupted):
+        go()
     record = go(resume=True)
     assert record.curve == whole
     assert record.validation.accuracy == pytest.approx(max(point.validation_accuracy or 0 for point in whole))

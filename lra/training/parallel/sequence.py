@@ -186,8 +186,8 @@ def _differentiable(tensors: list[Tensor]) -> list[Tensor]:
     return [t for t in tensors if t.is_floating_point() or t.is_complex()]
 
 
-def _bytes_of(like: list[Tensor]) -> Tensor:
-    return torch.empty(sum(t.nbytes for t in like), dtype=torch.uint8, device=like[0].device)
+def _bytes_of(like: list[Tensor], device: torch.device) -> Tensor:
+    return torch.empty(sum(t.nbytes for t in like), dtype=torch.uint8, device=device)
 
 
 class _Send(torch.autograd.Function):
@@ -205,9 +205,7 @@ class _Send(torch.autograd.Function):
         like = _differentiable(ctx.like)
         grads: list[Tensor] = []
         if like:
-            size = sum(t.nbytes for t in like)
-            content = torch.empty(size, dtype=torch.uint8, device=grad.device)
-            grads = _unpacked(ctx.ring.receive(content, ctx.ring.rank + 1), like)
+            grads = _unpacked(ctx.ring.receive(_bytes_of(like, grad.device), ctx.ring.rank + 1), like)
         found = iter(grads)
         return None, grad, *(next(found) if _differentiable([t]) else None for t in ctx.like)
 
@@ -217,7 +215,8 @@ class _Receive(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, ring: Ring, _: Tensor, *like: Tensor) -> tuple[Tensor, ...]:
-        tensors = _unpacked(ring.receive(_bytes_of(list(like)), ring.rank - 1), list(like))
+        content = _bytes_of(list(like), like[0].device)
+        tensors = _unpacked(ring.receive(content, ring.rank - 1), list(like))
         ctx.ring = ring
         kept = {id(t) for t in _differentiable(tensors)}
         ctx.differentiable = [id(t) in kept for t in tensors]
