@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import divided_models
@@ -16,10 +17,13 @@ from test_distributed import launched
 
 import lra
 from lra.config import recipe
+from lra.config.sections import Optim
 from lra.errors import UserError
 from lra.model import Classifier
 from lra.task import Protocol
 from lra.training.distributed import trainer_options
+from lra.training.module import Trainable
+from lra.training.parallel import sharding
 from lra.training.placement import Placement
 from lra.training.stages import divide
 
@@ -133,3 +137,17 @@ def test_a_run_trains_as_one_process_and_resumes_exactly(
     again = launched(tmp_path / "again", *settings, *two_devices, architecture=architecture, stopped_at=13)
     for key, value in two["weights"].items():
         assert torch.equal(value, again["weights"][key]), key
+
+
+def test_zero1_reduces_gradients_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three accumulated parts the last one; zero2 reduces those of each."""
+    asked: list[bool] = []
+    monkeypatch.setattr(sharding, "accumulate", lambda _, last: asked.append(last))
+    monkeypatch.setattr(Trainable, "trainer", SimpleNamespace(global_step=0, accumulate_grad_batches=3))
+    encoder = lra.create_encoder("gru", d_model=8, n_layers=1, length=8)
+    model = Classifier(encoder, Protocol("test", length=8, vocabulary=4), 4, 1, "mean")
+    module = Trainable(model, Optim(), 1)
+    for module.zero in (1, 2):
+        for part in range(6):
+            module.on_train_batch_start(None, part)  # type: ignore[arg-type]
+    assert asked == [False, False, True] * 2
