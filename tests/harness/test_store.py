@@ -181,7 +181,8 @@ def test_a_truncated_file_is_noticed_on_opening(task: Digits) -> None:
 
 def test_a_missing_file_is_noticed_on_opening(task: Digits) -> None:
     (prepared_sets.load_prepared(task).folder / "test.labels.npy").unlink()
-    with pytest.raises(DataError, match=r"test.labels.npy is missing; remove .* and run `lra data prepare digits`"):
+    command = r"`lra data prepare .*test_store.py:Digits`"
+    with pytest.raises(DataError, match=rf"test.labels.npy is missing; remove .* and run {command}"):
         prepared_sets.find_prepared(task)
 
 
@@ -306,8 +307,9 @@ def test_a_damaged_manifest_is_one_clear_line(task: Digits, content: str, messag
 
 
 def test_verify_says_what_is_not_prepared(task: Digits) -> None:
+    file = Path(__file__).relative_to(Path.cwd())
     assert prepared_sets.verify(task, "files") == [
-        "digits under 'files' is not prepared: run `lra data prepare digits --protocol files`"
+        f"digits under 'files' is not prepared: run `lra data prepare {file}:Digits --protocol files`"
     ]
 
 
