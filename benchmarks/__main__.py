@@ -91,6 +91,41 @@ def precision(
 
 @app.command()
 @guarded
+def recall(
+    architecture: Annotated[list[str] | None, typer.Argument(help="Architectures; default: all.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Most training steps.")] = 3000,
+    seconds: Annotated[float, typer.Option(min=1, help="Most seconds of training.")] = 300.0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is on file.")] = False,
+) -> None:
+    """Train encoders to recall the first of 256 tokens, as `lra check --recall` does; written after each."""
+    from lra.conformance import recall as first_token
+    from lra.profiling import memory
+    from lra.registry import architectures
+    from lra.results import environment, result
+    from lra.results import recall as records
+
+    memory.keep_freed()
+    root, seed = result.folder(), 0
+    for name in architecture or architectures.names():
+        if not fresh and records.path_of(name, root).exists():
+            console.print(f"{name}: on file", highlight=False)
+            continue
+        constructor = architectures.get(name)
+        direction = "bidirectional" if constructor.cls.refuses_causal else "causal"
+        direction = direction if "direction" in constructor.options() else ""
+        with console.status(f"training {name}"):
+            outcome = first_token.recall(name, direction=direction, steps=steps, seconds=seconds, seed=seed)
+        record = records.RecallRecord(
+            name, direction, first_token.LENGTH, outcome.accuracy, outcome.learned, outcome.steps, outcome.seconds,
+            seed, environment.environment(),
+        )  # fmt: skip
+        records.write(record, root)
+        summary = f"{100 * outcome.accuracy:.1f} % after {outcome.steps} steps, {outcome.seconds:.0f} s"
+        console.print(f"{name}: {summary}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@guarded
 def steps(part: Annotated[str, typer.Argument(help="Part of `gpu` to run: one of its names.")]) -> None:
     """Run the steps of one part of `gpu` that are not done yet, and write the results after each."""
     from benchmarks.gpu import PARTS

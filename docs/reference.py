@@ -24,7 +24,7 @@ from lra.operators import operators
 from lra.reports import efficiency, leaderboard
 from lra.reports import table as tables
 from lra.reports.ranking import Leaderboard
-from lra.results import literature, record
+from lra.results import literature, recall, record
 from lra.results.collection import Collection
 from lra.results.profile import Profile
 
@@ -77,12 +77,13 @@ def own(names: registry.Registry) -> list[str]:
 
 def _architectures() -> dict[str, str]:
     reported, profiles = literature.load(ROOT / "results"), efficiency.load(ROOT / "results")
+    recalled = recall.read(ROOT / "results")
     names = own(registry.architectures)
     found, rows = {}, []
     for name in names:
         facts = registry.architectures.facts(name)
         cells = [p for p in efficiency.measured(profiles) if p.cell.architecture.partition("/")[0] == name]
-        found[f"reference/architectures/{name}.md"] = _architecture(name, facts, reported, cells)
+        found[f"reference/architectures/{name}.md"] = _architecture(name, facts, reported, cells, recalled.get(name))
         rows.append([
             f"[{name}]({name}.md)", facts["family"].replace("_", " "), prose(facts["title"]), str(facts["year"]),
             facts["scaling"], facts["direction"], "yes" if facts["recurrent"] else "",
@@ -102,8 +103,9 @@ def _architectures() -> dict[str, str]:
 
 
 def _architecture(
-    name: str, facts: dict[str, Any], reported: list[literature.Reported], profiles: list[Profile]
-) -> str:
+    name: str, facts: dict[str, Any], reported: list[literature.Reported], profiles: list[Profile],
+    recalled: recall.RecallRecord | None,
+) -> str:  # fmt: skip
     path = ROOT / "architectures" / facts["family"] / f"{name}.py"
     parity = ROOT / "tests" / "architectures" / f"test_parity_{name}.py"
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -117,6 +119,7 @@ def _architecture(
         ("recurrent mode", "yes" if facts["recurrent"] else "no"),
         ("published settings", ", ".join(f"[{r}](../recipes.md#{_slug(r)})" for r in published) or "none shipped"),
         ("conformance", f"passes every [check](../checks.md){_exempted(facts)}"),
+        ("first-token recall", _recall(recalled) if recalled else ""),
         ("source", f"`{path.relative_to(ROOT)}`"),
         ("compared in", f"`{parity.relative_to(ROOT)}`" if parity.is_file() else ""),
     ]
@@ -140,6 +143,11 @@ def _architecture(
 def _exempted(facts: dict[str, Any]) -> str:
     names = ", ".join(f"`{name}`" for name in facts.get("exempt") or ())
     return f" but {names}, for [reasons](#exempted-checks)" if names else ""
+
+
+def _recall(recalled: recall.RecallRecord) -> str:
+    return f"{100 * recalled.accuracy:.1f} % of the sequences of {recalled.length} tokens after {recalled.steps:,} " \
+        "training steps ([the task](../../faq.md))"  # fmt: skip
 
 
 def _measured(profiles: list[Profile]) -> Iterator[str]:

@@ -26,6 +26,8 @@ VALUES = 8
 TARGET = 0.95
 """Accuracy at which the task counts as learned."""
 TEST_EXAMPLES = 1024
+LENGTH = 256
+"""Sequence length at which the accuracy is measured."""
 START_LENGTH = 16
 """Sequence length at the start of training."""
 CANNOT = {
@@ -66,7 +68,7 @@ def examples(number: int, length: int, generator: torch.Generator) -> Batch:
 
 
 def recall(
-    reference: str | Constructor, *, direction: str = "causal", length: int = 256, steps: int | None = None,
+    reference: str | Constructor, *, direction: str = "causal", length: int = LENGTH, steps: int | None = None,
     seconds: float | None = 90.0, lr: float = 5e-3, seed: int = 0, on_step: Callable[[int, float], None] | None = None,
     **options: Any,
 ) -> Recall:  # fmt: skip

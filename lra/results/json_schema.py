@@ -1,4 +1,4 @@
-"""The JSON Schema of stored runs and profiles, exported to `results/schema.json` for readers in other languages.
+"""The JSON Schema of stored results, exported to `results/schema.json` for readers in other languages.
 
 `python -m lra.results.json_schema` writes the file.
 """
@@ -14,21 +14,22 @@ import msgspec
 from lra.files import atomic
 from lra.results import result
 from lra.results.profile import FailedProfile, Profile
+from lra.results.recall import RecallRecord
 from lra.results.record import RunRecord
 
 FILE = "schema.json"
 
 
 def json_schema() -> dict[str, Any]:
-    """A schema that a run, a profile or a failed profile matches; each is also under its name in `$defs`."""
+    """A schema that every kind of stored result matches; each kind is also under its name in `$defs`."""
     kinds, components = msgspec.json.schema_components(
-        (RunRecord, Profile, FailedProfile), ref_template="#/$defs/{name}"
+        (RunRecord, Profile, FailedProfile, RecallRecord), ref_template="#/$defs/{name}"
     )
     schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Results of the Long Range Arena suite",
         "description": "RunRecord: files in results/runs/, results/diagnostics/ and results/language/. Profile, "
-        "FailedProfile: files in results/profile/.",
+        "FailedProfile: files in results/profile/. RecallRecord: files in results/recall/.",
         "anyOf": list(kinds),
         "$defs": components,
     }
