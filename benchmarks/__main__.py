@@ -91,6 +91,40 @@ def precision(
 
 @app.command()
 @guarded
+def families(
+    architecture: Annotated[list[str] | None, typer.Argument(help="Architectures; default: all.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is on file.")] = False,
+) -> None:
+    """Time a training step of every architecture beside the median of its family; written after each."""
+    from benchmarks import families as steps
+    from lra.registry import architectures
+    from lra.results import result
+
+    root = result.folder()
+    known = steps.read(root)
+    names = architecture or architectures.names()
+    waiting = [name for name in names if fresh or name not in set(known["architecture"])]
+    rows = known
+    with console.status("starting") as status:
+        for done, rows in enumerate(steps.bench(waiting, known), 1):
+            path = steps.write(rows, root)
+            status.update(f"{done} of {len(waiting)} done")
+    table = Table(title="training step, (8, 1,024, 128), two layers, float32", title_justify="left", pad_edge=False)
+    for column in ("architecture", "family", "params", "ms", "MiB", "x median"):
+        table.add_column(column, justify="left" if column in ("architecture", "family") else "right")
+    for row in steps.beside_median(rows).itertuples():
+        if row.architecture in names:
+            table.add_row(
+                row.architecture, row.family, f"{row.parameters / 1e3:,.0f}k", f"{row.ms:,.0f}", f"{row.mib:,.0f}",
+                f"{row.over_median:.2f}",
+            )  # fmt: skip
+    console.print(table)
+    if waiting:
+        console.print(f"wrote {path}", soft_wrap=True)
+
+
+@app.command()
+@guarded
 def recall(
     architecture: Annotated[list[str] | None, typer.Argument(help="Architectures; default: all.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Most training steps.")] = 3000,

@@ -92,6 +92,8 @@ class Card:
     variants: name -> constructor arguments; `s4d/inv` is the constructor of s4d with these arguments preset.
     exempt: conformance check -> reason, or `variant/check` -> reason for one variant. An exempted check is expected to
     fail; if it passes, that is reported as an error.
+    recall: constructor arguments of `lra check --recall`, where the paper chooses them by the range of dependencies.
+    no_recall: why it cannot recall the first of 256 tokens, empty if it can.
     """
 
     title: str
@@ -101,6 +103,8 @@ class Card:
     causal: bool
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     exempt: Mapping[str, str] = field(default_factory=dict)
+    recall: Mapping[str, Any] = field(default_factory=dict)
+    no_recall: str = ""
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,7 @@ class Compressive(Stack):
         exempt={
             "exports": "each segment reads what was compressed after the one before: a loop as long as the sequence"
         },
+        recall={"memory": 32},
     )
     block = Block(prenorm=False, ffn="relu")
 

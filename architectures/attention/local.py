@@ -97,6 +97,7 @@ class Local(AttentionStack):
         exempt={
             "exports": "the number of blocks follows the length",
         },
+        no_recall="tokens attend within their block only, and the first token is in another block than the last",
     )
 
     def __init__(self, *, size: int = 50, before: int = 0, after: int = 0, **attention: Any) -> None:

@@ -82,6 +82,7 @@ class BoundedCNN(Stack):
         scaling="L",
         causal=False,
         variants={"5": {"kernel": 5}, "61": {"kernel": 61}},
+        no_recall="its receptive field is bounded and does not reach the first token",
     )
     block = Block(ffn="none")
 

@@ -110,6 +110,7 @@ class Elman(Stack):
         scaling="L",
         causal=True,
         exempt={"relu/magnitudes": "the matrix starts as the identity (arXiv:1504.00941): units sum over the length"},
+        no_recall="its state passes through tanh at every step, so the gradient of the first token vanishes",
         variants={
             "relu": {"activation": "relu"},
             "spectral": {"recurrent": "spectral"},

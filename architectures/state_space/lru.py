@@ -134,6 +134,7 @@ class LRU(Stack):
         scaling="L",
         causal=True,
         exempt={"optim_norms": "the paper decays all but recurrent parameters (appendix B)"},
+        recall={"r_min": 0.98, "r_max": 0.9999, "max_phase": 0.1},  # section 3.4: a thin ring and small phases
         variants={"slow": {"max_phase": 0.314}},
     )
     block = Block(ffn="none")

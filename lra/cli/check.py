@@ -131,6 +131,7 @@ def _show_reach(constructor: Constructor, png: Path | None) -> None:
 
 def _test_recall(constructor: Constructor) -> None:
     from lra.conformance import recall as first_token
+    from lra.encoder import Card
     from lra.profiling import memory
 
     memory.keep_freed()
@@ -147,6 +148,6 @@ def _test_recall(constructor: Constructor) -> None:
             continue
         summary = f"{100 * outcome.accuracy:.1f} % after {outcome.steps} steps, {outcome.seconds:.0f} s"
         console.print(f"{direction or 'own direction'}: {summary}", highlight=False)
-    name = constructor.name.partition("/")[0]
-    if name in first_token.CANNOT:
-        console.print(f"{name} is not expected to learn it: {first_token.CANNOT[name]}")
+    card = getattr(constructor.cls, "card", None)
+    if isinstance(card, Card) and card.no_recall:
+        console.print(f"{constructor.name} is not expected to learn it: {card.no_recall}")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lra.config.recipe import Optim
+from lra.encoder import Card
 from lra.model import Batch, Classifier
 from lra.registry import Constructor, architectures
 from lra.task import Protocol
@@ -30,18 +31,6 @@ LENGTH = 256
 """Sequence length at which the accuracy is measured."""
 START_LENGTH = 16
 """Sequence length at the start of training."""
-CANNOT = {
-    "bounded_cnn": "its receptive field is bounded and does not reach the first token",
-    "local": "tokens attend within their block only, and the first token is in another block than the last",
-    "elman": "its state passes through tanh at every step, so the gradient of the first token vanishes",
-}
-"""Architectures that cannot learn the task in theory, with the reason. They are expected to fail."""
-OPTIONS: dict[str, dict[str, Any]] = {
-    "transformer_xl": {"memory": 32},  # section 4.5: the memory is as long as what a token is to look back on
-    "compressive": {"memory": 32},
-    "lru": {"r_min": 0.98, "r_max": 0.9999, "max_phase": 0.1},  # section 3.4: a thin ring and small phases
-}
-"""Constructor arguments that a paper chooses according to the range of dependencies."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +67,12 @@ def recall(
     The sequences start at 16 tokens and double in length, up to `length`, whenever the accuracy reaches 95 %: without
     this curriculum, training may take long to receive a first signal. The accuracy returned is the one at `length`.
     Learning rates are those of the encoder's `optim`, else `lr`, after 20 steps of warm-up; gradients are clipped at
-    norm 1. on_step: called with the step and the running accuracy. options: other constructor arguments. Raises
-    UserError for an unknown name, argument or direction.
+    norm 1. on_step: called with the step and the running accuracy. options: other constructor arguments; they replace
+    those of `Card.recall`. Raises UserError for an unknown name, argument or direction.
     """
     constructor = architectures.get(reference) if isinstance(reference, str) else reference
-    options = {**OPTIONS.get(constructor.name, {}), **options}
+    card = getattr(constructor.cls, "card", None)
+    options = {**(card.recall if isinstance(card, Card) and not constructor.preset else {}), **options}
     if "direction" in constructor.options():
         options["direction"] = direction
     with torch.random.fork_rng(devices=[]):

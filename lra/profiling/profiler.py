@@ -295,11 +295,12 @@ class Workload:
 
 
 def measure_memory(cell: Cell, device: torch.device) -> dict[str, Any]:
-    """Bytes a training step takes in this process, which has to be fresh, and what for."""
-    return _memory(Workload(cell, device))
+    """`memory_of` the workload of a cell."""
+    return memory_of(Workload(cell, device))
 
 
-def _memory(workload: Workload) -> dict[str, Any]:
+def memory_of(workload: Workload) -> dict[str, Any]:
+    """Bytes that a training step takes in this process, which has to be fresh, and what for."""
     # compiles, loads libraries and fills the optimiser's state, at a length that takes no memory to speak of
     workload.train(workload.inputs(min(SHORT, workload.cell.length)))
     workload.optimizer.zero_grad(set_to_none=True)
@@ -318,7 +319,7 @@ def _memory(workload: Workload) -> dict[str, Any]:
 def measure_cell(cell: Cell, device: torch.device) -> dict[str, Any]:
     """Work, speed and memory of one cell in this process."""
     workload = Workload(cell, device)
-    sizes = _memory(workload)
+    sizes = memory_of(workload)
     given = workload.inputs(cell.length)
     # for the whole batch, because some work is done once for it; reported for one sequence
     work, size = flops.count(workload.model, *given), cell.batch
