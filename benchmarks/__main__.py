@@ -113,7 +113,9 @@ def families(
     for column in ("architecture", "family", "params", "ms", "MiB", "x median"):
         table.add_column(column, justify="left" if column in ("architecture", "family") else "right")
     for row in steps.beside_median(rows).itertuples():
-        if row.architecture in names:
+        if row.architecture in names and isinstance(getattr(row, "failed", None), str):
+            table.add_row(row.architecture, row.family, "-", row.failed, "-", "-")
+        elif row.architecture in names:
             table.add_row(
                 row.architecture, row.family, f"{row.parameters / 1e3:,.0f}k", f"{row.ms:,.0f}", f"{row.mib:,.0f}",
                 f"{row.over_median:.2f}",

@@ -46,18 +46,21 @@ def step(cell: Cell, device: torch.device) -> dict[str, Any]:
 
 def bench(names: Iterable[str], known: pd.DataFrame) -> Iterator[pd.DataFrame]:
     """The rows so far, after each architecture: those of `known` that another of `names` does not replace."""
-    rows = known
+    rows = {row["architecture"]: row for row in known.to_dict("records")}
+    machine = machine_columns(torch.device("cpu"))
     for name in names:
         measured = profiler.in_process(step, cell_of(name), "cpu", TIMEOUT)
-        shown = {"failed": measured["failed"]} if "failed" in measured else {
-            "parameters": measured["parameters"], "ms": round(1e3 * measured["median"], 1),
-            "low": round(1e3 * measured["low"], 1), "high": round(1e3 * measured["high"], 1),
-            "repeats": measured["repeats"], "mib": round(measured["peak_bytes"] / 2**20),
-        }  # fmt: skip
-        row = {"architecture": name, "family": architectures.family(name), **shown}
-        rows = rows[rows["architecture"] != name] if len(rows) else rows
-        rows = pd.concat([rows, pd.DataFrame([row | machine_columns(torch.device("cpu"))])], ignore_index=True)
-        yield rows
+        row: dict[str, Any] = {"architecture": name, "family": architectures.family(name)}
+        if "failed" in measured:
+            row["failed"] = measured["failed"]
+        else:
+            times = {
+                key: round(1e3 * measured[of], 1) for key, of in (("ms", "median"), ("low", "low"), ("high", "high"))
+            }
+            row |= times | {key: measured[key] for key in ("repeats", "parameters")}
+            row["mib"] = round(measured["peak_bytes"] / 2**20)
+        rows[name] = row | machine
+        yield pd.DataFrame(rows.values()).convert_dtypes()
 
 
 def beside_median(rows: pd.DataFrame) -> pd.DataFrame:

@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import samples
 from docstrings import code, markdown, prose, table, toctree
 from typer.main import get_command
 
 import lra
+from benchmarks import families
 from lra import registry
 from lra.cli.app import app
 from lra.config import recipe as recipes
@@ -77,13 +79,17 @@ def own(names: registry.Registry) -> list[str]:
 
 def _architectures() -> dict[str, str]:
     reported, profiles = literature.load(ROOT / "results"), efficiency.load(ROOT / "results")
-    recalled = recall.read(ROOT / "results")
+    recalled, steps = recall.read(ROOT / "results"), families.read(ROOT / "results").set_index("architecture")
     names = own(registry.architectures)
     found, rows = {}, []
     for name in names:
         facts = registry.architectures.facts(name)
         cells = [p for p in efficiency.measured(profiles) if p.cell.architecture.partition("/")[0] == name]
-        found[f"reference/architectures/{name}.md"] = _architecture(name, facts, reported, cells, recalled.get(name))
+        measured = [
+            ("first-token recall", _recall(recalled[name]) if name in recalled else ""),
+            ("training step", _step(steps.loc[name]) if name in steps.index else ""),
+        ]
+        found[f"reference/architectures/{name}.md"] = _architecture(name, facts, reported, cells, measured)
         rows.append([
             f"[{name}]({name}.md)", facts["family"].replace("_", " "), prose(facts["title"]), str(facts["year"]),
             facts["scaling"], facts["direction"], "yes" if facts["recurrent"] else "",
@@ -104,7 +110,7 @@ def _architectures() -> dict[str, str]:
 
 def _architecture(
     name: str, facts: dict[str, Any], reported: list[literature.Reported], profiles: list[Profile],
-    recalled: recall.RecallRecord | None,
+    measured: list[tuple[str, str]],
 ) -> str:  # fmt: skip
     path = ROOT / "architectures" / facts["family"] / f"{name}.py"
     parity = ROOT / "tests" / "architectures" / f"test_parity_{name}.py"
@@ -119,7 +125,7 @@ def _architecture(
         ("recurrent mode", "yes" if facts["recurrent"] else "no"),
         ("published settings", ", ".join(f"[{r}](../recipes.md#{_slug(r)})" for r in published) or "none shipped"),
         ("conformance", f"passes every [check](../checks.md){_exempted(facts)}"),
-        ("first-token recall", _recall(recalled) if recalled else ""),
+        *measured,
         ("source", f"`{path.relative_to(ROOT)}`"),
         ("compared in", f"`{parity.relative_to(ROOT)}`" if parity.is_file() else ""),
     ]
@@ -148,6 +154,11 @@ def _exempted(facts: dict[str, Any]) -> str:
 def _recall(recalled: recall.RecallRecord) -> str:
     return f"{100 * recalled.accuracy:.1f} % of the sequences of {recalled.length} tokens after {recalled.steps:,} " \
         "training steps ([the task](../../faq.md))"  # fmt: skip
+
+
+def _step(row: pd.Series) -> str:
+    return f"{row['ms']:,.0f} ms and {row['mib']:,.0f} MiB at (B, L, D) = (8, 1,024, 128), two layers, float32, on " \
+        f"{row['device']}: {row['over_median']:.1f} times the median of its family"  # fmt: skip
 
 
 def _measured(profiles: list[Profile]) -> Iterator[str]:

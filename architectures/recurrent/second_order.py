@@ -18,8 +18,9 @@ variance 1 / (H D), A, B, C Xavier uniform.
 Departures: that initialisation, the released one being uniform throughout; a pre-norm residual block followed by a
 feed-forward part around the recurrence.
 
-The loop over time is Python's: `recurrent_cell` would need elman with U h times a vector of every token (cprnn), and
-with a matrix of every token.
+The matrix that a token applies to the state, M_ik = sum_j [x, 1]_j w_ijk, is made for all tokens in one product, H D
+numbers a token: for CHUNK tokens at a time, and again for the backward pass. The loop over time is Python's:
+`recurrent_cell` would need elman with U h times a vector of every token (cprnn), and with a matrix of every token.
 
 Checked against: tensors of the authors' code, both forms, with the gradient of x.
 """
@@ -31,10 +32,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lra.architectures._recurrence import Loop
+from lra.architectures._precision import wide
 from lra.architectures._stack import Stack
 from lra.encoder import Card, Cost
+
+CHUNK = 128
 
 
 class SecondOrderMixer(Loop):
@@ -49,21 +54,30 @@ class SecondOrderMixer(Loop):
         w[-1, -1] = 0
         self.w = nn.Parameter(w)
 
+    def chunk(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        if x.shape[1] <= CHUNK:
+            return super().chunk(x, state)
+        outputs = []
+        for part in x.split(CHUNK, dim=1):
+            y, state = checkpoint(super().chunk, part, state, use_reentrant=False, preserve_rng_state=False)
+            outputs.append(y)
+        return torch.cat(outputs, dim=1), state
+
     def enter(self, x: Tensor) -> Tensor:
-        return F.pad(x, (0, 1), value=1.0)
+        """The matrices M, (B, C, (H + 1) H). They act on the state, so that they are made in float32 at least."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.pad(wide(x), (0, 1), value=1.0) @ wide(self.w).transpose(0, 1).flatten(1)
 
-    def weights(self) -> tuple[Tensor, ...]:
-        return (self.w.flatten(0, 1),)
-
-    def advance(self, entering: Tensor, state: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+    def advance(self, entering: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """State: h (B, D)."""
-        products = F.pad(state, (0, 1), value=1.0).unsqueeze(2) * entering.unsqueeze(1)
-        h = torch.tanh(products.flatten(1) @ weights[0])
+        M = entering.unflatten(-1, (-1, self.d_model))
+        h = torch.tanh((F.pad(state, (0, 1), value=1.0).unsqueeze(1) @ M).squeeze(1))
         return h, h
 
     def cost(self, length: int) -> Cost:
-        pairs = (self.d_model + 1) ** 2
-        return Cost.linear(length, pairs, self.d_model, bias=False) + Cost(other=length * (pairs + 5.0 * self.d_model))
+        width = self.d_model
+        matrices = Cost.linear(length, width + 1, (width + 1) * width, bias=False)
+        return matrices + Cost.linear(length, width + 1, width, bias=False) + Cost(other=length * 5.0 * width)
 
     def init_state(self, batch: int) -> Tensor:
         return self.zeros(batch, self.d_model)
