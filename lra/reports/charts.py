@@ -384,8 +384,10 @@ def by_test_length(frame: pd.DataFrame, title: str, guess: float | None, interac
 def frontier(runs: pd.DataFrame, lines: pd.DataFrame, label: str, title: str) -> alt.ConcatChart:
     """Loss of runs against FLOPs of training as dots, and the compute-optimal loss as a line with its interval; a panel
     for each `LINES` architectures. runs, lines: as of `lra.reports.scaling.Study`; label: what the loss is."""
-    low, high = float(runs["loss"].min()), float(runs["loss"].max())
-    domain = [low / 1.05, high * 1.05]
+    # a logarithmic axis has no place for 0
+    runs = runs[runs["loss"] > 0]
+    low, high = (runs["loss"].min(), runs["loss"].max()) if len(runs) else (0.1, 1.0)
+    domain = [float(low) / 1.05, float(high) * 1.05]
     x = alt.X(
         "flops:Q", title="FLOPs of training", scale=alt.Scale(type="log"), axis=alt.Axis(format=".0e", tickCount=5)
     )

@@ -97,3 +97,11 @@ def test_efficiency_metrics_are_empty_where_nothing_was_measured(tmp_path: Path)
     cells = {row[0].text: [cell.text for cell in row[1:]] for row in table.rows}
     assert cells["gru"] == ["50.00", "1", "50", "8,192", "128", "64", "2,048"]
     assert cells["s4d"] == ["50.00", "1", "50", "-", "-", "-", "-"]
+
+
+def test_a_token_of_either_sequence_counts_where_a_task_has_two(tmp_path: Path) -> None:
+    write(tmp_path, record("gru", accuracy=0.5, task="retrieval"))
+    ((row,),) = Leaderboard.of(Collection.read(tmp_path)).groups.values()
+    # 2e9 FLOPs for 2 x 2,000 tokens
+    assert row.flops_per_token == pytest.approx(5e5)
+    assert row.points_per_work == pytest.approx(100)
