@@ -35,12 +35,12 @@ def attention_mask(
     mask: Tensor, *, causal: bool = False, window: int | None = None, block: int | None = None,
     queries: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """Who may look at whom, as the conjunction of what is asked for: mask: (B, L) -> (B, 1, 1 or L, L) bool.
+    """Attention mask, the conjunction of the given conditions: mask: (B, L) -> (B, 1, 1 or L, L) bool, True = attend.
 
     padding (always): key j is real. causal: j <= i. window: |i - j| <= window (sliding window).
-    block: i // block == j // block (local attention). queries: rows of the last that many positions only, for tokens
-    that follow a cache. Every query may look at itself, so that no row is empty: a padded query whose window holds no
-    real key would otherwise be a softmax over nothing.
+    block: i // block == j // block (local attention). queries: return only the rows of the last `queries` positions,
+    for tokens that follow a cache. Every query attends to itself, so that no row is empty: the softmax of a padded
+    query without a real key in its window would be undefined.
     """
     keys = mask[:, None, None, :]
     if not causal and window is None and block is None:

@@ -193,7 +193,7 @@ def join(parts: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def _starts(example: np.ndarray) -> np.ndarray:
-    """Where each example begins: its answers stand together, in the order of its positions."""
+    """The index at which each example begins; its answers are contiguous, in the order of positions."""
     return np.flatnonzero(np.diff(example, prepend=-1))
 
 

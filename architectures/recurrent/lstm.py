@@ -1,4 +1,4 @@
-"""LSTM: a recurrence whose cell is added to, behind gates that say what enters, what stays and what leaves.
+"""LSTM: a recurrence with an additive cell and input, forget and output gates.
 
 Hochreiter and Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735, with the forget gate of Gers, Schmidhuber and Cummins
 2000, the form that cuDNN and torch.nn.LSTM compute. Per token, with c, h: (B, H) and H = D:

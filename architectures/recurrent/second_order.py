@@ -1,4 +1,4 @@
-"""Second-order RNN: the next state is bilinear in state and input, so that each input applies a matrix of its own.
+"""Second-order RNN: the next state is bilinear in state and input, so that each input applies its own matrix.
 
 Lizaire, Rizvi-Martel, Eyono Gagnon and Rabusseau 2024, arXiv:2406.05045 (second-order networks: Giles et al. 1989).
 Per token, with h: (B, H), H = D, a 1 appended to h and to x:

@@ -202,7 +202,7 @@ def resolve(
 
 
 def provenance(name: str, task: str, architecture: str) -> Provenance:
-    """What the file of a recipe states about the source of its values, for a task and an architecture. Raises
+    """The source of the values of a recipe as stated in its file, for a task and an architecture. Raises
     UserError."""
     path = path_of(name, architecture)
     sources: dict[str, str] = {}

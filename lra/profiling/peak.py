@@ -1,4 +1,4 @@
-"""What this machine can do: the bandwidth of an element-wise sum and the rate of matrix products, measured."""
+"""Measured limits of this machine: bandwidth of an element-wise sum and rate of matrix products."""
 
 from __future__ import annotations
 

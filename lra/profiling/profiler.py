@@ -300,7 +300,7 @@ def measure_memory(cell: Cell, device: torch.device) -> dict[str, Any]:
 
 
 def _memory(workload: Workload) -> dict[str, Any]:
-    # compiles, loads libraries and fills the optimiser's state, at a length that takes no memory to speak of
+    # compiles, loads libraries and fills the optimiser's state, at a length that needs little memory
     workload.train(workload.inputs(min(SHORT, workload.cell.length)))
     workload.optimizer.zero_grad(set_to_none=True)
     given = workload.inputs(workload.cell.length)

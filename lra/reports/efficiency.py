@@ -203,8 +203,8 @@ def _suspect(cells: Sequence[Profile]) -> list[str]:
 
 NOTE = (
     "times: median of the fastest of several rounds; GFLOP: forward of one sequence, multiply-add = 2; formula: work "
-    "of matrix products and kernels, counted, in % of cost(); IQR: of the training step, over its median; MiB: peak of a "
-    "training step; activations: its memory without parameters, gradients and optimiser states; MFU: relative to the "
+    "of matrix products and kernels, counted, in % of cost(); IQR: of the training step, over its median; MiB: peak of "
+    "a training step; activations: its memory without parameters, gradients and optimiser states; MFU: relative to the "
     "rate of the fastest matrix product at these shapes and in this dtype"
 )
 

@@ -205,7 +205,7 @@ def _cells(content: Mapping[str, Any], path: Path, limit: int) -> list[Cell]:
         raise UserError(f"{path}: flops sets the steps of each run; leave out {', '.join(sorted(own)) or '[search]'}")
     count = math.prod(len(values) for values in (*lists.values(), *grid.values(), budgets or [0]))
     if count > limit:
-        raise UserError(f"{path} asks for {count:,} runs; a sweep has at most {MAX_CELLS:,}")
+        raise UserError(f"{path} has {count:,} runs; a sweep has at most {MAX_CELLS:,}")
     from lra.config.recipe import check_json
 
     settings = {part: check_json(content.get(part, {}), f"{path}: {part}") for part in ("set", "grid")}

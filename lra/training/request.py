@@ -1,4 +1,4 @@
-"""What a user asks for, and the recipe it resolves to. Nothing here imports torch unless a GPU or a budget needs it."""
+"""The arguments of a run and the recipe that they resolve to. torch is imported only for a GPU or a budget."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def resolve(request: Request) -> tuple[Recipe, dict[str, str]]:
 
 
 def read(request: Request) -> tuple[Recipe, dict[str, str]]:
-    """As `resolve`, but with the width as it is given: checks every argument without importing torch."""
+    """Like `resolve`, without solving for the width: checks every argument without importing torch."""
     _check_task(request.task)
     architecture, name = architectures.declaration(request.architecture), request.architecture_name
     recipe, origin = recipes.resolve(request.recipe_name, request.task_name, name, request.settings)
@@ -227,7 +227,7 @@ def check(request: Request, recipe: Recipe) -> None:
 
 
 def result_folder(request: Request, recipe: Recipe) -> Path:
-    """Where the record of a run will be written."""
+    """The path of the record of a run."""
     return result.folder() / result.place_of(recipe) / _task_folder(request) / result.slug(request.architecture_name)
 
 
@@ -239,7 +239,7 @@ def folder_of(request: Request, recipe: Recipe) -> Path:
 
 
 def checkpoint_folder(request: Request, folder: Path) -> Path:
-    """Where the run of a folder keeps its checkpoints."""
+    """The checkpoint folder of a run."""
     return request.checkpoint_dir / folder.name if request.checkpoint_dir else folder / "checkpoints"
 
 

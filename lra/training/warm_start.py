@@ -16,7 +16,7 @@ EXPORTED = "model.safetensors"
 
 
 def find(source: Path, option: str = "--init-from") -> Path:
-    """The file of weights of a run's folder or of an exported folder; a file stands for itself. Raises UserError."""
+    """The file of weights of a run's folder or of an exported folder; for a file, the file itself. Raises UserError."""
     from lra.training import run_folder
 
     if source.is_file():

@@ -258,7 +258,7 @@ def test_a_text_longer_than_the_protocol_is_refused(trained: TrainedRun) -> None
 
 def test_runs_that_generate_no_text_are_refused(trained: TrainedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     other = TrainedRun(trained.model, trained.recipe, tasks.get("parity")(), trained.protocol, trained.folder, None, 0)
-    with pytest.raises(UserError, match="parity does not ask for the next token"):
+    with pytest.raises(UserError, match="the target of parity is not the next token"):
         other.generate("a")
     monkeypatch.setattr(type(trained.model.encoder), "init_state", Encoder.init_state)
     with pytest.raises(UserError, match="mingru has no recurrent mode"):
