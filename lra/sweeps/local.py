@@ -1,4 +1,4 @@
-"""Run the cells of a sweep on this machine, one process at a time."""
+"""Run the cells of a sweep on this machine, each in a process of its own."""
 
 from __future__ import annotations
 

@@ -227,7 +227,7 @@ def check(request: Request, recipe: Recipe) -> None:
 
 
 def result_folder(request: Request, recipe: Recipe) -> Path:
-    """The path of the record of a run."""
+    """The folder of the record of a run."""
     return result.folder() / result.place_of(recipe) / _task_folder(request) / result.slug(request.architecture_name)
 
 

@@ -1,4 +1,4 @@
-"""Lower bounds of the memory that a request needs: what cannot fit is refused before it is allocated."""
+"""Lower bounds of the memory that a request needs: a model or batch that cannot fit is an error before allocation."""
 
 from __future__ import annotations
 

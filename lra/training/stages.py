@@ -75,7 +75,7 @@ class RunContext:
 
 @dataclass
 class TrainingResult:
-    """A trained model and what was measured meanwhile.
+    """A trained model and the measurements of its training.
 
     module: as it was trained. model: the same model; where processes divide the weights, a whole copy that has the
     initial ones. facts: fields of the record that only training knows.

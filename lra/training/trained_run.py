@@ -41,7 +41,7 @@ FORMAT = 1
 class Evaluation:
     """Accuracy of a model on one split, with a 95 % Wilson interval; accuracies in [0, 1].
 
-    more: what the target of the task measures beside it, as in `lra.results.record.Score`.
+    more: further scores of the task's target, as in `lra.results.record.Score`.
     """
 
     split: str
@@ -56,9 +56,9 @@ class Evaluation:
 class TrainedRun:
     """A trained classifier.
 
-    model: the classifier, on the CPU in evaluation mode. recipe, seed, task, protocol: what it was trained with.
-    folder: where it was loaded from. structure: how its model was compressed (lra.training.compression); empty if it
-    was not.
+    model: the classifier, on the CPU in evaluation mode. recipe, seed, task, protocol: those of its training. folder:
+    the folder that it was loaded from. structure: the steps of its compression (lra.training.compression); empty
+    without compression.
     """
 
     def __init__(
@@ -117,8 +117,8 @@ class TrainedRun:
     def features(self, inputs: Any, *, pooled: bool = True, batch_size: int = 0) -> Any:
         """Outputs of the encoder, float32. inputs: as in `predict`.
 
-        pooled: an array (n, d_model), which the head maps to classes; (n, 2, d_model) for a task with two towers, each
-        pooled before they are combined.
+        pooled: an array (n, d_model), which the head maps to classes; for a task with two towers (n, 2, d_model), from
+        before the towers are combined.
         Otherwise a list with one array (L, d_model) for each example, without padding; a pair of them for two towers.
         """
         data = self._data(inputs)
@@ -262,8 +262,8 @@ def load(
 ) -> TrainedRun:  # fmt: skip
     """The trained model of a run's folder or of an exported folder.
 
-    checkpoints: where the checkpoints are, if they were moved. architecture, task: the class, where the name in the
-    recipe no longer leads to it. Leaves the global random state alone. Raises UserError.
+    checkpoints: the checkpoint folder, if it was moved. architecture, task: the class, if it cannot be found by the
+    name in the recipe. The global random state does not change. Raises UserError.
     """
     path = Path(folder).expanduser()
     if (path / CONFIG).is_file():
