@@ -82,7 +82,7 @@ class Classifier(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         if contrast is not None and (towers, classes) != (2, 2):
-            raise UserError("model.contrastive compares the two sequences of a pair, and this task has no pairs; set 0")
+            raise UserError("model.contrastive compares the two sequences of a pair, but this task has no pairs; set 0")
         d = encoder.d_model
         self.encoder, self.pooling, self.towers, self.per_position = encoder, pooling, towers, per_position
         self.hides_zeros = protocol.hides_zeros

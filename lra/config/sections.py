@@ -206,7 +206,7 @@ class Train:
                 f"of {self.curriculum_bins} bins has a step (train.curriculum=difficulty)"
             )
         if self.curriculum == "dynamic" and self.curriculum_steps:
-            raise UserError("train.curriculum_steps: a dynamic curriculum lasts as long as the training; leave it out")
+            raise UserError("train.curriculum_steps: a dynamic curriculum covers the whole training; leave it out")
 
 
 @dataclass(frozen=True)

@@ -319,7 +319,7 @@ def figures(profiles: Sequence[AnyProfile]) -> Iterator[tuple[str, Any]]:
 
 
 METRICS = (
-    "task", "protocol", "recipe", "regime", "device", "architecture", "accuracy", "flops_per_token",
+    "task", "protocol", "data", "recipe", "regime", "device", "n", "architecture", "accuracy", "flops_per_token",
     "points_per_mflop_per_token", "longest_length", "longest_peak_bytes", "longest_per_peak_mib", "tokens_per_second",
 )  # fmt: skip
 METRIC_COLUMNS = ("architecture", "acc %", "MFLOP/token", "points/MFLOP", "longest", "MiB", "tokens/MiB", "tokens/s")
@@ -346,18 +346,19 @@ def metrics(board: Leaderboard, profiles: Sequence[AnyProfile]) -> pd.DataFrame:
                 speed, longest, peak = row.profile.tokens_per_second, last.cell.length, last.memory.peak_bytes
                 ratio = last.cell.batch * longest / (peak / 2**20)
             rows.append(
-                (group.task, group.protocol, group.recipe_name, group.regime, group.device, row.label,
-                 row.accuracy.mean, row.flops_per_token, row.points_per_work, longest, peak, ratio, speed)
+                (group.task, group.protocol, group.data, group.recipe_name, group.regime, group.device, group.tested,
+                 row.label, row.accuracy.mean, row.flops_per_token, row.points_per_work, longest, peak, ratio, speed)
             )  # fmt: skip
     frame = pd.DataFrame(rows, columns=list(METRICS))
-    return frame.astype({"longest_length": "Int64"} | dict.fromkeys((*METRICS[7:9], *METRICS[10:]), "float64"))
+    numbers = [name for name in METRICS[8:] if name != "longest_length"]
+    return frame.astype({"longest_length": "Int64"} | dict.fromkeys(numbers, "float64"))
 
 
 def metric_tables(frame: pd.DataFrame) -> list[Table]:
     """The tables of `metrics`, one for each group of comparable rows."""
     made = []
-    for key, rows in frame.groupby(list(METRICS[:5]), sort=False):
-        task, protocol, recipe, regime, device = key
+    for key, rows in frame.groupby(list(METRICS[:7]), sort=False):
+        task, protocol, data, recipe, regime, device, n = key
         forms: tuple[tuple[str, Callable[[Any], str]], ...] = (
             ("architecture", str), ("accuracy", lambda v: f"{100 * v:.2f}"),
             ("flops_per_token", lambda v: f"{v / 1e6:.3g}"), ("points_per_mflop_per_token", "{:.3g}".format),
@@ -369,7 +370,7 @@ def metric_tables(frame: pd.DataFrame) -> list[Table]:
             [TableCell("-" if pd.isna(row[name]) else form(row[name])) for name, form in forms]
             for _, row in rows.iterrows()
         ]
-        title = f"Efficiency: {task} ({protocol}), recipe {recipe}, {regime}, {device}"
+        title = f"Efficiency: {task} ({protocol}, data {data}), recipe {recipe}, {regime}, n = {n:,}, {device}"
         made.append(Table(title, METRIC_COLUMNS, cells, [METRICS_NOTE]))
     return made
 

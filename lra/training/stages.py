@@ -155,7 +155,7 @@ def _training(recipe: Recipe, prepared: Prepared, model: Classifier, context: Ru
     module.divide, module.zero = distributed.division(placement), placement.zero
     if placement.resolved == "pipeline":
         if context.teacher is not None:
-            raise UserError("--strategy pipeline has no output to compare with that of --teacher; use ddp or fsdp")
+            raise UserError("--strategy pipeline does not support --teacher; use ddp or fsdp")
         module.pipeline = pipeline.Pipeline(model, target, distributed.rank(), placement.world_size)
     return module
 

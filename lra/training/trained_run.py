@@ -172,8 +172,8 @@ class TrainedRun:
         given = self.task.encode(prompt, self.protocol)
         if not 1 <= tokens <= length - len(given):
             raise UserError(
-                f"a prompt of {len(given):,} tokens and {brief(tokens)} new ones; at least one new, and together at "
-                f"most {length:,}, the length of the protocol"
+                f"the prompt has {len(given):,} tokens, and {brief(tokens)} new ones are requested; at least one new "
+                f"token, and together at most {length:,}, the length of the protocol"
             )
         device, training = next(self.model.parameters()).device, self.model.training
         self.model.eval()

@@ -251,7 +251,7 @@ def test_what_cannot_be_sampled_is_refused() -> None:
 
 
 def test_a_text_longer_than_the_protocol_is_refused(trained: TrainedRun) -> None:
-    with pytest.raises(UserError, match=r"a prompt of 10 tokens and 31 new ones; .* at most 40"):
+    with pytest.raises(UserError, match=r"the prompt has 10 tokens, and 31 new ones are requested; .* at most 40"):
         trained.generate("x" * 10, tokens=31)
     assert trained.generate("x" * 10, tokens=30).tokens == 30
 

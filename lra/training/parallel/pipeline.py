@@ -27,11 +27,11 @@ def check(model: Classifier, processes: int) -> None:
     """Raise UserError unless a model can be divided into stages, with independent microbatches."""
     encoder, name = model.encoder, type(model.encoder).__name__
     if model.towers > 1:
-        raise UserError("--strategy pipeline is for tasks of one sequence an example; use ddp or fsdp")
+        raise UserError("--strategy pipeline is for tasks with one sequence per example; use ddp or fsdp")
     if not all(hasattr(encoder, part) for part in ("enter", "blocks", "norm")):
-        raise UserError(f"{USE}, and {name} is not; use ddp or fsdp")
+        raise UserError(f"{USE}, but {name} is not; use ddp or fsdp")
     if len(_blocks(encoder)) < processes:
-        raise UserError(f"--strategy pipeline: {processes} processes need as many blocks, and {name} has "
+        raise UserError(f"--strategy pipeline: {processes} processes need as many blocks, but {name} has "
                         f"{len(_blocks(encoder))}; set model.n_layers, or use ddp or fsdp")  # fmt: skip
     if any("BatchNorm" in type(module).__name__ for module in encoder.modules()):
         raise UserError(f"{USE}, but the batch normalisation of {name} uses all of a batch; use another norm")

@@ -28,7 +28,7 @@ def check(encoder: Encoder) -> None:
     chunks give other outputs or gradients than its forward pass."""
     name = type(encoder).__name__
     if not encoder.causal:
-        raise UserError(f"{USE}, and {name} is {encoder.direction}; set model.direction=causal, or use ddp or fsdp")
+        raise UserError(f"{USE}, but {name} is {encoder.direction}; set model.direction=causal, or use ddp or fsdp")
     try:
         encoder.init_state(1)
     except NotImplementedError as error:
@@ -37,7 +37,7 @@ def check(encoder: Encoder) -> None:
         raise UserError(f"{USE}, but the batch normalisation of {name} uses all tokens of a batch; use another norm")
     problem = _difference(encoder)
     if problem:
-        raise UserError(f"{USE}, and {problem} of {name}; use ddp or fsdp")
+        raise UserError(f"{USE}, but with {name} {problem}; use ddp or fsdp")
 
 
 def _difference(encoder: Encoder) -> str:
