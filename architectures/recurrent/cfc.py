@@ -231,7 +231,7 @@ class CfC(Stack):
         if mode not in (*MODES, "ltc"):
             raise ValueError(f"mode is {mode!r}; one of {', '.join(MODES)}, ltc")
         if mixed_memory and mode != "default":
-            raise ValueError("mixed_memory is of the default mode")
+            raise ValueError("mixed_memory needs the default mode")
         at_least(1, units=units, unfolds=unfolds)
 
         def make(_: int) -> Mixer:

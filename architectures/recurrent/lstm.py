@@ -211,9 +211,9 @@ class LSTM(Stack):
     ) -> None:
         checked(zoneout_c=zoneout_c, zoneout_h=zoneout_h, weight_drop=weight_drop)
         if layernorm and (peephole or coupled):
-            raise ValueError("layernorm is of the plain cell: without peephole and coupled")
+            raise ValueError("layernorm is for the plain cell; leave out peephole and coupled")
         if carried and not layernorm:
-            raise ValueError("carried is of layernorm")
+            raise ValueError("carried needs layernorm = True")
         super().__init__(
             lambda _: LSTMMixer(
                 d_model, peephole=peephole, coupled=coupled, horizon=length, forget_bias=forget_bias,
