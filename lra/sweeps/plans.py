@@ -242,7 +242,7 @@ def _within(cell: Cell, budgets: list[float]) -> Iterator[Cell]:
         every = round(budget / of_step / validations)
         if not every:
             raise UserError(
-                f"flops: {budget:.3g} is enough for {budget / of_step:.2g} steps of {cell.architecture} on {cell.task}, "
+                f"flops: {budget:.3g} allows {budget / of_step:.2g} steps of {cell.architecture} on {cell.task}, "
                 f"which has {validations} validations; at least {validations * of_step:.3g}"
             )
         steps = every * validations
