@@ -1,4 +1,4 @@
-"""What attention files share: the mixer around a pattern, rotary and ALiBi positions, and the fused softmax path.
+"""Shared by the attention files: the mixer around a pattern, rotary and ALiBi positions, and the fused softmax path.
 
 Heads are laid out (B, H, L, d). Masks are boolean, True = may look; `mask` is always the right-padding mask (B, L).
 """
@@ -39,7 +39,7 @@ def checked_width(
 
 
 def added_positions(positions: str) -> str:
-    """Those that the stack adds to its input; the others act inside the attention."""
+    """Positions that the stack adds to its input; all others act inside the attention."""
     return positions if positions in ("sinusoidal", "learned") else "none"
 
 
@@ -73,7 +73,7 @@ class AttentionMixer(Tables, Mixer):
 
     slopes: Tensor | None
     scale: float | None = None
-    """Of the scores; d^-1/2 where None."""
+    """Factor of the scores; d^-1/2 if None."""
 
     def __init__(
         self, d_model: int, n_heads: int, *, width: int, positions: str, causal: bool, n_kv_heads: int | None = None,
@@ -96,7 +96,7 @@ class AttentionMixer(Tables, Mixer):
 
     @property
     def rate(self) -> float:
-        """Of the dropout on the attention weights: 0 when not training."""
+        """Probability of dropout on the attention weights; 0 when not training."""
         return self.dropout if self.training else 0.0
 
     unit = "heads"
@@ -190,7 +190,7 @@ class AttentionMixer(Tables, Mixer):
         return self.out(merge_heads(y)), (keys[:, :, gone:], values[:, :, gone:], state[2] + tokens)
 
     def _bias(self, time: int, tokens: int, first: int, like: Tensor) -> Tensor:
-        """Of queries from position `time` to the keys from `first` up to the last query: (H, tokens, t)."""
+        """Bias of queries from position `time` to the keys from `first` up to the last query: (H, tokens, t)."""
         i = torch.arange(time, time + tokens, device=like.device)[:, None]
         j = torch.arange(first, time + tokens, device=like.device)
         bias = like.new_zeros(self.n_heads, tokens, len(j))

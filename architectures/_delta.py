@@ -1,4 +1,4 @@
-"""What layers around a delta rule share, and the rule with a decay for each channel of the keys in plain PyTorch:
+"""Shared by layers around a delta rule, and the rule with a decay for each channel of the keys in plain PyTorch:
 
     S' = diag(exp(g_t)) S_{t-1},   S_t = S' + b_t (e_t - S'^T a_t)^T + k_t v_t^T,   o_t = S_t^T q_t
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class Dropout(nn.Dropout):
-    """As nn.Dropout: (B, L, D) or (B, D). Where `tied` is set, a channel of a sequence is dropped at all of its tokens
+    """Like nn.Dropout: (B, L, D) or (B, D). If `tied` is set, a channel of a sequence is dropped at all of its tokens
     or at none: one mask (B, 1, D) for each call."""
 
     tied = False

@@ -1,4 +1,4 @@
-"""What mixtures of experts share: the experts, choices by token with their capacity, and the counts of both.
+"""Shared by mixtures of experts: the experts, choices by token with their capacity, and the counts of both.
 
 Router arithmetic is in float32 at least. Padding is routed nowhere: it takes no capacity and no part in the losses.
 """
@@ -30,7 +30,7 @@ class Experts(nn.Module, ABC):
     """
 
     looks_ahead = False
-    """Whether what a token gets depends on later ones: no causal form, and no recurrent mode."""
+    """Whether the output of a token depends on later tokens; then there is no causal form and no recurrent mode."""
     capacity: float = 0.0
     divides = True
     """Whether `apply_experts` computes them, whose work processes can divide."""
@@ -62,7 +62,7 @@ class Experts(nn.Module, ABC):
 
     @abstractmethod
     def visits(self, length: int) -> float:
-        """How many vectors of a sequence of `length` tokens the experts together are given."""
+        """Number of vectors that all experts together process for a sequence of `length` tokens."""
 
     @property
     @abstractmethod
@@ -106,7 +106,7 @@ class Experts(nn.Module, ABC):
         return self.loss
 
     def after_step(self) -> None:
-        """What changes after an optimiser step other than by its gradient."""
+        """Update of parameters without a gradient, after an optimiser step."""
 
     def diagnostics(self) -> dict[str, float]:
         """Over the forwards since last asked. `dropped`: share of choices over the capacity, or of tokens that experts

@@ -1,4 +1,4 @@
-"""What gated attention units share: the maps around one head of attention, with a bias for each of T5's buckets."""
+"""Shared by gated attention units: the maps around one head of attention, with a bias for each of T5's buckets."""
 
 from __future__ import annotations
 

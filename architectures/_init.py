@@ -1,4 +1,4 @@
-"""How gates start."""
+"""Initialisation of gates."""
 
 from __future__ import annotations
 

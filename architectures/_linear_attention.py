@@ -1,4 +1,4 @@
-"""What attention through feature maps shares: sums over keys in place of an L x L matrix.
+"""Shared by attention through feature maps: sums over keys in place of an L x L matrix.
 
 With features phi(q_i), phi(k_j) of width M, y_i = phi(q_i) S / (phi(q_i) z) where S = sum_j phi(k_j) v_j' (M, d) and
 z = sum_j phi(k_j) (M,), over all real keys, or over j <= i when causal.

@@ -14,7 +14,7 @@ from lra.architectures._precision import wide
 
 
 class BatchNorm(nn.Module):
-    """As nn.BatchNorm1d with each real token an example: (..., D), mask (...) bool -> (..., D).
+    """Like nn.BatchNorm1d with each real token an example: (..., D), mask (...) bool -> (..., D).
 
     In training the statistics are those of the real tokens of the batch, so that its sequences see one another; in
     evaluation, and without a mask, the running ones, so that they do not.
@@ -97,7 +97,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class LayerNorm(nn.LayerNorm):
-    """As nn.LayerNorm; under autocast it computes in float32 on every device, as PyTorch does on CUDA.
+    """Like nn.LayerNorm; under autocast it computes in float32 on every device, as PyTorch does on CUDA.
 
     On a CPU, PyTorch sums the gradients of weight and bias in bfloat16 where the input is bfloat16: over the 8,192
     tokens of a batch they are off by their own size.

@@ -1,4 +1,4 @@
-"""Which parameters weight decay leaves alone, whatever a recipe decays."""
+"""Parameters without weight decay, whatever the recipe sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What maps of published weights share."""
+"""Shared by the maps of published weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def number_of_layers(tensors: Iterable[str], prefix: str) -> int:
-    """How many numbers follow `prefix` in the names of tensors. Raises ValueError if none does."""
+    """Number of different indices after `prefix` in the names of tensors. Raises ValueError if there are none."""
     numbers = {name.removeprefix(prefix).partition(".")[0] for name in tensors if name.startswith(prefix)}
     if not numbers:
         raise ValueError(f"no tensor is named {prefix}0.*")

@@ -1,4 +1,4 @@
-"""What recurrent mixers share: one computation behind the whole sequence and the single token, and a loop over time."""
+"""Shared by recurrent mixers: one computation for whole sequences and single tokens, and a loop over time."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Loop(Recurrence):
         """x: (B, C, D) -> (B, C, G), what each token brings into the recurrence."""
 
     def weights(self) -> tuple[Tensor, ...]:
-        """What `advance` is given after the state."""
+        """The arguments of `advance` after the state."""
         return ()
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""What RWKV-4, 6 and 7 share: the token shift, the ramp coefficients start on, and the stack of two parts a layer.
+"""Shared by RWKV-4, 6 and 7: the token shift, the ramp of initial coefficients, and the stack of two parts a layer.
 
 h = norm_0(x);  in each layer  h = h + time mix(norm(h)),  h = h + channel mix(norm(h));  last, norm(h)
 """

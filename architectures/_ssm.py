@@ -1,4 +1,4 @@
-"""What state-space models share: the first step sizes, copies of their matrices, and sums over a stretch of tokens."""
+"""Shared by state space models: initial step sizes, copies of their matrices, and sums over a range of tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def initial_log_dt(number: int, dt_min: float, dt_max: float) -> Tensor:
 
 
 def checked_copies(n_ssm: int | None, d_model: int) -> int:
-    """How many independent matrices the channels share in turns, d_model for None. Raises ValueError."""
+    """Number of independent matrices that the channels share in turns; d_model for None. Raises ValueError."""
     copies = d_model if n_ssm is None else n_ssm
     if copies < 1 or d_model % copies:
         raise ValueError(f"n_ssm is {copies}; a divisor of d_model, {d_model}")

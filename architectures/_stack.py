@@ -36,7 +36,7 @@ Advance = Callable[[Tensor, Any], tuple[Tensor, Any]]
 
 @dataclass(frozen=True)
 class Block:
-    """What surrounds a mixer.
+    """The parts of a block around a mixer.
 
     ffn: "gelu", "relu" or "silu" (two linear maps), "swiglu" (gated), "none", or a mixture of experts, of MIXTURES in
     `_moe.py`; expand: its hidden width, or that of each expert, over d_model.
@@ -373,7 +373,7 @@ class Stack(Tables, Encoder):
             part.after_step()
 
     def diagnostics(self) -> dict[str, float]:
-        """Of each mixture of experts, as `ffn<layer>.dropped`, `ffn<layer>.entropy` and `ffn<layer>.load_<expert>`."""
+        """Values of each mixture of experts: `ffn<layer>.dropped`, `ffn<layer>.entropy`, `ffn<layer>.load_<expert>`."""
         found: dict[str, float] = {}
         for i, layer in enumerate(self.blocks):
             if isinstance(layer.ffn, Experts):

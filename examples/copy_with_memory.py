@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Copy with a memory
 #
-# Up to 20 vectors of 8 random bits and a mark; then the vectors again, without any input (Graves et al. 2014,
-# arXiv:1410.5401, section 4.1). An NTM and a DNC write them into a memory.
+# The input is up to 20 vectors of 8 random bits and a mark. The output is the same vectors, without further input
+# (Graves et al. 2014, arXiv:1410.5401, section 4.1). An NTM and a DNC store them in a memory.
 
 # %%
 import time

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # A task of your own
 #
-# A task is one class in one file. This one asks for the first token of a sequence of up to 48 tokens.
+# A task is one class in one file. The label of this one is the first token of a sequence of up to 48 tokens.
 
 # %%
 from pathlib import Path

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Results in pandas, and a figure
 #
-# `lra.results()` has one row a run. This script trains four small runs first, so that there is something to draw.
-# Runs of `quick` are smoke tests, which `smoke=True` selects.
+# `lra.results()` has one row for each run. This script first trains four small runs to draw. Runs of `quick` are smoke
+# tests; `smoke=True` selects them.
 
 # %%
 import altair as alt

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Fine-tune a trained run
 #
-# `init_from` starts a run with the weights of another one, or of a folder that `lra export` wrote. Tensors are taken by
-# name and shape; the record says which were not.
+# `init_from` starts a run with the weights of another one, or of a folder that `lra export` wrote. Tensors are matched
+# by name and shape; the record lists those that did not match.
 
 # %%
 from custom_task import FirstToken

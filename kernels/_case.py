@@ -1,4 +1,4 @@
-"""Inputs of an operator, for tests and benchmarks alike: each `kernels/<op>/cases.py` holds `CASES: list[Case]`."""
+"""Inputs of an operator for tests and benchmarks: each `kernels/<op>/cases.py` has `CASES: list[Case]`."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Which implementation of an operator runs, said aloud and remembered.
+"""Choice of the implementation of an operator. A fallback warns, and every choice is recorded.
 
     reference   the definition: a loop or a dense product, any dtype and device, differentiated by PyTorch
     cpu         the fast path for CPU tensors (plain torch or Numba); `portable` ones run on any device
     gpu         Triton, for CUDA tensors (and for CPU tensors under TRITON_INTERPRET=1)
     cudnn       NVIDIA's library, for CUDA tensors, where it has the operator
 
-An operator asked for "auto" takes the last of these that can run where its tensors are.
+"auto" chooses the last of these that can run on the device of the tensors.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An exponential that compiled loops vectorise.
+"""An exponential that Numba's compiled loops can vectorise.
 
 Numba calls the C library's `exp` one number at a time; written out as arithmetic, LLVM runs eight float32 at once.
 Numba's cache watches the file of the calling loop only: after a change here, delete `__pycache__` in its folder.

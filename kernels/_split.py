@@ -1,7 +1,7 @@
-"""Segments of a sequence, for recurrences on a GPU whose batch and width alone leave processors idle.
+"""Segments of a sequence, for recurrences on a GPU if batch and width are too small to use all its processors.
 
-Every segment is walked from a zero state, for what it leaves behind and its total decay. A scan over the segments makes
-of these the state each one starts from, and from there each is walked as a sequence of its own, all at once.
+Every segment is first run from a zero state, which gives its last state and its total decay. A scan over the segments
+computes from these the initial state of each segment. Then all segments run at once, as independent sequences.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ SHORTEST = 512  # steps of a segment: in fewer, three launches cost more than is
 
 
 def segments(programs: int, processors: int, length: int) -> int:
-    """Into how many segments `length` steps are cut: one where `programs`, those of a whole sequence, are twice the
-    processors or more; else as many as make them so, but none shorter than SHORTEST."""
+    """Number of segments for `length` steps. programs: number of programs without segments. It is 1 if these are twice
+    the processors or more, and else large enough to reach that, with segments of at least SHORTEST steps."""
     if programs >= 2 * processors:
         return 1
     return max(1, min(-(-2 * processors // programs), length // SHORTEST))
@@ -25,12 +25,12 @@ def segments(programs: int, processors: int, length: int) -> int:
 
 @cache
 def processors(device: torch.device) -> int:
-    """Those of a GPU; none of a CPU, where Triton's interpreter runs one program after the other."""
+    """Number of multiprocessors of a GPU; 0 for a CPU, where Triton's interpreter runs one program after the other."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
 def cut(programs: int, length: int, tile: int, device: torch.device) -> tuple[int, int]:
-    """How many segments, none empty, and the steps of each, a multiple of `tile`; the last one may end earlier."""
+    """Number of segments, none of them empty, and steps of each, a multiple of `tile`; the last one may be shorter."""
     count = segments(programs, processors(device), length)
     steps = -(-length // (count * tile)) * tile
     return -(-length // steps), steps

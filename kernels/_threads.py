@@ -1,4 +1,4 @@
-"""Rows of a compiled loop over PyTorch's own number of threads.
+"""Runs the rows of a compiled loop on as many threads as PyTorch uses.
 
 Numba's thread layers either break after fork or keep a second pool of spinning workers beside PyTorch's; a small pool
 of Python threads around kernels that release the GIL has neither fault, and honours `torch.set_num_threads`.

@@ -1,4 +1,4 @@
-"""Long Range Arena: one encoder interface, six tasks, comparison tables that can be trusted.
+"""Long Range Arena: a benchmark suite for sequence models with one encoder interface.
 
 The functions of the Python API are imported when they are first used: `import lra` loads neither torch nor pandas.
 """

@@ -1,6 +1,6 @@
-"""The Python API: the functions behind `lra.train`, `lra.load` and the others. Use them as attributes of `lra`.
+"""The Python API: `lra.train`, `lra.load` and the others. Use them as attributes of `lra`.
 
-Everything heavy is imported inside the function that needs it.
+Heavy packages are imported inside the functions that need them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def list_architectures(pattern: str = "*") -> list[str]:
-    """Names of the registered architectures that match a pattern: "*ssm*". One with a slash also matches variants."""
+    """Names of the registered architectures that match a pattern: "*ssm*". A pattern with a slash matches variants."""
     names = registry.architectures.names(variants="/" in pattern)
     return [name for name in names if fnmatchcase(name, pattern)]
 
@@ -62,14 +62,14 @@ def import_weights(
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Encoder:
-    """An encoder with weights that others published: `import_weights("mamba", "model.safetensors", length=1024)`.
+    """An encoder with published weights: `import_weights("mamba", "model.safetensors", length=1024)`.
 
-    The map from their names to ours stands in the file of the architecture (`Encoder.published`).
+    The map from published names to those of the encoder is `Encoder.published`, in the file of the architecture.
 
-    file: a state dict in a .safetensors file or a file of torch.save, of which nothing but tensors is unpickled.
+    file: a state dict in a .safetensors file or a file of torch.save, from which only tensors are unpickled.
     out: a new folder for config.json and model.safetensors, which `load_encoder` reads. ignore: patterns of tensors to
-    leave out. dtype: of the encoder, float32 unless given. options: constructor arguments that the tensors do not show,
-    `length` among them. Raises UserError for a tensor that is missing, has the wrong shape or has no place here.
+    leave out. dtype: of the encoder, by default float32. options: constructor arguments that do not follow from the
+    tensors, such as `length`. Raises UserError for a tensor that is missing, has the wrong shape or is not used.
     """
     from lra.training import published
 
@@ -89,7 +89,7 @@ def load_encoder(folder: str | Path) -> Encoder:
 
 
 def load_task(task: str | type | Task, protocol: str = "", *, source: str | Path | None = None) -> LoadedTask:
-    """A task, prepared now if it is not: `load_task("image").train[0]`.
+    """A task with its data, which are prepared if necessary: `load_task("image").train[0]`.
 
     protocol: by default the first of the task. source: folder with the raw files. Raises UserError.
     """
@@ -129,17 +129,17 @@ def train(
     scorer: str | Path | None = None,
     progress: Callable[[int, int, Mapping[str, float]], None] | None = None,
 ) -> TrainedRun:
-    """Train, select on validation, test once, and write the record, as `lra run` does.
+    """Train a model, select a checkpoint on validation, test it once, and write the record, as `lra run` does.
 
     task, architecture: a registered name, `file.py:Class`, `package.module:Class`, or a class.
     overrides: recipe values by dotted key, {"train.steps": 500}. time_limit: seconds, after which the run stops with a
     checkpoint. teacher: folder of a run of the same task to imitate (train.distill_alpha, train.distill_temperature).
-    scorer: folder of a run of the same task by which examples are easy or difficult (train.curriculum).
-    progress: called as progress(step, steps, metrics); without it a bar is drawn where there is a terminal.
+    scorer: folder of a run of the same task that measures the difficulty of examples (train.curriculum).
+    progress: called as progress(step, steps, metrics); without it, a terminal shows a progress bar.
     The other arguments are those of `lra run`.
 
-    The global random state is left as it was. Raises UserError; `lra.errors.Interrupted`, which is one, when the run
-    was stopped and can be resumed with resume=True.
+    The global random state does not change. Raises UserError, or its subclass `lra.errors.Interrupted` if the run was
+    stopped and can be resumed with resume=True.
     """
     from lra.data.examples import LoadedTask
     from lra.training.placement import Placement
@@ -176,8 +176,8 @@ def load(
 ) -> TrainedRun:
     """The trained model of a run's folder (below runs/) or of a folder that `lra export` wrote.
 
-    checkpoints: the checkpoint folder, if it was moved. architecture, task: the class, where the name in the recipe no
-    longer leads to it. Raises UserError.
+    checkpoints: the checkpoint folder, if it was moved. architecture, task: the class, if it cannot be found by the
+    name in the recipe. Raises UserError.
     """
     from lra.training import trained_run
 
@@ -187,8 +187,8 @@ def load(
 def quantize(run: TrainedRun | str | Path, folder: str | Path) -> TrainedRun:
     """The run with int8 weights in linear maps, convolutions and embeddings, scored and exported to a new folder.
 
-    run: what `train` or `load` returned, or a folder. `record.compression` holds accuracy, size and speed of both
-    models. Weights are converted back when they are used, so that the model is smaller, not faster. Raises UserError.
+    run: a run that `train` or `load` returned, or a folder. `record.compression` holds accuracy, size and speed of both
+    models. Weights are converted back when they are used, so the model is smaller, not faster. Raises UserError.
     """
     from lra.training import compression
 
@@ -202,7 +202,7 @@ def prune(
     """The run without its least important attention heads and feed-forward channels, scored and exported to a folder.
 
     heads, channels: the share to remove in each layer. examples: training examples on which their importance is
-    measured. run, record: as of `quantize`. Raises UserError, also where the architecture has neither.
+    measured. run, record: as in `quantize`. Raises UserError, also for an architecture that has neither.
     """
     from lra.training import compression
 
@@ -212,14 +212,14 @@ def prune(
 
 
 def results(smoke: bool = False) -> pd.DataFrame:
-    """All results, one row a run; invalid files are left out. smoke: those of recipes that are smoke tests, instead."""
+    """All results, one row for each run; invalid files are left out. smoke: only results of smoke tests, instead."""
     return _collection(smoke).frame()
 
 
 def leaderboard(task: str, smoke: bool = False) -> pd.DataFrame:
     """The ranked rows of a task, one for each architecture; rank is within task, protocol, recipe, regime and device.
 
-    Runs with modified settings are not ranked. smoke: as of `results`. Raises UserError for a task without results.
+    Runs with modified settings are not ranked. smoke: as in `results`. Raises UserError for a task without results.
     """
     from lra.reports import leaderboard as board
 
@@ -228,7 +228,7 @@ def leaderboard(task: str, smoke: bool = False) -> pd.DataFrame:
 
 def efficiency(task: str, smoke: bool = False) -> pd.DataFrame:
     """Accuracy over FLOPs per token, longest sequence over peak memory, and tokens per second of the ranked rows of a
-    task (lra.reports.efficiency.metrics). smoke: as of `results`. Raises UserError for a task without results."""
+    task (lra.reports.efficiency.metrics). smoke: as in `results`. Raises UserError for a task without results."""
     from lra.reports import efficiency as report
     from lra.reports.ranking import Leaderboard
 
@@ -253,8 +253,8 @@ def scaling(task: str, *, protocol: str = "", recipe: str = "", regime: str = ""
 
 
 def compare(a: TrainedRun | str | Path, b: TrainedRun | str | Path) -> Comparison:
-    """Paired difference of two runs, each given as what `train` or `load` returned, as an id or its start, or as the
-    file of its record. Raises UserError where they were not tested on the same examples."""
+    """Paired difference of two runs. a, b: a run that `train` or `load` returned, an id or its first characters, or the
+    file of a record. The difference is None if they were not tested on the same examples. Raises UserError."""
     from lra.reports import comparison
 
     runs, smoke = _collection(False), _collection(True)
@@ -287,7 +287,8 @@ def profile(
 ) -> pd.DataFrame:
     """Work, speed and memory of encoders, one row for each architecture and length, measured in fresh processes.
 
-    budget: seconds for each timing. Cells that were measured before are read from results/profile/. Raises UserError.
+    budget: seconds for each timing. Cells that are already in results/profile/ are not measured again. Raises
+    UserError.
     """
     import pandas as pd
 
@@ -297,7 +298,7 @@ def profile(
     names = [reference_of(architecture) for architecture in architectures]
     for name in names:
         if name.startswith("__main__:"):
-            raise UserError(f"{name} is measured in a fresh process, which cannot import it; put it into a file")
+            raise UserError(f"{name} cannot be imported by the process that measures it; put it into a file")
         registry.architectures.get(name)
     cells = [
         profiler.Cell(name, length, batch, d_model, n_layers, direction, budget)
@@ -309,7 +310,7 @@ def profile(
 
 @contextmanager
 def _progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress callback, which draws a bar where there is a terminal."""
+    """A progress callback, which draws a bar on a terminal."""
     from lra import terminal
 
     console = _console()
@@ -318,7 +319,7 @@ def _progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _console() -> Any:
-    """A rich console where there is a terminal, else None."""
+    """A rich console on a terminal, else None."""
     if not sys.stdout.isatty():
         return None
     from rich.console import Console

@@ -1,7 +1,7 @@
-"""Attention as a toolbox: masks, scaled dot products, multi-head, multi-query and grouped-query attention,
+"""Functions and modules of attention: masks, scaled dot products, multi-head, multi-query, grouped-query and
 cross-attention, and the cache of keys and values.
 
-Heads are laid out (B, H, L, d). Masks are boolean, True = may look; a mask (B, L) marks real tokens.
+Heads have the layout (B, H, L, d). Masks are boolean, True = attend; a mask (B, L) marks real tokens with True.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def attention_mask(
     mask: Tensor, *, causal: bool = False, window: int | None = None, block: int | None = None,
     queries: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """Who may look at whom, as the conjunction of what is asked for: mask: (B, L) -> (B, 1, 1 or L, L) bool.
+    """Attention mask, the conjunction of the given conditions: mask: (B, L) -> (B, 1, 1 or L, L) bool, True = attend.
 
     padding (always): key j is real. causal: j <= i. window: |i - j| <= window (sliding window).
-    block: i // block == j // block (local attention). queries: rows of the last that many positions only, for tokens
-    that follow a cache. Every query may look at itself, so that no row is empty: a padded query whose window holds no
-    real key would otherwise be a softmax over nothing.
+    block: i // block == j // block (local attention). queries: return only the rows of the last `queries` positions,
+    for tokens that follow a cache. With causal, window or block, every query attends to itself, so that no row is
+    empty: the softmax of a padded query without a real key in its window would be undefined.
     """
     keys = mask[:, None, None, :]
     if not causal and window is None and block is None:
@@ -67,8 +67,8 @@ def scaled_dot_product(
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale q k') v and the weights: (B, H, Q, d), (B, G, K, d), (B, G, K, e) -> (B, H, Q, e), (B, H, Q, K).
 
-    mask: broadcasts to the weights. scale: d^-1/2 unless given. G divides H. This form holds the weights in memory, to
-    look at them; `fused_attention` does not. Source: arXiv:1706.03762, section 3.2.1.
+    mask: broadcasts to the weights. scale: d^-1/2 by default. G divides H. This form stores the weights and returns
+    them; `fused_attention` does not. Source: arXiv:1706.03762, section 3.2.1.
     """
     k, v = (repeat_heads(t, q.shape[1]) for t in (k, v))
     scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -126,7 +126,7 @@ class KVCache:
         return sum(t.numel() * t.element_size() for t in (self.keys, self.values) if t is not None)
 
     def statistics(self) -> dict[str, float]:
-        """tokens; bytes; bytes_per_token, of one sequence; key_norm and value_norm, the mean length of a vector. Raises
+        """tokens; bytes; bytes_per_token, of one sequence; key_norm and value_norm, the mean norm of a vector. Raises
         ValueError for an empty cache."""
         if self.keys is None or self.values is None:
             raise ValueError("the cache is empty; call the attention with it first")
@@ -140,7 +140,7 @@ class KVCache:
 
 
 class _Attention(nn.Module):
-    """Maps and heads that self- and cross-attention share."""
+    """Projections and heads, shared by self- and cross-attention."""
 
     def __init__(
         self, d_model: int, d_source: int, n_heads: int, n_kv_heads: int | None, head_dim: int | None, dropout: float,
@@ -189,10 +189,10 @@ class MultiHeadAttention(_Attention):
         self, x: Tensor, mask: Tensor | None = None, *, causal: bool = False, window: int | None = None,
         block: int | None = None, cache: KVCache | None = None,
     ) -> Tensor:  # fmt: skip
-        """mask: (B, L), real tokens; all are real unless given. causal, window, block: as of `attention_mask`.
+        """mask: (B, L), real tokens; by default all are real. causal, window, block: as in `attention_mask`.
 
-        cache: x continues the tokens in it, and is added to it. Their attention is causal, so causal must be true, and
-        all tokens are real: no mask. Raises ValueError otherwise.
+        cache: the tokens of x follow those in the cache and are added to it. This needs causal = True and no mask, as
+        all tokens are real. Raises ValueError otherwise.
         """
         keys, values = self._keys_values(x)
         if cache is not None:

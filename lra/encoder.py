@@ -6,7 +6,7 @@ An encoder maps a batch of embedded sequences to a batch of the same shape:
 
 Sequences are right-padded: in each row of `mask` the real tokens come first. Outputs and gradients at real positions do
 not depend on the content or the amount of padding, or on rows of padding alone; outputs at padding are unspecified. An
-encoder that says so (`gaps`) also takes masks that hide tokens between real ones, under the same rule.
+encoder with `gaps = True` also accepts masks that hide tokens between real ones, under the same rule.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Cost:
     """Forward work in floating-point operations; one multiply-add counts as 2.
 
     `matmul` is the work that torch's FLOP counter counts (matrix products, convolutions); `other` is the rest (FFTs,
-    scans, softmax, norms, element-wise operations). Both are per sequence. `batch_matmul` and `batch_other` are done
-    once per batch, whatever its size: computing the kernel of a state space model, for example.
+    scans, softmax, norms, element-wise operations). Both are per sequence. `batch_matmul` and `batch_other` are work
+    done once per batch of any size, for example to compute the kernel of a state space model.
     """
 
     matmul: float = 0.0
@@ -90,10 +90,10 @@ class Card:
     scaling: how the work grows with the sequence length L, one of SCALINGS, for encoders built for that length.
     causal: whether outputs depend on earlier positions only (a wrapper runs such a mixer bidirectionally).
     variants: name -> constructor arguments; `s4d/inv` is the constructor of s4d with these arguments preset.
-    exempt: conformance check -> reason, or `variant/check` -> reason for one variant. An exempted check is expected to
-    fail; if it passes, that is reported as an error.
-    recall: constructor arguments of `lra check --recall`, where the paper chooses them by the range of dependencies.
-    no_recall: why it cannot recall the first of 256 tokens, empty if it can.
+    exempt: conformance check -> reason, or `variant/check` -> reason for one variant. An exempted check must fail; it
+    is an error if it passes.
+    recall: constructor arguments of `lra check --recall`, if the paper chooses them by the range of dependencies.
+    no_recall: why it cannot recall the first of 256 tokens; empty if it can.
     """
 
     title: str
@@ -109,14 +109,14 @@ class Card:
 
 @dataclass(frozen=True)
 class Published:
-    """Where the tensors of a state dict that others published stand in an encoder: the answer of `Encoder.published`.
+    """The map from a published state dict to an encoder, as returned by `Encoder.published`.
 
-    options: constructor arguments that the tensors show, such as widths and the number of layers.
-    names: own parameter -> the published tensors that it is made of, () for a parameter that they do not have.
-    convert: pattern of own parameters (fnmatch) -> function of those tensors. Without one, tensors are joined along
-    their first dimension, dimensions of size 1 do not count, and a parameter made of nothing is 0.
-    ignored: patterns of published tensors that an encoder has no place for, such as embeddings and output layers.
-    undetermined: constructor arguments that the tensors do not show, and that must be given with them.
+    options: constructor arguments that follow from the tensors, such as widths and the number of layers.
+    names: own parameter -> the published tensors that it is made of; () for a parameter that has none.
+    convert: pattern of own parameters (fnmatch) -> function of those tensors. By default, tensors are concatenated
+    along their first dimension, dimensions of size 1 are ignored, and a parameter without tensors is 0.
+    ignored: patterns of published tensors that the encoder does not use, such as embeddings and output layers.
+    undetermined: constructor arguments that do not follow from the tensors and must be given.
     """
 
     options: Mapping[str, Any]
@@ -129,16 +129,16 @@ class Published:
 class Encoder(nn.Module, ABC):
     """Base class of every architecture: one public subclass per file in `architectures/`, named after the file.
 
-    Constructors take the keyword-only arguments `d_model, n_layers, length, dropout=0.0` and their own. A `**` passes
-    those of the base class on, and the signature of the class lists them. length: the longest sequence that the encoder
-    will process.
+    Constructors take the keyword-only arguments `d_model, n_layers, length, dropout=0.0` and options of their own. A
+    `**` passes on the options of the base class; the signature of the class lists all of them. length: the longest
+    sequence that the encoder will process.
     """
 
     card: ClassVar[Card]
     refuses_causal: ClassVar[bool] = False
     """Whether a constructor with an argument `direction` raises ValueError for "causal"."""
     recurrent: ClassVar[bool | None] = None
-    """False where the default options rule out a recurrent mode that the mixers have."""
+    """False if the default options rule out a recurrent mode that the mixers have."""
     d_model: int
     n_layers: int
     length: int
@@ -162,7 +162,7 @@ class Encoder(nn.Module, ABC):
 
     @property
     def scaling(self) -> str:
-        """How the work of this instance grows with length: as on the card, unless a constructor argument changes it."""
+        """Growth of the work of this instance with length: that of the card, unless an option changes it."""
         return self.card.scaling
 
     @property
@@ -176,11 +176,10 @@ class Encoder(nn.Module, ABC):
 
     @classmethod
     def published(cls, tensors: Mapping[str, Tensor], given: Mapping[str, Any]) -> Published:
-        """How a published state dict fills an encoder of this class; `lra import` and `lra.import_weights` read it.
+        """The map from a published state dict to an encoder of this class, for `lra import` and `lra.import_weights`.
 
-        tensors: the state dict; reading a tensor that it does not have is reported to the user. given: the constructor
-        arguments that the user gave. Raises NotImplementedError if the class has no such map, and ValueError for
-        tensors of a form that it cannot represent.
+        tensors: the state dict; a missing tensor is reported to the user. given: constructor arguments from the user.
+        Raises NotImplementedError if the class has no such map, and ValueError for tensors that it cannot represent.
         """
         raise NotImplementedError(f"{cls.__name__} has no map for published weights")
 
@@ -230,13 +229,13 @@ class Encoder(nn.Module, ABC):
         return None
 
     def after_step(self) -> None:
-        """Change what no gradient changes, such as the biases that balance experts. A training loop calls it after each
-        step of the optimiser."""
+        """Update parameters that have no gradient, such as the biases that balance experts. A training loop calls it
+        after each step of the optimiser."""
 
     def diagnostics(self) -> dict[str, float]:
         """Values to log, such as the share of dropped tokens or the load of each expert; {} if there are none.
 
-        They cover the forward passes since the previous call, which reset them: call it before and after an evaluation.
+        They cover the forward passes since the previous call. To measure an evaluation, call it before and after.
         """
         return {}
 
@@ -273,8 +272,8 @@ class Mixer(nn.Module, ABC):
 class Prunable(Protocol):
     """A module made of units that can be removed, such as attention heads or the channels of a feed-forward part.
 
-    unit: "heads" or "channels". units: how many there are; 0 where none can be removed. reader: the map that reads the
-    units, each in its own equal share of the columns.
+    unit: "heads" or "channels". units: their number; 0 if none can be removed. reader: the linear map that reads the
+    units; each unit has an equal share of its columns.
     """
 
     unit: str
@@ -302,8 +301,8 @@ def keep_linear(linear: nn.Linear, *, rows: Tensor | None = None, columns: Tenso
 
 
 def signature_of(cls: type[Encoder]) -> inspect.Signature:
-    """Arguments of a constructor. A `**` in it stands for the keyword-only arguments of the base class's constructor
-    that it does not name itself; these come first."""
+    """Arguments of a constructor. A `**` in it is replaced by the keyword-only arguments of the base class's
+    constructor that it does not name itself; these come first."""
     owner, *bases = (c for c in cls.__mro__ if "__init__" in vars(c))
     own = list(inspect.signature(vars(owner)["__init__"]).parameters.values())[1:]
     if own and own[-1].kind is inspect.Parameter.VAR_KEYWORD and issubclass(bases[0], Encoder):
@@ -316,13 +315,13 @@ def signature_of(cls: type[Encoder]) -> inspect.Signature:
 def clean_padding(x: Tensor, mask: Tensor, *, gaps: bool = False) -> tuple[Tensor, Tensor]:
     """Check the mask and clear the padding, at the start of `forward`: x: (B, L, D), mask: (B, L) bool -> the same.
 
-    x becomes zero at the padding, so that NaN there reaches no gradient. In a row of padding alone the first position
-    counts as a real token, so that norms and softmax have something to work on. gaps: whether real tokens may come
-    after padding.
+    x becomes zero at the padding, so that NaN there does not reach gradients. In a row of padding alone the first
+    position counts as a real token, so that norms and softmax are defined. gaps: whether real tokens may come after
+    padding.
 
     Raises UserError for a mask that is not (B, L) bool, and for one with real tokens after padding. On an accelerator,
-    where reading the mask would wait for the device, the latter is a device-side assertion; in traced code, and in
-    the transforms of torch.func, it is not checked.
+    where reading the mask would wait for the device, the latter is a device-side assertion. It is not checked in traced
+    code and in the transforms of torch.func.
     """
     if mask.dtype is not torch.bool or mask.dim() != 2:
         raise UserError(
@@ -344,12 +343,11 @@ def lengths_of(mask: Tensor) -> Tensor:
 
 
 def fill_padding(x: Tensor, mask: Tensor, value: float = 0.0) -> Tensor:
-    """x with `value` at padding, whatever stood there: (B, L, D), (B, L) bool -> (B, L, D). x itself where a CPU finds
-    no padding."""
+    """x with `value` at padding: (B, L, D), (B, L) bool -> (B, L, D). On a CPU, x itself if there is no padding."""
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if x.device.type != "cpu" or traced:
         return x.masked_fill(~mask.unsqueeze(-1), value)
-    # a fill by mask visits every number by itself, forward and back
+    # faster than masked_fill, forward and backward
     rows = (~mask).flatten().nonzero().squeeze(1)
     return x.flatten(0, 1).index_fill(0, rows, value).view(x.shape) if len(rows) else x
 

@@ -1,4 +1,4 @@
-"""Errors a user can act on: shown as one line, exit code 2, never as a traceback."""
+"""Errors that a user can correct: one line and exit code 2, no traceback."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ PACKAGES = ("site-packages", "dist-packages")
 # lra/ and the folders that its links lead to
 PROJECT = [(Path(__file__).parent / part).resolve() for part in (".", "architectures", "kernels", "tasks")]
 SHOWN = 20
-"""Names that a message lists where none is near."""
+"""Number of names that a message lists if none is similar."""
 _SHORT = Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 3, 60, 60, 60
 
 
 class UserError(Exception):
-    """Anything a user can act on: the message says what is wrong, where, and what is right."""
+    """An error that a user can correct. The message states what is wrong, where, and what is right."""
 
 
 class DataError(UserError):
-    """Data that are missing, damaged or not what their protocol defines."""
+    """Data that are missing, damaged or different from the definition of their protocol."""
 
 
 class Interrupted(UserError):
-    """Training stopped before its last step (Ctrl-C, SIGTERM or a time limit) and left a checkpoint.
+    """Training was stopped before its last step (Ctrl-C, SIGTERM or a time limit) and has a checkpoint.
 
-    command: the shell command that resumes the run; empty until the run that was stopped is known.
+    command: the shell command that resumes the run; empty until it is known.
     """
 
     def __init__(self, message: str, command: str = "") -> None:
@@ -37,18 +37,18 @@ class Interrupted(UserError):
 
 
 def brief(value: object) -> str:
-    """A value as a message shows it: 60 characters at most, however long or deeply nested it is."""
+    """A value as text of at most 60 characters, however long or deeply nested it is."""
     return _SHORT.repr(value)[:60]
 
 
 def is_users(filename: str) -> bool:
-    """Whether a source file belongs neither to an installed package nor to this project."""
+    """Whether a source file belongs to a user: neither to an installed package nor to this project."""
     folders = Path(filename).resolve().parents
     return not any(part in filename for part in PACKAGES) and not any(part in folders for part in PROJECT)
 
 
 def user_line(error: BaseException) -> str:
-    """The last line of a user's own code that an exception went through, as " (net.py:12)"; empty without one."""
+    """The last line of a user's code in the traceback of an exception, as " (net.py:12)"; empty without one."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename)]
     return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
 
@@ -63,7 +63,7 @@ def describe(error: BaseException) -> str:
 
 
 def unknown(kind: str, name: str, known: Iterable[str], where: str = "") -> UserError:
-    """An unknown name, answered with the nearest right one, or with the known ones where none is near."""
+    """The error of an unknown name. It suggests the most similar known name, or lists known names."""
     names = sorted(known)
     near = get_close_matches(name, names, n=1, cutoff=0.6)
     more = f", ... ({len(names)} in all)" if len(names) > SHOWN else ""

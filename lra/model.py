@@ -22,8 +22,8 @@ class Batch(NamedTuple):
     """One batch of examples.
 
     values: (B, towers, L) integer tokens, or (B, towers, L, channels) bytes or float32 for continuous input; mask:
-    (B, towers, L) bool, True = real; labels: (B,) int64 classes, or what the target of the task asks for (lra.target);
-    example: (B,) int64, index of each example in its split.
+    (B, towers, L) bool, True = real; labels: (B,) int64 classes, or those of another target (lra.target); example: (B,)
+    int64, index of each example in its split.
     """
 
     values: Tensor
@@ -37,9 +37,9 @@ class Head:
     """The map from pooled vectors to logits.
 
     kind: "linear"; "mlp", a perceptron with hidden layers of the widths `hidden`; "auto", linear for one tower, one
-    hidden layer of d_model units for two. activation: of the hidden layers, "gelu" or "relu". pair: how two towers
-    meet: the head reads [u, v] ("concat") or [u, v, u * v, u - v] of their pooled outputs ("products"), or the latter
-    after each tower has read the other ("cross", "gated": lra.towers.FUSIONS).
+    hidden layer of d_model units for two. activation: of the hidden layers, "gelu" or "relu". pair: the input of the
+    head for two towers with pooled outputs u and v: [u, v] ("concat") or [u, v, u * v, u - v] ("products"), or the
+    latter after each tower has attended to the other ("cross", "gated": lra.towers.FUSIONS).
     """
 
     kind: str = "auto"
@@ -66,10 +66,9 @@ class Classifier(nn.Module):
     """Batch -> logits (B, classes); with `per_position` (B, L, classes), the head applied at every position.
 
     Tokens are embedded by a lookup table, continuous values by a linear map of (byte / 255 - mean) / std, or of
-    (value - mean) / std where the protocol has real values. Two towers share all weights; `head` says how they are
-    joined. Padding is identified by the mask, never by a token value, unless the protocol hides zeros: then a token 0
-    is hidden from the encoder, except at the first position. Raises UserError if the encoder takes no masks with gaps,
-    which this needs.
+    (value - mean) / std if the protocol has real values. Two towers share all weights; `head` combines them. Padding
+    is identified by the mask, never by a token value. A protocol that hides zeros also hides token 0 from the encoder,
+    except at the first position. Raises UserError if the encoder does not support masks with gaps, which this needs.
 
     contrast: the contrastive loss of the towers, for two classes. Raises UserError for other tasks.
 
@@ -83,7 +82,7 @@ class Classifier(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         if contrast is not None and (towers, classes) != (2, 2):
-            raise UserError("model.contrastive compares the two sequences of a pair, and this task has no pairs; set 0")
+            raise UserError("model.contrastive compares the two sequences of a pair, but this task has no pairs; set 0")
         d = encoder.d_model
         self.encoder, self.pooling, self.towers, self.per_position = encoder, pooling, towers, per_position
         self.hides_zeros = protocol.hides_zeros
@@ -95,7 +94,7 @@ class Classifier(nn.Module):
         self.embedding: nn.Module
         if protocol.vocabulary:
             self.embedding = nn.Embedding(protocol.vocabulary, d)
-            # scaled by sqrt(d) in `embed` where the head shares the weights, whose logits then have unit variance
+            # with shared weights `embed` scales by sqrt(d); the logits then have unit variance
             nn.init.normal_(self.embedding.weight, std=d**-0.5 if tie else 1.0)
         else:
             self.embedding = nn.Linear(protocol.channels, d)
@@ -126,7 +125,7 @@ class Classifier(nn.Module):
         return self.head(self.pool(*self.encode(values, mask)))
 
     def outputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Of two towers: logits (B, classes), and the pooled output of each tower alone (B, 2, D)."""
+        """For two towers: logits (B, classes), and the pooled output of each tower alone (B, 2, D)."""
         x, mask = self.encode(batch.values.flatten(0, 1), batch.mask.flatten(0, 1))
         alone = met = self.pool(x, mask)
         if self.fusion is not None:

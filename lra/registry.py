@@ -40,7 +40,7 @@ from lra.source import files_of, home_of, source_files
 
 ROOT = Path(__file__).parent
 PLUGIN = "plug-in"
-"""The family of what another package registers."""
+"""The family of architectures and tasks that another package registers."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Constructor:
 
 @dataclass(frozen=True)
 class Declaration:
-    """What a name declares about its constructor.
+    """The declared properties of a name and its constructor.
 
     options: keyword arguments and their defaults, including those the variant sets (`inspect.Parameter.empty` where
     required; the source text of a default that is not a literal). preset: arguments that the variant sets. facts: name
@@ -143,7 +143,7 @@ class Registry:
         return self._files()[name].parent.name
 
     def _unknown(self, name: str) -> UserError:
-        """The error of an unknown name; a file of that name in the working directory is what was meant."""
+        """The error of an unknown name. It suggests the class in a file of that name in the working directory."""
         own, classes = f"{name}.py", list[str]()
         with suppress(OSError, ValueError):
             classes = re.findall(r"^class (\w+)", Path(own).read_text(encoding="utf-8"), re.MULTILINE)
@@ -154,10 +154,10 @@ class Registry:
     def facts(self, name: str) -> dict[str, Any]:
         """Card or class attributes of a file, as far as they are literals, read without importing it.
 
-        Of an architecture also `direction` ("causal", "two-way", or "either" where the recipe chooses) and `recurrent`
+        For an architecture also `direction` ("causal", "two-way", or "either" if the recipe chooses) and `recurrent`
         (whether it has a recurrent mode; a class whose default options rule it out sets `recurrent = False`). A plug-in
-        is imported for them; where that fails, `problem` says why. `name` has no variant. Raises UserError for an
-        unknown name and for a card that is not made of literals.
+        is imported to read them; if that fails, `problem` has the reason. `name` has no variant. Raises UserError for
+        an unknown name and for a card that is not made of literals.
         """
         facts: dict[str, Any] = {"name": name, "family": self.family(name), "variants": {}}
         if name in self._plugins():
@@ -181,8 +181,7 @@ class Registry:
         return facts
 
     def all_facts(self) -> dict[str, dict[str, Any]]:
-        """`facts` of every registered name, as JSON has them. What the files say is kept in the cache until one of them
-        changes. Raises UserError."""
+        """`facts` of every registered name, as JSON values. They are cached until a file changes. Raises UserError."""
         shared = (ROOT / self.folder).glob("_*.py")
         states = [(str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in (*self._files().values(), *sorted(shared))]
         state = hashlib.sha256(json.dumps([__version__, states]).encode()).hexdigest()
@@ -197,7 +196,7 @@ class Registry:
         return facts | {name: self.facts(name) for name in self._plugins()}
 
     def _plugin_facts(self, name: str) -> dict[str, Any]:
-        """As `facts`, of the class that a plug-in names."""
+        """`facts` of the class of a plug-in."""
         try:
             constructor = self.get(name)
         except UserError as error:
@@ -355,7 +354,7 @@ def _stateful_classes(path: Path) -> frozenset[str]:
     tree = _parsed(path)
     known: set[str] = set()
     for node in tree.body:
-        # the residual stack has one, which asks the mixers in it
+        # the residual stack has the method for mixers that have it
         known |= {n for n, p in _shared_names(node).items() if p.stem != "_stack" and n in _stateful_classes(p)}
     for node in tree.body:
         if isinstance(node, ast.ClassDef):

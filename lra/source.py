@@ -1,8 +1,8 @@
-"""The source of a user's class: what identifies it beside its name.
+"""The source of a user's class, which identifies it together with its name.
 
-A class of this project has none: its record holds the commit. Every other class is identified by the SHA-256 of the
-file that defines it and of the files that it imports from its own folder, or, for a file in a package, from the whole
-package. Imports are read from the text, so files that are imported by a computed name are not followed.
+A class of this project has no source: its record holds the commit. Every other class is identified by the SHA-256 of
+the file that defines it and of the files that it imports from its own folder, or, for a file in a package, from the
+whole package. Imports are read from the text, so imports of a computed name are not followed.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What a task asks of a model: the loss, the predictions and the scores that follow from its declared target.
+"""Loss, predictions and scores of the targets that a task can declare.
 
-target     labels of a batch                          output of the model     what counts as right
-class      (B,) int64                                 (B, classes)            an example whose class is
-position   (B, L) int64, UNSCORED where none is asked (B, L, classes)         an example with every scored position
-value      (B,) float32                               (B, 1)                  an example within the task's tolerance
-next       (B, L) int64, UNSCORED after the last      (B, L, vocabulary)      each token
+target     labels of a batch                          output of the model     an example is right if
+class      (B,) int64                                 (B, classes)            its class is right
+position   (B, L) int64, UNSCORED without a label     (B, L, classes)         every scored position is right
+value      (B,) float32                               (B, 1)                  its error is within the tolerance
+next       (B, L) int64, UNSCORED after the last      (B, L, vocabulary)      (each token counts by itself)
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ Z = NormalDist().inv_cdf(0.975)
 class Target:
     """One class for each sequence. outputs: width of the model's output; tolerance: of a real value, else 0.
 
-    prior: the baseline that gives the most frequent answer; per_position: whether the model answers at every position.
-    selects: what chooses a checkpoint and a learning rate, the highest validation "accuracy" or the lowest "loss".
+    prior: the baseline that predicts the most frequent label; per_position: whether the model predicts at every
+    position. selects: the criterion for checkpoints and learning rates: the highest validation "accuracy" or the lowest
+    "loss".
     """
 
     outputs: int
@@ -51,8 +52,8 @@ class Target:
         return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
     def difficulty(self, output: Tensor, labels: Tensor) -> Tensor:
-        """-log p of the label of each example, (B,); its mean over the scored positions of an example where there are
-        several, the squared error of a real value."""
+        """-log p of the label of each example, (B,); the mean over the scored positions if there are several, and the
+        squared error for a real value."""
         return F.cross_entropy(output.float(), labels, reduction="none")
 
     def predict(self, output: Tensor) -> Tensor:
@@ -133,7 +134,7 @@ class NextTarget(PositionTarget):
         mean = float(bits.mean())
         scores = {"bits": mean, "bits_at": _by_context(bits, before)}
         if len(starts) > 1:
-            # of a ratio of sums: examples are independent, tokens of one example are not
+            # standard error of a ratio of sums: examples are independent, tokens of one example are not
             residuals = np.add.reduceat(bits, starts) - mean * sizes
             half = Z * math.sqrt(len(starts) / (len(starts) - 1) * float(np.square(residuals).sum())) / len(bits)
             scores |= {"bits_low": mean - half, "bits_high": mean + half}
@@ -192,7 +193,7 @@ def join(parts: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def _starts(example: np.ndarray) -> np.ndarray:
-    """Where each example begins: its answers stand together, in the order of its positions."""
+    """The index at which each example begins; its answers are contiguous, in the order of positions."""
     return np.flatnonzero(np.diff(example, prepend=-1))
 
 

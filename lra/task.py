@@ -2,7 +2,7 @@
 
 A prepared split holds documents of different lengths and, for each example, the numbers of its documents:
 
-    values: (total,) uint8, 16 or 32      every document's tokens or pixels, end to end; float32 for real values
+    values: (total,) uint8, 16 or 32      tokens or pixels of all documents, concatenated; float32 for real values
     offsets: (documents + 1,) int64       document d is values[offsets[d]:offsets[d + 1]]
     index: (n, towers) int32              the documents of example i (two for Retrieval, one elsewhere)
     labels: (n,) uint8, 16 or 32          classes, below the `classes` of the task
@@ -10,9 +10,9 @@ A prepared split holds documents of different lengths and, for each example, the
 A text that appears in a thousand pairs is therefore stored once, and a whole set fits on the accelerator. With several
 channels, a document is its (L, channels) array, flattened. Other targets than classes have other labels:
 
-    position: (positions,) int32          a class for each position of every document, UNSCORED where none is asked
+    position: (positions,) int32          a class for each position of every document, UNSCORED at positions without one
     value: (n,) float32                   one number for each example
-    next: (0,)                            none: the tokens themselves
+    next: (0,)                            none; the labels are the tokens themselves
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lra.errors import is_users
 
 SPLITS = ("train", "validation", "test")
 TARGETS = ("class", "position", "value", "next")
-"""What a task asks for: one class for each sequence, one for each scored position, a real value, or the next token."""
+"""The kinds of target: one class for each sequence, one for each scored position, a real value, or the next token."""
 UNSCORED = -1
 """The label of a position that is not scored."""
 
@@ -50,14 +50,14 @@ class Protocol:
 
     length: longest sequence in tokens (longer ones are truncated); vocabulary: number of token ids, 0 for continuous
     input; channels: input values per position, for continuous input; scale: (mean, std) that normalise bytes / 255.
-    real: continuous input is float32, which (mean, std) normalise as it is, not bytes.
-    hides_zeros: token 0 is hidden from the encoder like padding, wherever it stands (except at the first position).
+    real: continuous input is float32 instead of bytes, normalised by (mean, std) without the division by 255.
+    hides_zeros: token 0 is hidden from the encoder like padding, at every position but the first.
     selection: the split that selects the checkpoint. counts, sha256: number of examples and checksum of each split,
     compared after preparation; without a sha256 any data are accepted and their checksum is recorded.
     raw: the files that the data are prepared from, in words; empty when the task generates its examples.
 
-    law: how a generated task draws the examples of training, validation and test, as arguments of its `draw`.
-    tests: further test splits and the arguments in which each departs from `law`; a split of longer sequences is named
+    law: arguments of `draw`, with which a generated task draws the examples of training, validation and test.
+    tests: further test splits -> the arguments that differ from `law`; a split of longer sequences is named
     `length-<tokens>`.
     """
 
@@ -100,7 +100,7 @@ class Split:
 
     @property
     def target(self) -> str:
-        """Which of TARGETS the labels are for. Their type and number tell."""
+        """The target of the labels, one of TARGETS, from their type and number."""
         kind = {"f": "value", "i": "position"}.get(self.labels.dtype.kind, "class")
         return "next" if len(self.index) and not len(self.labels) else kind
 
@@ -133,12 +133,11 @@ class Task(ABC):
 
     classes: number of labels (1 for a real value, the vocabulary for the next token); towers: sequences per example.
     protocols: name -> Protocol; the first is the default.
-    target: one of TARGETS; the head, the loss, the metrics and the baselines follow from it. tolerance: of a real
-    value, the largest error that counts as right. causal: only causal encoders may solve the task.
-    generated: training examples are not read from the split `train`, which is a sample of them, but drawn anew at every
-    step by `training_batch`.
+    target: one of TARGETS; head, loss, metrics and baselines follow from it. tolerance: for a real value, the largest
+    error that counts as right. causal: whether the task is for causal encoders only.
+    generated: training examples are drawn at every step by `training_batch`; the split `train` is a sample of them.
     version: increased when the same protocol yields other bytes, so that existing sets are prepared again.
-    resumable: whether `prepare` continues in the folder that an interrupted call left; otherwise it gets an empty one.
+    resumable: whether `prepare` continues in the folder of an interrupted call; otherwise the folder is empty.
     """
 
     name: ClassVar[str]
@@ -159,7 +158,7 @@ class Task(ABC):
         return f"lra data prepare {self._reference()}{'' if default else f' --protocol {protocol.name}'}"
 
     def _reference(self) -> str:
-        """What the command line calls this task: its name, or `file.py:Class` of a user's file."""
+        """The name of this task on the command line: its name, or `file.py:Class` for a user's file."""
         module = sys.modules.get(type(self).__module__)
         file = str(getattr(module, "__file__", None) or "")
         if not file or not is_users(file):
@@ -193,16 +192,15 @@ class Task(ABC):
 
     def training_batch(self, protocol: Protocol, size: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
         """The examples of one training step of a generated task: values (size, L[, channels]) and labels, as in a
-        batch. They depend on the arguments alone."""
+        batch. They depend only on the arguments."""
         raise NotImplementedError(f"{self.name} reads its training examples from the prepared split")
 
     def chance(self, protocol: Protocol) -> float | None:
-        """Share of answers that a guess gets right; None for a real value, where the floors tell."""
+        """Accuracy of a guess; None for a real value, for which `floors` has the baselines."""
         return None if self.target == "value" else 1 / self.classes
 
     def plateaus(self, protocol: Protocol) -> dict[str, float]:
-        """Shares of right answers at which training is known to rest before it goes on, by what the model has learnt
-        there."""
+        """Plateaus of training: what a model has learned -> the accuracy at which training is known to pause."""
         return {}
 
     def floors(self, train: Split, test: Split) -> dict[str, float]:
@@ -214,7 +212,7 @@ class Task(ABC):
         return {"majority class": float((asked == majority).mean())}
 
     def floor_bits(self, train: Split, test: Split) -> dict[str, float]:
-        """Bits per token on `test` of baselines without a sequence model, by name; of the next token."""
+        """Bits per token on `test` of baselines without a sequence model, by name; for the target "next"."""
         return {}
 
     def encode(self, text: str, protocol: Protocol) -> np.ndarray:

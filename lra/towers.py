@@ -19,9 +19,9 @@ from lra.attention import CrossAttention
 from lra.encoder import Cost
 
 LATENTS, DEPTH = 32, 2
-"""Of the resampler of `gated`."""
+"""Latents and layers of the resampler of `gated`."""
 LARGEST_SCALE = 100.0
-"""Of the cosines in the contrastive loss, as in CLIP."""
+"""Largest factor of the cosines in the contrastive loss, as in CLIP."""
 
 Pool = Callable[[Tensor, Tensor], Tensor]
 
@@ -194,7 +194,7 @@ class Contrast(nn.Module):
         right, answer = labels == 1, torch.arange(len(labels), device=labels.device)
         total = scores.new_zeros(())
         for rows, same_query, same_answer in ((scores, same_one, same_two), (scores.T, same_two, same_one)):
-            # right answers of a query, in whatever pair of the batch they stand: none of them is a negative
+            # right answers of a query in any pair of the batch are not negatives
             known = (same_query & right).float() @ same_answer.float() > 0
             losses = F.cross_entropy(
                 rows.masked_fill(known.fill_diagonal_(False), -torch.inf), answer, reduction="none"

@@ -1,6 +1,6 @@
 """Released files: the LRA archive (download with resume), and reading of members of archives without unpacking.
 
-Files of text may be gzipped and may begin with a byte-order mark, whatever their name says.
+Text files may be gzipped, whatever their name, and may begin with a byte-order mark.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ class PathfinderTask(Task):
     def prepare(
         self, folder: Path, protocol: Protocol, *, source: Path | None, workers: int, progress: Progress
     ) -> None:
-        """Generate the images, or read the released ones if the protocol asks for them.
+        """Generate the images, or read the released ones, depending on the protocol.
 
         An interrupted call leaves finished parts in `folder`, from which the next call continues.
         """

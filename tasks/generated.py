@@ -1,7 +1,7 @@
-"""Generated tasks: a law draws every example from a seed. Training examples are drawn anew at every step.
+"""Generated tasks: every example is drawn from a seed. Training examples are drawn at every step.
 
-Every split has a random stream of its own, and so has every training step of every seed: an example depends on its
-split or on (seed, step), and on its place there, never on the number of workers or on what was drawn before.
+Every split, and every training step of every seed, has its own random stream. An example depends on its split or on
+(seed, step), and on its index there, but not on the number of workers or on earlier examples.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHOWN = 40
 
 
 class GeneratedTask(Task):
-    """Base class of tasks whose examples come from `draw`; causal, unless the class says otherwise.
+    """Base class of tasks whose examples come from `draw`; causal by default.
 
     In `Protocol.law`, a pair (low, high) stands for a whole number that each training batch draws uniformly; test
     splits take `high`. All sequences of one draw have the same length.

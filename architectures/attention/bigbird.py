@@ -1,4 +1,4 @@
-"""BigBird: each block of tokens sees its neighbours, the first and last block, and a few blocks drawn at random.
+"""BigBird: each block of tokens attends to its neighbours, to the first and last block, and to a few random blocks.
 
 Zaheer et al. 2020, arXiv:2007.14062, the block form of appendix D (BigBird-ITC: the global tokens are the sequence's
 own). With blocks of W = `size` tokens, u the block of query i and v that of key j, d = qkv_dim / H:

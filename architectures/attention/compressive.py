@@ -1,4 +1,4 @@
-"""Compressive Transformer: Transformer-XL whose memories are compressed into a second memory before they are forgotten.
+"""Compressive Transformer: Transformer-XL that compresses its oldest memories into a second memory.
 
 Rae et al. 2019, arXiv:1911.05507, section 3. Segments of S tokens; a layer keeps m, the states of the layer below at
 the M tokens before the segment, and cm, C compressed ones from before those. Neither passes a gradient. Per segment x:

@@ -1,4 +1,4 @@
-"""Differential attention: each head subtracts a second softmax map from its first, which cancels what both attend to.
+"""Differential attention: each head subtracts a second softmax map from its first, which cancels their common part.
 
 Ye et al. 2024, arXiv:2410.05258, section 2.1. H heads of d = D / (2 H) for queries and keys and 2 d for values, G =
 n_kv_heads of them for keys and values (H unless told), layer l from 0:

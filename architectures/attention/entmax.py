@@ -1,4 +1,4 @@
-"""Entmax: attention whose weights are exactly zero at most tokens, between softmax and projection onto the simplex.
+"""Entmax: attention whose weights are exactly zero at most tokens, by a map between softmax and sparsemax.
 
 Peters, Niculae and Martins 2019, arXiv:1905.05702. With scores s = q k' / sqrt(d) + bias, alpha above 1 and at most 2:
 

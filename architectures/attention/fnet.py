@@ -1,4 +1,4 @@
-"""FNet: tokens meet in a Fourier transform without parameters, in place of attention.
+"""FNet: a Fourier transform without parameters in place of attention.
 
 Lee-Thorp et al. 2021, arXiv:2105.03824, equation 3: of each sequence of n tokens x (n, D),
 

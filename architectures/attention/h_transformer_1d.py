@@ -1,4 +1,4 @@
-"""H-Transformer-1D: near tokens attend to each other one by one, far ones in groups that grow with the distance.
+"""H-Transformer-1D: near tokens attend to each other one by one, distant ones in groups that grow with distance.
 
 Zhu and Soricut 2021, arXiv:2107.11906, sections 4 to 6. At level l = 0, 1, ... 2^l neighbouring tokens are one coarse
 token, and N coarse tokens a block, so that b_l(i) = i // (2^l N) is the block of token i. A pair of tokens meets at the

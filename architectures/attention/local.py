@@ -1,4 +1,4 @@
-"""Local attention: softmax attention inside blocks of the sequence, which never look at one another.
+"""Local attention: softmax attention within blocks of the sequence, and none between blocks.
 
 The local baseline of Tay et al. 2020, arXiv:2011.04006 (section 3.1). With W = `size` and d = qkv_dim / H:
 

@@ -1,4 +1,4 @@
-"""Longformer: a sliding window, some heads of it dilated, and a few global tokens that see and are seen by all.
+"""Longformer: attention within a sliding window, dilated in some heads, and to and from a few global tokens.
 
 Beltagy et al. 2020, arXiv:2004.05150. With w = `window`, g = `n_global`, D_h the dilation of head h, d = qkv_dim / H:
 

@@ -1,4 +1,4 @@
-"""Luna: attention through a short second sequence P, which packs the tokens and is then unpacked by each of them.
+"""Luna: attention through a short second sequence P, which attends to the tokens and to which the tokens attend.
 
 Ma et al. 2021, arXiv:2106.01540. P: (l, D), learned, goes with x from layer to layer. Attn(Q, K, V) is softmax(Q K' /
 sqrt(d)) V with H heads of width d = D / H. Per layer:

@@ -1,4 +1,4 @@
-"""Mega: one head of attention whose queries and keys are smoothed by moving averages, between gates.
+"""Mega: one gated head of attention whose queries and keys are smoothed by moving averages.
 
 Ma et al. 2022, arXiv:2209.10655. N averages a channel, Z query features, E value features; xn = norm(x), or x where the
 norm comes after. Per layer:

@@ -1,4 +1,4 @@
-"""Mixture of depths: a router sends a share of the tokens through a block; the others pass it by.
+"""Mixture of depths: a router sends a share of the tokens through a block; the others skip it.
 
 Raposo et al. 2024, arXiv:2404.02258. Every second block is routed. With f the attention and feed-forward of a block, of
 pre-norm, and n the number of real tokens of a sequence:

@@ -1,4 +1,4 @@
-"""MLA: keys and values of all heads are read from one small latent per token, which alone is cached.
+"""MLA: keys and values of all heads are computed from one small latent vector per token; only this is cached.
 
 DeepSeek-AI 2024, arXiv:2405.04434, section 2.1. H heads of d = D / H features, d_R = rope_dim of them turned by rotary
 positions beside, r = kv_rank, r' = q_rank:

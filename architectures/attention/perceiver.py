@@ -1,4 +1,4 @@
-"""Perceiver: a small array of latents attends to the tokens, works on itself, and is asked for the output.
+"""Perceiver: a small array of latents attends to the tokens and to itself; output queries attend to the latents.
 
 Jaegle et al. 2021, arXiv:2103.03206, and Perceiver IO, arXiv:2107.14795. z: (N, D), learned latents. With
 attend(q, kv) = W_o concat_h(softmax(Q K' / sqrt(d)) V), Q from norm(q), K and V from norm(kv), over real tokens:

@@ -1,4 +1,4 @@
-"""Reformer: attention among tokens that hashing puts into one bucket, in reversible layers that store no activations.
+"""Reformer: attention among tokens of the same hash bucket, in reversible layers that store no activations.
 
 Kitaev et al. 2020, arXiv:2001.04451. With m = `chunk`, r = `n_hashes`, d = qkv_dim / H, per head (section 2):
 

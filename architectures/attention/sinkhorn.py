@@ -1,4 +1,4 @@
-"""Sinkhorn Transformer: each block of tokens attends to itself and to one block that a learned soft sorting brings it.
+"""Sinkhorn Transformer: each block of tokens attends to itself and to one block chosen by a learned soft sorting.
 
 Tay et al. 2020, arXiv:2002.11296. With N blocks of W = `size` tokens, per head, d = qkv_dim / H:
 

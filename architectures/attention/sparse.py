@@ -1,4 +1,4 @@
-"""Sparse Transformer: heads see a stretch of neighbours and every l-th place, so that two steps reach any token.
+"""Sparse Transformer: heads attend to the nearest tokens and to every l-th token, so two steps reach any token.
 
 Child et al. 2019, arXiv:1904.10509. With the stride l near sqrt(L), d = qkv_dim / H, and j <= i when causal:
 

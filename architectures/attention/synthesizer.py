@@ -1,4 +1,4 @@
-"""Synthesizer: attention whose weights do not compare tokens: they are learned per position, or read off one token.
+"""Synthesizer: attention weights that do not compare tokens: learned per position, or computed from one token.
 
 Tay et al. 2020, arXiv:2005.00743. With d = qkv_dim / H, N = `length`, logits B: (B, H, L, L) and per head:
 

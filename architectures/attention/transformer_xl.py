@@ -1,4 +1,4 @@
-"""Transformer-XL: attention within a segment and to a memory of the segment before, with relative positions.
+"""Transformer-XL: attention within a segment and to the previous segment, with relative positions.
 
 Dai et al. 2019, arXiv:1901.02860. The sequence is cut into segments of S tokens. A token attends, causally, to those of
 its segment and to the M tokens before the segment, whose states of the layer below are cached and pass no gradient:

@@ -1,4 +1,4 @@
-"""Universal Transformer: one layer applied again and again, each token halting when it has pondered enough.
+"""Universal Transformer: one layer applied repeatedly, with a learned number of repetitions for each token.
 
 Dehghani et al. 2018, arXiv:1807.03819. Layer f of attention and transition, at most T = n_layers steps t = 0, 1, ...;
 P (L, D) and S (T, D) are sinusoids of position and step. x_0 is the input, y_0 = 0:

@@ -1,4 +1,4 @@
-"""Bounded CNN: gated convolutions that see a stated number of tokens and not one more, the control for every task.
+"""Bounded CNN: gated convolutions with an exactly known receptive field, the control for every task.
 
 Miralles-Gonzalez, Huertas-Tato, Martin and Camacho 2025, arXiv:2501.14850, show how much of a long-range score a model
 reaches that has no long range. Their convolutional model is a gMLP whose tokens meet in one depthwise convolution,

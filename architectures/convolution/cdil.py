@@ -1,4 +1,4 @@
-"""CDIL: dilated convolutions on a ring, so that every output sees every token from the same number of sides.
+"""CDIL: dilated convolutions with circular padding, so that every output depends on every token symmetrically.
 
 Cheng, Khalitov, Yu, Zhang and Yang 2022, arXiv:2201.02143. Level i of n has dilation d = 2^i and K taps (K odd), and
 one weight-normalised convolution, W = g v / |v| per output channel, over a sequence of l real tokens closed to a ring:

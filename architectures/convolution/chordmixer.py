@@ -1,4 +1,4 @@
-"""ChordMixer: tokens meet by turning parts of the features round a ring by powers of two; no attention, no filters.
+"""ChordMixer: tokens are mixed by circular shifts of parts of the features by powers of two; no attention, no filters.
 
 Khalitov, Yu, Cheng and Yang 2022, arXiv:2206.05852. With n = ceil(log2 `length`) there are n + 1 tracks of S features,
 E = (n + 1) S in all; track 0 stays, track i >= 1 is turned by 2^(i-1), over a ring of the l real tokens. A block:

@@ -1,4 +1,4 @@
-"""Hyena: long convolutions with filters drawn by a small network, between multiplications by other views of the input.
+"""Hyena: long convolutions with filters computed by a small network, between products with projections of the input.
 
 Poli et al. 2023, arXiv:2302.10866. Order N, E positional features, and per layer (section 3.3, as the released code has
 it):

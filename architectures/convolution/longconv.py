@@ -1,4 +1,4 @@
-"""LongConv: a convolution whose kernel is learnt tap by tap over the whole sequence, kept sparse by a soft threshold.
+"""LongConv: a convolution whose kernel over the whole sequence is learned directly, made sparse by a soft threshold.
 
 Fu, Epstein, Nguyen, Thomas, Zhang, Dao, Rudra and Re 2023, arXiv:2302.06646. C kernels of `length` taps a channel:
 

@@ -1,4 +1,4 @@
-"""SGConv: a convolution as long as the sequence, whose kernel gets coarser and weaker the further back it reaches.
+"""SGConv: a convolution as long as the sequence, whose kernel gets coarser and smaller with distance.
 
 Li, Cai, Zhang, Chen and Dey 2022, arXiv:2210.09298. S sub-kernels w_i of d taps for each channel, i = 0 .. S - 1, with
 S = 1 + ceil(log2(`length` / d)) - init_scale; up(w, f) interpolates w to f times its taps:

@@ -1,4 +1,4 @@
-"""TCN: causal convolutions whose dilation doubles from level to level until the last output sees the whole past.
+"""TCN: causal convolutions whose dilation doubles from level to level until the last output depends on the whole past.
 
 Bai, Kolter and Koltun 2018, arXiv:1803.01271. Level i of n has dilation d = 2^i, K taps, and two weight-normalised
 convolutions c(x)_t = b + sum_k W_k x_{t - (K - 1 - k) d}, W = g v / |v| per output channel (section 3.4):

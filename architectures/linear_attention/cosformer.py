@@ -1,4 +1,4 @@
-"""cosFormer: attention whose weights are products of rectified queries and keys, smaller the farther apart they stand.
+"""cosFormer: attention whose weights are products of rectified queries and keys, reduced with their distance.
 
 Qin et al. 2022, arXiv:2202.08791. With d = qkv_dim / H, M = `span` and per head:
 

@@ -1,4 +1,4 @@
-"""DeltaNet: linear attention whose memory corrects what it holds under a key instead of adding to it.
+"""DeltaNet: linear attention whose memory corrects the value stored under a key instead of adding to it.
 
 Yang, Wang, Zhang, Shen and Kim 2024, arXiv:2406.06484; gated: Yang, Kautz and Hatamizadeh 2024, arXiv:2412.06464.
 With H heads, keys of width K = expand_k D / H and values of width V = expand_v D / H:

@@ -1,4 +1,4 @@
-"""DeltaProduct: a DeltaNet that corrects its memory several times a token, so that a token can move it by any rotation.
+"""DeltaProduct: DeltaNet with several corrections per token, so that one token can apply any rotation to the memory.
 
 Siems, Carstensen, Zela, Hutter, Pontil and Grazzi 2025, arXiv:2502.10297. With H heads, keys of width K = expand_k D /
 H, values of width V = expand_v D / H and n steps a token, j = 1 .. n:

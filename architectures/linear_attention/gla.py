@@ -1,4 +1,4 @@
-"""GLA: linear attention in which every channel of the keys forgets at a rate that the input sets.
+"""GLA: linear attention in which every channel of the keys decays at a rate that depends on the input.
 
 Yang, Wang, Shen, Panda and Kim 2023, arXiv:2312.06635. With H heads, keys of width K = expand_k D / H, values of width
 V = expand_v D / H and a gate through R = gate_rank channels (in_proj: the rows of W_q, W_k, W_1, W_v, W_r; k_gate: W_2

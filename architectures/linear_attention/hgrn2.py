@@ -1,4 +1,4 @@
-"""HGRN2: HGRN with a matrix for a state; the forget gate of a channel is also what its key is made of.
+"""HGRN2: HGRN with a matrix state; the key of a channel is computed from its forget gate.
 
 Qin, Yang, Sun, Shen, Li, Sun and Zhong 2024, arXiv:2404.07904. With H heads of width N = D / H, in layer l:
 

@@ -1,4 +1,4 @@
-"""Kimi Delta Attention: a gated delta rule in which every channel of the keys forgets at a rate of its own.
+"""Kimi Delta Attention: a gated delta rule with a separate decay for every channel of the keys.
 
 Kimi Team 2025, arXiv:2510.26692, section 3. With H heads, keys and values of width K each:
 

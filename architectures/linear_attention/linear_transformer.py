@@ -1,4 +1,4 @@
-"""Linear Transformer: attention whose weights are products of features of query and key, so that sums replace L x L.
+"""Linear Transformer: attention whose weights are products of query and key features, computed as running sums.
 
 Katharopoulos et al. 2020, arXiv:2006.16236. With d = qkv_dim / H and per head:
 

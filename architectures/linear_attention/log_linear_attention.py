@@ -1,4 +1,4 @@
-"""Log-linear attention: Mamba-2 with a state for every power of two of the past, whose weights the input sets.
+"""Log-linear attention: Mamba-2 with one state for every power of two of the past, weighted depending on the input.
 
 Guo, Yang, Goel, Xing, Dao and Kim 2025, arXiv:2506.04761, in its Mamba-2 form. With E = expand D split into H heads of
 width P, state size N, and levels l = 0 .. ceil(log2 length):

@@ -1,4 +1,4 @@
-"""MesaNet: a layer that, at every token, reads from the least-squares fit to all keys and values so far.
+"""MesaNet: a layer that, at every token, applies the least-squares fit to all keys and values so far.
 
 von Oswald et al. 2025, arXiv:2506.05233. With H heads of width K:
 

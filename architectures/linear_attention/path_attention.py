@@ -1,4 +1,4 @@
-"""PaTH attention: softmax attention whose positions are products of Householder matrices that the tokens between set.
+"""PaTH attention: softmax attention with products of Householder matrices of the tokens between as positions.
 
 Yang, Shen, Wen, Tan, Mishra, Ren, Panda and Kim 2025, arXiv:2505.16381. With H heads of width K = D / H:
 

@@ -1,4 +1,4 @@
-"""RetNet: attention without a softmax, in which each head forgets at a fixed rate, so that it is also a recurrence.
+"""RetNet: attention without a softmax and with a fixed decay per head, which can also be computed as a recurrence.
 
 Sun et al. 2023, arXiv:2307.08621. With H heads, keys of width K = D / H and values of width V = value_dim / H (in_proj:
 the rows of W_Q, W_K, W_V, W_G):

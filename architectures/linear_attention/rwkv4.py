@@ -1,4 +1,4 @@
-"""RWKV-4: an average of all past values with weights that fade at a fixed rate per channel, and no attention.
+"""RWKV-4: an average of all past values whose weights decay at a fixed rate per channel, without attention.
 
 Peng et al. 2023, arXiv:2305.13048, section 3. With E = time_dim, H = channel_dim and x_0 = 0:
 

@@ -1,4 +1,4 @@
-"""RWKV-7 (Goose): a matrix state that is decayed and corrected channel by channel, at rates the input sets.
+"""RWKV-7 (Goose): a matrix state that is decayed and corrected channel by channel, at rates that depend on the input.
 
 Peng et al. 2025, arXiv:2503.14456, section 4. With H heads of width N = D / H, x' the token before x (0 before the
 first) and low-rank maps lo_n(x) = f(x W_n1) W_n2:

@@ -1,4 +1,4 @@
-"""TTT-Linear: a recurrence whose state is a linear model that learns, by gradient descent, while it reads.
+"""TTT-Linear: a recurrence whose state is a linear model, trained by gradient descent on the tokens it reads.
 
 Sun et al. 2024, arXiv:2407.04620. With H heads of width F = D / H and mini-batches of m tokens, i = 1 .. m in each:
 

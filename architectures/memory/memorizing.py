@@ -1,4 +1,4 @@
-"""Memorizing Transformer: local attention, and in one layer a look-up of the nearest among all keys seen before.
+"""Memorizing Transformer: local attention, and in one layer a look-up of the nearest of all earlier keys.
 
 Wu, Rabe, Hutchins and Szegedy 2022, arXiv:2203.08913. The sequence is read in segments. Per head, with q, k of unit
 length, s_h learnt, r a relative position bias (T5's) and d = qkv_dim / H:

@@ -1,4 +1,4 @@
-"""NTM: a controller that reads and writes a memory of N slots through weightings it moves by content and by location.
+"""NTM: a controller that reads and writes a memory of N slots with weights by content and by location.
 
 Graves, Wayne and Danihelka 2014, arXiv:1410.5401. The controller is an LSTM of width H, the memory M is (B, N, W). Per
 token, with h of the controller and the read r of the token before:

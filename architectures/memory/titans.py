@@ -1,5 +1,4 @@
-"""Titans, neural memory: a perceptron that is trained while it reads, with momentum and forgetting, and asked for what
-it has stored.
+"""Titans, neural memory: a perceptron that is trained on the sequence it reads, with momentum and forgetting.
 
 Behrouz, Zhong and Mirrokni 2025, arXiv:2501.00663, sections 3.1 and 3.2. With chunks of C tokens and norms RMS:
 

@@ -1,4 +1,4 @@
-"""DeepSeekMoE: many small experts beside shared ones, kept busy by a bias on their scores and hardly by a loss.
+"""DeepSeekMoE: many small experts beside shared ones, balanced mainly by a bias on their scores and not by a loss.
 
 Dai et al. 2024, arXiv:2401.06066; balancing by Wang et al. 2024, arXiv:2408.15664; router of DeepSeek-V3,
 arXiv:2412.19437, section 2.1.2. x is (B, L, D); E experts of hidden width F = `expand` D, and n_shared more for all:

@@ -1,4 +1,4 @@
-"""Expert choice: blocks whose feed-forward part is many, each of which picks the tokens it works on.
+"""Expert choice: a mixture of experts in which each expert picks the tokens that it processes.
 
 Zhou et al. 2022, arXiv:2202.09368, section 3. x is (B, L, D); E experts of hidden width `expand` D each:
 

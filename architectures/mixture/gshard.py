@@ -1,4 +1,4 @@
-"""GShard: blocks whose feed-forward part is many, of which a token visits the best and, by chance, the second best.
+"""GShard: a mixture of experts; a token visits the best expert and, with some probability, the second best.
 
 Lepikhin et al. 2020, arXiv:2006.16668, algorithm 1. x is (B, L, D); E experts of hidden width `expand` D each:
 

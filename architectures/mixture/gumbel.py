@@ -1,4 +1,4 @@
-"""Gumbel: a mixture whose experts are sampled, k of E for every token, and whose gates learn through the sampling.
+"""Gumbel: a mixture that samples k of E experts for every token and trains the gates through the sampling.
 
 Gumbel top-k, Kool et al. 2019, arXiv:1903.06059, section 3, with the straight-through estimator of Jang et al. 2016,
 arXiv:1611.01144, section 2.2. x is (B, L, D); E experts of hidden width `expand` D each:

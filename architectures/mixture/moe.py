@@ -1,4 +1,4 @@
-"""MoE: blocks whose feed-forward part is many small ones, of which a noisy gate picks k for every token.
+"""MoE: a mixture of many small experts, of which a noisy gate picks k for every token.
 
 Shazeer et al. 2017, arXiv:1701.06538. x is (B, L, D), T its real tokens; E experts of hidden width `expand` D each:
 

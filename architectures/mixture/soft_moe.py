@@ -1,4 +1,4 @@
-"""Soft MoE: experts work on slots, weighted averages of all tokens, so that nothing is chosen or dropped.
+"""Soft MoE: experts process slots, which are weighted averages of all tokens, so no token is dropped.
 
 Puigcerver et al. 2023, arXiv:2308.00951, algorithms 1 and 2. x is (B, L, D); E experts of hidden width `expand` D and S
 slots each, mu: (D, E, S):

@@ -1,4 +1,4 @@
-"""Switch Transformer: blocks whose feed-forward part is many, of which a router picks one for every token.
+"""Switch Transformer: a mixture of experts in which a router picks one expert for every token.
 
 Fedus et al. 2021, arXiv:2101.03961. x is (B, L, D); E experts of hidden width `expand` D each:
 

@@ -1,4 +1,4 @@
-"""Antisymmetric RNN: small steps along a stable differential equation, whose matrix turns the state.
+"""Antisymmetric RNN: Euler steps of a stable differential equation with an antisymmetric matrix.
 
 Chang, Chen, Haber and Chi 2019, arXiv:1902.09689, equations 10 and 12 to 14. Per token, with h: (B, H), H = D, h_0 = 0:
 

@@ -1,4 +1,4 @@
-"""CfC: the closed form that a liquid time-constant network approaches, so that no differential equation is solved.
+"""CfC: a closed-form approximation of a liquid time-constant network, so that no differential equation is solved.
 
 Hasani, Lechner, Amini, Liebenwein, Ray, Tschaikowski, Teschl and Rus 2021, arXiv:2106.13898. Per token that comes a
 time t after the one before (here 1), with h: (B, H), H = D, and b a network of two layers, 1.7159 tanh(0.666 a) each:
@@ -231,7 +231,7 @@ class CfC(Stack):
         if mode not in (*MODES, "ltc"):
             raise ValueError(f"mode is {mode!r}; one of {', '.join(MODES)}, ltc")
         if mixed_memory and mode != "default":
-            raise ValueError("mixed_memory is of the default mode")
+            raise ValueError("mixed_memory needs the default mode")
         at_least(1, units=units, unfolds=unfolds)
 
         def make(_: int) -> Mixer:

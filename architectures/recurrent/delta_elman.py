@@ -1,4 +1,4 @@
-"""Delta Elman: the plain recurrence with a gate, a selective output and a diagonal matrix added one after the other.
+"""Delta Elman: the plain recurrence, to which a gate, a selective output and a diagonal matrix are added in steps.
 
 The ladder of ekg/elman @ 1b9e1ac, docs/ladder.md, levels 0 to 4; there is no paper. Per token, h: (B, H) and H = D:
 

@@ -1,4 +1,4 @@
-"""Elman network: the plain recurrence, one matrix and one nonlinearity a token, whose memory that matrix decides.
+"""Elman network: the plain recurrence with one matrix and one nonlinearity per token.
 
 Elman 1990, doi:10.1207/s15516709cog1402_1. Per token, with h: (B, H) and H = D:
 

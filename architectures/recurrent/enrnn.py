@@ -1,4 +1,4 @@
-"""ENRNN: orthogonal units that remember for long, fed by units that forget at rates set by one matrix's eigenvalues.
+"""ENRNN: orthogonal units with a long memory, fed by units that forget at rates given by the eigenvalues of a matrix.
 
 Helfrich and Ye 2019, arXiv:1911.07964, coupled form. Per token, with h = [h1, h2]: (B, H1 + H2), H1 + H2 = D, h_0 = 0,
 rows times matrices:

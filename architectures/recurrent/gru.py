@@ -170,7 +170,7 @@ class GRU(Stack):
             raise ValueError(f"horizon is {reach}; at least 1 token")
         checked(zoneout=zoneout)
         if coupled + reset_first + layernorm > 1:
-            raise ValueError("coupled, reset_first and layernorm are three forms of the cell: one of them at most")
+            raise ValueError("coupled, reset_first and layernorm exclude each other; set at most one")
         super().__init__(
             lambda _: GRUMixer(
                 d_model, horizon=reach, coupled=coupled, reset_first=reset_first, layernorm=layernorm, zoneout=zoneout,

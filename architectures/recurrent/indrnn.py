@@ -1,4 +1,4 @@
-"""IndRNN: each unit remembers itself alone, through one weight that is kept small enough for the sequence's length.
+"""IndRNN: each unit depends on its own past only, through one weight that is bounded for the sequence's length.
 
 Li et al. 2018, arXiv:1803.04831. Per token, with h: (B, H) and H = D:
 

@@ -1,4 +1,4 @@
-"""Jordan network: the state is the network's own output, fed back beside the next input.
+"""Jordan network: the state is the network's own output, fed back together with the next input.
 
 Jordan 1986, "Serial Order: A Parallel Distributed Processing Approach", ICS report 8604, in the usual form of two
 equations. Per token, with h: (B, H), y: (B, D), y_0 = 0:

@@ -1,4 +1,4 @@
-"""LSTM: a recurrence whose cell is added to, behind gates that say what enters, what stays and what leaves.
+"""LSTM: a recurrence with an additive cell and input, forget and output gates.
 
 Hochreiter and Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735, with the forget gate of Gers, Schmidhuber and Cummins
 2000, the form that cuDNN and torch.nn.LSTM compute. Per token, with c, h: (B, H) and H = D:
@@ -211,9 +211,9 @@ class LSTM(Stack):
     ) -> None:
         checked(zoneout_c=zoneout_c, zoneout_h=zoneout_h, weight_drop=weight_drop)
         if layernorm and (peephole or coupled):
-            raise ValueError("layernorm is of the plain cell: without peephole and coupled")
+            raise ValueError("layernorm is for the plain cell; leave out peephole and coupled")
         if carried and not layernorm:
-            raise ValueError("carried is of layernorm")
+            raise ValueError("carried needs layernorm = True")
         super().__init__(
             lambda _: LSTMMixer(
                 d_model, peephole=peephole, coupled=coupled, horizon=length, forget_bias=forget_bias,

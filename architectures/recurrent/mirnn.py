@@ -1,4 +1,4 @@
-"""MI-RNN: the plain recurrence with what the token and the state say multiplied, not only added.
+"""MI-RNN: the plain recurrence with the product of the terms of token and state in addition to their sum.
 
 Wu, Zhang, Zhang, Bengio and Salakhutdinov 2016, arXiv:1606.06630, equation 4. Per token, with h: (B, H) and H = D:
 

@@ -1,4 +1,4 @@
-"""QRNN: gates from a convolution over a few tokens, and between tokens nothing but gated sums, feature by feature.
+"""QRNN: gates computed by a convolution over a few tokens, and a gated sum of each feature as the recurrence.
 
 Bradbury et al. 2016, arXiv:1611.01576, section 2. With taps W of a convolution over the last `window` tokens, zeros
 before the first:

@@ -1,4 +1,4 @@
-"""RHN: several highway layers inside every step of a recurrence, each carrying what it does not change.
+"""RHN: several highway layers within every step of a recurrence.
 
 Zilly, Srivastava, Koutnik and Schmidhuber 2016, arXiv:1607.03474, with the carry gate coupled, c = 1 - t. Per token,
 with s: (B, H) and H = D, s_0 the output of the step before, for l = 1..depth:

@@ -1,4 +1,4 @@
-"""Second-order RNN: the next state is bilinear in state and input, so that each input applies a matrix of its own.
+"""Second-order RNN: the next state is bilinear in state and input, so that each input applies its own matrix.
 
 Lizaire, Rizvi-Martel, Eyono Gagnon and Rabusseau 2024, arXiv:2406.05045 (second-order networks: Giles et al. 1989).
 Per token, with h: (B, H), H = D, a 1 appended to h and to x:
@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lra.architectures._recurrence import Loop
 from lra.architectures._precision import wide
+from lra.architectures._recurrence import Loop
 from lra.architectures._stack import Stack
 from lra.encoder import Card, Cost
 

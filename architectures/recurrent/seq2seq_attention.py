@@ -1,4 +1,4 @@
-"""Recurrent encoder read by attention: every state of a GRU looks back at all states before it, as decoders once did.
+"""Recurrent encoder with attention: every state of a GRU attends to all earlier states, as in sequence decoders.
 
 Bahdanau, Cho and Bengio 2014, arXiv:1409.0473; Luong, Pham and Manning 2015, arXiv:1508.04025. With h = GRU(x) as
 torch.nn.GRU has it, (B, L, D), for every token t over the states j <= t:

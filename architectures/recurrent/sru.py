@@ -1,4 +1,4 @@
-"""SRU: gates from the token and, feature by feature, from the cell; no matrix between one token and the next.
+"""SRU: gates computed from the token and, elementwise, from the cell; no matrix between consecutive tokens.
 
 Lei, Zhang, Wang, Dai and Artzi 2017, arXiv:1709.02755, in the form of its last version. Per token, with c: (B, D):
 

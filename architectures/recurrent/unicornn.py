@@ -1,4 +1,4 @@
-"""UnICORNN: undamped oscillators that do not see one another, each with a time step of its own, in stacked layers.
+"""UnICORNN: independent undamped oscillators, each with its own time step, in stacked layers.
 
 Rusch and Mishra 2021, arXiv:2103.05487, equations 3 and 4. Per token, with the positions y and the velocities z:
 (B, H), H = D, both 0 at first, all products element by element but that with V:

@@ -1,4 +1,4 @@
-"""xLSTM: LSTMs with exponential input gates, one whose units meet (sLSTM), one whose memory is a matrix (mLSTM).
+"""xLSTM: LSTMs with exponential input gates, with connected units (sLSTM) or with a matrix as memory (mLSTM).
 
 Beck et al. 2024, arXiv:2405.04517. Per token and head, in stabilised form: m follows the largest exponent, every sum is
 held divided by exp(m).

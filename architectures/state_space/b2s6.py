@@ -1,4 +1,4 @@
-"""B2S6: a selective scan whose choices are made for a block of channels, and whose input vector has a bias a channel.
+"""B2S6: a selective scan whose parameters are selected per block of channels, with a bias of the input vector.
 
 Yu and Erichson 2025, arXiv:2505.09022. D channels in h blocks of p neighbours, x = [x^1 .. x^h]; n modes with one
 diagonal A for all channels. For block j, channel i of it and token t (Algorithm 2, equation 7):

@@ -1,4 +1,4 @@
-"""H3: a shift state space model remembers keys, a diagonal one their products with values, and queries read them.
+"""H3: a shift state space model stores keys, a diagonal one stores their products with values, and queries read them.
 
 Fu, Dao, Saab, Thomas, Rudra and Re 2022, arXiv:2212.14052. With head_dim = d channels a head and H = D / d heads:
 

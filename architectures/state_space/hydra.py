@@ -1,4 +1,4 @@
-"""Hydra: a state space model that reads both ways by itself, a quasiseparable matrix made of two scans and a diagonal.
+"""Hydra: a bidirectional state space model whose matrix is quasiseparable, made of two scans and a diagonal.
 
 Hwang, Lahoti, Puduppully, Dao and Gu 2024, arXiv:2407.09941. With E = expand D, H = E / P heads of P channels, N the
 state size and G groups of heads that share B and C; f is the scan ahead, b the scan back:

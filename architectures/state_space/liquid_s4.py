@@ -1,4 +1,4 @@
-"""Liquid-S4: S4 with products of inputs beside the inputs themselves, as a state matrix moved by its input would make.
+"""Liquid-S4: S4 with products of inputs in addition to the inputs, as from a state matrix that depends on the input.
 
 Hasani, Lechner, Wang, Chahine, Amini and Rus 2022, arXiv:2209.12951. The model is x_t = (Abar + Bbar u_t) x_{t-1} +
 Bbar u_t; unrolled, it is S4 and terms in products of p = 2 .. `degree` inputs:

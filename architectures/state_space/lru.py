@@ -1,4 +1,4 @@
-"""LRU: a linear recurrence with a complex diagonal, parametrised so that it is stable and started on a ring.
+"""LRU: a linear recurrence with a complex diagonal, parametrised to be stable and initialised on a ring.
 
 Orvieto et al. 2023, arXiv:2303.06349. Per token, with N complex states:
 

@@ -1,4 +1,4 @@
-"""Mamba-3: the scan of Mamba-2 by a trapezoidal rule, with a state that turns by angles the tokens choose.
+"""Mamba-3: the scan of Mamba-2 with a trapezoidal rule and a state that is rotated by angles from the input.
 
 Lahoti, Li, Chen, Wang, Bick, Kolter, Dao and Gu 2026, arXiv:2603.15569, one input and one output a head. E = expand D,
 H = E / P heads of P channels, N the state size, G groups of heads that share B and C before their biases:

@@ -42,7 +42,7 @@ def band_attention(
     global   j or i is a global token: everyone sees it, and it sees everyone (the latter only if `mutual`)
     random   floor(j / block) is among random_blocks[head, floor(i / block)]
 
-    and, when `causal`, j <= i. A key counts once however many of these let it in. A row that sees nothing is 0.
+    and, when `causal`, j <= i. A key that satisfies several of these counts once. A row without keys is 0.
 
     window: keys on EACH side, the query itself not counted: an int, or (behind, ahead). Longformer's `attention_window`
     of a published configuration is both sides together: pass half. `block` > 1 makes window and dilation count in whole

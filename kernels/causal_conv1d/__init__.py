@@ -1,4 +1,4 @@
-"""Short depthwise causal convolution, the local mixing in front of Mamba, Griffin, xLSTM and their kin."""
+"""Short depthwise causal convolution, as in the blocks of Mamba, Griffin and xLSTM."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def causal_conv1d(
     x: (B, L, D); weight: (D, K), the last tap on the present step; bias: (D,); activation f: None or "silu".
     Returns y: (B, L, D). Real; mixed dtypes promote; bfloat16 and float16 accumulate in float32.
 
-    Deterministic. Work 2 B L D K, time bound by memory: reads x, writes y once; the backward recomputes what stands
-    before the activation instead of storing it.
+    Deterministic. Work 2 B L D K; time is bound by memory, as x is read and y written once. The backward pass
+    recomputes the input of the activation instead of storing it.
     Raises ValueError on a wrong rank, shape, dtype or mix of devices, an unknown activation, and on length 0.
     """
     device = check_tensors("causal_conv1d", x=x, weight=weight, bias=bias)

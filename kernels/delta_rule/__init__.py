@@ -1,4 +1,4 @@
-"""The delta rule: a fast-weight memory that corrects what it holds under a key instead of adding to it."""
+"""The delta rule: a fast-weight memory that corrects the value stored under a key instead of adding to it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def delta_rule(
 
     q, k: (B, L, H, K); v: (B, L, H, V); beta, log_decay: (B, L, H), log_decay <= 0 (-inf forgets everything). Real;
     bfloat16 and float16 accumulate in float32.
-    Keys are used as they come: the recurrence is stable for beta |k|^2 <= 2, so normalise them before.
+    Keys are not normalised here: the recurrence is stable for beta |k|^2 <= 2, so normalise them first.
     scale: K^-0.5 where None, the convention of softmax attention and of flash-linear-attention.
     chunk: steps per chunk, rounded up to a power of two; changes speed and memory, not the result.
 

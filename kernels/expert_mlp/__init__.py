@@ -1,4 +1,4 @@
-"""Mixture of experts: every token through the two-layer perceptrons it was routed to, grouped by expert."""
+"""Mixture of experts: applies to every token the two-layer perceptrons that it was routed to, grouped by expert."""
 
 from __future__ import annotations
 

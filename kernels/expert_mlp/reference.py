@@ -1,4 +1,4 @@
-"""The definition of `expert_mlp`: every expert sees every token, and the gates pick."""
+"""The definition of `expert_mlp`: every expert processes every token, and the gates select."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Convolution kernel of a diagonal state space model: a Vandermonde product that is never laid out in full."""
+"""Convolution kernel of a diagonal state space model: a Vandermonde product that is never stored in full."""
 
 from __future__ import annotations
 

@@ -47,13 +47,13 @@ def wkv(
     k, v: (B, L, D); w, u: (D,). Real; bfloat16 and float16 accumulate in float32. w is the logarithm of the decay rate,
     `time_decay` in the published code: a step multiplies by e^{-e^w}. The token before the current one is not decayed,
     and the bonus u takes the place of the decay for the current one.
-    h0: (B, 3, D), the sums' numerator and denominator divided by e^{top}, and the exponent top; top = -1e38
-    says nothing came before.
+    h0: (B, 3, D), numerator and denominator of the state divided by e^{top}, and the exponent top; top = -1e38 is the
+    empty state.
 
     Returns o: (B, L, D) in the dtype of v; with `return_state` also the state after the last step: (B, 3, D), in the
     dtype of `h0`, or float32 (float64 for float64 inputs) without one.
 
-    Deterministic. Work 18 B L D, two exponentials per step and channel; nothing but the output is stored.
+    Deterministic. Work 18 B L D, with two exponentials per step and channel; memory is that of the output.
     Raises ValueError on a wrong rank, shape, dtype or mix of devices, and on length 0.
     """
     op = "wkv"

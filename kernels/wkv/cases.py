@@ -40,7 +40,7 @@ def _inputs(
 
 
 def _extreme(generator: Generator, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Decays from none to everything at once, keys whose exponentials overflow, bonuses that hide or are the rest."""
+    """Decays from none to complete in one step, keys whose exponentials overflow, and very large and small bonuses."""
     given = _inputs(2, 70, 8, state=True, spread=30.0)(generator, dtype, device)
     given["w"] = torch.tensor([-90.0, -20.0, 5.0, 80.0, 0.0, -3.0, 1.0, -90.0], dtype=dtype, device=device)
     given["u"] = torch.tensor([0.0, 100.0, -100.0, 0.0, 50.0, -50.0, 0.0, 0.0], dtype=dtype, device=device)

@@ -1,9 +1,9 @@
-"""`wkv` as a PyTorch operator, with the compiled CPU path. README.md derives the backward.
+"""`wkv` as a PyTorch operator, with the compiled CPU path. README.md derives the backward pass.
 
-A thread takes one row and one block of channels through time. Of two exponents the larger one has the factor 1, so that
-each step costs two exponentials. Exponents are in float64 (a rounding of the rate would add up over its memory), sums
-in the accumulating dtype. Backward goes forward once more, keeping three numbers per step and channel of its own block,
-then back.
+A thread processes one row and one block of channels step by step. The larger of two exponents has the factor 1, so each
+step costs two exponentials. Exponents are in float64 (rounding errors of the rate would add up over the steps), sums in
+the accumulating dtype. The backward pass repeats the forward pass, storing three numbers per step and channel of its
+block, and then runs from the last step to the first.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _backward(
     start, stop, grad_o, grad_last, k, v, decay, u, state, grad_k, grad_v, grad_rate, grad_u, grad_state, blocks
 ):
     _, length, width = k.shape
-    # of one row's block at a time: the output, the gradient of its numerator, and the exponent of both
+    # for one block of one row: the output, the gradient of its numerator, and the exponent of both
     kept, exponents = np.empty((length, 2, -(-width // blocks)), k.dtype), np.empty((length, -(-width // blocks)))
     for row in range(start, stop):
         i, block = divmod(row, blocks)

@@ -1,17 +1,17 @@
-"""`wkv` in Triton: each program takes one row and one block of channels through time in tiles, scanning within a tile
-and carrying the sums from tile to tile.
+"""`wkv` in Triton: each program processes one row and one block of channels in tiles of steps, with a scan within a
+tile, and carries the sums from tile to tile.
 
-Within a tile a stretch of steps is (num, den, key, lead, rate): its sums in units of e^key as the key of step `lead`
-has decayed since, which is the largest exponent in them. Two stretches join into one, which is associative, and an
-exponent is never more than a difference of keys less the decay between them, which keeps the digits of large keys. A
-row of the tile holds the sums after its step, so that they meet the key and value of the step after it, which are read
-once more.
+Within a tile a range of steps is (num, den, key, lead, rate): its sums in units of their largest exponential, that of
+the key of step `lead`, decayed since then. Joining two ranges is associative. Exponents are differences of keys minus
+the decay between them, so large keys lose no digits. A row of the tile holds the sums after its step; its output is
+that of the next step, whose key and value are read for it.
 
-Backward goes forward once more, keeping the output, the gradient of its numerator and the gap between the key and the
-sums it meets, and then back as a linear recurrence, whose factors are the shares of the older sums. Arithmetic is in
-float32 (float64 for float64 inputs). Widths come in units of ALIGN numbers. Where rows and blocks are few, time is cut
-into segments of `steps` steps (_split.py), one program each: a segment is a sequence of its own, with an initial state
-and a gradient of its last one. Between segments a state is (num, den, key, age), age the steps since that of the key.
+The backward pass repeats the forward pass, storing the output, the gradient of its numerator and the gap between each
+key and the exponent of the sums before it. Then it runs from the last step to the first as a linear recurrence, whose
+factors are the shares of the older sums. Arithmetic is in float32 (float64 for float64 inputs). Widths are passed in
+units of ALIGN numbers. If rows and blocks are few, time is divided into segments of `steps` steps (_split.py), one
+program each. A segment is an independent sequence with an initial state and a gradient of its last state. Between
+segments a state is (num, den, key, age), where age is the number of steps since that of the key.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ FASTEST = 1e30  # a rate beyond which nothing is left after one step, and produc
 
 @triton.jit
 def _gap(key1, lead1, key2, lead2, rate):
-    """By how much the second of two exponents is the larger one."""
+    """The second of two exponents minus the first."""
     return key2 - key1 + (lead2 - lead1) * rate
 
 
 @triton.jit
 def _shares(gap):
-    """What an older and a newer exponential, whose exponent is larger by `gap`, are in units of the larger one."""
+    """An older and a newer exponential in units of the larger one; gap: exponent of the newer minus the older."""
     small = tl.exp(-tl.abs(gap))
     return tl.where(gap > 0, small, 1.0), tl.where(gap > 0, 1.0, small)
 
@@ -119,7 +119,7 @@ def _segment(i):
 
 @triton.jit
 def _carry(left, first, decay, starts, length, steps, width, segments, ALIGN: tl.constexpr, D: tl.constexpr):
-    """What each segment starts from, given what it leaves after a start from nothing."""
+    """The initial state of each segment. left: last states of segments that start from the empty state."""
     width = width * ALIGN
     i, d = tl.program_id(1).to(tl.int64), tl.program_id(0) * D + tl.arange(0, D)
     inside = d < width
@@ -140,7 +140,7 @@ def _forward(
     k, v, decay, bonus, state, o, last, length, steps, width, OUTPUT: tl.constexpr, ACC: tl.constexpr,
     ALIGN: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """OUTPUT: whether o is wanted, or no more than the state a segment leaves."""
+    """OUTPUT: whether o is computed, or only the last state of each segment."""
     width = width * ALIGN
     i, rows = tl.program_id(1).to(tl.int64), tl.arange(0, T)
     d = tl.program_id(0) * D + tl.arange(0, D)
@@ -184,10 +184,11 @@ def _again(
     grad_o, k, v, decay, bonus, state, outputs, pulls, gaps, last, ages, newest, grad_rate, grad_u, length, steps,
     width, ACC: tl.constexpr, ALIGN: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Forward once more, for what backward reads, the gradient of u and a part of that of the rate.
+    """Repeats the forward pass and stores what the backward pass reads; also the gradient of u and a part of that of
+    the rate.
 
-    ages: the last sums with each term multiplied by the steps since, minus their derivatives by the rate; newest: the
-    step whose key is the last exponent, the one before the segment where it is that of the state.
+    ages: the last sums with each term multiplied by the number of steps since then (minus their derivatives by the
+    rate); newest: the step whose key is the last exponent, or the step before the segment if it is that of the state.
     """
     width = width * ALIGN
     i, rows = tl.program_id(1).to(tl.int64), tl.arange(0, T)
@@ -252,8 +253,8 @@ def _backward(
 ):  # fmt: skip
     """From the last step to the first; a row holds the gradients of the sums after its step.
 
-    later: those of the last sums; to_tops: that of their exponent, beside. OUTPUT: whether gradients of keys and values
-    are wanted, or no more than those of the sums before the segment, and the factor of `later` in them.
+    later: gradients of the last sums; to_tops: remaining gradient of their exponent. OUTPUT: whether gradients of keys
+    and values are computed, or only those of the sums before the segment and the factor of `later` in them.
     """
     width = width * ALIGN
     i, rows = tl.program_id(1).to(tl.int64), tl.arange(0, T)
@@ -363,12 +364,12 @@ def backward(
     kept = [torch.empty_like(k, dtype=state.dtype) for _ in range(3)]
     last, ages, newest = plan.room(4), plan.room(2), plan.room(1, torch.int32)
     given = v, plan.rate, u
-    # of all kernels it holds the most per step; longer tiles spill
+    # this kernel holds the most values per step; longer tiles spill registers
     plan.launch(
         _again, grad_o, k, *given, plan.starts(k, v, u, state), *kept, last, ages, newest, grad_rate, grad_u, T=16
     )
     later, to_top = grad_last[:, :2], grad_last[:, 2] - (grad_last[:, :2] * last[:, -1, :2]).sum(1)
-    # the last exponent passes the segments it was not raised in
+    # the gradient of the last exponent passes through segments in which the exponent was not raised
     begins = torch.arange(plan.segments, device=k.device)[:, None] * plan.steps
     passed = (newest[:, :, 0] < begins).to(to_top.dtype).flip(1).cumprod(1).flip(1)
     to_tops = torch.cat([passed[:, 1:], torch.ones_like(passed[:, :1])], dim=1) * to_top[:, None]

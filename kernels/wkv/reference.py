@@ -15,8 +15,8 @@ def reference(
     h0: Tensor | None = None,
     return_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """o_t = (e^{top} num + e^{u + k_t} v_t) / (e^{top} den + e^{u + k_t}); then num and den decay by e^{-e^w} and take
-    e^{k_t} v_t and e^{k_t} in."""
+    """o_t = (e^{top} num + e^{u + k_t} v_t) / (e^{top} den + e^{u + k_t}); then num and den decay by e^{-e^w}, and
+    e^{k_t} v_t and e^{k_t} are added to them."""
     if h0 is None:
         num = den = torch.zeros_like(v[:, 0])
         top = torch.full_like(num, -1e38)

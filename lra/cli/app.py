@@ -28,7 +28,7 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 class OneLineErrors(TyperGroup):
-    """The group of all commands. Wrong usage is one line, as every other mistake is."""
+    """The group of all commands. Wrong usage is reported in one line, like every other mistake."""
 
     def main(self, *arguments: Any, **options: Any) -> Any:
         standalone = options.get("standalone_mode", True)
@@ -75,28 +75,30 @@ app.command("list")(list_)
 @new.command("architecture")
 @guarded
 def new_architecture(
-    name: Annotated[str, typer.Argument(help="Registry name, which is also the file name.")],
-    family: Annotated[str, typer.Option(help="Folder: recurrent, state_space, linear_attention, attention, ...")],
+    name: Annotated[str, typer.Argument(help="Name of the architecture, which is also the file name.")],
+    family: Annotated[str, typer.Option(help="Its folder: recurrent, state_space, linear_attention, attention, ...")],
 ) -> None:
     """Create an architecture from a template, in the folder of its family."""
     from lra.cli import template
 
     path = template.architecture(name, family)
-    console.print(f"wrote {path}: fill in its docstring, card and equations, then `lra check {name}`", soft_wrap=True)
+    console.print(
+        f"wrote {path}: fill in its docstring, card and equations, then run `lra check {name}`", soft_wrap=True
+    )
 
 
 @new.command("task")
 @guarded
 def new_task(
     name: Annotated[str, typer.Argument(help="Name of the task, which is also the file name.")],
-    target: Annotated[str, typer.Option(help="class, position or value: what a model has to say.")] = "class",
+    target: Annotated[str, typer.Option(help="class, position or value: what a model predicts.")] = "class",
 ) -> None:
     """Create a generated task from a template, in the working directory."""
     from lra.cli import template
 
     path = template.task(name, target)
     cls = f"{path}:{template.class_name(name)}"
-    console.print(f"wrote {path}: write its law, then `lra check {cls}` and `lra run {cls} gru`", soft_wrap=True)
+    console.print(f"wrote {path}: change `draw`, then run `lra check {cls}` and `lra run {cls} gru`", soft_wrap=True)
 
 
 for command in (

@@ -46,7 +46,7 @@ def check(
 ) -> None:
     """Run the conformance checks of an architecture, a layer of your own, or a task. Exit code 1 if one fails.
 
-    With --reach or --recall, only these run."""
+    --reach and --recall run instead of the checks."""
     options = recipes.encoder_options(settings_of(settings))
     if options and (reach or recall):
         raise UserError("--set is for the conformance checks; leave out --reach and --recall")
@@ -73,7 +73,7 @@ def check(
 
     findings = suite.check(architecture, options=options)
     console.print(suite.render(findings))
-    # a single failure says why the others were not looked for
+    # a single failure gives the reason why the other checks were not run
     if len(findings) != 1:
         _print_state_size(constructor, options)
     if any(f.failed for f in findings):

@@ -1,4 +1,4 @@
-"""`lra claims`: published claims beside what the runs on diagnostic tasks say."""
+"""`lra claims`: published claims compared with the runs on diagnostic tasks."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ if TYPE_CHECKING:
 @guarded
 def claims(
     name: Annotated[str, typer.Argument(metavar="[ID]", help="A claim, such as C2; all by default.")] = "",
-    run: Annotated[bool, typer.Option("--run", help="First train what is missing.")] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="With --run: seeds of each cell.")] = 3,
-    jobs: Annotated[int, typer.Option(min=1, help="With --run: runs at a time.")] = 1,
-    time_limit: Annotated[str, typer.Option(help="With --run: stop in time, and go on with the next call.")] = "",
+    run: Annotated[bool, typer.Option("--run", help="First train the missing runs.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="With --run: number of seeds of each cell.")] = 3,
+    jobs: Annotated[int, typer.Option(min=1, help="With --run: number of runs at a time.")] = 1,
+    time_limit: Annotated[
+        str, typer.Option(help="With --run: stop after 90s, 8m, 2h, ...; the next call continues.")
+    ] = "",
     dry_run: DryRun = False,
 ) -> None:
-    """Published claims about architectures: agree, disagree or undecided, by the runs in results/diagnostics."""
+    """Compare published claims with the runs in results/diagnostics: agree, disagree or undecided."""
     from lra.results import claims as published
     from lra.results import result
     from lra.results.collection import Collection
@@ -46,7 +48,7 @@ def claims(
         if dry_run:
             return
     elif time_limit:
-        raise UserError("--time-limit is of --run, which trains what is missing")
+        raise UserError("--time-limit is for --run, which trains the missing runs")
     collection = Collection.read(result.folder(), "diagnostics")
     for line in collection.problems:
         errors.print(f"[yellow]{escape(line)}[/]", soft_wrap=True)

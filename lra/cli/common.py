@@ -40,13 +40,13 @@ def one_line() -> Iterator[None]:
 
 
 def report_interruption(error: Interrupted) -> None:
-    """Print what stopped a run and how it goes on."""
+    """Print the reason why a run stopped, and the command that continues it."""
     verb = "resume with" if error.command.endswith(" --resume") else "run it again with"
     errors.print(f"[yellow]{escape(str(error))}[/]\n{verb}: {escape(error.command)}", soft_wrap=True)
 
 
 def process_start() -> float:
-    """The time of `time.monotonic` at which this process started; now, where the system does not tell."""
+    """The time of `time.monotonic` at which this process started; the time now if the system does not provide it."""
     now = time.monotonic()
     with suppress(OSError, AttributeError, ValueError, IndexError):
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
@@ -55,7 +55,7 @@ def process_start() -> float:
 
 
 def announce_loading() -> None:
-    """Say on a terminal why nothing happens for some seconds; called after the arguments are checked."""
+    """Print on a terminal that PyTorch is loading, which takes seconds. Called after the arguments are checked."""
     if errors.is_terminal:
         errors.print("loading PyTorch", style="dim")
 
@@ -110,7 +110,9 @@ Architecture = Annotated[
     ),
 ]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe value.")]
-RecipeName = Annotated[str, typer.Option("--recipe", help="quick, matched, paper, a .toml file, or auto.")]
-Source = Annotated[Path | None, typer.Option("--from", help="Folder with the raw files (else LRA_DATA).")]
+RecipeName = Annotated[
+    str, typer.Option("--recipe", help="quick, standard, matched, paper, a .toml file, or auto (by task and device).")
+]
+Source = Annotated[Path | None, typer.Option("--from", help="Folder with the raw files; default: LRA_DATA.")]
 ProtocolName = Annotated[str, typer.Option("--protocol", help="Protocol of the task; default: its first.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan, but write nothing.")]

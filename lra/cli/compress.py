@@ -1,4 +1,4 @@
-"""`lra quantize`, `lra prune`: compress the model of a trained run, beside the original."""
+"""`lra quantize`, `lra prune`: compress the model of a trained run and compare it with the original."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NewFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder 
 
 @guarded
 def quantize(run: Run, folder: NewFolder, dry_run: DryRun = False, checkpoint_dir: Checkpoints = None) -> None:
-    """Store the weights of linear maps, convolutions and embeddings as int8, and score the result."""
+    """Store the weights of linear maps, convolutions and embeddings as int8, and score the compressed model."""
     loaded = load_run(run, checkpoint_dir)
     if dry_run:
         _announce(loaded, folder)
@@ -42,7 +42,7 @@ def prune(
     dry_run: DryRun = False,
     checkpoint_dir: Checkpoints = None,
 ) -> None:
-    """Remove the least important attention heads and feed-forward channels, and score the result."""
+    """Remove the least important attention heads and feed-forward channels, and score the compressed model."""
     loaded = load_run(run, checkpoint_dir)
     if dry_run:
         _announce(loaded, folder)
@@ -67,7 +67,7 @@ def _show(run: TrainedRun) -> None:
 
     about = run.record.compression or {}
     table = Table("model", title=escape(repr(run)), title_justify="left", pad_edge=False)
-    for name in ("test accuracy", "parameters", "bytes", "ms an example"):
+    for name in ("test accuracy", "parameters", "bytes", "ms per example"):
         table.add_column(name, justify="right")
     for name in ("original", "compressed"):
         row, n = about[name], run.record.test.n

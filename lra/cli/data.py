@@ -28,7 +28,7 @@ def data_list(
     pattern: Annotated[str, typer.Argument(help="Pattern of task names, such as 'path*'.")] = "*",
     as_json: AsJson = False,
 ) -> None:
-    """List tasks and protocols, and what of them is prepared on this machine; with a pattern also notes."""
+    """List tasks and protocols with the size of prepared data on this machine; with a pattern also notes."""
     from lra.data import prepared_sets
     from lra.task import DataError
 
@@ -62,7 +62,7 @@ def data_list(
     columns = ("task", "protocol", "length", "classes", "input", "chance", "on disk")
     lists.show_table(columns, cells, right=("length", "classes", "chance", "on disk"))
     if pattern == "*":
-        console.print("notes and numbers of examples: `lra data list TASK`", soft_wrap=True)
+        console.print("for notes and numbers of examples: `lra data list TASK`", soft_wrap=True)
         return
     for row in rows:
         counts = ", ".join(f"{count:,} {split}" for split, count in row["counts"].items())
@@ -77,7 +77,7 @@ def prepare(
     source: Source = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes or threads; all CPUs by default.")] = None,
 ) -> None:
-    """Prepare the data of a task, unless they are prepared already."""
+    """Prepare the data of a task if they are not prepared yet."""
     prepared = _load(task, protocol, source, workers)
     for split, count in prepared.manifest["counts"].items():
         console.print(f"{split:<11} {count:>9,}  {prepared.manifest['sha256'][split]}", soft_wrap=True)
@@ -122,7 +122,7 @@ def pack(
 @data.command()
 @guarded
 def unpack(file: Annotated[Path, typer.Argument(help="File that `lra data pack` wrote.")]) -> None:
-    """Add packed data to the cache, after comparing them with their checksums."""
+    """Compare packed data with their checksums and add them to the cache."""
     from lra import terminal
     from lra.data import pack as packs
 
@@ -141,7 +141,7 @@ def show_examples(
     png: Annotated[Path | None, typer.Option(help="Write the examples of an image task to this file.")] = None,
     source: Source = None,
 ) -> None:
-    """Show a few examples."""
+    """Show a few examples of a task."""
     from lra import terminal
     from lra.data import prepared_sets
     from lra.errors import unknown
@@ -190,7 +190,7 @@ def audit(task: TaskName, protocol: ProtocolName = "", source: Source = None) ->
 
 
 def _load(task: str, protocol: str, source: Path | None, workers: int | None = None) -> Prepared:
-    """The prepared set of a task, prepared now if it is not, with a line if that replaced an earlier one."""
+    """The prepared set of a task, prepared now if necessary. Prints a line if it replaces an earlier one."""
     from lra import terminal
     from lra.data import prepared_sets
 

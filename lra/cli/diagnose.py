@@ -1,4 +1,4 @@
-"""`lra diagnose`: what an architecture can do, on the diagnostic tasks."""
+"""`lra diagnose`: train an architecture on the diagnostic tasks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def diagnose(
         str,
         typer.Argument(
             metavar="[ARCH]",
-            help="s4d, s4d/inv, net.py:Net; without one, all results are shown.",
+            help="s4d, s4d/inv, net.py:Net; without it, all results are shown.",
             autocompletion=complete_architecture,
         ),
     ] = "",
@@ -42,12 +42,12 @@ def diagnose(
     ] = "",
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
     settings: Settings = None,
-    time_limit: Annotated[str, typer.Option(help="Stop cleanly after: 90s, 8m, 2h; the next call goes on.")] = "",
+    time_limit: Annotated[str, typer.Option(help="Stop after 90s, 8m, 2h, ...; the next call continues.")] = "",
     dry_run: DryRun = False,
 ) -> None:
-    """Train an architecture, or your own layer, on the diagnostic tasks and show what it solves.
+    """Train an architecture, or your own layer, on the diagnostic tasks and show which of them it solves.
 
-    Runs that are finished are not repeated. A task is a name, NAME:PROTOCOL, or file.py:Class."""
+    Finished runs are not repeated. A task is a name, NAME:PROTOCOL, or file.py:Class."""
     if not architecture:
         _show_all()
         return
@@ -87,7 +87,7 @@ def diagnose(
         except Interrupted:
             raise
         except UserError as error:
-            # the other tasks go on
+            # continue with the other tasks
             errors.print(f"[yellow]{escape(f'{request.task_name}: {error}')}[/]", soft_wrap=True)
     _show(records, f"Diagnostics of {architecture}")
     if len(records) < len(requests):
@@ -102,7 +102,7 @@ def _show(records: Sequence[RunRecord], title: str) -> None:
 
 
 def _show_all() -> None:
-    """The table of all diagnostics on file."""
+    """Print the table of all stored diagnostics."""
     from lra.results import result
     from lra.results.collection import Collection
 

@@ -1,4 +1,4 @@
-"""`lra list` and the table of `lra data list`: what there is to choose from, in 80 columns."""
+"""`lra list` and the table of `lra data list`: architectures and tasks in 80 columns."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def list_(
     family: Annotated[str, typer.Option(metavar="NAME", help="Only architectures of this family.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """List architectures and, without pattern and family, tasks."""
+    """List architectures and, if neither pattern nor family is given, tasks."""
     names = list_architectures(pattern)
     families = sorted({architectures.family(name) for name in architectures.names()})
     family = family.replace("-", "_") if family.replace("-", "_") in families else family
@@ -52,7 +52,7 @@ def list_(
     show_table(("name", "family", "work", "direction", "recurrent", "year"), rows, right=("year",))
     example = next((card["name"] for card in cards if card["variants"] and "/" not in card["name"]), "")
     if example:
-        console.print(f"+n: variants; `lra list '{example}/*'` names them", soft_wrap=True)
+        console.print(f"+n: number of variants; `lra list '{example}/*'` lists them", soft_wrap=True)
     for card in cards:
         if "problem" in card:
             console.print(f"{card['name']}: {card['problem']}", soft_wrap=True, markup=False)
@@ -65,7 +65,7 @@ def list_(
 
 
 def _nothing(pattern: str, family: str) -> UserError:
-    """Nothing matches; with the nearest name where the pattern is one."""
+    """The error of a pattern that matches nothing; it suggests the nearest name if the pattern is a name."""
     if not set(pattern) & set("*?["):
         return unknown("architecture", pattern, architectures.names(variants="/" in pattern))
     where = f" in the family {family}" if family else ""

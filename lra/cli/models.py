@@ -1,4 +1,4 @@
-"""`lra predict`, `generate`, `evaluate`, `export`: what to do with a trained run; `lra import`: weights of others."""
+"""`lra predict`, `generate`, `evaluate`, `export`: uses of a trained run; `lra import`: published weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lra.training.trained_run import TrainedRun
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A folder below runs/, or one that `lra export` wrote.")]
-Checkpoints = Annotated[Path | None, typer.Option("--checkpoint-dir", help="Where the checkpoints are, if elsewhere.")]
+Checkpoints = Annotated[Path | None, typer.Option("--checkpoint-dir", help="Folder of checkpoints outside runs/.")]
 SUFFIXES = (".txt", ".jsonl", ".npy")
 
 
@@ -31,7 +31,9 @@ SUFFIXES = (".txt", ".jsonl", ".npy")
 def predict(
     run: Run,
     file: Annotated[str, typer.Argument(metavar="FILE", help="The name of a split, or a .txt, .jsonl or .npy.")],
-    probabilities: Annotated[bool, typer.Option("--probabilities", help="Those of every class.")] = False,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Write the probability of every class instead of the class.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a CSV file instead of printing.")] = None,
     dry_run: DryRun = False,
     checkpoint_dir: Checkpoints = None,
@@ -46,7 +48,7 @@ def predict(
         console.print(f"would classify {what} with {escape(str(loaded))}", soft_wrap=True)
         return
     predicted = loaded.predict(inputs, probabilities=probabilities)
-    # one entry for each example, or of a task that asks at every position one array for each
+    # one entry for each example; with a class for each position, one array for each example
     places, answers = _numbered(predicted)
     header = (
         [f"class {n}" for n in range(answers.shape[1])]
@@ -69,14 +71,14 @@ def predict(
 def generate(
     run: Run,
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="The text to continue.")] = "",
-    tokens: Annotated[int, typer.Option(min=1, help="How many to draw.")] = 200,
+    tokens: Annotated[int, typer.Option(min=1, help="Number of tokens to draw.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="Divides the logits; 0: the most likely token.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Draw among the k most likely tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw among the fewest tokens of this probability.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Draw among the fewest tokens with this total probability.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
     checkpoint_dir: Checkpoints = None,
 ) -> None:
-    """Continue a text with a model of the next token; its speed and the size of its state go to the error output."""
+    """Continue a text with a model of the next token. Speed and size of its state are printed to standard error."""
     if not 0 < top_p <= 1:
         raise UserError(f"--top-p is {top_p}; above 0, at most 1")
     loaded = load_run(run, checkpoint_dir)
@@ -89,7 +91,7 @@ def generate(
 
 
 def _numbered(predicted: Any) -> tuple[list[tuple[int, ...]], np.ndarray]:
-    """The number of the example, and of the position where there is a prediction for each, beside all predictions."""
+    """The number of the example of each prediction, with the position if each has one, and all predictions."""
     import numpy as np
 
     if not isinstance(predicted, list):
@@ -102,11 +104,11 @@ def _numbered(predicted: Any) -> tuple[list[tuple[int, ...]], np.ndarray]:
 def evaluate(
     run: Run,
     split: Annotated[str, typer.Option(help="train, validation, test, or another of the protocol.")] = "test",
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the scores as JSON, too.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the scores as JSON.")] = None,
     dry_run: DryRun = False,
     checkpoint_dir: Checkpoints = None,
 ) -> None:
-    """Score a trained run on a split again, beside what its record says."""
+    """Score a trained run on a split again, and show the accuracy of its record."""
     loaded = load_run(run, checkpoint_dir)
     if split not in loaded.protocol.splits:
         raise unknown("split", split, loaded.protocol.splits)
@@ -126,7 +128,7 @@ def evaluate(
         for label, number in parts.items():
             console.print(f"{label} {number:.4f}", highlight=False)
     if split == "test" and loaded.finished:
-        console.print(f"the record says {100 * loaded.accuracy:.2f} %")
+        console.print(f"accuracy in the record: {100 * loaded.accuracy:.2f} %")
     if out is not None:
         with _writing(out) as temporary:
             temporary.write_text(json.dumps(asdict(scores), indent=1) + "\n", encoding="utf-8")
@@ -140,7 +142,7 @@ def export(
     dry_run: DryRun = False,
     checkpoint_dir: Checkpoints = None,
 ) -> None:
-    """Write config.json, model.safetensors and a model card (README.md), the layout of model hubs."""
+    """Write a trained model as config.json, model.safetensors and a model card (README.md)."""
     from lra.training import export as exporting
 
     loaded = load_run(run, checkpoint_dir)
@@ -164,7 +166,7 @@ def import_(
     ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Read published weights into an encoder: names, shapes and the number of tensors must fit."""
+    """Load published weights into an encoder. Names, shapes and the number of tensors must match."""
     from lra.config.recipe import parse_setting
     from lra.training import published
 
@@ -194,7 +196,7 @@ def load_run(run: Path, checkpoints: Path | None) -> TrainedRun:
 
 
 def _inputs(file: str) -> Any:
-    """The inputs in a file, or the text as it is where it may name a split. Raises UserError."""
+    """The inputs in a file, or the text itself if it can be the name of a split. Raises UserError."""
     path = Path(file)
     if not path.suffix and not path.is_file():
         return file
@@ -224,7 +226,7 @@ def _inputs(file: str) -> Any:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[Path]:
-    """A temporary file that becomes `path`. Raises UserError where it cannot be written."""
+    """A temporary file that becomes `path`. Raises UserError if it cannot be written."""
     from lra import files
 
     try:

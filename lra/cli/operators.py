@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @guarded
 def doctor(
     op: Annotated[str, typer.Argument(help="Operator to check; default: all.")] = "",
-    fresh: Annotated[bool, typer.Option(help="Ignore cached diagnoses.")] = False,
+    fresh: Annotated[bool, typer.Option(help="Check again instead of reading the cache.")] = False,
 ) -> None:
     """Check which implementations of each operator run on this machine and whether they match the reference."""
     _check_operator(op)
@@ -63,7 +63,7 @@ def bench(
 
 
 def time_operators(op: str, budget: float, peers: Peers) -> None:
-    """Time one operator, or all if `op` is empty, beside the peers. Prints a table; writes it if all were timed."""
+    """Time one operator, or all if `op` is empty, and its peers. Prints a table, and writes it if all were timed."""
     from lra.operators import bench as benchmark
     from lra.results import result
     from lra.training.device import device

@@ -26,7 +26,7 @@ PATIENCE = 450.0
 QUICK = {"lengths": "1024,2048,4096,8192,16384", "batch": 1, "d_model": 64, "layers": 2, "budget": 0.3}
 FULL = {"lengths": ",".join(str(2**n) for n in range(8, 17)), "batch": 1, "d_model": 128, "layers": 4, "budget": 3.0}
 LRA = {"lengths": "1024,2048,3072,4096", "batch": 32, "d_model": 64, "layers": 2, "budget": 3.0}
-Size = Annotated[int | None, typer.Option(min=1)]
+Size = Annotated[int | None, typer.Option(min=1, help="By default that of the form: quick, --full or --lra-table.")]
 
 
 @guarded
@@ -37,15 +37,17 @@ def profile(
     d_model: Size = None,
     layers: Size = None,
     direction: Annotated[str, typer.Option(help="causal or bidirectional.")] = "bidirectional",
-    dtype: Annotated[str, typer.Option(help="Of the arithmetic: float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     budget: Annotated[float | None, typer.Option(min=0.01, help="Seconds for each timing.")] = None,
     full: Annotated[bool, typer.Option("--full", help="256 to 65,536 tokens, d_model 128, 4 layers: hours.")] = False,
-    lra_table: Annotated[bool, typer.Option("--lra-table", help="LRA's table: bytes, 1K to 4K, batch 32.")] = False,
+    lra_table: Annotated[
+        bool, typer.Option("--lra-table", help="The table of the LRA paper: bytes, 1K to 4K tokens, batch 32.")
+    ] = False,
     tree: Annotated[bool, typer.Option("--tree", help="FLOPs of every module at the first length; no timing.")] = False,
-    fit: Annotated[str, typer.Option(metavar="SIZE", help="Largest batch and length in so much memory: 2GiB.")] = "",
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is on file.")] = False,
+    fit: Annotated[str, typer.Option(metavar="SIZE", help="Largest batch and length within a memory of 2GiB.")] = "",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure stored cells again.")] = False,
 ) -> None:
-    """Work, speed and memory of encoders, each cell in a fresh process; written to results/profile/ as it goes."""
+    """Measure work, speed and memory of encoders, each cell in a fresh process, and write them to results/profile/."""
     base = FULL if full else LRA if lra_table else QUICK
     given = {"lengths": lengths, "batch": batch, "d_model": d_model, "layers": layers, "budget": budget}
     shape: dict[str, Any] = base | {key: value for key, value in given.items() if value}
@@ -83,7 +85,7 @@ def profile(
 
 
 def _check_size(shape: Mapping[str, Any], length: int) -> None:
-    """Raise UserError where not even the input of the longest cell fits into memory."""
+    """Raise UserError if not even the input of the longest cell fits into memory."""
     from lra.training import device, sizes
 
     row, memory = 4 * shape["batch"] * shape["d_model"], sizes.total_memory(device.device_type())
@@ -121,7 +123,7 @@ def _measure(cells: Sequence[Cell], fresh: bool, lra_table: bool, patience: floa
 
 
 def _write(root: Path) -> list[Path]:
-    """Write a CSV of everything that is on file, and its figures."""
+    """Write a CSV of all stored profiles, and their figures."""
     from lra import files
     from lra.reports import efficiency
 
@@ -157,7 +159,7 @@ def _tree(cell: Cell) -> None:
     for name, work in sorted(report.operators.items(), key=lambda item: -item[1]):
         console.print(f"{name}: {work / 1e6:,.2f} MFLOP")
     hidden = report.forward - report.algorithmic
-    console.print(f"multiply-add = 2; of these, {hidden / 1e6:,.2f} MFLOP are scores a causal flag discards")
+    console.print(f"multiply-add = 2; {hidden / 1e6:,.2f} MFLOP of these are attention scores that a causal mask drops")
     console.print(f"not counted: {', '.join(sorted(report.uncounted)) or 'nothing'}")
 
 

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from lra.results.collection import Collection
 
 FORMATS = ("md", "csv", "tex", "html")
-"""Those of lra.reports.leaderboard, known before pandas is imported."""
+"""The formats of lra.reports.leaderboard, repeated here to check arguments without importing pandas."""
 FIGURES = ("svg", "png", "pdf")
-"""Those of lra.reports.charts."""
-Filter = Annotated[str, typer.Option(metavar="NAME")]
+"""The formats of lra.reports.charts."""
+Filter = Annotated[str, typer.Option(metavar="NAME", help="Only results with this value.")]
 
 
 @guarded
@@ -31,16 +31,18 @@ def leaderboard(
     protocol: Filter = "",
     recipe: Filter = "",
     regime: Filter = "",
-    device: Annotated[str, typer.Option(metavar="NAME", help="A part of its name, for example h200.")] = "",
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="Only results of devices with this in their name, for example h200.")
+    ] = "",
     literature: Annotated[bool, typer.Option("--reported", help="Also show published results.")] = False,
     efficiency: Annotated[
-        bool, typer.Option("--efficiency", help="Show accuracy over work, longest sequence over memory, speed.")
+        bool, typer.Option("--efficiency", help="Show accuracy per FLOP, tokens per MiB and tokens per second instead.")
     ] = False,
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write the files there.")] = None,
 ) -> None:
-    """Print the tables of all results and write them to files; with a filter only print, in --format if given.
+    """Print the tables of all results and write them to files. With a filter, only print them, in --format if given.
 
-    The language tasks have tables of their own: --task imdb_lm prints them."""
+    Language tasks have tables of their own, which --task imdb_lm prints."""
     chosen = [form for form in formats.split(",") if form] or list(FORMATS)
     for form in chosen:
         if form not in FORMATS:
@@ -108,7 +110,7 @@ def _show_efficiency(board: Leaderboard, collection: Collection) -> None:
 
 
 def _show_language(root: Path, **filters: str) -> None:
-    """The tables of a language task, which are no part of the leaderboard."""
+    """Print the tables of a language task, which are not part of the leaderboard."""
     from lra.reports import language, table
     from lra.results.collection import Collection
 
@@ -130,9 +132,9 @@ def compare(
         list[str], typer.Argument(metavar="A B [C ...]", help="Runs: an id, the start of an id, or a file each.")
     ],
 ) -> None:
-    """The paired difference in accuracy of two runs, with its interval and p, and the settings that differ.
+    """Show the paired difference in accuracy of two runs with its interval and p, and the settings that differ.
 
-    More than two runs are a ladder: those that differ in the seed only are one row, compared with the row before."""
+    More than two runs are a ladder: runs that differ only in the seed form a row, compared with the row before."""
     if len(given) < 2:
         raise UserError("give at least two runs to compare")
     from lra.reports import comparison, table
@@ -151,13 +153,15 @@ def compare(
 
 @guarded
 def report(
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where to write it; results/ by default.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Folder of the file; results/ by default.")] = None,
     figures: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Also write every figure there, for a paper.")
     ] = None,
-    formats: Annotated[str, typer.Option("--format", help="Of the figures, comma-separated: svg,png,pdf.")] = "svg,png",
+    formats: Annotated[
+        str, typer.Option("--format", help="Formats of the figures, comma-separated: svg,png,pdf.")
+    ] = "svg,png",
 ) -> None:
-    """Write one HTML file with all results, figures and records behind them; it opens from disk, without a network."""
+    """Write one HTML file with all results, figures and the records behind them. It needs no network to open."""
     suffixes = [form for form in formats.split(",") if form]
     for form in suffixes:
         if form not in FIGURES:

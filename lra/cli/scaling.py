@@ -1,4 +1,4 @@
-"""`lra scaling`: laws of loss against compute, parameters and tokens, and the compute-optimal frontier."""
+"""`lra scaling`: laws of the loss in compute, parameters and tokens, and the compute-optimal frontier."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lra.cli.report import FIGURES, Filter
 from lra.errors import unknown
 
 METRICS = ("bits", "loss", "error")
-"""Those of lra.reports.scaling, known before pandas is imported."""
+"""The metrics of lra.reports.scaling, repeated here to check arguments without importing pandas."""
 
 
 @guarded
@@ -25,9 +25,11 @@ def scaling(
     regime: Filter = "",
     metric: Annotated[str, typer.Option(help="bits, loss or error; by default bits for language, else loss.")] = "",
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write runs, frontier and figure there.")] = None,
-    formats: Annotated[str, typer.Option("--format", help="Of the figure, comma-separated: svg,png,pdf.")] = "svg",
+    formats: Annotated[
+        str, typer.Option("--format", help="Formats of the figure, comma-separated: svg,png,pdf.")
+    ] = "svg",
 ) -> None:
-    """Fit scaling laws to the runs of a task, with intervals; refuse what the runs cannot carry."""
+    """Fit scaling laws with intervals to the runs of a task, or give the reason why the runs do not determine them."""
     chosen = [form for form in formats.split(",") if form]
     for form in chosen:
         if form not in FIGURES:

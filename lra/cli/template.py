@@ -71,7 +71,7 @@ class {title}(Stack):
 
 TASK = '''"""{title}: one sentence on what a model has to do.
 
-Where the task comes from; the law of the examples, with shapes and ranges; what is scored.
+Source of the task; how examples are drawn, with shapes and ranges; what is scored.
 """
 
 from __future__ import annotations

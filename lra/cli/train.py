@@ -1,4 +1,4 @@
-"""`lra show`, `lra run`, `lra sweep`: what a run does, one run, and many."""
+"""`lra show`, `lra run`, `lra sweep`: the settings of a run, one run, and a grid of runs."""
 
 from __future__ import annotations
 
@@ -38,8 +38,10 @@ if TYPE_CHECKING:
     from lra.config.sections import Expected
     from lra.training.request import Request
 
-Pretrain = Annotated[str, typer.Option("--pretrain", help="mlm, causal or none: first predict the training inputs.")]
-Match = Annotated[str, typer.Option("--match", help="Solve d_model for params=600k, flops=1G or memory=8G.")]
+Pretrain = Annotated[
+    str, typer.Option("--pretrain", help="Pretrain on the inputs: mlm (masked tokens), causal (next token) or none.")
+]
+Match = Annotated[str, typer.Option("--match", help="Choose d_model for a budget: params=600k, flops=1G, memory=8G.")]
 
 
 @guarded
@@ -52,7 +54,7 @@ def show(
     pretrain: Pretrain = "",
     match: Match = "",
 ) -> None:
-    """The resolved recipe of a run, where each value comes from, what its source does otherwise, what to expect."""
+    """Show every setting of a run with its origin, differences from a published source, and the expected accuracy."""
     from lra.config import recipe as recipes
     from lra.config.sections import SECTIONS
     from lra.training.request import SHAPE, Request, resolve
@@ -97,11 +99,11 @@ def _expectations(expected: Expected) -> Iterator[str]:
     if expected.accuracy:
         yield f"expected accuracy [bold]{100 * expected.accuracy:.2f} %[/] ({escape(expected.source)})"
     if expected.high > expected.low:
-        yield f"reported across sources {100 * expected.low:.2f} to {100 * expected.high:.2f} %"
+        yield f"published in other sources: {100 * expected.low:.2f} to {100 * expected.high:.2f} %"
     elif expected.high:
-        yield "no other figure is on file"
+        yield "no other published figure is known"
     if expected.epoch:
-        yield f"a run is off if it has not reached {100 * expected.by:.0f} % on validation after epoch {expected.epoch}"
+        yield f"expected: at least {100 * expected.by:.0f} % on validation after epoch {expected.epoch}"
 
 
 @guarded
@@ -113,7 +115,7 @@ def run(
     protocol: ProtocolName = "",
     settings: Settings = None,
     source: Source = None,
-    time_limit: Annotated[str, typer.Option(help="Stop cleanly after: 90s, 8m, 2h, from the start.")] = "",
+    time_limit: Annotated[str, typer.Option(help="Write a checkpoint and stop after 90s, 8m, 2h, ...")] = "",
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the interrupted run with these arguments.")
     ] = False,
@@ -126,7 +128,7 @@ def run(
         str, typer.Option(help="auto, ddp, zero1, zero2, zero3 (or fsdp), tensor, sequence, pipeline, expert_parallel.")
     ] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; by default OMP_NUM_THREADS, else one a core.")] = 0,
-    logger: Annotated[list[str] | None, typer.Option(help="Beside csv: tensorboard, wandb, mlflow.")] = None,
+    logger: Annotated[list[str] | None, typer.Option(help="In addition to csv: tensorboard, wandb, mlflow.")] = None,
     init_from: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Start with the weights of a run or of an exported folder.")
     ] = None,
@@ -134,13 +136,13 @@ def run(
         Path | None, typer.Option(metavar="RUN", help="Imitate the model of a run (knowledge distillation).")
     ] = None,
     scorer: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Order examples by their difficulty for it (train.curriculum).")
+        Path | None, typer.Option(metavar="RUN", help="Measure the difficulty of examples with it (train.curriculum).")
     ] = None,
     dry_run: DryRun = False,
     search: Annotated[str, typer.Option(hidden=True)] = "",
     select_only: Annotated[bool, typer.Option("--select-only", hidden=True)] = False,
 ) -> None:
-    """Train, select on validation, test once, write the result, show the task's table."""
+    """Train a model, select a checkpoint on validation, test it once, write the result and show the task's table."""
     from lra.training.placement import Placement
     from lra.training.request import Request
 
@@ -155,7 +157,7 @@ def run(
 
 @contextmanager
 def _stopping_on_signals(request: Request) -> Iterator[None]:
-    """Turn a signal into Interrupted. Several processes all end within seconds, and only the first says why."""
+    """Turn a signal into Interrupted. All processes end within seconds, and only the first one reports the reason."""
     from lra.training import interruption
     from lra.training.placement import launcher_rank
 
@@ -200,7 +202,7 @@ def _run(request: Request, dry_run: bool) -> None:
 
 
 def show_plan(request: Request, recipe: Recipe) -> None:
-    """What would run, on which data, how long and in how much memory."""
+    """Print the plan of a run: command, model, data, and the forecast of time and memory."""
     from lra.config.recipe import parse_setting
     from lra.data import prepared_sets
     from lra.registry import tasks
@@ -244,7 +246,7 @@ def show_plan(request: Request, recipe: Recipe) -> None:
 
 
 def refuse_mistakes(request: Request, recipe: Recipe) -> None:
-    """Raise UserError for a common mistake in a user's own layer, which could train for hours all the same."""
+    """Raise UserError for a common mistake in a user's own layer, which would not stop the training."""
     from lra.conformance import diagnosis
     from lra.conformance.context import CheckContext
 
@@ -254,7 +256,7 @@ def refuse_mistakes(request: Request, recipe: Recipe) -> None:
 
 
 def _show_result(path: Path) -> None:
-    """The table that a record belongs to, and its own scores."""
+    """Print the table that contains a record, and the scores of the record."""
     from lra.reports import diagnostics, language, table
     from lra.reports import leaderboard as board
     from lra.reports.ranking import Leaderboard
@@ -310,13 +312,13 @@ def sweep(
     file: Annotated[Path, typer.Argument(help="A grid of tasks, architectures, seeds and settings in TOML.")],
     ray: Annotated[str, typer.Option(help="Run on a Ray cluster: local or an address.")] = "",
     emit: Annotated[str, typer.Option(help="slurm: print an array script instead of running.")] = "",
-    cell: Annotated[int | None, typer.Option(help="Run this one cell, counted from 0.", min=0)] = None,
-    forecast: Annotated[bool, typer.Option(help="Probe time and memory before starting.")] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show cells and forecast, run nothing.")] = False,
-    time_limit: Annotated[str, typer.Option(help="Stop in time, and go on with the next call: 90s, 8m, 2h.")] = "",
+    cell: Annotated[int | None, typer.Option(help="Run only the cell of this number, counted from 0.", min=0)] = None,
+    forecast: Annotated[bool, typer.Option(help="Measure time and memory of each cell before starting.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show cells and forecast, but run nothing.")] = False,
+    time_limit: Annotated[str, typer.Option(help="Stop after 90s, 8m, 2h, ...; the next call continues.")] = "",
     jobs: Annotated[int, typer.Option(min=1, help="Cells at a time; set OMP_NUM_THREADS to share the cores.")] = 1,
 ) -> None:
-    """Run a grid of cells, one process each; finished cells are skipped, failed ones reported at the end."""
+    """Run a grid of runs (cells), one process each. Finished cells are skipped; failed ones are listed at the end."""
     from lra.sweeps import local, plans
 
     plan = plans.read(file)
@@ -324,7 +326,7 @@ def sweep(
         print(plans.job_script(plan, emit), end="")
         return
     if time_limit and ray:
-        raise UserError("--time-limit is of a sweep on this machine; with --ray, put time-limit under [run]")
+        raise UserError("--time-limit is for sweeps on this machine; with --ray, put time-limit under [run]")
     console.print(f"{len(plan.cells)} cells; looking for their results", soft_wrap=True)
     seconds = seconds_of(time_limit)
     if seconds is not None:
@@ -338,7 +340,7 @@ def sweep(
 
 
 def _search(text: str) -> Any:
-    """The description of a search, from the search to the record."""
+    """The description of a search, which the record of the winner stores. Raises UserError."""
     try:
         return json.loads(text or "null")
     except ValueError as error:

@@ -75,7 +75,7 @@ def find_width(text: str, recipe: Recipe, build: Callable[[Recipe], Classifier],
         raise UserError(f"--match {text}: {recipe.architecture} cannot be built near d_model {low * step}")
     width = min(candidates, key=lambda w: abs(costs[w] - budget))
     deviation = 100 * (costs[width] / budget - 1)
-    return width, f"d_model {width} has {kind} {costs[width]:,.0f}, {deviation:+.1f} % from the {budget:,.0f} asked for"
+    return width, f"d_model {width} has {kind} {costs[width]:,.0f}, {deviation:+.1f} % from the budget of {budget:,.0f}"
 
 
 def find_shape(

@@ -8,8 +8,8 @@ A recipe file holds tables, from general to specific. A more specific table over
     [cell.listops.s4d.optim]            for one architecture on one task
 
 A table may also hold a `note` for the reader and an `expected` table (lra.config.sections.Expected). Published settings
-state where they come from: `source` is the source of all values of a table, `sources` that of single ones by key, and
-`differences` lists what the run does otherwise than its source:
+name their origin: `source` is the source of all values of a table, `sources` of single values by key, and `differences`
+lists how the run departs from its source:
 
     [task.listops]
     source = "configs/listops.yaml"
@@ -42,16 +42,16 @@ SECTIONS = ("data", "model", "encoder", "optim", "train", "pretrain", "search")
 OF_FAMILY = {"diagnostics": "diagnostic", "language": "language"}
 """Families of tasks that have a recipe, and tables, of their own."""
 STATEMENTS = ("source", "sources", "differences")
-"""Keys of a table that say where its values come from. They are no settings and not part of the hash."""
+"""Keys of a table that name the origin of its values. They are not settings and not part of the hash."""
 
 
 @dataclass(frozen=True)
 class Recipe:
     """A resolved recipe: all settings of a run except its seed.
 
-    note: what to expect, printed before the run; smoke: the run is a smoke test, which the tables leave out; width and
-    depth: d_model and number of layers that meet `model.budget`, 0 if they are those of `model`. regime: "scratch", or
-    the self-pretraining objective.
+    note: a remark that is printed before the run; smoke: whether the run is a smoke test, which the tables leave out;
+    width and depth: d_model and number of layers that meet `model.budget`, 0 if they are those of `model`. regime:
+    "scratch", or the self-pretraining objective.
     """
 
     name: str
@@ -72,8 +72,8 @@ class Recipe:
     expected: Expected = field(default_factory=Expected)
 
     def trial(self, rate: float) -> Recipe:
-        """The short run at one rate of a search: `search.share` of the steps, warm-up, schedule and curriculum shorter
-        alike, one validation. A dynamic curriculum, which follows validations, is left out."""
+        """The short run at one rate of a search: `search.share` of the steps, with warm-up, schedule and curriculum
+        shortened in proportion, and one validation. A dynamic curriculum, which depends on validations, is left out."""
         share = self.search.share
         steps = max(1, math.ceil(self.train.steps * share))
         train = replace(self.train, steps=steps, evaluate_every=steps)
@@ -115,9 +115,9 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a recipe file states about its own source.
+    """The source of a recipe's values, as stated in its file.
 
-    sources: dotted key -> source, for the values that have one; differences: what a run does otherwise than the source.
+    sources: dotted key -> source, for values that have one; differences: how a run departs from the source.
     """
 
     sources: Mapping[str, str]
@@ -202,7 +202,7 @@ def resolve(
 
 
 def provenance(name: str, task: str, architecture: str) -> Provenance:
-    """What the file of a recipe states about the source of its values, for a task and an architecture. Raises
+    """The source of the values of a recipe as stated in its file, for a task and an architecture. Raises
     UserError."""
     path = path_of(name, architecture)
     sources: dict[str, str] = {}

@@ -23,8 +23,8 @@ PRETRAINING_LOSSES = ("auto", "cross_entropy", "l1")
 
 
 def unhashed(default: Any) -> Any:
-    """A key that was added after results had been recorded: its default is left out of the recipe's hash, so that the
-    hashes of those results stay valid."""
+    """A key that was added after results had been recorded. Its default is left out of the recipe's hash, so the hashes
+    of those results stay valid."""
     if isinstance(default, dict):
         return field(default_factory=dict, metadata={"unhashed": True})
     return field(default=default, metadata={"unhashed": True})
@@ -56,19 +56,19 @@ class Data:
 class Model:
     """Width, depth, dropout, pooling and direction of the model.
 
-    pooling: over the real tokens; "cls" reads a learned token that is put in front, "first" the first token.
+    pooling: over the real tokens; "cls" reads a learned token that is added in front, "first" the first token.
     direction: "causal" or "bidirectional", or how the two directions are combined (see lra.encoder.DIRECTIONS).
 
     budget: largest number of parameters of the encoder at 1,024 tokens, as a multiple of the Transformer's in the same
-    recipe (0 = no limit); of a mixture of experts, those that one token visits count. An architecture above the limit
-    gets the widest d_model that meets it among the multiples of width_step below d_model. One below the limit gets as
-    many layers as meet it, at most max_layers.
+    recipe (0 = no limit); in a mixture of experts, only parameters that process one token count. An architecture above
+    the limit gets the largest d_model that meets it among the multiples of width_step below d_model. One below the
+    limit gets as many layers as meet it, at most max_layers.
 
-    head, head_hidden, head_activation, pair: the map from pooled vectors to classes, and how two sequences meet
-    (lra.model.Head). tie: embedding and head share their weights, where the target is the next token.
+    head, head_hidden, head_activation, pair: the map from pooled vectors to classes, and how two sequences are combined
+    (lra.model.Head). tie: embedding and head share their weights; for tasks whose target is the next token.
 
-    contrastive: weight of the contrastive loss of two sequences beside that of the classes, 0 = none; temperature: of
-    that loss at the start (lra.towers.Contrast).
+    contrastive: weight of the contrastive loss of two sequences, added to the loss of the classes, 0 = none;
+    temperature: its initial temperature (lra.towers.Contrast).
     """
 
     d_model: int = 64
@@ -99,8 +99,8 @@ class Model:
         _check_choice(self, "pair", PAIRS)
         if (self.head == "mlp") != bool(self.head_hidden) or any(width < 1 for width in self.head_hidden):
             raise UserError(
-                f"model.head is {self.head!r} and model.head_hidden is {list(self.head_hidden)}; 'mlp' and the widths "
-                "of its hidden layers go together"
+                f"model.head is {self.head!r} and model.head_hidden is {list(self.head_hidden)}; set both for an MLP "
+                "('mlp' and the widths of its hidden layers), or neither"
             )
 
 
@@ -109,13 +109,13 @@ class Optim:
     """The optimiser and its schedule.
 
     name: one of OPTIMISERS, or `module:attr`, which is called with the parameter groups and `options`. betas: for
-    optimisers that have two; OWN_BETAS lists defaults that differ. decay: parameters that weight_decay applies to,
-    "matrices" or "all" (settings of the encoder take precedence).
+    optimisers that have two; OWN_BETAS lists other defaults than Adam's. decay: parameters that weight_decay applies
+    to, "matrices" or "all" (settings of the encoder take precedence).
 
-    warmup: steps of warm-up, in which the rate grows as the step to the power of warmup_power; schedule: the schedule
-    after the warm-up. "plateau" multiplies the rate by plateau_factor after plateau_patience validations without a
-    better accuracy. clip: largest gradient norm (0 = no clipping). ema: decay of the moving average of the weights,
-    which is validated, tested and saved (0 = none).
+    warmup: steps of warm-up, in which the learning rate grows as the step to the power of warmup_power; schedule: the
+    schedule after the warm-up. "plateau" multiplies the rate by plateau_factor after plateau_patience validations
+    without a better accuracy. clip: largest gradient norm (0 = no clipping). ema: decay of the moving average of the
+    weights; the average is validated, tested and saved (0 = none).
     """
 
     lr: float = 1e-3
@@ -160,14 +160,14 @@ class Train:
 
     accumulate: micro-batches per optimiser step; checkpointing: recompute the activations of each block in the backward
     pass; compile: torch.compile the encoder. tbptt: chunk length in tokens of truncated backpropagation through time (0
-    = off). distill_alpha, distill_temperature: with a teacher (--teacher), the weight of imitating it, and the
+    = off). distill_alpha, distill_temperature: with a teacher (--teacher), the weight of the distillation loss, and the
     temperature of both outputs.
 
     curriculum: the order of the examples. "length": in the first curriculum_steps steps (0 = off) the length limit
     grows from curriculum_length tokens to the protocol's length. "difficulty": the examples, sorted by their
-    difficulty for another run (--scorer), are cut into curriculum_bins bins; training begins with the easiest, and in
-    the first curriculum_steps steps the others are added one by one. "dynamic": the share of hard examples, the harder
-    half, in a batch is the accuracy of the last validation (lra.data.curriculum).
+    difficulty for another run (--scorer), are divided into curriculum_bins bins; training begins with the easiest bin,
+    and in the first curriculum_steps steps the others are added one by one. "dynamic": the share of hard examples (the
+    more difficult half) in a batch is the accuracy of the last validation (lra.data.curriculum).
     """
 
     steps: int = 1000
@@ -198,7 +198,7 @@ class Train:
             raise UserError("train.curriculum_length and train.curriculum_steps go together; give both or neither")
         if self.curriculum != "length" and self.curriculum_length:
             raise UserError(
-                f"train.curriculum_length is of train.curriculum=length, not {self.curriculum}; leave it out"
+                f"train.curriculum_length is for train.curriculum=length, not {self.curriculum}; leave it out"
             )
         if self.curriculum == "difficulty" and self.curriculum_steps < self.curriculum_bins - 1:
             raise UserError(
@@ -206,7 +206,7 @@ class Train:
                 f"of {self.curriculum_bins} bins has a step (train.curriculum=difficulty)"
             )
         if self.curriculum == "dynamic" and self.curriculum_steps:
-            raise UserError("train.curriculum_steps: a dynamic curriculum lasts as long as the training; leave it out")
+            raise UserError("train.curriculum_steps: a dynamic curriculum covers the whole training; leave it out")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""The conformance checks: each builds small encoders, and raises Broken with what a fault means to the layer's author.
+"""The conformance checks. Each builds small encoders and raises Broken with a message for the author of the layer.
 
-The first line of a check's docstring says what passing it means. Everything runs on the CPU, in float64 unless the
+The first line of a check's docstring is the property that it checks. Everything runs on the CPU, in float64 unless the
 check is about another precision, at d_model 16, two layers and a few dozen tokens.
 """
 
@@ -63,7 +63,7 @@ SHAPES = ((256, 4), (1024, 4), (4096, 2))
 
 
 def signature(context: CheckContext) -> None:
-    """built from keyword arguments; a misspelt one is an error"""
+    """the constructor takes keyword arguments; a misspelt one is an error"""
     parameters = inspect.signature(context.constructor.cls).parameters
     for name, parameter in parameters.items():
         if parameter.kind is not parameter.KEYWORD_ONLY:
@@ -91,7 +91,7 @@ def signature(context: CheckContext) -> None:
 
 
 def card(context: CheckContext) -> None:
-    """names paper and growth; every variant builds"""
+    """the card names paper and growth of work; every variant can be built"""
     if not context.declares("card"):
         raise NotDeclared("no card; a file in architectures/ has one, with paper and growth")
     own = getattr(context.constructor.cls, "card", None)
@@ -126,7 +126,7 @@ def card(context: CheckContext) -> None:
 
 
 def shape(context: CheckContext) -> None:
-    """(B, L, D) in and out, at one token and at odd lengths"""
+    """input and output are (B, L, D), also with one token and odd lengths"""
     for how, encoder in context.directions():
         for lengths, total in (([32, 32], 32), ([1], 1), ([7, 3, 1], 7), ([31, 17], 31), ([33], 33), ([64, 64], 64)):
             x, mask = inputs(lengths, total)
@@ -139,7 +139,7 @@ def shape(context: CheckContext) -> None:
 
 
 def padding(context: CheckContext) -> None:
-    """real outputs ignore what the padding holds"""
+    """outputs at real positions do not depend on the content of padding"""
     x, mask = inputs([LENGTH, 17, 1], LENGTH)
     other = torch.where(mask.unsqueeze(-1), x, 100 * x.flip(1))
     for how, encoder in context.directions():
@@ -151,7 +151,7 @@ def padding(context: CheckContext) -> None:
 
 
 def padding_length(context: CheckContext) -> None:
-    """real outputs ignore how much padding follows"""
+    """outputs at real positions do not depend on the amount of padding"""
     x, mask = inputs([17, 11, 1], LONGEST)
     x = x.masked_fill(~mask.unsqueeze(-1), 0)
     for how, encoder in context.directions():
@@ -165,7 +165,7 @@ def padding_length(context: CheckContext) -> None:
 
 
 def batch(context: CheckContext) -> None:
-    """a sequence's output ignores the rest of its batch"""
+    """the output of a sequence does not depend on the rest of the batch"""
     x, mask = inputs([LENGTH, 17, 5], LENGTH)
     order = torch.tensor([2, 0, 1])
     for how, encoder in context.directions():
@@ -204,7 +204,7 @@ def gradients(context: CheckContext) -> None:
 
 
 def _reach(encoder: Encoder) -> tuple[float, float]:
-    """How much outputs before, and after, a token change when that token changes."""
+    """Largest change of outputs before, and after, a token when that token changes."""
     x, mask = inputs([LENGTH, LENGTH], LENGTH)
     before, after, plain = 0.0, 0.0, outputs(encoder, x, mask)
     for t in (1, LENGTH // 2, LENGTH - 2):
@@ -216,7 +216,7 @@ def _reach(encoder: Encoder) -> tuple[float, float]:
 
 
 def causal(context: CheckContext) -> None:
-    """looks at the future if and only if it says so"""
+    """outputs depend on later tokens if and only if the direction says so"""
     if not context.declares("direction"):
         before, after = _reach(context.encoder())
         seen = [name for name, change in (("the past", after), ("the future", before)) if change > EXACT]
@@ -236,7 +236,7 @@ def causal(context: CheckContext) -> None:
 
 
 def step(context: CheckContext) -> str | None:
-    """token by token and in chunks, it gives what forward gives"""
+    """step and chunk give the same outputs as forward"""
     if not context.declares("step"):
         raise NotDeclared("recurrent mode not declared")
     x, mask = inputs([LENGTH, LENGTH], LENGTH)
@@ -262,7 +262,7 @@ def step(context: CheckContext) -> str | None:
 
 @torch.no_grad()
 def _chunks(encoder: Encoder, x: Tensor, expected: Tensor, state: Any, number: int) -> None:
-    """Chunks between places drawn at random, chunks and steps in turns from the second split on."""
+    """Compare chunks between random cuts with forward; from the second split on, chunks and steps alternate."""
     draw = torch.Generator().manual_seed(number)
     places = torch.randperm(LENGTH - 1, generator=draw)[:4].add(1).sort().values.tolist()
     for first, last in pairwise([0, *places, LENGTH]):
@@ -330,7 +330,7 @@ def _agrees(encoder: Encoder, length: int, batch: int, how: str) -> None:
 
 
 def _splits(encoder: Encoder, length: int, how: str) -> None:
-    """What is done once for a batch, and what for each sequence, is charged to the right one."""
+    """Check the division of the work into work per batch and work per sequence."""
     one, more = (encoder_flops(encoder, n, length, device="", backward=False).forward for n in BATCHES)
     once = (BATCHES[1] * one - BATCHES[0] * more) / (BATCHES[1] - BATCHES[0])
     declared = encoder.cost(length)
@@ -368,7 +368,7 @@ def precision(context: CheckContext) -> None:
 
 
 def optim(context: CheckContext) -> None:
-    """every optimiser pattern rules a parameter"""
+    """every optimiser pattern applies to a parameter"""
     encoder = context.encoder()
     names, patterns = [name for name, _ in encoder.named_parameters()], dict(encoder.optim)
     winners = {next((p for p in patterns if fnmatchcase(name, p)), None) for name in names}
@@ -392,7 +392,7 @@ def _decayed(context: CheckContext) -> tuple[list[str], list[str]]:
     try:
         groups = parameter_groups(encoder, encoder, Optim(weight_decay=0.1, decay="all"))
     except UserError:
-        return [], []  # the check of the patterns says what is wrong with them
+        return [], []  # the check of the patterns reports the fault
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     norms = {id(p) for module in encoder.modules() if "Norm" in type(module).__name__ for p in module.parameters()}
     recurrence, rest, any_recurrence = [], [], False
@@ -417,7 +417,7 @@ def optim_groups(context: CheckContext) -> None:
 
 
 def optim_norms(context: CheckContext) -> None:
-    """nor are skips, biases and norms beside a recurrence"""
+    """skips, biases and norms beside a recurrence are never decayed"""
     _, rest = _decayed(context)
     if rest:
         raise Broken(
@@ -427,7 +427,7 @@ def optim_norms(context: CheckContext) -> None:
 
 
 def magnitudes(context: CheckContext) -> None:
-    """mixers stay alike in size over depth and length"""
+    """outputs of mixers have similar magnitude at every depth and length"""
     sizes: list[tuple[float, str]] = []
 
     def note(place: str, module: nn.Module, given: Any, y: Tensor) -> None:

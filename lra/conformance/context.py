@@ -1,4 +1,4 @@
-"""What a conformance check works on: small encoders of one constructor, their inputs and outputs, a fresh process."""
+"""Tools of the conformance checks: small encoders of one constructor, their inputs and outputs, a fresh process."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ WIDTH, LAYERS, LENGTH, LONGEST = 16, 2, 32, 64
 
 
 class Broken(Exception):
-    """The check failed; the message says what that means."""
+    """The check failed; the message explains the fault."""
 
 
 class NotDeclared(Exception):
-    """A wrapped layer says nothing about what the check compares with; the message holds what was measured instead."""
+    """A wrapped layer lacks the declaration that the check compares with; the message holds the measured value."""
 
 
 @dataclass(frozen=True)
 class CheckContext:
-    """What is checked: a constructor, and arguments that replace its defaults."""
+    """The subject of a check: a constructor, and arguments that replace its defaults."""
 
     constructor: Constructor
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -90,7 +90,7 @@ def inputs(lengths: Sequence[int], total: int, dtype: torch.dtype = torch.float6
 
 @torch.no_grad()
 def outputs(encoder: Encoder, x: Tensor, mask: Tensor, seed: int = 0) -> Tensor:
-    """What the encoder says at real positions, zeros elsewhere."""
+    """Outputs of the encoder at real positions, zeros elsewhere."""
     torch.manual_seed(seed)
     return encoder(x, mask).masked_fill(~mask.unsqueeze(-1), 0)
 
@@ -133,7 +133,7 @@ def reloaded(contexts: Sequence[CheckContext]) -> list[str]:
         elif not torch.equal(y, own):
             faults[i] = (
                 f"after loading its state in a fresh process outputs differ by {gap(y, own):.2g}: "
-                "something it computes with is in no parameter and no persistent buffer"
+                "a value that it uses is neither a parameter nor a persistent buffer"
             )
     return faults
 

@@ -1,4 +1,4 @@
-"""The common mistakes in a layer, each recognised and named once, at the line where it stands."""
+"""Diagnosis of common mistakes in a layer, with the line of the mistake."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _layer(context: CheckContext) -> tuple[nn.Module, Callable[[Tensor, Tensor],
 
 
 def _line(module: nn.Module) -> str:
-    """Where a module's forward is defined, as " (file.py:12)"."""
+    """File and line of a module's forward, as " (file.py:12)"."""
     with suppress(AttributeError):
         code = inspect.unwrap(type(module).forward).__code__
         return f" ({Path(code.co_filename).name}:{code.co_firstlineno})"

@@ -1,4 +1,4 @@
-"""Checks that an encoder works with the features of PyTorch that its users combine it with.
+"""Checks that an encoder works with features of PyTorch: checkpointing, autocast, compile, export and others.
 
 Outputs and gradients are compared with those of a plain call. Everything runs on the CPU, in float64 unless the check
 is about another precision.
@@ -74,7 +74,7 @@ CLEAN = "start forward with `x, mask = clean_padding(x, mask)` of lra.encoder"
 
 
 def padding_left(context: CheckContext) -> str | None:
-    """left padding is refused, or gives what right padding gives"""
+    """left padding is an error, or gives the same outputs as right padding"""
     x, mask = inputs([LENGTH, 17, 5], LENGTH)
     encoder = woken(context.encoder())
     if encoder.gaps and not encoder.causal:
@@ -177,7 +177,7 @@ def inference(context: CheckContext) -> None:
 
 
 def bfloat16(context: CheckContext) -> None:
-    """as a bfloat16 module it stays finite and near float32"""
+    """outputs of a bfloat16 module are finite and near float32"""
     x, mask = inputs([LENGTH, 17], LENGTH, torch.float32)
     low = woken(context.encoder(torch.float32)).to(torch.bfloat16)
     exact = context.encoder(torch.float32)
@@ -189,7 +189,7 @@ def bfloat16(context: CheckContext) -> None:
 
 
 def float16(context: CheckContext) -> None:
-    """float16 autocast stays finite and near float32"""
+    """outputs under float16 autocast are finite and near float32"""
     x, mask = inputs([LENGTH, 17], LENGTH, torch.float32)
     encoder = woken(context.encoder(torch.float32))
     expected = outputs(encoder, x, mask)

@@ -48,7 +48,7 @@ class Finding:
 
 
 def meaning(name: str) -> str:
-    """One line on what a check guarantees."""
+    """The property that a check guarantees, in one line."""
     return (CHECKS[name].__doc__ or "").splitlines()[0]
 
 

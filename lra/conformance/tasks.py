@@ -107,7 +107,7 @@ def _check_batch(task: Task, protocol: Protocol, values: np.ndarray, labels: np.
 
 
 def disjoint(context: TaskContext) -> None:
-    """hardly any test example occurs in training or validation"""
+    """almost no test example occurs in training or validation"""
     hashes = {name: prepared_sets.example_hashes(context.split(name)) for name in context.protocol.splits}
     earlier = ("train",) if context.protocol.selection == "test" else ("train", "validation")
     for name in context.protocol.splits:
@@ -120,7 +120,7 @@ def disjoint(context: TaskContext) -> None:
 
 
 def chance_is_stated(context: TaskContext) -> str:
-    """chance and the baselines without a sequence model are shares of right answers"""
+    """the accuracies of a guess and of the baselines without a sequence model are stated"""
     task, protocol = context.task, context.protocol
     chance, prior = task.chance(protocol), target_of(task, protocol).prior
     floors = task.floors(context.split("train"), context.split("test"))
@@ -128,7 +128,8 @@ def chance_is_stated(context: TaskContext) -> str:
         raise Broken(f"chance is {chance}; a share above 0 and below 1")
     if prior not in floors:
         raise Broken(
-            f"floors has no {prior!r}, which says what a run has to beat: {', '.join(floors) or 'it is empty'}"
+            f"floors has no {prior!r}, the baseline that decides whether a run is at chance: "
+            f"{', '.join(floors) or 'it is empty'}"
         )
     for name, share in {**floors, **task.plateaus(protocol)}.items():
         if not 0 <= share <= 1:

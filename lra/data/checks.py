@@ -1,4 +1,4 @@
-"""Whether a prepared split holds what its task and protocol declare."""
+"""Checks of a prepared split against the declarations of its task and protocol."""
 
 from __future__ import annotations
 

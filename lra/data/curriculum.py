@@ -1,10 +1,10 @@
-"""Curricula by difficulty: samplers that are told how difficult each training example is.
+"""Curricula by difficulty: samplers that use the difficulty of each training example.
 
-    Staged    by difficulty: the easiest bin first, one bin more per stage (Bengio et al. 2009, ICML)
+    Staged    the easiest bin first, one bin more per stage (Bengio et al. 2009, ICML)
     Dynamic   the share of hard examples in a batch is the accuracy of the last validation
 
-The batch of a step is a function of its number, the seed and, for `Dynamic`, the validations before it, which a
-checkpoint holds: a resumed run sees the same examples.
+The batch of a step is a function of its number, the seed and, for `Dynamic`, the validations before it. These are in
+the checkpoints, so a resumed run sees the same examples.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ Curve = Callable[[], Sequence[Mapping[str, float]]]
 
 
 def cut(difficulty: np.ndarray, bins: int, batch_size: int) -> list[np.ndarray]:
-    """The numbers of the examples in equal bins, the easiest first; equal difficulties stay in the order of examples.
+    """The indices of the examples in equal bins, the easiest first; examples of equal difficulty keep their order.
 
     difficulty: (n,). Raises UserError for more bins than examples and for bins that do not fill a batch.
     """
     if bins > len(difficulty):
-        raise UserError(f"{bins} bins for {len(difficulty)} training examples; train.curriculum_bins at most that")
+        raise UserError(
+            f"{bins} bins for {len(difficulty)} training examples; set train.curriculum_bins to at most their number"
+        )
     parts = np.array_split(np.argsort(difficulty, kind="stable"), bins)
     if (smallest := len(parts[-1])) < batch_size:
         raise UserError(
@@ -40,7 +42,7 @@ def cut(difficulty: np.ndarray, bins: int, batch_size: int) -> list[np.ndarray]:
 @dataclass
 class Staged:
     """The plan of a curriculum by difficulty. Over the first `steps` steps the `bins` are added one by one, after equal
-    numbers of steps; then `plain` goes on with all examples. Within a stage every example is seen equally often."""
+    numbers of steps; later batches are those of `plain`. Within a stage every example is seen equally often."""
 
     plain: Sampler
     bins: Sequence[np.ndarray]
@@ -65,8 +67,8 @@ class Staged:
 
 @dataclass
 class Dynamic:
-    """The plan of a dynamic curriculum. Each batch is drawn anew from the two halves of the examples, `bins`: as many
-    hard ones as the accuracy of the last validation says, none before the first. A validation counts from the step
+    """The plan of a dynamic curriculum. Each batch is drawn from the two halves of the examples, `bins`. The share of
+    hard examples is the accuracy of the last validation, and 0 before the first. A validation takes effect at the step
     after the next one, because the next may be planned before the validation has run."""
 
     plain: Sampler

@@ -15,7 +15,7 @@ from lra.task import Progress, Protocol, Split, Task
 
 class Example(NamedTuple):
     """values: (L,) tokens, or (L, channels) bytes or real values of a continuous protocol; of a task with two towers, a
-    pair of them. label: the class or value; (L,) classes or next tokens, UNSCORED where none is asked."""
+    pair of them. label: the class or value; (L,) classes or next tokens, UNSCORED at positions without one."""
 
     values: Any
     label: Any

@@ -24,7 +24,7 @@ def floor_bits(prepared: Prepared) -> dict[str, float]:
 
 
 def _cached(prepared: Prepared, kind: str) -> dict[str, float]:
-    """What the method `kind` of the task returns.
+    """The result of the method `kind` of the task, cached.
 
     A cached file is used only if it is intact and belongs to the same data and the same code of the task. If the cache
     cannot be written, the next call computes the floors again.

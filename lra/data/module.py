@@ -1,4 +1,4 @@
-"""A prepared task as a LightningDataModule, for anybody's LightningModule and Trainer."""
+"""A prepared task as a LightningDataModule, for a LightningModule and Trainer of your own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lra.task import Task
 
 
 class EpochLoader:
-    """Iterates over the batches of one epoch. Which batches depends on the seed and the epoch alone."""
+    """Iterates over the batches of one epoch, which depend on the seed and the epoch alone."""
 
     def __init__(self, data: Batches, sampler: Plan, shard: Shard, epoch: Callable[[], int]) -> None:
         self.data, self.sampler, self.shard, self.epoch = data, sampler, shard, epoch
@@ -68,7 +68,7 @@ class DataModule(L.LightningDataModule):
 
     @property
     def task(self) -> LoadedTask:
-        """The task, prepared when it is first asked for."""
+        """The task, prepared at the first access."""
         if self._task is None:
             assert not isinstance(self.given, LoadedTask)
             self._task = examples.load(self.given, self.given_protocol, source=self.source)

@@ -55,7 +55,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def manifest_problem(manifest: Any) -> str:
-    """What is wrong with the layout of a manifest; empty if it is valid."""
+    """The first error in the layout of a manifest; empty if it is valid."""
     if missing := [key for key in KEYS if not isinstance(manifest, dict) or key not in manifest]:
         return f"lacks {', '.join(missing)}"
     valid = (
@@ -99,7 +99,7 @@ FORMAT = 1
 MAX_OVERLAP = 0.05
 """Largest share of a split that may occur in an earlier one; released sets do contain a few texts twice."""
 MIN_COMPARED = 1000
-"""Smallest split whose overlap is checked: in smaller ones a share says little."""
+"""Smallest split whose overlap is checked: in smaller splits the share is not informative."""
 _verified: set[tuple[Any, ...]] = set()
 """Sets whose checksums were verified in this process, with the state of their files."""
 
@@ -227,7 +227,7 @@ def load_prepared(
 
 
 def _outdated(task: Task, protocol: Protocol, manifest: dict[str, Any]) -> str:
-    """Why a set is not one of the current version, as a clause; empty if it is."""
+    """The reason why a set is not of the current version, as a clause; empty if it is."""
     current = identity(task, protocol)
     if differing := [key for key in current if key != "code" and manifest[key] != current[key]]:
         return f"the prepared set is of another version of {task.name} (different: {', '.join(differing)})"
@@ -345,7 +345,7 @@ def lock(folder: Path, progress: Progress) -> Iterator[None]:
 
 @contextmanager
 def explain_os_errors(folder: Path) -> Iterator[None]:
-    """Turn an OSError into a DataError that says what to do."""
+    """Turn an OSError into a DataError with advice."""
     try:
         yield
     except OSError as error:

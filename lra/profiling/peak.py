@@ -1,4 +1,4 @@
-"""What this machine can do: the bandwidth of an element-wise sum and the rate of matrix products, measured."""
+"""Measured limits of this machine: bandwidth of an element-wise sum and rate of matrix products."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Machine:
 
     @staticmethod
     def probes(device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, Callable[[], object]]:
-        """What to time beside other calls for `among` to read."""
+        """The calls to time beside others, from which `among` computes the limits."""
         elements, width = SIZES[device.type]
         a, b = (torch.rand(elements, device=device) for _ in range(2))
         m, n = (torch.rand(width, width, device=device, dtype=dtype) for _ in range(2))
@@ -34,7 +34,7 @@ class Machine:
 
     @classmethod
     def among(cls, timings: Mapping[str, Timing], device: torch.device) -> Machine:
-        """The machine as it was while these were timed."""
+        """The limits of the machine, from timings of `probes`."""
         elements, width = SIZES[device.type]
         return cls(3 * 4 * elements / timings[SUM].median, 2 * width**3 / timings[PRODUCT].median)
 

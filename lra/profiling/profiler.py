@@ -105,7 +105,7 @@ def profile(
 
 def expected_step(known: dict[int, float], length: int) -> float:
     """Seconds of a training step at `length`, by the power law through the two longest lengths below it (a line through
-    the origin where there is one); 0 where nothing shorter is known. known: length -> seconds."""
+    the origin for a single one); 0 if there is none. known: length -> seconds."""
     shorter = sorted(n for n in known if n < length)[-2:]
     if not shorter:
         return 0.0
@@ -125,7 +125,7 @@ class _Entry:
         self.profile: Profile | FailedProfile = self._failed("not measured")
 
     def read(self) -> bool:
-        """Whether a file holds this very cell, measured on this machine with as many threads."""
+        """Whether a file holds this cell, measured on this machine with the same number of threads."""
         for path in self.sources:
             try:
                 profile = stored.read(path)
@@ -140,7 +140,7 @@ class _Entry:
         return False
 
     def skip(self, why: str) -> None:
-        """Not written: a later call may try."""
+        """Mark the cell as not tried. Nothing is written, so a later call may try it."""
         self.profile = self._failed(f"not tried: {why}")
 
     def write_first(self, measured: dict[str, Any]) -> None:
@@ -300,8 +300,8 @@ def measure_memory(cell: Cell, device: torch.device) -> dict[str, Any]:
 
 
 def memory_of(workload: Workload) -> dict[str, Any]:
-    """Bytes that a training step takes in this process, which has to be fresh, and what for."""
-    # compiles, loads libraries and fills the optimiser's state, at a length that takes no memory to speak of
+    """Peak memory of a training step in this process, which must be fresh, and the sizes of its parts."""
+    # compiles, loads libraries and fills the optimiser's state, at a length that needs little memory
     workload.train(workload.inputs(min(SHORT, workload.cell.length)))
     workload.optimizer.zero_grad(set_to_none=True)
     given = workload.inputs(workload.cell.length)

@@ -84,7 +84,7 @@ ZONES = Path("/sys/class/thermal")
 
 
 def conditions(device: torch.device) -> dict[str, float]:
-    """Clocks (MHz), temperature (C) and power (W), as far as the device tells; asked for right after a timing."""
+    """Clocks (MHz), temperature (C) and power (W), as far as the device reports them; read right after a timing."""
     readings: dict[str, float] = {}
     if device.type == "cuda":
         with suppress(OSError, subprocess.SubprocessError, ValueError):

@@ -1,1 +1,1 @@
-"""What people read: leaderboard, tables, charts, the HTML report, the comparison of two runs."""
+"""Output for readers: leaderboard, tables, charts, the HTML report, the comparison of two runs."""

@@ -24,7 +24,7 @@ from lra import files
 from lra.errors import UserError
 
 Layers = alt.LayerChart | alt.FacetChart
-"""What Altair says that changing a layered chart returns."""
+"""The type that Altair declares for a changed layered chart."""
 LINES = 8
 """Names in one panel at most; there are as many colours and markers."""
 MARKERS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "triangle-right", "triangle-left")
@@ -184,7 +184,7 @@ def _log_limits(values: pd.Series) -> tuple[float, float]:
 def _labels(
     frame: pd.DataFrame, front: pd.DataFrame, times: tuple[float, float], axis: tuple[float, float]
 ) -> pd.DataFrame:
-    """Names beside the dots that have room for one, the Pareto front first; the others are told by the tooltip."""
+    """Names beside the dots that have room for one, the Pareto front first; tooltips name the others."""
     width, height = PLOT
     order = pd.concat([front, frame.drop(front.index)])
     x = width * np.log(order["minutes"] / times[0]) / np.log(times[1] / times[0])
@@ -215,7 +215,7 @@ def _identity(field: str, domain: Sequence[str], shown: Sequence[str] = (), narr
     """Colour and marker of the names in `domain`; the legend holds those in `shown`, or all. narrow: for a panel of a
     paper. Raises ValueError for more names than there are colours."""
     if len(domain) > LINES:
-        raise ValueError(f"{len(domain)} names in one panel; at most {LINES} can be told apart")
+        raise ValueError(f"{len(domain)} names in one panel; at most {LINES} are distinguishable")
     scale = alt.Scale(domain=list(domain))
     # a column holds about 20 characters of the narrowest page
     columns = (2 if max(map(len, shown or domain), default=0) > 12 else 3) - narrow
@@ -316,7 +316,7 @@ def _lines(
     tip: Sequence[alt.Tooltip],
     interactive: bool = True,
 ) -> Layers:
-    """Lines with markers. Where interactive, a click in the legend picks one and pointing at one makes it stand out."""
+    """Lines with markers. If interactive, a click in the legend selects one, and pointing at one highlights it."""
     identity = _identity(name, names, narrow=not interactive)
     if not interactive:
         lines = base.mark_line().encode(x=x, y=y, color=identity["color"])
@@ -384,8 +384,10 @@ def by_test_length(frame: pd.DataFrame, title: str, guess: float | None, interac
 def frontier(runs: pd.DataFrame, lines: pd.DataFrame, label: str, title: str) -> alt.ConcatChart:
     """Loss of runs against FLOPs of training as dots, and the compute-optimal loss as a line with its interval; a panel
     for each `LINES` architectures. runs, lines: as of `lra.reports.scaling.Study`; label: what the loss is."""
-    low, high = float(runs["loss"].min()), float(runs["loss"].max())
-    domain = [low / 1.05, high * 1.05]
+    # a logarithmic axis has no place for 0
+    runs = runs[runs["loss"] > 0]
+    low, high = (runs["loss"].min(), runs["loss"].max()) if len(runs) else (0.1, 1.0)
+    domain = [float(low) / 1.05, float(high) * 1.05]
     x = alt.X(
         "flops:Q", title="FLOPs of training", scale=alt.Scale(type="log"), axis=alt.Axis(format=".0e", tickCount=5)
     )

@@ -1,4 +1,4 @@
-"""Comparison of two runs: how far apart they are on the same test examples, and which settings differ."""
+"""Comparison of two runs: paired difference on the same test examples, and settings that differ."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from lra.results.statistics import Estimate, difference_of_means, mcnemar, paire
 class Comparison:
     """Two runs a and b on one test set.
 
-    difference: accuracy of a less that of b, with a 95 % interval over test examples; p: of McNemar's exact test that
-    they are equally accurate; only_a, only_b: test examples that only one of them predicts correctly. All four are None
-    if the runs were not tested on the same examples. fields: setting -> (value in a, value in b) where they differ.
+    difference: accuracy of a minus that of b, with a 95 % interval over test examples; p: p value of McNemar's exact
+    test of equal accuracy; only_a, only_b: number of test examples that only one of them predicts correctly. All four
+    are None if the runs were not tested on the same examples. fields: setting -> (value in a, value in b), for settings
+    that differ.
     """
 
     a: RunRecord
@@ -36,7 +37,7 @@ class Comparison:
     only_b: int | None = None
 
     def __str__(self) -> str:
-        """The difference in one line, and a second one where the runs are of two sources."""
+        """The difference in one line, and a second line if the runs have different sources."""
         return "\n".join(filter(None, (self._difference(), self.source)))
 
     def _difference(self) -> str:
@@ -53,7 +54,7 @@ class Comparison:
 
     @property
     def source(self) -> str:
-        """One line on the files in which the sources of a user's class differ; empty if they are the same."""
+        """One line on the source files of a user's class that differ; empty if none does."""
         if self.a.architecture != self.b.architecture or self.a.source_key == self.b.source_key:
             return ""
         one, two = (run.source.files if run.source else {} for run in (self.a, self.b))
@@ -84,18 +85,18 @@ Rung = list[tuple[RunRecord, Predictions | None]]
 """Runs that differ in the seed only."""
 LADDER = ("architecture", "seeds", "params", "FLOP", "score", "difference", "low", "high", "over")
 LADDER_NOTE = (
-    "score: {unit}. difference: to the row before, with the ends of its 95 % interval, over seeds (Welch's t) where "
-    "both rows have two or more runs, else over test examples of the first run of each, which says nothing of other "
+    "score: {unit}. difference: to the row before, with the ends of its 95 % interval: over seeds (Welch's t) if both "
+    "rows have two or more runs, else over test examples of the first run of each, without the variation between "
     "seeds. FLOP: of training, forward and backward at full length"
 )
 EQUAL = 1.1
-"""Factor in compute up to which the rows of a ladder count as equal."""
+"""Ratio of compute up to which the rows of a ladder count as equal."""
 
 
 def ladder(runs: Sequence[RunRecord | Path | str], collection: Collection | None = None) -> Table:
     """A row for each architecture and its settings, in the order given, with the difference to the row before.
 
-    runs: as of `compare`; those that differ in the seed only are one row. Raises UserError for fewer than two rows and
+    runs: as in `compare`; runs that differ only in the seed are one row. Raises UserError for fewer than two rows and
     for runs of different tasks, protocols or data.
     """
     steps: dict[tuple[str, str], Rung] = {}
@@ -118,7 +119,7 @@ def ladder(runs: Sequence[RunRecord | Path | str], collection: Collection | None
     compute = [work for row in rows if (work := _compute(row[0][0]))]
     notes = [LADDER_NOTE.format(unit="bits per token, lower is better" if in_bits else "test accuracy in %")]
     if len(compute) == len(rows) and (ratio := max(compute) / min(compute)) > EQUAL:
-        notes.append(f"compute is not equal: {ratio:.2f} times as much in one row as in another")
+        notes.append(f"compute is not equal: it differs by a factor of {ratio:.2f} between rows")
     title = f"{first.task} ({first.protocol.name}), recipe {first.recipe.name}: step by step"
     return Table(title, LADDER, [[TableCell(text) for text in row] for row in cells], notes)
 
@@ -138,7 +139,7 @@ def _rung(row: Rung, before: Rung | None, in_bits: bool, with_hash: bool) -> lis
 
 
 def _change(row: Rung, before: Rung, in_bits: bool) -> Estimate | None:
-    """The difference of two rows in the unit of their scores; None where it has no interval."""
+    """The difference of two rows in the unit of their scores; None if it has no interval."""
     if len(row) > 1 and len(before) > 1:
         return difference_of_means(_scores(row, in_bits), _scores(before, in_bits))
     (a, one), (b, two) = row[0], before[0]
@@ -146,7 +147,7 @@ def _change(row: Rung, before: Rung, in_bits: bool) -> Estimate | None:
         halves = [None if run.test.bits_high is None else run.test.bits_high - (run.test.bits or 0.0) for run in (a, b)]
         if None in halves:
             return None
-        # as if the examples were not the same, which can only be too wide
+        # the interval of unpaired examples, which is at least as wide
         mean, half = (a.test.bits or 0.0) - (b.test.bits or 0.0), math.hypot(*(h for h in halves if h is not None))
         return Estimate(mean, mean - half, mean + half, 1, "test set")
     if one is None or two is None or not np.array_equal(one.example, two.example):
@@ -160,7 +161,7 @@ def _scores(row: Rung, in_bits: bool) -> list[float]:
 
 
 def _compute(record: RunRecord) -> float:
-    """FLOPs of training; 0 where they are unknown."""
+    """FLOPs of training; 0 if they are unknown."""
     return (record.flops.forward_backward or 0.0) * record.speed.examples
 
 
@@ -192,7 +193,7 @@ def _is_file(run: RunRecord | Path | str) -> bool:
 
 
 def _fields(record: RunRecord) -> dict[str, str]:
-    """What a reader may want to know of two runs beside their accuracy; no timings, which always differ."""
+    """The properties of a run that a comparison shows, without timings, which always differ."""
     facts = {
         "task": record.task, "architecture": record.architecture, "protocol": record.protocol.name,
         "data": record.data.checksum[:8], "recipe": record.recipe.name, "recipe hash": record.recipe_hash[:8],

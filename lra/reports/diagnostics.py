@@ -1,4 +1,4 @@
-"""The diagnostic tasks: a table, and frames for the charts of the report. They are no part of the leaderboard."""
+"""The diagnostic tasks: a table, and frames for the charts of the report. They are not part of the leaderboard."""
 
 from __future__ import annotations
 
@@ -55,8 +55,7 @@ class Cell:
 
     @property
     def floor(self) -> float | None:
-        """Share of right answers of the best rule without a sequence model, chance among them; None where there is no
-        such thing."""
+        """Share of right answers of the best rule without a sequence model, including a guess; None without one."""
         first = self.first
         return max([*first.floors.values(), *([] if first.chance is None else [first.chance])], default=None)
 
@@ -66,13 +65,13 @@ class Cell:
 
     @property
     def reach(self) -> str:
-        """The longest test length that every seed holds; "-" where the task has one length."""
+        """The longest test length that every seed reaches; "-" if the task has one length."""
         reached = [length for run in self.runs if (length := diagnosis.reach(run)) is not None]
         return str(min(reached)) if reached else "-"
 
 
 def cells(records: Iterable[RunRecord]) -> list[Cell]:
-    """Runs by task, protocol, architecture and recipe. Of two runs with one seed the newest counts."""
+    """Runs grouped by task, protocol, architecture and recipe. Of several runs with one seed only the newest counts."""
     grouped: dict[tuple[str, ...], dict[int, RunRecord]] = {}
     for record in sorted(records, key=lambda record: record.started):
         key = (record.task, record.protocol.name, record.architecture, record.source_key, record.recipe_hash)
@@ -91,7 +90,7 @@ def cells(records: Iterable[RunRecord]) -> list[Cell]:
 
 
 def table(records: Iterable[RunRecord], title: str = "Diagnostics") -> Table:
-    """A row for each of `cells`; grey where no run is better than chance and the majority class."""
+    """A row for each of `cells`; grey if no run is better than chance and the majority class."""
     listed = cells(records)
     rows = [[TableCell(text) for text in _row(cell)] for cell in listed]
     grey = frozenset(number for number, cell in enumerate(listed) if cell.at_chance)
@@ -131,8 +130,8 @@ def frame(listed: Sequence[Cell]) -> pd.DataFrame:
 
 
 def lengths(listed: Sequence[Cell]) -> pd.DataFrame:
-    """Right answers by test length, as `charts.by_test_length` takes them: a row for each cell and length, that of
-    training included, for the tasks that have further lengths."""
+    """Right answers by test length, as `charts.by_test_length` takes them: a row for each cell and length, including
+    that of training, for tasks with further lengths."""
     import pandas as pd
 
     columns = ["row", "label", "family", "task", "length", "accuracy", "seeds"]
@@ -159,7 +158,7 @@ def _by_length(cell: Cell) -> Iterator[tuple[int, list[float]]]:
 
 
 def verdicts(runs: Sequence[RunRecord]) -> str:
-    """The verdict that all runs share, else how often there was which: "solved 2, failed 1"."""
+    """The verdict if all runs have the same, else the number of each: "solved 2, failed 1"."""
     words = [diagnosis.verdict(run).word for run in runs]
     known = ("solved", "undecided", "failed")
     if len(set(words)) == 1:
@@ -168,7 +167,7 @@ def verdicts(runs: Sequence[RunRecord]) -> str:
 
 
 def _changed(record: RunRecord) -> str:
-    """Settings in which the run departs from the shipped recipe, with their values: ", optim.lr 0.01"."""
+    """Settings that differ from the shipped recipe, with their values: ", optim.lr 0.01"."""
     used = recipe_settings(record) if record.changed else {}
     return "".join(f", {key} {used.get(key, ABSENT)}" for key in record.changed or {})
 

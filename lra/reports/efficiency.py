@@ -1,4 +1,4 @@
-"""Tables of profiles: cells, growth with length beside the declared scaling. A pure function of the profile files.
+"""Tables of profiles: cells, and growth with length beside the declared scaling. Functions of the profile files alone.
 
 exponent    slope of log(time) over log(length), least squares, with its 95 % interval from three lengths on
 crossover   the length from which a training step takes less time than the Transformer's at the same shape
@@ -42,20 +42,20 @@ FIELDS = (
 
 
 def load(root: Path) -> list[AnyProfile]:
-    """Every valid cell below <root>/profile, by device, shape, architecture and length. Of two measurements of one cell
-    the one in the newer place (`Cell.path`) counts."""
+    """Every valid cell below <root>/profile, ordered by device, shape, architecture and length. If a cell is stored
+    twice, the file at the newer place (`Cell.path`) counts."""
     profiles, _ = stored.load(root)
     cells = {(shape_of(profile), profile.cell.architecture, profile.cell.length): profile for profile in profiles}
     return [cells[key] for key in sorted(cells)]
 
 
 def problems(root: Path) -> list[str]:
-    """What is wrong with the other files there, one line each."""
+    """One line for each invalid file below <root>/profile."""
     return stored.load(root)[1]
 
 
 def shape_of(profile: AnyProfile) -> Shape:
-    """What profiles must share to be compared: device and threads, dtype, task, batch, width, depth, direction."""
+    """The fields that comparable profiles share: device and threads, dtype, task, batch, width, depth, direction."""
     c = profile.cell
     return (machine_name(profile.environment), c.dtype, c.task, c.batch, c.d_model, c.n_layers, c.direction)
 
@@ -86,7 +86,7 @@ def title(shape: Shape) -> str:
 
 
 def family(architecture: str) -> str:
-    """The family an architecture belongs to; OUTSIDE for one that is not a file of this project."""
+    """The family of an architecture; OUTSIDE for one that is not a file of this project."""
     try:
         known = architectures.family(architecture.partition("/")[0])
     except UserError:
@@ -95,8 +95,8 @@ def family(architecture: str) -> str:
 
 
 def frame(profiles: Sequence[AnyProfile]) -> pd.DataFrame:
-    """One row per cell: the columns of FIELDS, and what the charts show (milliseconds, MiB, GFLOP, family)."""
-    # objects, so that counts stay whole numbers in a column that has gaps
+    """One row per cell: the columns of FIELDS, and those of the charts (milliseconds, MiB, GFLOP, family)."""
+    # dtype object keeps counts whole in a column with missing values
     table = pd.DataFrame([_values(p) for p in profiles], columns=[*FIELDS, "family", "rounds"], dtype=object)
     times = [f for f in FIELDS if f.endswith(("_seconds", "_low", "_high"))]
     table = table.astype(dict.fromkeys([*times, "tokens_per_second", "mfu"], "float64"))
@@ -149,8 +149,8 @@ def exponent(lengths: Sequence[float], values: Sequence[float]) -> tuple[float, 
 
 
 def crossover(values: Mapping[int, float], others: Mapping[int, float]) -> float | None:
-    """The first length from which `values` stay below `others`, interpolated on logarithms; None where the last
-    is not below. Both: length -> seconds, compared where both are known."""
+    """The first length from which `values` stay below `others`, interpolated on logarithms; None if they are not below
+    at the longest length. Both: length -> seconds, compared at the lengths that both have."""
     lengths = sorted(values.keys() & others.keys())
     gaps = [math.log(values[n] / others[n]) for n in lengths]
     if not gaps or gaps[-1] >= 0:
@@ -162,7 +162,7 @@ def crossover(values: Mapping[int, float], others: Mapping[int, float]) -> float
 
 
 def tables(profiles: Sequence[AnyProfile]) -> list[Table]:
-    """For each shape: the cells, and growth with length where there are two lengths."""
+    """For each shape: the cells, and growth with length if there are two lengths."""
     made = []
     for shape, cells in by_shape(profiles).items():
         good = measured(cells)
@@ -180,7 +180,7 @@ def tables(profiles: Sequence[AnyProfile]) -> list[Table]:
 
 
 def _agreement(cells: Sequence[Profile]) -> str:
-    """How far apart the counted and the declared number of FLOPs are, where they differ most."""
+    """The largest difference between counted and declared FLOPs, and its cell."""
     worst, where = 0.0, ""
     for p in cells:
         formula = p.flops.matmul_by_formula
@@ -190,7 +190,7 @@ def _agreement(cells: Sequence[Profile]) -> str:
 
 
 def _suspect(cells: Sequence[Profile]) -> list[str]:
-    """Which cells have timings that should not be relied on, and why."""
+    """A line for each reason to distrust timings, with the cells."""
     reasons = {
         f"two fastest rounds more than {100 * CLOSE:.0f} % apart": [p for p in cells if not agreed(p.rounds)],
         "forward timed slower than the whole step": [
@@ -203,9 +203,9 @@ def _suspect(cells: Sequence[Profile]) -> list[str]:
 
 NOTE = (
     "times: median of the fastest of several rounds; GFLOP: forward of one sequence, multiply-add = 2; formula: work "
-    "of matrix products and kernels counted over what cost() says; IQR: of the training step, over its median; MiB: "
-    "peak of a training step, activations: what it takes beside parameters, gradients and optimiser; MFU: of the rate "
-    "of the fastest matrix product at these shapes and in this dtype"
+    "of matrix products and kernels, counted, in % of cost(); IQR: of the training step, over its median; MiB: peak of "
+    "a training step; activations: its memory without parameters, gradients and optimiser states; MFU: relative to the "
+    "rate of the fastest matrix product at these shapes and in this dtype"
 )
 
 
@@ -231,8 +231,8 @@ def texts(p: Profile) -> list[str]:
 
 GROWTH = ("architecture", "lengths", "declared", "work", "time", "±", "memory", "faster than transformer")
 GROWTH_NOTE = (
-    "exponents of length: work counted, time and peak memory of a training step, with the half-width of the 95 % "
-    "interval of that of time, over the lengths at which two rounds agree; last: from which length on a step is faster "
+    "exponents of length: counted work, time and peak memory of a training step; ±: half-width of the 95 % interval of "
+    "the exponent of time. Only lengths at which two rounds agree. Last column: the length from which a step is faster "
     "than the Transformer's"
 )
 
@@ -253,7 +253,7 @@ def _growth(cells: Sequence[Profile]) -> list[list[TableCell]]:
         words = [
             name, f"{lengths[0]:,} .. {lengths[-1]:,}", declared(name), f"{work:.2f}", f"{slope:.2f}",
             "-" if math.isnan(half) else f"{half:.2f}", f"{memory:.2f}",
-            "-" if name == BASE or not base else "not up to there" if at is None
+            "-" if name == BASE or not seconds.keys() & base else "not up to there" if at is None
             else f"from {at:,.0f}" if at > lengths[0] else "everywhere",
         ]  # fmt: skip
         rows.append([TableCell(word) for word in words])
@@ -261,7 +261,7 @@ def _growth(cells: Sequence[Profile]) -> list[list[TableCell]]:
 
 
 def declared(name: str) -> str:
-    """The scaling an architecture declares with the arguments of its variant; "-" for what is not of this project."""
+    """The scaling that an architecture of the project declares with the arguments of its variant; "-" for others."""
     try:
         if "scaling" in architectures.facts(name.partition("/")[0]):
             return build_on_meta(lambda: architectures.get(name)(d_model=64, n_layers=1, length=64)).scaling
@@ -286,11 +286,11 @@ def by_architecture(profiles: Iterable[AnyProfile]) -> dict[tuple[Shape, str], l
 
 
 CURVES = {"training": ("train_ms", "Training step", "ms"), "memory": ("peak_mib", "Peak memory of a step", "MiB")}
-"""What is drawn against length: key -> (column, title, unit)."""
+"""Figures against length: key -> (column, title, unit)."""
 
 
 def curves(profiles: Sequence[AnyProfile]) -> dict[Shape, pd.DataFrame]:
-    """For each shape the cells of architectures measured at two lengths or more, as `charts.by_length` takes them."""
+    """For each shape the cells of architectures measured at two or more lengths, as `charts.by_length` takes them."""
     charted = {}
     for shape, cells in by_shape(measured(profiles)).items():
         table = frame(cells)
@@ -319,46 +319,46 @@ def figures(profiles: Sequence[AnyProfile]) -> Iterator[tuple[str, Any]]:
 
 
 METRICS = (
-    "task", "protocol", "recipe", "regime", "device", "architecture", "accuracy", "flops_per_token",
+    "task", "protocol", "data", "recipe", "regime", "device", "n", "architecture", "accuracy", "flops_per_token",
     "points_per_mflop_per_token", "longest_length", "longest_peak_bytes", "longest_per_peak_mib", "tokens_per_second",
 )  # fmt: skip
 METRIC_COLUMNS = ("architecture", "acc %", "MFLOP/token", "points/MFLOP", "longest", "MiB", "tokens/MiB", "tokens/s")
 METRICS_NOTE = (
-    "points/MFLOP: accuracy in points over forward MFLOPs for each token; tokens/MiB: tokens of the longest sequences "
-    "profiled over the peak memory of their training step; tokens/s: of the profiled training step nearest in length. "
-    "One machine's profile; - where nothing was measured"
+    "points/MFLOP: accuracy in points over forward MFLOPs per token; tokens/MiB: tokens of the longest profiled "
+    "sequence over the peak memory of its training step; tokens/s: of the profiled training step nearest in length. "
+    "Profile of one machine; - without a measurement"
 )
 
 
 def metrics(board: Leaderboard, profiles: Sequence[AnyProfile]) -> pd.DataFrame:
     """Performance over FLOPs per token, longest sequence over peak memory, and tokens per second of each ranked row.
 
-    Columns as in METRICS; empty where nothing was measured. longest: of the profiles of an architecture at the shape
-    and on the machine of its row; of several sequences in a batch the tokens are added up.
+    Columns as in METRICS; empty without a measurement. The longest sequence is that of the profiles of an architecture
+    at the shape and on the machine of its row; tokens of a batch are added up.
     """
     cells = by_architecture(profiles)
     rows = []
     for group, ranked in board.groups.items():
         for row in ranked:
-            per_token = row.flops / row.length if row.flops and row.length else None
             speed = longest = peak = ratio = None
             if row.profile is not None:
                 last = cells[shape_of(row.profile), row.profile.cell.architecture][-1]
                 speed, longest, peak = row.profile.tokens_per_second, last.cell.length, last.memory.peak_bytes
                 ratio = last.cell.batch * longest / (peak / 2**20)
             rows.append(
-                (group.task, group.protocol, group.recipe_name, group.regime, group.device, row.label,
-                 row.accuracy.mean, per_token, row.points_per_work, longest, peak, ratio, speed)
+                (group.task, group.protocol, group.data, group.recipe_name, group.regime, group.device, group.tested,
+                 row.label, row.accuracy.mean, row.flops_per_token, row.points_per_work, longest, peak, ratio, speed)
             )  # fmt: skip
     frame = pd.DataFrame(rows, columns=list(METRICS))
-    return frame.astype({"longest_length": "Int64"} | dict.fromkeys((*METRICS[7:9], *METRICS[10:]), "float64"))
+    numbers = [name for name in METRICS[8:] if name != "longest_length"]
+    return frame.astype({"longest_length": "Int64"} | dict.fromkeys(numbers, "float64"))
 
 
 def metric_tables(frame: pd.DataFrame) -> list[Table]:
     """The tables of `metrics`, one for each group of comparable rows."""
     made = []
-    for key, rows in frame.groupby(list(METRICS[:5]), sort=False):
-        task, protocol, recipe, regime, device = key
+    for key, rows in frame.groupby(list(METRICS[:7]), sort=False):
+        task, protocol, data, recipe, regime, device, n = key
         forms: tuple[tuple[str, Callable[[Any], str]], ...] = (
             ("architecture", str), ("accuracy", lambda v: f"{100 * v:.2f}"),
             ("flops_per_token", lambda v: f"{v / 1e6:.3g}"), ("points_per_mflop_per_token", "{:.3g}".format),
@@ -370,7 +370,7 @@ def metric_tables(frame: pd.DataFrame) -> list[Table]:
             [TableCell("-" if pd.isna(row[name]) else form(row[name])) for name, form in forms]
             for _, row in rows.iterrows()
         ]
-        title = f"Efficiency: {task} ({protocol}), recipe {recipe}, {regime}, {device}"
+        title = f"Efficiency: {task} ({protocol}, data {data}), recipe {recipe}, {regime}, n = {n:,}, {device}"
         made.append(Table(title, METRIC_COLUMNS, cells, [METRICS_NOTE]))
     return made
 
@@ -380,8 +380,7 @@ OVERVIEW = ("transformer", "local", "performer", "hyena", "gru", "s4d", "mamba",
 
 
 def overview(profiles: Sequence[AnyProfile]) -> Any:
-    """Time of a training step against length for OVERVIEW, of the shape with most cells; None where nothing is known of
-    them."""
+    """Time of a training step against length for OVERVIEW, of the shape with most cells; None without profiles."""
     from lra.reports import charts
 
     chosen = {shape: table[table["architecture"].isin(OVERVIEW)] for shape, table in curves(profiles).items()}

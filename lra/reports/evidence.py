@@ -1,4 +1,4 @@
-"""What stands behind a number of the report: scores, seeds, learning curves, recipe, hardware, versions, checksums, and
+"""The evidence of a number in the report: scores, seeds, learning curves, recipe, hardware, versions, checksums, and
 the commands that repeat it. Each entry is a title, runs (`RUN_COLUMNS`), commands, and parts: pairs by title."""
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def of_row(group: Group, row: Row, baselines: Mapping[str, float], collection: C
     if row.collapsed:
         rate = success_rate(row.seeds - row.collapsed, row.seeds)
         interval = f"95 % [{100 * rate.low:.0f} %, {100 * rate.high:.0f} %]"
-        summary.append(("runs that left chance", f"{row.seeds - row.collapsed} of {row.seeds}, {interval}"))
+        summary.append(("runs above chance", f"{row.seeds - row.collapsed} of {row.seeds}, {interval}"))
     if row.points_per_work is not None:
         summary.append(("points per forward MFLOP and token", f"{row.points_per_work:.3g}"))
     literature = [
@@ -97,14 +97,14 @@ def of_baseline(name: str, group: Group, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _rules(task: str) -> str:
-    """What the baselines of a task are, in the words of its class, where it is registered here. A record from elsewhere
-    names code that nobody asked to run."""
+    """The description of a task's baselines from its class, if the task is registered here. No other code that a record
+    names is run."""
     known = task in tasks.names()
     return " ".join((tasks.get(task)().floors.__doc__ or "").split()) if known else "the task that the record names"
 
 
 def of_profiles(name: str, shape: efficiency.Shape, cells: Sequence[Profile]) -> dict[str, Any]:
-    """The evidence of the speed and memory of an encoder: what was measured at each length."""
+    """The evidence of the speed and memory of an encoder: the measurements at each length."""
     parts: dict[str, Any] = {}
     for cell in cells:
         stored = msgspec.to_builtins(cell)
@@ -121,7 +121,7 @@ def of_profiles(name: str, shape: efficiency.Shape, cells: Sequence[Profile]) ->
 
 
 def curves(label: str, records: Iterable[RunRecord], name: str) -> list[dict[str, Any]]:
-    """The learning curve of each run that has one, thinned to CURVE_POINTS. name: of their row."""
+    """The learning curve of each run that has one, reduced to CURVE_POINTS. name: of their row."""
     runs = []
     for record in records:
         points = [(p.validation_accuracy, p) for p in record.curve if p.validation_accuracy is not None]
@@ -139,8 +139,8 @@ def curves(label: str, records: Iterable[RunRecord], name: str) -> list[dict[str
 
 
 def pooled(evidence: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """What the page's script reads: "evidence" with parts as numbers in the list "parts", and these with (name, value)
-    pairs as numbers in the list "pairs". Each part and each pair is there once."""
+    """The data of the page's script: "evidence" refers to parts by their index in the list "parts", and parts refer to
+    (name, value) pairs by their index in the list "pairs". Each part and each pair is stored once."""
     parts: dict[tuple[str, tuple[int, ...]], int] = {}
     pairs: dict[tuple[str, str], int] = {}
     for entry in evidence.values():
@@ -151,7 +151,7 @@ def pooled(evidence: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _of_runs(title: str, parts: Mapping[str, Any], runs: Sequence[RunRecord]) -> dict[str, Any]:
-    """`parts`, the runs, and what the first of them has recorded."""
+    """`parts`, the runs, and the record of the first of them."""
     first = runs[0]
     stored = msgspec.to_builtins(first)
     recorded = {

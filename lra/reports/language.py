@@ -1,4 +1,4 @@
-"""The tables of the language tasks: bits per token of every run. They are no part of the leaderboard."""
+"""The tables of the language tasks: bits per token of every run. They are not part of the leaderboard."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NOTE = (
 
 
 def group_of(record: RunRecord) -> tuple[Any, ...]:
-    """What the rows of a table share: modified runs have one of their own."""
+    """Key of a table; modified runs have a table of their own."""
     data = (record.data.checksum, record.test.n)
     return record.task, record.protocol.name, record.recipe.name, bool(record.changed), *data
 
@@ -35,7 +35,7 @@ def _table(runs: list[RunRecord]) -> Table:
     first = runs[0]
     contexts = sorted({name for run in runs for name in run.test.bits_at}, key=lambda name: int(name.partition("-")[0]))
     columns = [*COLUMNS, *contexts, *MORE]
-    # the order of a tuple is that of its bits
+    # sorted by bits, the first element of each tuple
     rows = [(run.test.bits or 0.0, _row(run, contexts)) for run in runs]
     for name, bits in {name: bits for run in runs for name, bits in run.floor_bits.items()}.items():
         shown = [f"{name} (no sequence model)", f"{bits:.3f}", f"{2**bits:.2f}"]

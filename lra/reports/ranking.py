@@ -1,9 +1,9 @@
 """Groups comparable results and ranks them.
 
 Runs are compared only if task, protocol, data, recipe, regime, kind of device and number of test examples agree, and
-only if they used the shipped recipe as it is; other runs are listed apart and have no rank. Rows that the evidence does
-not separate share a rank. Runs of several machines are compared, and each row names the dtype that its machines chose;
-speed and memory are those of one machine's profile in one dtype.
+only if they used the shipped recipe without changes; other runs are listed apart and have no rank. Rows that do not
+differ significantly share a rank. Runs of several machines are compared, and each row names its dtype; speed and memory
+are those of one machine's profile in one dtype.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lra import registry
 from lra.results.collection import Collection, Predictions
 from lra.results.literature import Reported
 from lra.results.official import OWN, Settings
@@ -58,20 +59,21 @@ class Group:
 
 
 Overall = tuple[str, str, str, str]
-"""Protocol, recipe, regime and device: what the rows of a table over tasks share."""
+"""Key of a table over tasks: protocol, recipe, regime and device."""
 Key = tuple[Group, str, str, str]
-"""Group, architecture, and what tells apart its rows in this group: the recipe's hash where it counts, and the source
-of a user's class."""
+"""Key of a row: group, architecture, the recipe's hash if it distinguishes rows, and the source of a user's class."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One architecture in a group; its runs differ in the seed only. label: the architecture, followed by the first
-    digits of the recipe's hash, or of its source, where a group has it with two. Work, minutes and `seen`, the number
-    of training examples with repeats, are means over the runs. profile: of a training step at the length nearest to
-    that of the group, on a machine and in a dtype that all its rows share; speed and memory of the runs themselves,
-    which may have shared their machine, stay in their records. dtype: of the arithmetic of the runs. hardware: machines
-    of the runs."""
+    """One architecture in a group; its runs differ only in the seed.
+
+    label: the architecture, followed by the first digits of the recipe's hash or of the source if the group has several
+    of them. flops, minutes and `seen`, the number of training examples with repeats, are means over the runs. profile:
+    a profiled training step at the length nearest to that of the group, on a machine and in a dtype that all rows of
+    the group share. Speed and memory of the runs themselves, which may have shared their machine, are in their records
+    only. dtype: of the arithmetic of the runs. hardware: machines of the runs.
+    """
 
     architecture: str
     label: str
@@ -104,7 +106,7 @@ class Row:
 
     @property
     def succeeded(self) -> list[float]:
-        """Accuracies of the runs that left chance."""
+        """Accuracies of the runs above chance."""
         return [run.test.accuracy for run in self.runs if not run.at_chance]
 
     @property
@@ -112,9 +114,17 @@ class Row:
         return self.runs[0].protocol.length
 
     @property
+    def flops_per_token(self) -> float | None:
+        """Forward FLOPs of an example over its tokens, those of both sequences where the task has two."""
+        if not (self.flops and self.length):
+            return None
+        return self.flops / (self.length * _towers(self.runs[0].task))
+
+    @property
     def points_per_work(self) -> float | None:
         """Accuracy in points per forward MFLOP and token."""
-        return 100 * self.accuracy.mean / (self.flops / self.length / 1e6) if self.flops and self.length else None
+        per_token = self.flops_per_token
+        return 100 * self.accuracy.mean / (per_token / 1e6) if per_token else None
 
     @property
     def memory_score(self) -> float | None:
@@ -144,7 +154,7 @@ class Leaderboard:
 
     @classmethod
     def of(cls, collection: Collection) -> Leaderboard:
-        """Group and rank the results of a collection. Of several runs with the same settings and seed, the newest
+        """Group and rank the results of a collection. If several runs have the same settings and seed, only the newest
         counts."""
         official: dict[Key, dict[int, RunRecord]] = {}
         modified: dict[Key, dict[int, RunRecord]] = {}
@@ -186,10 +196,10 @@ class Leaderboard:
 
     @cached_property
     def by_task(self) -> dict[Overall, dict[str, dict[str, Row]]]:
-        """Table over tasks -> architecture -> LRA task -> row, where there are at least two tasks.
+        """Table over tasks -> architecture -> LRA task -> row, for tables of at least two tasks.
 
-        Of two groups of one task, the one with more test examples counts. An architecture with two recipes of the same
-        name for a task is left out of that task, because it is not known which of them its other tasks belong to.
+        If a task has two groups, the one with more test examples counts. An architecture with two recipes of the same
+        name for a task is left out of that task, because it is ambiguous which of them belongs to its other tasks.
         """
         overall: dict[Overall, dict[str, dict[str, Row]]] = {}
         for group, rows in sorted(self.groups.items(), key=lambda item: item[0].tested):
@@ -231,6 +241,12 @@ def group_of(record: RunRecord, shipped: bool = True) -> Group:
     )  # fmt: skip
 
 
+@cache
+def _towers(task: str) -> int:
+    """Number of sequences in an example of a task; 1 for a task that is not registered."""
+    return int(registry.tasks.get(task).cls.towers) if task in registry.tasks.names() else 1
+
+
 def average(by_task: Mapping[str, Row], tasks: Sequence[str]) -> Estimate | None:
     """Mean over exactly these tasks; None if one is missing."""
     if any(task not in by_task for task in tasks):
@@ -239,7 +255,7 @@ def average(by_task: Mapping[str, Row], tasks: Sequence[str]) -> Estimate | None
 
 
 def _labels(keys: Iterable[Key]) -> dict[Key, str]:
-    """Label of each row: the architecture, with the start of what tells it apart where it is in a group twice."""
+    """Label of each row: the architecture, with the first digits of hash or source if a group has it twice."""
     keys = list(keys)
     hashes, sources = ({k[:2]: {o[place] for o in keys if o[:2] == k[:2]} for k in keys} for place in (2, 3))
     labels = {}
@@ -252,8 +268,9 @@ def _labels(keys: Iterable[Key]) -> dict[Key, str]:
 
 
 def _profiles(profiles: Sequence[AnyProfile], runs: Sequence[RunRecord]) -> Mapping[str, Profile]:
-    """Architecture -> profile of a training step, for the runs of a group: all of one machine and dtype, with threads
-    and in a dtype that runs had, at the length nearest to theirs. Of several, those with most of the architectures."""
+    """Architecture -> profile of a training step, for the runs of a group: all of one machine and dtype, at the length
+    nearest to that of the runs, with a number of threads and a dtype that some run has. If several machines qualify,
+    the one with most of the architectures is taken."""
     names, threads = {run.architecture for run in runs}, {run.environment.threads for run in runs}
     dtypes, length = {run.environment.dtype for run in runs}, runs[0].protocol.length or 0
     measured = {

@@ -42,7 +42,7 @@ CURVES = {
     "accuracy": ("validation accuracy", "validation accuracy %"),
     "validation_loss": ("validation loss", "validation loss"), "loss": ("training loss", "training loss"),
 }  # fmt: skip
-"""What is drawn against training steps: key of a run's curve -> (title, axis label)."""
+"""Learning curves against training steps: key of a run's curve -> (title, axis label)."""
 NO_INTERVAL: dict[str, Any] = {"half": "", "bar": None}
 PANEL = "the names in a panel"
 """Stands for them in a specification that several panels share."""
@@ -74,7 +74,7 @@ class _Page:
 
     def add_curves(self) -> dict[str, int]:
         """Add a specification for each kind of learning curve that some run has, and one by seed: kind -> its number.
-        It serves every panel: the script fills in the dataset "runs" and the names, where PANEL stands."""
+        It serves every panel: the script fills in the dataset "runs" and replaces PANEL by the names."""
         numbers = {}
         for kind, (_, label) in CURVES.items():
             if some := [run for run in self.runs if kind in run][:1]:
@@ -284,7 +284,7 @@ def _percent(value: float, axis: tuple[float, float]) -> int:
 
 
 def _ticks(baselines: Mapping[str, float], axis: tuple[float, float]) -> list[int]:
-    """Where the baselines on the axis are drawn, in percent of it."""
+    """Positions of the baselines on the axis, in percent of it."""
     return sorted({_percent(value, axis) for value in baselines.values() if axis[0] <= value <= axis[1]})
 
 
@@ -309,7 +309,7 @@ def _table_rows(
 
 
 def _shared(group: Group) -> dict[str, str]:
-    """What all rows of a group have in common, as far as the page filters by it."""
+    """The properties that all rows of a group share and that the page filters by."""
     return {key: getattr(group, key) for key in ("task", "protocol", "recipe", "regime", "device")}
 
 
@@ -319,13 +319,13 @@ def _rules(rows: Iterable[Row]) -> dict[str, float]:
 
 
 def _title(key: Overall) -> str:
-    """Of the table over tasks."""
+    """Title of the table over tasks."""
     protocol, recipe, regime, device = key
     return f"Recipe {recipe}, {regime}, protocol {protocol}, {device}"
 
 
 def _average_id(number: int, title: str, name: str) -> str:
-    """Of the mean of an architecture in a table over tasks."""
+    """Id of the evidence for the mean of an architecture in a table over tasks."""
     return f"a{number} {title} {name}"
 
 

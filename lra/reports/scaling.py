@@ -1,17 +1,19 @@
-"""Scaling studies: what the runs of a task say of loss against compute, parameters and tokens.
+"""Scaling studies: loss against compute, parameters and tokens, from the runs of a task.
 
-A study holds runs that share task, protocol, data, recipe name, regime and number of test examples; what differs within
-it is the architecture and the settings that a sweep has varied. For each architecture:
+The runs of a study share task, protocol, data, recipe name, regime and number of test examples. They differ in the
+architecture and in the settings that a sweep varies. For each architecture:
 
-    frontier by Chinchilla's law    loss, parameters and tokens that are best for a budget, C = kappa N D
-    power law in compute            over the runs that no cheaper run beats
+    frontier by Chinchilla's law    the best loss, parameters and tokens for a budget C = kappa N D
+    power law in compute            fitted to the runs that beat every run of at most their compute
 
-C is FLOPs of training, forward and backward at the protocol's full length, for all examples seen; N all parameters; D
-tokens of training, padding included. Neither is continued beyond the compute of the runs.
+C is the FLOPs of training: forward and backward at the protocol's full length, for all examples seen, those of
+self-pretraining included. N is the number of parameters, D the number of training tokens with padding. Neither law is
+extrapolated beyond the compute of the runs.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PLACES = tuple(place for place in result.PLACES if place != "smoke")
-"""Parts of the results folder that studies read."""
+"""The parts of the results folder that studies read."""
 METRICS = {
     "bits": "bits per token of the test split",
     "loss": "loss of the selected checkpoint on the selection split",
@@ -45,19 +47,19 @@ LAWS = ("architecture", "runs", "E", "alpha", "beta", "b in C")
 BEST = ("architecture", "N ~ C^", "FLOP", "N", "D", "loss")
 MISSING = "-"
 LAWS_NOTE = (
-    "E, alpha, beta: of E + A / N^alpha + B / D^beta; b in C: of a C^-b + c over the runs that no cheaper run beats. "
-    "Intervals of 95 %, by bootstrap over runs"
+    "E, alpha, beta: of E + A / N^alpha + B / D^beta; b in C: of a C^-b + c, fitted to the runs that beat every run of "
+    "at most their compute. Intervals of 95 %, by bootstrap over runs"
 )
 BEST_NOTE = (
-    "the lowest loss of the largest budget spent, with its parameters N and training tokens D where the law in both "
-    "holds; N ~ C^: the exponent of the best number of parameters. Nothing is said beyond the largest run"
+    "the lowest loss at the compute of the largest run, with its parameters N and training tokens D where there is a "
+    "law in both; N ~ C^: the exponent of the best number of parameters. No law is extrapolated beyond the largest run"
 )
 
 
 @dataclass(frozen=True)
 class Study:
-    """runs: one row a run, columns as in RUNS, the cheapest first. laws, powers: by architecture, or the reason why the
-    runs cannot carry the law."""
+    """runs: one row for each run, columns as in RUNS, the cheapest first. laws, powers: the law of each architecture,
+    or the reason why there is none."""
 
     title: str
     metric: str
@@ -85,8 +87,8 @@ class Study:
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(FRONTIER))
 
     def tables(self) -> list[Table]:
-        """The laws of each architecture, with the reasons where one is refused as notes; and the compute-optimal
-        allocation of its largest budget."""
+        """The laws of each architecture, with notes on those that are refused, and the compute-optimal allocation of
+        its largest budget."""
         laws, refused = [], []
         for name, law in self.laws.items():
             power = self.powers[name]
@@ -128,7 +130,8 @@ class Study:
         for name, frame in (("runs", self.runs), ("frontier", self.frontier())):
             path = folder / f"{stem}-{name}.csv"
             with files.atomic(path) as temporary:
-                temporary.write_text(frame.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+                text = frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+                temporary.write_text(text, encoding="utf-8")
             written.append(path)
         return [*written, *(charts.save(self.chart(), folder / f"{stem}.{form}") for form in formats)]
 
@@ -141,33 +144,43 @@ def studies(records: Iterable[RunRecord], metric: str = "", resamples: int = 200
     groups: dict[tuple[Any, ...], list[RunRecord]] = {}
     for record in records:
         groups.setdefault(_group(record), []).append(record)
+    titles = Counter(_title(runs[0]) for runs in groups.values())
     made = []
     for _, runs in sorted(groups.items()):
         chosen = metric or ("bits" if all(run.test.bits is not None for run in runs) else "loss")
-        frame = frame_of(runs, chosen)
+        frame, title = frame_of(runs, chosen), _title(runs[0])
+        if titles[title] > 1:
+            title += f", data {runs[0].data.checksum[:8]}"
         if len(frame):
-            made.append(_study(runs[0], chosen, frame, resamples))
+            made.append(_study(title, chosen, frame, resamples))
     if not made:
         raise UserError("no run with this metric, training FLOPs and tokens; `lra sweep` makes runs for a study")
     return made
 
 
 def frame_of(records: Iterable[RunRecord], metric: str) -> pd.DataFrame:
-    """One row for each run that has the metric, FLOPs and tokens; columns as in RUNS, the cheapest first."""
+    """One row for each run that has the metric, FLOPs and tokens; columns as in RUNS, the cheapest first.
+
+    Runs that owe their result to another run (compressed, started from its weights, or with a teacher) are left out:
+    their compute is not all of their training.
+    """
     import pandas as pd
 
     rows = []
     for run in records:
         loss, speed, work = value(run, metric), run.speed, run.flops.forward_backward
+        if run.compression or run.init_from or run.distillation:
+            continue
         if loss is None or not (work and speed.tokens_per_second and speed.training_seconds and speed.examples):
             continue
-        tokens = speed.tokens_per_second * speed.training_seconds
-        rows.append((run.architecture, run.parameters, tokens, work * speed.examples, loss, run.seed, run.id))
+        examples = run.compute["total"].examples if run.compute else speed.examples
+        tokens = speed.tokens_per_second * speed.training_seconds * examples / speed.examples
+        rows.append((run.architecture, run.parameters, tokens, work * examples, loss, run.seed, run.id))
     return pd.DataFrame(rows, columns=list(RUNS)).sort_values(["flops", "id"], ignore_index=True)
 
 
 def value(run: RunRecord, metric: str) -> float | None:
-    """What is scaled of a run; None where it was not measured."""
+    """The metric of a run; None where it was not measured."""
     if metric == "bits":
         return run.test.bits
     if metric == "error":
@@ -180,7 +193,11 @@ def _group(run: RunRecord) -> tuple[Any, ...]:
     return (run.task, run.protocol.name, run.recipe.name, run.regime, run.data.checksum, run.test.n)
 
 
-def _study(first: RunRecord, metric: str, frame: pd.DataFrame, resamples: int) -> Study:
+def _title(run: RunRecord) -> str:
+    return f"{run.task} ({run.protocol.name}), recipe {run.recipe.name}, {run.regime}, n = {run.test.n:,}"
+
+
+def _study(title: str, metric: str, frame: pd.DataFrame, resamples: int) -> Study:
     laws: dict[str, Chinchilla | str] = {}
     powers: dict[str, PowerLaw | str] = {}
     for name, own in frame.groupby("architecture", sort=True):
@@ -190,12 +207,13 @@ def _study(first: RunRecord, metric: str, frame: pd.DataFrame, resamples: int) -
             )
         except UserError as error:
             laws[str(name)] = str(error)
+        # of runs with equal compute, such as seeds, the best one
+        own = own.sort_values(["flops", "loss"])
         front = own[own["loss"] < own["loss"].cummin().shift(fill_value=np.inf)]
         try:
             powers[str(name)] = fit_power_law(front["flops"], front["loss"], what="compute", resamples=resamples)
         except UserError as error:
             powers[str(name)] = str(error)
-    title = f"{first.task} ({first.protocol.name}), recipe {first.recipe.name}, {first.regime}, n = {first.test.n:,}"
     return Study(title, metric, frame, laws, powers)
 
 

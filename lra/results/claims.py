@@ -73,7 +73,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Finding:
-    """What the runs of a cell say. outcome: "agrees", "disagrees", or "undecided"; reason: one line where undecided."""
+    """The result of a cell. outcome: "agrees", "disagrees", or "undecided"; reason: one line if undecided."""
 
     cell: Cell
     seeds: tuple[int, ...]
@@ -145,7 +145,7 @@ def _cell(entry: Mapping[str, Any], claim: Mapping[str, Any], where: str) -> Cel
 
 
 def judge(claim: Claim, records: Iterable[RunRecord]) -> Judgement:
-    """What the runs say about a claim: each cell by its 95 % interval, over seeds where there are several."""
+    """Compare a claim with the runs: each cell by its 95 % interval, over seeds if there are several."""
     records = list(records)
     return Judgement(claim, tuple(_judge_cell(claim, cell, records) for cell in claim.cells))
 

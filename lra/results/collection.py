@@ -31,7 +31,7 @@ FILTERS: dict[str, Callable[[RunRecord], str]] = {
     "regime": lambda record: record.regime,
     "device": lambda record: record.hardware,
 }
-"""What results can be selected by."""
+"""Filters of results: name -> value of a record."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Collection:
 
     @cached_property
     def settings(self) -> Mapping[str, Settings]:
-        """How each run, by id, relates to the shipped recipe of its name."""
+        """Id -> relation of the run to the shipped recipe of its name."""
         return {record.id: settings_of(record) for record in self.records}
 
     def frame(self) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""What a run on a diagnostic task says: solved, failed or undecided, and up to which length it holds."""
+"""Verdict on a run of a diagnostic task: solved, failed or undecided, and the longest length it reaches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SOLVED = 0.9
 REACHED = 0.9
 """Share of right answers that a longer test split has to keep."""
 NEAR = 0.05
-"""Distance from a plateau at which a run counts as resting on it."""
+"""Distance from a plateau within which a run counts as being at it."""
 RISING = 0.02
 """Gain of the validation accuracy in the last third of training from which it is still rising."""
 

@@ -15,7 +15,7 @@ PACKAGES = ("torch", "lightning", "torchmetrics", "numba", "numpy", "triton", "d
 
 
 def environment() -> dict[str, Any]:
-    """Content of `lra.results.record.Environment`, as far as this process knows it."""
+    """Content of `lra.results.record.Environment`, as far as this process can determine it."""
     import torch
 
     versions = {}

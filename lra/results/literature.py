@@ -1,4 +1,4 @@
-"""The literature: published figures, read in their sources. They stand beside measured ones and are never ranked.
+"""The literature: published figures, checked in their sources. They are shown beside measured ones, never ranked.
 
 `results/reported.csv`: one row per model and source, accuracies in %, FAIL where the source says that training failed.
 protocol: the data pipeline behind the row where it is known; not_comparable: tasks on which the source itself did

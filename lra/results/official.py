@@ -1,4 +1,4 @@
-"""Whether a run used the settings of a shipped recipe, and in which settings it departs from them.
+"""Comparison of a run with the settings of the shipped recipe.
 
     official        the shipped recipe of that name resolves to exactly these settings
     modified        the run changed some of them: --set, --match, --pretrain, or another recipe file of that name
@@ -34,7 +34,7 @@ ABSENT = "-"
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run relates to the shipped recipe. changed: setting -> (value of the run, value of the recipe), as text."""
+    """Relation of a run to the shipped recipe. changed: setting -> (value of the run, value of the recipe), as text."""
 
     status: str
     changed: Mapping[str, tuple[str, str]] = field(default_factory=dict)
@@ -81,7 +81,7 @@ def changed_settings(recipe: Recipe) -> dict[str, Any] | None:
 
 @lru_cache(maxsize=4096)
 def shipped_recipe(name: str, task: str, architecture: str, protocol: str = "") -> Recipe | None:
-    """What the shipped recipe resolves to for a task, protocol and architecture; None if it is not shipped."""
+    """The resolved shipped recipe for a task, protocol and architecture; None if it is not shipped."""
     if name != "paper" and name not in recipes.names():
         return None
     try:

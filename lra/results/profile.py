@@ -52,7 +52,7 @@ class Cell(Struct, frozen=True):
         return root / "profile" / f"{_slug(machine)}-{self.dtype}" / self._file()
 
     def earlier_path(self, root: Path, device: str) -> Path:
-        """Where releases up to 0.1 kept the file: in a folder named by the kind of device, "cpu" or "cuda"."""
+        """Path of the file in releases up to 0.1: in a folder named by the kind of device, "cpu" or "cuda"."""
         return root / "profile" / device / self._file()
 
     def _file(self) -> str:
@@ -109,7 +109,7 @@ class StepMemory(Part, frozen=True, kw_only=True):
 
 
 class MachinePeak(Part, frozen=True, kw_only=True):
-    """What the machine can do: rate of the fastest matrix product in FLOP/s, bandwidth of a sum in bytes/s."""
+    """Limits of the machine: rate of the fastest matrix product in FLOP/s, bandwidth of a sum in bytes/s."""
 
     rate: Number
     bandwidth: Number | None = None

@@ -12,14 +12,14 @@ from lra.results.validation import Part, convert
 
 SCHEMA = 1
 AT_CHANCE = "at chance (not significantly above the majority class)"
-"""What `RunRecord.collapsed` says of a run that did not leave chance."""
+"""The value of `RunRecord.collapsed` for a run at chance."""
 
 Share = Annotated[float, Meta(ge=0, le=1)]
 Number = int | float
 
 
 class Measured(Part, frozen=True, kw_only=True):
-    """What the target of a task measures beside the accuracy (`lra.target`). seconds: of scoring.
+    """The scores of a target beside the accuracy (`lra.target`). seconds: of scoring.
 
     positions, last: of a target at each position, the share of right scored positions, and of examples whose last
     scored position is right; accuracy is then that of whole sequences. error: mean squared error of a real value;
@@ -216,7 +216,7 @@ class RateSearch(Part, frozen=True, kw_only=True):
 
 
 class Compilation(Part, frozen=True, kw_only=True):
-    """What `torch.compile` did."""
+    """The outcome of `torch.compile`."""
 
     status: str
     graph_breaks: int = 0
@@ -317,8 +317,8 @@ class RunRecord(Part, frozen=True, kw_only=True):
 
     @property
     def source_key(self) -> str:
-        """What tells apart sources of one name: empty for an architecture of this project. A source that is unknown is
-        that of no other run."""
+        """The key that distinguishes sources of one name: empty for an architecture of this project. An unknown source
+        is that of no other run."""
         return "" if self.source is None else self.source.sha256 or self.id
 
 

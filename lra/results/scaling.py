@@ -3,13 +3,14 @@
     L(x)    = a x^-b + c
     L(N, D) = E + A / N^alpha + B / D^beta        Hoffmann et al. 2022, arXiv:2203.15556, equation 2 and appendix D.3
 
-Both are fitted as there: the sum of the Huber loss (delta = 10^-3) of log L - LSE(log of each term), minimised by
-L-BFGS from many starts. The starts are that paper's grid, with log E relative to the smallest loss; those with the
-lowest value are followed. Departures: logarithms of N and D are centred, and the objective is scaled, without which
-L-BFGS stops early (Besiroglu et al. 2024, arXiv:2404.10102).
+Both are fitted as in that paper: L-BFGS minimises the sum of the Huber loss (delta = 10^-3) of log L - LSE(log of each
+term) from many starts. The starts are the paper's grid, with log E relative to the smallest loss; L-BFGS runs from
+those with the lowest objective. Departures: logarithms of N and D are centred and the objective is scaled, because
+L-BFGS otherwise stops early (Besiroglu et al. 2024, arXiv:2404.10102).
 
-Intervals are of 95 %, from a percentile bootstrap over runs. They say nothing of other seeds where there is one seed,
-and nothing of what lies outside the range of the data. What data cannot carry is refused with a reason.
+Intervals are 95 % percentile bootstrap intervals over runs. With one seed they do not include the variation between
+seeds, and they are not valid outside the range of the data. If the runs do not determine a law, UserError gives the
+reason.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ Numbers = Sequence[float] | np.ndarray
 DELTA = 1e-3
 RESAMPLES = 200
 FOLLOWED = 20
-"""Starts from which L-BFGS runs."""
+"""Number of starts from which L-BFGS runs."""
 FEWEST_OF_LAW, FEWEST_OF_CHINCHILLA = 6, 10
-"""Runs: twice as many as parameters."""
+"""Smallest number of runs: twice the number of parameters of the law."""
 RANGE_OF_LAW, RANGE_OF_CHINCHILLA = 8.0, 4.0
-"""Factors between the largest and the smallest value of a quantity."""
+"""Smallest ratio of the largest and the smallest value of a quantity."""
 COLLINEAR = 0.9
-"""Correlation of log N and log D from which their effects are not told apart."""
+"""Correlation of log N and log D above which their effects cannot be separated."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class PowerLaw:
     samples: np.ndarray
 
     def at(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Loss at x (k,), and the ends of its interval."""
+        """Loss at x (k,), and the lower and upper ends of its interval."""
 
         def law(a: Any, b: Any, c: Any) -> np.ndarray:
             return a * np.asarray(x, float) ** -b + c
@@ -75,7 +76,7 @@ class Chinchilla:
 
     @property
     def exponent(self) -> Estimate:
-        """Of the compute-optimal number of parameters, N_opt ~ C^(beta / (alpha + beta))."""
+        """The exponent of the compute-optimal number of parameters, N_opt ~ C^(beta / (alpha + beta))."""
         alpha, beta = self.samples[:, 3], self.samples[:, 4]
         low, high = _ends((beta / (alpha + beta))[:, None])
         share = self.beta.mean / (self.alpha.mean + self.beta.mean)
@@ -89,10 +90,12 @@ class Chinchilla:
         """The compute-optimal parameters, tokens and loss at budgets (k,), and the interval of the loss.
 
         N = G (C / kappa)^(beta / (alpha + beta)), D = C / (kappa N), G = (alpha A / (beta B))^(1 / (alpha + beta)).
+        Resamples with an exponent of 0 or below have no optimum; the interval is over the others.
         """
         product = np.asarray(flops, float) / self.flops_per
         best = _allocation(self._means, product)
-        sampled = [_chinchilla(row, *_allocation(row, product)) for row in self.samples]
+        falling = self.samples[(self.samples[:, 3:] > 0).all(axis=1)]
+        sampled = [_chinchilla(row, *_allocation(row, product)) for row in falling]
         low, high = _ends(np.stack(sampled))
         names = ("parameters", "tokens", "loss", "low", "high")
         return dict(zip(names, (*best, _chinchilla(self._means, *best), low, high), strict=True))
@@ -103,8 +106,8 @@ class Chinchilla:
 
 
 def fit_power_law(x: Numbers, loss: Numbers, *, what: str = "x", resamples: int = RESAMPLES, seed: int = 0) -> PowerLaw:
-    """Fit L(x) = a x^-b + c to runs. x, loss: (n,), above 0; what: the name of x, for messages. Raises UserError where
-    the runs cannot carry the law."""
+    """Fit L(x) = a x^-b + c to runs. x, loss: (n,), above 0; what: the name of x, for messages. Raises UserError if
+    the runs do not determine the law."""
     values, losses = _checked({what: x}, loss, FEWEST_OF_LAW, RANGE_OF_LAW, fewest_values=4)
     logs, log_loss = np.log(values), np.log(losses)
     _require_fall(logs[0], log_loss, what)
@@ -122,16 +125,17 @@ def fit_chinchilla(
 ) -> Chinchilla:  # fmt: skip
     """Fit L(N, D) = E + A / N^alpha + B / D^beta to runs.
 
-    parameters, tokens, loss: (n,), above 0. flops: (n,) of training, from which FLOPs per parameter and token are taken
-    (geometric mean); 6 without them. Raises UserError where the runs cannot carry the law.
+    parameters, tokens, loss: (n,), above 0. flops: (n,) of training, above 0, which give the FLOPs per parameter and
+    token (geometric mean); 6 without them. Raises UserError if the runs do not determine the law.
     """
     quantities = {"parameters": parameters, "tokens": tokens}
     values, losses = _checked(quantities, loss, FEWEST_OF_CHINCHILLA, RANGE_OF_CHINCHILLA, fewest_values=3)
+    work = None if flops is None else _positive("FLOPs", flops, len(losses))
     logs, log_loss = np.log(values), np.log(losses)
     if abs(together := float(np.corrcoef(logs)[0, 1])) > COLLINEAR:
         raise UserError(
-            f"parameters and tokens vary together (correlation of their logarithms {together:.2f}), so that their "
-            "effects are not told apart; train several widths on the same tokens"
+            f"parameters and tokens vary together (correlation of their logarithms {together:.2f}), so their effects "
+            "cannot be separated; train several widths on the same tokens"
         )
     for name, own, other in (("parameters", logs[0], logs[1:]), ("tokens", logs[1], logs[:1])):
         _require_fall(own, log_loss - _best(other, log_loss), name)
@@ -139,8 +143,8 @@ def fit_chinchilla(
     order = [np.exp(log_e), np.exp(log_a), np.exp(log_b), alpha, beta]
     samples = [np.exp(sampled[2]), np.exp(sampled[0]), np.exp(sampled[1]), sampled[3], sampled[4]]
     per = 6.0
-    if flops is not None:
-        per = float(np.exp(np.mean(np.log(np.asarray(flops, float)) - logs.sum(axis=0))))
+    if work is not None:
+        per = float(np.exp(np.mean(np.log(work) - logs.sum(axis=0))))
     E, A, B, own_alpha, own_beta = _estimates(order, samples, len(losses))
     law = Chinchilla(E, A, B, own_alpha, own_beta, np.stack(samples, axis=1), per)
     _require_exponent(law.alpha, "parameters")
@@ -151,28 +155,33 @@ def fit_chinchilla(
 def _checked(
     quantities: dict[str, Numbers], loss: Numbers, fewest: int, widest: float, fewest_values: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The quantities (k, n) and the losses (n,). Raises UserError for too few runs and too narrow a range."""
-    values, losses = np.array([list(v) for v in quantities.values()], float), np.asarray(loss, float)
-    if values.shape[1] != len(losses):
-        raise UserError(
-            f"{values.shape[1]} values of {', '.join(quantities)} for {len(losses)} losses; one for each run"
-        )
-    if len(losses) < fewest:
-        raise UserError(f"{len(losses)} run{'s' * (len(losses) != 1)}; at least {fewest}")
-    for name, row in (*zip(quantities, values, strict=True), ("the loss", losses)):
-        if not (np.isfinite(row) & (row > 0)).all():
-            raise UserError(f"{name} of a run is not a finite number above 0")
+    """The quantities (k, n) and the losses (n,). Raises UserError for too few runs or a range that is too narrow."""
+    count = len(loss)
+    values = np.stack([_positive(name, given, count) for name, given in quantities.items()])
+    losses = _positive("the loss", loss, count)
+    if count < fewest:
+        raise UserError(f"{count} run{'s' * (count != 1)}; at least {fewest}")
     for name, row in zip(quantities, values, strict=True):
-        if (count := len(np.unique(row))) < fewest_values:
-            raise UserError(f"{count} different values of {name}; at least {fewest_values}")
+        if (different := len(np.unique(row))) < fewest_values:
+            raise UserError(f"{different} different values of {name}; at least {fewest_values}")
         if (ratio := row.max() / row.min()) < widest:
             raise UserError(f"{name} varies by a factor of {ratio:.3g}; at least {widest:g}")
     return values, losses
 
 
+def _positive(name: str, given: Numbers, count: int) -> np.ndarray:
+    """A quantity of `count` runs, (count,). Raises UserError unless every run has a finite one above 0."""
+    values = np.asarray(given, float)
+    if len(values) != count:
+        raise UserError(f"{len(values)} values of {name} for {count} losses; one for each run")
+    if not (np.isfinite(values) & (values > 0)).all():
+        raise UserError(f"{name}: the value of a run is not a finite number above 0")
+    return values
+
+
 def _require_fall(values: np.ndarray, log_loss: np.ndarray, what: str) -> None:
-    """Raise UserError unless losses fall with the values (Spearman's rank correlation, one-sided, 5 %). log_loss: less
-    what other quantities explain."""
+    """Raise UserError unless losses fall with the values (Spearman's rank correlation, one-sided, 5 %). log_loss: the
+    log losses minus the effect of other quantities."""
     found = stats.spearmanr(values, log_loss, alternative="less") if np.ptp(log_loss) else None
     if found is None or not found.pvalue < LEVEL:
         told = "" if found is None else f" (rank correlation {found.statistic:.2f}, p = {found.pvalue:.2g})"
@@ -197,7 +206,7 @@ def _best(logs: np.ndarray, log_loss: np.ndarray) -> np.ndarray:
 
 def _fit(logs: np.ndarray, log_loss: np.ndarray, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Parameters (2 k + 1,) and those of each resample (2 k + 1, resamples): the logarithms of the k factors, that of
-    the constant, and the k exponents. logs: (k, n). Raises UserError where resamples hold too few different runs."""
+    the constant, and the k exponents. logs: (k, n). Raises UserError if resamples hold too few different runs."""
     centre, count = logs.mean(axis=1), len(log_loss)
     x = logs - centre[:, None]
     starts = _starts(centre, float(log_loss.min()))
@@ -212,7 +221,7 @@ def _fit(logs: np.ndarray, log_loss: np.ndarray, resamples: int, seed: int) -> t
         if len(found) == resamples:
             break
     else:
-        raise UserError("most resamples of the runs hold too few different values for an interval; add runs")
+        raise UserError("too few different runs for a bootstrap interval; add runs")
     return _uncentred(best[0], centre), _uncentred(np.stack(found), centre).T
 
 
@@ -234,7 +243,7 @@ def _uncentred(theta: np.ndarray, centre: np.ndarray) -> np.ndarray:
 
 
 def _follow(starts: np.ndarray, x: np.ndarray, log_loss: np.ndarray, weights: np.ndarray, count: int) -> np.ndarray:
-    """Where L-BFGS ends from the `count` best of the starts, the best end first."""
+    """The minima that L-BFGS finds from the `count` best starts, the lowest first."""
     values = np.concatenate([_values(part, x, log_loss, weights)[0] for part in np.array_split(starts, 9)])
     ends = [
         optimize.minimize(_objective, starts[i], (x, log_loss, weights), "L-BFGS-B", jac=True, options={"maxiter": 500})

@@ -1,9 +1,9 @@
-"""Means, intervals and tests. Two different uncertainties, never mixed: over training seeds, and of one test set.
+"""Means, intervals and tests for two different uncertainties, which are never mixed.
 
-    over seeds        would another seed say the same?      t interval, Welch's t, stratified bootstrap
-    of the test set   would other test examples say so?     Wilson interval, McNemar, paired permutation
+    over seeds        variation between training seeds      t interval, Welch's t, stratified bootstrap
+    of the test set   variation between test examples       Wilson interval, McNemar, paired permutation
 
-`separation` compares two architectures in both respects; in `ranks`, those that are not separated share a rank.
+`separation` tests two architectures for both. In `ranks`, architectures that do not differ significantly share a rank.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ LEVEL = 0.05
 
 @dataclass(frozen=True)
 class Estimate:
-    """mean with a 95 % interval; `source`: "seeds" (t interval over runs), "test set" (Wilson, one run) or "seeds,
-    bootstrap" (task average). deviation: standard deviation over the runs, None where there is one run."""
+    """A mean with a 95 % interval.
+
+    source: "seeds" (t interval over runs), "test set" (Wilson, one run), "seeds, bootstrap" (task average) or "runs,
+    bootstrap" (scaling laws). count: number of runs. deviation: standard deviation over the runs; None for one run.
+    """
 
     mean: float
     low: float
@@ -52,7 +55,7 @@ def of_test_set(accuracy: float, n: int) -> Estimate:
 
 
 def estimate(accuracies: Sequence[float], n: int) -> Estimate:
-    """Over seeds where there are two or more runs, of the test set otherwise."""
+    """Mean over seeds if there are two or more runs, else of the test set."""
     return over_seeds(accuracies) if len(accuracies) > 1 else of_test_set(accuracies[0], n)
 
 
@@ -62,7 +65,7 @@ def at_chance(accuracy: float, n: int, floor: float) -> bool:
 
 
 def success_rate(succeeded: int, runs: int) -> Estimate:
-    """Share of runs that left chance, with its Wilson interval; the interval is over seeds."""
+    """Share of runs above chance, with its Wilson interval over seeds."""
     interval = stats.binomtest(succeeded, runs).proportion_ci(method="wilson")
     return Estimate(succeeded / runs, float(interval.low), float(interval.high), runs, "seeds")
 
@@ -88,16 +91,19 @@ def task_average(scores: Mapping[str, Sequence[float]], *, resamples: int = 10_0
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
-    """Exact two-sided p that two classifiers are equally accurate. a, b: (n,) bool, whether predictions are right."""
+    """McNemar's test: exact two-sided p value of the hypothesis that two classifiers are equally accurate.
+
+    a, b: (n,) bool, whether predictions are right.
+    """
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray) -> Estimate:
-    """Accuracy of a less that of b on the same test examples, with a 95 % interval over test examples.
+    """Accuracy of a minus that of b on the same test examples, with a 95 % interval over test examples.
 
     a, b: (n,) bool, whether each prediction is right. The interval is Tango's score interval for paired proportions
-    (1998), which holds for small numbers of examples too.
+    (1998), which is also valid for small numbers of examples.
     """
     n, only_a, only_b = len(a), int((a & ~b).sum()), int((b & ~a).sum())
     difference, z = (only_a - only_b) / n, float(stats.norm.ppf(1 - LEVEL / 2))
@@ -112,7 +118,7 @@ def paired_difference(a: np.ndarray, b: np.ndarray) -> Estimate:
         return (only_a - only_b - n * delta) / math.sqrt(variance) if variance > 0 else 0.0
 
     def bound(end: float, target: float) -> float:
-        """Where the score takes the target value, between the difference and an end of [-1, 1]."""
+        """The delta at which the score has the target value, between the difference and an end of [-1, 1]."""
         inside = end * (1 - 1e-12)
         if (score(inside) - target) * end > 0:
             return end
@@ -122,7 +128,7 @@ def paired_difference(a: np.ndarray, b: np.ndarray) -> Estimate:
 
 
 def paired_permutation(a: np.ndarray, b: np.ndarray) -> float:
-    """Exact two-sided p that a and b are exchangeable example by example, each averaged over its runs.
+    """Exact two-sided p value of the hypothesis that a and b, averaged over runs, are exchangeable on every example.
 
     a: (runs, n) bool, b: (other runs, n) bool, whether each test prediction is right. One run each: McNemar's test.
 
@@ -147,21 +153,21 @@ def paired_permutation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _differences(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Differences of the numbers of right predictions for each example, as if both had equally many runs."""
+    """Differences of the numbers of right predictions for each example, scaled to the same number of runs."""
     runs = math.lcm(len(a), len(b))
     scaled = (x.sum(axis=0, dtype=np.int64) * (runs // len(x)) for x in (a, b))
     return np.subtract(*scaled)
 
 
 def permutation_bound(a: np.ndarray, b: np.ndarray) -> float:
-    """An upper bound of `paired_permutation` that is cheap to compute (Hoeffding 1963)."""
+    """A cheap upper bound of `paired_permutation` (Hoeffding 1963)."""
     differences = _differences(a, b)
     square = float((differences**2).sum())
     return min(1.0, 2 * math.exp(-(float(differences.sum()) ** 2) / (2 * square))) if square else 1.0
 
 
 def welch(a: Sequence[float], b: Sequence[float]) -> float:
-    """Two-sided p that the means over seeds are equal; the variances may differ."""
+    """Welch's test: two-sided p value of the hypothesis that the means over seeds are equal; variances may differ."""
     difference, error, freedom = _welch(a, b)
     if not error:
         return 1.0 if not difference else 0.0
@@ -169,7 +175,7 @@ def welch(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def difference_of_means(a: Sequence[float], b: Sequence[float]) -> Estimate:
-    """Mean of a less that of b, with Welch's 95 % interval over seeds. a, b: at least two runs each."""
+    """Mean of a minus that of b, with Welch's 95 % interval over seeds. a, b: at least two runs each."""
     difference, error, freedom = _welch(a, b)
     half = float(stats.t.ppf(1 - LEVEL / 2, freedom)) * error if error else 0.0
     return Estimate(difference, difference - half, difference + half, min(len(a), len(b)), "seeds")
@@ -195,20 +201,20 @@ def holm(pvalues: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Runs:
-    """The runs of one architecture. accuracies: one for each run; correct: (runs, n) bool on the same test examples for
-    all architectures that are compared, or None where predictions are not stored."""
+    """The runs of one architecture. accuracies: one for each run; correct: (runs, n) bool, on test examples shared by
+    all architectures that are compared, or None if predictions are not stored."""
 
     accuracies: Sequence[float]
     correct: np.ndarray | None = None
 
 
 def separation(a: Runs, b: Runs, decided: float = 0.0) -> float:
-    """P value that a and b are equally good: the larger of Welch's test over seeds and the permutation test over test
-    examples, so with two or more seeds both must be significant. With one run of either, only the test examples count;
-    1 if there are no predictions either.
+    """P value of the hypothesis that a and b are equally good: the larger of Welch's test over seeds and the
+    permutation test over test examples, so with two or more seeds both must be significant. If either has one run, only
+    the test examples count; the value is 1 without predictions.
 
-    decided: a value so small that a p below it need not be exact; an upper bound below it is returned then, and 1 for
-    values of LEVEL and above.
+    decided: threshold below which p need not be exact. If it is above 0, the result may be an upper bound below this
+    threshold, and 1 for values of LEVEL and above.
     """
     over_seeds = welch(a.accuracies, b.accuracies) if min(len(a.accuracies), len(b.accuracies)) > 1 else None
     if a.correct is None or b.correct is None or a.correct.shape[1] != b.correct.shape[1]:
@@ -221,11 +227,13 @@ def separation(a: Runs, b: Runs, decided: float = 0.0) -> float:
 
 
 def ranks(runs: Sequence[Runs]) -> list[int]:
-    """1 + the number of others that are significantly better (5 %, Holm over all pairs), and never above a row with a
-    higher mean: an architecture whose runs scatter does not gain from being hard to separate."""
+    """Rank of each architecture: 1 + the number of others that are significantly better (5 %, Holm over all pairs).
+
+    No architecture ranks above one with a higher mean, so a large variance between runs is no advantage.
+    """
     means = [math.fsum(r.accuracies) / len(r.accuracies) for r in runs]
     pairs = [(i, j) for i in range(len(runs)) for j in range(i)]
-    # what Bonferroni's bound rejects, Holm's procedure rejects in any order
+    # whatever Bonferroni's bound rejects, Holm's procedure rejects as well
     decided = LEVEL / max(len(pairs), 1)
     ranks = [1] * len(runs)
     for (i, j), p in zip(pairs, holm([separation(runs[i], runs[j], decided) for i, j in pairs]), strict=True):
@@ -238,12 +246,12 @@ def ranks(runs: Sequence[Runs]) -> list[int]:
 
 
 def seeds_needed(deviation: float, half_width: float, have: int = 0) -> int:
-    """Number of further runs until the 95 % t interval over seeds is at most ± half_width, if `deviation` stays as it
-    is. have: runs there are."""
+    """Number of further runs until the 95 % t interval over seeds is at most ± half_width, if `deviation` does not
+    change. have: number of runs so far."""
     if half_width <= 0:
         raise ValueError(f"half_width is {half_width}; more than 0")
     n = 2
     while stats.t.ppf(1 - LEVEL / 2, n - 1) * deviation / math.sqrt(n) > half_width:
-        # no fewer than the normal quantile asks for
+        # at least the number that the normal quantile requires
         n = max(n + 1, math.floor((stats.norm.ppf(1 - LEVEL / 2) * deviation / half_width) ** 2))
     return max(n - have, 0)

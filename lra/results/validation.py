@@ -128,4 +128,4 @@ def _dotted(path: list[str | int]) -> str:
 
 
 def _reject_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a number that JSON knows")
+    raise ValueError(f"{name} is not a number of JSON")

@@ -1,4 +1,4 @@
-"""Run the cells of a sweep on this machine, one process at a time."""
+"""Run the cells of a sweep on this machine, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def run_cell(
 
 
 def has_checkpoint(cell: Cell) -> bool:
-    """Whether an earlier run of a cell left a checkpoint to resume from."""
+    """Whether an earlier run of a cell has a checkpoint to resume from."""
     elsewhere = cell.options.get("checkpoint-dir")
     if not elsewhere and not result.unfinished().is_dir():
         return False

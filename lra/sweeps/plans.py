@@ -15,8 +15,8 @@
 
     flops = [1e12, 4e12]                     budgets of training FLOPs, of which each is run (above the tables)
 
-A budget sets train.steps to what it pays for, by the formula of the architecture, forward and backward at the full
-length of the protocol; train.evaluate_every and optim.warmup change in proportion to the recipe's steps.
+A budget determines train.steps: the work of a step, forward and backward at the full length of the protocol, follows
+from the formula of the architecture. train.evaluate_every and optim.warmup change in proportion to the recipe's steps.
 
 [search] samples settings instead of enumerating them (lra.sweeps.search). A cell that has a result is finished and not
 run again. A file may hold several grids as [[part]] tables with these keys; keys above the first part apply to all
@@ -205,7 +205,7 @@ def _cells(content: Mapping[str, Any], path: Path, limit: int) -> list[Cell]:
         raise UserError(f"{path}: flops sets the steps of each run; leave out {', '.join(sorted(own)) or '[search]'}")
     count = math.prod(len(values) for values in (*lists.values(), *grid.values(), budgets or [0]))
     if count > limit:
-        raise UserError(f"{path} asks for {count:,} runs; a sweep has at most {MAX_CELLS:,}")
+        raise UserError(f"{path} has {count:,} runs; a sweep has at most {MAX_CELLS:,}")
     from lra.config.recipe import check_json
 
     settings = {part: check_json(content.get(part, {}), f"{path}: {part}") for part in ("set", "grid")}
@@ -221,7 +221,7 @@ def _cells(content: Mapping[str, Any], path: Path, limit: int) -> list[Cell]:
 
 
 def _within(cell: Cell, budgets: list[float]) -> Iterator[Cell]:
-    """The cell with the steps that each budget of training FLOPs pays for. Raises UserError where it pays for none."""
+    """The cell with the number of steps for each budget of training FLOPs. Raises UserError for a budget below one."""
     from lra.config.match import build_on_meta, flops_of_example
     from lra.data import prepared_sets
     from lra.registry import architectures, tasks
@@ -242,8 +242,8 @@ def _within(cell: Cell, budgets: list[float]) -> Iterator[Cell]:
         every = round(budget / of_step / validations)
         if not every:
             raise UserError(
-                f"flops: {budget:.3g} pay for {budget / of_step:.2g} steps of {cell.architecture} on {cell.task}, with "
-                f"{validations} validations; at least {validations * of_step:.3g}"
+                f"flops: {budget:.3g} allows {budget / of_step:.2g} steps of {cell.architecture} on {cell.task}, "
+                f"which has {validations} validations; at least {validations * of_step:.3g}"
             )
         steps = every * validations
         warmup = math.ceil(recipe.optim.warmup * steps / train.steps)

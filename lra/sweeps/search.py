@@ -149,5 +149,5 @@ def trial_scores(cell: Cell) -> dict[str, Any] | None:
 
 
 def _merit(scores: Mapping[str, Any]) -> float:
-    """What the best trial has most of: accuracy; of the next token, the negative of its bits."""
+    """The score that the best trial maximises: accuracy or, for the next token, minus its bits."""
     return float(scores["accuracy"] if scores.get("bits") is None else -scores["bits"])

@@ -410,7 +410,7 @@ class Stop(Callback):
 
     def _on_signal(self, number: int, _: Any) -> None:
         now = time.monotonic()
-        # `timeout` and a shell's Ctrl-C deliver the same signal twice; only a later one asks to stop at once
+        # `timeout` and a shell's Ctrl-C deliver the same signal twice; only a later one means to stop at once
         if self.reason and number == signal.SIGINT and now - self._first > 1:
             self._restore()
             raise interruption.Stopped(self.reason)

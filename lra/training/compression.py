@@ -96,7 +96,7 @@ def prune(
 
 
 def rebuild(model: Classifier, structure: Sequence[Mapping[str, Any]]) -> None:
-    """Repeat on a model what `structure` says.
+    """Repeat the changes of `structure` on a model.
 
     Raises ValueError for a method that this version does not know or a module that has no units, AttributeError for a
     module that the model does not have.

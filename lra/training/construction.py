@@ -71,7 +71,7 @@ def build(recipe: Recipe, constructor: Constructor, task: Task, protocol: Protoc
 
 
 def needs_causal(task: Task) -> bool:
-    """Whether an encoder that sees later positions would see the answers of a task, or solve another problem."""
+    """Whether a task needs a causal encoder, because later positions contain its labels or change the problem."""
     return task.causal or task.target == "next"
 
 

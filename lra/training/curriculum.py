@@ -1,4 +1,4 @@
-"""How difficult each training example is for a finished run, and the plan of a curriculum that follows it."""
+"""The difficulty of each training example for a finished run, and the curricula that use it."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ FILE = "difficulty.ckpt"
 
 @dataclass(frozen=True)
 class Scorer:
-    """The model that says how difficult examples are, on the device and in evaluation mode. about: the run it is of,
-    for the record."""
+    """The model that measures the difficulty of examples, on the device and in evaluation mode. about: description of
+    its run, for the record."""
 
     model: Classifier
     about: Mapping[str, Any]
 
 
 class Ordered:
-    """The plan of a recipe's curriculum. alone: whether this is the only process. Of several, the first alone knows the
-    difficulties; they agree on them at the first batch, when they can talk to each other."""
+    """The plan of a recipe's curriculum. known: difficulty of each example, (n,). alone: whether this is the only
+    process. Of several processes only the first has the difficulties; it sends them to the others at the first batch,
+    when the process group exists."""
 
     def __init__(
         self, recipe: Recipe, plain: Sampler, known: np.ndarray | None, curve: Curve, alone: bool = True
@@ -59,11 +60,11 @@ class Ordered:
         return Dynamic(self.plain, cut(self.known, 2, size), self.curve)
 
     def described(self, scorer: Scorer) -> dict[str, Any]:
-        """What the record says of it, after training: the scorer, the number of examples and the mean difficulty of
-        each bin, and the share of hard examples from each step on where it is dynamic."""
+        """The field of the record, after training: the scorer, the number of examples and the mean difficulty of each
+        bin and, if the curriculum is dynamic, the share of hard examples from each step on."""
         if (known := self.known) is None:
             return {}
-        # a run that is resumed after its last step asks for no batch
+        # a run that is resumed after its last step has planned no batch
         plan = self._plan or self._made()
         bins = [{"examples": len(part), "difficulty": round(float(known[part].mean()), 6)} for part in plan.bins]
         facts = dict(scorer.about) | {"bins": bins}
@@ -77,8 +78,8 @@ class Ordered:
 def difficulty(
     scorer: Scorer, data: DeviceSet, target: Target, batch_size: int, folder: Path, resume: bool
 ) -> np.ndarray | None:
-    """-log p of the labels of each example for the scorer (`Target.difficulty`), (n,) float32; None on every process
-    but the first. It is computed in float32 and kept in `folder`, where a resumed run reads it. Raises UserError where
+    """-log p of the labels of each example under the scorer (`Target.difficulty`), (n,) float32; None on every process
+    but the first. It is computed in float32 and stored in `folder`, where a resumed run reads it. Raises UserError if
     it is not finite."""
     if distributed.rank():
         return None
@@ -93,7 +94,7 @@ def difficulty(
         checkpoint.write({"difficulty": found}, path)
     known = checkpoint.read(path)["difficulty"].numpy()
     if len(known) != len(data):
-        raise UserError(f"{path} is of {len(known):,} training examples, not {len(data):,}; run without --resume")
+        raise UserError(f"{path} has {len(known):,} training examples, not {len(data):,}; run without --resume")
     if wrong := int((~np.isfinite(known)).sum()):
         raise UserError(
             f"--scorer {scorer.about['scorer']}: the difficulty of {wrong:,} training examples is not finite"

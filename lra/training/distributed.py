@@ -76,7 +76,7 @@ def trainer_options(placement: Placement) -> dict[str, Any]:
 
 
 def division(placement: Placement) -> Callable[[Classifier, DeviceMesh], None] | None:
-    """What divides the weights of a model over Lightning's mesh; None where each process has all of them."""
+    """The function that divides the weights of a model over Lightning's mesh; None if each process has all of them."""
     if not placement.divides_weights:
         return None
 

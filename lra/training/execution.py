@@ -1,4 +1,4 @@
-"""How an encoder is executed without changing what it computes: recomputed blocks, compiled, in chunks of tokens."""
+"""Execution of an encoder with the same outputs: recomputed activations, compilation, chunks of tokens."""
 
 from __future__ import annotations
 

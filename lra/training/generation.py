@@ -32,7 +32,7 @@ class Sampling:
             raise UserError(f"top_p is {brief(self.top_p)}; above 0, at most 1")
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Of each token: (vocabulary,) -> (vocabulary,)."""
+        """Probability of each token: logits (vocabulary,) -> (vocabulary,)."""
         if self.temperature == 0:
             return torch.zeros_like(logits).index_fill(0, logits.argmax(), 1.0)
         ordered, order = (logits / self.temperature).sort(descending=True)

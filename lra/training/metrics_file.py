@@ -49,7 +49,7 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """The recipe stands beside the log."""
+        """Nothing: the recipe is stored beside the log."""
 
     def _earlier(self) -> list[dict[str, Any]]:
         if self.resume_step is None or not self.path.is_file():

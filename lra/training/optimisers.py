@@ -34,7 +34,7 @@ PACKAGES = {"lion_pytorch": "lion-pytorch", "sophia_opt": "sophia-opt", "schedul
 def parameter_groups(model: nn.Module, encoder: Encoder, recipe: Optim) -> list[dict[str, Any]]:
     """Parameters grouped by learning rate and weight decay.
 
-    The encoder's patterns come first, then the recipe, which decays matrices only unless it says "all".
+    The encoder's patterns come first, then the recipe, which decays only matrices unless decay = "all".
     Parameters that are divided among processes have groups of their own: PyTorch does not update them with others.
     Raises UserError for a pattern that matches no parameter or a setting that does not exist.
     """

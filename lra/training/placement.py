@@ -1,4 +1,4 @@
-"""Where a run is placed: devices, nodes, and the strategy that uses them together."""
+"""Placement of a run: devices, nodes, and the strategy that uses them together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STRATEGIES = (
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a run is placed: devices per node, number of nodes, and the strategy.
+    """Placement of a run: devices per node, number of nodes, and the strategy.
 
     strategy: "ddp" replicates the model on every device; "zero1", "zero2" and "zero3" (or "fsdp") shard it, "tensor",
     "sequence" and "pipeline" divide its width, its tokens and its blocks among the devices, which then all work on the
@@ -37,7 +37,7 @@ class Placement:
 
     @property
     def resolved(self) -> str:
-        """The strategy that is used: "auto" on one device, else what it stands for."""
+        """The strategy that is used: "auto" on one device, else the strategy that "auto" selects."""
         if self.world_size == 1:
             return "auto"
         return "ddp" if self.strategy == "auto" else self.strategy

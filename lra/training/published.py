@@ -1,4 +1,4 @@
-"""Weights that others published: read from their file, checked, put into an encoder, and written as a folder."""
+"""Published weights: read from their file, checked, loaded into an encoder, and written as a folder."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def search(
     leads: bool = True,
     selects: str = "accuracy",
 ) -> tuple[Recipe, dict[str, Any]]:
-    """Try every rate from the model's weights. Returns the recipe with the chosen rate and what the record says of it.
+    """Try every rate from the model's weights. Returns the recipe with the chosen rate and the field of the record.
 
     file: where finished trials are kept (written by the process that leads), so that an interrupted search continues
     with the next rate. run_trial: trains the model and returns its Trial. Weights and random states are restored after

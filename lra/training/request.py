@@ -1,4 +1,4 @@
-"""What a user asks for, and the recipe it resolves to. Nothing here imports torch unless a GPU or a budget needs it."""
+"""The arguments of a run and the recipe that they resolve to. torch is imported only for a GPU or a budget."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ MAX_THREADS = 1024
 
 @dataclass(frozen=True)
 class Request:
-    """One run as a user asks for it.
+    """The arguments of one run.
 
     task, architecture: a registered name, `file.py:Class`, `package.module:Class`, or a class.
     recipe: a name, a TOML file, or "auto" ("diagnostic" for a generated task, "language" for one of that family, else
     "quick" on a CPU, "matched" on a GPU).
     settings: recipe values to override, as text: {"train.steps": "500"}.
     source: folder with the raw data. time_limit: seconds, counted from `created` (of `time.monotonic`).
-    pretrain: "" as the recipe says, else one of OBJECTIVES. match: a budget to solve the width for (lra.config.match).
-    checkpoint_dir: folder for checkpoints, by default the run's own. search: how these settings were searched for.
-    select_only: stop before the test set is read. init_from: run, exported folder or file with the initial weights.
-    teacher: folder of the run that this one imitates (knowledge distillation). scorer: folder of the run that says how
-    difficult each training example is (train.curriculum).
-    threads: number of CPU threads, by default those of OMP_NUM_THREADS, else one for each core.
+    pretrain: one of OBJECTIVES; "" for that of the recipe. match: a budget that determines the width
+    (lra.config.match). checkpoint_dir: folder for checkpoints, by default the run's own. search: description of the
+    search that chose these settings. select_only: stop before the test set is read. init_from: run, exported folder or
+    file with the initial weights. teacher: folder of the run that this one imitates (knowledge distillation). scorer:
+    folder of the run that measures the difficulty of training examples (train.curriculum).
+    threads: number of CPU threads; by default OMP_NUM_THREADS, else one for each core.
     """
 
     task: str | type
@@ -115,9 +115,9 @@ class Request:
 
 
 def resolve(request: Request) -> tuple[Recipe, dict[str, str]]:
-    """The recipe of a request and, for each dotted key, where its value comes from. Raises UserError.
+    """The recipe of a request, and the origin of the value of each dotted key. Raises UserError.
 
-    A width and a depth that meet a budget are found by building encoders, for which torch is imported.
+    Width and depth that meet a budget are found by building encoders, which imports torch.
     """
     recipe, origin = read(request)
     if request.match:
@@ -126,7 +126,7 @@ def resolve(request: Request) -> tuple[Recipe, dict[str, str]]:
 
 
 def read(request: Request) -> tuple[Recipe, dict[str, str]]:
-    """As `resolve`, but with the width as it is given: checks every argument without importing torch."""
+    """Like `resolve`, without solving for the width: checks every argument without importing torch."""
     _check_task(request.task)
     architecture, name = architectures.declaration(request.architecture), request.architecture_name
     recipe, origin = recipes.resolve(request.recipe_name, request.task_name, name, request.settings)
@@ -202,7 +202,7 @@ def _matched(request: Request, recipe: Recipe, origin: dict[str, str]) -> tuple[
 
 
 def check(request: Request, recipe: Recipe) -> None:
-    """Raise UserError for everything in a request that can be seen to be wrong before data and model are loaded."""
+    """Raise UserError for every mistake in a request that can be found before data and model are loaded."""
     if type(request.seed) is not int or not 0 <= request.seed <= LARGEST_SEED:
         raise UserError(f"seed is {brief(request.seed)}; a whole number from 0 to {LARGEST_SEED}")
     if type(request.threads) is not int or not 0 <= request.threads <= MAX_THREADS:
@@ -210,7 +210,7 @@ def check(request: Request, recipe: Recipe) -> None:
     curriculum = recipe.train.curriculum
     if (curriculum == "length") != (request.scorer is None):
         raise UserError(
-            f"train.curriculum={curriculum} orders examples by their difficulty for a run: name it with --scorer"
+            f"train.curriculum={curriculum} needs the difficulty of examples for a finished run; name it with --scorer"
             if request.scorer is None
             else "--scorer is for train.curriculum=difficulty and train.curriculum=dynamic; set one, or leave it out"
         )
@@ -227,7 +227,7 @@ def check(request: Request, recipe: Recipe) -> None:
 
 
 def result_folder(request: Request, recipe: Recipe) -> Path:
-    """Where the record of a run will be written."""
+    """The folder of the record of a run."""
     return result.folder() / result.place_of(recipe) / _task_folder(request) / result.slug(request.architecture_name)
 
 
@@ -239,7 +239,7 @@ def folder_of(request: Request, recipe: Recipe) -> Path:
 
 
 def checkpoint_folder(request: Request, folder: Path) -> Path:
-    """Where the run of a folder keeps its checkpoints."""
+    """The checkpoint folder of a run."""
     return request.checkpoint_dir / folder.name if request.checkpoint_dir else folder / "checkpoints"
 
 

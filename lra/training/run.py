@@ -133,7 +133,7 @@ def load_teacher(request: Request, recipe: Recipe, prepared: Prepared) -> tuple[
 
 
 def load_scorer(request: Request, recipe: Recipe, prepared: Prepared) -> Scorer | None:
-    """The run that says how difficult the training examples are. Raises UserError for one of other data."""
+    """The run that measures the difficulty of the training examples. Raises UserError if its data are others."""
     if request.scorer is None:
         return None
     run = _load_run("--scorer", request.scorer, prepared)
@@ -173,7 +173,7 @@ def _announce(
 
 
 def _own_fields(request: Request, trained: TrainingResult, refused: list[str], context: RunContext) -> dict[str, Any]:
-    """The fields of the record that only the run knows."""
+    """The fields of the record that describe the run."""
     here = environment.environment() | {"device": context.device.type, "precision": trained.trainer.precision}
     if context.placement.world_size > 1:
         here |= {"devices": context.placement.world_size, "strategy": context.placement.resolved}
@@ -190,7 +190,7 @@ def _own_fields(request: Request, trained: TrainingResult, refused: list[str], c
 
 
 def _write_selection(folder: Path, recipe: Recipe, scores: Mapping[str, Any]) -> Path:
-    """The validation scores of a run that stops before the test set, for the search that asked for them."""
+    """The validation scores of a run that stops before the test set, for the search that started it."""
     path = folder / "selection.json"
     with files.atomic(path) as temporary:
         temporary.write_text(json.dumps({"recipe_hash": recipe.hash, **scores}) + "\n")
@@ -224,7 +224,7 @@ def check_operators(model: Classifier, prepared: Prepared, constructor: Construc
 
 
 def _check_causal(model: Classifier, batch: Batch, prepared: Prepared) -> None:
-    """Raise UserError where the second half of the input changes what a layer says about the first half."""
+    """Raise UserError if the second half of the input changes outputs for the first half."""
     values, half = batch.values[:, 0], batch.values.shape[2] // 2
     changed = values.clone()
     changed[:, half:] = (values[:, half:] + 1) % prepared.protocol.vocabulary if prepared.protocol.vocabulary else 0
@@ -232,14 +232,14 @@ def _check_causal(model: Classifier, batch: Batch, prepared: Prepared) -> None:
     before, after = (model.encode(given, mask)[0][:, :half] for given in (values, changed))
     if (before - after).abs().max() > 1e-3 * before.abs().max():
         raise UserError(
-            f"{prepared.task.name} needs a causal layer, and outputs of this one depend on later positions, although "
-            "it says `causal = True`"
+            f"{prepared.task.name} needs a causal layer, but outputs of this one depend on later positions, although "
+            "it declares `causal = True`"
         )
 
 
 @contextmanager
 def _explain_failures(recipe: Recipe) -> Iterator[None]:
-    """Turn running out of memory or disk space into a UserError that says what to do."""
+    """Turn running out of memory or disk space into a UserError with advice."""
     try:
         yield
     except OSError as error:

@@ -72,7 +72,7 @@ def finish(folder: Path, record: Path) -> None:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What run.json says; empty where there is none, as in folders of earlier versions."""
+    """The content of run.json; empty if there is none, as in folders of earlier versions."""
     try:
         content = json.loads((folder / RUN).read_text(encoding="utf-8"))
     except FileNotFoundError:

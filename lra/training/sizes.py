@@ -1,4 +1,4 @@
-"""Lower bounds of the memory that a request needs: what cannot fit is refused before it is allocated."""
+"""Lower bounds of the memory that a request needs: a model or batch that cannot fit is an error before allocation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BYTES_PER_PARAMETER = 16
 
 
 def total_memory(device: str) -> int:
-    """Bytes of memory of a device, "cpu" or "cuda"; 0 where it cannot be told. torch is imported for "cuda" only."""
+    """Bytes of memory of a device, "cpu" or "cuda"; 0 if it is unknown. torch is imported for "cuda" only."""
     if device == "cuda":
         import torch
 

@@ -52,7 +52,7 @@ TrainingSet = DeviceSet | DrawnSet
 
 @dataclass(frozen=True)
 class RunContext:
-    """Where and how a run is trained: everything that is not part of its recipe.
+    """The context of a training run: everything that is not part of its recipe.
 
     console: where a progress bar is drawn and warnings are printed. progress: called instead of the bar, if given.
     deadline: of `time.monotonic`. teacher: the model that is imitated, on the device and in evaluation mode. scorer: of
@@ -75,7 +75,7 @@ class RunContext:
 
 @dataclass
 class TrainingResult:
-    """A trained model and what was measured meanwhile.
+    """A trained model and the measurements of its training.
 
     module: as it was trained. model: the same model; where processes divide the weights, a whole copy that has the
     initial ones. facts: fields of the record that only training knows.
@@ -90,7 +90,7 @@ class TrainingResult:
 
 
 def train(recipe: Recipe, prepared: Prepared, model: Classifier, context: RunContext) -> TrainingResult:
-    """Pretrain if the recipe says so, then train with validation. Raises UserError, Interrupted."""
+    """Pretrain if the recipe has an objective for it, then train with validation. Raises UserError, Interrupted."""
     device = context.device
     peak = memory.Peak(device)
     memory.keep_freed()
@@ -155,7 +155,7 @@ def _training(recipe: Recipe, prepared: Prepared, model: Classifier, context: Ru
     module.divide, module.zero = distributed.division(placement), placement.zero
     if placement.resolved == "pipeline":
         if context.teacher is not None:
-            raise UserError("--strategy pipeline has no output to compare with that of --teacher; use ddp or fsdp")
+            raise UserError("--strategy pipeline does not support --teacher; use ddp or fsdp")
         module.pipeline = pipeline.Pipeline(model, target, distributed.rank(), placement.world_size)
     return module
 
@@ -211,20 +211,20 @@ def _sampler(
 
 
 def _difficulty(recipe: Recipe, prepared: Prepared, data: TrainingSet, context: RunContext) -> np.ndarray | None:
-    """How difficult each training example is for the scorer; None without one."""
+    """The difficulty of each training example for the scorer; None without a scorer."""
     if context.scorer is None:
         return None
     if not isinstance(data, DeviceSet):
         raise UserError(
             f"train.curriculum={recipe.train.curriculum}: {prepared.task.name} draws its training examples step by "
-            "step, so that none can be scored beforehand"
+            "step, so they cannot be scored in advance"
         )
     target, size = target_of(prepared.task, prepared.protocol), recipe.data.evaluation_batch_size
     return curriculum.difficulty(context.scorer, data, target, size, context.checkpoints, context.resume)
 
 
 def apply_execution(recipe: Recipe, model: Classifier) -> None:
-    """Switch on gradient checkpointing and truncated backpropagation where the recipe says so."""
+    """Switch on gradient checkpointing and truncated backpropagation if the recipe sets them."""
     if recipe.train.checkpointing:
         execution.recompute(model.encoder)
     if recipe.train.tbptt:

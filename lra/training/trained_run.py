@@ -41,7 +41,7 @@ FORMAT = 1
 class Evaluation:
     """Accuracy of a model on one split, with a 95 % Wilson interval; accuracies in [0, 1].
 
-    more: what the target of the task measures beside it, as in `lra.results.record.Score`.
+    more: further scores of the task's target, as in `lra.results.record.Score`.
     """
 
     split: str
@@ -56,9 +56,9 @@ class Evaluation:
 class TrainedRun:
     """A trained classifier.
 
-    model: the classifier, on the CPU in evaluation mode. recipe, seed, task, protocol: what it was trained with.
-    folder: where it was loaded from. structure: how its model was compressed (lra.training.compression); empty if it
-    was not.
+    model: the classifier, on the CPU in evaluation mode. recipe, seed, task, protocol: those of its training. folder:
+    the folder that it was loaded from. structure: the steps of its compression (lra.training.compression); empty
+    without compression.
     """
 
     def __init__(
@@ -94,15 +94,14 @@ class TrainedRun:
 
     def predict(self, inputs: Any, *, probabilities: bool = False, batch_size: int = 0) -> Any:
         """Predicted classes (n,), or with `probabilities` (n, classes), in the order of the inputs; real values (n,)
-        of a task that asks for them. A task that asks at every position gives a list, with (L,) or (L, classes) of each
-        example.
+        if they are the target. For targets at every position a list, with (L,) or (L, classes) for each example.
 
         inputs: the name of a split, or texts, arrays or tensors as in `lra.data.examples.split_of`.
         batch_size: by default that of the recipe's evaluations. Raises UserError.
         """
         target = target_of(self.task, self.protocol)
         if probabilities and self.task.target == "value":
-            raise UserError(f"{self.task.name} asks for real values, which have no probabilities")
+            raise UserError(f"{self.task.name} predicts real values, which have no probabilities")
 
         def answer(batch: Batch) -> Any:
             output = self.model(batch)
@@ -116,10 +115,10 @@ class TrainedRun:
         return answers if target.per_position else np.stack(answers)
 
     def features(self, inputs: Any, *, pooled: bool = True, batch_size: int = 0) -> Any:
-        """Outputs of the encoder, float32. inputs: as of `predict`.
+        """Outputs of the encoder, float32. inputs: as in `predict`.
 
-        pooled: an array (n, d_model), which the head maps to classes; (n, 2, d_model) for a task with two towers, each
-        pooled before it reads the other.
+        pooled: an array (n, d_model), which the head maps to classes; for a task with two towers (n, 2, d_model), from
+        before the towers are combined.
         Otherwise a list with one array (L, d_model) for each example, without padding; a pair of them for two towers.
         """
         data = self._data(inputs)
@@ -128,8 +127,8 @@ class TrainedRun:
         return self._map(data, self._positions, batch_size)
 
     def evaluate(self, split: str = "test") -> Evaluation:
-        """Accuracy on a split, computed now, over the examples that the recipe evaluates; for pairs of two classes also
-        the recall of the towers (`recall`). Raises UserError."""
+        """Accuracy on a split, computed again over the examples that the recipe evaluates; for pairs of two classes
+        also the recall of the towers (`recall`). Raises UserError."""
         if split not in self.protocol.splits:
             raise unknown("split", split, self.protocol.splits)
         data, target = self._data(split), target_of(self.task, self.protocol)
@@ -150,7 +149,7 @@ class TrainedRun:
         """Recall@k of the pooled towers on a split: {k: recall}, as `lra.towers.recall_at` defines it, over the pairs
         that the recipe evaluates. Raises UserError for a task without pairs of two classes."""
         if not self._retrieves:
-            raise UserError(f"{self.task.name} has no pairs of two classes, among which recall@k could be measured")
+            raise UserError(f"{self.task.name} has no pairs of two classes, which recall@k needs")
         data = self._data(split)
         embedded = torch.from_numpy(np.concatenate(self._map(data.documents_once(), self._pooled, 0)))
         return towers.recall_at(embedded, data.documents.cpu(), data.labels.cpu(), k)
@@ -161,20 +160,20 @@ class TrainedRun:
     ) -> Generated:  # fmt: skip
         """Continue a text, in float32, with the recurrent mode of the encoder.
 
-        tokens: how many to draw; temperature, top_k, top_p: as of `lra.training.generation.Sampling`. Raises UserError
-        where the target is not the next token, the encoder has no recurrent mode, or the text exceeds its length.
+        tokens: number of tokens to draw; temperature, top_k, top_p: as in `lra.training.generation.Sampling`. Raises
+        UserError if the target is not the next token, the encoder has no recurrent mode, or the text is too long.
         """
         sampling, length = Sampling(temperature, top_k, top_p), self.protocol.length
         if self.task.target != "next":
             raise UserError(
-                f"{self.task.name} does not ask for the next token, so that this model generates no text; train one "
+                f"the target of {self.task.name} is not the next token, so this model cannot generate text; train one "
                 "with `lra run imdb_lm ARCH`"
             )
         given = self.task.encode(prompt, self.protocol)
         if not 1 <= tokens <= length - len(given):
             raise UserError(
-                f"a prompt of {len(given):,} tokens and {brief(tokens)} new ones; at least one new, and together at "
-                f"most {length:,}, the length of the protocol"
+                f"the prompt has {len(given):,} tokens, and {brief(tokens)} new ones are requested; at least one new "
+                f"token, and together at most {length:,}, the length of the protocol"
             )
         device, training = next(self.model.parameters()).device, self.model.training
         self.model.eval()
@@ -263,8 +262,8 @@ def load(
 ) -> TrainedRun:  # fmt: skip
     """The trained model of a run's folder or of an exported folder.
 
-    checkpoints: where the checkpoints are, if they were moved. architecture, task: the class, where the name in the
-    recipe no longer leads to it. Leaves the global random state alone. Raises UserError.
+    checkpoints: the checkpoint folder, if it was moved. architecture, task: the class, if it cannot be found by the
+    name in the recipe. The global random state does not change. Raises UserError.
     """
     path = Path(folder).expanduser()
     if (path / CONFIG).is_file():

@@ -16,7 +16,7 @@ EXPORTED = "model.safetensors"
 
 
 def find(source: Path, option: str = "--init-from") -> Path:
-    """The file of weights of a run's folder or of an exported folder; a file stands for itself. Raises UserError."""
+    """The file of weights of a run's folder or of an exported folder; for a file, the file itself. Raises UserError."""
     from lra.training import run_folder
 
     if source.is_file():
@@ -41,7 +41,7 @@ def digest(source: Path, option: str = "--init-from") -> str:
 
 
 def load(model: nn.Module, source: Path) -> dict[str, Any]:
-    """Load every tensor of `source` whose name and shape the model has, and return what was and what was not.
+    """Load every tensor of `source` whose name and shape the model has, and return a report.
 
     Returns {"source", "sha256", "loaded", "tensors"} (numbers of the model's tensors), "missing" (those that keep their
     initial values, with the reason) and "unused" (names in the file only). Raises UserError where nothing fits.

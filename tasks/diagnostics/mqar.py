@@ -1,4 +1,4 @@
-"""Multi-query associative recall: which value stood behind this key? Arora et al. 2023, arXiv:2312.04927.
+"""Multi-query associative recall: which value followed this key? Arora et al. 2023, arXiv:2312.04927.
 
 The sequence begins with P pairs of a key and a value, all different: keys are the tokens 1 to V/2 - 1, values V/2 to
 V - 1. Then every key occurs once more, at an even distance from the end of the pairs. The distance 2 (k - 1) is drawn

@@ -1,4 +1,4 @@
-"""Parity: is the number of ones so far even or odd? The regular language that separates what tracks a state.
+"""Parity: is the number of ones so far even or odd? A regular language that needs state tracking.
 
 Label at t: the sum of the first t bits, modulo 2. Trained on 3 to 40 bits, one length for each batch, and tested on up
 to 256 (Beck et al. 2024, arXiv:2405.04517; Grazzi et al. 2025, arXiv:2411.12537). `final` scores the last position

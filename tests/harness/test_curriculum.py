@@ -171,8 +171,8 @@ def test_recipes_without_a_curriculum_keep_their_hash() -> None:
         ({"train.curriculum": "dificulty"}, "one of length, difficulty, dynamic"),
         ({"train.curriculum": "difficulty"}, "curriculum_steps is 0; at least 4"),
         ({"train.curriculum": "difficulty", "train.curriculum_bins": "1"}, "curriculum_bins is 1; at least 2"),
-        ({"train.curriculum": "dynamic", "train.curriculum_steps": "5"}, "lasts as long as the training"),
-        ({**KINDS["difficulty"], "train.curriculum_length": "8"}, "is of train.curriculum=length, not difficulty"),
+        ({"train.curriculum": "dynamic", "train.curriculum_steps": "5"}, "covers the whole training"),
+        ({**KINDS["difficulty"], "train.curriculum_length": "8"}, "is for train.curriculum=length, not difficulty"),
         (KINDS["difficulty"], "name it with --scorer"),
     ],
 )

@@ -188,7 +188,7 @@ class Net(nn.Module):
 def test_a_layer_of_ones_own_has_to_be_causal(places: Path) -> None:
     (places / "net.py").write_text(LAYER)
     request = Request("parity", "net.py:Net", settings=SMALL)
-    with pytest.raises(UserError, match=r"parity needs a causal layer, and outputs of this one depend on later"):
+    with pytest.raises(UserError, match=r"parity needs a causal layer, but outputs of this one depend on later"):
         run(request, Console(quiet=True))
     (places / "net.py").write_text(LAYER.replace("causal = True", ""))
     with pytest.raises(UserError, match=r"net.py:Net is bidirectional; if no output .* write `causal = True`"):

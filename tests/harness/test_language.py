@@ -251,14 +251,14 @@ def test_what_cannot_be_sampled_is_refused() -> None:
 
 
 def test_a_text_longer_than_the_protocol_is_refused(trained: TrainedRun) -> None:
-    with pytest.raises(UserError, match=r"a prompt of 10 tokens and 31 new ones; .* at most 40"):
+    with pytest.raises(UserError, match=r"the prompt has 10 tokens, and 31 new ones are requested; .* at most 40"):
         trained.generate("x" * 10, tokens=31)
     assert trained.generate("x" * 10, tokens=30).tokens == 30
 
 
 def test_runs_that_generate_no_text_are_refused(trained: TrainedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     other = TrainedRun(trained.model, trained.recipe, tasks.get("parity")(), trained.protocol, trained.folder, None, 0)
-    with pytest.raises(UserError, match="parity does not ask for the next token"):
+    with pytest.raises(UserError, match="the target of parity is not the next token"):
         other.generate("a")
     monkeypatch.setattr(type(trained.model.encoder), "init_state", Encoder.init_state)
     with pytest.raises(UserError, match="mingru has no recurrent mode"):

@@ -283,7 +283,7 @@ def test_the_rows_of_every_committed_table_were_given_the_same(tracked: Path) ->
 
 
 def test_no_runs_are_a_sentence() -> None:
-    assert leaderboard.readme(ranked()) == "No run of a shipped recipe is on file yet."
+    assert leaderboard.readme(ranked()) == "There are no results of a shipped recipe yet."
 
 
 def test_no_row_at_chance_is_the_best_of_anything() -> None:

@@ -97,3 +97,20 @@ def test_efficiency_metrics_are_empty_where_nothing_was_measured(tmp_path: Path)
     cells = {row[0].text: [cell.text for cell in row[1:]] for row in table.rows}
     assert cells["gru"] == ["50.00", "1", "50", "8,192", "128", "64", "2,048"]
     assert cells["s4d"] == ["50.00", "1", "50", "-", "-", "-", "-"]
+
+
+def test_efficiency_of_runs_on_different_data_is_in_different_tables(tmp_path: Path) -> None:
+    for name, digit in (("gru", "1"), ("s4d", "2")):
+        write(tmp_path, record(name, data={"checksum": digit * 64}))
+    collection = Collection.read(tmp_path)
+    tables = efficiency.metric_tables(efficiency.metrics(Leaderboard.of(collection), collection.profiles))
+    assert [[row[0].text for row in table.rows] for table in tables] == [["gru"], ["s4d"]]
+    assert "data 11111111" in tables[0].title
+
+
+def test_a_token_of_either_sequence_counts_where_a_task_has_two(tmp_path: Path) -> None:
+    write(tmp_path, record("gru", accuracy=0.5, task="retrieval"))
+    ((row,),) = Leaderboard.of(Collection.read(tmp_path)).groups.values()
+    # 2e9 FLOPs for 2 x 2,000 tokens
+    assert row.flops_per_token == pytest.approx(5e5)
+    assert row.points_per_work == pytest.approx(100)

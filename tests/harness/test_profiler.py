@@ -379,6 +379,12 @@ def test_growth_leaves_out_lengths_whose_rounds_differ() -> None:
     assert len(efficiency.tables([profiles[0], wild])) == 1
 
 
+def test_growth_says_nothing_of_a_transformer_that_was_measured_at_other_lengths() -> None:
+    profiles = [profiled("s4d", n, n * 1e-3) for n in (512, 1024)] + [profiled("transformer", 256, 1e-3)]
+    (row,) = efficiency.tables(profiles)[1].rows
+    assert row[-1].text == "-"
+
+
 def test_a_utilisation_on_file_that_cannot_be_is_not_shown() -> None:
     table = efficiency.tables([profiled("tcn", 512, 1.0, mfu=1.58)])[0]
     assert "-" in [c.text for c in table.rows[0]]

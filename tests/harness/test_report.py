@@ -104,7 +104,7 @@ def test_every_row_and_every_cell_of_the_overview_has_its_evidence(page: str) ->
     assert parts["Reported (not ranked)"] == {"S4D-X: A paper Table 1": "60.50 %; differs in: other recipe"}
     assert "over the seeds" in parts["Summary"]["accuracy"]
     collapsed = next(e for e in known.values() if e["title"].startswith("gru on pathfinder"))
-    assert collapsed["parts"]["Summary"]["runs that left chance"].startswith("2 of 3")
+    assert collapsed["parts"]["Summary"]["runs above chance"].startswith("2 of 3")
 
 
 def test_baselines_and_profiles_have_their_evidence(page: str) -> None:
@@ -219,6 +219,7 @@ def test_diagnostics_and_claims_are_shown_where_there_are_such_runs(
     told = "Gated networks &lt;learn&gt; parity."
     assert re.findall(outcome, shown) == [("agree", "C1", told), ("disagree", "C2", told)]
     assert "left out the claim C4: unknown key" in shown
+    assert "<summary>1 file left out or counted once</summary>" in shown
     row = next(key for key, entry in contents(shown)["evidence"].items() if entry["title"].startswith("gru on parity"))
     assert f'<button type="button" data-row="{row}">gru</button>' in shown
 

@@ -58,6 +58,22 @@ def test_it_sorts(browser: Browser) -> None:
     assert browser.run("return location.hash").startswith("#sort=rows.3.")
 
 
+def test_a_table_sorts_thousands_below_millions(browser: Browser) -> None:
+    sorts = """
+      const table = document.getElementById("diagnoses"), [head] = table.tHead.rows, rows = [...table.tBodies[0].rows];
+      const column = [...head.cells].findIndex((cell) => cell.textContent === "steps");
+      const texts = ["1.20M", "900.0k", "7,000", "-"], before = rows.map((row) => row.cells[column].textContent);
+      rows.forEach((row, i) => { row.cells[column].textContent = texts[i]; });
+      head.cells[column].firstChild.click();
+      const sorted = [...table.tBodies[0].rows].map((row) => row.cells[column].textContent);
+      rows.forEach((row, i) => { row.cells[column].textContent = before[i]; });
+      return sorted;
+    """
+    falling = browser.run(sorts)
+    assert falling == ["1.20M", "900.0k", "7,000", "-"][: len(falling)]
+    assert len(falling) > 1
+
+
 def test_it_filters_rows_and_figures_and_keeps_the_baselines(browser: Browser) -> None:
     browser.run("set({text: 'S4D pathf'})")
     assert browser.run("return shown().map((row) => row.cells[2].textContent + row.cells[0].textContent)") == [

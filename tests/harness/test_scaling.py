@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lra.cli.scaling import METRICS
 from lra.errors import UserError
 from lra.reports import scaling as report
 from lra.results.record import RunRecord
-from lra.results.scaling import _objective, _starts, fit_chinchilla, fit_power_law
+from lra.results.scaling import PowerLaw, _objective, _starts, fit_chinchilla, fit_power_law
 from lra.results.statistics import Estimate
 
 TRUE = {"E": 1.2, "A": 80.0, "B": 120.0, "alpha": 0.45, "beta": 0.4}
@@ -118,9 +119,21 @@ def test_thin_data_carry_no_law_in_two_quantities() -> None:
     together = np.repeat(WIDTHS, 3)
     with pytest.raises(UserError, match=r"vary together \(correlation of their logarithms 1\.00\)"):
         fit_chinchilla(together, 20 * together, np.linspace(3, 2, 15))
+    with pytest.raises(UserError, match="24 values of tokens for 25 losses"):
+        fit_chinchilla(N, D[1:], loss)
+    with pytest.raises(UserError, match="FLOPs: the value of a run is not a finite number above 0"):
+        fit_chinchilla(N, D, loss, flops=0 * N)
     flat = grid(noise=0.05, A=1e-6)
     with pytest.raises(UserError, match="does not fall measurably with parameters"):
         fit_chinchilla(*flat, resamples=8)
+
+
+def test_a_resample_without_an_optimum_does_not_hide_the_interval(law: Any) -> None:
+    rising = law.samples.copy()
+    rising[0, 3] = -0.01
+    best = replace(law, samples=rising).optimum(np.array([1e11, 1e13]))
+    assert np.isfinite(best["low"]).all()
+    assert np.isfinite(best["high"]).all()
 
 
 def run_of(architecture: str, N: float, D: float, bits: float, number: int, **changes: Any) -> RunRecord:
@@ -172,6 +185,50 @@ def test_a_study_has_a_frontier_where_there_is_a_law_and_a_reason_where_there_is
     assert "s4d: no law in parameters and tokens: 3 runs; at least 10" in shown.notes
     specification = study.chart().to_dict()
     assert "FLOPs of training" in str(specification)
+
+
+def test_of_runs_with_equal_compute_only_the_best_is_on_the_frontier() -> None:
+    """The ids of two seeds, which order them, do not matter."""
+    tokens = np.geomspace(1e5, 1e8, 9)
+    for better in (0, 1):
+        runs = [
+            run_of("lru", 1e5, D, (1 + 300 * (6e5 * D) ** -0.2) * (1.01 if seed != better else 1), 10 * k + seed)
+            for k, D in enumerate(tokens)
+            for seed in (0, 1)
+        ]
+        (made,) = report.studies(runs, resamples=2)
+        power = made.powers["lru"]
+        assert isinstance(power, PowerLaw)
+        assert power.b.count == len(tokens)
+
+
+def test_compute_is_that_of_the_whole_training() -> None:
+    plain = run_of("gru", 1e5, 1e6, 3.0, 0)
+    other = [
+        run_of("gru", 1e5, 1e6, 2.0, number, **{name: {"id": "another run"}})
+        for number, name in enumerate(("compression", "init_from", "distillation"), 1)
+    ]
+    stages = {"total": {"seconds": 300.0, "examples": 3 * plain.speed.examples, "flops": 1.0}}
+    pretrained = run_of("gru", 1e5, 1e6, 2.5, 4, compute=stages)
+    frame = report.frame_of([plain, *other, pretrained], "bits")
+    assert frame["seed"].tolist() == [0, 4]
+    np.testing.assert_allclose(frame["flops"][1] / frame["flops"][0], 3)
+    np.testing.assert_allclose(frame["tokens"][1] / frame["tokens"][0], 3)
+
+
+def test_studies_of_different_data_have_different_names_and_a_loss_of_0_has_no_place_on_the_axis() -> None:
+    runs = [run_of("gru", 1e5, 1e6 * k, 3 - k, k, data={"checksum": f"{k}" * 64}) for k in (1, 2, 3)]
+    made = report.studies(runs)
+    assert [study.title[-13:] for study in made] == ["data 11111111", "data 22222222", "data 33333333"]
+    (one,) = report.studies([run_of("gru", 1e5, 1e6 * k, 3 - k, k) for k in (1, 2, 3)])
+    scale = next(layer["encoding"]["y"]["scale"] for layer in panels(one.chart().to_dict()) if "encoding" in layer)
+    assert scale["domain"] == pytest.approx([1 / 1.05, 2 * 1.05])
+
+
+def panels(specification: dict[str, Any]) -> list[dict[str, Any]]:
+    """The layers of every panel of a figure."""
+    parts = [part for key in ("layer", "hconcat", "vconcat", "concat") for part in specification.get(key, [])]
+    return [specification, *(layer for part in parts for layer in panels(part))]
 
 
 def test_the_loss_is_that_of_the_selected_checkpoint() -> None:

@@ -342,7 +342,7 @@ def test_a_budget_of_flops_sets_the_steps(tmp_path: Path) -> None:
     for more, says in (
         ("flops = [0]", "flops is"),
         ('flops = "1e9"', "a list of numbers above 0"),
-        ("flops = [1.0]", "pay for"),
+        ("flops = [1.0]", "allows"),
         ('flops = [1e9]\n[set]\n"train.steps" = 5', "leave out train.steps"),
     ):
         with pytest.raises(UserError, match=says):

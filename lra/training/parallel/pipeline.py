@@ -1,8 +1,8 @@
 """Pipeline parallelism by torch.distributed.pipelining: the blocks of an encoder divided among processes.
 
 The batch is divided into microbatches, which pass through the stages one after the other (schedule 1F1B, Narayanan et
-al. 2021, arXiv:2104.04473). Each process keeps the activations of its stage alone, of at most as many microbatches as
-there are stages; the weights are on every process, and each has the gradients of its own.
+al. 2021, arXiv:2104.04473). Each process stores only the activations of its stage, for at most as many microbatches as
+there are stages. All weights are on every process; each process computes the gradients of its stage.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ USE = "--strategy pipeline needs an encoder that is a sequence of blocks"
 
 
 def check(model: Classifier, processes: int) -> None:
-    """Raise UserError for a model that cannot be divided into stages whose microbatches are independent."""
+    """Raise UserError unless a model can be divided into stages, with independent microbatches."""
     encoder, name = model.encoder, type(model.encoder).__name__
     if model.towers > 1:
-        raise UserError("--strategy pipeline is for tasks of one sequence an example; use ddp or fsdp")
+        raise UserError("--strategy pipeline is for tasks with one sequence per example; use ddp or fsdp")
     if not all(hasattr(encoder, part) for part in ("enter", "blocks", "norm")):
-        raise UserError(f"{USE}, and {name} is not; use ddp or fsdp")
+        raise UserError(f"{USE}, but {name} is not; use ddp or fsdp")
     if len(_blocks(encoder)) < processes:
-        raise UserError(f"--strategy pipeline: {processes} processes need as many blocks, and {name} has "
+        raise UserError(f"--strategy pipeline: {processes} processes need as many blocks, but {name} has "
                         f"{len(_blocks(encoder))}; set model.n_layers, or use ddp or fsdp")  # fmt: skip
     if any("BatchNorm" in type(module).__name__ for module in encoder.modules()):
-        raise UserError(f"{USE}, and the batch normalisation of {name} sees all of a batch; use another norm")
+        raise UserError(f"{USE}, but the batch normalisation of {name} uses all of a batch; use another norm")
     like, training = next(encoder.parameters()), encoder.training
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         tokens = min(16, encoder.length)
@@ -50,9 +50,9 @@ def check(model: Classifier, processes: int) -> None:
         finally:
             encoder.train(training)
     if parts is None or not torch.equal(whole[mask], parts[mask]):
-        raise UserError(f"{USE}, and {name} passes more than that along; use ddp or fsdp")
+        raise UserError(f"{USE}, but {name} passes more than x from block to block; use ddp or fsdp")
     if encoder.aux_loss() is not None:
-        raise UserError(f"{USE}, and the auxiliary loss of {name} is of all tokens of a batch; use ddp")
+        raise UserError(f"{USE}, but the auxiliary loss of {name} depends on all tokens of a batch; use ddp")
 
 
 def _blocks(encoder: Encoder) -> list[nn.Module]:
@@ -60,7 +60,7 @@ def _blocks(encoder: Encoder) -> list[nn.Module]:
 
 
 def _encode(encoder: Any, x: Tensor, mask: Tensor, first: int, last: int) -> Tensor:
-    """The blocks `first` to `last` of an encoder, with what comes before the first and after the last block."""
+    """The blocks `first` to `last` of an encoder, with `enter` before the first block and `norm` after the last."""
     x, mask = clean_padding(x, mask, gaps=encoder.gaps and not encoder.causal)
     if first == 0:
         x = encoder.enter(x)
@@ -70,14 +70,14 @@ def _encode(encoder: Any, x: Tensor, mask: Tensor, first: int, last: int) -> Ten
 
 
 class Stage(nn.Module):
-    """The blocks `first` to `last` of a classifier; the first stage embeds, and the last one pools and answers."""
+    """The blocks `first` to `last` of a classifier. The first stage also embeds; the last one pools and classifies."""
 
     def __init__(self, model: Classifier, first: int, last: int) -> None:
         super().__init__()
         self.model, self.first, self.last = model, first, last
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x: of the first stage values (B, L[, channels]), of the others (B, L', D); mask: (B, L) bool."""
+        """x: values (B, L[, channels]) in the first stage, (B, L', D) in the others; mask: (B, L) bool."""
         model, encoder = self.model, self.model.encoder
         if self.first == 0:
             x = model.embed(x)
@@ -97,8 +97,8 @@ class Stage(nn.Module):
 class Pipeline:
     """The loss of a classifier, computed in stages: `loss, output = pipeline(batch)`, the same on every process.
 
-    The gradients of this process's stage are times the number of processes and the others 0, so that the mean over
-    processes, as DDP takes it, is the gradient of one process. The model has to pass `check`.
+    The gradients of this process's stage are multiplied by the number of processes, and all others are 0. The mean over
+    processes, which DDP computes, is then the gradient of one process. The model must pass `check`.
     """
 
     def __init__(self, model: Classifier, target: Target, rank: int, processes: int) -> None:
@@ -111,12 +111,12 @@ class Pipeline:
         self._scored = 1
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Loss (), and the output of the model, without a gradient. The rows of the batch have to be a multiple of the
-        number of processes."""
+        """Loss (), and the output of the model, which has no gradient. The number of rows of the batch must be a
+        multiple of the number of processes."""
         return _Scheduled.apply(self, batch, *self.model.parameters())
 
     def run(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Forward and backward pass of all microbatches: loss and output; gradients are added to those there are."""
+        """Forward and backward pass of all microbatches: loss and output. Gradients are added to `grad`."""
         values, mask, labels = batch.values[:, 0], batch.mask[:, 0], batch.labels
         if self.model.hides_zeros:
             mask = mask & F.pad(values[:, 1:] != 0, (1, 0), value=True)
@@ -139,12 +139,12 @@ class Pipeline:
         return int((labels != UNSCORED).sum()) if self.target.per_position else len(labels)
 
     def _loss(self, output: Tensor, labels: Tensor) -> Tensor:
-        """The share of a microbatch in the mean over the batch."""
+        """The contribution of a microbatch to the mean loss of the batch."""
         count = self._count(labels)
         return self.target.loss(output, labels) * (count / self._scored) if count else output.sum() * 0
 
     def _schedule(self, rows: int, tokens: int) -> Schedule1F1B:
-        """The schedule for batches of one shape: a stage exchanges tensors of one shape."""
+        """The schedule for batches of one shape, because a stage exchanges tensors of one shape."""
         if (rows, tokens) in self._schedules:
             return self._schedules[rows, tokens]
         if self.group is None:
@@ -166,7 +166,7 @@ class Pipeline:
 
 
 class _Scheduled(torch.autograd.Function):
-    """Runs the schedule, backward pass included, and hands its gradients on when the loss is differentiated."""
+    """Runs the schedule with its backward pass; differentiating the loss returns the gradients computed by it."""
 
     @staticmethod
     def forward(ctx: Any, pipeline: Pipeline, batch: Batch, *parameters: nn.Parameter) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
-"""Sequence parallelism: the tokens of a causal recurrent encoder divided among processes, its state passed along.
+"""Sequence parallelism: divides the tokens of a causal recurrent encoder among processes.
 
-Process r of P encodes the r-th part of every sequence with `Encoder.chunk`, starts from the state that process r - 1
-sends, and sends its own to process r + 1; the gradients of the states travel back. Rows of the batch are passed in
-P groups, so that processes work at the same time: a pass takes 2 - 1/P times a process's share of the work.
+Process r of P encodes the r-th part of every sequence with `Encoder.chunk`. It starts from the state that it receives
+from process r - 1 and sends its last state to process r + 1; gradients of the states are sent back. The rows of a batch
+form P groups, so that processes work at the same time: a pass takes 2 - 1/P times a process's share of the work.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ USE = "--strategy sequence needs a causal encoder that passes a state along (`ch
 
 
 def check(encoder: Encoder) -> None:
-    """Raise UserError for an encoder whose tokens cannot be divided: one without a recurrent mode, one that is not
-    causal, and one whose chunks give other outputs or gradients than its forward pass."""
+    """Raise UserError for an encoder whose tokens cannot be divided: if it has no recurrent mode, is not causal, or its
+    chunks give other outputs or gradients than its forward pass."""
     name = type(encoder).__name__
     if not encoder.causal:
-        raise UserError(f"{USE}, and {name} is {encoder.direction}; set model.direction=causal, or use ddp or fsdp")
+        raise UserError(f"{USE}, but {name} is {encoder.direction}; set model.direction=causal, or use ddp or fsdp")
     try:
         encoder.init_state(1)
     except NotImplementedError as error:
         raise UserError(f"{USE}: {error}; use ddp or fsdp") from None
     if any("BatchNorm" in type(module).__name__ for module in encoder.modules()):
-        raise UserError(f"{USE}, and the batch normalisation of {name} sees all tokens of a batch; use another norm")
+        raise UserError(f"{USE}, but the batch normalisation of {name} uses all tokens of a batch; use another norm")
     problem = _difference(encoder)
     if problem:
-        raise UserError(f"{USE}, and {problem} of {name}; use ddp or fsdp")
+        raise UserError(f"{USE}, but with {name} {problem}; use ddp or fsdp")
 
 
 def _difference(encoder: Encoder) -> str:
-    """What differs between one forward pass over a few tokens and two chunks; empty if nothing does."""
+    """The first difference between a forward pass over a few tokens and two chunks; empty if they agree."""
     like, training = next(encoder.parameters()), encoder.training
     tokens = min(4, encoder.length)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
@@ -67,11 +67,11 @@ def _difference(encoder: Encoder) -> str:
 
 
 def divide(encoder: Encoder, rank: int, processes: int) -> None:
-    """Divide the tokens of an encoder among the processes of the default group, in training, in place. Every process
-    gives it the same input. In evaluation each process encodes all tokens by itself.
+    """Divide the tokens of an encoder among the processes of the default group, in place, for training. Every process
+    passes the same input. In evaluation mode each process encodes all tokens by itself.
 
-    The gradients of the encoder's weights are those of this process's tokens times the number of processes, and the
-    other gradients are those of one process, so that the mean over processes, as DDP takes it, is that of one process.
+    The gradients of the encoder's weights are those of this process's tokens times the number of processes; all other
+    gradients are those of one process. The mean over processes, as in DDP, is then the gradient of one process.
     """
     encoder.forward = partial(_forward, encoder, encoder.forward, Ring(rank, processes))  # type: ignore[method-assign]
 
@@ -85,8 +85,8 @@ def join(encoder: Encoder) -> None:
 class Ring:
     """The processes in the order of the tokens.
 
-    layouts: what a state is made of, by the shape of the chunks before it: None for what is left from the first state,
-    another value that is no tensor, or the shape and dtype of a tensor.
+    layouts: the leaves of a state, by (rows, tokens before): None for a leaf of the initial state that has not changed,
+    the shape and dtype of a tensor, or a value that is not a tensor.
     """
 
     rank: int
@@ -99,7 +99,7 @@ class Ring:
         return self.rank == self.processes - 1
 
     def open(self) -> None:
-        """Make the group of the states, apart from that of DDP's sums; every process calls it at the same time."""
+        """Create the process group of the states, separate from DDP's. Every process calls it at the same time."""
         if self.group is None:
             self.group = distributed.new_group()
 
@@ -129,10 +129,10 @@ def _forward(encoder: Encoder, plain: Callable[..., Tensor], ring: Ring, x: Tens
 
 
 def _sent(y: Tensor, state: Any, start: Any, key: tuple[int, int], ring: Ring) -> Tensor:
-    """y, once the state has been sent to the next process."""
+    """y, after the state was sent to the next process."""
     (leaves, shape), (first, before) = tree_flatten(state), tree_flatten(start)
     if shape != before:
-        raise UserError(f"{USE}, and the state of this one changes its structure")
+        raise UserError(f"{USE}, but the structure of the state of this one changes between tokens")
     tensors: list[Tensor] = []
     layout: list[Any] = []
     for leaf, at_start in zip(leaves, first, strict=True):
@@ -150,7 +150,7 @@ def _sent(y: Tensor, state: Any, start: Any, key: tuple[int, int], ring: Ring) -
 
 
 def _received(start: Any, rows: Tensor, key: tuple[int, int], ring: Ring) -> Any:
-    """The state that the process before has sent."""
+    """The state that the previous process has sent."""
     if key not in ring.layouts:
         content: list[Any] = [None]
         distributed.recv_object_list(content, ring.rank - 1, group=ring.group, device=rows.device)
@@ -158,7 +158,7 @@ def _received(start: Any, rows: Tensor, key: tuple[int, int], ring: Ring) -> Any
     layout = ring.layouts[key]
     leaves, shape = tree_flatten(start)
     like = [rows.new_empty(leaf[0], dtype=leaf[1]) for leaf in layout if isinstance(leaf, tuple)]
-    # with an input that needs a gradient, so that the node takes part in the backward pass of every process
+    # an input that needs a gradient makes the node part of the backward pass of every process
     tensors = iter(_Receive.apply(ring, rows.new_zeros(()).requires_grad_(), *like))
     filled = []
     for leaf, at_start in zip(layout, leaves, strict=True):
@@ -191,7 +191,7 @@ def _bytes_of(like: list[Tensor], device: torch.device) -> Tensor:
 
 
 class _Send(torch.autograd.Function):
-    """y itself; the tensors go to the next process, and their gradients come from there."""
+    """The identity on y. The tensors are sent to the next process, and their gradients are received from it."""
 
     @staticmethod
     def forward(ctx: Any, ring: Ring, y: Tensor, *tensors: Tensor) -> Tensor:
@@ -211,7 +211,7 @@ class _Send(torch.autograd.Function):
 
 
 class _Receive(torch.autograd.Function):
-    """The tensors that the process before sends, in place of `like`; their gradients go back there."""
+    """The tensors that the previous process sends, shaped as `like`; their gradients are sent back to it."""
 
     @staticmethod
     def forward(ctx: Any, ring: Ring, _: Tensor, *like: Tensor) -> tuple[Tensor, ...]:
@@ -232,7 +232,7 @@ class _Receive(torch.autograd.Function):
 
 
 class _Take(torch.autograd.Function):
-    """This process's tokens, (B, L, D) -> (B, L / P, D); the gradients of all tokens come together again."""
+    """This process's tokens, (B, L, D) -> (B, L / P, D); the backward pass gathers the gradients of all tokens."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bounds: list[int], ring: Ring) -> Tensor:
@@ -245,7 +245,7 @@ class _Take(torch.autograd.Function):
 
 
 class _Join(torch.autograd.Function):
-    """The outputs of all processes, (B, L / P, D) -> (B, L, D); the gradient is that of the own tokens, P times."""
+    """The outputs of all processes, (B, L / P, D) -> (B, L, D); the gradient is P times that of the own tokens."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, bounds: list[int], ring: Ring) -> Tensor:
@@ -260,7 +260,7 @@ class _Join(torch.autograd.Function):
 
 def _gathered(part: Tensor, bounds: list[int], ring: Ring) -> Tensor:
     sizes = [stop - start for start, stop in pairwise(bounds)]
-    # one token longer where L is not divisible: parts of an all-gather have one shape
+    # padded to the longest part, because all parts of an all-gather have one shape
     padded = part.new_zeros(len(part), max(sizes), part.shape[2])
     padded[:, : part.shape[1]] = part
     parts = [torch.empty_like(padded) for _ in sizes]

@@ -2,10 +2,10 @@
 
 The stages are those of ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054).
 
-1  optimiser states and the weights at rest are sharded. Gradients stay whole on every process until the last part of
-   an accumulated step, and gathered weights stay until then.
-2  gradients too: they are reduced to shards after every backward pass. Weights stay gathered from the forward to the
-   backward pass.
+1  optimiser states, and the weights between steps, are sharded. Every process has whole gradients and gathered weights
+   until the last part of an accumulated step.
+2  gradients are sharded, too: they are reduced to shards after every backward pass. Weights stay gathered from the
+   forward to the backward pass.
 3  the weights of a block are freed after its forward pass and gathered again for its backward pass.
 """
 
@@ -26,7 +26,7 @@ from lra.training.execution import blocks
 def shard(model: Classifier, mesh: DeviceMesh, stage: int) -> None:
     """Shard a classifier in place over a mesh of one dimension.
 
-    The units that are gathered at once are the blocks of its encoder, and all the rest.
+    The weights of a block of the encoder are gathered together, and so are all other weights.
     """
     if mesh.device_type == "cpu":
         _fsdp_param.free_storage = _free_storage
@@ -35,13 +35,13 @@ def shard(model: Classifier, mesh: DeviceMesh, stage: int) -> None:
         for name in ("step", "chunk"):
             if hasattr(block, name):
                 register_fsdp_forward_method(block, name)
-    # its weights are needed at once in the backward pass
+    # the backward pass starts with these weights
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     register_fsdp_forward_method(model, "outputs")
 
 
 def clip(parameters: list[Tensor], limit: float) -> None:
-    """Scale gradients so that their norm, over all parameters and all their parts, is at most `limit`."""
+    """Scale gradients so that their norm over all parameters and shards is at most `limit`."""
     norms = []
     # PyTorch does not mix tensors with DTensors
     for divided in (True, False):
@@ -59,13 +59,13 @@ _plain_free = _fsdp_param.free_storage
 
 
 def _free_storage(tensor: Tensor) -> None:
-    # compiled loops on a CPU read weights as NumPy arrays, and PyTorch frees no memory that NumPy may still refer to
+    # CPU kernels view weights as NumPy arrays, and PyTorch refuses to free memory that NumPy may refer to
     if tensor.untyped_storage().resizable():
         _plain_free(tensor)
 
 
 def accumulate(model: nn.Module, last: bool) -> None:
-    """Stage 1: keep gradients and weights whole unless the coming backward pass is the last of a step."""
+    """Stage 1: keep whole gradients and weights unless the next backward pass is the last of a step."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_requires_gradient_sync(last, recurse=False)
@@ -73,8 +73,8 @@ def accumulate(model: nn.Module, last: bool) -> None:
 
 
 def _units(encoder: Encoder) -> list[nn.Module]:
-    """The blocks that share no parameter with each other and that the encoder calls: FSDP2 gathers weights when a
-    module is called, and a reversible encoder calls the parts of its blocks instead."""
+    """The blocks that share no parameter with each other and that the encoder calls. FSDP2 gathers weights when a
+    module is called; a reversible encoder calls the parts of its blocks instead of the blocks."""
     layers, called = blocks(encoder), set()
     hooks = [layer.register_forward_pre_hook(lambda layer, _: called.add(id(layer))) for layer in layers]
     like, training = next(encoder.parameters()), encoder.training

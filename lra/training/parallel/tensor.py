@@ -1,9 +1,9 @@
 """Tensor parallelism: the heads of attention and the channels of feed-forward parts divided among processes.
 
-Each divided part has one map whose rows, and one whose columns, belong to its units (Shoeybi et al. 2019,
-arXiv:1909.08053). A process computes its share of the units for all tokens; one sum over the processes follows in the
-forward pass, and one in the backward pass. Weights, gradients and optimiser states of these maps are DTensors; all the
-rest is computed by every process.
+Each divided part has a linear map that writes its units (heads or channels) and one that reads them (Shoeybi et al.
+2019, arXiv:1909.08053). A process computes its share of the units for all tokens. One sum over the processes follows in
+the forward pass and one in the backward pass. Weights, gradients and optimiser states of these maps are DTensors. Every
+process computes all other parts.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from lra.errors import UserError
 
 
 def check(encoder: Encoder, processes: int) -> None:
-    """Raise UserError for an encoder without a part that can be divided, and where units are not divisible."""
+    """Raise UserError if an encoder has no part that can be divided, or a number of units that is not divisible."""
     parts = _parts(encoder)
     if not parts:
         raise UserError(
-            f"--strategy tensor divides attention heads and feed-forward channels, and {type(encoder).__name__} has "
+            f"--strategy tensor divides attention heads and feed-forward channels, but {type(encoder).__name__} has "
             "none that can be divided; use ddp or fsdp"
         )
     for part in parts:
@@ -38,7 +38,7 @@ def check(encoder: Encoder, processes: int) -> None:
 
 
 def divide(encoder: Encoder, mesh: DeviceMesh) -> None:
-    """Divide an encoder in place over a mesh of one dimension; every process gives it the same input. Raises UserError
+    """Divide an encoder in place over a mesh of one dimension. Every process passes the same input. Raises UserError
     as `check`."""
     check(encoder, mesh.size())
     for part in _parts(encoder):
@@ -73,7 +73,7 @@ def _distribute(linear: nn.Linear, name: str, mesh: DeviceMesh, placement: Place
 
 
 def _write(linear: nn.Linear, mesh: DeviceMesh, x: Tensor) -> Tensor:
-    """(..., D), the same on every process -> this process's units; the gradients of all are summed."""
+    """(..., D), the same on every process -> this process's units; gradients are summed over the processes."""
     x = DTensor.from_local(x, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
     return F.linear(x, _local(linear.weight), None if linear.bias is None else _local(linear.bias))
 
