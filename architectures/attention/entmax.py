@@ -10,6 +10,8 @@ alpha towards 1 is softmax; 2 is sparsemax (Martins and Astudillo 2016, arXiv:16
 exact after a sort for alpha 1.5 and 2 (algorithm 2), and found by bisection otherwise (algorithm 1). Gradients are
 exact for the p that was found; a token without weight receives none.
 
+The sort over all scores takes most of the time: an operator that bisects tau tile by tile would not store them.
+
 Initialisation: that of `transformer`. A step keeps keys and values.
 
 Departures: the paper attends over the states of LSTMs. Within a Transformer it is arXiv:1909.00015, whose alpha is

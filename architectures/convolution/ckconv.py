@@ -11,7 +11,8 @@ the norm fixes nothing but its sign. A block of the network (CKCNN, section 5):
 
     h = relu(norm(conv(x))),  h = relu(norm(conv(h))),  x = relu(x + h)                      (B, L, D)
 
-Kernels are those of `length`: a shorter sequence uses the taps it reaches.
+Kernels are those of `length`: a shorter sequence uses the taps it reaches. Most of the time goes to copies of the D^2
+kernels and their spectra: an operator would multiply the spectra of all channels without transposing them.
 
 Initialisation: V_1 uniform within 1, v_2 and v_3 within sqrt(6 / inputs) / w, g = |v|, c uniform within 1, b = 0, as
 the authors intend for a SIREN; in their code the draws for V go into tensors that weight norm overwrites.

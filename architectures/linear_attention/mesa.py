@@ -13,7 +13,8 @@ von Oswald et al. 2025, arXiv:2506.05233. With H heads of width K:
 o_t is W q_t for the W that minimises 1/2 sum_{i<=t} zeta_ti |v_i - W k_i|^2 + 1/2 tr(W diag(lambda) W^T), where
 zeta_ti is beta_i times the gammas after i. The system is solved by conjugate gradients, all tokens at once: G_t p_t for
 all t is one linear attention with decay, so that no G is stored. Gradients are those of the solution (implicit
-differentiation): another solve, with the same matrix, and no step of the first one is kept.
+differentiation): another solve, with the same matrix, and no step of the first one is kept. Each of the 30 steps reads
+all vectors from memory: an operator would keep those of a head in the cache over all steps.
 
 Initialisation: maps and taps are PyTorch's own; lambda = 1, which learns without weight decay.
 

@@ -15,6 +15,8 @@ that the distance alone sets. In chunks of C tokens, a triangular solve (the WY 
 their chunk, keys to the end of theirs, and gives the product M of each chunk; then queries walk back over the chunks,
 through one M a chunk, and meet the keys of each: L^2 K + L^2 K^2 / C work, and all L^2 logits in memory.
 
+Most of the time goes to copies between the chunks: an operator would keep a query's walk over them in the cache.
+
 A recurrent step turns every key that came before by the new factor; keys, values and sums of gates are the state.
 
 Initialisation: maps and taps are PyTorch's own, as released.

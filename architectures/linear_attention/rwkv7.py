@@ -18,7 +18,8 @@ first) and low-rank maps lo_n(x) = f(x W_n1) W_n2:
     h = norm_0(x);  in each layer  h = h + time mix(norm(h)),  h = h + channel mix(norm(h));  last, norm(h)
 
 The transition has eigenvalues below 0, down to 0.545 - 1, where w is small and a near 1: a state can change its sign.
-Maps have no bias, and there are no positions.
+Maps have no bias, and there are no positions. The recurrence runs in chunks of plain PyTorch: `delta_rule` would need a
+decay for each channel and two vectors, a kappa and kappa, in the correction.
 
 Initialisation, that of the released code, with l of n layers counted from 0, i of D channels, d = l / (n - 1), s = i /
 (D - 1) - 1/2, z = y |y| where y runs from -1 to 1 over a head, and p(c) = (i / D)^(c (1 - l / n)): mu = 1 - p(c), c =

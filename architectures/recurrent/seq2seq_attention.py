@@ -20,6 +20,7 @@ target sequence, so each state queries the states that came before it, and reads
 encoder is bidirectional, as Bahdanau's. A pre-norm residual block followed by a feed-forward part around it.
 
 Additive scores are made for blocks of queries and made again in the backward pass: L^2 D numbers never stand in memory.
+Their B L^2 D tanh take most of the time: an operator would fuse them with the softmax, and need as many.
 
 Checked against: tensors of the papers' equations in closed form, four scores, with the gradient of the states; the
 states against gru's operator in torch.nn.GRU.
