@@ -92,6 +92,7 @@ class Jordan(Stack):
         scaling="L",
         causal=True,
         variants={"linear": {"output": "linear"}},
+        no_recall="its output passes through two tanh at every step, so the gradient of the first token vanishes",
         exempt={"exports": "a Python loop over the tokens is unrolled for one length"},
     )
 
