@@ -21,7 +21,7 @@ import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -59,6 +59,9 @@ class Protocol:
     law: how a generated task draws the examples of training, validation and test, as arguments of its `draw`.
     tests: further test splits and the arguments in which each departs from `law`; a split of longer sequences is named
     `length-<tokens>`.
+
+    budget: what a task takes from a source that is larger, by its own names: numbers of documents, tokens and bytes.
+    packed: an example is a piece of a stream of documents, each of which begins with the token `start` of the task.
     """
 
     name: str
@@ -75,11 +78,26 @@ class Protocol:
     real: bool = False
     law: Mapping[str, Any] = field(default_factory=dict)
     tests: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    budget: Mapping[str, int] = field(default_factory=dict)
+    packed: bool = False
 
     @property
     def splits(self) -> tuple[str, ...]:
         """Names of all splits: SPLITS, then the further test splits."""
         return (*SPLITS, *self.tests)
+
+    def of_split(self, split: str) -> Protocol:
+        """This protocol with the length of one of its splits: that of `length-<tokens>` if it is longer."""
+        tokens = split.removeprefix("length-") if split in self.tests else ""
+        return replace(self, length=max(self.length, int(tokens))) if tokens.isdecimal() else self
+
+    @property
+    def amounts(self) -> str:
+        """Numbers of examples of each split, and the budget, in words."""
+        parts = {"": self.counts, "budget: ": self.budget}
+        return "; ".join(
+            name + ", ".join(f"{number:,} {what}" for what, number in part.items()) for name, part in parts.items() if part
+        )
 
     @property
     def encoding(self) -> str:
@@ -134,7 +152,8 @@ class Task(ABC):
     classes: number of labels (1 for a real value, the vocabulary for the next token); towers: sequences per example.
     protocols: name -> Protocol; the first is the default.
     target: one of TARGETS; the head, the loss, the metrics and the baselines follow from it. tolerance: of a real
-    value, the largest error that counts as right. causal: only causal encoders may solve the task.
+    value, the largest error that counts as right. causal: only causal encoders may solve the task. start: the token
+    that begins a document where a protocol packs them.
     generated: training examples are not read from the split `train`, which is a sample of them, but drawn anew at every
     step by `training_batch`.
     version: increased when the same protocol yields other bytes, so that existing sets are prepared again.
@@ -147,6 +166,7 @@ class Task(ABC):
     towers: ClassVar[int] = 1
     target: ClassVar[str] = "class"
     tolerance: ClassVar[float] = 0.0
+    start: ClassVar[int] = 0
     causal: ClassVar[bool] = False
     generated: ClassVar[bool] = False
     protocols: ClassVar[Mapping[str, Protocol]]

@@ -64,10 +64,11 @@ def truncate(encoder: Encoder, tokens: int) -> None:
         encoder.init_state(1)
     except NotImplementedError as error:
         raise UserError(f"train.tbptt: {error}; it needs a recurrent encoder and model.direction=causal") from None
-    encoder.forward = partial(_in_chunks, encoder, tokens)  # type: ignore[method-assign]
+    encoder.forward = partial(in_chunks, encoder, tokens)  # type: ignore[method-assign]
 
 
-def _in_chunks(encoder: Encoder, tokens: int, x: Tensor, mask: Tensor) -> Tensor:
+def in_chunks(encoder: Encoder, tokens: int, x: Tensor, mask: Tensor) -> Tensor:
+    """As `forward`, in chunks of `tokens` tokens: x: (B, L, D) -> (B, L, D). No gradient crosses their borders."""
     start = state = encoder.init_state(len(x))
     outputs = []
     for chunk in x.split(tokens, dim=1):
