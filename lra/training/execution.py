@@ -69,12 +69,17 @@ def truncate(encoder: Encoder, tokens: int) -> None:
 
 def in_chunks(encoder: Encoder, tokens: int, x: Tensor, mask: Tensor) -> Tensor:
     """As `forward`, in chunks of `tokens` tokens: x: (B, L, D) -> (B, L, D). No gradient crosses their borders."""
-    start = state = encoder.init_state(len(x))
+    start = encoder.init_state(len(x))
+    return in_chunks_from(encoder, tokens, x, start, start)[0]
+
+
+def in_chunks_from(encoder: Encoder, tokens: int, x: Tensor, state: Any, start: Any) -> tuple[Tensor, Any]:
+    """As `chunk`, in chunks of `tokens` tokens. start: what `init_state` returned, of which `state` may hold parts."""
     outputs = []
     for chunk in x.split(tokens, dim=1):
         y, state = encoder.chunk(chunk, tree_map(_cut, state, start))
         outputs.append(y)
-    return torch.cat(outputs, dim=1)
+    return torch.cat(outputs, dim=1), state
 
 
 def _cut(value: Tensor, at_start: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from rich.console import Console
 
 from lra.config.recipe import Recipe
-from lra.data.batches import DeviceSet, EvaluationLoader, Plan, Sampler, TrainingLoader, choose
+from lra.data.batches import DeviceSet, EvaluationLoader, Plan, Sampler, StreamPlan, TrainingLoader, choose
 from lra.data.drawn import DrawnSet, training_set
 from lra.data.prepared_sets import Prepared
 from lra.encoder import Encoder
@@ -47,6 +47,7 @@ from lra.training.module import Trainable, Training, answers_to
 from lra.training.parallel import pipeline, sequence, tensor
 from lra.training.placement import Placement
 from lra.training.pretraining import Pretraining
+from lra.training.streams import Streams
 
 TrainingSet = DeviceSet | DrawnSet
 
@@ -206,9 +207,25 @@ def _sampler(
     """The sampler of the training stage with any curriculum. known: the difficulty of each example; module: whose
     validations a dynamic curriculum follows."""
     plain = training_sampler(recipe, data, context.seed)
+    if recipe.train.stream:
+        return _stream(recipe, data, module)
     if recipe.train.curriculum == "length" or not isinstance(plain, Sampler):
         return plain
     return Ordered(recipe, plain, known, lambda: module.curve, context.placement.world_size == 1)
+
+
+def _stream(recipe: Recipe, data: TrainingSet, module: Training) -> StreamPlan:
+    """The order of the examples in which each row of a batch is a stream; `module` carries its state from now on."""
+    plan = StreamPlan(len(data), recipe.data.batch_size)
+    if not isinstance(data, DeviceSet) or module.target.start is None:
+        raise UserError("train.stream needs a protocol that packs documents, such as `--protocol packed` of imdb_lm")
+    if recipe.data.train_examples:
+        raise UserError("train.stream goes through all training examples in their order; leave out data.train_examples")
+    if not plan.per_epoch:
+        raise UserError(f"data.batch_size is {plan.batch_size}, of {len(data)} training examples; at most that many")
+    parts, tokens = recipe.train.accumulate, recipe.train.tbptt
+    module.streams = Streams(module.model.encoder, data.limit, tokens, parts, plan.per_epoch)
+    return plan
 
 
 def _difficulty(recipe: Recipe, prepared: Prepared, data: TrainingSet, context: RunContext) -> np.ndarray | None:
