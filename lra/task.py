@@ -95,9 +95,8 @@ class Protocol:
     def amounts(self) -> str:
         """Numbers of examples of each split, and the budget, in words."""
         parts = {"": self.counts, "budget: ": self.budget}
-        return "; ".join(
-            name + ", ".join(f"{number:,} {what}" for what, number in part.items()) for name, part in parts.items() if part
-        )
+        words = {name: ", ".join(f"{number:,} {what}" for what, number in part.items()) for name, part in parts.items()}
+        return "; ".join(name + text for name, text in words.items() if text)
 
     @property
     def encoding(self) -> str:

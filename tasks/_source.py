@@ -129,7 +129,9 @@ def stream_texts(hub: TextHub, split: str, source: Path | None, command: str) ->
             yield row["text"]
     except Exception as error:  # noqa: BLE001  (the clients of the hub raise many types of exceptions)
         reason = str(error).splitlines()[0] if str(error) else "no reason given"
-        raise DataError(f"{origin} cannot be read ({type(error).__name__}: {reason}); fetch it again, or {advice}") from None
+        raise DataError(
+            f"{origin} cannot be read ({type(error).__name__}: {reason}); fetch it again, or {advice}"
+        ) from None
 
 
 def _load_from_hub(hub: Hub, split: str, command: str) -> Any:

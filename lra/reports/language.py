@@ -68,9 +68,10 @@ def _length_notes(runs: list[RunRecord], contexts: list[str], lengths: list[int]
         return []
     trained = runs[0].protocol.length or 0
     beyond = ", ".join(name for name in contexts if _low(name) >= trained)
+    shown = ", ".join(f"{length:,}" for length in lengths)
     notes = [
-        f"At {', '.join(f'{length:,}' for length in lengths)}: bits of the same documents in sequences of so many tokens, "
-        f"by the model trained on {trained:,}" + (f". {beyond}: in the longest of them" if beyond else "")
+        f"At {shown}: bits of the same documents in sequences of so many tokens, by the model trained on {trained:,}"
+        + (f". {beyond}: in the longest of them" if beyond else "")
     ]
     ways: dict[str, list[str]] = {}
     for run in runs:

@@ -17,8 +17,8 @@ from lra.training.execution import in_chunks_from
 
 
 class Streams:
-    """Makes `encoder.forward` carry its state in training, between `attach` and `detach`. Call `begin` before a batch and
-    `end` after its loss.
+    """Makes `encoder.forward` carry its state in training, between `attach` and `detach`. Call `begin` before a
+    batch and `end` after its loss.
 
     length: tokens of an example, of which the last stands again at the start of the next one; tokens: of a chunk, 0
     for the whole example; parts: micro-batches of a step, each with a state of its own; per_epoch: steps until every
@@ -28,8 +28,10 @@ class Streams:
     def __init__(self, encoder: Encoder, length: int, tokens: int, parts: int, per_epoch: int) -> None:
         self.encoder, self.tokens, self.parts, self.per_epoch = encoder, tokens or length, parts, per_epoch
         self.plain = type(encoder).forward
-        self.part, self.states = 0, [None] * parts  # type: list[list[Tensor | None] | None]
+        self.part = 0
+        self.states: list[list[Tensor | None] | None] = [None] * parts
         self._next: list[Tensor | None] | None = None
+        self._before: Any = None
         _check(encoder, length)
 
     def attach(self) -> None:

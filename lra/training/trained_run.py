@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from lra.config.recipe import Recipe
 from lra.data import prepared_sets
 from lra.data.batches import DeviceSet, EvaluationLoader, choose
 from lra.data.examples import split_of
+from lra.encoder import Encoder
 from lra.errors import UserError, brief, unknown
 from lra.model import Batch, Classifier
 from lra.registry import Constructor, architectures, tasks
@@ -235,8 +235,11 @@ class TrainedRun:
         """The model in evaluation mode and in the precision of its run, without gradients, at the length of a set."""
         training = self.model.training
         self.model.eval()
-        constructor = self.constructor or architectures.get(self.recipe.architecture)
-        build = partial(construction.build_encoder, self.recipe, constructor)
+
+        def build(length: int) -> Encoder:
+            constructor = self.constructor or architectures.get(self.recipe.architecture)
+            return construction.build_encoder(self.recipe, constructor, length)
+
         try:
             with (
                 torch.inference_mode(),

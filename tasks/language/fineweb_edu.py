@@ -4,8 +4,8 @@ Web pages of educational value, from the hub's sample of 10 billion tokens. They
 its Parquet files in a folder, and never held whole: validation is the first 500 different pages, test the 1,000 after
 them, and training those that follow, up to the budget of the protocol.
 
-Examples are those of `imdb_lm`: chunks of one page, of which validation and test use the first, or pieces of all pages in a
-row.
+Examples are those of `imdb_lm`: chunks of one page, of which validation and test use the first, or pieces of
+all pages in a row.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ its Parquet files in a folder, and never held whole: validation is the first 500
 training the stories after them up to the budget of the protocol, test the first 1,000 of the split `validation` that
 validation does not have. Training leaves out what they hold.
 
-Examples are those of `imdb_lm`: chunks of one story, of which validation and test use the first, or pieces of all stories in
-a row.
+Examples are those of `imdb_lm`: chunks of one story, of which validation and test use the first, or pieces of
+all stories in a row.
 """
 
 from __future__ import annotations

@@ -122,8 +122,10 @@ def test_settings_that_do_not_fit_are_refused(settings: dict[str, str], protocol
     module: Any = SimpleNamespace(target=target)
     with pytest.raises(UserError, match=says):
         stages._stream(found, data, module)
-    with pytest.raises(UserError, match="and so does train.curriculum"):
+    with pytest.raises(UserError, match=r"so does train\.curriculum"):
         Train(stream=True, curriculum_steps=4, curriculum_length=8)
+    with pytest.raises(UserError, match=r"train\.compile"):
+        Train(stream=True, compile=True)
 
 
 def test_strategies_that_divide_a_model_are_refused() -> None:

@@ -24,7 +24,7 @@ STORIES[7], STORIES[20], STORIES[21] = STORIES[2], "once", "with\0zero"
 NAMES = ("tinystories", "fineweb_edu")
 
 
-def write(path: Path, texts: list[str | None]) -> None:
+def write(path: Path, texts: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.table({"text": pa.array(texts, pa.string()), "score": [1.0] * len(texts)})
     pq.write_table(table, path, row_group_size=5)
@@ -36,7 +36,8 @@ def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LRA_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("LRA_DATA", raising=False)
     folder = tmp_path / "raw"
-    for first, name in (("data/train-0000{}-of-00003-1f.parquet", "tinystories"), ("sample/10BT/00{}_00000.parquet", "fineweb_edu")):  # fmt: skip
+    layouts = {"tinystories": "data/train-0000{}-of-00003-1f.parquet", "fineweb_edu": "sample/10BT/00{}_00000.parquet"}
+    for name, first in layouts.items():
         write(folder / name / first.format(0), STORIES[:25])
         write(folder / name / first.format(1), STORIES[25:])
         (folder / name / first.format(2)).write_bytes(b"PAR1 torn")
@@ -131,9 +132,7 @@ def test_the_hub_is_streamed_at_a_pinned_revision(raw: Path, name: str, monkeypa
     from_hub = prepared_sets.load_prepared(task(name), small(name))
     hub = task(name).hub
     assert len(hub.revision) == 40
-    assert sorted(asked) == sorted(
-        f"hf://datasets/{hub.id}@{hub.revision}/{pattern}" for pattern in hub.files.values()
-    )
+    assert sorted(asked) == sorted(f"hf://datasets/{hub.id}@{hub.revision}/{pattern}" for pattern in hub.files.values())
     monkeypatch.undo()
     monkeypatch.setenv("LRA_CACHE", str(raw / "other"))
     assert prepared_sets.load_prepared(task(name), small(name), source=raw).checksum == from_hub.checksum
