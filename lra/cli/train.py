@@ -270,7 +270,10 @@ def _show_result(path: Path) -> None:
     if place == "diagnostics":
         shown = diagnostics.table(beside)
     elif place == "language":
-        (shown,) = language.tables(run for run in beside if language.group_of(run) == language.group_of(record))
+        group = [run for run in beside if language.group_of(run) == language.group_of(record)]
+        shown, *more = language.tables(group)
+        for longer in more:
+            console.print(table.terminal(longer), *map(escape, longer.notes), sep="\n")
     else:
         shown = board.table_with(Leaderboard.of(collection), record)
     console.print(table.terminal(shown), *map(escape, shown.notes), sep="\n")

@@ -28,23 +28,24 @@ def tables(records: Iterable[RunRecord]) -> list[Table]:
     groups: dict[tuple[Any, ...], list[RunRecord]] = {}
     for record in records:
         groups.setdefault(group_of(record), []).append(record)
-    return [_table(groups[key]) for key in sorted(groups)]
+    return [table for key in sorted(groups) for table in _tables(groups[key])]
 
 
-def _table(runs: list[RunRecord]) -> Table:
+def _tables(runs: list[RunRecord]) -> list[Table]:
+    """The table of a group, and one of longer sequences if it has them."""
     first = runs[0]
-    contexts = sorted({name for run in runs for name in _bits_at(run)}, key=_low)
-    lengths = sorted({length for run in runs for length in _longer(run)})
-    columns = [*COLUMNS, *contexts, *(f"at {length:,}" for length in lengths), *MORE]
+    contexts = sorted({name for run in runs for name in run.test.bits_at}, key=_low)
+    columns = [*COLUMNS, *contexts, *MORE]
     # the order of a tuple is that of its bits
-    rows = [(run.test.bits or 0.0, _row(run, contexts, lengths)) for run in runs]
+    rows = [(run.test.bits or 0.0, _row(run, contexts)) for run in runs]
     for name, bits in {name: bits for run in runs for name, bits in run.floor_bits.items()}.items():
         shown = [f"{name} (no sequence model)", f"{bits:.3f}", f"{2**bits:.2f}"]
         rows.append((bits, shown + ["-"] * (len(columns) - len(shown))))
     cells = [[TableCell(text) for text in row] for _, row in sorted(rows)]
     kind = ", modified runs" if first.changed else ""
     title = f"{first.task} ({first.protocol.name}), recipe {first.recipe.name}{kind}"
-    return Table(title, columns, cells, [NOTE, *_length_notes(runs, contexts, lengths)])
+    lengths = sorted({length for run in runs for length in _longer(run)})
+    return [Table(title, columns, cells, [NOTE]), *([_length_table(title, runs, lengths)] if lengths else [])]
 
 
 def _low(context: str) -> int:
@@ -57,17 +58,27 @@ def _longer(run: RunRecord) -> dict[int, Score | None]:
 
 
 def _bits_at(run: RunRecord) -> dict[str, float]:
-    """Bits by the number of tokens before: of the test, and beyond its length of the longest sequences."""
+    """Bits of tokens with more tokens before them than in training, by their number, in the longest sequences."""
     scores = [score for _, score in sorted(_longer(run).items()) if score is not None]
     beyond = scores[-1].bits_at if scores else {}
-    return {name: bits for name, bits in beyond.items() if _low(name) >= (run.protocol.length or 0)} | run.test.bits_at
+    return {name: bits for name, bits in beyond.items() if _low(name) >= (run.protocol.length or 0)}
+
+
+def _length_table(title: str, runs: list[RunRecord], lengths: list[int]) -> Table:
+    contexts = sorted({name for run in runs for name in _bits_at(run)}, key=_low)
+    columns = ["architecture", "bits", *(f"at {length:,}" for length in lengths), *contexts, "seed"]
+    rows = []
+    for run in sorted(runs, key=lambda run: run.test.bits or 0.0):
+        scores, beyond = _longer(run), _bits_at(run)
+        numbers = [score.bits if (score := scores.get(length)) else None for length in lengths]
+        shown = [run.test.bits, *numbers, *(beyond.get(name) for name in contexts)]
+        rows.append([TableCell(text) for text in (run.architecture, *map(_number, shown), str(run.seed))])
+    return Table(f"{title}: longer sequences", columns, rows, _length_notes(runs, contexts, lengths))
 
 
 def _length_notes(runs: list[RunRecord], contexts: list[str], lengths: list[int]) -> list[str]:
-    if not lengths:
-        return []
     trained = runs[0].protocol.length or 0
-    beyond = ", ".join(name for name in contexts if _low(name) >= trained)
+    beyond = ", ".join(contexts)
     shown = ", ".join(f"{length:,}" for length in lengths)
     notes = [
         f"At {shown}: bits of the same documents in sequences of so many tokens, by the model trained on {trained:,}"
@@ -80,7 +91,7 @@ def _length_notes(runs: list[RunRecord], contexts: list[str], lengths: list[int]
     return notes + [f"Longer sequences, {way}: {', '.join(dict.fromkeys(names))}" for way, names in ways.items()]
 
 
-def _row(run: RunRecord, contexts: list[str], lengths: list[int]) -> list[str]:
+def _row(run: RunRecord, contexts: list[str]) -> list[str]:
     test = run.test
     changed = [
         f"{key} {getattr(run.recipe, key.partition('.')[0], {}).get(key.partition('.')[2], '-')}"
@@ -91,8 +102,7 @@ def _row(run: RunRecord, contexts: list[str], lengths: list[int]) -> list[str]:
         f"{run.architecture} ({', '.join(changed)})" if changed else run.architecture,
         "-" if test.bits is None else f"{test.bits:.3f}{half}",
         "-" if test.perplexity is None else f"{test.perplexity:.2f}",
-        *(_number(_bits_at(run).get(name)) for name in contexts),
-        *(_number(score.bits if (score := _longer(run).get(length)) else None) for length in lengths),
+        *(_number(test.bits_at.get(name)) for name in contexts),
         f"{run.parameters:,}",
         str(run.seed),
     ]

@@ -111,7 +111,11 @@ def test_two_processes_train_and_score_as_one(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_carry_the_states_of_one(tmp_path: Path) -> None:
-    stream = ("--set", "train.stream=true", "--set", "model.direction=causal", "--set", "data.batch_size=8")
+    stream = [
+        part
+        for setting in ("train.stream=true", "model.direction=causal", "data.batch_size=8", "data.train_examples=0")
+        for part in ("--set", setting)
+    ]  # fmt: skip
     one = launched(tmp_path / "one", *stream, task=SENTENCES)
     two = launched(tmp_path / "two", *stream, "--devices", "2", task=SENTENCES)
     resumed = launched(tmp_path / "resumed", *stream, "--devices", "2", task=SENTENCES, stopped_at=13)
