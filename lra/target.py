@@ -32,11 +32,12 @@ class Target:
 
     prior: the baseline that predicts the most frequent label; per_position: whether the model predicts at every
     position. selects: the criterion for checkpoints and learning rates: the highest validation "accuracy" or the lowest
-    "loss".
+    "loss". start: the token at the start of each packed document; None if an example is part of one document.
     """
 
     outputs: int
     tolerance: float = 0.0
+    start: int | None = None
     prior: ClassVar[str] = "majority class"
     per_position: ClassVar[bool] = False
     selects: ClassVar[str] = "accuracy"
@@ -133,10 +134,11 @@ class NextTarget(PositionTarget):
         before = np.arange(len(bits)) - np.repeat(starts, sizes) + 1
         mean = float(bits.mean())
         scores = {"bits": mean, "bits_at": _by_context(bits, before)}
-        if len(starts) > 1:
-            # standard error of a ratio of sums: examples are independent, tokens of one example are not
-            residuals = np.add.reduceat(bits, starts) - mean * sizes
-            half = Z * math.sqrt(len(starts) / (len(starts) - 1) * float(np.square(residuals).sum())) / len(bits)
+        documents = starts if self.start is None else np.union1d(0, np.flatnonzero(answers["label"] == self.start))
+        if len(documents) > 1:
+            # standard error of a ratio of sums: documents are independent, tokens of one document are not
+            residuals = np.add.reduceat(bits, documents) - mean * np.diff(documents, append=len(bits))
+            half = Z * math.sqrt(len(documents) / (len(documents) - 1) * float(np.square(residuals).sum())) / len(bits)
             scores |= {"bits_low": mean - half, "bits_high": mean + half}
         return _share(answers["prediction"] == answers["label"]) | scores
 
@@ -181,7 +183,7 @@ KINDS = {"class": Target, "position": PositionTarget, "value": ValueTarget, "nex
 def target_of(task: Task, protocol: Protocol) -> Target:
     """The target that a task declares."""
     outputs = {"value": 1, "next": protocol.vocabulary}.get(task.target, task.classes)
-    return KINDS[task.target](outputs, task.tolerance)
+    return KINDS[task.target](outputs, task.tolerance, task.start if protocol.packed else None)
 
 
 def join(parts: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -21,7 +21,7 @@ import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -59,6 +59,9 @@ class Protocol:
     law: arguments of `draw`, with which a generated task draws the examples of training, validation and test.
     tests: further test splits -> the arguments that differ from `law`; a split of longer sequences is named
     `length-<tokens>`.
+
+    budget: what a task takes from a source that is larger, by its own names: numbers of documents, tokens and bytes.
+    packed: an example is a piece of a stream of documents, each of which begins with the token `start` of the task.
     """
 
     name: str
@@ -75,11 +78,25 @@ class Protocol:
     real: bool = False
     law: Mapping[str, Any] = field(default_factory=dict)
     tests: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    budget: Mapping[str, int] = field(default_factory=dict)
+    packed: bool = False
 
     @property
     def splits(self) -> tuple[str, ...]:
         """Names of all splits: SPLITS, then the further test splits."""
         return (*SPLITS, *self.tests)
+
+    def of_split(self, split: str) -> Protocol:
+        """This protocol with the length of one of its splits: that of `length-<tokens>` if it is longer."""
+        tokens = split.removeprefix("length-") if split in self.tests else ""
+        return replace(self, length=max(self.length, int(tokens))) if tokens.isdecimal() else self
+
+    @property
+    def amounts(self) -> str:
+        """Numbers of examples of each split, and the budget, in words."""
+        parts = {"": self.counts, "budget: ": self.budget}
+        words = {name: ", ".join(f"{number:,} {what}" for what, number in part.items()) for name, part in parts.items()}
+        return "; ".join(name + text for name, text in words.items() if text)
 
     @property
     def encoding(self) -> str:
@@ -134,7 +151,8 @@ class Task(ABC):
     classes: number of labels (1 for a real value, the vocabulary for the next token); towers: sequences per example.
     protocols: name -> Protocol; the first is the default.
     target: one of TARGETS; head, loss, metrics and baselines follow from it. tolerance: for a real value, the largest
-    error that counts as right. causal: whether the task is for causal encoders only.
+    error that counts as right. causal: whether the task is for causal encoders only. start: the token at the start of a
+    document, for protocols that pack documents.
     generated: training examples are drawn at every step by `training_batch`; the split `train` is a sample of them.
     version: increased when the same protocol yields other bytes, so that existing sets are prepared again.
     resumable: whether `prepare` continues in the folder of an interrupted call; otherwise the folder is empty.
@@ -146,6 +164,7 @@ class Task(ABC):
     towers: ClassVar[int] = 1
     target: ClassVar[str] = "class"
     tolerance: ClassVar[float] = 0.0
+    start: ClassVar[int] = 0
     causal: ClassVar[bool] = False
     generated: ClassVar[bool] = False
     protocols: ClassVar[Mapping[str, Protocol]]

@@ -1,11 +1,14 @@
-"""Raw tables: Parquet files in a user's folder, else a data set on the Hugging Face Hub at a pinned revision."""
+"""Raw tables: Parquet files in a user's folder, else a data set on the Hugging Face Hub at a pinned revision.
+
+`read_table` reads a split whole; `stream_texts` reads texts one by one, and of the hub no more than is asked for.
+"""
 
 from __future__ import annotations
 
 import logging
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,21 @@ class Hub:
     def files(self) -> str:
         tables = " and ".join(f"{self.folder}/{split}.parquet" for split in self.splits)
         return f"{tables}, or {self.official}," if self.official else tables
+
+
+@dataclass(frozen=True)
+class TextHub:
+    """A data set of texts, one in each row of the column `text`: its id and revision on the hub, and for each split the
+    pattern of its Parquet files there. folder: where they may stand in a user's source folder."""
+
+    id: str
+    revision: str
+    folder: str
+    files: Mapping[str, str]
+
+    @property
+    def raw(self) -> str:
+        return f"{' and '.join(self.files.values())} of {self.id}, or the hub"
 
 
 def read_table(hub: Hub, split: str, columns: Sequence[str], source: Path | None, command: str) -> list[list[Any]]:
@@ -68,6 +86,52 @@ def _find_file(hub: Hub, split: str, source: Path) -> Path:
         f"no {hub.folder}/{split}.parquet in {source}; put {hub.files} there, "
         "or leave out --from and unset LRA_DATA to fetch them from the hub"
     )
+
+
+def find_texts(hub: TextHub, split: str, source: Path) -> list[Path]:
+    """The files of a split in a user's folder, in the order of their names."""
+    for folder in (source / hub.folder, source):
+        if files := sorted(folder.glob(hub.files[split])):
+            return files
+    return []
+
+
+def stream_texts(hub: TextHub, split: str, source: Path | None, command: str) -> Iterator[str]:
+    """The texts of a split in their order, fetched while they are asked for. command: as of `read_table`.
+
+    Raises DataError if the files are missing or damaged, or the hub does not answer.
+    """
+    advice = f"with {' and '.join(hub.files.values())} of {hub.id} in a folder DIR, run `{command} --from DIR`"
+    advice += "; the task imdb_lm runs without them"
+    if source is not None:
+        files: str | list[str] = [str(path) for path in find_texts(hub, split, source)]
+        origin = f"{split} in {source}"
+        if not files:
+            raise DataError(f"no {hub.folder}/{hub.files[split]} in {source}; {advice}")
+    else:
+        origin = f"{hub.id} at {hub.revision[:12]}"
+        files = f"hf://datasets/{hub.id}@{hub.revision}/{hub.files[split]}"
+    try:
+        import datasets
+        from huggingface_hub import constants
+    except ImportError:
+        raise DataError(f"the package datasets, which reads {hub.id}, is not installed") from None
+    if source is None and not _reachable(constants.ENDPOINT):
+        raise DataError(f"{hub.id} cannot be fetched: the hub does not answer; offline, {advice}")
+    for name in ("huggingface_hub", "datasets"):
+        # the error below says what they log
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        table = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True, columns=["text"])
+        for row in table:
+            if not isinstance(row["text"], str):
+                raise ValueError("a row without a text")
+            yield row["text"]
+    except Exception as error:  # noqa: BLE001  (the clients of the hub raise many types of exceptions)
+        reason = str(error).splitlines()[0] if str(error) else "no reason given"
+        raise DataError(
+            f"{origin} cannot be read ({type(error).__name__}: {reason}); fetch it again, or {advice}"
+        ) from None
 
 
 def _load_from_hub(hub: Hub, split: str, command: str) -> Any:

@@ -45,7 +45,8 @@ def data_list(
             rows.append({
                 "task": name, "protocol": protocol.name, "length": protocol.length, "classes": task.classes,
                 "input": protocol.encoding, "chance": task.chance(protocol), "bytes": size, "damaged": damaged,
-                "counts": dict(protocol.counts), "note": protocol.note, "raw": protocol.raw,
+                "counts": dict(protocol.counts), "budget": dict(protocol.budget), "amounts": protocol.amounts,
+                "note": protocol.note, "raw": protocol.raw,
             })  # fmt: skip
     if as_json:
         print(json.dumps(rows, indent=1))
@@ -65,8 +66,7 @@ def data_list(
         console.print("for notes and numbers of examples: `lra data list TASK`", soft_wrap=True)
         return
     for row in rows:
-        counts = ", ".join(f"{count:,} {split}" for split, count in row["counts"].items())
-        console.print(f"{row['task']} {row['protocol']}: {row['note']}; {counts}", soft_wrap=True, markup=False)
+        console.print(f"{row['task']} {row['protocol']}: {row['note']}; {row['amounts']}", soft_wrap=True, markup=False)
 
 
 @data.command()

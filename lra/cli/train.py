@@ -223,9 +223,8 @@ def show_plan(request: Request, recipe: Recipe) -> None:
         trial = recipe.trial(rates[0]).train.steps
         show(f"before that, {trial:,} steps at each learning rate of {', '.join(f'{rate:g}' for rate in rates)}")
     task, protocol = prepared_sets.resolve(tasks.get(request.task)(), recipe.data.protocol or None)
-    counts = ", ".join(f"{count:,} {split}" for split, count in protocol.counts.items())
     prepared = prepared_sets.find_prepared(task, protocol)
-    show(f"data: {task.name} ({protocol.name}), up to {protocol.length:,} tokens; {counts}")
+    show(f"data: {task.name} ({protocol.name}), up to {protocol.length:,} tokens; {protocol.amounts}")
     if prepared is None:
         show(f"forecast: none before the data are prepared: {task.command(protocol)}")
         return
@@ -273,7 +272,10 @@ def _show_result(path: Path) -> None:
     if place == "diagnostics":
         shown = diagnostics.table(beside)
     elif place == "language":
-        (shown,) = language.tables(run for run in beside if language.group_of(run) == language.group_of(record))
+        group = [run for run in beside if language.group_of(run) == language.group_of(record)]
+        shown, *more = language.tables(group)
+        for longer in more:
+            console.print(table.terminal(longer), *map(escape, longer.notes), sep="\n")
     else:
         shown = board.table_with(Leaderboard.of(collection), record)
     console.print(table.terminal(shown), *map(escape, shown.notes), sep="\n")

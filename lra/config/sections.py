@@ -160,8 +160,9 @@ class Train:
 
     accumulate: micro-batches per optimiser step; checkpointing: recompute the activations of each block in the backward
     pass; compile: torch.compile the encoder. tbptt: chunk length in tokens of truncated backpropagation through time (0
-    = off). distill_alpha, distill_temperature: with a teacher (--teacher), the weight of the distillation loss, and the
-    temperature of both outputs.
+    = off). stream: each row of a batch follows the packed documents in their order, and its recurrent state is carried
+    from step to step. distill_alpha, distill_temperature: with a teacher (--teacher), the weight of the distillation
+    loss, and the temperature of both outputs.
 
     curriculum: the order of the examples. "length": in the first curriculum_steps steps (0 = off) the length limit
     grows from curriculum_length tokens to the protocol's length. "difficulty": the examples, sorted by their
@@ -177,6 +178,7 @@ class Train:
     checkpointing: bool = unhashed(False)
     compile: bool = unhashed(False)
     tbptt: int = unhashed(0)
+    stream: bool = unhashed(False)
     distill_alpha: float = unhashed(0.5)
     distill_temperature: float = unhashed(2.0)
     curriculum: str = unhashed("length")
@@ -200,6 +202,10 @@ class Train:
             raise UserError(
                 f"train.curriculum_length is for train.curriculum=length, not {self.curriculum}; leave it out"
             )
+        if self.stream and (self.curriculum != "length" or self.curriculum_steps):
+            raise UserError("train.stream sets the order of the examples, and so does train.curriculum; leave one out")
+        if self.stream and self.compile:
+            raise UserError("train.stream keeps a state outside of what train.compile compiles; leave one out")
         if self.curriculum == "difficulty" and self.curriculum_steps < self.curriculum_bins - 1:
             raise UserError(
                 f"train.curriculum_steps is {self.curriculum_steps}; at least {self.curriculum_bins - 1}, so that each "

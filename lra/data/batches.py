@@ -192,6 +192,22 @@ class Sampler:
 
 
 @dataclass(frozen=True)
+class StreamPlan:
+    """Row r of every batch follows one part of the examples, which stand in the order of a stream: at step t it has
+    example r * per_epoch + t, and after its part it begins again. Examples that do not fill the parts are left out."""
+
+    count: int
+    batch_size: int
+
+    @property
+    def per_epoch(self) -> int:
+        return self.count // self.batch_size
+
+    def batch(self, step: int) -> np.ndarray:
+        return np.arange(self.batch_size) * self.per_epoch + step % self.per_epoch
+
+
+@dataclass(frozen=True)
 class Shard:
     """The part of every batch that one process works on."""
 

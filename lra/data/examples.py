@@ -88,7 +88,7 @@ class LoadedTask:
         """A split by name. Raises UserError."""
         if name not in self.protocol.splits:
             raise unknown("split", name, self.protocol.splits)
-        return Examples(self.prepared.split(name), self.protocol)
+        return Examples(self.prepared.split(name), self.protocol.of_split(name))
 
     def describe(self, split: str, example: int) -> str:
         """One example as a line of text."""

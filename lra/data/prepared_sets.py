@@ -285,7 +285,7 @@ def identity(task: Task, protocol: Protocol) -> dict[str, Any]:
     code: the source files of a user's task; a task of this project has a version instead."""
     fields = {k: v for k, v in dataclasses.asdict(protocol).items() if k not in ("note", "raw", "hides_zeros")}
     # younger than sets that stay valid
-    fields = {k: v for k, v in fields.items() if v or k not in ("real", "law", "tests")}
+    fields = {k: v for k, v in fields.items() if v or k not in ("real", "law", "tests", "budget", "packed")}
     code = source_files(type(task)) or {}
     known = {"format": FORMAT, "task": task.name, "version": task.version, "protocol": json.loads(json.dumps(fields))}
     return known | ({"code": code} if code else {})

@@ -43,7 +43,7 @@ class Measured(Part, frozen=True, kw_only=True):
 
 class Score(Measured, frozen=True, kw_only=True):
     """Accuracy on a split: the share of its n examples that are right. length: longest sequence of the split, in
-    tokens, of a generated task."""
+    tokens, of a generated task, and of a split with longer sequences than those of training."""
 
     accuracy: Share
     n: Annotated[int, Meta(ge=1, lt=2**31)]
@@ -257,6 +257,9 @@ class RunRecord(Part, frozen=True, kw_only=True):
     shares of right answers of a guess and of what is learnt first, by what that is.
 
     floor_bits: bits per token of rules without a sequence model, where the target is the next token.
+
+    longer: of test splits with longer sequences than those of training, how each was read, or why that was not
+    possible, by name.
     """
 
     schema: int
@@ -306,6 +309,7 @@ class RunRecord(Part, frozen=True, kw_only=True):
     chance: Share | None = None
     plateaus: dict[str, Share] = field(default_factory=dict)
     floor_bits: dict[str, Number] = field(default_factory=dict)
+    longer: dict[str, str] = field(default_factory=dict)
 
     @property
     def at_chance(self) -> bool:

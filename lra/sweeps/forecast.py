@@ -125,9 +125,13 @@ def measure(cell: Cell) -> dict[str, float]:
     if rates := recipe.search.rates:
         share = recipe.trial(rates[0]).train.steps / recipe.train.steps
         total += len(rates) * (share * training + len(validation) * evaluation)
-    # the selection split is evaluated once more at the end, and the test set once
+    # the selection split is evaluated once more at the end, and each test split once
     evaluations = recipe.train.steps // min(recipe.train.evaluate_every, recipe.train.steps) + 1
-    scored = evaluations * len(validation) + (recipe.data.test_examples or len(prepared.split("test")))
+    protocol, limit = prepared.protocol, recipe.data.test_examples
+    scored = evaluations * len(validation) + sum(
+        (limit or len(prepared.split(name))) * protocol.of_split(name).length / protocol.length
+        for name in ("test", *protocol.tests)
+    )
     total += scored * evaluation
     if (scorer := load_scorer(cell.request(), recipe, prepared)) is not None and isinstance(data, DeviceSet):
         total += len(data) * _time_evaluation(scorer.model, recipe, data)

@@ -209,7 +209,7 @@ def _seconds(*runs: TrainedRun) -> list[float]:
     spent: list[list[float]] = [[] for _ in runs]
     for _ in range(REPEATS + 1):
         for times, run in zip(spent, runs, strict=True):
-            with run._evaluating(data.device):
+            with run._evaluating(data):
                 clock = time.perf_counter()
                 run.model(batch).sum().item()
                 times.append((time.perf_counter() - clock) / len(batch.labels))

@@ -64,16 +64,22 @@ def truncate(encoder: Encoder, tokens: int) -> None:
         encoder.init_state(1)
     except NotImplementedError as error:
         raise UserError(f"train.tbptt: {error}; it needs a recurrent encoder and model.direction=causal") from None
-    encoder.forward = partial(_in_chunks, encoder, tokens)  # type: ignore[method-assign]
+    encoder.forward = partial(in_chunks, encoder, tokens)  # type: ignore[method-assign]
 
 
-def _in_chunks(encoder: Encoder, tokens: int, x: Tensor, mask: Tensor) -> Tensor:
-    start = state = encoder.init_state(len(x))
+def in_chunks(encoder: Encoder, tokens: int, x: Tensor, mask: Tensor) -> Tensor:
+    """As `forward`, in chunks of `tokens` tokens: x: (B, L, D) -> (B, L, D). No gradient crosses their borders."""
+    start = encoder.init_state(len(x))
+    return in_chunks_from(encoder, tokens, x, start, start)[0]
+
+
+def in_chunks_from(encoder: Encoder, tokens: int, x: Tensor, state: Any, start: Any) -> tuple[Tensor, Any]:
+    """As `chunk`, in chunks of `tokens` tokens. start: what `init_state` returned, of which `state` may hold parts."""
     outputs = []
     for chunk in x.split(tokens, dim=1):
         y, state = encoder.chunk(chunk, tree_map(_cut, state, start))
         outputs.append(y)
-    return torch.cat(outputs, dim=1)
+    return torch.cat(outputs, dim=1), state
 
 
 def _cut(value: Tensor, at_start: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from lra.target import Target
 from lra.training import distributed, optimisers
 from lra.training.parallel import sharding
 from lra.training.parallel.pipeline import Pipeline
+from lra.training.streams import Streams
 
 HESSIAN_EVERY = 10
 """Steps between two Hessian estimates of SophiaG, as its authors use it."""
@@ -111,7 +112,7 @@ class Training(Trainable):
     With a teacher the loss of the target counts 1 - alpha, and that of imitating the teacher alpha.
 
     curve: validation accuracy and loss by step. diagnostics: of the encoder, over the last validation. pipeline:
-    computes the loss where processes divide the blocks.
+    computes the loss where processes divide the blocks. streams: carry the state of the encoder from step to step.
     """
 
     def __init__(self, model: Classifier, recipe: Recipe, target: Target, teacher: Classifier | None = None) -> None:
@@ -129,6 +130,7 @@ class Training(Trainable):
         self.diagnostics: dict[str, float] = {}
         self.curve: list[dict[str, float]] = []
         self.pipeline: Pipeline | None = None
+        self.streams: Streams | None = None
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         if self.pipeline is not None:
@@ -148,10 +150,15 @@ class Training(Trainable):
         self.train_accuracy.update(self.target.right(output, batch.labels).float())
         loss = loss if extra is None else loss + extra
         self.latest = (loss.detach(), batch)
+        if self.streams is not None:
+            # not at the end of the batch: a checkpoint may be written before
+            self.streams.end()
         return loss
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
+        if self.streams is not None:
+            self.streams.begin(batch.example, batch_idx)
         # the estimate belongs to the coming step: a checkpoint after that step holds it
         optimizer, step = self._optimizer(), self.trainer.global_step
         if not hasattr(optimizer, "update_hessian") or step % HESSIAN_EVERY or step == self._hessian_step:
@@ -167,6 +174,16 @@ class Training(Trainable):
                 parameter.grad = distributed.mean(parameter.grad)
         optimizer.update_hessian()
         optimizer.zero_grad(set_to_none=True)
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self.streams is not None:
+            self.streams.attach()
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        if self.streams is not None:
+            self.streams.detach()
 
     def validation_step(self, batch: Batch, _: int) -> None:
         output = self.model(batch)
@@ -195,10 +212,14 @@ class Training(Trainable):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["curve"] = self.curve
+        if self.streams is not None:
+            checkpoint["streams"] = distributed.gather(self.streams.states)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.curve = checkpoint["curve"]
+        if self.streams is not None:
+            self.streams.states = checkpoint["streams"][distributed.rank()]
 
 
 def answers_to(batch: Batch, model: Classifier, target: Target) -> dict[str, np.ndarray]:

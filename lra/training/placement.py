@@ -113,6 +113,7 @@ def _unsupported(placement: Placement, recipe: Recipe) -> str:
         f"pretrain.objective={recipe.pretrain.objective}": (divided or pipeline) and pretraining,
         "search.rates": divided and recipe.search.rates,
         "train.tbptt": rewritten and recipe.train.tbptt,
+        "train.stream": (rewritten or placement.resolved == "tensor") and recipe.train.stream,
         "train.compile": rewritten and recipe.train.compile,
         "train.precision=fp16": (divided or pipeline) and recipe.train.precision == "fp16",
     }

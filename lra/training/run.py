@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,8 @@ def _run(
             request.loggers, request.deadline, request.resume, progress, teacher, scorer,
         )  # fmt: skip
         trained = stages.train(recipe, prepared, model, context)
-        scores = stages.score(recipe, prepared, trained, context, test=not request.select_only)
+        build = partial(construction.build_encoder, recipe, constructor)
+        scores = stages.score(recipe, prepared, trained, context, build, test=not request.select_only)
         if not leads:
             return folder
         if request.select_only:

@@ -7,7 +7,7 @@ import logging
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,14 +20,15 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from rich.console import Console
 
 from lra.config.recipe import Recipe
-from lra.data.batches import DeviceSet, EvaluationLoader, Plan, Sampler, TrainingLoader, choose
+from lra.data.batches import DeviceSet, EvaluationLoader, Plan, Sampler, StreamPlan, TrainingLoader, choose
 from lra.data.drawn import DrawnSet, training_set
 from lra.data.prepared_sets import Prepared
+from lra.encoder import Encoder
 from lra.errors import UserError
 from lra.model import Classifier
 from lra.profiling import memory
 from lra.target import join, target_of
-from lra.training import checkpoint, curriculum, distributed, execution, loggers, precision, rate_search, sizes
+from lra.training import checkpoint, curriculum, distributed, execution, loggers, longer, precision, rate_search, sizes
 from lra.training.callbacks import (
     ExpectationCheck,
     ProgressBar,
@@ -46,6 +47,7 @@ from lra.training.module import Trainable, Training, answers_to
 from lra.training.parallel import pipeline, sequence, tensor
 from lra.training.placement import Placement
 from lra.training.pretraining import Pretraining
+from lra.training.streams import Streams
 
 TrainingSet = DeviceSet | DrawnSet
 
@@ -205,9 +207,25 @@ def _sampler(
     """The sampler of the training stage with any curriculum. known: the difficulty of each example; module: whose
     validations a dynamic curriculum follows."""
     plain = training_sampler(recipe, data, context.seed)
+    if recipe.train.stream:
+        return _stream(recipe, data, module)
     if recipe.train.curriculum == "length" or not isinstance(plain, Sampler):
         return plain
     return Ordered(recipe, plain, known, lambda: module.curve, context.placement.world_size == 1)
+
+
+def _stream(recipe: Recipe, data: TrainingSet, module: Training) -> StreamPlan:
+    """The order of the examples in which each row of a batch is a stream; `module` carries its state from now on."""
+    plan = StreamPlan(len(data), recipe.data.batch_size)
+    if not isinstance(data, DeviceSet) or module.target.start is None:
+        raise UserError("train.stream needs a protocol that packs documents, such as `--protocol packed` of imdb_lm")
+    if recipe.data.train_examples:
+        raise UserError("train.stream goes through all training examples in their order; leave out data.train_examples")
+    if not plan.per_epoch:
+        raise UserError(f"data.batch_size is {plan.batch_size}, of {len(data)} training examples; at most that many")
+    parts, tokens = recipe.train.accumulate, recipe.train.tbptt
+    module.streams = Streams(module.model.encoder, data.limit, tokens, parts, plan.per_epoch)
+    return plan
 
 
 def _difficulty(recipe: Recipe, prepared: Prepared, data: TrainingSet, context: RunContext) -> np.ndarray | None:
@@ -310,15 +328,17 @@ def _trainer(recipe: Recipe, context: RunContext, **options: Any) -> L.Trainer:
 
 
 def score(
-    recipe: Recipe, prepared: Prepared, trained: TrainingResult, context: RunContext, test: bool = True
-) -> dict[str, Any]:
+    recipe: Recipe, prepared: Prepared, trained: TrainingResult, context: RunContext, build: Callable[[int], Encoder],
+    test: bool = True,
+) -> dict[str, Any]:  # fmt: skip
     """Score the best checkpoint on the selection split and, if `test`, once on the test splits.
 
-    Returns {split: fields of its Score}, best_step, and the predictions for the split `test`.
+    build: of `longer.reading`, for splits of longer sequences. Returns {split: fields of its Score}, best_step, the
+    predictions for the split `test`, and for each split of longer sequences how it was read, or why it was not.
     """
     best = checkpoint.read(context.checkpoints / "best.ckpt")
     trained.model.load_state_dict(checkpoint.model_weights(best))
-    scores: dict[str, Any] = {"best_step": int(best["global_step"])}
+    scores: dict[str, Any] = {"best_step": int(best["global_step"]), "longer": {}}
     target = target_of(prepared.task, prepared.protocol)
     counts = {prepared.protocol.selection: recipe.data.validation_examples}
     if test:
@@ -326,15 +346,25 @@ def score(
     for name, count in counts.items():
         split = prepared.split(name)
         examples = choose(len(split), count)
-        data = DeviceSet.of(split, prepared.protocol, context.device, examples)
+        protocol = prepared.protocol.of_split(name)
+        data = DeviceSet.of(split, protocol, context.device, examples)
         clock = time.perf_counter()
-        answers = _answers(recipe, trained, data, context)
+        try:
+            with longer.reading(trained.model, prepared.protocol.length, protocol.length, build) as way:
+                # as many tokens in a batch as in one of training sequences
+                size = max(1, recipe.data.evaluation_batch_size * prepared.protocol.length // protocol.length)
+                answers = _answers(recipe, trained, data, context, size)
+        except longer.TooLong as error:
+            scores["longer"][name] = f"not possible: {error}"
+            continue
         seconds = time.perf_counter() - clock
         scored = np.unique(answers["example"]) if target.per_position else answers["example"]
         if not np.array_equal(scored, np.arange(len(data))):
             raise RuntimeError(f"scoring {name} covered {len(scored)} examples, not each of {len(data)} once")
         scores[name] = target.score(answers) | {"seconds": round(seconds, 3)}
-        if prepared.task.generated and name != prepared.protocol.selection:
+        if way:
+            scores["longer"][name] = way
+        if way or (prepared.task.generated and name != prepared.protocol.selection):
             scores[name]["length"] = int(data.lengths.max())
         if name == "test":
             numbers = np.arange(len(split)) if examples is None else examples
@@ -342,9 +372,11 @@ def score(
     return scores
 
 
-def _answers(recipe: Recipe, trained: TrainingResult, data: DeviceSet, context: RunContext) -> dict[str, np.ndarray]:
+def _answers(
+    recipe: Recipe, trained: TrainingResult, data: DeviceSet, context: RunContext, batch_size: int
+) -> dict[str, np.ndarray]:
     """The answers on all examples (`Target.answers`), from all processes, in the order of the examples."""
-    loader = EvaluationLoader(data, recipe.data.evaluation_batch_size, distributed.shard(context.placement))
+    loader = EvaluationLoader(data, batch_size, distributed.shard(context.placement))
     if context.placement.world_size == 1:
         with quiet():
             parts: Any = _trainer(recipe, context).predict(trained.module, loader) or []

@@ -19,15 +19,16 @@ from lra.config.recipe import Recipe
 from lra.data import prepared_sets
 from lra.data.batches import DeviceSet, EvaluationLoader, choose
 from lra.data.examples import split_of
+from lra.encoder import Encoder
 from lra.errors import UserError, brief, unknown
 from lra.model import Batch, Classifier
-from lra.registry import architectures, tasks
+from lra.registry import Constructor, architectures, tasks
 from lra.results import record as records
 from lra.results import result, statistics
 from lra.results.record import RunRecord
 from lra.target import join, target_of
 from lra.task import Protocol, Task
-from lra.training import checkpoint, construction, generation, run_folder
+from lra.training import checkpoint, construction, generation, longer, run_folder
 from lra.training.generation import Generated, Sampling
 from lra.training.module import answers_to
 from lra.training.precision import autocast
@@ -57,8 +58,8 @@ class TrainedRun:
     """A trained classifier.
 
     model: the classifier, on the CPU in evaluation mode. recipe, seed, task, protocol: those of its training. folder:
-    the folder that it was loaded from. structure: the steps of its compression (lra.training.compression); empty
-    without compression.
+    the folder that it was loaded from. constructor: that of its encoder, by default the one of the recipe. structure:
+    the steps of its compression (lra.training.compression); empty without compression.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class TrainedRun:
         self.model, self.recipe, self.task, self.protocol = model, recipe, task, protocol
         self.folder, self.seed, self._record = folder, seed, record
         self.structure: list[dict[str, Any]] = []
+        self.constructor: Constructor | None = None
 
     @property
     def finished(self) -> bool:
@@ -132,8 +134,8 @@ class TrainedRun:
         if split not in self.protocol.splits:
             raise unknown("split", split, self.protocol.splits)
         data, target = self._data(split), target_of(self.task, self.protocol)
-        with self._evaluating(data.device):
-            loader = EvaluationLoader(data, self.recipe.data.evaluation_batch_size)
+        with self._evaluating(data):
+            loader = EvaluationLoader(data, self._batch_size(data))
             score = target.score(join(answers_to(batch, self.model, target) for batch in loader))
         accuracy, correct, n = (score.pop(key) for key in ("accuracy", "correct", "n"))
         interval = statistics.of_test_set(accuracy, n)
@@ -205,17 +207,17 @@ class TrainedRun:
         device = next(self.model.parameters()).device
         if not (isinstance(inputs, str) and inputs in self.protocol.splits):
             return DeviceSet.of(split_of(inputs, self.task, self.protocol), self.protocol, device)
-        split = prepared_sets.load_prepared(self.task, self.protocol).split(inputs)
+        split, protocol = prepared_sets.load_prepared(self.task, self.protocol).split(inputs), self.protocol
         limits = dict.fromkeys(("test", *self.protocol.tests), self.recipe.data.test_examples)
         limits |= {"train": self.recipe.data.train_examples, "validation": self.recipe.data.validation_examples}
         examples = choose(len(split), limits[inputs])
-        return DeviceSet.of(split, self.protocol, device, examples)
+        return DeviceSet.of(split, protocol.of_split(inputs), device, examples)
 
     def _map(self, data: DeviceSet, function: Callable[[Batch], Any], batch_size: int) -> list[Any]:
         """function(batch) for batches of every example, as one entry for each example, in their order."""
         outputs: list[Any] = [None] * len(data)
-        with self._evaluating(data.device):
-            for batch in EvaluationLoader(data, batch_size or self.recipe.data.evaluation_batch_size):
+        with self._evaluating(data):
+            for batch in EvaluationLoader(data, batch_size or self._batch_size(data)):
                 rows = function(batch)
                 if isinstance(rows, Tensor):
                     rows = (rows.float() if rows.is_floating_point() else rows).cpu().numpy()
@@ -223,13 +225,26 @@ class TrainedRun:
                     outputs[example] = row
         return outputs
 
+    def _batch_size(self, data: DeviceSet) -> int:
+        """That of the recipe's evaluations, smaller for a split of longer sequences."""
+        return max(1, self.recipe.data.evaluation_batch_size * self.protocol.length // data.limit)
+
     @contextmanager
-    def _evaluating(self, device: torch.device) -> Iterator[None]:
-        """The model in evaluation mode and in the precision of its run, without gradients."""
+    def _evaluating(self, data: DeviceSet) -> Iterator[None]:
+        """The model in evaluation mode and in the precision of its run, without gradients, at the length of a set."""
         training = self.model.training
         self.model.eval()
+
+        def build(length: int) -> Encoder:
+            constructor = self.constructor or architectures.get(self.recipe.architecture)
+            return construction.build_encoder(self.recipe, constructor, length)
+
         try:
-            with torch.inference_mode(), self._autocast(device):
+            with (
+                torch.inference_mode(),
+                self._autocast(data.device),
+                longer.reading(self.model, self.protocol.length, data.limit, build),
+            ):
                 yield
         finally:
             self.model.train(training)
@@ -319,7 +334,9 @@ def _untrained(
     constructor = architectures.get(architecture or recipe.architecture)
     with construction.kept_random_state():
         model = construction.build(recipe, constructor, instance, protocol, seed)
-    return TrainedRun(model.eval(), recipe, instance, protocol, folder, None, seed)
+    run = TrainedRun(model.eval(), recipe, instance, protocol, folder, None, seed)
+    run.constructor = constructor
+    return run
 
 
 def _load_weights(model: Classifier, weights: Mapping[str, Tensor], path: Path) -> None:

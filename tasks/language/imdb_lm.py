@@ -9,27 +9,25 @@ interval over examples is one over reviews.
 Validation is the 500 reviews with the lowest SHA-256 of the 25,000 official training reviews; test is the first 1,000,
 in the same order, of the official test reviews that occur in no training review word for word. A review that occurs
 twice is used once.
+
+Under `packed` an example is a piece of all reviews one after the other. Test is the first 500 of its reviews, in pieces
+of the length of training and, as further splits, in longer ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
-
-from lra.task import Progress, Protocol, Split, Task
+from lra.task import Progress, Protocol
 from lra.tasks import _imdb
-from lra.tasks._ngram import gzip_bits, ngram_bits
-from lra.tasks.storage import open_split, write_documents, write_positions
-
-START = 0
-ORDER = 5
+from lra.tasks._language import LONGER, PACKED, ByteTask
+from lra.tasks.generated import longer
 
 
-class ImdbLm(Task):
+class ImdbLm(ByteTask):
     name = "imdb_lm"
     title = "IMDb, next byte"
     classes = 256
@@ -50,53 +48,44 @@ class ImdbLm(Task):
             "the first chunk of each review",
             raw=_imdb.RAW,
         ),
+        "packed": Protocol(
+            "packed",
+            length=1024,
+            vocabulary=256,
+            counts={
+                "train": 31_679,
+                "validation": 642,
+                "test": 681,
+                "length-2048": 340,
+                "length-4096": 170,
+                "length-8192": 85,
+            },
+            sha256={
+                "train": "968b88a806f19722dbb1be0a2ac264b3c8edcc6cca9aadeed104fc44e1a47bda",
+                "validation": "e7bfae799a6e49b2da1d9ceaf0773ad66cd2c9e3abbc2b4874a514b654df0c35",
+                "test": "0e6ad1dcee9406b2f9119be54940b8f773621d5a7a48d0798115d6b99b1f2ac9",
+                "length-2048": "9b13af20feef67ad1c870e07135cf4b57001e66954189b31777040189c0b0125",
+                "length-4096": "a1fbf756045ed056f8ee26e1fd206b48d9280e1dc5e046e2a2ef364aae45cb26",
+                "length-8192": "30a9d7215cb4a0325613cf9e0cdd2f121cf26e9fe0566920d645847e94d5f5c2",
+            },
+            budget={"validation": 500, "test": 500},
+            tests=longer(*LONGER),
+            packed=True,
+            note=PACKED,
+            raw=_imdb.RAW,
+        ),
     }
 
-    def prepare(
-        self, folder: Path, protocol: Protocol, *, source: Path | None, workers: int, progress: Progress
-    ) -> None:
-        progress(f"reading {source or _imdb.HUB.id}", 0, 2)
+    def texts(self, protocol: Protocol, source: Path | None, progress: Progress) -> Mapping[str, Iterable[str]]:
+        progress(f"reading {source or _imdb.HUB.id}", 0, 1)
         train, test = (
             dict.fromkeys(_imdb.read(split, source, self.command(protocol))[0]) for split in ("train", "test")
         )
-        held_out, tested = protocol.counts["validation"], protocol.counts["test"]
+        documents = {**protocol.counts, **protocol.budget}
+        held_out, tested = documents["validation"], documents["test"]
         unseen = (text for text in test if text not in train)
-        parts = {"train": list(train)[held_out:], "validation": list(train)[:held_out], "test": islice(unseen, tested)}
-        progress("encoding", 1, 2)
-        for split, texts in parts.items():
-            chunks = [
-                c for text in texts for c in islice(_chunks(text, protocol.length), None if split == "train" else 1)
-            ]
-            write_documents(folder, split, chunks)
-            write_positions(folder, split, None, len(chunks))
-        progress("encoding", 2, 2)
-
-    def load(self, folder: Path, split: str) -> Split:
-        return open_split(folder, split)
-
-    def encode(self, text: str, protocol: Protocol) -> np.ndarray:
-        return _tokens(text)[: protocol.length]
-
-    def decode(self, tokens: np.ndarray) -> str:
-        return bytes(np.asarray(tokens, np.uint8)).decode(errors="replace")
-
-    def floor_bits(self, train: Split, test: Split) -> dict[str, float]:
         return {
-            "unigram": ngram_bits(train, test, 1, self.classes),
-            f"interpolated {ORDER}-gram": ngram_bits(train, test, ORDER, self.classes),
-            "gzip -9": gzip_bits(test),
+            "train": list(train)[held_out:],
+            "validation": list(train)[:held_out],
+            "test": list(islice(unseen, tested)),
         }
-
-    def describe(self, split: Split, example: int) -> str:
-        document = split.document(int(split.index[example, 0]))
-        return f"{len(document):,} bytes: {' '.join(self.decode(document[document != START]).split())}"
-
-
-def _tokens(text: str) -> np.ndarray:
-    return np.frombuffer(bytes([START]) + text.encode(), np.uint8)
-
-
-def _chunks(text: str, length: int) -> Iterator[np.ndarray]:
-    """Chunks of at most `length` tokens, each of which begins with the last token of the one before."""
-    tokens = _tokens(text)
-    return (tokens[start : start + length] for start in range(0, len(tokens) - 1, length - 1))

@@ -17,7 +17,7 @@ from lra.data.batches import EvaluationLoader, Sampler, Shard, TrainingLoader
 from lra.results import result
 
 HERE = Path(__file__).parents[1]
-TINY = f"{HERE / 'tiny_task.py'}:Tiny"
+TINY, SENTENCES = f"{HERE / 'tiny_task.py'}:Tiny", f"{HERE / 'sentences.py'}:Sentences"
 SETTINGS = ("train.steps=30", "train.evaluate_every=10", "model.d_model=16", "data.batch_size=16", "model.n_layers=1",
             "data.validation_examples=99", 'train.precision="32"')  # fmt: skip
 
@@ -52,13 +52,15 @@ def test_shares_of_a_batch_are_the_batch_and_of_a_sweep_the_set() -> None:
         assert len({len(share) for share in swept}) == 1
 
 
-def launched(folder: Path, *more: str, architecture: str = "gru", stopped_at: int = 0) -> dict[str, Any]:
+def launched(
+    folder: Path, *more: str, task: str = TINY, architecture: str = "gru", stopped_at: int = 0
+) -> dict[str, Any]:
     """A run as `lra run` does it. stopped_at: a step after which it is stopped first, and resumed."""
     environment = os.environ | {
         "LRA_CACHE": str(folder.parent / "cache"), "LRA_RESULTS": str(folder / "results"),
         "LRA_RUNS": str(folder / "runs"), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    arguments = ["run", TINY, architecture, "--recipe", "quick"]
+    arguments = ["run", task, architecture, "--recipe", "quick"]
     for setting in SETTINGS:
         arguments += ["--set", setting]
     arguments += more
@@ -105,3 +107,22 @@ def test_two_processes_train_and_score_as_one(tmp_path: Path) -> None:
     assert two["record"].speed.examples == one["record"].speed.examples
     where = two["record"].environment
     assert (where.devices, where.strategy) == (2, "ddp")
+
+
+@pytest.mark.slow
+def test_two_processes_carry_the_states_of_one(tmp_path: Path) -> None:
+    stream = [
+        part
+        for setting in ("train.stream=true", "model.direction=causal", "data.batch_size=8", "data.train_examples=0")
+        for part in ("--set", setting)
+    ]  # fmt: skip
+    one = launched(tmp_path / "one", *stream, task=SENTENCES)
+    two = launched(tmp_path / "two", *stream, "--devices", "2", task=SENTENCES)
+    resumed = launched(tmp_path / "resumed", *stream, "--devices", "2", task=SENTENCES, stopped_at=13)
+    for curve in ("loss", "validation loss"):
+        np.testing.assert_allclose(one[curve], two[curve], atol=1e-5, rtol=0)
+        np.testing.assert_array_equal(two[curve], resumed[curve])
+    assert two["record"].test.bits == pytest.approx(one["record"].test.bits, abs=1e-5)
+    assert {name: score.n for name, score in two["record"].tests.items()} == {
+        name: score.n for name, score in one["record"].tests.items()
+    }

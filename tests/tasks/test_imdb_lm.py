@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections import Counter, defaultdict
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,24 @@ def test_validation_and_test_are_first_chunks_of_reviews_that_training_does_not_
     assert task.describe(prepared.split("test"), 0) == f"{1 + len(first)} bytes: {first.strip()}"
 
 
+def test_packed_pieces_join_to_all_reviews_in_a_row(raw: Path) -> None:
+    packed = replace(
+        ImdbLm.protocols["packed"], length=32, sha256={}, counts={}, budget={"validation": 4, "test": 6},
+        tests={"length-64": {"length": 64}},
+    )  # fmt: skip
+    prepared = prepared_sets.load_prepared(ImdbLm(), packed, source=raw)
+    tested = hashed(TEST[1:])[:6]
+    for split, length, texts in (
+        ("train", 32, hashed(TRAIN)[4:]), ("validation", 32, hashed(TRAIN)[:4]), ("test", 32, tested),
+        ("length-64", 64, tested),
+    ):  # fmt: skip
+        pieces = documents(prepared.split(split))
+        assert {len(piece) for piece in pieces[:-1]} == {length}
+        assert all(left[-1] == right[0] for left, right in pairwise(pieces))
+        joined = pieces[0] + b"".join(piece[1:] for piece in pieces[1:])
+        assert joined == b"".join(b"\0" + text.encode() for text in texts)
+
+
 def test_it_passes_the_checks_of_a_task(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ImdbLm, "protocols", {"chunks": small()})
     failed = [finding for finding in conformance.check(ImdbLm(), source=raw) if finding.failed]
@@ -132,12 +151,13 @@ def test_gzip_reads_all_documents_as_one_file(tmp_path: Path) -> None:
     assert gzip_bits(stored(tmp_path / "a", "test", texts)) == pytest.approx(8 * size / 300)
 
 
-def test_the_real_reviews_are_the_frozen_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("protocol", ImdbLm.protocols)
+def test_the_real_reviews_are_the_frozen_ones(protocol: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = raw_data("imdb/train.parquet", "imdb/test.parquet")
     monkeypatch.setenv("LRA_CACHE", str(tmp_path))
     # preparation compares counts and SHA-256 of every split with the protocol's constants
-    prepared = prepared_sets.load_prepared("imdb_lm", source=folder)
-    for split in ("train", "validation", "test"):
+    prepared = prepared_sets.load_prepared("imdb_lm", protocol, source=folder)
+    for split in ("train", "validation", "test") if protocol == "chunks" else ():
         starts = [document[0] == 0 for document in documents(prepared.split(split))]
         assert all(starts) == (split != "train")
         # the byte 0 stands nowhere but at the start of a review
