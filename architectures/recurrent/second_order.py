@@ -68,7 +68,7 @@ class SecondOrderMixer(Loop):
         with torch.autocast(x.device.type, enabled=False):
             return F.pad(wide(x), (0, 1), value=1.0) @ wide(self.w).transpose(0, 1).flatten(1)
 
-    def advance(self, entering: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def advance(self, entering: Tensor, state: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
         """State: h (B, D)."""
         M = entering.unflatten(-1, (-1, self.d_model))
         h = torch.tanh((F.pad(state, (0, 1), value=1.0).unsqueeze(1) @ M).squeeze(1))
