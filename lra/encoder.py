@@ -93,7 +93,7 @@ class Card:
     exempt: conformance check -> reason, or `variant/check` -> reason for one variant. An exempted check must fail; it
     is an error if it passes.
     recall: constructor arguments of `lra check --recall`, if the paper chooses them by the range of dependencies.
-    no_recall: why it cannot recall the first of 256 tokens; empty if it can. Both hold for the default options only.
+    no_recall: why it does not recall the first of 256 tokens; empty if it does. Both hold for the default options only.
     """
 
     title: str

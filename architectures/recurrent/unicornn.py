@@ -78,6 +78,7 @@ class UnICORNN(Stack):
         url="https://arxiv.org/abs/2103.05487",
         scaling="L",
         causal=True,
+        recall={"dt": 0.1, "alpha": 0.0001},  # the paper searches both for each task
         exempt={"exports": "a Python loop over the tokens is unrolled for one length"},
     )
 
