@@ -130,6 +130,7 @@ class SecondOrder(Stack):
         scaling="L",
         causal=True,
         variants={"cprnn": {"rank": 0}},
+        no_recall="its state passes through tanh at every step, so the gradient of the first token vanishes",
         exempt={
             "exports": "a Python loop over the tokens is unrolled for one length",
             "cprnn/optim_groups": "A is a factor of the recurrent weights, not a rate",
