@@ -56,9 +56,9 @@ def one(task: str, architecture: str, folder: Path, settings: dict[str, str], re
             os.kill(os.getpid(), signal.SIGKILL)
         stopping(self, trainer, *rest)
 
-    def keep(found: Any, prepared: Any, trained: Any, setting: Any, **more: Any) -> dict[str, Any]:
+    def keep(found: Any, prepared: Any, trained: Any, *rest: Any, **more: Any) -> dict[str, Any]:
         torch.save(trained.module.model.state_dict(), folder / "final.pt")
-        return scoring(found, prepared, trained, setting, **more)
+        return scoring(found, prepared, trained, *rest, **more)
 
     if kill_at:
         Stop.on_train_batch_end = die  # type: ignore[assignment,method-assign]

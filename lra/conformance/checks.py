@@ -63,7 +63,7 @@ SHAPES = ((256, 4), (1024, 4), (4096, 2))
 
 
 def signature(context: CheckContext) -> None:
-    """the constructor takes keyword arguments; a misspelt one is an error"""
+    """arguments of the constructor are named; a misspelt one fails"""
     parameters = inspect.signature(context.constructor.cls).parameters
     for name, parameter in parameters.items():
         if parameter.kind is not parameter.KEYWORD_ONLY:
@@ -91,7 +91,7 @@ def signature(context: CheckContext) -> None:
 
 
 def card(context: CheckContext) -> None:
-    """the card names paper and growth of work; every variant can be built"""
+    """the card names paper and growth of work; variants can be built"""
     if not context.declares("card"):
         raise NotDeclared("no card; a file in architectures/ has one, with paper and growth")
     own = getattr(context.constructor.cls, "card", None)
@@ -126,7 +126,7 @@ def card(context: CheckContext) -> None:
 
 
 def shape(context: CheckContext) -> None:
-    """input and output are (B, L, D), also with one token and odd lengths"""
+    """input and output are (B, L, D), also for one token, odd lengths"""
     for how, encoder in context.directions():
         for lengths, total in (([32, 32], 32), ([1], 1), ([7, 3, 1], 7), ([31, 17], 31), ([33], 33), ([64, 64], 64)):
             x, mask = inputs(lengths, total)
@@ -139,7 +139,7 @@ def shape(context: CheckContext) -> None:
 
 
 def padding(context: CheckContext) -> None:
-    """outputs at real positions do not depend on the content of padding"""
+    """outputs at real positions do not depend on values of padding"""
     x, mask = inputs([LENGTH, 17, 1], LENGTH)
     other = torch.where(mask.unsqueeze(-1), x, 100 * x.flip(1))
     for how, encoder in context.directions():
@@ -165,7 +165,7 @@ def padding_length(context: CheckContext) -> None:
 
 
 def batch(context: CheckContext) -> None:
-    """the output of a sequence does not depend on the rest of the batch"""
+    """the output of a sequence does not depend on its batch"""
     x, mask = inputs([LENGTH, 17, 5], LENGTH)
     order = torch.tensor([2, 0, 1])
     for how, encoder in context.directions():
@@ -216,7 +216,7 @@ def _reach(encoder: Encoder) -> tuple[float, float]:
 
 
 def causal(context: CheckContext) -> None:
-    """outputs depend on later tokens if and only if the direction says so"""
+    """outputs see later tokens if and only if the direction says so"""
     if not context.declares("direction"):
         before, after = _reach(context.encoder())
         seen = [name for name, change in (("the past", after), ("the future", before)) if change > EXACT]
@@ -427,7 +427,7 @@ def optim_norms(context: CheckContext) -> None:
 
 
 def magnitudes(context: CheckContext) -> None:
-    """outputs of mixers have similar magnitude at every depth and length"""
+    """mixers have outputs of similar size at every depth and length"""
     sizes: list[tuple[float, str]] = []
 
     def note(place: str, module: nn.Module, given: Any, y: Tensor) -> None:

@@ -74,7 +74,7 @@ CLEAN = "start forward with `x, mask = clean_padding(x, mask)` of lra.encoder"
 
 
 def padding_left(context: CheckContext) -> str | None:
-    """left padding is an error, or gives the same outputs as right padding"""
+    """left padding is an error, or gives the outputs of right padding"""
     x, mask = inputs([LENGTH, 17, 5], LENGTH)
     encoder = woken(context.encoder())
     if encoder.gaps and not encoder.causal:

@@ -78,7 +78,7 @@ def test_ltc_puts_negative_strengths_back() -> None:
 
 test_wrong_arguments_are_named = refuses(CfC, d_model=8, n_layers=1, length=16)(
     ({"mode": "gated"}, "default, no-gate, pure, ltc"),
-    ({"mode": "pure", "mixed_memory": True}, "of the default mode"),
+    ({"mode": "pure", "mixed_memory": True}, "needs the default mode"),
     ({"units": 0}, "units is 0"),
     ({"unfolds": 0}, "unfolds is 0"),
 )

@@ -99,7 +99,7 @@ def test_initialisation() -> None:
 def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="horizon is 0"):
         GRU(d_model=8, n_layers=1, length=16, horizon=0)
-    with pytest.raises(ValueError, match="one of them at most"):
+    with pytest.raises(ValueError, match="set at most one"):
         GRU(d_model=8, n_layers=1, length=16, coupled=True, reset_first=True)
     with pytest.raises(ValueError, match="zoneout is 1"):
         GRU(d_model=8, n_layers=1, length=16, zoneout=1.0)

@@ -147,7 +147,7 @@ def test_gates_start_with_memories_up_to_the_horizon() -> None:
 
 
 def test_layernorm_takes_no_other_variant() -> None:
-    with pytest.raises(ValueError, match="without peephole"):
+    with pytest.raises(ValueError, match="leave out peephole"):
         LSTM(d_model=4, n_layers=1, length=8, layernorm=True, peephole=True)
 
 

@@ -163,9 +163,9 @@ def test_damaged_sweeps(tmp_path: Path, content: bytes) -> None:
     [
         ("x = " + "[" * 3000, "not valid TOML"),
         ("seeds = [-1]", "numbers from 0 to 4294967295"),
-        (f"seeds = {list(range(10_001))}", "asks for 10,001 runs; a sweep has at most 10,000"),
-        ("part = " + toml([{"seeds": list(range(n, n + 2001))} for n in range(5)]), "asks for 2,001 runs"),
-        ("grid = " + toml({f"encoder.k{i}": list(range(10)) for i in range(12)}), "asks for 1,000,000,000,000 runs"),
+        (f"seeds = {list(range(10_001))}", "has 10,001 runs; a sweep has at most 10,000"),
+        ("part = " + toml([{"seeds": list(range(n, n + 2001))} for n in range(5)]), "has 2,001 runs"),
+        ("grid = " + toml({f"encoder.k{i}": list(range(10)) for i in range(12)}), "has 1,000,000,000,000 runs"),
     ],
     ids=["deep", "seed", "many", "many parts", "huge grid"],
 )

@@ -425,7 +425,7 @@ def invoke(*words: str) -> str:
 def test_the_commands_of_a_trained_run(run: lra.TrainedRun, tmp_path: Path) -> None:
     folder, out = str(run.folder), tmp_path / "out.csv"
     assert f"{100 * run.accuracy:.2f} % of 150" in invoke("evaluate", folder)
-    assert f"the record says {100 * run.accuracy:.2f} %" in invoke(
+    assert f"accuracy in the record: {100 * run.accuracy:.2f} %" in invoke(
         "evaluate", folder, "--out", str(tmp_path / "s.json")
     )
     assert json.loads((tmp_path / "s.json").read_text())["correct"] == run.record.test.correct
