@@ -187,6 +187,7 @@ class Sinkhorn(AttentionStack):
         scaling="L sqrt L",
         causal=False,
         variants={"sortcut": {"sortcut": 2}},
+        no_recall="causal, not learned in 1,100 steps; no reason in theory is known",
         exempt={
             "exports": "the number of blocks follows the length",
         },
