@@ -131,6 +131,7 @@ def recall(
     architecture: Annotated[list[str] | None, typer.Argument(help="Architectures; default: all.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Most training steps.")] = 3000,
     seconds: Annotated[float, typer.Option(min=1, help="Most seconds of training.")] = 300.0,
+    bidirectional: Annotated[bool, typer.Option("--bidirectional", help="Instead of causal, if both exist.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is on file.")] = False,
 ) -> None:
     """Train encoders to recall the first of 256 tokens, as `lra check --recall` does; written after each."""
@@ -147,7 +148,7 @@ def recall(
             console.print(f"{name}: on file", highlight=False)
             continue
         constructor = architectures.get(name)
-        direction = "bidirectional" if constructor.cls.refuses_causal else "causal"
+        direction = "bidirectional" if bidirectional or constructor.cls.refuses_causal else "causal"
         direction = direction if "direction" in constructor.options() else ""
         with console.status(f"training {name}"):
             outcome = first_token.recall(name, direction=direction, steps=steps, seconds=seconds, seed=seed)

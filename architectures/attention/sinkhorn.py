@@ -27,6 +27,8 @@ over later rows would tell an output of later tokens, so that the causal form st
 mixed keys. The LRA code multiplies a sum over all blocks instead of sorting them, and adds two softmaxes. No recurrent
 mode.
 
+The causal form did not learn to recall the first of 256 tokens in 1,100 steps; the bidirectional one takes 150.
+
 Checked against: tensors of the package sinkhorn-transformer (balancing; the layer with its values, and with its values
 mended, outputs and gradients); a loop over blocks, causal and SortCut too, outputs and gradients; softmax attention
 under the explicit L x L mask of a hard permutation.
@@ -187,7 +189,6 @@ class Sinkhorn(AttentionStack):
         scaling="L sqrt L",
         causal=False,
         variants={"sortcut": {"sortcut": 2}},
-        no_recall="causal, not learned in 1,100 steps; no reason in theory is known",
         exempt={
             "exports": "the number of blocks follows the length",
         },
