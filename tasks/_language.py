@@ -20,6 +20,7 @@ import numpy as np
 from lra.task import Progress, Protocol, Split, Task
 from lra.tasks._ngram import gzip_bits, ngram_bits
 from lra.tasks._source import TextHub, find_texts, stream_texts
+from lra.tasks.generated import longer
 from lra.tasks.storage import DocumentWriter, open_split, write_positions
 
 START = 0
@@ -28,6 +29,8 @@ PACKED = (
     "bytes; documents one after the other, cut to pieces: state and attention cross their borders, which byte 0 shows; "
     "test in pieces of 1,024, and the same bytes in longer ones"
 )
+TOKENS = 32_000_000
+"""Training tokens of a data set on the hub."""
 LONGER = (2048, 4096, 8192)
 """Lengths of the further tests of a model that is trained on 1,024 bytes."""
 
@@ -75,6 +78,34 @@ class ByteTask(Task):
     def describe(self, split: Split, example: int) -> str:
         document = split.document(int(split.index[example, 0]))
         return f"{len(document):,} bytes: {' '.join(self.decode(document[document != START]).split())}"
+
+
+def chunks(hub: TextHub, size: int, document: str) -> Protocol:
+    """The protocol `chunks` of a data set on the hub. size: bytes of text over all splits; document: what a text is."""
+    return Protocol(
+        "chunks",
+        length=1024,
+        vocabulary=256,
+        counts={"validation": 500, "test": 1_000},
+        budget={"validation": 500, "test": 1_000, "tokens": TOKENS, "bytes": size},
+        note=f"bytes; an example is a chunk of one {document}, and nothing crosses its border; validation and test "
+        f"hold the first chunk of each {document}",
+        raw=hub.raw,
+    )
+
+
+def packed(hub: TextHub, size: int) -> Protocol:
+    """The protocol `packed` of a data set on the hub. size: bytes of text over all splits."""
+    return Protocol(
+        "packed",
+        length=1024,
+        vocabulary=256,
+        budget={"validation": 500, "test": 500, "tokens": TOKENS, "bytes": size},
+        tests=longer(*LONGER),
+        packed=True,
+        note=PACKED,
+        raw=hub.raw,
+    )
 
 
 class HubTask(ByteTask):

@@ -14,9 +14,8 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from lra.task import Protocol
-from lra.tasks._language import LONGER, PACKED, HubTask
+from lra.tasks._language import HubTask, chunks, packed
 from lra.tasks._source import TextHub
-from lra.tasks.generated import longer
 
 HUB = TextHub(
     "HuggingFaceFW/fineweb-edu",
@@ -35,24 +34,6 @@ class FineWebEdu(HubTask):
     hub = HUB
     tested_on = "train"
     protocols: ClassVar[Mapping[str, Protocol]] = {
-        "chunks": Protocol(
-            "chunks",
-            length=1024,
-            vocabulary=256,
-            counts={"validation": 500, "test": 1_000},
-            budget={"validation": 500, "test": 1_000, "tokens": 32_000_000, "bytes": 64_000_000},
-            note="bytes; an example is a chunk of one page, and nothing crosses its border; validation and test hold "
-            "the first chunk of each page",
-            raw=HUB.raw,
-        ),
-        "packed": Protocol(
-            "packed",
-            length=1024,
-            vocabulary=256,
-            budget={"validation": 500, "test": 500, "tokens": 32_000_000, "bytes": 64_000_000},
-            tests=longer(*LONGER),
-            packed=True,
-            note=PACKED,
-            raw=HUB.raw,
-        ),
+        "chunks": chunks(HUB, 64_000_000, "page"),
+        "packed": packed(HUB, 64_000_000),
     }

@@ -15,9 +15,8 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from lra.task import Protocol
-from lra.tasks._language import LONGER, PACKED, HubTask
+from lra.tasks._language import HubTask, chunks, packed
 from lra.tasks._source import TextHub
-from lra.tasks.generated import longer
 
 HUB = TextHub(
     "roneneldan/TinyStories",
@@ -36,24 +35,6 @@ class TinyStories(HubTask):
     hub = HUB
     tested_on = "validation"
     protocols: ClassVar[Mapping[str, Protocol]] = {
-        "chunks": Protocol(
-            "chunks",
-            length=1024,
-            vocabulary=256,
-            counts={"validation": 500, "test": 1_000},
-            budget={"validation": 500, "test": 1_000, "tokens": 32_000_000, "bytes": 40_000_000},
-            note="bytes; an example is a chunk of one story, and nothing crosses its border; validation and test hold "
-            "the first chunk of each story",
-            raw=HUB.raw,
-        ),
-        "packed": Protocol(
-            "packed",
-            length=1024,
-            vocabulary=256,
-            budget={"validation": 500, "test": 500, "tokens": 32_000_000, "bytes": 40_000_000},
-            tests=longer(*LONGER),
-            packed=True,
-            note=PACKED,
-            raw=HUB.raw,
-        ),
+        "chunks": chunks(HUB, 40_000_000, "story"),
+        "packed": packed(HUB, 40_000_000),
     }
