@@ -44,3 +44,15 @@ def test_decomposition_is_a_second_order_network() -> None:
 def test_wrong_rank_is_named() -> None:
     with pytest.raises(ValueError, match="rank is -1"):
         SecondOrder(d_model=8, n_layers=1, length=16, rank=-1)
+
+
+def test_pieces_give_the_outputs_and_gradients_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    mixer, x = SecondOrderMixer(4).double(), torch.randn(2, 8, 4, dtype=torch.float64, requires_grad=True)
+    mask = torch.ones(2, 8, dtype=torch.bool)
+    found = []
+    for size in (8, 3):
+        monkeypatch.setattr("lra.architectures.recurrent.second_order.CHUNK", size)
+        y = mixer(x, mask)
+        found.append((y, *torch.autograd.grad(y.square().sum(), (x, mixer.w))))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-12)
